@@ -1,0 +1,46 @@
+# Every target sets up what it needs: a virtual environment in .venv, filled under the constraints file.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints-cpu.txt
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint docs clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## Make .venv with all that development needs.
+
+# torch comes first and alone: basicsr's build needs the setuptools that it brings, and without build isolation nothing
+# can pull a second torch.
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel hatchling editables
+	$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: setup  ## Train LCoAN-light x2 through BasicSR on real photographs, and show what it learnt.
+	$(BIN)/python demo/prepare.py
+	cd demo && ../$(BIN)/sparse-sr train -opt train.yml
+	$(BIN)/python demo/report.py
+
+test: setup  ## Run the tests (under 20 minutes on two cores).
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup lint  ## Run all tests, the slow ones too.
+	$(BIN)/python -m pytest
+
+lint: setup  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: setup  ## Build the documentation into site/.
+	$(BIN)/mkdocs build --strict
+
+clean:  ## Remove what the targets made, .venv excepted.
+	rm -rf site build dist demo/data demo/experiments demo/results demo/tb_logger demo/*.json demo/*.png
