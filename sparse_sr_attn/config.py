@@ -1,0 +1,232 @@
+"""Options: declared once, in the signature of what they build; checked here, all problems at once.
+
+A constructor's annotations carry the rules::
+
+    @checked
+    def __init__(self, embed_dim: PositiveInt, *, ema_decay: UnitInterval = 0.999) -> None: ...
+
+`read` turns a mapping from an option file into keyword arguments under these rules; `checked` holds direct callers
+to the same ones. Modules never see a mapping.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.registry import suggestion
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must fulfil beyond its type: `text` completes "<name> must be ..."."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+PositiveInt = Annotated[int, Rule(">= 1", lambda value: value >= 1)]
+NonNegativeInt = Annotated[int, Rule(">= 0", lambda value: value >= 0)]
+NonNegative = Annotated[float, Rule("finite and >= 0", lambda value: 0 <= value < float("inf"))]
+Positive = Annotated[float, Rule("finite and > 0", lambda value: 0 < value < float("inf"))]
+Finite = Annotated[float, Rule("finite", lambda value: abs(value) < float("inf"))]
+UnitInterval = Annotated[float, Rule("in [0, 1]", lambda value: 0 <= value <= 1)]
+
+
+class _Unfit(Exception):  # noqa: N818  (internal: a value that does not fit its annotation)
+    """Carries the text that completes "must be ..."."""
+
+
+class ProblemList:
+    """Gathers the problems of several checks, to raise them as one error."""
+
+    def __init__(self) -> None:
+        self._found: list[Problem] = []
+
+    def add(self, path: str, message: str) -> None:
+        """Note a problem."""
+        self._found.append(Problem(path, message))
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Note the problems of a ConfigError raised inside, and go on after it."""
+        try:
+            yield
+        except ConfigError as error:
+            self._found += error.problems
+
+    def raise_if_any(self) -> None:
+        """Raise all that was found.
+
+        Raises:
+            ConfigError: there was something.
+        """
+        if self._found:
+            raise ConfigError(self._found)
+
+
+def join_path(path: str, name: object) -> str:
+    """Return `path.name`, or the name alone at the top."""
+    return f"{path}.{name}" if path else str(name)
+
+
+def read(
+    build: Callable[..., object],
+    mapping: Mapping[str, object],
+    path: str = "",
+    *,
+    given: int = 0,
+    siblings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the keyword arguments that `mapping` gives for `build`.
+
+    Args:
+        build: a class or a function whose signature declares the options.
+        mapping: names and values, as an option file gives them.
+        path: where the mapping stands, for messages (`network_g.attention`).
+        given: how many leading parameters the caller fills himself; these are no options.
+        siblings: options of somebody else that may stand beside these; a misspelt one is recognised.
+
+    Returns:
+        The values given, converted to the declared types (`"1e-4"`, a string for PyYAML, to a float). Defaults are
+        left to `build`.
+
+    Raises:
+        ConfigError: names every unknown or missing option and every value that breaks a rule.
+    """
+    options = dict(list(fields(build).items())[given:])
+    problems = ProblemList()
+    values: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if name not in options:
+            problems.add(join_path(path, name), f"unknown{suggestion(name, [*siblings, *options])}")
+            continue
+        try:
+            values[name] = _fit(value, options[name].annotation)
+        except _Unfit as unfit:
+            problems.add(join_path(path, name), f"must be {unfit}, got {value!r}")
+    for name, field in options.items():
+        if field.default is field.empty and name not in mapping:
+            problems.add(join_path(path, name), "missing; it has no default")
+    problems.raise_if_any()
+    return values
+
+
+def checked(init: Callable[P, R]) -> Callable[P, R]:
+    """Hold the callers of a constructor to the rules in its annotations; all problems are reported at once."""
+    signature = inspect.signature(init)
+    hints: dict[str, Any] = {}
+
+    @functools.wraps(init)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not hints:
+            hints.update(get_type_hints(init, include_extras=True))
+        problems = ProblemList()
+        for name in kwargs.keys() - signature.parameters.keys():
+            problems.add(name, f"unknown{suggestion(name, list(signature.parameters)[1:])}")
+        problems.raise_if_any()
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            if name in hints:
+                try:
+                    bound.arguments[name] = _fit(value, hints[name])
+                except _Unfit as unfit:
+                    problems.add("", f"{name} must be {unfit}, got {value!r}")
+        problems.raise_if_any()
+        return init(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+def fields(build: Callable[..., object]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class or function by name, annotations resolved."""
+    function = build.__init__ if inspect.isclass(build) else build
+    hints = get_type_hints(function, include_extras=True)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: parameter.replace(annotation=hints.get(name, Any))
+        for name, parameter in inspect.signature(build).parameters.items()
+        if parameter.kind not in variadic
+    }
+
+
+def _fit(value: object, annotation: Any) -> Any:
+    """Return `value` as the annotation wants it, or raise `_Unfit` with what it must be."""
+    if annotation is Any:
+        return value
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        base, *rules = arguments
+        rules = [rule for rule in rules if isinstance(rule, Rule)]
+        try:
+            fitted = _fit(value, base)
+        except _Unfit as unfit:
+            raise _Unfit(" ".join([str(unfit), *(rule.text for rule in rules)])) from None
+        for rule in rules:
+            if not rule.holds(fitted):
+                raise _Unfit(rule.text)
+        return fitted
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        raise _Unfit("one of " + ", ".join(map(repr, arguments)))
+    if origin in (Union, types.UnionType):
+        texts = []
+        for member in arguments:
+            try:
+                return _fit(value, member)
+            except _Unfit as unfit:
+                texts.append(str(unfit))
+        raise _Unfit(" or ".join(texts))
+    return _fit_plain(value, origin or annotation, arguments)
+
+
+def _fit_plain(value: object, base: Any, arguments: tuple[Any, ...]) -> Any:  # noqa: PLR0911, PLR0912
+    if base in (None, type(None)):
+        if value is None:
+            return None
+        raise _Unfit("~ (nothing)")
+    if base is bool:
+        if isinstance(value, bool):
+            return value
+        raise _Unfit("true or false")
+    if base is int:
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return int(value)
+        raise _Unfit("an integer")
+    if base is float:
+        return _fit_float(value)
+    if base is str:
+        if isinstance(value, str):
+            return value
+        raise _Unfit("a string")
+    if isinstance(base, type) and issubclass(base, Sequence):
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+            raise _Unfit("a list")
+        return tuple(_fit(item, arguments[0] if arguments else Any) for item in value)
+    if isinstance(base, type) and issubclass(base, Mapping):
+        if not isinstance(value, Mapping):
+            raise _Unfit("a mapping")
+        return value
+    if isinstance(value, base):
+        return value
+    raise _Unfit(f"a {base.__name__}")
+
+
+def _fit_float(value: object) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise _Unfit("a number")

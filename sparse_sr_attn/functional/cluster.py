@@ -1,0 +1,218 @@
+r"""Attention over chunks of tokens sorted by cluster: the pattern, its weights, and their application.
+
+LSP of LCoAN is `cluster_weights`; CoA is `apply_cluster_weights`; `cluster_attention` is one after the other without
+storing the weights. Each has two forms, equal to each other:
+
+- *oneshot*: index masks and whole tensors, no branch and no loop; for export and for devices that like large batches;
+- *tiles*: a loop over a few chunks at a time, so that scores stay in cache, inside an operator that compilers do not
+  look into; for the CPU.
+
+Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chunks of $i$ slots. Chunk $t$ sees the
+chunks $t-a, \dots, t+a$ (mod $k$), in this order.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional import cluster_tiles as tiles
+from sparse_sr_attn.functional.cluster_layout import ClusterLayout, score_precision
+from sparse_sr_attn.states import ClusterPattern
+
+Form = Literal["auto", "oneshot", "tiles"]
+
+
+def cluster_pattern(
+    assignment: Int[Tensor, "b n"], *, chunk_size: int, num_adjacent: int = 1, exact_keys: bool = True
+) -> ClusterPattern:
+    """Sort the tokens by cluster.
+
+    Args:
+        assignment: the cluster of each token, in image order, >= 0.
+        chunk_size: slots in a chunk, >= 1. Memory of weights grows as `n * chunk_size`.
+        num_adjacent: neighbouring chunks seen on each side, >= 0.
+        exact_keys: whether each key counts once. With `False`, as published, the slots that fill the last chunk
+            repeat the last tokens visibly, and a chunk that is a neighbour twice counts twice.
+
+    Returns:
+        The pattern. Ties do not exist (the key is cluster, then position), so it is the same on every device.
+
+    Raises:
+        ValueError: `chunk_size < 1` or `num_adjacent < 0`.
+
+    Source:
+        LSP of LCoAN (arXiv 2404.04922). Deviation: the released sort is unstable, hence not reproducible.
+    """
+    if chunk_size < 1 or num_adjacent < 0:
+        raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
+    num_tokens = assignment.shape[1]
+    position = torch.arange(num_tokens, device=assignment.device)
+    order = (assignment * num_tokens + position).argsort(dim=1)
+    return ClusterPattern(order, assignment, chunk_size, num_adjacent, exact_keys)
+
+
+def cluster_weights(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    pattern: ClusterPattern,
+    *,
+    scale: float = 1.0,
+    form: Form = "auto",
+) -> Float[Tensor, "b k i j"]:
+    r"""Softmax weights of every slot over its own chunk and the adjacent ones.
+
+    $$P_t = \mathrm{softmax}(\mathrm{scale} \cdot Q_t [K_{t-a}, \dots, K_{t+a}]^\top)$$
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order; normalise it first for cosine scores.
+        pattern: from `cluster_pattern`, of as many tokens.
+        scale: factor on the dot products, dimensionless.
+        form: "oneshot", "tiles", or "auto": tiles on the CPU, oneshot elsewhere and for export.
+
+    Returns:
+        Weights in slot order, $j = (2a + 1)\,i$, in float32 at least. Rows of real slots sum to 1; slots that do not
+        exist and chunks met twice (because $k < 2a + 1$) have weight 0, so no token counts twice. Rows of slots past
+        the last token mean nothing.
+
+    Raises:
+        ShapeError: `pattern` orders another number of tokens than `query` has.
+
+    Note:
+        Differentiable in `query` and `key`; the pattern carries no gradient. Dense attention is the case
+        `chunk_size >= n`. Oracle: `reference.cluster`.
+
+    Source:
+        LSP of LCoAN (arXiv 2404.04922, section 1 of its released code's behaviour), which has its key chunks in the
+        order own, previous, next: the same weights.
+    """
+    _check(pattern, query, key)
+    if _tiled(form, query):
+        return tiles.weights_op(query, key, *_unpack(pattern), scale)  # type: ignore[no-any-return]
+    query, key = query.to(score_precision(query)), key.to(score_precision(key))
+    with torch.autocast(query.device.type, enabled=False):
+        return _Oneshot(pattern).weights(query, key, scale)
+
+
+def apply_cluster_weights(
+    weights: Float[Tensor, "b k i j"],
+    value: Float[Tensor, "b n e"],
+    pattern: ClusterPattern,
+    *,
+    form: Form = "auto",
+) -> Float[Tensor, "b n e"]:
+    """Gather values by weights: the second half of attention, for values that the weights were not made with.
+
+    Args:
+        weights: from `cluster_weights` under the same pattern.
+        value: one row per token, in image order.
+        pattern: of as many tokens.
+        form: as in `cluster_weights`.
+
+    Returns:
+        One row per token, in image order, in the dtype of `value`.
+
+    Raises:
+        ShapeError: `pattern`, `weights` and `value` are not of one size.
+
+    Note:
+        Differentiable in `weights` and `value`.
+
+    Source:
+        CoA of LCoAN (arXiv 2404.04922).
+    """
+    _check(pattern, value)
+    layout = ClusterLayout.of(pattern)
+    expected = (value.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
+    if tuple(weights.shape) != expected:
+        raise ShapeError(f"weights under this pattern must be of shape {expected}, got {tuple(weights.shape)}")
+    if _tiled(form, value):
+        return tiles.apply_op(weights, value, *_unpack(pattern))  # type: ignore[no-any-return]
+    with torch.autocast(value.device.type, enabled=False):
+        return _Oneshot(pattern).apply(weights.to(value.dtype), value)
+
+
+def cluster_attention(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    value: Float[Tensor, "b n e"],
+    pattern: ClusterPattern,
+    *,
+    scale: float = 1.0,
+    form: Form = "auto",
+) -> Float[Tensor, "b n e"]:
+    """Return `apply_cluster_weights(cluster_weights(query, key, ...), value, ...)` without storing the weights.
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order; normalise it first for cosine scores.
+        value: one row per token, in image order.
+        pattern: from `cluster_pattern`, of as many tokens.
+        scale: factor on the dot products, dimensionless.
+        form: as in `cluster_weights`; only tiles save the memory of the weights.
+
+    Returns:
+        One row per token, in image order, in the dtype of `value`.
+
+    Raises:
+        ShapeError: `pattern` orders another number of tokens than there are.
+
+    Note:
+        Differentiable in `query`, `key` and `value`; tiles recompute the weights in the backward.
+    """
+    _check(pattern, query, key, value)
+    if _tiled(form, query):
+        return tiles.attention_op(query, key, value, *_unpack(pattern), scale)  # type: ignore[no-any-return]
+    weights = cluster_weights(query, key, pattern, scale=scale, form="oneshot")
+    return apply_cluster_weights(weights, value, pattern, form="oneshot")
+
+
+def _check(pattern: ClusterPattern, *rows: Tensor) -> None:
+    for tensor in rows:
+        if tensor.ndim != 3 or tensor.shape[:2] != pattern.order.shape:
+            raise ShapeError(
+                f"pattern must order the tokens of rows (b, n, c); it orders (b, n) = {tuple(pattern.order.shape)}, "
+                f"got rows of shape {tuple(tensor.shape)}"
+            )
+
+
+def _tiled(form: Form, rows: Tensor) -> bool:
+    if form not in ("auto", "oneshot", "tiles"):
+        raise ValueError(f"form must be 'auto', 'oneshot' or 'tiles', got {form!r}")
+    return form == "tiles" or (form == "auto" and rows.device.type == "cpu" and not torch.compiler.is_exporting())
+
+
+def _unpack(pattern: ClusterPattern) -> tuple[Tensor, int, int, bool]:
+    return pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+
+
+class _Oneshot:
+    """Cluster attention on whole tensors under one pattern."""
+
+    def __init__(self, pattern: ClusterPattern) -> None:
+        self.order = pattern.order
+        self.layout = layout = ClusterLayout.of(pattern)
+        slot = torch.arange(layout.num_slots, device=self.order.device)
+        self.token = self.order[:, layout.rank(slot)]
+        keys = self._with_adjacent(slot.view(1, layout.num_chunks, layout.chunk_size, 1))[0, :, :, 0]
+        self.visible = layout.visible(keys)
+
+    def weights(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        scores = scale * self._chunks(query) @ self._with_adjacent(self._chunks(key)).transpose(-1, -2)
+        return scores.masked_fill(~self.visible[:, None, :], float("-inf")).softmax(dim=-1)
+
+    def apply(self, weights: Tensor, value: Tensor) -> Tensor:
+        chunks = weights @ self._with_adjacent(self._chunks(value))
+        rows = chunks.flatten(1, 2)[:, : self.layout.num_tokens]
+        return torch.empty_like(rows).scatter(1, self.order[..., None].expand_as(rows), rows)
+
+    def _chunks(self, rows: Tensor) -> Tensor:
+        index = self.token[..., None].expand(-1, -1, rows.shape[-1])
+        return rows.gather(1, index).view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, -1)
+
+    def _with_adjacent(self, chunks: Tensor) -> Tensor:
+        a = self.layout.num_adjacent
+        return torch.cat([chunks.roll(-offset, dims=1) for offset in range(-a, a + 1)], dim=2)

@@ -1,0 +1,73 @@
+"""How sorted tokens fill chunks, and which chunks see which: what all forms of cluster attention agree on."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparse_sr_attn.states import ClusterPattern
+
+
+@dataclass(frozen=True)
+class ClusterLayout:
+    """How `num_tokens` sorted tokens fill chunks, and which chunks see which.
+
+    Attributes:
+        num_tokens: tokens of a sample.
+        chunk_size: slots in a chunk; with exact keys cut to the number of tokens.
+        num_chunks: enough for all tokens.
+        num_adjacent: chunks seen on each side.
+        exact_keys: whether each key counts once.
+    """
+
+    num_tokens: int
+    chunk_size: int
+    num_chunks: int
+    num_adjacent: int
+    exact_keys: bool
+
+    @classmethod
+    def of(cls, pattern: ClusterPattern) -> "ClusterLayout":
+        """Return the layout of a pattern; sizes may be symbolic."""
+        num_tokens = pattern.order.shape[1]
+        chunk_size = pattern.chunk_size
+        if pattern.exact_keys:
+            chunk_size = torch.sym_min(chunk_size, num_tokens)
+        num_chunks = (num_tokens + chunk_size - 1) // chunk_size
+        return cls(num_tokens, chunk_size, num_chunks, pattern.num_adjacent, pattern.exact_keys)
+
+    @property
+    def num_slots(self) -> int:
+        """Places in all chunks, those past the last token too."""
+        return self.num_chunks * self.chunk_size
+
+    @property
+    def num_offsets(self) -> int:
+        """Chunks that a chunk sees, itself included."""
+        return 2 * self.num_adjacent + 1
+
+    def rank(self, slot: Int[Tensor, "*s"]) -> Int[Tensor, "*s"]:
+        """Return which of the sorted tokens stands at a slot; past the last token, the one that fills it."""
+        past = slot >= self.num_tokens
+        if self.exact_keys:
+            return slot.masked_fill(past, 0)
+        repeated = (slot - (self.num_slots - self.num_tokens)) % self.num_tokens
+        return torch.where(past, repeated, slot)
+
+    def visible(self, slot: Int[Tensor, "t j"]) -> Bool[Tensor, "t j"]:
+        """Return which key slots of chunks (`t` rows of `slot`, their keys) count.
+
+        Of the offsets that lead to the same chunk one counts: those from `-(k - 1) // 2` to `k // 2`.
+        """
+        if not self.exact_keys:
+            return torch.ones_like(slot, dtype=torch.bool)
+        a, k = self.num_adjacent, self.num_chunks
+        offset = torch.arange(-a, a + 1, device=slot.device).repeat_interleave(self.chunk_size)
+        met_once = (offset >= -((k - 1) // 2)) & (offset <= k // 2)
+        return (slot < self.num_tokens) & met_once
+
+
+def score_precision(tensor: Tensor) -> torch.dtype:
+    """Return the precision of scores and softmax: float32 for anything lower."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,241 @@
+r"""Spherical k-means over the tokens of feature maps.
+
+A training step is *assign*, then sums and counts, then a moving average of directions, then new seeds for dead
+clusters. `kmeans_step` does one as a single mutating operator, so that eager code, `torch.compile` and activation
+checkpointing see the same thing; the pure pieces stand beside it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+_EPS = 1e-12
+
+
+class KMeansState(NamedTuple):
+    """All that k-means remembers between steps; `kmeans_step` moves it in place.
+
+    Attributes:
+        centroids: unit vectors.
+        usage: moving average of the share of tokens that each cluster gets; starts at `1 / k`.
+        pending_sums: per cluster, the sum of the unit vectors of its tokens in the last step, not yet applied.
+        pending_counts: per cluster, how many tokens that were; all 0 when nothing is pending.
+        pending_seeds: the directions of the tokens least similar to their centroids, worst first; 0 where none.
+        num_updates: updates applied so far.
+        num_skipped: updates refused because a token was not finite.
+    """
+
+    centroids: Float[Tensor, "k d"]
+    usage: Float[Tensor, "k"]
+    pending_sums: Float[Tensor, "k d"]
+    pending_counts: Float[Tensor, "k"]
+    pending_seeds: Float[Tensor, "k d"]
+    num_updates: Int[Tensor, ""]
+    num_skipped: Int[Tensor, ""]
+
+
+def initial_state(num_clusters: int, dim: int, seed: int = 0) -> KMeansState:
+    """Return the state before training: `num_clusters` random unit vectors of length `dim`, set by `seed` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(num_clusters, dim, generator=generator, device="cpu", dtype=torch.float32)
+    return KMeansState(
+        centroids=F.normalize(directions, dim=-1),
+        usage=torch.full((num_clusters,), 1 / num_clusters),
+        pending_sums=torch.zeros(num_clusters, dim),
+        pending_counts=torch.zeros(num_clusters),
+        pending_seeds=torch.zeros(num_clusters, dim),
+        num_updates=torch.zeros((), dtype=torch.int64),
+        num_skipped=torch.zeros((), dtype=torch.int64),
+    )
+
+
+def assign(points: Float[Tensor, "b n d"], centroids: Float[Tensor, "k d"]) -> Int[Tensor, "b n"]:
+    r"""Return $\arg\max_k \langle p, \mu_k \rangle$ for each point; the lowest index wins a tie.
+
+    The length of a point does not matter. Without gradient.
+    """
+    return _nearest(points, centroids)[1]
+
+
+def cluster_sums(
+    points: Float[Tensor, "b n d"], assignment: Int[Tensor, "b n"], num_clusters: int
+) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k"]]:
+    """Return, per cluster, the sum of the unit vectors of its points over the whole batch, and their number."""
+    units = _unit(points).flatten(0, 1)
+    index = assignment.flatten()
+    sums = units.new_zeros(num_clusters, units.shape[-1]).index_add_(0, index, units)
+    counts = units.new_zeros(num_clusters).index_add_(0, index, torch.ones_like(units[:, 0]))
+    return sums, counts
+
+
+def move_centroids(
+    centroids: Float[Tensor, "k d"],
+    sums: Float[Tensor, "k d"],
+    counts: Float[Tensor, "k"],
+    ema_decay: float | Float[Tensor, ""],
+) -> Float[Tensor, "k d"]:
+    r"""Return $\mathrm{unit}(\lambda \mu_k + (1 - \lambda)\,\mathrm{unit}(s_k))$ with $\lambda$ = `ema_decay`.
+
+    A cluster without tokens, or whose sum or new mean has no direction, keeps its centroid.
+    """
+    moved = ema_decay * centroids + (1 - ema_decay) * _unit(sums)
+    keeps = (counts == 0) | (sums.norm(dim=-1) <= _EPS) | (moved.norm(dim=-1) <= _EPS)
+    return torch.where(keeps[:, None], centroids, _unit(moved))
+
+
+def least_similar(points: Float[Tensor, "b n d"], similarity: Float[Tensor, "b n"], num: int) -> Float[Tensor, "num d"]:
+    """Return the unit vectors of the `num` points of lowest similarity, lowest first; zero rows where there are fewer.
+
+    Args:
+        points: one row per token.
+        similarity: of each token to its centroid; ties go to the earlier token.
+        num: rows of the result.
+    """
+    return _least_similar(points, similarity, num)[0]
+
+
+def kmeans_step(
+    points: Float[Tensor, "b n d"], state: KMeansState, *, ema_decay: float, reseed_threshold: float
+) -> Int[Tensor, "b n"]:
+    r"""Assign the points, in training: moves `state` in place, once.
+
+    In this order: (1) what the previous step left pending moves the centroids (moving average, unit length) and dead
+    clusters take new seeds; (2) the points are assigned; (3) their sums, counts and seeds become the pending ones,
+    summed over all processes when there is a process group. So the centroids that a forward used stay in place until
+    the next one, and a recomputation of this forward during its backward, in which nothing moves, meets them again.
+
+    The decay warms up as $\min(\lambda, (1 + t) / (10 + t))$ over the updates $t$: features turn quickly at first.
+
+    Args:
+        points: one row per token, of any length; no gradient flows back.
+        state: moved in place.
+        ema_decay: share of the old centroid kept by an update, in [0, 1].
+        reseed_threshold: a cluster whose usage falls below this fraction of the mean is dead and takes the direction
+            of one of the least similar tokens; 0 switches this off.
+
+    Returns:
+        The cluster of each point. A step with a non-finite point moves no centroid; `num_skipped` counts it.
+    """
+    return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op(
+    "sparse_sr_attn::kmeans_step",
+    mutates_args=(
+        "centroids",
+        "usage",
+        "pending_sums",
+        "pending_counts",
+        "pending_seeds",
+        "num_updates",
+        "num_skipped",
+    ),
+)
+def _kmeans_step(
+    points: Tensor,
+    centroids: Tensor,
+    usage: Tensor,
+    pending_sums: Tensor,
+    pending_counts: Tensor,
+    pending_seeds: Tensor,
+    num_updates: Tensor,
+    num_skipped: Tensor,
+    ema_decay: float,
+    reseed_threshold: float,
+) -> Tensor:
+    state = KMeansState(centroids, usage, pending_sums, pending_counts, pending_seeds, num_updates, num_skipped)
+    with torch.autocast(points.device.type, enabled=False):
+        if _backward_is_running():
+            return assign(points, centroids)
+        _apply_pending(state, ema_decay, reseed_threshold)
+        best, assignment = _nearest(points, centroids)
+        _store_pending(state, points, best, assignment)
+        return assignment
+
+
+@_kmeans_step.register_fake
+def _(points: Tensor, *_: object) -> Tensor:
+    return points.new_empty(points.shape[:2], dtype=torch.int64)
+
+
+def _backward_is_running() -> bool:
+    # The question activation checkpointing itself asks to tell a recomputation from a forward.
+    return torch._C._current_graph_task_id() != -1
+
+
+def _apply_pending(state: KMeansState, ema_decay: float, reseed_threshold: float) -> None:
+    total = state.pending_counts.sum()
+    pending = total > 0
+    updates = state.num_updates.to(state.usage.dtype)
+    decay = torch.clamp((1 + updates) / (10 + updates), max=ema_decay)
+    centroids = move_centroids(state.centroids, state.pending_sums, state.pending_counts, decay)
+    usage = decay * state.usage + (1 - decay) * state.pending_counts / total.clamp(min=1)
+
+    num_clusters = len(usage)
+    seeds = state.pending_seeds
+    dead = usage * num_clusters < reseed_threshold
+    turn = dead.cumsum(0) - 1
+    dead &= turn < (seeds.norm(dim=-1) > 0.5).sum()
+    centroids = torch.where(dead[:, None], seeds[turn.clamp(min=0)], centroids)
+    usage = torch.where(dead, torch.full_like(usage, 1 / num_clusters), usage)
+
+    state.centroids.copy_(torch.where(pending, centroids, state.centroids))
+    state.usage.copy_(torch.where(pending, usage, state.usage))
+    state.num_updates.add_(pending)
+
+
+def _store_pending(state: KMeansState, points: Tensor, best: Tensor, assignment: Tensor) -> None:
+    num_clusters = len(state.usage)
+    sums, counts = cluster_sums(points, assignment, num_clusters)
+    # A point without direction is no seed: it comes last.
+    length = points.to(best.dtype).norm(dim=-1)
+    similarity = torch.where(length > _EPS, best / length, float("inf"))
+    seeds, rank = _least_similar(points, similarity, num_clusters)
+    if dist.is_available() and dist.is_initialized():
+        sums, counts, seeds = _join(sums, counts, seeds, rank)
+    # Sums see every point, so they tell for the seeds too.
+    finite = sums.isfinite().all()
+    state.pending_sums.copy_(torch.where(finite, sums, 0))
+    state.pending_counts.copy_(torch.where(finite, counts, 0))
+    state.pending_seeds.copy_(torch.where(finite, seeds, 0))
+    state.num_skipped.add_(~finite)
+
+
+def _join(sums: Tensor, counts: Tensor, seeds: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the statistics of all processes one, the same on each."""
+    dist.all_reduce(sums)
+    dist.all_reduce(counts)
+    rows = torch.cat([seeds, rank[:, None]], dim=1)
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows)
+    everywhere = torch.cat(gathered)
+    worst = everywhere[:, -1].argsort(stable=True)[: len(seeds)]
+    return sums, counts, everywhere[worst, :-1].contiguous()
+
+
+def _least_similar(points: Tensor, similarity: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    units = _unit(points).flatten(0, 1)
+    rising, worst = similarity.flatten().sort(stable=True)
+    missing = max(0, num - len(worst))
+    seeds = F.pad(units[worst[:num]], (0, 0, 0, missing))
+    return seeds, F.pad(rising[:num], (0, missing), value=float("inf"))
+
+
+def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    points = points.detach()
+    points = points.to(_precision(points))
+    best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)
+    return best, index
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.to(_precision(vectors)), dim=-1, eps=_EPS)
+
+
+def _precision(tensor: Tensor) -> torch.dtype:
+    """Return the precision to compute in: float32 for anything lower."""
+    return torch.promote_types(tensor.dtype, torch.float32)

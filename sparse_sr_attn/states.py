@@ -1,0 +1,48 @@
+"""What attention layers share: frozen values that travel by argument, never by attribute."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.export import register_dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterPattern:
+    """Who attends to whom: the tokens sorted by cluster and cut into chunks.
+
+    Attributes:
+        order: the token at each slot, clusters in turn, image order within a cluster. No gradient.
+        assignment: the cluster of each token, in image order. No gradient.
+        chunk_size: slots in a chunk, >= 1.
+        num_adjacent: neighbouring chunks that a chunk sees on each side (circularly), >= 0.
+        exact_keys: whether every key counts once; `False` is the published counting (`docs/deviations.md`, 5).
+    """
+
+    order: Int[Tensor, "b n"]
+    assignment: Int[Tensor, "b n"]
+    chunk_size: int
+    num_adjacent: int
+    exact_keys: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterAttention:
+    """A pattern with the softmax weights of one embedding over it: what LSP gives and CoA reads.
+
+    Attributes:
+        pattern: of the map that was attended to.
+        weights: of each slot of `k` chunks of `i` slots over the `j = (2 * num_adjacent + 1) * i` slots it sees;
+            rows of real slots sum to 1. Carries gradient to the provider.
+        height: of the map, in pixels.
+        width: of the map, in pixels.
+    """
+
+    pattern: ClusterPattern
+    weights: Float[Tensor, "b k i j"]
+    height: int
+    width: int
+
+
+for _state in (ClusterPattern, ClusterAttention):
+    register_dataclass(_state)
