@@ -1,0 +1,45 @@
+"""Long-range attention that image super-resolution networks can afford.
+
+from sparse_sr_attn import LCoA
+y = LCoA(64)(x)  # any (b, 64, h, w)
+"""
+
+from sparse_sr_attn.backbones import EDSR, PRESETS, LCoAN, create_model
+from sparse_sr_attn.errors import (
+    CheckpointError,
+    ConfigError,
+    DuplicateNameError,
+    ShapeError,
+    SharingError,
+    SparseSRError,
+    TrainingError,
+    UnknownNameError,
+)
+from sparse_sr_attn.layers import LAYERS, LSP, AttentionLayer, CoA, LCoA, build_layer
+from sparse_sr_attn.states import ClusterAttention, ClusterPattern
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDSR",
+    "LAYERS",
+    "LSP",
+    "PRESETS",
+    "AttentionLayer",
+    "CheckpointError",
+    "ClusterAttention",
+    "ClusterPattern",
+    "CoA",
+    "ConfigError",
+    "DuplicateNameError",
+    "LCoA",
+    "LCoAN",
+    "ShapeError",
+    "SharingError",
+    "SparseSRError",
+    "TrainingError",
+    "UnknownNameError",
+    "__version__",
+    "build_layer",
+    "create_model",
+]

@@ -1,0 +1,7 @@
+"""Whole networks."""
+
+from sparse_sr_attn.backbones.edsr import EDSR
+from sparse_sr_attn.backbones.lcoan import LCoAN
+from sparse_sr_attn.backbones.presets import PRESETS, Preset, create_model
+
+__all__ = ["EDSR", "PRESETS", "LCoAN", "Preset", "create_model"]

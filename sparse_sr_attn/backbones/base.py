@@ -1,0 +1,93 @@
+"""What EDSR-style networks have in common: the first and last convolutions, the mean, the range."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_sr_attn.blocks.upsample import Upsample, Upscale
+from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
+
+DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
+"""Mean of DIV2K's training images (RGB, 0..1)."""
+
+
+class ResidualNetwork(nn.Module):
+    r"""Abstract network $\mathrm{last}(\uparrow(\mathrm{conv}(\mathrm{features}(f)) + f)),\; f = \mathrm{first}(x)$.
+
+    Subclasses define `features` (which they build before or after calling this constructor) and are final. State-dict
+    keys are BasicSR's: `conv_first`, `conv_after_body`, `upsample`, `conv_last`; the mean is not in the state dict.
+
+    Args:
+        num_in_ch: channels of the input image.
+        num_out_ch: channels of the output image.
+        num_feat: channels inside.
+        upscale: factor, one of 2, 3, 4, 8.
+        img_range: factor on the image, inside; images are in 0..1 outside, always.
+        rgb_mean: subtracted from the input and added to the output, one number in 0..1 a channel; `None` for the mean
+            of DIV2K when there are 3 channels in and out, and for 0 otherwise.
+    """
+
+    mean: Tensor
+
+    def __init__(
+        self,
+        num_in_ch: int,
+        num_out_ch: int,
+        num_feat: int,
+        upscale: Upscale,
+        img_range: float,
+        rgb_mean: Sequence[float] | None,
+    ) -> None:
+        super().__init__()
+        self.num_in_ch = num_in_ch
+        self.upscale = upscale
+        self.img_range = img_range
+        self.register_buffer("mean", _mean(num_in_ch, num_out_ch, rgb_mean), persistent=False)
+        self.conv_first = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
+        self.conv_after_body = nn.Conv2d(num_feat, num_feat, 3, padding=1)
+        self.upsample = Upsample(upscale, num_feat)
+        self.conv_last = nn.Conv2d(num_feat, num_out_ch, 3, padding=1)
+
+    def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return what the body makes of the first features."""
+        raise TypeError(f"{type(self).__name__} does not define features")
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
+        """Return the image at `upscale` times the size.
+
+        Args:
+            x: images in 0..1, of any h, w >= 1.
+
+        Returns:
+            Images in about 0..1, not clipped, of size (upscale * h, upscale * w).
+
+        Raises:
+            ShapeError: `x` is not a batch of images of `num_in_ch` channels.
+        """
+        if x.ndim != 4 or x.shape[1] != self.num_in_ch or 0 in x.shape[2:]:
+            raise ShapeError(
+                f"x must be images (b, {self.num_in_ch}, h >= 1, w >= 1), because num_in_ch is {self.num_in_ch}; "
+                f"got shape {tuple(x.shape)}"
+            )
+        first = self.conv_first((x - self.mean) * self.img_range)
+        deep = self.conv_after_body(self.features(first)) + first
+        output: Tensor = self.conv_last(self.upsample(deep))
+        return output / self.img_range + self.mean
+
+
+def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> Tensor:
+    if rgb_mean is None:
+        rgb_mean = DIV2K_MEAN if num_in_ch == num_out_ch == 3 else (0.0,)
+    elif not len(rgb_mean) == num_in_ch == num_out_ch:
+        raise ConfigError(
+            [
+                Problem(
+                    "rgb_mean",
+                    "must have one number for each channel, as many in as out, or be ~; "
+                    f"got {len(rgb_mean)} numbers with {num_in_ch=}, {num_out_ch=}",
+                )
+            ]
+        )
+    return torch.tensor(rgb_mean).view(1, -1, 1, 1)

@@ -1,0 +1,62 @@
+"""EDSR, with attention between its blocks by config."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_sr_attn.backbones.base import ResidualNetwork
+from sparse_sr_attn.blocks import ResidualBlock, SiteAttention, read_attention
+from sparse_sr_attn.blocks.upsample import Upscale
+from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+
+
+class EDSR(ResidualNetwork):
+    """EDSR (Lim et al., CVPRW 2017) whose body can hold any registered attention layer.
+
+    Args:
+        num_in_ch: channels of the input image, >= 1.
+        num_out_ch: channels of the output image, >= 1.
+        num_feat: channels inside, >= 1.
+        num_block: residual blocks, >= 1.
+        upscale: factor, one of 2, 3, 4, 8.
+        res_scale: factor on each residual branch.
+        img_range: factor on the image, inside. 255 is BasicSR's default and what its weights expect; with attention
+            prefer 1: queries that large saturate the softmax.
+        rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
+        attention: `None`, or a map, or a list of maps: `{type: LCoA, every: 4, share: 4, num_clusters: 128}` puts an
+            LCoA after block 3, which computes, and CoAs that reuse its state after blocks 7, 11 and 15. The keys are
+            those of `blocks.AttentionMap` and the options of the layer. Layers start as the identity (`zero_init`).
+        activation_checkpointing: in training, compute the body again in the backward instead of keeping it.
+
+    Raises:
+        ConfigError: options break their rules; all that do are named.
+
+    Note:
+        State-dict keys are BasicSR's, in which `attention.<i>.` is new. So its weights load strictly without attention,
+        and with attention all but these keys are there and the image is the same at first.
+    """
+
+    @checked
+    def __init__(
+        self,
+        num_in_ch: PositiveInt = 3,
+        num_out_ch: PositiveInt = 3,
+        num_feat: PositiveInt = 64,
+        num_block: PositiveInt = 16,
+        upscale: Upscale = 4,
+        res_scale: Finite = 1.0,
+        img_range: Positive = 255.0,
+        rgb_mean: Sequence[Finite] | None = None,
+        attention: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
+        self.activation_checkpointing = activation_checkpointing
+        self.body = nn.Sequential(*(ResidualBlock(num_feat, res_scale) for _ in range(num_block)))
+        self.attention = SiteAttention(read_attention(attention, num_block), num_block, num_feat)
+
+    def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return what the residual blocks and the attention between them make of the first features."""
+        return self.attention.run(self.body, x, activation_checkpointing=self.activation_checkpointing)

@@ -1,0 +1,62 @@
+"""Configurations with names, each with its source."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from sparse_sr_attn.backbones.lcoan import LCoAN
+from sparse_sr_attn.config import read
+from sparse_sr_attn.errors import UnknownNameError
+from sparse_sr_attn.registry import suggestion
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network with options.
+
+    Attributes:
+        build: the network.
+        options: where they differ from its defaults.
+        source: where they come from.
+    """
+
+    build: Callable[..., nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+PRESETS: Mapping[str, Preset] = {
+    "LCoAN": Preset(LCoAN, {}, "Zhao et al., arXiv 2404.04922, released configuration"),
+    "LCoAN-light": Preset(
+        LCoAN,
+        {
+            "num_feat": 48,
+            "num_group": 4,
+            "num_block": 3,
+            "res_scale": 1.0,
+            "num_clusters": 64,
+            "chunk_size": 96,
+            "reduction": 3,
+            "ema_decay": 0.99,
+        },
+        "this library: under 1 M parameters, for small machines",
+    ),
+}
+
+
+def create_model(name: str, **options: Any) -> nn.Module:
+    """Return the network called `name`, untrained; `options` go before those of the preset.
+
+    Raises:
+        UnknownNameError: there is no such preset.
+        ConfigError: options break their rules; all that do are named.
+
+    Example:
+        `create_model("LCoAN-light", upscale=4)`
+    """
+    if name not in PRESETS:
+        raise UnknownNameError(f"no preset named {name!r}{suggestion(name, sorted(PRESETS))}")
+    preset = PRESETS[name]
+    return preset.build(**read(preset.build, {**preset.options, **options}))

@@ -1,0 +1,222 @@
+"""Attention between the blocks of a trunk: where it stands, who shares with whom, by config."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_sr_attn.config import NonNegativeInt, PositiveInt, ProblemList, fields, join_path, read
+from sparse_sr_attn.errors import ConfigError, Problem, UnknownNameError
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, build_layer
+from sparse_sr_attn.registry import Entry
+
+AttentionOption = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""One map, or a list of maps, as `AttentionMap` describes them."""
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """One map of the option `attention`.
+
+    Attributes:
+        type: name of a registered layer.
+        every: after every so many blocks: 4 means after blocks 3, 7, 11, ...
+        after: after these blocks, counted from 0; instead of `every`.
+        share: one layer computes, the next `share - 1` sites reuse its state; 1: nobody shares.
+        options: of the layer, checked.
+    """
+
+    type: str
+    every: PositiveInt | None = None
+    after: Sequence[NonNegativeInt] | None = None
+    share: PositiveInt = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def sites(self, num_blocks: int) -> tuple[int, ...]:
+        """Return the blocks, of `num_blocks`, after which a layer stands."""
+        if self.after is not None:
+            return tuple(self.after)
+        every = cast(int, self.every)
+        return tuple(range(every - 1, num_blocks, every))
+
+
+def read_attention(attention: object, num_blocks: int, path: str = "attention") -> tuple[AttentionMap, ...]:
+    """Read the option `attention` of a network.
+
+    Args:
+        attention: `None`, a map or a list of maps; each holds the keys of `AttentionMap` and the layer's options.
+        num_blocks: blocks of the trunk.
+        path: where the option stands, for messages.
+
+    Returns:
+        The maps. Layers that can start as the identity do so (`zero_init`), unless told otherwise.
+
+    Raises:
+        ConfigError: names all problems of all maps, each with its path.
+    """
+    if attention is None:
+        return ()
+    alone = isinstance(attention, Mapping)
+    if not alone and (not isinstance(attention, Sequence) or isinstance(attention, str)):
+        raise ConfigError([Problem(path, f"must be a map, a list of maps or ~ (no attention), got {attention!r}")])
+    maps: list[AttentionMap] = []
+    problems = ProblemList()
+    for index, item in enumerate([attention] if alone else cast(Sequence[object], attention)):
+        with problems.gathered():
+            maps.append(_read_map(item, num_blocks, path if alone else f"{path}.{index}"))
+    problems.raise_if_any()
+    return tuple(maps)
+
+
+def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
+    if not isinstance(item, Mapping):
+        raise ConfigError([Problem(path, f"must be a map with a key 'type', got {item!r}")])
+    own = [name for name in fields(AttentionMap) if name != "options"]
+    problems = ProblemList()
+    entry = None
+    options: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    with problems.gathered():
+        values = read(AttentionMap, {name: value for name, value in item.items() if name in own}, path)
+    if isinstance(item.get("type"), str):
+        with problems.gathered():
+            entry = _drop_in(item["type"], join_path(path, "type"))
+            rest = {name: value for name, value in item.items() if name not in own}
+            options = read(entry.build, rest, path, given=1, siblings=own)
+            if "zero_init" in fields(entry.build):
+                options.setdefault("zero_init", True)
+    if values.get("share", 1) > 1 and entry is not None and getattr(entry.build, "provides", None) is None:
+        problems.add(
+            join_path(path, "share"), f"must be 1, because {entry.name} has nothing to share, got {values['share']}"
+        )
+    if ("every" in item) == ("after" in item):
+        got = "both" if "every" in item else "neither"
+        problems.add(path, f"must have one of 'every' and 'after', which say where attention stands, got {got}")
+    problems.raise_if_any()
+    result = AttentionMap(**values, options=options)
+    _check_sites(result, num_blocks, path)
+    return result
+
+
+def _drop_in(name: str, path: str) -> Entry[nn.Module]:
+    try:
+        entry = LAYERS.get(name)
+    except UnknownNameError as error:
+        raise ConfigError([Problem(path, str(error))]) from None
+    if entry.kind != "layer":
+        required = getattr(entry.build, "requires", None)
+        drop_ins = [LAYERS.get(other) for other in LAYERS if LAYERS.get(other).kind == "layer"]
+        names = [e.name for e in drop_ins if required is None or getattr(e.build, "provides", None) is required]
+        hint = "with share: n, whose later sites use it" if entry.kind == "consumer" else "instead"
+        raise ConfigError(
+            [Problem(path, f"must be a drop-in layer, got {name!r}, a {entry.kind}; use {' or '.join(names)} {hint}")]
+        )
+    return entry
+
+
+def _check_sites(attention: AttentionMap, num_blocks: int, path: str) -> None:
+    """Refuse a map that hits no site, or one that does not exist, or one twice."""
+    sites = attention.sites(num_blocks)
+    name = "every" if attention.after is None else "after"
+    value = attention.every if attention.after is None else list(attention.after)
+    rule = None
+    if not sites:
+        rule = f"must hit at least one of the {num_blocks} blocks"
+    elif max(sites) >= num_blocks:
+        rule = f"must be blocks from 0 to {num_blocks - 1}"
+    elif len(set(sites)) < len(sites) or list(sites) != sorted(sites):
+        rule = "must be rising, each block once"
+    if rule:
+        raise ConfigError([Problem(join_path(path, name), f"{rule}, got {value}")])
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What happens at a site.
+
+    Attributes:
+        layer: its index in the list.
+        provider: index of the layer whose state it uses; `None` for a layer on its own.
+        last: whether nobody uses that state afterwards.
+    """
+
+    layer: int
+    provider: int | None
+    last: bool
+
+
+class SiteAttention(nn.ModuleList):
+    """The attention layers of a trunk; they stand after its blocks and pass states on.
+
+    Who reads whose state is settled here, once; a state lives until its last reader. The layers are numbered from
+    input to output, and several at one block in the order of the maps, so that their parameters can stand in a network
+    under a prefix of their own and leave the names of the blocks alone.
+
+    Args:
+        maps: from `read_attention`, for as many blocks.
+        num_blocks: blocks of the trunk.
+        embed_dim: channels of the trunk.
+    """
+
+    def __init__(self, maps: Sequence[AttentionMap], num_blocks: int, embed_dim: int) -> None:
+        super().__init__()
+        sites = sorted(
+            (block, number, turn)
+            for number, attention in enumerate(maps)
+            for turn, block in enumerate(attention.sites(num_blocks))
+        )
+        index_of = {(number, turn): index for index, (_, number, turn) in enumerate(sites)}
+        self._steps: dict[int, list[_Step]] = defaultdict(list)
+        for index, (block, number, turn) in enumerate(sites):
+            attention = maps[number]
+            place = turn % attention.share
+            first = index_of[number, turn - place]
+            if place == 0:
+                layer = build_layer(attention.type, embed_dim, **attention.options)
+            else:
+                layer = cast(AttentionLayer, self[first]).make_consumer()
+            self.append(layer)
+            following = (number, turn + 1) in index_of and place + 1 < attention.share
+            shared = place > 0 or following
+            self._steps[block].append(_Step(index, first if shared else None, not following))
+
+    def run(
+        self, trunk: Iterable[nn.Module], x: Float[Tensor, "b c h w"], *, activation_checkpointing: bool = False
+    ) -> Float[Tensor, "b c h w"]:
+        """Return what the blocks of `trunk` and the layers between them make of `x`.
+
+        Args:
+            trunk: as many blocks as the layers were placed for.
+            x: the features that enter.
+            activation_checkpointing: in training, keep only what passes from block to block, and compute the rest
+                again in the backward.
+        """
+        states: dict[int, Any] = {}
+        for number, block in enumerate(trunk):
+            if activation_checkpointing and self.training:
+                x, states = checkpoint(self._segment, number, block, x, states, use_reentrant=False)
+            else:
+                x, states = self._segment(number, block, x, states)
+        return x
+
+    def _segment(
+        self, number: int, block: nn.Module, x: Tensor, states: Mapping[int, Any]
+    ) -> tuple[Tensor, dict[int, Any]]:
+        """Run one block and the layers after it; return the features and the states still needed."""
+        states = dict(states)
+        x = block(x)
+        for step in self._steps.get(number, ()):
+            layer = cast(AttentionLayer, self[step.layer])
+            if step.provider is None:
+                x = layer(x)
+                continue
+            if step.provider == step.layer:
+                states[step.provider] = layer.attend(x)
+            x = layer(x, states[step.provider])
+            if step.last:
+                del states[step.provider]
+        return x, states
