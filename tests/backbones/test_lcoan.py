@@ -1,0 +1,156 @@
+"""LCoAN against the released code and the published parameter counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparse_sr_attn import ConfigError, LCoAN, ShapeError, create_model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = json.loads((GOLDEN / "lcoan_index.json").read_text())
+
+OURS = {
+    "head.0": "conv_first",
+    "m_conv.0": "conv_after_body",
+    "tail.0": "upsample",
+    "tail.1": "conv_last",
+}
+
+
+def our_name(released: str) -> str | None:
+    """Return our key for a key of the released code; None for what it has and never uses."""
+    if released.startswith(("sub_mean", "add_mean", "a")) and not released.startswith("attention"):
+        return None
+    parts = released.split(".")
+    if parts[0] != "body":
+        head, rest = released[:6], released[6:]
+        if released.startswith("m_conv"):
+            head, rest = released[:8], released[8:]
+        return OURS[head] + rest
+    group, part, rest = int(parts[1]), parts[2], parts[4:]
+    prefix = f"body.{group}."
+    if part == "local_body":
+        block, conv, name = parts[3], {"0": "conv1", "2": "conv2"}[parts[5]], parts[6]
+        return f"{prefix}blocks.{block}.{conv}.{name}"
+    if part == "m_conv":
+        return f"{prefix}conv.{rest[-1]}"
+    coa = "coa." if group == 0 else ""
+    if rest[0] == "conv_assembly":
+        return f"{prefix}attention.{coa}value.{rest[-1]}"
+    if group == 0 and rest[0] == "conv_match":
+        return f"{prefix}attention.lsp.embed.{rest[-1]}"
+    if group == 0 and rest[-1] == "means":
+        return f"{prefix}attention.lsp.centroids"
+    return None
+
+
+def renamed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    named = {our_name(key.removeprefix(prefix)): value for key, value in tensors.items() if key.startswith(prefix)}
+    return {key: value for key, value in named.items() if key is not None}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_equals_released_code(name: str) -> None:
+    """Same weights, same image, same gradients; the default where no key counts twice."""
+    case, tensors = CASES[name], load_file(GOLDEN / f"{name}.safetensors")
+    model = LCoAN(
+        num_feat=case["n_feats"],
+        num_group=case["n_resgroups"],
+        num_block=case["n_resblocks"],
+        upscale=case["scale"][0],
+        res_scale=case["res_scale"],
+        num_clusters=case["n_clusters"],
+        chunk_size=case["window_size"],
+        reduction=case["reduction"],
+        **({} if name.endswith("_exact") else {"exact_keys": False}),
+    ).eval()
+    state = renamed(tensors, "state.")
+    state["body.0.attention.lsp.centroids"] = state["body.0.attention.lsp.centroids"][0]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    kmeans = {"usage", "pending_sums", "pending_counts", "pending_seeds", "num_updates", "num_skipped"}
+    assert {key.rsplit(".", 1)[-1] for key in missing} == kmeans
+    assert unexpected == []
+
+    output = model(tensors["input"])
+    torch.testing.assert_close(output, tensors["output"], rtol=0, atol=2e-6)
+
+    (output * tensors["probe"]).sum().backward()
+    expected = renamed(tensors, "grad.")
+    parameters = dict(model.named_parameters())
+    assert set(expected) == set(parameters)
+    for key, gradient in expected.items():
+        actual = parameters[key].grad
+        assert actual is not None
+        error = (actual - gradient).abs().max() / gradient.abs().max()
+        assert error <= 5e-5, f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize(("upscale", "effective", "released"), [
+    (2, 14_340_227, 15_668_508),
+    (3, 15_078_147, 16_406_428),
+    (4, 14_930_563, 16_258_844),
+])  # fmt: skip
+def test_has_the_published_size(upscale: int, effective: int, released: int) -> None:
+    """The released network has nine query convolutions, fixed mean shifts and a scalar that do nothing."""
+    with torch.device("meta"):
+        model = create_model("LCoAN", upscale=upscale)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == effective
+    dead = 9 * (128 * 128 * 9 + 128) + 2 * (3 * 3 + 3) + 1
+    assert count + dead == released
+
+
+@pytest.mark.parametrize("upscale", [2, 3, 4, 8])
+def test_light_is_under_a_million(upscale: int) -> None:
+    assert sum(p.numel() for p in create_model("LCoAN-light", upscale=upscale).parameters()) < 1_000_000
+
+
+@pytest.mark.parametrize("upscale", [2, 3, 4, 8])
+@pytest.mark.parametrize(("channels", "size"), [(1, (1, 1)), (3, (5, 9)), (4, (1, 17))])
+def test_any_size_and_channels(upscale: int, channels: int, size: tuple[int, int]) -> None:
+    model = LCoAN(channels, channels, num_feat=8, num_group=2, num_block=1, upscale=upscale, chunk_size=6)
+    output = model(torch.rand(2, channels, *size))
+    assert output.shape == (2, channels, upscale * size[0], upscale * size[1])
+    assert output.isfinite().all()
+
+
+def test_wrong_channels_name_the_rule() -> None:
+    model = LCoAN(1, 1, num_feat=8, num_group=1, num_block=1)
+    with pytest.raises(ShapeError, match=r"x must be images \(b, 1, .*got shape \(1, 3, 4, 4\)"):
+        model(torch.rand(1, 3, 4, 4))
+
+
+def test_mean_needs_a_number_a_channel() -> None:
+    with pytest.raises(ConfigError, match="rgb_mean: must have one number for each channel"):
+        LCoAN(1, 1, num_feat=8, num_group=1, num_block=1, rgb_mean=[0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(("share", "providers"), [(None, [0]), (1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])])
+def test_who_shares(share: int | None, providers: list[int]) -> None:
+    """`share` groups use one pattern; all their parameters receive gradients."""
+    model = LCoAN(num_feat=8, num_group=4, num_block=1, share=share, chunk_size=10, num_clusters=4)
+    assert [i for i, group in enumerate(model.body) if hasattr(group.attention, "lsp")] == providers
+    model(torch.rand(1, 3, 6, 7)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    """Output, gradients and k-means state are the same to the bit over three training steps."""
+    plain = LCoAN(num_feat=8, num_group=3, num_block=1, share=2, chunk_size=10, num_clusters=4)
+    saving = LCoAN(
+        num_feat=8, num_group=3, num_block=1, share=2, chunk_size=10, num_clusters=4, activation_checkpointing=True
+    )
+    saving.load_state_dict(plain.state_dict())
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (plain, saving)]
+    for step in range(3):
+        x = torch.rand(2, 3, 6, 7, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip((plain, saving), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        for (key, one), other in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
+            assert torch.equal(one, other), key
