@@ -1,7 +1,6 @@
 """EDSR, with attention between its blocks by config."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ class EDSR(ResidualNetwork):
         res_scale: Finite = 1.0,
         img_range: Positive = 255.0,
         rgb_mean: Sequence[Finite] | None = None,
-        attention: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        attention: object = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)

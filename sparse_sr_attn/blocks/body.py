@@ -14,9 +14,6 @@ from sparse_sr_attn.errors import ConfigError, Problem, UnknownNameError
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, build_layer
 from sparse_sr_attn.registry import Entry
 
-AttentionOption = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""One map, or a list of maps, as `AttentionMap` describes them."""
-
 
 @dataclass(frozen=True)
 class AttentionMap:

@@ -1,0 +1,226 @@
+"""EDSR with attention by config: where layers stand, who shares, what the keys are called, what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_sr_attn import EDSR, LAYERS, AttentionLayer, CoA, ConfigError, LCoA
+
+SMALL: dict[str, Any] = {"num_feat": 8, "upscale": 2, "img_range": 1.0}
+LCOA: dict[str, Any] = {"type": "LCoA", "num_clusters": 4, "chunk_size": 10, "reduction": 2, "zero_init": False}
+
+
+def image(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_four_shared_by_four_is_what_it_says() -> None:
+    """After blocks 3, 7, 11, 15; the first computes, the others reuse: spelt out by hand."""
+    model = EDSR(num_block=16, attention={**LCOA, "every": 4, "share": 4}, **SMALL).eval()
+    first, *later = model.attention
+    assert isinstance(first, LCoA)
+    assert [type(layer) for layer in later] == [CoA, CoA, CoA]
+    x = image(2, 3, 6, 7)
+    features = model.conv_first((x - torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1)) * 1.0)
+    deep = features
+    for index, block in enumerate(model.body):
+        deep = block(deep)
+        if index == 3:
+            shared = first.attend(deep)
+            deep = first(deep, shared)
+        elif index in (7, 11, 15):
+            deep = later[(index - 7) // 4](deep, shared)
+    deep = model.conv_after_body(deep) + features
+    expected = model.conv_last(model.upsample(deep)) + torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(("share", "kinds"), [
+    (1, "LLLLL"),
+    (2, "LCLCL"),
+    (3, "LCCLC"),
+    (5, "LCCCC"),
+    (9, "LCCCC"),
+])  # fmt: skip
+def test_share_counts_sites(share: int, kinds: str) -> None:
+    model = EDSR(num_block=5, attention={**LCOA, "every": 1, "share": share}, **SMALL)
+    assert "".join(type(layer).__name__[0] for layer in model.attention) == kinds
+
+
+def test_after_names_the_blocks() -> None:
+    """A layer after block 1 does not touch what block 1 makes, only what follows."""
+    model = EDSR(num_block=4, attention={**LCOA, "after": [1], "res_scale": 1.0}, **SMALL)
+    seen: list[torch.Tensor] = []
+    model.body[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.body[1].register_forward_hook(lambda _, args, output: seen.append(output))
+    model.eval()(image(1, 3, 4, 4))
+    into_attention, out_of_attention = seen
+    assert torch.equal(model.attention[0](into_attention), out_of_attention)
+    assert not torch.equal(into_attention, out_of_attention)
+
+
+def test_maps_mix_and_never_share_across() -> None:
+    """Layers are numbered from input to output; at one block the order of the maps holds."""
+    model = EDSR(
+        num_block=4,
+        attention=[
+            {**LCOA, "every": 2, "share": 2, "num_clusters": 3},
+            {**LCOA, "after": [1, 2], "share": 2, "num_clusters": 5},
+        ],
+        **SMALL,
+    )
+    kinds = [
+        (type(layer).__name__, len(layer.lsp.centroids) if isinstance(layer, LCoA) else None)
+        for layer in model.attention
+    ]
+    # blocks: 1 (map 0, map 1), 2 (map 1), 3 (map 0)
+    assert kinds == [("LCoA", 3), ("LCoA", 5), ("CoA", None), ("CoA", None)]
+    x = image(1, 8, 5, 5)
+    y = x
+    states = {}
+    for index, block in enumerate(model.eval().body):
+        y = block(y)
+        if index == 1:
+            for provider in (0, 1):
+                states[provider] = model.attention[provider].attend(y)
+                y = model.attention[provider](y, states[provider])
+        elif index == 2:
+            y = model.attention[2](y, states[1])
+        elif index == 3:
+            y = model.attention[3](y, states[0])
+    assert torch.equal(model.attention.run(model.body, x), y)
+
+
+def test_zero_init_by_default_and_identity() -> None:
+    """Attention starts as the identity, and its keys stand under a prefix of their own."""
+    plain = EDSR(num_block=4, **SMALL)
+    with_attention = EDSR(num_block=4, attention={"type": "LCoA", "every": 2, "share": 2, "num_clusters": 4}, **SMALL)
+    missing, unexpected = with_attention.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == []
+    assert all(key.startswith("attention.") for key in missing)
+    x = image(2, 3, 5, 8)
+    assert torch.equal(plain(x), with_attention(x))
+
+
+def test_all_attention_learns_after_two_steps() -> None:
+    model = EDSR(num_block=4, attention={"type": "LCoA", "every": 1, "share": 3, "num_clusters": 4}, **SMALL)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        model(image(2, 3, 6, 6, seed=step)).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("upscale", [2, 3, 4, 8])
+@pytest.mark.parametrize(("channels", "size"), [(1, (1, 1)), (3, (7, 5)), (5, (17, 1))])
+def test_any_size_and_channels(upscale: int, channels: int, size: tuple[int, int]) -> None:
+    model = EDSR(channels, channels, 8, 2, upscale, attention={**LCOA, "every": 1})
+    output = model(image(2, channels, *size))
+    assert output.shape == (2, channels, upscale * size[0], upscale * size[1])
+    assert output.isfinite().all()
+
+
+def test_grey_in_colour_out() -> None:
+    assert EDSR(1, 3, 8, 1, 2)(image(1, 1, 4, 4)).shape == (1, 3, 8, 8)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    """Parameters and k-means state stay the same to the bit over three steps."""
+    option = {**LCOA, "every": 1, "share": 2}
+    models = [EDSR(num_block=4, attention=option, activation_checkpointing=on, **SMALL) for on in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())
+    for step in range(3):
+        for model in models:
+            model.zero_grad()
+            model(image(2, 3, 6, 7, seed=step)).square().mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+    for key, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[key]), key
+    assert models[0].attention[0].lsp.num_updates == 2
+
+
+BAD = [
+    ({"type": "LCOA", "every": 2}, "attention.type: no layer named 'LCOA'; did you mean 'LCoA'?"),
+    ({"type": "CoA", "every": 2}, "attention.type: must be a drop-in layer, got 'CoA', a consumer; use LCoA"),
+    ({"type": "LSP", "every": 2}, "attention.type: must be a drop-in layer, got 'LSP', a provider; use LCoA"),
+    ({"type": 3, "every": 2}, "attention.type: must be a string, got 3"),
+    ({"every": 2}, "attention.type: missing"),
+    (
+        {"type": "LCoA"},
+        "attention: must have one of 'every' and 'after', which say where attention stands, got neither",
+    ),
+    ({"type": "LCoA", "every": 2, "after": [1]}, "got both"),
+    ({"type": "LCoA", "every": 0}, "attention.every: must be >= 1"),
+    ({"type": "LCoA", "every": 5}, "attention.every: must hit at least one of the 4 blocks, got 5"),
+    ({"type": "LCoA", "after": []}, "attention.after: must hit at least one of the 4 blocks, got []"),
+    ({"type": "LCoA", "after": [4]}, "attention.after: must be blocks from 0 to 3, got [4]"),
+    ({"type": "LCoA", "after": [1, 1]}, "attention.after: must be rising, each block once, got [1, 1]"),
+    ({"type": "LCoA", "after": [2, 1]}, "attention.after: must be rising, each block once, got [2, 1]"),
+    ({"type": "LCoA", "after": [-1]}, "attention.after: must be"),
+    ({"type": "LCoA", "after": 1}, "attention.after: must be a list"),
+    ({"type": "LCoA", "every": 1, "share": 0}, "attention.share: must be >= 1, got 0"),
+    ({"type": "LCoA", "every": 1, "chunk_size": 0}, "attention.chunk_size: must be >= 1, got 0"),
+    ({"type": "LCoA", "every": 1, "n_cluster": 9}, "attention.n_cluster: unknown; did you mean 'num_clusters'?"),
+    ({"type": "LCoA", "evry": 1}, "attention.evry: unknown; did you mean 'every'?"),
+    ({"type": "LCoA", "every": 1, "ema_decay": 1.5}, "attention.ema_decay: must be in [0, 1], got 1.5"),
+    ({"type": "LCoA", "every": 1, "zero_init": "yes"}, "attention.zero_init: must be true or false, got 'yes'"),
+    ({"type": "LCoA", "every": True}, "attention.every: must be an integer >= 1"),
+    ({"type": "LCoA", "every": 1, "num_clusters": 2.0}, "attention.num_clusters: must be an integer >= 1, got 2.0"),
+    ({"type": "LCoA", "every": 1, "res_scale": "much"}, "attention.res_scale: must be a number finite, got 'much'"),
+    ({"type": "LCoA", "every": 1, "res_scale": float("nan")}, "attention.res_scale: must be finite, got nan"),
+    ([{"type": "LCoA", "every": 1}, {"type": "LCoA"}], "attention.1: must have one of"),
+    (["LCoA"], "attention.0: must be a map with a key 'type', got 'LCoA'"),
+    ("LCoA", "attention: must be a map, a list of maps or ~ (no attention), got 'LCoA'"),
+]
+
+
+@pytest.mark.parametrize(("attention", "message"), BAD)
+def test_wrong_attention_is_explained(attention: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EDSR(num_block=4, attention=attention, **SMALL)
+    assert message in str(caught.value)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        EDSR(
+            num_block=4,
+            attention=[{"type": "LCoA", "every": 9}, {"type": "LCoA", "every": 1, "chunk_size": 0, "n_cluster": 3}],
+            **SMALL,
+        )
+    assert [problem.path for problem in caught.value.problems] == [
+        "attention.0.every",
+        "attention.1.chunk_size",
+        "attention.1.n_cluster",
+    ]
+    with pytest.raises(ConfigError, match=r"num_feat must be >= 1, got 0\nupscale must be one of 2, 3, 4, 8, got 5"):
+        EDSR(num_feat=0, upscale=5)
+    with pytest.raises(ConfigError, match=r"num_fet: unknown; did you mean 'num_feat'\?"):
+        EDSR(num_fet=3)
+
+
+def test_sharing_needs_something_to_share() -> None:
+    """A layer of a third party that provides no state cannot be shared."""
+
+    @LAYERS.register("Doubled", kind="layer", source="this test")
+    class Doubled(AttentionLayer):
+        def __init__(self, embed_dim: int) -> None:
+            super().__init__()
+
+        def forward(self, x: torch.Tensor, state: None = None) -> torch.Tensor:
+            return 2 * x
+
+    try:
+        with pytest.raises(
+            ConfigError, match="attention.share: must be 1, because Doubled has nothing to share, got 2"
+        ):
+            EDSR(num_block=4, attention={"type": "Doubled", "every": 2, "share": 2}, **SMALL)
+        model = EDSR(num_block=1, attention={"type": "Doubled", "every": 1}, **SMALL)
+        x = image(1, 8, 3, 3)
+        assert torch.equal(model.features(x), 2 * model.body[0](x))
+    finally:
+        del LAYERS._entries["Doubled"]

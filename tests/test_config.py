@@ -1,0 +1,106 @@
+"""Options are declared once, in signatures; everything wrong is said at once, with its path."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_sr_attn import LCoA
+from sparse_sr_attn.config import Positive, PositiveInt, UnitInterval, checked, read
+from sparse_sr_attn.errors import ConfigError, Problem
+
+
+def build(
+    width: PositiveInt,
+    *,
+    decay: UnitInterval = 0.5,
+    rate: Positive = 1e-4,
+    names: Sequence[str] = (),
+    mode: Literal["a", "b"] = "a",
+    extra: Mapping[str, Any] | None = None,
+    flag: bool = False,
+    anything: Any = None,
+    unsaid=None,
+) -> None:
+    """Declare one option of each kind."""
+
+
+def problems(mapping: Mapping[str, object], path: str = "") -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(build, mapping, path)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_values_come_converted() -> None:
+    values = read(build, {"width": 3, "rate": "1e-4", "decay": 1, "names": ["x"], "mode": "b", "extra": {"k": 1}})
+    assert values == {"width": 3, "rate": 1e-4, "decay": 1.0, "names": ("x",), "mode": "b", "extra": {"k": 1}}
+    assert type(values["rate"]) is type(values["decay"]) is float
+
+
+def test_no_defaults_are_filled_in() -> None:
+    assert read(build, {"width": 1}) == {"width": 1}
+    assert read(build, {}, given=1) == {}
+
+
+@pytest.mark.parametrize(("mapping", "expected"), [
+    ({}, "width: missing; it has no default"),
+    ({"width": 0}, "width: must be >= 1, got 0"),
+    ({"width": "3"}, "width: must be an integer >= 1, got '3'"),
+    ({"width": True}, "width: must be an integer >= 1, got True"),
+    ({"width": None}, "width: must be an integer >= 1, got None"),
+    ({"width": 1, "decay": "x"}, "decay: must be a number in [0, 1], got 'x'"),
+    ({"width": 1, "decay": -0.1}, "decay: must be in [0, 1], got -0.1"),
+    ({"width": 1, "rate": float("inf")}, "rate: must be finite and > 0, got inf"),
+    ({"width": 1, "names": "abc"}, "names: must be a list, got 'abc'"),
+    ({"width": 1, "names": [1]}, "names: must be a string, got [1]"),
+    ({"width": 1, "mode": "c"}, "mode: must be one of 'a', 'b', got 'c'"),
+    ({"width": 1, "extra": 3}, "extra: must be a mapping or ~ (nothing), got 3"),
+    ({"width": 1, "flag": 1}, "flag: must be true or false, got 1"),
+])  # fmt: skip
+def test_each_rule_has_its_words(mapping: Mapping[str, object], expected: str) -> None:
+    assert problems(mapping) == [expected]
+
+
+def test_all_problems_with_paths_and_suggestions() -> None:
+    assert problems({"widht": 3, "decay": 2}, "network_g.attention") == [
+        "network_g.attention.widht: unknown; did you mean 'width'? "
+        "(known: width, decay, rate, names, mode, extra, flag, anything, unsaid)",
+        "network_g.attention.decay: must be in [0, 1], got 2",
+        "network_g.attention.width: missing; it has no default",
+    ]
+
+
+def test_checked_holds_direct_callers_to_the_same_rules() -> None:
+    called = checked(build)
+    with pytest.raises(ConfigError, match=r"^width must be >= 1, got 0\ndecay must be in \[0, 1\], got 7$"):
+        called(0, decay=7)
+    with pytest.raises(ConfigError, match="dekay: unknown; did you mean 'decay'"):
+        called(1, dekay=7)
+    with pytest.raises(TypeError, match="missing a required argument: 'width'"):
+        called()
+
+
+def test_layers_say_the_rule_and_the_value() -> None:
+    with pytest.raises(ConfigError, match=r"^chunk_size must be >= 1, got 0$"):
+        LCoA(64, chunk_size=0)
+    with pytest.raises(ConfigError, match="n_cluster: unknown; did you mean 'num_clusters'"):
+        LCoA(64, n_cluster=3)
+
+
+def test_under_moves_every_path() -> None:
+    error = ConfigError([Problem("a", "is wrong"), Problem("", "so is all of it")]).under("top")
+    assert str(error) == "top.a: is wrong\ntop: so is all of it"
+
+
+@given(st.dictionaries(st.text(max_size=8), st.none() | st.integers() | st.text() | st.lists(st.integers())))
+def test_any_mapping_is_read_or_explained(mapping: dict[str, object]) -> None:
+    """Whatever an option file holds, the answer is values or a ConfigError that names each bad key."""
+    try:
+        values = read(build, mapping)
+    except ConfigError as error:
+        assert {p.path for p in error.problems} <= {*mapping, "width"}
+        assert error.problems
+    else:
+        assert values.keys() == mapping.keys()

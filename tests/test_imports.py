@@ -1,0 +1,96 @@
+"""Imports point one way, and importing the package needs and costs little."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparse_sr_attn
+
+ROOT = Path(sparse_sr_attn.__file__).parent
+
+# Who may import whom, inside the package. CONTRIBUTING.md draws the same arrows.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "registry": {"errors"},
+    "config": {"errors", "registry"},
+    "states": {"errors"},
+    "reference": set(),
+    "degradation": {"errors"},
+    "functional": {"errors", "states"},
+    "layers": {"errors", "states", "registry", "config", "functional"},
+    "blocks": {"errors", "states", "registry", "config", "functional", "layers"},
+    "backbones": {"errors", "states", "registry", "config", "functional", "layers", "blocks"},
+    "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
+    "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
+    "cli": {"errors"},  # and the integrations, lazily
+    "__main__": {"cli"},
+}
+
+
+def part(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules that a file imports, as written, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            if module == "sparse_sr_attn":
+                names |= {f"sparse_sr_attn.{alias.name}" for alias in node.names}
+            else:
+                names.add(module)
+    return names
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = part(path)
+    assert own in MAY_IMPORT, f"{own} is new: say in MAY_IMPORT and CONTRIBUTING.md what it may import"
+    for name in imported(path):
+        if name.startswith("sparse_sr_attn."):
+            target = name.split(".")[1]
+            assert target == own or target in MAY_IMPORT[own], f"{own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reference").glob("*.py")), ids=lambda path: path.name)
+def test_the_slow_twins_share_no_code(path: Path) -> None:
+    """They import torch and the standard library, and each other."""
+    for name in imported(path):
+        top = name.split(".")[0]
+        assert top in {"torch", *sys.stdlib_module_names} or name.startswith("sparse_sr_attn.reference"), name
+
+
+COLD = """
+import sys
+allowed = {"torch", "einops", "jaxtyping"}
+import torch, einops, jaxtyping
+before = {name.split(".")[0] for name in sys.modules}
+import sparse_sr_attn
+for name in {"basicsr", "timm", "torchvision", "spandrel", "numpy.testing", "skimage", "yaml", "tqdm", "matplotlib"}:
+    assert name in before or name not in sys.modules, name
+new = {name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
+assert new <= {"sparse_sr_attn"}, new
+assert sparse_sr_attn.LCoA(8)(torch.rand(1, 8, 3, 3)).shape == (1, 8, 3, 3)
+"""
+
+
+def test_import_brings_nothing_but_its_dependencies() -> None:
+    subprocess.run([sys.executable, "-c", COLD], check=True)
+
+
+def test_public_names_exist() -> None:
+    assert sorted(sparse_sr_attn.__all__) == sorted(set(sparse_sr_attn.__all__))
+    for name in sparse_sr_attn.__all__:
+        assert hasattr(sparse_sr_attn, name)

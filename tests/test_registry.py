@@ -1,0 +1,54 @@
+"""The registry is a name table: unknown names get a suggestion, taken ones are refused, nothing else happens."""
+
+import pytest
+
+from sparse_sr_attn import LAYERS, DuplicateNameError, UnknownNameError
+from sparse_sr_attn.registry import Registry
+
+
+def one() -> int:
+    return 1
+
+
+def two() -> int:
+    return 2
+
+
+def table() -> Registry[int]:
+    registry: Registry[int] = Registry("number")
+    registry.register("One", kind="odd", source="Peano")(one)
+    return registry
+
+
+def test_entries_come_back_whole() -> None:
+    entry = table().get("One")
+    assert (entry.name, entry.kind, entry.build, entry.source) == ("One", "odd", one, "Peano")
+    assert entry.build() == 1
+
+
+def test_unknown_name_suggests() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        table().get("oen")
+    assert str(caught.value) == "no number named 'oen'; did you mean 'One'? (known: One)"
+    with pytest.raises(UnknownNameError, match=r"no number named \['One'\]"):
+        table().get(["One"])  # type: ignore[arg-type]
+
+
+def test_taken_name_is_refused_and_nothing_changes() -> None:
+    registry = table()
+    with pytest.raises(DuplicateNameError, match=r"'One', which .*\.one has already; register .*\.two under another"):
+        registry.register("One", kind="even", source="x")(two)
+    assert registry.get("One").build is one
+
+
+def test_same_again_is_once() -> None:
+    registry = table()
+    registry.register("One", kind="odd", source="Peano")(one)
+    assert list(registry) == ["One"]
+    assert len(registry) == 1
+    assert "One" in registry
+    assert "Two" not in registry
+
+
+def test_layers_of_the_library() -> None:
+    assert {name: LAYERS.get(name).kind for name in LAYERS} == {"CoA": "consumer", "LCoA": "layer", "LSP": "provider"}
