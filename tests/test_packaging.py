@@ -1,0 +1,46 @@
+"""The wheel holds both packages, the option files and the command; nothing else."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "sparse-sr = sparse_sr_attn.cli:main" in archive.read(entry_points).decode()
+    packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert packages == {"sparse_sr_attn", "sparse_sr_attn_basicsr"}
+    for folder, home in (("sparse_sr_attn", ROOT), ("sparse_sr_attn_basicsr", ROOT / "integrations")):
+        expected = {
+            str(path.relative_to(home))
+            for path in (home / folder).rglob("*")
+            if path.suffix in {".py", ".yml", ".typed"}
+        }
+        assert expected == {name for name in names if name.startswith(f"{folder}/")}
+
+    code = (
+        "import sparse_sr_attn, sparse_sr_attn_basicsr; print(sparse_sr_attn.__file__, sparse_sr_attn_basicsr.__file__)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=tmp_path / "site",
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    assert output.count(str(tmp_path / "site")) == 2
