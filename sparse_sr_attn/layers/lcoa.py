@@ -19,6 +19,7 @@ from sparse_sr_attn.functional.cluster import (
     cluster_pattern,
     cluster_weights,
 )
+from sparse_sr_attn.functional.cluster_layout import score_precision
 from sparse_sr_attn.functional.kmeans import KMeansState, assign, initial_state, kmeans_step
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
@@ -119,7 +120,8 @@ class LSP(nn.Module):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         _check_map(x, self.embed_dim)
-        query = _tokens(self.embed(x))
+        embedding = _tokens(self.embed(x))
+        query = embedding.to(score_precision(embedding))
         if self.training and self.ema_decay < 1:
             assignment = kmeans_step(
                 query, self._kmeans(), ema_decay=self.ema_decay, reseed_threshold=self.reseed_threshold
