@@ -206,7 +206,7 @@ class _Oneshot:
 
     def apply(self, weights: Tensor, value: Tensor) -> Tensor:
         chunks = weights @ self._with_adjacent(self._chunks(value))
-        # By the slot of each token: no slice to the tokens, whose strides would tell export whether the last chunk is full.
+        # By the slot of each token: strides of a slice to the tokens would tell export whether the last chunk is full.
         slot = torch.arange(self.layout.num_tokens, device=self.order.device).expand_as(self.order)
         inverse = torch.empty_like(self.order).scatter(1, self.order, slot)
         return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, value.shape[-1]))

@@ -109,7 +109,8 @@ def _tile_chunks(rows: Tensor, tile: _Tile, layout: ClusterLayout) -> Tensor:
 
 
 def _flat(rows: Tensor) -> Tensor:
-    return rows.reshape(-1, rows.shape[-1])
+    # Contiguous, so that what is made like it has the strides that the fakes promise.
+    return rows.reshape(-1, rows.shape[-1]).contiguous()
 
 
 def _layout(order: Tensor, chunk_size: int, num_adjacent: int, exact_keys: bool) -> ClusterLayout:
@@ -201,7 +202,8 @@ def _apply_backward_op(
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     with torch.autocast(value.device.type, enabled=False):
         rows, grad_rows = _flat(value), _flat(grad)
-        grad_weights, grad_value = torch.empty_like(weights), torch.zeros_like(rows, dtype=score_precision(rows))
+        grad_weights = weights.new_empty(weights.shape)
+        grad_value = torch.zeros_like(rows, dtype=score_precision(rows))
         for sample, tile in _tiles(order, layout):
             out = _tile_chunks(grad_rows, tile, layout)
             grad_weights[sample, tile.chunks] = torch.bmm(out, _windows(rows[tile.halo], layout).transpose(1, 2))

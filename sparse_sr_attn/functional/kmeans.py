@@ -228,7 +228,8 @@ def _least_similar(points: Tensor, similarity: Tensor, num: int) -> tuple[Tensor
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     points = points.detach()
     points = points.to(_precision(points))
-    best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)
+    with torch.autocast(points.device.type, enabled=False):
+        best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)
     return best, index
 
 

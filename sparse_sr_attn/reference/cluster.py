@@ -1,0 +1,235 @@
+"""Cluster attention by loops over chunks, and as dense attention under a table of who sees whom how often."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class PatternLike(Protocol):
+    """What these functions read of a pattern; the library's own `ClusterPattern` will do."""
+
+    @property
+    def order(self) -> Tensor:
+        """Token at each slot, `(b, n)`."""
+
+    @property
+    def chunk_size(self) -> int:
+        """Slots in a chunk, as asked for."""
+
+    @property
+    def num_adjacent(self) -> int:
+        """Neighbouring chunks seen on each side."""
+
+    @property
+    def exact_keys(self) -> bool:
+        """Whether each key counts once, or as often as the published code counts it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterPattern:
+    """The order of the tokens and how it is cut into chunks."""
+
+    order: Tensor
+    assignment: Tensor
+    chunk_size: int
+    num_adjacent: int
+    exact_keys: bool
+
+
+def cluster_pattern(
+    assignment: Tensor, *, chunk_size: int, num_adjacent: int = 1, exact_keys: bool = True
+) -> ClusterPattern:
+    """Order the tokens of each sample by cluster, and within a cluster by position.
+
+    Args:
+        assignment: cluster of each token, `(b, n)`.
+        chunk_size: slots in a chunk, at least 1.
+        num_adjacent: neighbouring chunks seen on each side.
+        exact_keys: each key counts once; else as in the published code.
+
+    Returns:
+        The pattern.
+    """
+    order = [
+        [position for _, position in sorted((cluster, position) for position, cluster in enumerate(row))]
+        for row in assignment.tolist()
+    ]
+    return ClusterPattern(
+        torch.tensor(order, dtype=torch.int64, device=assignment.device).reshape(assignment.shape),
+        assignment,
+        chunk_size,
+        num_adjacent,
+        exact_keys,
+    )
+
+
+def slot_tokens(order: list[int], chunk_size: int, exact_keys: bool) -> list[list[int | None]]:
+    """Cut one sample's slots into chunks: the token at each slot, None where a slot is empty.
+
+    With `exact_keys` a chunk is at most as long as the sample, and the last chunk ends in empty slots. Without, the
+    last chunk is filled up by repeating the tokens of the last slots (round and round if that is not enough).
+
+    Args:
+        order: token at each slot.
+        chunk_size: slots in a chunk.
+        exact_keys: as in `cluster_pattern`.
+
+    Returns:
+        The chunks, all of one length.
+    """
+    num_tokens = len(order)
+    length = min(chunk_size, num_tokens) if exact_keys else chunk_size
+    num_chunks = (num_tokens + length - 1) // length
+    num_padding = num_chunks * length - num_tokens
+    filling = (order[(slot - num_padding) % num_tokens] for slot in range(num_tokens, num_chunks * length))
+    slots: list[int | None] = [*order, *(None if exact_keys else token for token in filling)]
+    return [slots[start : start + length] for start in range(0, num_chunks * length, length)]
+
+
+def seen_tokens(chunks: list[list[int | None]], num_adjacent: int, exact_keys: bool) -> list[list[int | None]]:
+    """Return the tokens each chunk sees in the order of axis `j`: offset by offset, None where nothing is seen.
+
+    Chunks form a ring. If the ring is so short that a chunk is met at two offsets, then with `exact_keys` only one of
+    them shows it, the one closest to 0 (between equals the following chunk's side); else both do.
+
+    Args:
+        chunks: from `slot_tokens`.
+        num_adjacent: neighbouring chunks seen on each side.
+        exact_keys: as in `cluster_pattern`.
+
+    Returns:
+        `(2 * num_adjacent + 1) * length` entries for each chunk.
+    """
+    num_chunks = len(chunks)
+    first, last = -((num_chunks - 1) // 2), num_chunks // 2
+    seen: list[list[int | None]] = []
+    for t in range(num_chunks):
+        row: list[int | None] = []
+        for offset in range(-num_adjacent, num_adjacent + 1):
+            shown = first <= offset <= last or not exact_keys
+            row += [token if shown else None for token in chunks[(t + offset) % num_chunks]]
+        seen.append(row)
+    return seen
+
+
+def multiplicity(pattern: PatternLike) -> Tensor:
+    """Return how often query token l sees key token m.
+
+    Args:
+        pattern: who is in which chunk.
+
+    Returns:
+        Counts `(b, l, m)` in image order, int64: 0 or 1 with `exact_keys`, else up to what the published code counts.
+    """
+    batch, num_tokens = pattern.order.shape
+    counts = torch.zeros(batch, num_tokens, num_tokens, dtype=torch.int64)
+    for b, order in enumerate(pattern.order.tolist()):
+        chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
+        seen = seen_tokens(chunks, pattern.num_adjacent, pattern.exact_keys)
+        for slot, query in enumerate(order):
+            for key in seen[slot // len(chunks[0])]:
+                if key is not None:
+                    counts[b, query, key] += 1
+    return counts.to(pattern.order.device)
+
+
+def visible_pairs(pattern: PatternLike) -> Tensor:
+    """Return whether query token l sees key token m, `(b, l, m)` in image order."""
+    return multiplicity(pattern) > 0
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, counts: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Softmax attention over all pairs of tokens, in which a pair weighs as often as it counts.
+
+    Args:
+        query: `(b, n, d)`.
+        key: `(b, n, d)`.
+        value: `(b, n, e)`.
+        counts: how often query l sees key m, `(b, n, n)`; all ones for plain attention.
+        scale: factor on the dot products.
+
+    Returns:
+        `(b, n, e)`, in the precision of the input throughout.
+    """
+    scores = scale * torch.einsum("bld,bmd->blm", query, key)
+    scores = scores.masked_fill(counts == 0, float("-inf"))
+    largest = scores.detach().amax(dim=-1, keepdim=True)
+    powers = counts * torch.exp(scores - largest)
+    weights = powers / powers.sum(dim=-1, keepdim=True)
+    return torch.einsum("blm,bme->ble", weights.to(value.dtype), value)
+
+
+def cluster_attention(query: Tensor, key: Tensor, value: Tensor, pattern: PatternLike, *, scale: float = 1.0) -> Tensor:
+    """Cluster attention as dense attention under the pattern's counts.
+
+    Args:
+        query: `(b, n, d)`.
+        key: `(b, n, d)`.
+        value: `(b, n, e)`.
+        pattern: who sees whom.
+        scale: factor on the dot products.
+
+    Returns:
+        `(b, n, e)`.
+    """
+    return dense_attention(query, key, value, multiplicity(pattern), scale=scale)
+
+
+def cluster_weights(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: float = 1.0) -> Tensor:
+    """Softmax weights by chunks, one query at a time.
+
+    Args:
+        query: `(b, n, d)`.
+        key: `(b, n, d)`.
+        pattern: who sees whom.
+        scale: factor on the dot products.
+
+    Returns:
+        `(b, k, i, j)`: chunk, slot in the chunk, slot seen. What is not seen has weight 0, and so has everything in the
+        rows of slots past the last token.
+    """
+    samples = []
+    for b, order in enumerate(pattern.order.tolist()):
+        chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
+        seen = seen_tokens(chunks, pattern.num_adjacent, pattern.exact_keys)
+        length, num_seen = len(chunks[0]), len(seen[0])
+        rows = []
+        for slot in range(len(chunks) * length):
+            row = query.new_zeros(num_seen)
+            if slot < len(order):
+                tokens = seen[slot // length]
+                places = [place for place, token in enumerate(tokens) if token is not None]
+                keys = torch.stack([key[b, token] for token in tokens if token is not None])
+                scores = scale * (keys * query[b, order[slot]]).sum(dim=-1)
+                powers = torch.exp(scores - scores.detach().max())
+                row = row.index_add(0, torch.tensor(places, device=row.device), powers / powers.sum())
+            rows.append(row)
+        samples.append(torch.stack(rows).reshape(len(chunks), length, num_seen))
+    return torch.stack(samples)
+
+
+def apply_cluster_weights(weights: Tensor, value: Tensor, pattern: PatternLike) -> Tensor:
+    """Weighted sum of values, one query at a time.
+
+    Args:
+        weights: from `cluster_weights`.
+        value: `(b, n, e)`.
+        pattern: the one of the weights.
+
+    Returns:
+        `(b, n, e)` in image order.
+    """
+    samples = []
+    for b, order in enumerate(pattern.order.tolist()):
+        chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
+        seen = seen_tokens(chunks, pattern.num_adjacent, pattern.exact_keys)
+        results: list[Tensor] = [value[b, 0]] * len(order)
+        for slot, query in enumerate(order):
+            chunk, row = divmod(slot, len(chunks[0]))
+            places = [place for place, token in enumerate(seen[chunk]) if token is not None]
+            tokens = [token for token in seen[chunk] if token is not None]
+            results[query] = (weights[b, chunk, row, places, None] * value[b, tokens]).sum(dim=0)
+        samples.append(torch.stack(results))
+    return torch.stack(samples)

@@ -1,0 +1,811 @@
+"""The contract of attention layers, clause by clause, for any registry of layers.
+
+    from sparse_sr_attn.testing import conformance
+
+    @pytest.mark.parametrize(("subject", "clause"), conformance.matrix(LAYERS), ids=str)
+    def test_contract(subject, clause):
+        clause.check(subject, torch.device("cpu"))
+
+A layer is held to the contract from the moment it is registered: it is built with small options (`SMALL`, as far as its
+signature has them), and a consumer or provider is joined with the first partner in the registry that fits.
+"""
+
+import copy
+import inspect
+import io
+import pickle
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from sparse_sr_attn.errors import ShapeError, SharingError
+from sparse_sr_attn.registry import Entry, Registry
+from sparse_sr_attn.testing.strategies import generator
+from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_derivatives, rms
+
+CHANNELS = 8
+HEIGHT, WIDTH = 5, 7
+
+SMALL: Mapping[str, object] = {
+    "num_clusters": 5,
+    "chunk_size": 4,
+    "reduction": 2,
+    "ema_decay": 0.9,
+    "reseed_threshold": 0.5,
+    "res_scale": 0.5,
+}
+"""Options small enough that a map of 5x7 has several chunks, a padded one, and clusters that die."""
+
+
+# --- what is checked --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A registered layer, ready to be built small.
+
+    Attributes:
+        entry: its row in the registry.
+        partner: for a consumer its provider, for a provider its consumer.
+        shared: use a layer in two steps, `layer(x, layer.attend(x))`, rather than alone.
+        options: given on top of the small ones.
+    """
+
+    entry: Entry[nn.Module]
+    partner: Entry[nn.Module] | None = None
+    shared: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.entry.name} sharing" if self.shared else self.entry.name
+
+    @property
+    def kind(self) -> str:
+        """Kind of the entry: layer, consumer, provider or operator."""
+        return self.entry.kind
+
+    def takes(self, option: str) -> bool:
+        """Return whether the constructor has this option."""
+        return option in inspect.signature(self.entry.build).parameters
+
+    def layer(self, channels: int = CHANNELS, **options: object) -> nn.Module:
+        """Build the layer alone, with the same weights each time."""
+        return _build(self.entry, channels, {**self.options, **options})
+
+    def chain(self, channels: int = CHANNELS, **options: object) -> "Chain":
+        """Build the layer, with its partner if it needs one, as a module from feature map to feature map."""
+        partner = None if self.partner is None else _build(self.partner, channels, {})
+        return Chain(self.layer(channels, **options), partner, self.kind, self.shared)
+
+
+class Chain(nn.Module):
+    """A layer of any kind made into a module from feature map to feature map.
+
+    Args:
+        layer: what is checked.
+        partner: the provider of a consumer, or the consumer of a provider.
+        kind: of the layer.
+        shared: whether a layer is used through its own state.
+    """
+
+    def __init__(self, layer: nn.Module, partner: nn.Module | None, kind: str, shared: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.partner = partner
+        self.kind = kind
+        self.shared = shared
+
+    def state(self, x: Tensor) -> Any:
+        """Return the state that is shared."""
+        if self.kind == "consumer":
+            return attend(self.partner, x)
+        return attend(self.layer, x)
+
+    def read(self, x: Tensor, state: object) -> Tensor:
+        """Return what the reader of a state makes of it."""
+        reader = self.partner if self.kind == "provider" else self.layer
+        assert reader is not None, "a provider without a consumer in the registry"
+        output: Tensor = reader(x, state)
+        return output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the feature map."""
+        if self.kind in ("consumer", "provider") or self.shared:
+            return self.read(x, self.state(x))
+        output: Tensor = self.layer(x)
+        return output
+
+
+def attend(provider: nn.Module | None, x: Tensor) -> Any:
+    """Return the state of `x` by a provider or by a layer that provides."""
+    assert provider is not None, "a consumer without a provider in the registry"
+    make = getattr(provider, "attend", provider)
+    return make(x)
+
+
+def subjects(registry: Registry[nn.Module]) -> list[Subject]:
+    """Return all layers of a registry, each with its partner; layers that provide come twice, alone and sharing."""
+    entries = [registry.get(name) for name in registry]
+    entries.sort(key=lambda entry: entry.kind != "provider")  # a partner that only provides comes first
+    found = []
+    for entry in entries:
+        if entry.kind == "consumer":
+            found.append(Subject(entry, partner=_partner(entry, [other for other in entries if _fits(other, entry)])))
+        elif entry.kind == "provider":
+            found.append(Subject(entry, partner=_partner(entry, [other for other in entries if _fits(entry, other)])))
+        else:
+            found.append(Subject(entry))
+            if getattr(entry.build, "provides", None) is not None:
+                found.append(Subject(entry, shared=True))
+    return found
+
+
+def _partner(entry: Entry[nn.Module], fitting: list[Entry[nn.Module]]) -> Entry[nn.Module]:
+    if not fitting:
+        raise LookupError(f"a {entry.kind} needs a partner in the registry, {entry.name} has none")
+    return fitting[0]
+
+
+def _fits(provider: Entry[nn.Module], consumer: Entry[nn.Module]) -> bool:
+    if provider.kind not in ("provider", "layer") or consumer.kind != "consumer":
+        return False
+    if provider.kind == "layer" and getattr(provider.build, "provides", None) is None:
+        return False
+    with torch.no_grad():
+        state = attend(_build(provider, CHANNELS, {}).eval(), torch.zeros(1, CHANNELS, 2, 2))
+    return isinstance(state, getattr(consumer.build, "requires", ()) or ())
+
+
+def _build(entry: Entry[nn.Module], channels: int, options: Mapping[str, object]) -> nn.Module:
+    known = inspect.signature(entry.build).parameters
+    small = {name: value for name, value in SMALL.items() if name in known}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return entry.build(channels, **{**small, **options})
+
+
+def feature_map(
+    name: str,
+    batch: int = 2,
+    channels: int = CHANNELS,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return normal numbers that depend on nothing but `name` and the size."""
+    numbers = torch.randn(batch, channels, height, width, generator=generator(0, name), dtype=torch.float64)
+    return numbers.to(device, dtype)
+
+
+# --- the clauses ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One clause of the contract.
+
+    Attributes:
+        name: for test ids.
+        check: raises AssertionError, or the layer's own error, if the subject breaks the clause.
+        applies: to which subjects.
+        hookable: whether it can be checked under jaxtyping's import hook, which disturbs compilers, moves Python's
+            random state, and is the first to notice a value of the wrong type.
+        slow: whether it takes more than a few seconds.
+    """
+
+    name: str
+    check: Callable[[Subject, torch.device], None]
+    applies: Callable[[Subject], bool]
+    hookable: bool = True
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CLAUSES: list[Clause] = []
+
+
+def _everyone(_: Subject) -> bool:
+    return True
+
+
+def _clause(
+    applies: Callable[[Subject], bool] = _everyone, *, hookable: bool = True, slow: bool = False
+) -> Callable[[Callable[[Subject, torch.device], None]], Callable[[Subject, torch.device], None]]:
+    def enter(check: Callable[[Subject, torch.device], None]) -> Callable[[Subject, torch.device], None]:
+        name = check.__name__.removeprefix("check_").replace("_", " ")
+        CLAUSES.append(Clause(name, check, applies, hookable, slow))
+        return check
+
+    return enter
+
+
+def matrix(registry: Registry[nn.Module]) -> list[tuple[Subject, Clause]]:
+    """Return every layer with every clause that applies to it."""
+    everyone = subjects(registry)
+    return [(subject, clause) for clause in CLAUSES for subject in everyone if clause.applies(subject)]
+
+
+def _alone(subject: Subject) -> bool:
+    return not subject.shared
+
+
+def _reads_states(subject: Subject) -> bool:
+    return subject.kind == "consumer" or subject.shared
+
+
+def _has_state(subject: Subject) -> bool:
+    return subject.kind in ("consumer", "provider") or subject.shared
+
+
+def _keeps_shape(subject: Subject) -> bool:
+    return subject.kind != "operator"
+
+
+@_clause()
+def check_any_size(subject: Subject, device: torch.device) -> None:
+    """Any h, w >= 1, any batch, from one channel up, in training and evaluation."""
+    sizes = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 17), (17, 1), (3, 4), (5, 7), (8, 8), (9, 13)]
+    for channels in (1, 3, CHANNELS):
+        chain = subject.chain(channels).to(device)
+        for height, width in sizes:
+            for batch in (1, 3):
+                for training in (True, False):
+                    x = feature_map("x", batch, channels, height, width, device=device)
+                    output = chain.train(training)(x)
+                    assert torch.isfinite(output).all(), f"{batch}x{channels}x{height}x{width}"
+                    if _keeps_shape(subject):
+                        assert output.shape == x.shape
+                    assert output.shape[0] == batch
+                    assert output.shape[2:] == (height, width)
+
+
+def _snapshot(module: nn.Module) -> dict[str, object]:
+    """What a forward must leave alone: every attribute of every submodule, and which tensors are registered."""
+    seen: dict[str, object] = {}
+    for path, child in module.named_modules():
+        for name, value in vars(child).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                for key, item in value.items():
+                    seen[f"{path}.{name}.{key}"] = id(item)
+            else:
+                plain = isinstance(value, (bool, int, float, str, tuple, list, dict, set, type(None)))
+                seen[f"{path}.{name}"] = repr(value) if plain else id(value)
+    return seen
+
+
+@_clause()
+def check_forward_sets_no_attribute(subject: Subject, device: torch.device) -> None:
+    """In training and evaluation, whatever a forward needs to remember stands in buffers that move in place."""
+    chain = subject.chain().to(device)
+    for training in (True, False):
+        chain.train(training)
+        before = _snapshot(chain)
+        chain(feature_map("x", device=device)).sum().backward()
+        chain(feature_map("y", height=3, device=device))
+        assert _snapshot(chain) == before
+
+
+@_clause(hookable=False)
+def check_evaluation_moves_nothing(subject: Subject, device: torch.device) -> None:
+    """No buffer and no global random state, before and after training, with and without gradients."""
+    chain = subject.chain().to(device)
+    for _ in range(2):
+        chain.eval()
+        before = {name: tensor.clone() for name, tensor in chain.state_dict().items()}
+        dice = torch.random.get_rng_state(), random.getstate()
+        chain(feature_map("x", device=device)).sum().backward()
+        with torch.no_grad():
+            chain(feature_map("y", device=device))
+        for name, tensor in chain.state_dict().items():
+            assert_bit_equal(tensor, before[name])
+        assert torch.equal(torch.random.get_rng_state(), dice[0]), "torch's global random state moved"
+        assert random.getstate() == dice[1], "Python's global random state moved"
+        _train(chain, device)
+
+
+@_clause(_alone)
+def check_training_moves_state_once_a_forward(subject: Subject, device: torch.device) -> None:
+    """Counters `num_updates` go up by one a forward (the first leaves its update pending); backwards add none."""
+    chain = subject.chain().to(device).train()
+    counters = {name: b for name, b in chain.named_buffers() if name.endswith("num_updates")}
+    for step in range(4):
+        output = chain(feature_map(f"x{step}", device=device))
+        after_forward = {name: b.clone() for name, b in chain.named_buffers()}
+        output.sum().backward()
+        for name, buffer in chain.named_buffers():
+            assert_bit_equal(buffer, after_forward[name])
+        for name, counter in counters.items():
+            assert int(counter) == step, name
+
+
+@_clause()
+def check_every_parameter_learns(subject: Subject, device: torch.device) -> None:
+    """Each gets a finite gradient that is not all zero, and so does the input; with zero_init after two steps."""
+    for zero_init in (False, True) if subject.takes("zero_init") else (False,):
+        chain = subject.chain(**({"zero_init": True} if zero_init else {})).to(device).train()
+        optimizer = torch.optim.SGD(chain.parameters(), lr=0.1)
+        for step in range(3 if zero_init else 1):
+            x = feature_map(f"x{step}", device=device).requires_grad_()
+            output = chain(x)
+            optimizer.zero_grad()
+            (output * feature_map("probe", channels=output.shape[1], device=device)).sum().backward()
+            optimizer.step()
+        for name, parameter in chain.layer.named_parameters():
+            assert parameter.grad is not None, f"{name} gets no gradient"
+            assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
+            assert parameter.grad.any(), f"the gradient of {name} is zero"
+        assert x.grad is not None
+        assert torch.isfinite(x.grad).all()
+        assert x.grad.any()
+
+
+@_clause(_reads_states)
+def check_state_of_another_size_is_refused(subject: Subject, device: torch.device) -> None:
+    """Also with h and w swapped, which has the same number of tokens; the message names both sizes."""
+    chain = subject.chain().to(device).eval()
+    given = feature_map("x", device=device)
+    for height, width in ((HEIGHT + 1, WIDTH), (WIDTH, HEIGHT), (1, HEIGHT * WIDTH), (2, 2)):
+        state = chain.state(feature_map("y", height=height, width=width, device=device))
+        message = _message(ShapeError, chain.read, given, state)
+        for h, w in ((height, width), (HEIGHT, WIDTH)):
+            assert re.search(rf"\b{h}\D{{1,4}}{w}\b", message), f"{h}x{w} is not named in: {message}"
+    state = chain.state(feature_map("y", batch=3, device=device))
+    message = _message(ShapeError, chain.read, given, state)
+    for batch in (2, 3):
+        assert re.search(rf"\b{batch}\b", message), f"{batch} samples are not named in: {message}"
+
+
+@_clause(_alone)
+def check_another_number_of_channels_is_refused(subject: Subject, device: torch.device) -> None:
+    """The message names both numbers."""
+    chain = subject.chain().to(device).eval()
+    x = feature_map("x", channels=CHANNELS + 1, device=device)
+    if subject.kind == "consumer":
+        state = chain.state(feature_map("x", device=device))
+        message = _message(ShapeError, chain.layer, x, state)
+    else:
+        message = _message(ShapeError, chain.layer, x)
+    for number in (CHANNELS, CHANNELS + 1):
+        assert re.search(rf"\b{number}\b", message), f"{number} channels are not named in: {message}"
+
+
+@_clause(_reads_states, hookable=False)
+def check_a_foreign_state_is_refused(subject: Subject, device: torch.device) -> None:
+    """A consumer without a state, and anybody with a state of another type, raise SharingError."""
+    layer, x = subject.layer().to(device), feature_map("x", device=device)
+    if subject.kind == "consumer":
+        assert str(_message(SharingError, layer, x))
+        assert str(_message(SharingError, layer, x, None))
+    assert "dict" in _message(SharingError, layer, x, {})
+
+
+def _message(error: type[Exception], call: Callable[..., object], *args: object) -> str:
+    try:
+        call(*args)
+    except error as problem:
+        return str(problem)
+    except Exception as problem:
+        raise AssertionError(f"{error.__name__} must be raised, got {type(problem).__name__}: {problem}") from problem
+    raise AssertionError(f"{error.__name__} must be raised, got none")
+
+
+@_clause(lambda subject: subject.shared)
+def check_sharing_with_oneself_changes_nothing(subject: Subject, device: torch.device) -> None:
+    """`layer(x, layer.attend(x))` is `layer(x)`, and so is a consumer with the layer's weights; gradients too."""
+    layer = subject.layer().double().to(device).eval()
+    x = feature_map("x", dtype=torch.float64, device=device)
+    probe = feature_map("probe", dtype=torch.float64, device=device)
+    consumer: nn.Module = layer.make_consumer().double().to(device).eval()  # type: ignore[operator]
+    ours = layer.state_dict()
+    theirs = {
+        name: next(value for key, value in ours.items() if key == name or key.endswith(f".{name}"))
+        for name in consumer.state_dict()
+    }
+    consumer.load_state_dict(theirs)
+    state = attend(layer, x)
+    alone = layer(x)
+    routed = [name for name, _ in layer.named_parameters() if not any(name.endswith(key) for key in theirs)]
+    parameters = dict(layer.named_parameters())
+    wanted = torch.autograd.grad((alone * probe).sum(), list(parameters.values()), materialize_grads=True)
+    expected = dict(zip(parameters, wanted, strict=True))
+    for reader, names in ((layer, list(parameters)), (consumer, routed)):
+        output = reader(x, state)
+        torch.testing.assert_close(output, alone, rtol=1e-10, atol=1e-10)
+        leaves = [parameters[name] for name in names]
+        grads = torch.autograd.grad((output * probe).sum(), leaves, retain_graph=True, materialize_grads=True)
+        for name, grad in zip(names, grads, strict=True):
+            torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-9)
+
+
+@_clause()
+def check_evaluation_does_not_mix_samples(subject: Subject, device: torch.device) -> None:
+    """A sample's result is the same alone and in any batch, before and after training."""
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        chain = subject.chain().to(device, dtype)
+        for _ in range(2):
+            chain.eval()
+            x = feature_map("x", batch=3, dtype=dtype, device=device)
+            together = chain(x)
+            for b in range(3):
+                torch.testing.assert_close(chain(x[b : b + 1])[0], together[b], rtol=tolerance, atol=tolerance)
+            _train(chain, device, dtype=dtype)
+
+
+@_clause()
+def check_a_sample_that_is_not_finite_spoils_no_other(subject: Subject, device: torch.device) -> None:
+    """In evaluation it keeps to itself; in training no buffer ever becomes non-finite."""
+    chain = subject.chain().to(device)
+    _train(chain, device)
+    for poison in (float("nan"), float("inf")):
+        x = feature_map("x", batch=3, device=device)
+        chain.eval()
+        healthy = chain(x)
+        x[1, 0, 2, 3] = poison
+        sick = chain(x)
+        for b in (0, 2):
+            torch.testing.assert_close(sick[b], healthy[b], rtol=1e-6, atol=1e-6)
+        chain.train()
+        for sample in (x, feature_map("y", device=device)):
+            chain(sample)
+            for name, buffer in chain.named_buffers():
+                assert torch.isfinite(buffer).all(), f"{name} is not finite any more"
+
+
+@_clause()
+def check_repeated_runs_are_bit_equal(subject: Subject, device: torch.device) -> None:
+    """Ten training steps and an evaluation, twice from the start."""
+    runs = []
+    for _ in range(2):
+        chain = subject.chain().to(device)
+        record = _history(chain, chain, device, num_steps=10)
+        record["evaluation"] = chain.eval()(feature_map("x", device=device))
+        runs.append(record)
+    _assert_same(*runs)
+
+
+@_clause()
+def check_strides_do_not_matter(subject: Subject, device: torch.device) -> None:
+    """Channels last, or a cut-out of a larger map, is the same map."""
+    chain = subject.chain().double().to(device).eval()
+    large = feature_map("x", height=HEIGHT + 3, width=WIDTH + 2, dtype=torch.float64, device=device)
+    cut = large[:, :, 1:-2, 1:-1]
+    expected = chain(cut.contiguous())
+    for x in (cut, cut.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(chain(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@_clause()
+def check_precisions(subject: Subject, device: torch.device) -> None:
+    """float64, float32, bfloat16 and float16, training and evaluation: finite, and the output has the input's dtype."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        chain = subject.chain().to(device, dtype)
+        for training in (True, True, False):
+            chain.train(training)
+            x = feature_map("x", dtype=dtype, device=device).requires_grad_()
+            output = chain(x)
+            assert output.dtype == dtype
+            assert torch.isfinite(output).all()
+            output.sum().backward()
+            for tensor in (x.grad, *(parameter.grad for parameter in chain.layer.parameters())):
+                assert tensor is not None
+                assert tensor.dtype == dtype
+                assert torch.isfinite(tensor).all()
+            for name, buffer in chain.named_buffers():
+                assert torch.isfinite(buffer).all(), name
+
+
+@_clause()
+def check_loud_half_inputs_stay_finite(subject: Subject, device: torch.device) -> None:
+    """Activations up to 1e4 in bfloat16 and float16, as layer and under autocast: outputs, gradients and buffers."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for autocast in (False, True):
+            chain = subject.chain().to(device, torch.float32 if autocast else dtype).train()
+            for step in range(3):
+                x = 1e4 * feature_map(f"x{step}", device=device).clamp(-1, 1)
+                x = x.to(torch.float32 if autocast else dtype).requires_grad_()
+                with torch.autocast(device.type, dtype, enabled=autocast):
+                    output = chain(x)
+                assert torch.isfinite(output).all()
+                output.float().mean().backward()
+                assert x.grad is not None
+                assert torch.isfinite(x.grad).all()
+            for name, parameter in chain.layer.named_parameters():
+                assert parameter.grad is not None, name
+                assert torch.isfinite(parameter.grad).all(), name
+            for name, buffer in chain.named_buffers():
+                assert torch.isfinite(buffer).all(), name
+
+
+@_clause()
+def check_autocast(subject: Subject, device: torch.device) -> None:
+    """Under bfloat16 autocast results stay close to float32's, and parameters, gradients and buffers stay float32."""
+    chain = subject.chain().to(device).train()
+    plain = subject.chain().to(device).train()
+    for step in range(3):
+        x = feature_map(f"x{step}", device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            output = chain(x)
+        assert torch.isfinite(output).all()
+        expected = plain(x)
+        assert rms(output.double() - expected.double()) <= 0.05 * rms(expected), "far from the float32 result"
+        output.float().sum().backward()
+        for parameter in chain.layer.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all()
+        for name, buffer in chain.named_buffers():
+            assert buffer.dtype == dict(plain.named_buffers())[name].dtype, name
+
+
+@_clause(_has_state)
+def check_scores_of_half_inputs_are_float32(subject: Subject, device: torch.device) -> None:
+    """Softmax weights that travel in a state are float32, and sum to 1 as only float32 does, at loud inputs too."""
+    for dtype in (torch.bfloat16, torch.float16):
+        chain = subject.chain().to(device, dtype).eval()
+        state = chain.state(20 * feature_map("x", dtype=dtype, device=device))
+        floats = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        assert floats, "a state without weights"
+        for tensor in floats:
+            assert tensor.dtype == torch.float32, f"the state holds {tensor.dtype}"
+
+
+@_clause(lambda subject: subject.shared)
+def check_the_fused_path_scores_in_float32_too(subject: Subject, device: torch.device) -> None:
+    """For half inputs the layer alone agrees with its own float32 weights to the rounding of the values."""
+    for dtype in (torch.bfloat16, torch.float16):
+        chain = subject.chain(res_scale=1.0).to(device, dtype).eval()
+        x = 30 * feature_map("x", dtype=dtype, device=device)
+        stored, fused = chain(x), chain.layer(x)
+        assert rms(fused.double() - stored.double()) <= torch.finfo(dtype).eps * rms(stored)
+
+
+@_clause()
+def check_copies_go_on_alike(subject: Subject, device: torch.device) -> None:
+    """A deepcopy, a pickled copy and a fresh layer with the state_dict evaluate and train on, all bit-equal."""
+    chain = subject.chain().to(device)
+    _train(chain, device)
+    file = io.BytesIO()
+    torch.save(chain.state_dict(), file)
+    file.seek(0)
+    fresh = subject.chain().to(device)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    copies = [copy.deepcopy(chain), pickle.loads(pickle.dumps(chain)), fresh]  # noqa: S301  our own bytes
+    x = feature_map("x", device=device)
+    expected = chain.eval()(x)
+    for other in copies:
+        assert_bit_equal(other.eval()(x), expected)
+    chain.train()
+    record = _history(chain, chain, device)
+    for other in copies:
+        other.train()
+        _assert_same(_history(other, other, device), record)
+
+
+@_clause(lambda subject: subject.takes("zero_init"))
+def check_zero_init_is_the_identity(subject: Subject, device: torch.device) -> None:
+    """To the bit, in training and evaluation; without it the layer does something."""
+    x = feature_map("x", device=device)
+    for training in (True, False):
+        assert_bit_equal(subject.chain(zero_init=True).to(device).train(training)(x), x)
+        assert (subject.chain(zero_init=False).to(device).train(training)(x) != x).any()
+
+
+@_clause()
+def check_gradients_are_derivatives(subject: Subject, device: torch.device) -> None:
+    """Numerical ones, in float64, of the input and of every parameter of the layer."""
+    chain = subject.chain(4).double().to(device).eval()
+    names = [f"layer.{name}" for name, _ in chain.layer.named_parameters()]
+    leaves = [chain.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    x = feature_map("x", 1, 4, 2, 3, dtype=torch.float64, device=device).requires_grad_()
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(chain, dict(zip(names, values, strict=True)), (x,))
+        return output
+
+    assert_derivatives(run, (x, *leaves))
+
+
+# --- compilers and activation checkpointing ---------------------------------------------------------------------------
+
+
+@_clause(hookable=False)
+def check_compiled_is_eager(subject: Subject, device: torch.device) -> None:
+    """One graph without a break; values, gradients and buffers over three steps, and evaluation at several sizes."""
+    _check_compiled(subject, device, "aot_eager")
+
+
+@_clause(hookable=False)
+def check_sizes_do_not_recompile(subject: Subject, device: torch.device) -> None:
+    """One graph for the first size and one for all others that have at least three chunks."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # noqa: PLC0415  imports torch's compiler
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    chain = subject.chain().to(device).eval()
+    compiled = torch.compile(chain, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for height, width in ((5, 7), (8, 6), (9, 11), (6, 6), (13, 4)):
+            compiled(feature_map("x", height=height, width=width, device=device))
+    assert counter.frame_count <= 2, f"{counter.frame_count} graphs for five sizes"
+
+
+@_clause(hookable=False, slow=True)
+def check_compiled_by_inductor_is_eager(subject: Subject, device: torch.device) -> None:
+    """The same with the default backend."""
+    _check_compiled(subject, device, "inductor")
+
+
+def _check_compiled(subject: Subject, device: torch.device, backend: str) -> None:
+    torch._dynamo.reset()
+    plain, chain = subject.chain().to(device), subject.chain().to(device)
+    compiled = torch.compile(chain, fullgraph=True, backend=backend)
+    _assert_same(
+        _history(chain, compiled, device),
+        _history(plain, plain, device),
+        tolerance=0.0 if backend == "aot_eager" else 1e-5,
+    )
+    # A batch of one, whose strides are ambiguous, and sizes of one.
+    _assert_same(
+        _history(chain, compiled, device, num_steps=1, batch=1),
+        _history(plain, plain, device, num_steps=1, batch=1),
+        tolerance=1e-5,
+    )
+    plain.eval(), chain.eval()
+    with torch.no_grad():
+        for batch, height, width in ((2, 5, 7), (2, 8, 6), (2, 9, 11), (2, 1, 1), (1, 5, 7), (1, 2, 1)):
+            x = feature_map("x", batch, height=height, width=width, device=device)
+            torch.testing.assert_close(compiled(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@_clause(hookable=False)
+def check_export_with_dynamic_sizes(subject: Subject, device: torch.device) -> None:
+    """torch.export at one size, run at others, smaller than a chunk and larger than several."""
+    chain = subject.chain().to(device).eval()
+    _train(chain, device)
+    chain.eval()
+    dynamic = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(chain, (feature_map("x", device=device),), dynamic_shapes=dynamic)
+    exported = program.module()
+    for height, width in ((HEIGHT, WIDTH), (WIDTH, HEIGHT), (2, 3), (4, 2), (13, 9), (6, 12)):
+        x = feature_map("y", height=height, width=width, device=device)
+        torch.testing.assert_close(exported(x), chain(x), rtol=1e-5, atol=1e-5)
+
+
+@_clause()
+def check_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
+    """`checkpoint(nn.Sequential(block, layer, block))` in training: output, gradients and buffers to the bit."""
+    plain, again = _body(subject, device), _body(subject, device)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        output: Tensor = checkpoint(again, x, use_reentrant=False)
+        return output
+
+    _assert_same(_history(again, checkpointed, device), _history(plain, plain, device))
+
+
+@_clause()
+def check_reentrantly_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
+    """The same with `use_reentrant=True`, which runs the forward without a graph first."""
+    plain, again = _body(subject, device), _body(subject, device)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        output: Tensor = checkpoint(again, x, use_reentrant=True)
+        return output
+
+    _assert_same(_history(again, checkpointed, device), _history(plain, plain, device))
+
+
+@_clause(hookable=False)
+def check_checkpointed_and_compiled_is_plain(subject: Subject, device: torch.device) -> None:
+    """Checkpointing inside the compiled graph, to the bit."""
+    _check_checkpointed_and_compiled(subject, device, "aot_eager", inside=True)
+
+
+@_clause(hookable=False)
+def check_compiled_inside_a_checkpoint_is_plain(subject: Subject, device: torch.device) -> None:
+    """A compiled module under eager checkpointing, to the bit."""
+    _check_checkpointed_and_compiled(subject, device, "aot_eager", inside=False)
+
+
+@_clause(hookable=False, slow=True)
+def check_checkpointed_and_compiled_by_inductor_is_plain(subject: Subject, device: torch.device) -> None:
+    """The same with the default backend, to its rounding."""
+    _check_checkpointed_and_compiled(subject, device, "inductor", inside=True)
+
+
+def _check_checkpointed_and_compiled(subject: Subject, device: torch.device, backend: str, *, inside: bool) -> None:
+    torch._dynamo.reset()
+    plain, again = _body(subject, device), _body(subject, device)
+    if inside:
+
+        def checkpointed(x: Tensor) -> Tensor:
+            output: Tensor = checkpoint(again, x, use_reentrant=False)
+            return output
+
+        call = torch.compile(checkpointed, fullgraph=True, backend=backend)
+    else:
+        compiled = torch.compile(again, fullgraph=True, backend=backend)
+
+        def call(x: Tensor) -> Tensor:
+            output: Tensor = checkpoint(compiled, x, use_reentrant=False)
+            return output
+
+    tolerance = 0.0 if backend == "aot_eager" else 1e-5
+    _assert_same(_history(again, call, device), _history(plain, plain, device), tolerance=tolerance)
+
+
+def _body(subject: Subject, device: torch.device) -> nn.Sequential:
+    """A user's body: a block, the layer, a block."""
+    chain = subject.chain()
+    with torch.no_grad():
+        channels = copy.deepcopy(chain)(torch.zeros(1, CHANNELS, 2, 2)).shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        first = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU())
+        last = nn.Sequential(nn.Conv2d(channels, CHANNELS, 3, padding=1), nn.ReLU())
+    return nn.Sequential(first, chain, last).to(device).train()
+
+
+def _train(chain: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Three training steps, so that buffers are no longer as they were built."""
+    _history(chain.train(), chain, device, dtype=dtype)
+
+
+def _history(
+    module: nn.Module,
+    call: Callable[[Tensor], Tensor],
+    device: torch.device,
+    *,
+    num_steps: int = 3,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Train a few steps and return everything that could differ: outputs, gradients, buffers, parameters."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
+    record: dict[str, Tensor] = {}
+    for step in range(num_steps):
+        x = feature_map(f"step {step}", batch, dtype=dtype, device=device).requires_grad_()
+        output = call(x)
+        probe = feature_map("probe", batch, output.shape[1], dtype=dtype, device=device)
+        optimizer.zero_grad()
+        (output * probe).sum().backward()
+        record.update({f"{step} {name}": tensor for name, tensor in _everything(module, x, output)})
+        optimizer.step()
+    for name, parameter in module.named_parameters():
+        record[f"trained {name}"] = parameter.detach().clone()
+    return record
+
+
+def _everything(module: nn.Module, x: Tensor, output: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "output", output.detach().clone()
+    assert x.grad is not None
+    yield "gradient of the input", x.grad.clone()
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            yield f"gradient of {name}", parameter.grad.clone()
+    for name, buffer in module.named_buffers():
+        yield f"buffer {name}", buffer.clone()
+
+
+def _assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, tolerance: float = 0.0) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        torch.testing.assert_close(
+            tensor,
+            expected[name],
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",  # type: ignore[misc]
+        )

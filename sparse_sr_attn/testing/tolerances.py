@@ -1,0 +1,76 @@
+"""How far two results may lie apart, in one place.
+
+In float64 they agree to rounding. In lower precisions no fixed number is right: there, an operation may err at most a
+given multiple of what plain dense attention errs in the same precision against the same float64 oracle.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+FLOAT64_VALUES = 1e-10
+FLOAT64_GRADIENTS = 1e-9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Error allowed in a low precision, as a multiple of dense attention's own."""
+
+    values: float = 2.0
+    gradients: float = 3.0
+
+
+LOW_PRECISION = Budget()
+
+
+def assert_values_close(actual: Tensor, expected: Tensor) -> None:
+    """Require float64 results to agree to `FLOAT64_VALUES`, relative and absolute."""
+    torch.testing.assert_close(actual, expected, rtol=FLOAT64_VALUES, atol=FLOAT64_VALUES)
+
+
+def assert_gradients_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Require float64 gradients to agree to `FLOAT64_GRADIENTS`; None, an input that is not used, counts as zero."""
+    assert len(actual) == len(expected), f"{len(actual)} gradients against {len(expected)}"
+    for mine, other in zip(actual, expected, strict=True):
+        if mine is None or other is None:
+            present = mine if mine is not None else other
+            assert present is None or not present.any(), "a gradient is missing"
+        else:
+            torch.testing.assert_close(mine, other, rtol=FLOAT64_GRADIENTS, atol=FLOAT64_GRADIENTS)
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor], probe: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of `sum(output * probe)` in `inputs`, keeping the graph; zero where an input is unused."""
+    loss = (output * probe.to(output.dtype)).sum()
+    return torch.autograd.grad(loss, tuple(inputs), retain_graph=True, materialize_grads=True)
+
+
+def assert_derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    """Require the gradients of a float64 function to be its numerical derivatives."""
+    try:
+        torch.autograd.gradcheck(function, tuple(inputs))
+    except GradcheckError as problem:
+        raise AssertionError(str(problem)) from problem
+
+
+def rms(tensor: Tensor) -> float:
+    """Return the root mean square of `tensor`, taken in float64."""
+    return tensor.detach().double().square().mean().sqrt().item()
+
+
+def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
+    """Require the same dtype, shape and bits (NaN equals NaN)."""
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def assert_no_worse(actual: Tensor, peer: Tensor, oracle: Tensor, *, factor: float) -> None:
+    """Require the error of `actual` against `oracle` to be at most `factor` times that of `peer` (root mean squares).
+
+    One last rounding of a perfect result to the precision of `actual` is always allowed.
+    """
+    error, allowed = rms(actual.double() - oracle), factor * rms(peer.double() - oracle)
+    rounding = rms(oracle.to(actual.dtype).double() - oracle)
+    assert error <= allowed + rounding, f"error {error:.3g}, but {factor:g} x dense's own is {allowed:.3g}"

@@ -1,0 +1,79 @@
+"""Options, profiles and the numerical house rules of the whole suite."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
+settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_RELAXED)
+settings.register_profile(
+    "ci",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=_RELAXED,
+)
+settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=_RELAXED)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the device-independent tests run")
+    parser.addoption(
+        "--jaxtyping",
+        action="store_true",
+        help="check every shape annotation while the tests run (needs beartype; tests marked `unhooked` are skipped)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unhooked: does what jaxtyping's import hook disturbs (see --jaxtyping)")
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a GPU that torch can use; this torch sees none")
+    if config.getoption("--jaxtyping"):
+        if importlib.util.find_spec("beartype") is None:
+            raise pytest.UsageError("--jaxtyping needs beartype (pip install beartype)")
+        from jaxtyping import install_import_hook
+
+        install_import_hook(
+            ["sparse_sr_attn.functional", "sparse_sr_attn.layers", "sparse_sr_attn.states"], "beartype.beartype"
+        )
+    # torch's own tracing log would bury every failure of a test that compiles.
+    logging.getLogger("torch.__trace").propagate = False
+    # Small tensors: threads cost more than they give, and one thread adds in one order.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a GPU that torch can use")
+    hooked = pytest.mark.skip(
+        reason="compiles, watches random state or passes wrong types, which jaxtyping's hook disturbs"
+    )
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if config.getoption("--jaxtyping") and item.get_closest_marker("unhooked"):
+            item.add_marker(hooked)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the test should run; `--device cuda` moves every test that takes it."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def _deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For operations and layers: no nondeterministic kernel, and memory that is read before it is written is NaN."""
+    strict = {"functional", "layers"} & set(request.path.parts)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(bool(strict) or before)
+    yield
+    torch.use_deterministic_algorithms(before)

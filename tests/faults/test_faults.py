@@ -1,0 +1,1017 @@
+"""Seeded faults: each breaks the code in one place, and a named test must notice.
+
+A test that nobody has seen fail proves nothing. Every fault is put into a copy of the package and the tests, the named
+test runs there, and has to fail by an AssertionError: a broken import, a wrong shape or any other exception does not
+count.
+
+Run all with `pytest tests/faults -m slow`, or as a script for a table: `python tests/faults/test_faults.py [names]`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = "sparse_sr_attn/functional/cluster.py"
+LAYOUT = "sparse_sr_attn/functional/cluster_layout.py"
+TILES = "sparse_sr_attn/functional/cluster_tiles.py"
+KMEANS = "sparse_sr_attn/functional/kmeans.py"
+LCOA = "sparse_sr_attn/layers/lcoa.py"
+
+IN_CLUSTER = "tests/functional/test_cluster.py"
+IN_KMEANS = "tests/functional/test_kmeans.py"
+IN_SIZES = "tests/functional/test_sizes.py"
+IN_CONTRACT = "tests/layers/test_conformance.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change that must not go unnoticed.
+
+    Attributes:
+        name: what goes wrong.
+        file: where, relative to the repository.
+        old: the text that is replaced; exactly once in the file.
+        new: what replaces it.
+        test: the test that must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def contract(clause: str, layer: str = "LCoA") -> str:
+    return f"{IN_CONTRACT}::test_contract[{layer}: {clause}]"
+
+
+FAULTS = [
+    # --- who sees whom
+    Fault(
+        "a chunk met twice counts twice",
+        LAYOUT,
+        "met_once = (offset >= -((k - 1) // 2)) & (offset <= k // 2)",
+        "met_once = offset >= -a",
+        f"{IN_CLUSTER}::test_a_key_counts_as_often_as_it_should",
+    ),
+    Fault(
+        "the last chunk of an even ring is not seen",
+        LAYOUT,
+        "(offset <= k // 2)",
+        "(offset <= (k - 1) // 2)",
+        f"{IN_CLUSTER}::test_chunks_in_sight_of_all_are_plain_attention",
+    ),
+    Fault(
+        "padding is visible",
+        LAYOUT,
+        "return (slot < self.num_tokens) & met_once",
+        "return (slot >= 0) & met_once",
+        f"{IN_CLUSTER}::test_chunks_in_sight_of_all_are_plain_attention",
+    ),
+    Fault(
+        "padding is visible to tiles that are thought whole",
+        TILES,
+        "whole = start >= a and stop + a <= k and (stop + a) * i <= layout.num_tokens",
+        "whole = start >= a and stop + a <= k",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the published filling repeats the first tokens",
+        LAYOUT,
+        "repeated = (slot - (self.num_slots - self.num_tokens)) % self.num_tokens",
+        "repeated = slot % self.num_tokens",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the published counting hides what is met twice",
+        LAYOUT,
+        "        if not self.exact_keys:\n            return torch.ones_like(slot, dtype=torch.bool)\n",
+        "",
+        f"{IN_CLUSTER}::test_a_key_counts_as_often_as_it_should",
+    ),
+    Fault(
+        "a chunk is not cut to the sample",
+        LAYOUT,
+        "        if pattern.exact_keys:\n            chunk_size = torch.sym_min(chunk_size, num_tokens)\n",
+        "",
+        f"{IN_CLUSTER}::test_weights_equal_loops",
+    ),
+    Fault(
+        "neighbours are swapped",
+        CLUSTER,
+        "chunks.roll(-offset, dims=1)",
+        "chunks.roll(offset, dims=1)",
+        f"{IN_CLUSTER}::test_weights_equal_loops",
+    ),
+    Fault(
+        "a neighbour is missing",
+        CLUSTER,
+        "chunks.roll(-offset, dims=1)",
+        "chunks.roll(-max(offset, 0), dims=1)",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the ring of chunks is open",
+        TILES,
+        "chunk = torch.arange(start - a, stop + a, device=device) % k",
+        "chunk = torch.arange(start - a, stop + a, device=device).clamp(0, k - 1)",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "tokens of a cluster stand in reverse",
+        CLUSTER,
+        "(assignment * num_tokens + position)",
+        "(assignment * num_tokens - position)",
+        f"{IN_CLUSTER}::test_order_sorts_by_cluster_then_position",
+    ),
+    Fault(
+        "clusters are mixed up by the sorting key",
+        CLUSTER,
+        "(assignment * num_tokens + position)",
+        "(assignment + position)",
+        f"{IN_CLUSTER}::test_order_sorts_by_cluster_then_position",
+    ),
+    # --- the one-shot form
+    Fault(
+        "results stay in sorted order (oneshot)",
+        CLUSTER,
+        "gather(1, inverse[..., None]",
+        "gather(1, slot[..., None]",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "results are sorted once more instead of back (oneshot)",
+        CLUSTER,
+        "gather(1, inverse[..., None]",
+        "gather(1, self.order[..., None]",
+        f"{IN_CLUSTER}::test_application_equals_loops",
+    ),
+    Fault(
+        "the scale is dropped (oneshot)",
+        CLUSTER,
+        "scores = scale * self._chunks(query)",
+        "scores = self._chunks(query)",
+        f"{IN_CLUSTER}::test_scale_is_a_factor_on_the_query",
+    ),
+    Fault(
+        "values of the neighbours are not gathered with the keys' order (oneshot)",
+        CLUSTER,
+        "chunks = weights @ self._with_adjacent(self._chunks(value))",
+        "chunks = weights @ self._with_adjacent(self._chunks(value).flip(1)).flip(1)",
+        f"{IN_CLUSTER}::test_weights_then_application_is_the_fused_operation",
+    ),
+    # --- the tile form
+    Fault(
+        "results stay in sorted order (tiles)",
+        TILES,
+        "            weights = _tile_weights(q, k, tile, layout, scale).to(v.dtype)\n"
+        "            chunks = torch.bmm(weights, _windows(v[tile.halo], layout)).flatten(0, 1)\n"
+        "            out.index_copy_(0, tile.query[: tile.real], chunks[: tile.real])\n",
+        "            weights = _tile_weights(q, k, tile, layout, scale).to(v.dtype)\n"
+        "            chunks = torch.bmm(weights, _windows(v[tile.halo], layout)).flatten(0, 1)\n"
+        "            first = _sample * layout.num_tokens + tile.chunks.start * layout.chunk_size\n"
+        "            out[first : first + tile.real] = chunks[: tile.real]\n",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the scale is dropped (tiles)",
+        TILES,
+        "torch.bmm(queries * scale, ",
+        "torch.bmm(queries, ",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the scale is dropped in the backward (tiles)",
+        TILES,
+        "grad_scores = scale * weights *",
+        "grad_scores = weights *",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "softmax forgets its normaliser in the backward (tiles)",
+        TILES,
+        "(grad_weights - (grad_weights * weights).sum(dim=-1, keepdim=True))",
+        "grad_weights",
+        f"{IN_CLUSTER}::test_weights_equal_loops",
+    ),
+    Fault(
+        "keys get no gradient (tiles)",
+        TILES,
+        "    grad_key.index_add_(0, tile.halo, _fold(torch.bmm(grad_scores.transpose(1, 2), queries), layout))\n",
+        "",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the halo overwrites gradients of keys (tiles)",
+        TILES,
+        "grad_key.index_add_(",
+        "grad_key.index_copy_(",
+        f"{IN_CLUSTER}::test_weights_equal_loops",
+    ),
+    Fault(
+        "the halo overwrites gradients of values (tiles, fused)",
+        TILES,
+        "            to_value = torch.bmm(weights.to(v.dtype).transpose(1, 2), out).to(grad_value.dtype)\n"
+        "            grad_value.index_add_(",
+        "            to_value = torch.bmm(weights.to(v.dtype).transpose(1, 2), out).to(grad_value.dtype)\n"
+        "            grad_value.index_copy_(",
+        f"{IN_CLUSTER}::test_weights_then_application_is_the_fused_operation",
+    ),
+    Fault(
+        "the halo overwrites gradients of values (tiles, in two)",
+        TILES,
+        "            to_value = torch.bmm(part.transpose(1, 2), out).to(grad_value.dtype)\n"
+        "            grad_value.index_add_(",
+        "            to_value = torch.bmm(part.transpose(1, 2), out).to(grad_value.dtype)\n"
+        "            grad_value.index_copy_(",
+        f"{IN_CLUSTER}::test_application_equals_loops",
+    ),
+    Fault(
+        "overlapping windows overwrite each other (tiles)",
+        TILES,
+        "halo[offset * i : (offset + t) * i] += part",
+        "halo[offset * i : (offset + t) * i] = part",
+        f"{IN_CLUSTER}::test_weights_serve_a_second_value",
+    ),
+    Fault(
+        "slots past the last token send gradients (tiles)",
+        TILES,
+        "    chunks[tile.real :] = 0\n",
+        "",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "all samples read the first (tiles)",
+        TILES,
+        "flat = order[sample] + sample * layout.num_tokens",
+        "flat = order[0] + sample * layout.num_tokens",
+        f"{IN_CLUSTER}::test_a_batch_is_its_samples",
+    ),
+    Fault(
+        "scores of half inputs are half",
+        LAYOUT,
+        "return torch.promote_types(tensor.dtype, torch.float32)",
+        "return tensor.dtype",
+        f"{IN_CLUSTER}::test_scores_and_softmax_of_half_inputs_are_float32",
+    ),
+    # --- k-means
+    Fault(
+        "centroids are stale: the pending update is applied after the assignment",
+        KMEANS,
+        "        _apply_pending(state, ema_decay, reseed_threshold)\n"
+        "        best, assignment = _nearest(points, centroids)\n",
+        "        best, assignment = _nearest(points, centroids)\n"
+        "        _apply_pending(state, ema_decay, reseed_threshold)\n",
+        f"{IN_KMEANS}::test_pending_is_applied_before_the_assignment",
+    ),
+    Fault(
+        "centroids move in a recomputation",
+        KMEANS,
+        "if _backward_is_running():",
+        "if points.ndim == 0:",
+        f"{IN_KMEANS}::test_nothing_moves_while_a_backward_runs",
+    ),
+    Fault(
+        "activation checkpointing moves centroids twice",
+        KMEANS,
+        "if _backward_is_running():",
+        "if points.ndim == 0:",
+        contract("checkpointed is plain"),
+    ),
+    Fault(
+        "the moving average is inverted",
+        KMEANS,
+        "moved = ema_decay * centroids + (1 - ema_decay) * _unit(sums)",
+        "moved = (1 - ema_decay) * centroids + ema_decay * _unit(sums)",
+        f"{IN_KMEANS}::test_movement_equals_loops",
+    ),
+    Fault(
+        "large clusters pull harder",
+        KMEANS,
+        "(1 - ema_decay) * _unit(sums)",
+        "(1 - ema_decay) * sums",
+        f"{IN_KMEANS}::test_movement_equals_loops",
+    ),
+    Fault(
+        "centroids are not renormalised",
+        KMEANS,
+        "return torch.where(keeps[:, None], centroids, _unit(moved))",
+        "return torch.where(keeps[:, None], centroids, moved)",
+        f"{IN_KMEANS}::test_movement_equals_loops",
+    ),
+    Fault(
+        "empty clusters lose their centroid",
+        KMEANS,
+        "keeps = (counts == 0) | (sums.norm(dim=-1) <= _EPS) | (moved.norm(dim=-1) <= _EPS)",
+        "keeps = counts < 0",
+        f"{IN_KMEANS}::test_movement_equals_loops",
+    ),
+    Fault(
+        "long tokens weigh more",
+        KMEANS,
+        "    units = _unit(points).flatten(0, 1)\n    index",
+        "    units = points.to(_precision(points)).flatten(0, 1)\n    index",
+        f"{IN_KMEANS}::test_length_of_a_token_does_not_matter",
+    ),
+    Fault(
+        "the dead are never reseeded",
+        KMEANS,
+        "dead = usage * num_clusters < reseed_threshold",
+        "dead = usage * num_clusters < 0",
+        f"{IN_KMEANS}::test_dead_clusters_come_back_to_life",
+    ),
+    Fault(
+        "clusters are reseeded though that is off",
+        KMEANS,
+        "dead = usage * num_clusters < reseed_threshold",
+        "dead = usage * num_clusters < max(reseed_threshold, 0.9)",
+        f"{IN_KMEANS}::test_without_reseeding_the_dead_stay_dead",
+    ),
+    Fault(
+        "the dead take seeds that are not there",
+        KMEANS,
+        "    dead &= turn < (seeds.norm(dim=-1) > 0.5).sum()\n",
+        "",
+        f"{IN_KMEANS}::test_degenerate_tokens_are_finite_and_deterministic[more clusters than tokens-torch.float32]",
+    ),
+    Fault(
+        "the reseeded stay dead in the books",
+        KMEANS,
+        "    usage = torch.where(dead, torch.full_like(usage, 1 / num_clusters), usage)\n",
+        "",
+        f"{IN_KMEANS}::test_steps_equal_the_twin",
+    ),
+    Fault(
+        "the most similar tokens become seeds",
+        KMEANS,
+        "similarity.flatten().sort(stable=True)",
+        "similarity.flatten().sort(stable=True, descending=True)",
+        f"{IN_KMEANS}::test_seeds_equal_sorting",
+    ),
+    Fault(
+        "the decay does not warm up",
+        KMEANS,
+        "decay = torch.clamp((1 + updates) / (10 + updates), max=ema_decay)",
+        "decay = torch.full_like(updates, ema_decay)",
+        f"{IN_KMEANS}::test_steps_equal_the_twin",
+    ),
+    Fault(
+        "updates are not counted",
+        KMEANS,
+        "    state.num_updates.add_(pending)\n",
+        "",
+        f"{IN_KMEANS}::test_steps_equal_the_twin",
+    ),
+    Fault(
+        "sums of all steps pile up",
+        KMEANS,
+        "state.pending_sums.copy_(torch.where(finite, sums, 0))",
+        "state.pending_sums.add_(torch.where(finite, sums, 0))",
+        f"{IN_KMEANS}::test_steps_equal_the_twin",
+    ),
+    Fault(
+        "NaN gets into the buffers",
+        KMEANS,
+        "finite = sums.isfinite().all()",
+        "finite = sums.isfinite().all() | True",
+        f"{IN_KMEANS}::test_a_token_that_is_not_finite_spoils_nothing[nan]",
+    ),
+    Fault(
+        "skipped updates are not counted",
+        KMEANS,
+        "    state.num_skipped.add_(~finite)\n",
+        "",
+        f"{IN_KMEANS}::test_a_token_that_is_not_finite_spoils_nothing[inf]",
+    ),
+    Fault(
+        "half tokens are clustered in half precision",
+        KMEANS,
+        "return torch.promote_types(tensor.dtype, torch.float32)",
+        "return tensor.dtype",
+        f"{IN_KMEANS}::test_half_tokens_are_clustered_in_float32[torch.bfloat16]",
+    ),
+    Fault(
+        "first centroids are drawn from the global generator",
+        KMEANS,
+        "generator=generator, ",
+        "",
+        f"{IN_KMEANS}::test_first_centroids_are_unit_vectors_set_by_the_seed",
+    ),
+    # --- the layers
+    Fault(
+        "keys are not normalised",
+        LCOA,
+        "return query, F.normalize(query, dim=-1, eps=_KEY_EPS), pattern",
+        "return query, query, pattern",
+        f"{IN_SIZES}::test_every_layout_at_one_size[2-1]",
+    ),
+    Fault(
+        "queries are normalised",
+        LCOA,
+        "return query, F.normalize(query, dim=-1, eps=_KEY_EPS), pattern",
+        "return (F.normalize(query, dim=-1, eps=_KEY_EPS),) * 2 + (pattern,)",
+        f"{IN_SIZES}::test_every_size[5-each key once]",
+    ),
+    Fault(
+        "published counting is not passed on",
+        LCOA,
+        "num_adjacent=self.num_adjacent, exact_keys=self.exact_keys\n        )",
+        "num_adjacent=self.num_adjacent\n        )",
+        f"{IN_SIZES}::test_every_size[5-as published]",
+    ),
+    Fault(
+        "k-means moves in evaluation",
+        LCOA,
+        "if self.training and self.ema_decay < 1:",
+        "if self.ema_decay < 1:",
+        contract("evaluation moves nothing", "LSP"),
+    ),
+    Fault(
+        "k-means does not move in training",
+        LCOA,
+        "if self.training and self.ema_decay < 1:",
+        "if not self.training and self.ema_decay < 0:",
+        f"{IN_CONTRACT}::test_centroids_move_in_training[LCoA]",
+    ),
+    Fault(
+        "a decay of one does not freeze",
+        LCOA,
+        "if self.training and self.ema_decay < 1:",
+        "if self.training:",
+        f"{IN_CONTRACT}::test_a_decay_of_one_freezes_the_centroids[LSP]",
+    ),
+    Fault(
+        "the shared weights are detached",
+        LCOA,
+        "apply_cluster_weights(state.weights, ",
+        "apply_cluster_weights(state.weights.detach(), ",
+        contract("every parameter learns", "LSP"),
+    ),
+    Fault(
+        "res_scale is ignored",
+        LCOA,
+        "x + self.res_scale * rearrange",
+        "x + 0.1 * rearrange",
+        f"{IN_CONTRACT}::test_res_scale_is_read_when_it_is_used[0.0]",
+    ),
+    Fault(
+        "the residual is missing",
+        LCOA,
+        "return x + self.res_scale * rearrange",
+        "return self.res_scale * rearrange",
+        contract("zero init is the identity"),
+    ),
+    Fault(
+        "zero_init is ignored",
+        LCOA,
+        "        if zero_init:\n",
+        "        if zero_init and embed_dim < 0:\n",
+        contract("zero init is the identity", "CoA"),
+    ),
+    Fault(
+        "a layer ignores the state it is given",
+        LCOA,
+        "        if state is not None:\n            output",
+        "        if state is not None and self.training is None:\n            output",
+        contract("state of another size is refused", "LCoA sharing"),
+    ),
+    Fault(
+        "a state with as many tokens passes for one of the same size",
+        LCOA,
+        "if made_for != (x.shape[0], *x.shape[2:]):",
+        "if made_for[1] * made_for[2] != x.shape[2] * x.shape[3] or made_for[0] != x.shape[0]:",
+        contract("state of another size is refused", "CoA"),
+    ),
+    Fault(
+        "height and width of a state are swapped",
+        LCOA,
+        "cluster_weights(query, key, pattern), *x.shape[-2:])",
+        "cluster_weights(query, key, pattern), x.shape[-1], x.shape[-2])",
+        f"{IN_SIZES}::test_every_size[5-each key once]",
+    ),
+    Fault(
+        "the map is read by columns",
+        LCOA,
+        '"b c h w -> b (h w) c"',
+        '"b c h w -> b (w h) c"',
+        f"{IN_SIZES}::test_every_size[5-each key once]",
+    ),
+    Fault(
+        "a forward remembers its pattern",
+        LCOA,
+        "        query, key, pattern = self.lsp.route(x)\n",
+        "        query, key, pattern = self.lsp.route(x)\n        self.last_pattern = pattern\n",
+        contract("forward sets no attribute"),
+    ),
+    Fault(
+        "a consumer made by a layer forgets zero_init",
+        LCOA,
+        "res_scale=self.coa.res_scale, zero_init=self.zero_init)",
+        "res_scale=self.coa.res_scale)",
+        f"{IN_CONTRACT}::test_make_consumer_passes_the_options_on",
+    ),
+    # --- each other property and clause, seen red once
+    Fault(
+        "order is not a permutation of a sample's tokens",
+        CLUSTER,
+        "(assignment * num_tokens + position).argsort(dim=1)",
+        "(assignment * num_tokens + position).argsort(dim=0)",
+        f"{IN_CLUSTER}::test_order_has_an_inverse",
+    ),
+    Fault(
+        "the sorting key has room for four tokens",
+        CLUSTER,
+        "(assignment * num_tokens + position)",
+        "(assignment * 4 + position)",
+        f"{IN_CLUSTER}::test_names_of_clusters_do_not_matter",
+    ),
+    Fault(
+        "chunks two steps away are seen",
+        CLUSTER,
+        "chunks.roll(-offset, dims=1)",
+        "chunks.roll(-2 * offset, dims=1)",
+        f"{IN_CLUSTER}::test_an_unseen_token_cannot_matter",
+    ),
+    Fault(
+        "gradients go to chunks two steps away",
+        CLUSTER,
+        "chunks.roll(-offset, dims=1)",
+        "chunks.roll(-2 * offset, dims=1)",
+        f"{IN_CLUSTER}::test_an_unseen_token_receives_no_gradient",
+    ),
+    Fault(
+        "hidden keys are masked after softmax (oneshot)",
+        CLUSTER,
+        'masked_fill(~self.visible[:, None, :], float("-inf")).softmax(dim=-1)',
+        "softmax(dim=-1).masked_fill(~self.visible[:, None, :], 0.0)",
+        f"{IN_CLUSTER}::test_rows_of_weights_sum_to_one",
+    ),
+    Fault(
+        "softmax without subtracting the largest (tiles)",
+        TILES,
+        "    return scores.softmax(dim=-1)\n",
+        "    return scores.exp() / scores.exp().sum(dim=-1, keepdim=True)\n",
+        f"{IN_CLUSTER}::test_rows_of_weights_sum_to_one",
+    ),
+    Fault(
+        "rows of empty slots overwrite a token (tiles)",
+        TILES,
+        "            chunks = torch.bmm(part, _windows(rows[tile.halo], layout)).flatten(0, 1)\n"
+        "            out.index_copy_(0, tile.query[: tile.real], chunks[: tile.real])\n",
+        "            chunks = torch.bmm(part, _windows(rows[tile.halo], layout)).flatten(0, 1)\n"
+        "            out.index_copy_(0, tile.query, chunks)\n",
+        f"{IN_CLUSTER}::test_padding_is_neutral",
+    ),
+    Fault(
+        "the forms differ",
+        TILES,
+        "chunk = torch.arange(start - a, stop + a, device=device) % k",
+        "chunk = torch.arange(start - a, stop + a, device=device).clamp(0, k - 1)",
+        f"{IN_CLUSTER}::test_auto_is_one_of_the_forms",
+    ),
+    Fault(
+        "rows are read without regard to strides (tiles)",
+        TILES,
+        "rows.reshape(-1, rows.shape[-1]).contiguous()",
+        "rows.as_strided((rows.shape[0] * rows.shape[1], rows.shape[2]), (rows.shape[2], 1))",
+        f"{IN_CLUSTER}::test_strides_do_not_matter",
+    ),
+    Fault(
+        "weights are rounded to bfloat16 (tiles)",
+        TILES,
+        "weights = _tile_weights(q, k, tile, layout, scale).to(v.dtype)",
+        "weights = _tile_weights(q, k, tile, layout, scale).to(torch.bfloat16).to(v.dtype)",
+        f"{IN_CLUSTER}::test_low_precision_errs_no_more_than_dense_attention[tiles-torch.float32]",
+    ),
+    Fault(
+        "autocast reaches the scores (oneshot)",
+        CLUSTER,
+        "with torch.autocast(query.device.type, enabled=False):",
+        "with torch.autocast(query.device.type, enabled=torch.is_autocast_enabled(query.device.type)):",
+        f"{IN_CLUSTER}::test_autocast_does_not_reach_the_scores",
+    ),
+    Fault(
+        "queries get no gradient (tiles)",
+        TILES,
+        "    grad_query.index_add_(0, tile.query[: tile.real], to_query[: tile.real])\n",
+        "",
+        f"{IN_CLUSTER}::test_gradcheck",
+    ),
+    Fault(
+        "a chunk of nothing passes",
+        CLUSTER,
+        "if chunk_size < 1 or num_adjacent < 0:",
+        "if chunk_size < 0:",
+        f"{IN_CLUSTER}::test_impossible_chunks_are_refused",
+    ),
+    Fault(
+        "an operator returns other strides than it promises",
+        TILES,
+        "rows.reshape(-1, rows.shape[-1]).contiguous()",
+        "rows.reshape(-1, rows.shape[-1])",
+        "tests/functional/test_operators.py::test_strides[1]",
+    ),
+    Fault(
+        "an operator moves what it does not declare",
+        KMEANS,
+        '        "usage",\n',
+        "",
+        "tests/functional/test_operators.py::test_kmeans_step",
+    ),
+    Fault(
+        "tokens go to the farthest centroid",
+        KMEANS,
+        "best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)",
+        "best, index = (points @ centroids.to(points.dtype).T).min(dim=-1)",
+        f"{IN_KMEANS}::test_assignment_equals_loops",
+    ),
+    Fault(
+        "the highest index wins a tie",
+        KMEANS,
+        "        best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)\n    return best, index\n",
+        "        best, index = (points @ centroids.to(points.dtype).T).flip(-1).max(dim=-1)\n"
+        "    return best, len(centroids) - 1 - index\n",
+        f"{IN_KMEANS}::test_lowest_index_wins_a_tie",
+    ),
+    Fault(
+        "counts are of the first sample",
+        KMEANS,
+        "    counts = units.new_zeros(num_clusters).index_add_(0, index, torch.ones_like(units[:, 0]))\n",
+        "    index = assignment[0]\n"
+        "    counts = units.new_zeros(num_clusters).index_add_(0, index, torch.ones_like(units[: len(index), 0]))\n",
+        f"{IN_KMEANS}::test_sums_equal_loops",
+    ),
+    Fault(
+        "a centroid is lost when old and new cancel",
+        KMEANS,
+        " | (moved.norm(dim=-1) <= _EPS)",
+        "",
+        f"{IN_KMEANS}::test_a_cluster_whose_mean_is_opposite_keeps_its_centroid",
+    ),
+    Fault(
+        "a checkpointed step moves twice",
+        KMEANS,
+        "return torch._C._current_graph_task_id() != -1",
+        "return False",
+        f"{IN_KMEANS}::test_a_checkpointed_step_moves_once",
+    ),
+    Fault(
+        "autocast reaches k-means",
+        KMEANS,
+        "    with torch.autocast(points.device.type, enabled=False):\n        best, index",
+        "    if True:\n        best, index",
+        f"{IN_KMEANS}::test_autocast_does_not_reach_k_means",
+    ),
+    Fault(
+        "a map of one column divides by zero",
+        LCOA,
+        "return x + self.res_scale * rearrange",
+        "return x + self.res_scale * x.new_tensor(x.shape[-1] - 1) / (x.shape[-1] - x.new_ones(())) * rearrange",
+        contract("any size"),
+    ),
+    Fault(
+        "an update counts twice",
+        KMEANS,
+        "state.num_updates.add_(pending)",
+        "state.num_updates.add_(2 * pending)",
+        contract("training moves state once a forward"),
+    ),
+    Fault(
+        "a wrong number of channels is left to the convolution",
+        LCOA,
+        "if x.ndim != 4 or x.shape[1] != embed_dim or 0 in x.shape[2:]:",
+        "if x.ndim != 4 or 0 in x.shape[2:]:",
+        contract("another number of channels is refused", "CoA"),
+    ),
+    Fault(
+        "any object passes for a state",
+        LCOA,
+        "    if not isinstance(state, ClusterAttention):\n",
+        "    if state is None:\n",
+        contract("a foreign state is refused", "LCoA sharing"),
+    ),
+    Fault(
+        "a missing state is left to Python",
+        LCOA,
+        "    if not isinstance(state, ClusterAttention):\n",
+        "    if state is not None and not isinstance(state, ClusterAttention):\n",
+        contract("a foreign state is refused", "CoA"),
+    ),
+    Fault(
+        "a shared state has another temperature",
+        LCOA,
+        "cluster_weights(query, key, pattern), *x.shape[-2:])",
+        "cluster_weights(query, key, pattern, scale=0.9), *x.shape[-2:])",
+        contract("sharing with oneself changes nothing", "LCoA sharing"),
+    ),
+    Fault(
+        "tokens are centred over the batch",
+        LCOA,
+        "assignment = assign(query, self.centroids)",
+        "assignment = assign(query - query.mean(dim=(0, 1)), self.centroids)",
+        contract("evaluation does not mix samples"),
+    ),
+    Fault(
+        "NaN gets into a layer's buffers",
+        KMEANS,
+        "finite = sums.isfinite().all()",
+        "finite = sums.isfinite().all() | True",
+        contract("a sample that is not finite spoils no other"),
+    ),
+    Fault(
+        "first centroids differ from run to run",
+        KMEANS,
+        "    generator = torch.Generator().manual_seed(seed)\n",
+        "    generator = torch.Generator()\n    generator.seed()\n",
+        contract("repeated runs are bit equal"),
+    ),
+    Fault(
+        "maps are read without regard to strides",
+        LCOA,
+        'return rearrange(x, "b c h w -> b (h w) c")',
+        "return x.as_strided((len(x), x[0, 0].numel(), x.shape[1]), (x[0].numel(), 1, x[0, 0].numel()))",
+        contract("strides do not matter"),
+    ),
+    Fault(
+        "the residual is added in float32",
+        LCOA,
+        "return x + self.res_scale * rearrange",
+        "return x.to(score_precision(x)) + self.res_scale * rearrange",
+        contract("precisions"),
+    ),
+    Fault(
+        "the length of a loud half token overflows",
+        KMEANS,
+        "return F.normalize(vectors.to(_precision(vectors)), dim=-1, eps=_EPS)",
+        "return vectors / vectors.half().square().sum(dim=-1, keepdim=True).sqrt().to(vectors.dtype)",
+        contract("loud half inputs stay finite"),
+    ),
+    Fault(
+        "under autocast the branch is dropped",
+        LCOA,
+        "return x + self.res_scale * rearrange",
+        "return x + self.res_scale * (attended.dtype == x.dtype) * rearrange",
+        contract("autocast"),
+    ),
+    Fault(
+        "a state holds half weights",
+        LAYOUT,
+        "return torch.promote_types(tensor.dtype, torch.float32)",
+        "return tensor.dtype",
+        contract("scores of half inputs are float32", "LSP"),
+    ),
+    Fault(
+        "the fused path scores in half",
+        TILES,
+        "        q, k = (_flat(rows).to(score_precision(rows)) for rows in (query, key))\n        v = _flat(value)\n",
+        "        q, k = (_flat(rows) for rows in (query, key))\n        v = _flat(value)\n",
+        contract("the fused path scores in float32 too", "LCoA sharing"),
+    ),
+    Fault(
+        "the pending update is not saved",
+        LCOA,
+        "self.register_buffer(name, value)",
+        'self.register_buffer(name, value, persistent=not name.startswith("pending"))',
+        contract("copies go on alike"),
+    ),
+    Fault(
+        "keys are detached",
+        LCOA,
+        "return query, F.normalize(query, dim=-1, eps=_KEY_EPS), pattern",
+        "return query, F.normalize(query.detach(), dim=-1, eps=_KEY_EPS), pattern",
+        contract("gradients are derivatives"),
+    ),
+    Fault(
+        "a Python loop runs over the rows of a map",
+        LCOA,
+        "    if x.ndim != 4 or x.shape[1] != embed_dim",
+        "    for _ in range(x.shape[2]):\n        pass\n    if x.ndim != 4 or x.shape[1] != embed_dim",
+        contract("sizes do not recompile"),
+    ),
+    Fault(
+        "k-means stands still when compiled",
+        LCOA,
+        "if self.training and self.ema_decay < 1:",
+        "if self.training and self.ema_decay < 1 and not nn.modules.module.torch.compiler.is_compiling():",
+        contract("compiled is eager"),
+    ),
+    Fault(
+        "export fixes whether the last chunk is full",
+        CLUSTER,
+        "        return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, value.shape[-1]))\n",
+        "        rows = chunks.flatten(1, 2)[:, : self.layout.num_tokens]\n"
+        "        return torch.empty_like(rows).scatter(1, self.order[..., None].expand_as(rows), rows)\n",
+        contract("export with dynamic sizes"),
+    ),
+    Fault(
+        "reentrant checkpointing moves centroids twice",
+        KMEANS,
+        "return torch._C._current_graph_task_id() != -1",
+        "return torch.is_grad_enabled() and False",
+        contract("reentrantly checkpointed is plain"),
+    ),
+    Fault(
+        "a checkpointed compiled layer moves centroids twice",
+        KMEANS,
+        "return torch._C._current_graph_task_id() != -1",
+        "return False",
+        contract("compiled inside a checkpoint is plain"),
+    ),
+    Fault(
+        "a compiled checkpointed layer moves centroids twice",
+        KMEANS,
+        "return torch._C._current_graph_task_id() != -1",
+        "return False",
+        contract("checkpointed and compiled is plain"),
+    ),
+    Fault(
+        "two providers share one pattern",
+        KMEANS,
+        "    generator = torch.Generator().manual_seed(seed)\n",
+        "    generator = torch.Generator().manual_seed(0)\n",
+        f"{IN_KMEANS}::test_first_centroids_are_unit_vectors_set_by_the_seed",
+    ),
+]
+
+
+# --- the runner -------------------------------------------------------------------------------------------------------
+
+
+ASSERTIONS = (AssertionError, pytest.fail.Exception)  # the second is what pytest.raises raises if nothing was raised
+
+
+class Recorder:
+    """A pytest plugin that notes how each test ended."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[dict[str, object]] = []
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        result = yield
+        report = result.get_result()  # type: ignore[attr-defined]  pluggy's result of the hooks inside
+        error = None if call.excinfo is None else call.excinfo.value
+        if report.when == "call" or report.failed:
+            self.outcomes.append(
+                {
+                    "test": item.nodeid,
+                    "when": report.when,
+                    "passed": report.passed,
+                    "assertion": error is not None and all(isinstance(leaf, ASSERTIONS) for leaf in leaves(error)),
+                    "error": "" if error is None else f"{type(error).__name__}: {error}"[:300],
+                }
+            )
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.outcomes.append(
+                {
+                    "test": report.nodeid,
+                    "when": "collect",
+                    "passed": False,
+                    "assertion": False,
+                    "error": str(report.longrepr)[-300:],
+                }
+            )
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions in a group, or the exception itself."""
+    inner = getattr(error, "exceptions", None)
+    if isinstance(inner, tuple):
+        for one in inner:
+            yield from leaves(one)
+    else:
+        yield error
+
+
+def problem_with(fault: Fault, root: Path = ROOT) -> str:
+    """Return why a fault cannot be applied, or nothing."""
+    count = (root / fault.file).read_text(encoding="utf-8").count(fault.old)
+    if count != 1:
+        return f"the old text of {fault.name!r} must stand in {fault.file} exactly once, it stands there {count} times"
+    return ""
+
+
+def copied(root: Path) -> Path:
+    """Copy the package and what its tests need into `root`."""
+    ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
+    for folder in ("sparse_sr_attn", "tests/functional", "tests/layers", "tests/faults"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+    for file in ("pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / file, root / file)
+    return root
+
+
+def run(root: Path, tests: list[str]) -> list[dict[str, object]]:
+    """Run tests of a copy against that copy, in a process of their own, and return how each ended."""
+    report = root / "report.json"
+    command = [sys.executable, "tests/faults/test_faults.py", "--child", str(report), *tests]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    if not report.exists():
+        raise RuntimeError(f"the copy did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    outcomes: list[dict[str, object]] = json.loads(report.read_text(encoding="utf-8"))
+    return outcomes
+
+
+def child(report: Path, tests: list[str]) -> int:
+    """Run in the copy: run the tests, then prove that it was the copy that they tested."""
+    recorder = Recorder()
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "--tb=no", *tests], plugins=[recorder])
+    import sparse_sr_attn  # not before pytest, which wants to be first where its plugins are concerned
+
+    here = Path.cwd().resolve()
+    if here not in Path(sparse_sr_attn.__file__).resolve().parents:
+        raise RuntimeError(f"the package under {here} must be tested, but {sparse_sr_attn.__file__} was imported")
+    report.write_text(json.dumps(recorder.outcomes), encoding="utf-8")
+    return int(code)
+
+
+def verdict(fault: Fault) -> str:
+    """Return why a fault went unnoticed, or nothing if its test turned red as it should."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = copied(Path(folder).resolve())
+        problem = problem_with(fault, root)
+        if problem:
+            return problem
+        file = root / fault.file
+        file.write_text(file.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
+        outcomes = run(root, [fault.test])
+    if not outcomes:
+        return f"{fault.test} does not exist"
+    red = [outcome for outcome in outcomes if not outcome["passed"]]
+    if not red:
+        return f"{fault.test} stays green"
+    if not any(outcome["assertion"] and outcome["when"] == "call" for outcome in red):
+        return f"{fault.test} fails, but not by an assertion: {red[0]['error']}"
+    return ""
+
+
+# --- as tests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_old_text_is_there_once(fault: Fault) -> None:
+    """Fails when the code has changed under a fault, which must then be written anew."""
+    assert not problem_with(fault)
+
+
+def test_there_are_enough_and_no_two_alike() -> None:
+    assert len(FAULTS) >= 25
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    assert len({(fault.file, fault.old, fault.new, fault.test) for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.mark.slow
+def test_without_a_fault_all_named_tests_are_green(tmp_path: Path) -> None:
+    tests = sorted({fault.test for fault in FAULTS})
+    outcomes = run(copied(tmp_path.resolve()), tests)
+    assert [outcome for outcome in outcomes if not outcome["passed"]] == []
+    ran = {str(outcome["test"]) for outcome in outcomes}
+    assert {test for test in tests if not any(one == test or one.startswith(f"{test}[") for one in ran)} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault_is_noticed(fault: Fault) -> None:
+    assert not verdict(fault)
+
+
+# --- as a script ------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Put faults into a copy of the code and see whether the tests notice.")
+    parser.add_argument("--child", metavar="REPORT", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("names", nargs="*", help="only faults whose name contains one of these")
+    arguments = parser.parse_args()
+    if arguments.child:
+        return child(arguments.child, arguments.names)
+    chosen = [f for f in FAULTS if not arguments.names or any(part in f.name for part in arguments.names)]
+    missed = 0
+    for fault in chosen:
+        start = time.monotonic()
+        answer = verdict(fault)
+        missed += bool(answer)
+        print(f"{'MISSED ' if answer else 'noticed'}  {time.monotonic() - start:5.1f} s  {fault.name}", flush=True)
+        if answer:
+            print(f"         {answer}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults noticed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,467 @@
+"""Cluster attention against its slow twins: values and gradients, both forms, both ways of counting."""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional import cluster as fast
+from sparse_sr_attn.reference import cluster as slow
+from sparse_sr_attn.states import ClusterPattern
+from sparse_sr_attn.testing.strategies import Case, cases
+from sparse_sr_attn.testing.tolerances import (
+    LOW_PRECISION,
+    assert_bit_equal,
+    assert_derivatives,
+    assert_gradients_close,
+    assert_no_worse,
+    assert_values_close,
+    gradients,
+)
+
+FORMS = ("oneshot", "tiles")
+WIDTH, VALUE_WIDTH = 4, 3
+
+forms = st.sampled_from(FORMS)
+
+# Shapes at which code like this breaks; run before anything that is drawn.
+ONE_TOKEN = Case(num_tokens=1, num_clusters=1, chunk_size=1)
+NEIGHBOURS_COINCIDE = Case(num_tokens=5, num_clusters=1, chunk_size=3, seed=1)
+TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, exact_keys=False, seed=2)
+PADDED_TAIL = Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3)
+PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4)
+CHUNK_LONGER_THAN_SAMPLE = Case(num_tokens=4, num_clusters=2, chunk_size=9, exact_keys=False, seed=5)
+REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, exact_keys=False, seed=6)
+WIDE_RING = Case(num_tokens=9, num_clusters=3, chunk_size=2, num_adjacent=2, seed=7)
+FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
+NO_NEIGHBOURS = Case(num_tokens=8, num_clusters=3, chunk_size=3, num_adjacent=0, seed=9)
+
+
+def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
+    return fast.cluster_pattern(
+        case.assignment(device=device),
+        chunk_size=case.chunk_size,
+        num_adjacent=case.num_adjacent,
+        exact_keys=case.exact_keys,
+    )
+
+
+def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    query, key = (case.tokens(name, WIDTH, dtype=dtype, device=device) for name in ("query", "key"))
+    value = case.tokens("value", VALUE_WIDTH, dtype=dtype, device=device)
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+
+
+def real_rows(pattern: ClusterPattern, weights: Tensor) -> Tensor:
+    """The weights of the slots that hold a token, chunk after chunk: `(b, n, j)`."""
+    return weights.flatten(1, 2)[:, : pattern.order.shape[1]]
+
+
+@given(case=cases())
+@example(case=ONE_TOKEN)
+@example(case=PADDED_TAIL)
+def test_order_sorts_by_cluster_then_position(device: torch.device, case: Case) -> None:
+    assignment = case.assignment(device=device)
+    pattern = pattern_of(case, device)
+    expected = slow.cluster_pattern(assignment, chunk_size=case.chunk_size)
+    assert_bit_equal(pattern.order, expected.order)
+    assert_bit_equal(pattern.assignment, assignment)
+    assert pattern.order.dtype == torch.int64
+
+
+@given(case=cases())
+@example(case=PADDED_TAIL)
+def test_order_has_an_inverse(device: torch.device, case: Case) -> None:
+    """Sorting the tokens into slots and back gives each token back."""
+    order = pattern_of(case, device).order
+    tokens = case.tokens("tokens", WIDTH, device=device)
+    in_slots = tokens.gather(1, order[..., None].expand_as(tokens))
+    back = torch.empty_like(tokens).scatter(1, order[..., None].expand_as(tokens), in_slots)
+    assert_bit_equal(back, tokens)
+    assert_bit_equal(order.sort(dim=1).values, torch.arange(case.num_tokens, device=device).expand_as(order))
+
+
+@given(case=cases(), shift=st.integers(1, 1000))
+def test_names_of_clusters_do_not_matter(device: torch.device, case: Case, shift: int) -> None:
+    """Only the order of the clusters does."""
+    renamed = fast.cluster_pattern(case.assignment(device=device) * 3 + shift, chunk_size=case.chunk_size)
+    assert_bit_equal(renamed.order, pattern_of(case, device).order)
+
+
+@given(case=cases(), form=forms, scale=st.sampled_from((1.0, 0.5, 3.0)))
+@example(case=ONE_TOKEN, form="tiles", scale=1.0)
+@example(case=NEIGHBOURS_COINCIDE, form="oneshot", scale=1.0)
+@example(case=NEIGHBOURS_COINCIDE, form="tiles", scale=1.0)
+@example(case=TWO_CHUNKS_PUBLISHED, form="oneshot", scale=1.0)
+@example(case=TWO_CHUNKS_PUBLISHED, form="tiles", scale=1.0)
+@example(case=PADDED_TAIL, form="oneshot", scale=0.5)
+@example(case=PADDED_TAIL, form="tiles", scale=0.5)
+@example(case=PADDED_TAIL_PUBLISHED, form="oneshot", scale=0.5)
+@example(case=PADDED_TAIL_PUBLISHED, form="tiles", scale=0.5)
+@example(case=CHUNK_LONGER_THAN_SAMPLE, form="oneshot", scale=1.0)
+@example(case=CHUNK_LONGER_THAN_SAMPLE, form="tiles", scale=1.0)
+@example(case=REPEATED_TWICE_OVER, form="oneshot", scale=1.0)
+@example(case=REPEATED_TWICE_OVER, form="tiles", scale=1.0)
+@example(case=WIDE_RING, form="oneshot", scale=1.0)
+@example(case=WIDE_RING, form="tiles", scale=1.0)
+@example(case=FOUR_CHUNKS_TWO_SIDES, form="oneshot", scale=1.0)
+@example(case=FOUR_CHUNKS_TWO_SIDES, form="tiles", scale=1.0)
+@example(case=NO_NEIGHBOURS, form="oneshot", scale=3.0)
+@example(case=NO_NEIGHBOURS, form="tiles", scale=3.0)
+def test_attention_equals_masked_dense_attention(device: torch.device, case: Case, form: str, scale: float) -> None:
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    actual = fast.cluster_attention(query, key, value, pattern, scale=scale, form=form)
+    expected = slow.cluster_attention(query, key, value, pattern, scale=scale)
+    assert_values_close(actual, expected)
+    probe = case.tokens("probe", VALUE_WIDTH, device=device)
+    leaves = (query, key, value)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@given(case=cases(), form=forms)
+@example(case=PADDED_TAIL, form="oneshot")
+@example(case=PADDED_TAIL, form="tiles")
+@example(case=FOUR_CHUNKS_TWO_SIDES, form="tiles")
+@example(case=REPEATED_TWICE_OVER, form="oneshot")
+@example(case=REPEATED_TWICE_OVER, form="tiles")
+def test_weights_equal_loops(device: torch.device, case: Case, form: str) -> None:
+    query, key, _ = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    actual = fast.cluster_weights(query, key, pattern, scale=0.7, form=form)
+    expected = slow.cluster_weights(query, key, pattern, scale=0.7)
+    assert actual.shape == expected.shape
+    actual, expected = real_rows(pattern, actual), real_rows(pattern, expected)
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    assert_gradients_close(gradients(actual, (query, key), probe), gradients(expected, (query, key), probe))
+
+
+@given(case=cases(), form=forms)
+@example(case=PADDED_TAIL, form="oneshot")
+@example(case=PADDED_TAIL, form="tiles")
+@example(case=FOUR_CHUNKS_TWO_SIDES, form="tiles")
+@example(case=REPEATED_TWICE_OVER, form="oneshot")
+@example(case=REPEATED_TWICE_OVER, form="tiles")
+def test_application_equals_loops(device: torch.device, case: Case, form: str) -> None:
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    weights = slow.cluster_weights(query, key, pattern).detach().requires_grad_()
+    actual = fast.apply_cluster_weights(weights, value, pattern, form=form)
+    expected = slow.apply_cluster_weights(weights, value, pattern)
+    assert_values_close(actual, expected)
+    probe = case.tokens("probe", VALUE_WIDTH, device=device)
+    mine, other = (gradients(output, (weights, value), probe) for output in (actual, expected))
+    shown = weights.detach() > 0  # what is not shown has weight 0 always, so its gradient goes nowhere
+    assert_gradients_close((mine[0] * shown, mine[1]), (other[0] * shown, other[1]))
+
+
+@given(case=cases(exact_keys=True), form=forms, longer=st.integers(0, 3))
+@example(case=ONE_TOKEN, form="oneshot", longer=3)
+@example(case=NEIGHBOURS_COINCIDE, form="tiles", longer=0)
+def test_one_chunk_is_plain_attention(device: torch.device, case: Case, form: str, longer: int) -> None:
+    """A chunk of all tokens or more: nothing is sparse any more."""
+    case = case.but(chunk_size=case.num_tokens + longer)
+    query, key, value = inputs_of(case, device)
+    actual = fast.cluster_attention(query, key, value, pattern_of(case, device), scale=0.5, form=form)
+    expected = torch.softmax(0.5 * query @ key.mT, dim=-1) @ value
+    assert_values_close(actual, expected)
+    probe = case.tokens("probe", VALUE_WIDTH, device=device)
+    leaves = (query, key, value)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@given(case=cases(exact_keys=True), form=forms)
+@example(case=PADDED_TAIL, form="oneshot")
+@example(case=PADDED_TAIL, form="tiles")
+def test_chunks_in_sight_of_all_are_plain_attention(device: torch.device, case: Case, form: str) -> None:
+    """As many neighbours as there are chunks: every token sees every token once, whatever the order."""
+    case = case.but(num_adjacent=-(-case.num_tokens // case.chunk_size))
+    query, key, value = inputs_of(case, device)
+    actual = fast.cluster_attention(query, key, value, pattern_of(case, device), form=form)
+    assert_values_close(actual, torch.softmax(query @ key.mT, dim=-1) @ value)
+
+
+@given(case=cases(), first=forms, second=forms, fused=forms)
+@example(case=PADDED_TAIL, first="oneshot", second="tiles", fused="tiles")
+@example(case=PADDED_TAIL_PUBLISHED, first="tiles", second="oneshot", fused="oneshot")
+def test_weights_then_application_is_the_fused_operation(
+    device: torch.device, case: Case, first: str, second: str, fused: str
+) -> None:
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    weights = fast.cluster_weights(query, key, pattern, scale=0.5, form=first)
+    in_two = fast.apply_cluster_weights(weights, value, pattern, form=second)
+    in_one = fast.cluster_attention(query, key, value, pattern, scale=0.5, form=fused)
+    assert_values_close(in_two, in_one)
+    probe = case.tokens("probe", VALUE_WIDTH, device=device)
+    leaves = (query, key, value)
+    assert_gradients_close(gradients(in_two, leaves, probe), gradients(in_one, leaves, probe))
+
+
+@given(case=cases(), form=forms)
+@example(case=PADDED_TAIL, form="tiles")
+def test_weights_serve_a_second_value(device: torch.device, case: Case, form: str) -> None:
+    """Collaborative attention: one set of weights, two readers, and the gradients of both meet in query and key."""
+    query, key, value = inputs_of(case, device)
+    other = case.tokens("other value", VALUE_WIDTH + 2, device=device).requires_grad_()
+    pattern = pattern_of(case, device)
+    weights = fast.cluster_weights(query, key, pattern, form=form)
+    actual = torch.cat([fast.apply_cluster_weights(weights, v, pattern, form=form) for v in (value, other)], dim=-1)
+    expected = slow.cluster_attention(query, key, torch.cat([value, other], dim=-1), pattern)
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    leaves = (query, key, value, other)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@given(case=cases(), form=forms)
+@example(case=PADDED_TAIL, form="tiles")
+@example(case=PADDED_TAIL_PUBLISHED, form="oneshot")
+def test_a_batch_is_its_samples(device: torch.device, case: Case, form: str) -> None:
+    query, key, value = inputs_of(case, device)
+    together = fast.cluster_attention(query, key, value, pattern_of(case, device), form=form)
+    for b in range(case.batch):
+        alone = fast.cluster_pattern(
+            case.assignment(device=device)[b : b + 1],
+            chunk_size=case.chunk_size,
+            num_adjacent=case.num_adjacent,
+            exact_keys=case.exact_keys,
+        )
+        one = slice(b, b + 1)
+        assert_values_close(fast.cluster_attention(query[one], key[one], value[one], alone, form=form), together[one])
+
+
+@given(case=cases(min_tokens=2), form=forms, filling=st.sampled_from((0.0, 1e4, float("nan"))))
+@example(case=WIDE_RING.but(num_adjacent=1), form="oneshot", filling=float("nan"))
+@example(case=WIDE_RING.but(num_adjacent=1), form="tiles", filling=float("nan"))
+def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, form: str, filling: float) -> None:
+    """Another key and value of a token changes no bit for the tokens that do not see it."""
+    query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
+    pattern = pattern_of(case, device)
+    before = fast.cluster_attention(query, key, value, pattern, form=form)
+    token = int(case.integers("token", case.num_tokens, 1))
+    blind = ~slow.visible_pairs(pattern)[:, :, token]
+    key[:, token], value[:, token] = filling, filling
+    after = fast.cluster_attention(query, key, value, pattern, form=form)
+    assert_bit_equal(after[blind], before[blind])
+    # A query is nobody's business but its own.
+    query[:, token] = filling
+    others = blind & (torch.arange(case.num_tokens, device=device) != token)
+    assert_bit_equal(fast.cluster_attention(query, key, value, pattern, form=form)[others], before[others])
+
+
+@given(case=cases(min_tokens=2), form=forms)
+@example(case=WIDE_RING.but(num_adjacent=1), form="tiles")
+def test_an_unseen_token_receives_no_gradient(device: torch.device, case: Case, form: str) -> None:
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    output = fast.cluster_attention(query, key, value, pattern, form=form)
+    token = int(case.integers("token", case.num_tokens, 1))
+    seen = slow.visible_pairs(pattern)[:, token]
+    grad_query, grad_key, grad_value = torch.autograd.grad(output[:, token].sum(), (query, key, value))
+    assert not grad_key[~seen].any()
+    assert not grad_value[~seen].any()
+    assert (grad_value[seen] > 0).all()
+    others = torch.arange(case.num_tokens, device=device) != token
+    assert not grad_query[:, others].any()
+
+
+@given(case=cases(), form=forms, loud=st.sampled_from((1.0, 1e3)))
+@example(case=PADDED_TAIL, form="oneshot", loud=1.0)
+@example(case=PADDED_TAIL, form="tiles", loud=1.0)
+@example(case=PADDED_TAIL, form="tiles", loud=1e3)
+def test_rows_of_weights_sum_to_one(device: torch.device, case: Case, form: str, loud: float) -> None:
+    """Also when the scores would overflow an exponential."""
+    query, key, _ = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    weights = real_rows(pattern, fast.cluster_weights(loud * query, key, pattern, form=form))
+    assert (weights >= 0).all()
+    assert_values_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
+
+
+@given(case=cases(), form=forms)
+@example(case=NEIGHBOURS_COINCIDE, form="oneshot")
+@example(case=NEIGHBOURS_COINCIDE, form="tiles")
+@example(case=TWO_CHUNKS_PUBLISHED, form="oneshot")
+@example(case=TWO_CHUNKS_PUBLISHED, form="tiles")
+@example(case=PADDED_TAIL, form="tiles")
+@example(case=FOUR_CHUNKS_TWO_SIDES, form="oneshot")
+def test_a_key_counts_as_often_as_it_should(device: torch.device, case: Case, form: str) -> None:
+    """With equal scores a key weighs what it counts: once, or as the published code counts it."""
+    nothing = torch.zeros(case.batch, case.num_tokens, WIDTH, dtype=torch.float64, device=device)
+    pattern = pattern_of(case, device)
+    who = torch.eye(case.num_tokens, dtype=torch.float64, device=device).repeat(case.batch, 1, 1)
+    weights = fast.cluster_attention(nothing, nothing, who, pattern, form=form)
+    counts = slow.multiplicity(pattern)
+    if case.exact_keys:
+        assert counts.max() == 1
+    assert_values_close(weights, counts.double() / counts.sum(dim=-1, keepdim=True))
+    assert (weights.diagonal(dim1=1, dim2=2) > 0).all(), "every token sees itself"
+
+
+@given(case=cases(exact_keys=True), form=forms, filling=st.sampled_from((0.0, 1e4, float("nan"))))
+@example(case=PADDED_TAIL, form="oneshot", filling=float("nan"))
+@example(case=PADDED_TAIL, form="tiles", filling=float("nan"))
+def test_padding_is_neutral(device: torch.device, case: Case, form: str, filling: float) -> None:
+    """Whatever stands in the rows of empty slots, no bit of the output depends on it."""
+    query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
+    pattern = pattern_of(case, device)
+    weights = fast.cluster_weights(query, key, pattern, form=form)
+    assert torch.isfinite(weights).all()
+    before = fast.apply_cluster_weights(weights, value, pattern, form=form)
+    weights.flatten(1, 2)[:, case.num_tokens :] = filling
+    assert_bit_equal(fast.apply_cluster_weights(weights, value, pattern, form=form), before)
+
+
+@given(case=cases(), form=forms, scale=st.sampled_from((0.25, 2.0)))
+def test_scale_is_a_factor_on_the_query(device: torch.device, case: Case, form: str, scale: float) -> None:
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    scaled = fast.cluster_attention(query, key, value, pattern, scale=scale, form=form)
+    assert_values_close(scaled, fast.cluster_attention(scale * query, key, value, pattern, form=form))
+
+
+@given(case=cases())
+@example(case=PADDED_TAIL)
+def test_auto_is_one_of_the_forms(device: torch.device, case: Case) -> None:
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    auto = fast.cluster_attention(query, key, value, pattern)
+    assert_values_close(auto, fast.cluster_attention(query, key, value, pattern, form="oneshot"))
+
+
+@given(case=cases(), form=forms)
+@example(case=PADDED_TAIL, form="tiles")
+def test_strides_do_not_matter(device: torch.device, case: Case, form: str) -> None:
+    """Tokens read as a transposed view, as a layer cuts them from a feature map, are the same tokens."""
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    views = [leaf.detach().mT.contiguous().mT for leaf in (query, key, value)]
+    assert_values_close(
+        fast.cluster_attention(*views, pattern, form=form),
+        fast.cluster_attention(query, key, value, pattern, form=form),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@given(case=cases(max_batch=2, min_tokens=12, max_tokens=40, max_chunk_size=16))
+@example(case=Case(num_tokens=40, num_clusters=6, chunk_size=7))
+def test_low_precision_errs_no_more_than_dense_attention(
+    device: torch.device, form: str, dtype: torch.dtype, case: Case
+) -> None:
+    """Against the float64 result of the same rounded numbers, under the same pattern."""
+    pattern = pattern_of(case, device)
+    rounded = [case.tokens(name, 16, dtype=dtype, device=device) for name in ("query", "key", "value")]
+    rounded[1] = torch.nn.functional.normalize(rounded[1], dim=-1)
+    low = [tensor.detach().requires_grad_() for tensor in rounded]
+    exact = [tensor.detach().double().requires_grad_() for tensor in rounded]
+    actual = fast.cluster_attention(*low, pattern, form=form)
+    peer = slow.cluster_attention(*low, pattern)
+    oracle = slow.cluster_attention(*exact, pattern)
+    assert actual.dtype == dtype
+    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
+    probe = case.tensor("probe", *actual.shape, dtype=dtype, device=device)
+    results = (gradients(actual, low, probe), gradients(peer, low, probe), gradients(oracle, exact, probe))
+    for mine, dense, true in zip(*results, strict=True):
+        assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@given(case=cases(), form=forms)
+@example(case=PADDED_TAIL, form="oneshot")
+@example(case=PADDED_TAIL, form="tiles")
+def test_scores_and_softmax_of_half_inputs_are_float32(
+    device: torch.device, dtype: torch.dtype, case: Case, form: str
+) -> None:
+    """The weights come back in float32, and are those of the same numbers given in float32."""
+    query, key, _ = inputs_of(case, device, dtype)
+    pattern = pattern_of(case, device)
+    weights = fast.cluster_weights(20 * query, key, pattern, form=form)
+    assert weights.dtype == torch.float32
+    wide = fast.cluster_weights((20 * query).float(), key.float(), pattern, form=form)
+    torch.testing.assert_close(real_rows(pattern, weights), real_rows(pattern, wide), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [ONE_TOKEN, PADDED_TAIL, PADDED_TAIL_PUBLISHED, FOUR_CHUNKS_TWO_SIDES], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(device: torch.device, form: str, case: Case) -> None:
+    """Numerical derivatives, independent of any other implementation."""
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+
+    def weights_of(query: Tensor, key: Tensor) -> Tensor:
+        return real_rows(pattern, fast.cluster_weights(query, key, pattern, form=form))
+
+    weights = fast.cluster_weights(query, key, pattern, form=form).detach().requires_grad_()
+    assert_derivatives(weights_of, (query, key))
+    assert_derivatives(
+        lambda weights, value: fast.apply_cluster_weights(weights, value, pattern, form=form), (weights, value)
+    )
+    assert_derivatives(lambda *leaves: fast.cluster_attention(*leaves, pattern, form=form), (query, key, value))
+
+
+@given(case=cases(), form=forms)
+@example(case=PADDED_TAIL, form="oneshot")
+@example(case=PADDED_TAIL, form="tiles")
+def test_autocast_does_not_reach_the_scores(device: torch.device, case: Case, form: str) -> None:
+    """Not a bit changes under bfloat16 autocast, forward or backward."""
+    query, key, value = inputs_of(case, device, torch.float32)
+    pattern = pattern_of(case, device)
+    leaves = (query, key, value)
+
+    def results() -> list[Tensor]:
+        fused = fast.cluster_attention(query, key, value, pattern, form=form)
+        weights = fast.cluster_weights(query, key, pattern, form=form)
+        applied = fast.apply_cluster_weights(weights, value, pattern, form=form)
+        return [fused, real_rows(pattern, weights), applied]
+
+    expected = results()
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = results()
+    for mine, other in zip(actual, expected, strict=True):
+        assert_bit_equal(mine, other)
+        probe = case.tensor("probe", *mine.shape, device=device)
+        for grad, true in zip(gradients(mine, leaves, probe), gradients(other, leaves, probe), strict=True):
+            assert_bit_equal(grad, true)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [({"chunk_size": 0}, "chunk_size=0"), ({"chunk_size": 4, "num_adjacent": -1}, "num_adjacent=-1")],
+)
+def test_impossible_chunks_are_refused(options: dict[str, int], given: str) -> None:
+    with pytest.raises(ValueError, match=r"chunk_size must be >= 1 and num_adjacent >= 0, got .*" + given):
+        fast.cluster_pattern(PADDED_TAIL.assignment(), **options)
+
+
+def test_rows_of_another_size_are_refused() -> None:
+    case = PADDED_TAIL
+    pattern = pattern_of(case, torch.device("cpu"))
+    query, key, value = inputs_of(case.but(num_tokens=5), torch.device("cpu"))
+    for call in (
+        lambda: fast.cluster_weights(query, key, pattern),
+        lambda: fast.cluster_attention(query, key, value, pattern),
+        lambda: fast.apply_cluster_weights(torch.zeros(2, 3, 3, 9), value, pattern),
+    ):
+        with pytest.raises(ShapeError, match=r"\(b, n\) = \(2, 7\), got rows of shape \(2, 5, [34]\)"):
+            call()
+
+
+def test_weights_of_another_pattern_are_refused() -> None:
+    case = PADDED_TAIL
+    query, key, value = inputs_of(case, torch.device("cpu"))
+    weights = fast.cluster_weights(query, key, pattern_of(case, torch.device("cpu")))
+    other = pattern_of(case.but(chunk_size=4), torch.device("cpu"))
+    with pytest.raises(ShapeError, match=r"of shape \(2, 2, 4, 12\), got \(2, 3, 3, 9\)"):
+        fast.apply_cluster_weights(weights, value, other)
+
+
+@pytest.mark.unhooked
+def test_an_unknown_form_is_refused() -> None:
+    query, key, _ = inputs_of(PADDED_TAIL, torch.device("cpu"))
+    with pytest.raises(ValueError, match="form must be 'auto', 'oneshot' or 'tiles', got 'tile'"):
+        fast.cluster_weights(query, key, pattern_of(PADDED_TAIL, torch.device("cpu")), form="tile")

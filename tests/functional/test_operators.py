@@ -1,0 +1,130 @@
+"""The operators as torch sees them: schema, fake tensors, autograd registration, and dynamic shapes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.optests import OpCheckError
+
+from sparse_sr_attn.functional import cluster, kmeans  # noqa: F401  registers the operators
+from sparse_sr_attn.reference import cluster as slow
+from sparse_sr_attn.testing.strategies import Case
+
+pytestmark = pytest.mark.unhooked
+
+CASES = {
+    "padded": Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3),
+    "published": Case(batch=2, num_tokens=10, num_clusters=3, chunk_size=4, exact_keys=False),
+    "one token": Case(num_tokens=1, chunk_size=4),
+    "many chunks": Case(num_tokens=17, num_clusters=5, chunk_size=2, num_adjacent=2),
+}
+cases = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
+
+
+def operator(name: str) -> Any:
+    return getattr(torch.ops.sparse_sr_attn, name).default
+
+
+def check(op: Any, args: Sequence[object], **options: Any) -> None:
+    """`opcheck`, whose findings are failures of the test."""
+    try:
+        torch.library.opcheck(op, tuple(args), **options)
+    except OpCheckError as problem:
+        raise AssertionError(str(problem)) from problem
+
+
+def rows_of(case: Case, names: Sequence[str], device: torch.device, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [case.tokens(name, 4, dtype=dtype, device=device).requires_grad_() for name in names]
+
+
+def layout_of(case: Case, device: torch.device) -> tuple[Tensor, int, int, bool]:
+    pattern = slow.cluster_pattern(
+        case.assignment(device=device),
+        chunk_size=case.chunk_size,
+        num_adjacent=case.num_adjacent,
+        exact_keys=case.exact_keys,
+    )
+    return pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+
+
+@cases
+def test_cluster_attention(device: torch.device, case: Case) -> None:
+    rows = rows_of(case, ("query", "key", "value"), device)
+    layout = layout_of(case, device)
+    check(operator("cluster_attention"), (*rows, *layout, 0.5))
+    inputs = [row.detach() for row in rows_of(case, ("grad", "query", "key", "value"), device)]
+    check(operator("cluster_attention_backward"), (*inputs, *layout, 0.5))
+
+
+@cases
+def test_cluster_weights(device: torch.device, case: Case) -> None:
+    # Rows past the last token mean nothing but do exist, so both runs that opcheck compares must fill them alike.
+    rows, layout = rows_of(case, ("query", "key"), device), layout_of(case, device)
+    check(operator("cluster_weights"), (*rows, *layout, 0.5))
+    query, key = (row.detach() for row in rows)
+    weights = operator("cluster_weights")(query, key, *layout, 0.5)
+    grad = case.tensor("grad", *weights.shape, device=device)
+    check(operator("cluster_weights_backward"), (grad, weights, query, key, *layout, 0.5))
+
+
+@cases
+def test_apply_cluster_weights(device: torch.device, case: Case) -> None:
+    query, key, value = rows_of(case, ("query", "key", "value"), device)
+    layout = layout_of(case, device)
+    weights = operator("cluster_weights")(query, key, *layout, 0.5).detach().requires_grad_()
+    check(operator("apply_cluster_weights"), (weights, value, *layout))
+    grad = case.tokens("grad", 4, device=device)
+    check(operator("apply_cluster_weights_backward"), (grad, weights.detach(), value.detach(), *layout))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_strides(device: torch.device, batch: int) -> None:
+    """Rows cut from a feature map; with one sample their strides are ambiguous, and outputs must keep to the fakes'."""
+    case = CASES["padded"].but(batch=batch)
+    query, key, value, grad = (
+        case.tensor(name, batch, width, case.num_tokens, device=device).mT
+        for name, width in (("query", 4), ("key", 4), ("value", 3), ("grad", 3))
+    )
+    layout = layout_of(case, device)
+    weights = operator("cluster_weights")(query, key, *layout, 0.5)
+    weights = weights.mT.contiguous().mT
+    utils = ("test_schema", "test_faketensor")
+    for name, rows, scale in (
+        ("cluster_attention", (query, key, value), (0.5,)),
+        ("cluster_weights", (query, key), (0.5,)),
+        ("apply_cluster_weights", (weights, value), ()),
+        ("cluster_attention_backward", (grad, query, key, value), (0.5,)),
+        ("cluster_weights_backward", (weights, weights, query, key), (0.5,)),
+        ("apply_cluster_weights_backward", (grad, weights, value), ()),
+    ):
+        check(operator(name), (*rows, *layout, *scale), test_utils=utils)
+    state = kmeans.KMeansState(*(tensor.to(device) for tensor in kmeans.initial_state(case.num_clusters, 4)))
+    check(operator("kmeans_step"), (query.float(), *state, 0.9, 0.5), test_utils=utils)
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kmeans_step(device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    state = kmeans.initial_state(case.num_clusters, 4)
+    state = kmeans.KMeansState(*(tensor.to(device) for tensor in state))
+    points = case.tokens("points", 4, dtype=dtype, device=device)
+    kmeans.kmeans_step(points, state, ema_decay=0.9, reseed_threshold=0.5)  # so that something is pending
+    check(operator("kmeans_step"), (points, *state, 0.9, 0.5))
+
+
+def test_every_operator_is_checked_here() -> None:
+    """An operator that is added must be added above."""
+    registered = {
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "sparse_sr_attn::" in name
+    }
+    assert registered == {
+        "cluster_weights",
+        "cluster_weights_backward",
+        "apply_cluster_weights",
+        "apply_cluster_weights_backward",
+        "cluster_attention",
+        "cluster_attention_backward",
+        "kmeans_step",
+    }

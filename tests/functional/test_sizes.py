@@ -1,0 +1,72 @@
+"""The whole layer against the slow twins, at each of the 289 sizes from 1x1 to 17x17 and at lopsided ones."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_sr_attn import LCoA
+from sparse_sr_attn.reference import cluster, kmeans
+from sparse_sr_attn.testing.strategies import generator
+from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
+
+CHANNELS = 4
+LONGEST = 17
+
+
+def layer_of(device: torch.device, **options: object) -> LCoA:
+    layer = LCoA(CHANNELS, num_clusters=5, reduction=2, res_scale=0.7, seed=3, **options).double().to(device).eval()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(0, name), dtype=torch.float64))
+    return layer
+
+
+def expected_of(layer: LCoA, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The formulae of the layer, written out: returns the output and the assignment."""
+    batch, _, height, width = x.shape
+    query = F.conv2d(x, layer.lsp.embed.weight, layer.lsp.embed.bias, padding=1).flatten(2).mT
+    value = F.conv2d(x, layer.coa.value.weight, layer.coa.value.bias).flatten(2).mT
+    key = query / query.norm(dim=-1, keepdim=True).clamp(min=5e-5)
+    assignment = kmeans.assign(query, layer.lsp.centroids)
+    pattern = cluster.cluster_pattern(
+        assignment,
+        chunk_size=layer.lsp.chunk_size,
+        num_adjacent=layer.lsp.num_adjacent,
+        exact_keys=layer.lsp.exact_keys,
+    )
+    attended = cluster.cluster_attention(query, key, value, pattern)
+    return x + 0.7 * attended.mT.reshape(batch, CHANNELS, height, width), assignment
+
+
+def check(layer: LCoA, device: torch.device, height: int, width: int) -> None:
+    x = torch.randn(2, CHANNELS, height, width, generator=generator(height, str(width)), dtype=torch.float64).to(device)
+    with torch.no_grad():
+        expected, assignment = expected_of(layer, x)
+        state = layer.attend(x)
+        assert_bit_equal(state.pattern.assignment, assignment)
+        assert (state.height, state.width) == (height, width)
+        for output in (layer(x), layer(x, state)):
+            assert output.shape == x.shape
+            assert_values_close(output, expected)
+
+
+@pytest.mark.parametrize("exact_keys", [True, False], ids=["each key once", "as published"])
+@pytest.mark.parametrize("height", range(1, LONGEST + 1))
+def test_every_size(device: torch.device, height: int, exact_keys: bool) -> None:
+    layer = layer_of(device, chunk_size=7, exact_keys=exact_keys)
+    for width in range(1, LONGEST + 1):
+        check(layer, device, height, width)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 257), (257, 1), (31, 33)])
+def test_lopsided_sizes(device: torch.device, height: int, width: int) -> None:
+    check(layer_of(device, chunk_size=16), device, height, width)
+
+
+@pytest.mark.parametrize("num_adjacent", [0, 1, 2, 3])
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 48])
+def test_every_layout_at_one_size(device: torch.device, chunk_size: int, num_adjacent: int) -> None:
+    for exact_keys in (True, False):
+        layer = layer_of(device, chunk_size=chunk_size, num_adjacent=num_adjacent, exact_keys=exact_keys)
+        check(layer, device, 5, 6)

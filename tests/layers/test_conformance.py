@@ -1,0 +1,104 @@
+"""Every registered layer against every clause of the layer contract."""
+
+import pytest
+import torch
+
+from sparse_sr_attn import LAYERS, LSP, CoA, LCoA
+from sparse_sr_attn.errors import SharingError
+from sparse_sr_attn.layers import AttentionLayer
+from sparse_sr_attn.testing import conformance
+from sparse_sr_attn.testing.conformance import Clause, Subject
+from sparse_sr_attn.testing.tolerances import assert_bit_equal
+
+
+def _param(subject: Subject, clause: Clause) -> object:
+    # Inductor's own imports use what Python 3.14 will drop.
+    marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")] if clause.slow else []
+    marks += [] if clause.hookable else [pytest.mark.unhooked]
+    return pytest.param(subject, clause, id=f"{subject}: {clause}", marks=marks)
+
+
+@pytest.mark.parametrize(("subject", "clause"), [_param(*pair) for pair in conformance.matrix(LAYERS)])
+def test_contract(device: torch.device, subject: Subject, clause: Clause) -> None:
+    clause.check(subject, device)
+
+
+def test_every_layer_is_held_to_the_contract() -> None:
+    named = {subject.entry.name for subject in conformance.subjects(LAYERS)}
+    assert named == set(LAYERS)
+    assert {"LCoA", "CoA", "LSP"} <= named
+
+
+def test_kinds_are_the_four() -> None:
+    assert {LAYERS.get(name).kind for name in LAYERS} <= {"layer", "consumer", "provider", "operator"}
+    for name in LAYERS:
+        entry = LAYERS.get(name)
+        if entry.kind in ("layer", "consumer"):
+            assert issubclass(entry.build, AttentionLayer)
+            assert (entry.build.requires is not None) == (entry.kind == "consumer")
+
+
+@pytest.mark.parametrize("build", [LSP, LCoA])
+def test_centroids_move_in_training(device: torch.device, build: type[LSP | LCoA]) -> None:
+    """Else every clause about state would hold for a layer that has none."""
+    layer = build(8, num_clusters=5, chunk_size=4, ema_decay=0.9).to(device).train()
+    buffers = dict(layer.named_buffers())
+    centroids = next(buffer for name, buffer in buffers.items() if name.endswith("centroids"))
+    for step in range(3):
+        before = centroids.clone()
+        layer(conformance.feature_map(f"x{step}", device=device))
+        assert (centroids != before).any() == (step > 0)
+    lengths = centroids.norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+@pytest.mark.parametrize("build", [LSP, LCoA])
+def test_a_decay_of_one_freezes_the_centroids(device: torch.device, build: type[LSP | LCoA]) -> None:
+    """As published."""
+    layer = build(8, num_clusters=5, chunk_size=4, ema_decay=1.0, reseed_threshold=0.9).to(device).train()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    for step in range(4):
+        layer(conformance.feature_map(f"x{step}", device=device))
+    for name, buffer in layer.named_buffers():
+        if name.endswith("centroids"):
+            assert_bit_equal(buffer, before[name])
+
+
+def test_one_provider_serves_many(device: torch.device) -> None:
+    """The loop that users write: two producers and their readers, checkpointed or not, are told apart."""
+    torch.manual_seed(0)
+    first, second = (LCoA(8, num_clusters=5, chunk_size=4, seed=seed).to(device).eval() for seed in (1, 2))
+    reader = CoA(8, res_scale=0.5).to(device)
+    x = conformance.feature_map("x", device=device)
+    one, two = first.attend(x), second.attend(x)
+    outputs = [reader(x, state) for state in (one, two, one)]
+    assert_bit_equal(outputs[0], outputs[2])
+    assert (outputs[0] != outputs[1]).any()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.25])
+def test_res_scale_is_read_when_it_is_used(device: torch.device, scale: float) -> None:
+    """Setting it on trained weights switches the attention off, or turns it down."""
+    layer = LCoA(8, num_clusters=5, chunk_size=4, res_scale=1.0).double().to(device).eval()
+    x = conformance.feature_map("x", dtype=torch.float64, device=device)
+    branch = layer(x) - x
+    for path in (lambda: layer(x), lambda: layer(x, layer.attend(x))):
+        layer.coa.res_scale = scale
+        torch.testing.assert_close(path() - x, scale * branch, rtol=1e-10, atol=1e-10)
+
+
+def test_a_consumer_provides_nothing() -> None:
+    reader = CoA(8)
+    with pytest.raises(SharingError, match="CoA"):
+        reader.attend(torch.zeros(1, 8, 2, 2))
+    with pytest.raises(SharingError, match="CoA"):
+        reader.make_consumer()
+
+
+def test_make_consumer_passes_the_options_on() -> None:
+    reader = LCoA(6, res_scale=0.3, zero_init=True, num_clusters=3).make_consumer()
+    assert isinstance(reader, CoA)
+    assert reader.res_scale == 0.3
+    assert reader.value.weight.shape == (6, 6, 1, 1)
+    assert not reader.value.weight.any()
+    assert LCoA(6, zero_init=False).make_consumer().value.weight.any()
