@@ -1,0 +1,150 @@
+"""Option files, read as data.
+
+BasicSR reads its option files with a loader that runs whatever Python the file asks for. This one runs nothing, knows
+`1e-4` as the number it is, and says the line of everything that it refuses.
+"""
+
+import re
+from collections.abc import Hashable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_sr_attn.errors import ConfigError, Problem
+
+OPTIONS = Path(__file__).resolve().parent / "options"
+"""The folder of the option files that come with the package."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with tuples and with YAML 1.2's floats; an option given twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        if isinstance(node, yaml.MappingNode):
+            first: dict[str, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, line) != line:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value!r} is given twice, first on line {first[key.value]}", key.start_mark
+                    )
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_python_tuple(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
+        return tuple(self.construct_sequence(node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_python_tuple)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def load(file: str | Path) -> dict[str, Any]:
+    """Return the options in a YAML file.
+
+    Args:
+        file: its path. Tags other than YAML's own and `!!python/tuple` are refused: nothing in the file is executed.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML, or no map of names to values; with the line where known.
+    """
+    path = Path(file).expanduser()
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError([Problem(str(file), _unreadable(path, error))]) from None
+    options = parse(text, str(file))
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        found = "nothing" if options is None else f"a {type(options).__name__}"
+        raise ConfigError([Problem(str(file), f"must hold a map of option names to values, got {found}")])
+    return options
+
+
+def parse(text: str | bytes, where: str) -> Any:
+    """Return the YAML value in `text`; `where` opens the messages of the `ConfigError` that it may raise."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
+        raise ConfigError([Problem(place, _explain(error))]) from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError([Problem(where, f"is not YAML: {error}")]) from None
+
+
+def override(options: dict[str, Any], entries: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options with `a:b:c=value` entries (`--force_yml`) put in, and remarks on names that are new.
+
+    Values are read as YAML, so `1e-4`, `true`, `~` and `[1, 2]` mean what they mean in an option file; `none` is `~`.
+
+    Raises:
+        ConfigError: names every entry without `=`, whose value is no YAML, or that leads through what is no map.
+    """
+    result = _copy(options)
+    problems: list[Problem] = []
+    remarks: list[str] = []
+    for entry in entries:
+        where = f"--force_yml {entry}"
+        keys, equals, text = entry.partition("=")
+        path = [key.strip() for key in keys.split(":")]
+        if not equals or not all(path):
+            problems.append(Problem(where, "must be name=value or outer:inner=value, e.g. train:total_iter=1000"))
+            continue
+        try:
+            value = None if text.strip().casefold() == "none" else parse(text, where)
+        except ConfigError as error:
+            problems.extend(error.problems)
+            continue
+        target: Any = result
+        for depth, key in enumerate(path[:-1]):
+            target = target.get(key)
+            if not isinstance(target, dict):
+                problems.append(Problem(where, f"there is no map '{':'.join(path[: depth + 1])}' in the option file"))
+                break
+        else:
+            if path[-1] not in target and target:
+                close = get_close_matches(path[-1], list(map(str, target)), n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                remarks.append(f"{where}: {path[-1]!r} is new, the option file has no such name{hint}")
+            target[path[-1]] = value
+    if problems:
+        raise ConfigError(problems)
+    return result, remarks
+
+
+def _copy(value: Any) -> Any:
+    """Copy maps and lists, so that YAML's aliases of one map become maps of their own."""
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return value
+
+
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    text = str(error.problem)
+    tag = re.search(r"could not determine a constructor for the tag '(?:tag:yaml.org,2002:)?([^']*)'", text)
+    if tag:
+        name = tag[1] if tag[1].startswith("!") else f"!!{tag[1]}"
+        return f"{name} is refused: option files are read as data and run no code; !!python/tuple is the one extra tag"
+    if "\\t" in text:
+        text += "; indent with spaces"
+    return f"{text} ({error.context})" if error.context else text
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    if not isinstance(error, FileNotFoundError):
+        return f"cannot be read: {error.strerror}"
+    folder = path.resolve().parent
+    beside = [file.name for file in folder.glob("*.y*ml")] if folder.is_dir() else []
+    close = get_close_matches(path.name, beside, n=1)
+    hint = f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
+    shipped = OPTIONS / path.name
+    if not hint and shipped.is_file():
+        hint = f"; one of that name comes with the package: {shipped}"
+    return f"no such option file (in {folder}){hint}"

@@ -1,0 +1,162 @@
+"""Small real data, option files and a clean BasicSR for every test."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from skimage import data, io
+
+from sparse_sr_attn_basicsr import register
+from sparse_sr_attn_basicsr.commands import own_log
+
+register()  # before any test module imports basicsr
+
+EDSR = {
+    "type": "SparseEDSR",
+    "num_feat": 8,
+    "num_block": 4,
+    "upscale": 2,
+    "img_range": 1.0,
+    "attention": {"type": "LCoA", "every": 2, "share": 2, "num_clusters": 8, "chunk_size": 16},
+}
+LCOAN = {
+    "type": "LCoAN",
+    "num_feat": 8,
+    "num_group": 2,
+    "num_block": 1,
+    "upscale": 2,
+    "num_clusters": 8,
+    "chunk_size": 16,
+    "reduction": 2,
+}
+PSNR = {"type": "calculate_psnr", "crop_border": 2, "test_y_channel": True}
+
+
+def dataset(part: str) -> dict[str, Any]:
+    return {
+        "name": part,
+        "type": "PairedImageDataset",
+        "dataroot_gt": f"datasets/{part}/HR",
+        "dataroot_lq": f"datasets/{part}/LR",
+        "io_backend": {"type": "disk"},
+    }
+
+
+TRAINING: dict[str, Any] = {
+    "name": "tiny",
+    "model_type": "SparseSRModel",
+    "scale": 2,
+    "num_gpu": 0,
+    "manual_seed": 0,
+    "datasets": {
+        "train": {
+            **dataset("train"),
+            "gt_size": 32,
+            "use_hflip": True,
+            "use_rot": True,
+            "num_worker_per_gpu": 0,
+            "batch_size_per_gpu": 2,
+            "dataset_enlarge_ratio": 10,
+        },
+        "val": dataset("val"),
+    },
+    "network_g": EDSR,
+    "path": {"pretrain_network_g": None},
+    "train": {
+        "ema_decay": 0.9,
+        "optim_g": {"type": "Adam", "lr": 1e-3},
+        "scheduler": {"type": "MultiStepLR", "milestones": [100], "gamma": 0.5},
+        "total_iter": 4,
+        "pixel_opt": {"type": "L1Loss"},
+    },
+    "val": {"val_freq": 4, "metrics": {"psnr": PSNR}},
+    "logger": {"print_freq": 1, "save_checkpoint_freq": 4},
+}
+
+TESTING: dict[str, Any] = {
+    **{key: TRAINING[key] for key in ("model_type", "scale", "num_gpu", "manual_seed", "network_g")},
+    "name": "tiny_test",
+    "datasets": {"test_1": dataset("val")},
+    "path": {"pretrain_network_g": "experiments/tiny/models/net_g_latest.pth", "param_key_g": "params_ema"},
+    "val": {"save_img": True, "metrics": {"psnr": PSNR}},
+}
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `datasets/train` and `datasets/val`: crops of photographs, 64x64, and their halves."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for part, images in {"train": [data.astronaut(), data.coffee()], "val": [data.chelsea()]}.items():
+        for quality in ("HR", "LR"):
+            (root / "datasets" / part / quality).mkdir(parents=True)
+        for number in range(3 * len(images)):
+            image = images[number % len(images)]
+            top, left = (int(rng.integers(0, size - 64)) for size in image.shape[:2])
+            crop = image[top : top + 64, left : left + 64]
+            half = crop.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+            io.imsave(root / "datasets" / part / "HR" / f"{number}.png", crop, check_contrast=False)
+            io.imsave(root / "datasets" / part / "LR" / f"{number}.png", half, check_contrast=False)
+    return root
+
+
+@pytest.fixture
+def here(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a new folder that sees the photographs."""
+    (tmp_path / "datasets").symlink_to(photographs / "datasets", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with `{"train.total_iter": 8}` put in; a value of `...` takes the option away."""
+    options = copy.deepcopy(options)
+    for path, value in changes.items():
+        *outer, last = path.split(".")
+        target = options
+        for name in outer:
+            target = target[name]
+        if value is ...:
+            del target[last]
+        else:
+            target[last] = copy.deepcopy(value)
+    return options
+
+
+@pytest.fixture
+def training(here: Path) -> Callable[..., str]:
+    """Write a training option file, with changes, into the working directory; return its name."""
+
+    def write(changes: dict[str, Any] | None = None, name: str = "train.yml") -> str:
+        (here / name).write_text(yaml.safe_dump(changed(TRAINING, changes or {}), sort_keys=False))
+        return name
+
+    return write
+
+
+@pytest.fixture
+def testing(here: Path) -> Callable[..., str]:
+    """Write a test option file, with changes, into the working directory; return its name."""
+
+    def write(changes: dict[str, Any] | None = None, name: str = "test.yml") -> str:
+        (here / name).write_text(yaml.safe_dump(changed(TESTING, changes or {}), sort_keys=False))
+        return name
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def clean_log() -> Iterator[None]:
+    """Give every test a BasicSR log of its own."""
+    with own_log():
+        yield
+
+
+@pytest.fixture(params=[EDSR, LCOAN], ids=["SparseEDSR", "LCoAN"])
+def network(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The options of each of our networks, tiny."""
+    return copy.deepcopy(request.param)

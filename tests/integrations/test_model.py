@@ -1,0 +1,270 @@
+"""SparseSRModel: a whole EMA network, and no step on numbers that are not finite."""
+
+import copy
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from basicsr.models import build_model
+from basicsr.models.sr_model import SRModel
+from torch import Tensor, nn
+
+from sparse_sr_attn.errors import CheckpointError, TrainingError
+from sparse_sr_attn.layers import LSP
+from sparse_sr_attn_basicsr import model as model_module
+from sparse_sr_attn_basicsr import preflight
+from sparse_sr_attn_basicsr.options import load
+
+Options = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def options(training: Callable[..., str], here: Path) -> Options:
+    """Options as BasicSR hands them to a model."""
+
+    def make(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+        opt, _ = preflight.check(load(training(changes)), training=True)
+        folders = {name: str(here / name) for name in ("models", "training_states")}
+        for folder in folders.values():
+            Path(folder).mkdir(exist_ok=True)
+        return {**opt, "path": {**opt["path"], **folders}, "is_train": True, "dist": False}
+
+    return make
+
+
+def batch(seed: int = 0, scale: int = 2) -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(seed)
+    lq = torch.rand(2, 3, 16, 16, generator=rng)
+    return {
+        "lq": lq,
+        "gt": nn.functional.interpolate(lq, scale_factor=scale),
+        "lq_path": ["a/first.png", "a/second.png"],
+    }
+
+
+def step(model: Any, iteration: int) -> None:
+    model.feed_data(batch(iteration))
+    model.optimize_parameters(iteration)
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Everything a step may change, copied."""
+    return copy.deepcopy(
+        {
+            "net_g": dict(model.net_g.state_dict()),
+            "net_g_ema": dict(model.net_g_ema.state_dict()),
+            "optimizer": model.optimizer_g.state_dict(),
+        }
+    )
+
+
+def assert_same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def centroids(net: nn.Module) -> Tensor:
+    return next(buffer for name, buffer in net.named_buffers() if name.endswith("centroids"))
+
+
+def test_ema_network_starts_as_a_copy_and_gets_every_buffer(options: Options, network: dict[str, Any]) -> None:
+    model = build_model(options({"network_g": network}))
+    assert_same(dict(model.net_g.state_dict()), dict(model.net_g_ema.state_dict()))
+    start = centroids(model.net_g).clone()
+    for iteration in range(1, 5):
+        step(model, iteration)
+    assert not torch.equal(centroids(model.net_g), start)
+    assert_same(dict(model.net_g.named_buffers()), dict(model.net_g_ema.named_buffers()))
+    parameters = dict(model.net_g.named_parameters())
+    assert all(not torch.equal(p, parameters[name]) for name, p in model.net_g_ema.named_parameters())
+
+
+def test_basicsrs_own_model_forgets_the_buffers(options: Options) -> None:
+    """If this fails, BasicSR copies buffers itself and our override can go."""
+    model = build_model(options({"model_type": "SRModel"}))
+    assert type(model) is SRModel
+    for iteration in range(1, 5):
+        step(model, iteration)
+    assert not torch.equal(centroids(model.net_g), centroids(model.net_g_ema))
+
+
+def test_ema_averages_parameters_with_its_decay(options: Options) -> None:
+    model = build_model(options({"train.ema_decay": 0.75}))
+    before = {name: p.clone() for name, p in model.net_g_ema.named_parameters()}
+    step(model, 1)
+    for name, p in model.net_g.named_parameters():
+        torch.testing.assert_close(dict(model.net_g_ema.named_parameters())[name], 0.75 * before[name] + 0.25 * p)
+
+
+def _edsr_checkpoint(options: Options, file: Path, keys: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """Save BasicSR's EDSR of the same size, one per key, as BasicSR saves it."""
+    size = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 4, "upscale": 2, "img_range": 1.0}
+    saved = {}
+    for key in keys:
+        opt = options({"network_g": {"type": "EDSR", **size}, "model_type": "SRModel"})
+        saved[key] = {name: value.clone() for name, value in build_model(opt).net_g.state_dict().items()}
+    torch.save(saved, file)
+    return saved
+
+
+@pytest.mark.parametrize("keys", [("params",), ("params", "params_ema")])
+def test_new_attention_starts_alike_on_a_pretrained_edsr(options: Options, here: Path, keys: tuple[str, ...]) -> None:
+    saved = _edsr_checkpoint(options, here / "edsr.pth", keys)
+    # Without zero_init, so that a difference would show in the values.
+    opt = options(
+        {
+            "path": {"pretrain_network_g": "edsr.pth", "strict_load_g": False},
+            "network_g.attention": {"type": "LCoA", "every": 2, "share": 2, "zero_init": False},
+        }
+    )
+    model = build_model(opt)
+    trained, averaged = model.net_g.state_dict(), model.net_g_ema.state_dict()
+    new = [name for name in trained if name.startswith("attention.")]
+    assert any(name.endswith("value.weight") for name in new)
+    assert any(name.endswith("embed.weight") for name in new)
+    for name in trained:
+        if name in new:
+            assert torch.equal(averaged[name], trained[name]), name
+        else:
+            assert torch.equal(trained[name], saved["params"][name]), name
+            assert torch.equal(averaged[name], saved[keys[-1]][name]), name
+
+
+def test_a_pretrained_edsr_keeps_its_image(options: Options, here: Path) -> None:
+    saved = _edsr_checkpoint(options, here / "edsr.pth", ("params",))
+    model = build_model(options({"path": {"pretrain_network_g": "edsr.pth", "strict_load_g": False}}))
+    plain = build_model(options({"network_g.attention": None}))
+    plain.net_g.load_state_dict(saved["params"])
+    image = torch.rand(1, 3, 12, 10)
+    with torch.no_grad():
+        assert torch.equal(model.net_g.eval()(image), plain.net_g.eval()(image))
+
+
+def test_weights_without_the_attention_say_how_to_load_them(options: Options, here: Path) -> None:
+    _edsr_checkpoint(options, here / "edsr.pth", ("params",))
+    with pytest.raises(CheckpointError) as caught:
+        build_model(options({"path": {"pretrain_network_g": "edsr.pth"}}))
+    message = str(caught.value)
+    assert message.startswith("edsr.pth: does not fit the network.")
+    assert "attention.0.coa.value.weight" in message
+    assert "write strict_load_g: false" in message
+
+
+def test_a_bare_state_dict_is_no_basicsr_checkpoint(options: Options, here: Path) -> None:
+    torch.save(build_model(options()).net_g.state_dict(), here / "bare.pth")
+    with pytest.raises(CheckpointError, match="must hold the weights under 'params'.*param_key_g: ~"):
+        build_model(options({"path": {"pretrain_network_g": "bare.pth"}}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", ["lq", "gt"])
+def test_an_image_that_is_not_finite_is_named_and_changes_nothing(options: Options, key: str, value: float) -> None:
+    model = build_model(options())
+    step(model, 1)
+    before = snapshot(model)
+    data = batch(2)
+    data[key][1, 2, 3, 4] = value
+    with pytest.raises(TrainingError) as caught:
+        model.feed_data(data)
+    message = str(caught.value)
+    assert message.startswith("after iteration 1: pixels must be finite, but NaN or infinity is in these images:")
+    assert "a/second.png" in message
+    assert "a/first.png" not in message
+    assert_same(snapshot(model), before)
+    step(model, 2)  # and training can go on
+
+
+# Finite pixels, but their features, or the sum over them, are not; in the second case the gradient is finite.
+@pytest.mark.parametrize("key", ["lq", "gt"])
+def test_a_loss_that_is_not_finite_stops_before_the_step(options: Options, network: dict[str, Any], key: str) -> None:
+    model = build_model(options({"network_g": network, "train.optim_g.lr": 2e-3}))
+    for iteration in (1, 2):
+        step(model, iteration)
+    before = snapshot(model)
+    data = batch(3)
+    data[key] = torch.full_like(data[key], 3e38)
+    model.feed_data(data)
+    with pytest.raises(TrainingError) as caught:
+        model.optimize_parameters(3)
+    message = str(caught.value)
+    assert re.match(
+        r"iteration 3: the loss must be finite, got (nan|inf) \(l_pix (nan|inf); learning rate 0\.002\)", message
+    )
+    assert "a/first.png" in message
+    assert "a/second.png" in message
+    assert "finite and as they were before this step" in message
+    assert_same(snapshot(model), before)
+    assert model.iteration == 2
+    assert all(parameter.grad is None for parameter in model.net_g.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(options: Options) -> None:
+    # sqrt has no slope at 0: the loss is 0 and its gradient is NaN.
+    changes = {"network_g.attention": None, "train.pixel_opt": {"type": "CharbonnierLoss", "eps": 0.0}}
+    model = build_model(options(changes))
+    before = snapshot(model)
+    data = batch()
+    with torch.no_grad():
+        data["gt"] = model.net_g(data["lq"])
+    model.feed_data(data)
+    with pytest.raises(TrainingError, match=r"iteration 1: the gradient must be finite.* \(the loss was 0\)"):
+        model.optimize_parameters(1)
+    assert_same(snapshot(model), before)
+
+
+def test_weights_that_were_broken_before_are_not_called_whole(options: Options) -> None:
+    model = build_model(options())
+    with torch.no_grad():
+        model.net_g.conv_last.bias[0] = float("nan")
+    with pytest.raises(TrainingError, match="were not finite before this step"):
+        step(model, 1)
+    assert not model.is_healthy()
+
+
+def test_skipped_kmeans_updates_are_reported(options: Options) -> None:
+    model = build_model(options())
+    step(model, 1)
+    assert list(model.get_current_log()) == ["l_pix"]
+    lsp = next(module for module in model.net_g.modules() if isinstance(module, LSP))
+    broken = torch.full((1, lsp.embed_dim, 8, 8), float("nan"))
+    lsp(broken)
+    lsp(broken)
+    assert model.get_current_log() == {"l_pix": model.log_dict["l_pix"], "kmeans_skipped": 2.0}
+
+
+def test_buffers_come_back_from_a_checkpoint(options: Options, network: dict[str, Any], here: Path) -> None:
+    model = build_model(options({"network_g": network}))
+    for iteration in (1, 2, 3):
+        step(model, iteration)
+    model.save(0, 3)
+    assert model.saved_iteration == 3
+    again = build_model(options({"network_g": network, "path": {"pretrain_network_g": "models/net_g_3.pth"}}))
+    state = torch.load(here / "training_states" / "3.state", map_location="cpu", weights_only=True)
+    again.resume_training(state)
+    assert again.iteration == 3
+    assert_same(snapshot(again), snapshot(model))
+    for iteration in (4, 5):
+        step(model, iteration)
+        step(again, iteration)
+    assert_same(snapshot(again), snapshot(model))
+
+
+def test_a_line_comes_after_the_first_iteration_and_when_it_is_slow(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_model(options({"logger.print_freq": 100, "train.total_iter": 1000}))
+    logging.getLogger("basicsr").setLevel(logging.INFO)
+    capsys.readouterr()
+    step(model, 1)
+    assert re.search(r"iter 1 of 1,000 l_pix: \d\.\d+e[-+]\d\d$", capsys.readouterr().err.strip())
+    step(model, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(model_module, "_HEARTBEAT_SECONDS", 0.0)
+    step(model, 3)
+    line = capsys.readouterr().err.strip()
+    assert re.search(r"iter 3 of 1,000 l_pix: \S+, \d+\.\d\d s an iteration, about \d+:\d\d:\d\d to go$", line)
+    step(model, 100)
+    assert capsys.readouterr().err == ""  # BasicSR prints this one

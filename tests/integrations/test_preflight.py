@@ -1,0 +1,291 @@
+"""Wrong options are explained before anything is loaded or written, all at once, each with its path."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.errors import ConfigError
+from sparse_sr_attn_basicsr import preflight
+from sparse_sr_attn_basicsr.options import load
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+NET = "network_g"
+
+MALFORMED = [
+    # our networks
+    ({f"{NET}.type": "SparseEDRS"}, r"network_g\.type: BasicSR has no network named 'SparseEDRS'; .*'SparseEDSR'\?"),
+    ({f"{NET}.type": "edsr"}, r"network_g\.type: BasicSR has no network named 'edsr'; did you mean 'EDSR'\?"),
+    ({f"{NET}.type": ...}, r"network_g\.type: missing"),
+    ({NET: ...}, r"network_g: missing"),
+    ({NET: [1]}, r"network_g: must be a mapping, got \[1\]"),
+    ({f"{NET}.num_feats": 8}, r"network_g\.num_feats: unknown; did you mean 'num_feat'\?"),
+    ({f"{NET}.num_feat": 0}, r"network_g\.num_feat: must be >= 1, got 0"),
+    ({f"{NET}.num_feat": "many"}, r"network_g\.num_feat: must be an integer >= 1, got 'many'"),
+    ({f"{NET}.img_range": 0}, r"network_g\.img_range: must be finite and > 0, got 0"),
+    ({f"{NET}.rgb_mean": [0.5]}, r"network_g\.rgb_mean: must have one number for each channel"),
+    ({f"{NET}.upscale": 5, "scale": 5}, r"network_g\.upscale: must be one of 2, 3, 4, 8, got 5"),
+    ({f"{NET}.upscale": 4}, r"network_g\.upscale: must be 2, the option 'scale', got 4"),
+    ({f"{NET}.upscale": ...}, r"network_g\.upscale: must be 2, the option 'scale', got 4 \(its default\)"),
+    # attention
+    ({f"{NET}.attention.n_cluster": 4}, r"network_g\.attention\.n_cluster: unknown; did you mean 'num_clusters'\?"),
+    ({f"{NET}.attention.chunk_size": 0}, r"network_g\.attention\.chunk_size: must be >= 1, got 0"),
+    ({f"{NET}.attention.type": "LCOAA"}, r"network_g\.attention\.type: no layer named 'LCOAA'; did you mean 'LCoA'\?"),
+    ({f"{NET}.attention.type": "CoA"}, r"network_g\.attention\.type: must be a drop-in layer, got 'CoA', a consumer"),
+    ({f"{NET}.attention.type": ...}, r"network_g\.attention\.type: missing"),
+    ({f"{NET}.attention.every": 5}, r"network_g\.attention\.every: must hit at least one of the 4 blocks, got 5"),
+    ({f"{NET}.attention.share": 0}, r"network_g\.attention\.share: must be >= 1, got 0"),
+    ({f"{NET}.attention.after": [0]}, r"network_g\.attention: must have one of 'every' and 'after'.*got both"),
+    ({f"{NET}.attention": "LCoA"}, r"network_g\.attention: must be .*got 'LCoA'"),
+    ({f"{NET}.attention": [{"type": "LCoA", "every": 1}, 3]}, r"network_g\.attention\.1: must be a map"),
+    # BasicSR's networks
+    (
+        {NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 2, "attention": {}}},
+        r"network_g\.attention: unknown to EDSR; type: SparseEDSR has it",
+    ),
+    (
+        {NET: {"type": "SRVGGNetCompact", "num_feats": 3}},
+        r"network_g\.num_feats: unknown to SRVGGNetCompact; .*'num_feat'",
+    ),
+    ({"network_d": {"type": "UNetDiscriminatorN"}}, r"network_d\.type: BasicSR has no network named"),
+    ({"network_d": 3}, r"network_d: must be a map"),
+    # model, machine, general
+    ({"model_type": "SparseSRMode"}, r"model_type: BasicSR has no model named 'SparseSRMode'; .*'SparseSRModel'\?"),
+    ({"model_type": ...}, r"model_type: missing"),
+    ({"name": ...}, r"name: missing"),
+    ({"name": 3}, r"name: must be a string, got 3"),
+    ({"scale": ...}, r"scale: missing"),
+    ({"scale": "x2"}, r"scale: must be an integer >= 1, got 'x2'"),
+    ({"num_gpu": "all"}, r"num_gpu: must be .*'auto', got 'all'"),
+    ({"num_gpu": -1}, r"num_gpu: must be .*got -1"),
+    pytest.param(
+        {"num_gpu": 1},
+        r"num_gpu: must be at most the number of CUDA GPUs, .* sees 0, got 1; .*0 is the CPU",
+        marks=no_gpu,
+    ),
+    ({"manual_seed": ..., "manual_sed": 1}, r"manual_sed: unknown; did you mean 'manual_seed'\?"),
+    # data
+    (
+        {"datasets.train.dataroot_gt": "datasets/trian/HR"},
+        r"datasets\.train\.dataroot_gt: there is no folder 'datasets/trian/HR'.*working directory: /",
+    ),
+    (
+        {"datasets.val.dataroot_lq": "datasets/val/LRR"},
+        r"datasets\.val\.dataroot_lq: there is no folder 'datasets/val/LRR'; did you mean 'datasets/val/LR'\?",
+    ),
+    ({"datasets.train.dataroot_lq": ...}, r"datasets\.train\.dataroot_lq: missing; PairedImageDataset needs it"),
+    (
+        {"datasets.train.dataroot_lq": "datasets"},
+        r"datasets\.train\.dataroot_lq: there is no image in the folder 'datasets'",
+    ),
+    (
+        {"datasets.train.dataroot_lq": "datasets/val/LR"},
+        r"datasets\.train\.dataroot_lq: must hold one file for each of the 6",
+    ),
+    (
+        {"datasets.train.filename_tmpl": "{}x2"},
+        r"datasets\.train\.dataroot_lq: .*'0\.png' has no '0x2\.png' \(filename_tmpl",
+    ),
+    ({"datasets.train.gt_size": 33}, r"datasets\.train\.gt_size: must be a multiple of scale 2, got 33; nearest: 32"),
+    ({"datasets.train.gt_size": ...}, r"datasets\.train\.gt_size: missing; PairedImageDataset needs it"),
+    (
+        {"datasets.train.batch_size_per_gp": 2, "datasets.train.batch_size_per_gpu": ...},
+        r"datasets\.train\.batch_size_per_gp: unknown; did you mean 'batch_size_per_gpu'\?",
+    ),
+    (
+        {"datasets.train.batch_size_per_gpu": 64},
+        r"dataset_enlarge_ratio: must be at least 11, got 10: .* trains on nothing",
+    ),
+    (
+        {"datasets.train.type": "PairedImageDatset"},
+        r"datasets\.train\.type: BasicSR has no dataset named .*'PairedImageDataset'\?",
+    ),
+    ({"datasets.train.io_backend": ...}, r"datasets\.train\.io_backend: missing"),
+    pytest.param(
+        {"datasets.train.prefetch_mode": "cuda"}, r"prefetch_mode: must be cpu or ~ without a CUDA GPU", marks=no_gpu
+    ),
+    ({"datasets.vol": {}}, r"datasets\.vol: data sets must be named train and val, val_2, \.\.\., got 'vol'"),
+    ({"datasets.train": ...}, r"datasets\.train: missing; training needs images"),
+    ({"datasets.val": None}, r"datasets\.val: must be a map, got None"),
+    ({"datasets": ...}, r"datasets: missing"),
+    # training
+    ({"train": ...}, r"train: missing"),
+    ({"train.total_iter": ..., "train.total_iters": 9}, r"train\.total_iters: unknown; did you mean 'total_iter'\?"),
+    ({"train.total_iter": 0}, r"train\.total_iter: must be whole and >= 1, got 0"),
+    ({"train.total_iter": 2.5}, r"train\.total_iter: must be whole and >= 1, got 2\.5"),
+    ({"train.ema_deacy": 0.9, "train.ema_decay": ...}, r"train\.ema_deacy: unknown; did you mean 'ema_decay'\?"),
+    ({"train.ema_decay": 1.5}, r"train\.ema_decay: must be in \[0, 1\], got 1\.5"),
+    ({"train.optim_g.lr": "fast"}, r"train\.optim_g\.lr: must be a number finite and > 0, got 'fast'"),
+    ({"train.optim_g.lr": -1}, r"train\.optim_g\.lr: must be finite and > 0, got -1"),
+    ({"train.optim_g.lr": ...}, r"train\.optim_g\.lr: missing"),
+    ({"train.optim_g": ...}, r"train\.optim_g: missing"),
+    ({"train.scheduler.type": ...}, r"train\.scheduler\.type: missing"),
+    ({"train.pixel_opt": ...}, r"train\.pixel_opt: missing; training needs a loss"),
+    (
+        {"train.pixel_opt.type": "L1Los"},
+        r"train\.pixel_opt\.type: BasicSR has no loss named 'L1Los'; did you mean 'L1Loss'\?",
+    ),
+    ({"logger": ...}, r"logger: missing"),
+    ({"logger.print_freq": 0}, r"logger\.print_freq: must be whole and >= 1, got 0"),
+    ({"val.val_frq": 1, "val.val_freq": ...}, r"val\.val_frq: unknown; did you mean 'val_freq'\?"),
+    (
+        {"val.metrics.psnr.type": "psnr"},
+        r"val\.metrics\.psnr\.type: BasicSR has no metric named 'psnr'.*calculate_psnr",
+    ),
+    ({"path.pretrain_network_g": "nowhere.pth"}, r"path\.pretrain_network_g: there is no file 'nowhere\.pth'"),
+    ({"path.resume_state": "nowhere.state"}, r"path\.resume_state: there is no file 'nowhere\.state'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MALFORMED)
+def test_a_wrong_option_is_explained_and_nothing_is_written(
+    changes: dict[str, Any],
+    message: str,
+    training: Callable[..., str],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = training(changes)
+    before = sorted(here.iterdir())
+    assert main(["train", "-opt", file]) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err), captured.err
+    assert "Traceback" not in captured.err
+    assert captured.err.startswith("sparse-sr: ")
+    assert f"in {file}; nothing was run\n" in captured.err
+    assert sorted(here.iterdir()) == before
+
+
+def test_the_well_formed_file_passes(training: Callable[..., str], network: dict[str, Any]) -> None:
+    options, remarks = preflight.check(load(training({"network_g": network})), training=True)
+    assert remarks == []
+    assert options["logger"]["use_tb_logger"] is False
+
+
+def test_all_problems_are_reported_at_once(training: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {
+        "network_g.attention.n_cluster": 4,
+        "network_g.attention.share": 0,
+        "network_g.num_feat": -3,
+        "scale": 3,
+        "datasets.val.dataroot_gt": "nowhere",
+        "train.optim_g.lr": None,
+        "model_type": "Model",
+    }
+    assert main(["train", "-opt", training(changes), "--force_yml", "logger:print_freq=0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    paths = [line.strip().partition(":")[0] for line in lines[1:]]
+    assert sorted(paths) == sorted(
+        [
+            "network_g.attention.n_cluster",
+            "network_g.attention.share",
+            "network_g.num_feat",
+            "network_g.upscale",
+            "datasets.train.gt_size",
+            "datasets.val.dataroot_gt",
+            "train.optim_g.lr",
+            "model_type",
+            "logger.print_freq",
+        ]
+    )
+    assert lines[0] == "sparse-sr: 9 problems in train.yml; nothing was run"
+
+
+def test_numbers_given_as_text_become_numbers(training: Callable[..., str]) -> None:
+    changes = {
+        "train.optim_g.lr": "1e-4",
+        "train.total_iter": "2e1",
+        "val.val_freq": 5e3,
+        "train.optim_g.weight_decay": 0,
+        "network_g.res_scale": "1e-1",
+    }
+    options, _ = preflight.check(load(training(changes)), training=True)
+    assert options["train"]["optim_g"] == {"type": "Adam", "lr": 1e-4, "weight_decay": 0}
+    assert (options["train"]["total_iter"], options["val"]["val_freq"]) == (20, 5000)
+    assert all(isinstance(number, int) for number in (options["train"]["total_iter"], options["val"]["val_freq"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "remark"),
+    [
+        ({"network_g.img_range": 255.0}, r"network_g\.img_range: 255 makes queries so long"),
+        ({"network_g.img_range": ...}, r"network_g\.img_range: 255 \(the default of this network\)"),
+        ({"model_type": "SRModel"}, r"model_type: SRModel leaves k-means centroids out of the EMA network"),
+        (
+            {"model_type": "SRModel", "train.ema_decay": 0, "train.warmup_itr": 3},
+            r"train\.warmup_itr: BasicSR knows no such option",
+        ),
+        (
+            {"datasets.train.dataset_enlarge_ratio": 0.5, "train.total_iter": 100},
+            r"dataset_enlarge_ratio: 0\.5 makes epochs of 1\.5 batches, and BasicSR, .* stop after 51 of 100",
+        ),
+    ],
+)
+def test_what_is_legal_but_hardly_meant_is_remarked_on(
+    changes: dict[str, Any], remark: str, training: Callable[..., str]
+) -> None:
+    _, remarks = preflight.check(load(training(changes)), training=True)
+    assert len(remarks) == 1
+    assert re.search(remark, remarks[0]), remarks
+
+
+def test_a_plain_edsr_may_have_any_range(training: Callable[..., str]) -> None:
+    _, remarks = preflight.check(
+        load(training({"network_g.img_range": 255.0, "network_g.attention": None})), training=True
+    )
+    assert remarks == []
+
+
+def test_a_remark_is_printed_and_training_goes_on(
+    training: Callable[..., str], here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert main(["train", "-opt", training({"network_g.img_range": 255.0, "train.total_iter": 1})]) == 0
+    assert "note: network_g.img_range: 255" in caplog.text
+    assert (here / "experiments" / "tiny" / "models" / "net_g_latest.pth").is_file()
+
+
+@no_gpu
+def test_a_launcher_needs_gpus(training: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-opt", training(), "--launcher", "pytorch"]) == 2
+    assert "--launcher pytorch: needs CUDA GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val": ...}, r"val: missing"),
+        ({"datasets": {}}, r"datasets: must hold at least one data set"),
+        ({"datasets.train": {}}, r"datasets\.train: data sets must be named val, val_2, \.\.\. and test, test_2"),
+        ({"datasets.test_1.dataroot_gt": "x"}, r"datasets\.test_1\.dataroot_gt: there is no folder 'x'"),
+        ({"path.pretrain_network_g": "experiments/net.pth"}, r"there is no file 'experiments/net\.pth'"),
+    ],
+)
+def test_a_wrong_test_file_is_explained(
+    changes: dict[str, Any],
+    message: str,
+    testing: Callable[..., str],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["test", "-opt", testing(changes)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (here / "results").exists()
+
+
+def test_an_untrained_network_is_remarked_on(testing: Callable[..., str]) -> None:
+    _, remarks = preflight.check(load(testing({"path": None})), training=False)
+    assert remarks == ["path.pretrain_network_g: nothing given, so an untrained network is tested"]
+
+
+def test_a_large_network_is_checked_without_building_it(training: Callable[..., str]) -> None:
+    """One convolution between a hundred thousand channels would need 360 GB."""
+    changes = {"network_g.num_feat": 100_000, "network_g.attention.every": 5}
+    with pytest.raises(ConfigError, match=r"network_g\.attention\.every: must hit") as caught:
+        preflight.check(load(training(changes)), training=True)
+    assert len(caught.value.problems) == 1

@@ -1,0 +1,305 @@
+"""The whole path with the real BasicSR on photographs: train, stop, resume, test."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from basicsr.data.paired_image_dataset import PairedImageDataset
+from basicsr.utils import options as basicsr_options
+from basicsr.utils.registry import DATASET_REGISTRY
+from skimage import io
+
+from sparse_sr_attn import PRESETS
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.layers import LSP
+from sparse_sr_attn_basicsr.options import OPTIONS, load
+
+Write = Callable[..., str]
+
+
+@DATASET_REGISTRY.register()
+class OneBrokenImage(PairedImageDataset):
+    """Photographs, of which one has a pixel that is no number."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample: dict[str, Any] = super().__getitem__(index)
+        if sample["lq_path"].endswith("3.png"):
+            sample["lq"][0, 5, 5] = float("nan")
+        return sample
+
+
+def weights(file: Path, key: str = "params") -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)[key]
+    return loaded
+
+
+def log_of(folder: Path) -> str:
+    return "".join(file.read_text() for file in sorted(folder.glob("*.log")))
+
+
+def test_train_resume_and_test(training: Write, testing: Write, network: dict[str, Any], here: Path) -> None:
+    before = sys.argv, basicsr_options.ordered_yaml, torch.backends.cudnn.benchmark
+    file = training({"network_g": network})
+    assert main(["train", "-opt", file]) == 0
+
+    folder = here / "experiments" / "tiny"
+    models = folder / "models"
+    assert {p.name for p in models.iterdir()} == {"net_g_4.pth", "net_g_latest.pth"}
+    first = log_of(folder)
+    assert re.search(r"iter: +4, .*l_pix: \d", first)
+    assert "Validation val" in first
+    updates = {name: value for name, value in weights(models / "net_g_4.pth").items() if name.endswith("num_updates")}
+    assert list(updates.values()) == [torch.tensor(3)]  # the fourth is pending
+    assert (folder / file).read_text().splitlines()[1] == f"# sparse-sr train -opt {file}"
+
+    # Resumed with nothing left to do, it saves what it has loaded.
+    assert main(["train", "-opt", file, "--auto_resume"]) == 0
+    for key in ("params", "params_ema"):
+        resumed, saved = (weights(models / f"net_g_{name}.pth", key) for name in ("latest", "4"))
+        torch.testing.assert_close(resumed, saved, rtol=0, atol=0)
+
+    assert main(["train", "-opt", file, "--auto_resume", "--force_yml", "train:total_iter=8"]) == 0
+    assert (folder / "training_states" / "8.state").is_file()
+    assert [p.name for p in (here / "experiments").iterdir()] == ["tiny"]  # gone on, not begun again
+    assert re.search(r"Resuming training from epoch: 0, iter: 4", log_of(folder))
+    assert (folder / file).read_text().splitlines()[1].endswith("--auto_resume --force_yml train:total_iter=8")
+    updates = {name: value for name, value in weights(models / "net_g_8.pth").items() if name.endswith("num_updates")}
+    assert list(updates.values()) == [torch.tensor(7)]
+
+    assert main(["test", "-opt", testing({"network_g": network})]) == 0
+    results = here / "results" / "tiny_test"
+    pictures = sorted((results / "visualization" / "val").iterdir())
+    assert [p.name for p in pictures] == [f"{i}_tiny_test.png" for i in range(3)]
+    assert io.imread(pictures[0]).shape == (64, 64, 3)
+    trained = re.findall(r"# psnr: (\d+\.\d+)", log_of(folder))[-1]
+    assert re.findall(r"# psnr: (\d+\.\d+)", log_of(results)) == [trained]
+
+    assert (sys.argv, basicsr_options.ordered_yaml, torch.backends.cudnn.benchmark) == before
+    assert sorted(p.name for p in here.iterdir()) == ["datasets", "experiments", "results", "test.yml", "train.yml"]
+
+
+def test_training_learns(training: Write, here: Path) -> None:
+    file = training({"train.total_iter": 40, "train.optim_g.lr": "5e-3", "val": ..., "logger.print_freq": 10})
+    assert main(["train", "-opt", file]) == 0
+    losses = [float(loss) for loss in re.findall(r"l_pix: (\S+)", log_of(here / "experiments" / "tiny"))]
+    assert np.mean(losses[-2:]) < 0.6 * losses[0]
+
+
+def test_a_new_run_keeps_the_old_one(training: Write, here: Path) -> None:
+    file = training()
+    assert main(["train", "-opt", file]) == 0
+    kept = weights(here / "experiments/tiny/models/net_g_4.pth")
+    assert main(["train", "-opt", file, "--force_yml", "manual_seed=1"]) == 0
+    archived = next((here / "experiments").glob("tiny_archived_*"))
+    torch.testing.assert_close(weights(archived / "models/net_g_4.pth"), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "without weights"])
+def test_auto_resume_passes_over_what_a_crash_left_behind(
+    damage: str, training: Write, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = training({"logger.save_checkpoint_freq": 2, "val": ...})
+    assert main(["train", "-opt", file]) == 0
+    folder = here / "experiments" / "tiny"
+    if damage == "truncated":
+        state = folder / "training_states" / "4.state"
+        state.write_bytes(state.read_bytes()[:500])
+    else:
+        (folder / "models" / "net_g_4.pth").unlink()
+    assert main(["train", "-opt", file, "--auto_resume"]) == 0
+    assert "4.state" in caplog.text
+    assert "trying the one before" in caplog.text
+    assert "Resuming training from epoch: 0, iter: 2" in log_of(folder)
+
+
+def test_auto_resume_without_a_state_begins(training: Write, here: Path) -> None:
+    assert main(["train", "-opt", training(), "--auto_resume"]) == 0
+    assert (here / "experiments" / "tiny" / "models" / "net_g_4.pth").is_file()
+
+
+def test_a_state_that_is_named_is_resumed(training: Write, here: Path) -> None:
+    assert main(["train", "-opt", training()]) == 0
+    named = {"path.resume_state": "experiments/tiny/training_states/4.state", "train.total_iter": 6}
+    assert main(["train", "-opt", training(named)]) == 0
+    assert "iter: 4" in log_of(here / "experiments" / "tiny")
+    named["path.resume_state"] = "train.yml"
+    assert main(["train", "-opt", training(named)]) == 1
+
+
+def test_the_copy_of_the_options_can_be_resumed_from(training: Write, here: Path) -> None:
+    assert main(["train", "-opt", training()]) == 0
+    assert main(["train", "-opt", "experiments/tiny/train.yml", "--auto_resume"]) == 0
+    copied = load(here / "experiments" / "tiny" / "train.yml")
+    assert copied == load(here / "train.yml")
+
+
+def test_a_broken_image_stops_training_and_loses_nothing(
+    training: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = training({"datasets.train.type": "OneBrokenImage", "train.total_iter": 50, "val": ...})
+    assert main(["train", "-opt", file]) == 1
+    captured = capsys.readouterr().err
+    assert "Traceback" not in captured
+    found = re.search(r"sparse-sr: after iteration (\d+): pixels must be finite", captured)
+    assert found is not None, captured
+    iteration = int(found[1])
+    assert "datasets/train/LR/3.png" in captured
+    folder = here / "experiments" / "tiny"
+    assert (
+        f"The state after iteration {iteration} is saved: {folder / 'training_states' / f'{iteration}.state'}"
+        in captured
+    )
+    saved = weights(folder / "models" / f"net_g_{iteration}.pth")
+    assert all(value.isfinite().all() for value in saved.values())
+
+    again = training({"train.total_iter": iteration + 2, "val": ...})
+    assert main(["train", "-opt", again, "--auto_resume"]) == 0
+    assert f"iter: {iteration}." in log_of(folder)
+
+
+def test_a_broken_image_in_the_first_batch(training: Write, here: Path) -> None:
+    changes = {
+        "datasets.train.type": "OneBrokenImage",
+        "datasets.train.batch_size_per_gpu": 6,
+        "datasets.train.dataset_enlarge_ratio": 1,
+        "val": ...,
+    }
+    assert main(["train", "-opt", training(changes)]) == 1
+    assert (here / "experiments" / "tiny" / "training_states" / "0.state").is_file()
+    assert main(["train", "-opt", training(), "--auto_resume"]) == 0
+
+
+def test_a_broken_image_in_a_test_is_named(training: Write, testing: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-opt", training()]) == 0
+    changes = {"datasets.test_1.type": "OneBrokenImage", "datasets.test_1.dataroot_gt": "datasets/train/HR"}
+    changes["datasets.test_1.dataroot_lq"] = "datasets/train/LR"
+    assert main(["test", "-opt", testing(changes)]) == 1
+    error = capsys.readouterr().err
+    assert (
+        "sparse-sr: pixels must be finite, but NaN or infinity is in these images:\n  datasets/train/LR/3.png" in error
+    )
+
+
+def test_a_learning_rate_far_too_high_stops_with_finite_weights(
+    training: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-opt", training({"train.optim_g.lr": 1e12, "train.total_iter": 30, "val": ...})]) == 1
+    assert re.search(r"iteration \d+: the (loss|gradient) must be finite", capsys.readouterr().err)
+    for file in (here / "experiments" / "tiny" / "models").iterdir():
+        assert all(value.isfinite().all() for value in weights(file).values())
+
+
+def test_code_in_an_option_file_does_not_run_in_a_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "evil.yml").write_text(f"name: !!python/object/apply:os.system ['touch {here}/it_ran']\n")
+    for command in ("train", "test"):
+        assert main([command, "-opt", "evil.yml"]) == 2
+        assert "evil.yml, line 1, column 7: !!python/object/apply:os.system is refused" in capsys.readouterr().err
+    assert not (here / "it_ran").exists()
+    with pytest.raises(SystemExit, match="0"):  # BasicSR's own loader would have run it
+        yaml.load("!!python/object/apply:sys.exit [0]", Loader=basicsr_options.ordered_yaml()[0])  # noqa: S506
+
+
+def test_an_edsr_of_basicsr_goes_on_with_attention(training: Write, here: Path) -> None:
+    size = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 4, "upscale": 2, "img_range": 1.0}
+    plain = {"network_g": {"type": "EDSR", **size}, "model_type": "SRModel", "name": "edsr"}
+    assert main(["train", "-opt", training(plain)]) == 0
+    path = {"pretrain_network_g": "experiments/edsr/models/net_g_latest.pth", "strict_load_g": False}
+    assert main(["train", "-opt", training({"path": path})]) == 0
+    # The attention starts as the identity: the first loss is not that of an untrained network.
+    logs = {name: log_of(here / "experiments" / name) for name in ("edsr", "tiny")}
+    first = {name: float(re.findall(r"l_pix: (\S+)", log)[0]) for name, log in logs.items()}
+    assert first["tiny"] < 0.9 * first["edsr"]
+    missing = re.findall(r"WARNING:   (\S+)", logs["tiny"])
+    assert missing
+    assert all(key.startswith("attention.") for key in missing)
+
+
+SHIPPED = sorted(OPTIONS.glob("*.yml"))
+TINY_DATA = ["name=shipped", "num_gpu=0"]
+
+
+def _overrides(part: str, phase: str) -> list[str]:
+    return [f"datasets:{phase}:dataroot_gt=datasets/{part}/HR", f"datasets:{phase}:dataroot_lq=datasets/{part}/LR"]
+
+
+def test_the_option_files_are_there() -> None:
+    assert [file.name for file in SHIPPED] == [
+        "test_LCoAN_light_x2.yml",
+        "test_SparseEDSR_LCoA_x2.yml",
+        "train_LCoAN_light_x2.yml",
+        "train_SparseEDSR_LCoA_x2.yml",
+    ]
+
+
+@pytest.mark.parametrize("name", ["LCoAN_light_x2", "SparseEDSR_LCoA_x2"])
+def test_the_option_files_train_and_test(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As they stand, but for the data and the number of iterations."""
+    train = [*TINY_DATA, *_overrides("train", "train"), *_overrides("val", "val")]
+    train += ["train:total_iter=1", "datasets:train:gt_size=32", "datasets:train:batch_size_per_gpu=1"]
+    train += ["datasets:train:num_worker_per_gpu=1"]
+    assert main(["train", "-opt", str(OPTIONS / f"train_{name}.yml"), "--force_yml", *train]) == 0
+    assert "note:" not in caplog.text  # no remark on files of ours
+    assert "iter 1 of 1 l_pix" in capsys.readouterr().err
+    assert list((here / "tb_logger" / "shipped").iterdir())
+    pretrained = "path:pretrain_network_g=experiments/shipped/models/net_g_latest.pth"
+    test = [*TINY_DATA, *_overrides("val", "test_1"), *_overrides("val", "test_2"), pretrained]
+    assert main(["test", "-opt", str(OPTIONS / f"test_{name}.yml"), "--force_yml", *test]) == 0
+    assert log_of(here / "results" / "shipped").count("# psnr:") == 2
+
+
+def test_lcoan_light_is_the_preset() -> None:
+    for file in ("train_LCoAN_light_x2.yml", "test_LCoAN_light_x2.yml"):
+        options = load(OPTIONS / file)["network_g"]
+        expected = {"type": "LCoAN", "upscale": 2, **PRESETS["LCoAN-light"].options}
+        assert {key: options[key] for key in expected} == expected
+        assert {key: options[key] for key in options.keys() - expected.keys()} == {
+            "num_in_ch": 3,
+            "num_out_ch": 3,
+            "img_range": 1.0,
+        }
+
+
+def test_train_and_test_files_name_one_network() -> None:
+    for name in ("LCoAN_light_x2", "SparseEDSR_LCoA_x2"):
+        train, test = (load(OPTIONS / f"{part}_{name}.yml") for part in ("train", "test"))
+        assert train["network_g"] == test["network_g"]
+        assert train["name"] in test["path"]["pretrain_network_g"]
+
+
+def test_the_edsr_of_the_option_file_computes_once_and_shares() -> None:
+    from sparse_sr_attn_basicsr import SparseEDSR
+
+    options = load(OPTIONS / "train_SparseEDSR_LCoA_x2.yml")["network_g"]
+    net = SparseEDSR(**{key: value for key, value in options.items() if key != "type"})
+    assert len(net.attention) == 4
+    assert sum(isinstance(module, LSP) for module in net.modules()) == 1
+
+
+def test_a_run_can_be_interrupted_and_resumed(training: Write, here: Path) -> None:
+    file = training({"train.total_iter": 100_000, "logger.save_checkpoint_freq": 5, "val": ...})
+    command = [sys.executable, "-m", "sparse_sr_attn", "train", "-opt", file]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        state = here / "experiments" / "tiny" / "training_states" / "5.state"
+        deadline = time.monotonic() + 120
+        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "sparse-sr: interrupted; `--auto_resume` goes on from the last saved state" in output
+    assert "Traceback" not in output
+    states = [int(path.stem) for path in state.parent.iterdir()]
+    assert main(["train", "-opt", file, "--auto_resume", "--force_yml", f"train:total_iter={max(states) + 1}"]) == 0
+    assert os.path.getsize(state) > 0

@@ -1,0 +1,87 @@
+"""The command `sparse-sr`: what it says before any work begins."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_sr_attn.cli import main
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["test", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "usage: sparse-sr" in capsys.readouterr().out
+
+
+def test_help_names_the_commands_and_where_results_go(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("train", "test", "experiments/", "working directory"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: command"),
+        (["tran"], "invalid choice: 'tran'"),
+        (["train"], "required: -opt/--opt"),
+        (["train", "-opt", "x.yml", "--launcher", "ssh"], "invalid choice: 'ssh'"),
+        (["test", "-opt", "x.yml", "--auto_resume"], "unrecognized arguments: --auto_resume"),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "test"])
+def test_a_missing_option_file(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "-opt", "nowhere.yml"]) == 2
+    expected = (
+        f"sparse-sr: 1 problem in nowhere.yml; nothing was run\n  nowhere.yml: no such option file (in {tmp_path})\n"
+    )
+    assert capsys.readouterr().err == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def _without_basicsr(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys; blocked = ('basicsr', 'yaml', 'torchvision', 'scipy', 'cv2')\n"
+        "for name in blocked: sys.modules[name] = None\n"
+        f"from sparse_sr_attn.cli import main; sys.exit(main({arguments!r}))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_without_basicsr_the_help_works_and_a_command_says_what_to_install() -> None:
+    done = _without_basicsr(["--help"])
+    assert done.returncode == 0, done.stderr
+    done = _without_basicsr(["train", "-opt", "x.yml"])
+    assert done.returncode == 1
+    assert done.stderr.startswith("sparse-sr: BasicSR is not installed, and `sparse-sr train` runs it.")
+    assert "pip install --no-build-isolation basicsr==1.4.2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_sr_attn", "test", "-opt", "nowhere.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "nowhere.yml: no such option file" in done.stderr
+
+
+def test_other_processes_of_a_distributed_run_are_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "-opt", "nowhere.yml"]) == 2
+    assert capsys.readouterr().err == ""
