@@ -1,0 +1,260 @@
+"""Measure what `sparse-sr train -opt train.yml` has learnt, and draw it.
+
+python demo/report.py [--opt FILE] [--root DIR] [--out DIR]
+
+Prints a table of the photographs held out from training, writes `report.json` and `demo.png`, and fails if the gain
+over bicubic is too small.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import yaml
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from PIL import Image
+from sparse_sr_attn_basicsr import register
+from torch import Tensor
+
+from sparse_sr_attn import LSP, CoA, LCoAN
+from sparse_sr_attn.degradation import imresize
+from sparse_sr_attn.visualize import cluster_map, colour_map, kinship_palette
+
+register()  # repairs what keeps BasicSR from importing beside today's libraries
+from basicsr.metrics import calculate_psnr, calculate_ssim  # noqa: E402
+
+UPSCALE = 2
+REQUIRED_GAIN = 0.5  # dB
+HERE = Path(__file__).resolve().parent
+
+
+class DemoError(Exception):
+    """The demo cannot go on; says what to run first."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One held-out photograph; pictures are uint8 (h, w, 3) in RGB."""
+
+    name: str
+    low: Tensor
+    high: Tensor
+    bicubic: Tensor
+    ours: Tensor
+    without_attention: Tensor
+
+
+def read_picture(file: Path) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(file).convert("RGB")))
+
+
+def as_input(picture: Tensor) -> Tensor:
+    return picture.permute(2, 0, 1)[None].float() / 255
+
+
+def upscale(model: LCoAN, low: Tensor) -> Tensor:
+    with torch.no_grad():
+        output = model(as_input(low))[0]
+    return output.permute(1, 2, 0).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def psnr(picture: Tensor, truth: Tensor) -> float:
+    return float(calculate_psnr(bgr(picture), bgr(truth), crop_border=UPSCALE, test_y_channel=True))
+
+
+def ssim(picture: Tensor, truth: Tensor) -> float:
+    return float(calculate_ssim(bgr(picture), bgr(truth), crop_border=UPSCALE, test_y_channel=True))
+
+
+def bgr(picture: Tensor) -> np.ndarray:
+    return picture.flip(2).numpy()
+
+
+def load_trained(options: dict, experiment: Path) -> LCoAN:
+    """The averaged weights of the finished training."""
+    weights = experiment / "models" / "net_g_latest.pth"
+    if not weights.is_file():
+        raise DemoError(f"{weights} is missing; train first: cd {HERE} && sparse-sr train -opt train.yml")
+    model = LCoAN(**{name: value for name, value in options["network_g"].items() if name != "type"})
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["params_ema"])
+    return model.eval()
+
+
+def training_seconds(experiment: Path) -> int:
+    """What the newest log of the experiment says, validation included."""
+    pattern = re.compile(r"Time consumed: (?:(\d+) days?, )?(\d+):(\d+):(\d+)")
+    for log in sorted(experiment.glob("train_*.log"), reverse=True):
+        found = pattern.findall(log.read_text())
+        if found:
+            days, hours, minutes, seconds = (int(number or 0) for number in found[-1])
+            return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    raise DemoError(f"no log in {experiment} tells how long the training took; was it interrupted? Train again")
+
+
+def without_attention(model: LCoAN) -> dict[CoA, float]:
+    """Switch the attention off, and return what switches it on again."""
+    scales = {module: module.res_scale for module in model.modules() if isinstance(module, CoA)}
+    for module in scales:
+        module.res_scale = 0.0
+    return scales
+
+
+def results(model: LCoAN, data: Path) -> list[Result]:
+    pictures = []
+    for file in sorted((data / "val" / "HR").glob("*.png")):
+        low = read_picture(data / "val" / f"LR_x{UPSCALE}" / file.name)
+        ours = upscale(model, low)
+        scales = without_attention(model)
+        plain = upscale(model, low)
+        for module, scale in scales.items():
+            module.res_scale = scale
+        pictures.append(Result(file.stem, low, read_picture(file), imresize(low, scale=UPSCALE), ours, plain))
+    if not pictures:
+        raise DemoError(f"no photographs in {data / 'val' / 'HR'}; cut them first: python {HERE / 'prepare.py'}")
+    return pictures
+
+
+def table(pictures: Sequence[Result]) -> dict[str, float]:
+    """Print one line a photograph and return the means."""
+    rows = {
+        result.name: {
+            "psnr_bicubic": psnr(result.bicubic, result.high),
+            "psnr": psnr(result.ours, result.high),
+            "ssim_bicubic": ssim(result.bicubic, result.high),
+            "ssim": ssim(result.ours, result.high),
+            "psnr_without_attention": psnr(result.without_attention, result.high),
+        }
+        for result in pictures
+    }
+    means = {key: float(np.mean([row[key] for row in rows.values()])) for key in next(iter(rows.values()))}
+    width = max(map(len, [*rows, "photograph"]))
+    print(f"x{UPSCALE}, Y channel, {UPSCALE} pixels of border shaved; photographs that training has not seen\n")
+    print(f"{'':{width}}  ------ PSNR, dB ------  ----- SSIM -----")
+    print(f"{'photograph':{width}}  bicubic   ours   gain  bicubic    ours")
+    for name, row in [*rows.items(), ("mean", means)]:
+        gain = row["psnr"] - row["psnr_bicubic"]
+        print(
+            f"{name:{width}}  {row['psnr_bicubic']:7.2f}  {row['psnr']:5.2f}  {gain:+5.2f}  "
+            f"{row['ssim_bicubic']:7.4f}  {row['ssim']:6.4f}"
+        )
+    lost = means["psnr"] - means["psnr_without_attention"]
+    print(f"\nwith the attention switched off: {means['psnr_without_attention']:.2f} dB, {lost:.2f} dB less")
+    return means
+
+
+@dataclass(frozen=True)
+class Detail:
+    """A square cut out of a held-out photograph, in high-resolution pixels."""
+
+    name: str
+    top: int
+    left: int
+    size: int
+
+    def of(self, picture: Tensor, scale: int = 1) -> Tensor:
+        top, left, size = self.top // scale, self.left // scale, self.size // scale
+        return picture[top : top + size, left : left + size]
+
+
+DETAILS = (Detail("rocket", 348, 576, 64), Detail("astronaut", 336, 240, 64))
+MAPPED, TOKEN = "chelsea", (61, 68)  # the picture beneath, and a low-resolution pixel of it whose kin are shown
+
+
+def draw(model: LCoAN, pictures: Sequence[Result], file: Path) -> None:
+    """Details of LR, bicubic, ours and HR side by side; beneath, the clusters over a photograph."""
+    mpl.use("Agg")
+    by_name = {result.name: result for result in pictures}
+    # A run on other data shows what there is.
+    details = [detail for detail in DETAILS if detail.name in by_name] or [
+        Detail(pictures[0].name, 0, 0, min(64, *pictures[0].high.shape[:2]))
+    ]
+    rows = 3.0 * len(details)
+    figure = plt.figure(figsize=(15, rows + 3.7), layout="constrained", facecolor="white")
+    above, beneath = figure.subfigures(2, 1, height_ratios=(rows, 3.7))
+    for row, detail in zip(
+        above.subplots(len(details), 5, squeeze=False, width_ratios=(1.45, 1, 1, 1, 1)), details, strict=True
+    ):
+        draw_detail(row, by_name[detail.name], detail)
+    draw_clusters(beneath.subplots(1, 3), model, by_name.get(MAPPED, pictures[0]))
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def draw_detail(axes: Sequence[Axes], result: Result, detail: Detail) -> None:
+    whole, *parts = axes
+    show(whole, result.high, f"{result.name}, held out from training")
+    corner = (detail.left - 0.5, detail.top - 0.5)
+    whole.add_patch(Rectangle(corner, detail.size, detail.size, fill=False, edgecolor="#ff2d2d", linewidth=2.5))
+    pictures = {
+        "low resolution": detail.of(result.low, UPSCALE),
+        f"bicubic  {psnr(result.bicubic, result.high):.2f} dB": detail.of(result.bicubic),
+        f"LCoAN-light  {psnr(result.ours, result.high):.2f} dB": detail.of(result.ours),
+        "high resolution": detail.of(result.high),
+    }
+    for axis, (title, picture) in zip(parts, pictures.items(), strict=True):
+        show(axis, picture, title, bold="LCoAN" in title)
+
+
+def draw_clusters(axes: Sequence[Axes], model: LCoAN, result: Result) -> None:
+    """The photograph, the clusters painted over it, and the kin of one pixel wherever they are."""
+    clusters = cluster_map(model, as_input(result.low))
+    pattern = next(module for module in model.modules() if isinstance(module, LSP))
+    light = result.low.double().mean(2, keepdim=True) / 255
+    painted = colour_map(clusters, kinship_palette(pattern.centroids)).double() * (0.45 + 0.55 * light)
+    row, column = (min(place, size - 1) for place, size in zip(TOKEN, clusters.shape, strict=True))
+    kin = (clusters == clusters[row, column])[..., None]
+    amber = torch.tensor([255.0, 170.0, 0.0], dtype=torch.float64)
+    one = torch.where(kin, amber, 255 * (0.1 + 0.5 * light))
+    show(axes[0], result.low, f"{result.name}, low resolution")
+    show(
+        axes[1], painted.round().to(torch.uint8), f"the {len(clusters.unique())} clusters that k-means learnt, over it"
+    )
+    show(axes[2], one.round().to(torch.uint8), "one of the clusters: its pixels attend to each other")
+    axes[2].plot(column, row, "+", color="#ff2d2d", markersize=16, markeredgewidth=2.5)
+
+
+def show(axis: Axes, picture: Tensor, title: str, *, bold: bool = False) -> None:
+    axis.imshow(picture.numpy(), interpolation="nearest")
+    axis.set_title(title, fontsize=12, fontweight="bold" if bold else "normal")
+    axis.set_axis_off()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--opt", type=Path, default=HERE / "train.yml", help="option file that was trained")
+    parser.add_argument("--root", type=Path, default=HERE, help="folder with data/ and experiments/")
+    parser.add_argument("--out", type=Path, default=HERE, help="where report.json and demo.png go")
+    arguments = parser.parse_args()
+    options = yaml.safe_load(arguments.opt.read_text())
+    experiment = arguments.root / "experiments" / options["name"]
+    model = load_trained(options, experiment)
+    pictures = results(model, arguments.root / "data")
+    seconds = training_seconds(experiment)
+    report = {**{key: round(value, 4) for key, value in table(pictures).items()}, "seconds": seconds}
+    print(f"trained for {seconds // 60}:{seconds % 60:02d} minutes\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    draw(model, pictures, arguments.out / "demo.png")
+    (arguments.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written: {arguments.out / 'report.json'} and {arguments.out / 'demo.png'}")
+    gain = report["psnr"] - report["psnr_bicubic"]
+    if gain < REQUIRED_GAIN:
+        raise DemoError(
+            f"the gain over bicubic must be >= {REQUIRED_GAIN} dB, got {gain:.2f} dB; "
+            "was training interrupted, or total_iter in train.yml lowered?"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DemoError as error:
+        sys.exit(f"error: {error}")
