@@ -78,7 +78,7 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).resolve().parent / "data", help="folder to write (demo/data)"
     )
     out: Path = parser.parse_args().out.resolve()
-    partial = out.with_name(out.name + ".partial")  # an interrupted run leaves no half-filled data folder
+    partial = out / ".partial"  # an interrupted run leaves no half-filled folder behind that looks whole
     shutil.rmtree(partial, ignore_errors=True)
     for part, photographs in (("train", TRAIN), ("val", VAL)):
         folders = partial / part / "HR", partial / part / f"LR_x{UPSCALE}"
@@ -91,9 +91,10 @@ def main() -> None:
                     Image.fromarray(picture.contiguous().numpy()).save(folder / file)
                 count += 1
         print(f"{part:5}: {count} pairs from {len(photographs)} photographs ({', '.join(photographs)})")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    for part in sorted(partial.iterdir()):
+        shutil.rmtree(out / part.name, ignore_errors=True)
+        part.rename(out / part.name)
+    partial.rmdir()
     print(f"written to {out}")
 
 

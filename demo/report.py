@@ -22,12 +22,12 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
-from sparse_sr_attn_basicsr import register
 from torch import Tensor
 
 from sparse_sr_attn import LSP, CoA, LCoAN
 from sparse_sr_attn.degradation import imresize
 from sparse_sr_attn.visualize import cluster_map, colour_map, kinship_palette
+from sparse_sr_attn_basicsr import register
 
 register()  # repairs what keeps BasicSR from importing beside today's libraries
 from basicsr.metrics import calculate_psnr, calculate_ssim  # noqa: E402

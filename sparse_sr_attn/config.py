@@ -35,9 +35,9 @@ class Rule:
 
 PositiveInt = Annotated[int, Rule(">= 1", lambda value: value >= 1)]
 NonNegativeInt = Annotated[int, Rule(">= 0", lambda value: value >= 0)]
-NonNegative = Annotated[float, Rule("finite and >= 0", lambda value: 0 <= value < float("inf"))]
-Positive = Annotated[float, Rule("finite and > 0", lambda value: 0 < value < float("inf"))]
-Finite = Annotated[float, Rule("finite", lambda value: abs(value) < float("inf"))]
+NonNegative = Annotated[float, Rule(">= 0 and finite", lambda value: 0 <= value < float("inf"))]
+Positive = Annotated[float, Rule("> 0 and finite", lambda value: 0 < value < float("inf"))]
+Finite = Annotated[float, Rule("other than inf and nan", lambda value: abs(value) < float("inf"))]
 UnitInterval = Annotated[float, Rule("in [0, 1]", lambda value: 0 <= value <= 1)]
 
 

@@ -52,7 +52,7 @@ def test_no_defaults_are_filled_in() -> None:
     ({"width": None}, "width: must be an integer >= 1, got None"),
     ({"width": 1, "decay": "x"}, "decay: must be a number in [0, 1], got 'x'"),
     ({"width": 1, "decay": -0.1}, "decay: must be in [0, 1], got -0.1"),
-    ({"width": 1, "rate": float("inf")}, "rate: must be finite and > 0, got inf"),
+    ({"width": 1, "rate": float("inf")}, "rate: must be > 0 and finite, got inf"),
     ({"width": 1, "names": "abc"}, "names: must be a list, got 'abc'"),
     ({"width": 1, "names": [1]}, "names: must be a string, got [1]"),
     ({"width": 1, "mode": "c"}, "mode: must be one of 'a', 'b', got 'c'"),

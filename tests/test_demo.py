@@ -109,7 +109,7 @@ def test_preparing_again_replaces_what_was_there(data: Path, tmp_path: Path) -> 
     (tmp_path / "data/train").mkdir(parents=True)
     (tmp_path / "data/train/leftover.txt").write_text("of an interrupted run")
     run(DEMO / "prepare.py", "--out", "data", cwd=tmp_path)
-    assert names(tmp_path) == ["data"]
+    assert names(tmp_path / "data") == ["train", "val"]
     for folder in ("train/HR", "train/LR_x2", "val/HR", "val/LR_x2"):
         assert names(tmp_path / "data" / folder) == names(data / folder)
     assert names(tmp_path / "data/train") == ["HR", "LR_x2"]

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -484,6 +484,6 @@ def _files(folder: Path) -> set[str]:
 def _near(wanted: Path) -> str:
     """Return a hint at a sibling of nearly the same name."""
     parent = wanted.parent
-    beside: Iterable[Path] = parent.iterdir() if parent.is_dir() else ()
-    close = get_close_matches(wanted.name, [entry.name for entry in beside], n=1)
-    return f"; did you mean {str(parent / close[0])!r}?" if close else ""
+    beside = {entry.name.casefold(): entry.name for entry in parent.iterdir()} if parent.is_dir() else {}
+    close = get_close_matches(wanted.name.casefold(), beside, n=1)
+    return f"; did you mean {str(parent / beside[close[0]])!r}?" if close else ""

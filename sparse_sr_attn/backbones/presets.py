@@ -34,10 +34,10 @@ PRESETS: Mapping[str, Preset] = {
         {
             "num_feat": 48,
             "num_group": 4,
-            "num_block": 3,
+            "num_block": 2,
             "res_scale": 1.0,
             "num_clusters": 64,
-            "chunk_size": 96,
+            "chunk_size": 64,
             "reduction": 3,
             "ema_decay": 0.99,
         },

@@ -170,8 +170,14 @@ BAD = [
     ({"type": "LCoA", "every": 1, "zero_init": "yes"}, "attention.zero_init: must be true or false, got 'yes'"),
     ({"type": "LCoA", "every": True}, "attention.every: must be an integer >= 1"),
     ({"type": "LCoA", "every": 1, "num_clusters": 2.0}, "attention.num_clusters: must be an integer >= 1, got 2.0"),
-    ({"type": "LCoA", "every": 1, "res_scale": "much"}, "attention.res_scale: must be a number finite, got 'much'"),
-    ({"type": "LCoA", "every": 1, "res_scale": float("nan")}, "attention.res_scale: must be finite, got nan"),
+    (
+        {"type": "LCoA", "every": 1, "res_scale": "much"},
+        "attention.res_scale: must be a number other than inf and nan, got 'much'",
+    ),
+    (
+        {"type": "LCoA", "every": 1, "res_scale": float("nan")},
+        "attention.res_scale: must be other than inf and nan, got nan",
+    ),
     ([{"type": "LCoA", "every": 1}, {"type": "LCoA"}], "attention.1: must have one of"),
     (["LCoA"], "attention.0: must be a map with a key 'type', got 'LCoA'"),
     ("LCoA", "attention: must be a map, a list of maps or ~ (no attention), got 'LCoA'"),

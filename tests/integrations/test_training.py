@@ -241,6 +241,13 @@ def test_the_option_files_are_there() -> None:
     ]
 
 
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.stem))
+def test_basicsrs_own_loader_reads_the_same_numbers(file: Path) -> None:
+    """So the files serve in a fork too, whose start script knows nothing of ours."""
+    theirs = yaml.load(file.read_text(), Loader=basicsr_options.ordered_yaml()[0])  # noqa: S506
+    assert theirs == load(file)
+
+
 @pytest.mark.parametrize("name", ["LCoAN_light_x2", "SparseEDSR_LCoA_x2"])
 def test_the_option_files_train_and_test(
     name: str, here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
