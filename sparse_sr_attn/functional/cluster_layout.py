@@ -49,11 +49,11 @@ class ClusterLayout:
 
     def rank(self, slot: Int[Tensor, "*s"]) -> Int[Tensor, "*s"]:
         """Return which of the sorted tokens stands at a slot; past the last token, the one that fills it."""
-        past = slot >= self.num_tokens
         if self.exact_keys:
-            return slot.masked_fill(past, 0)
+            # A token of the same chunk: weight 0 hides a number, but not a NaN from a chunk that must not be seen.
+            return slot.clamp(max=self.num_tokens - 1)
         repeated = (slot - (self.num_slots - self.num_tokens)) % self.num_tokens
-        return torch.where(past, repeated, slot)
+        return torch.where(slot >= self.num_tokens, repeated, slot)
 
     def visible(self, slot: Int[Tensor, "t j"]) -> Bool[Tensor, "t j"]:
         """Return which key slots of chunks (`t` rows of `slot`, their keys) count.

@@ -575,6 +575,13 @@ FAULTS = [
         f"{IN_CLUSTER}::test_padding_is_neutral",
     ),
     Fault(
+        "empty slots hold a token of another chunk",
+        LAYOUT,
+        "return slot.clamp(max=self.num_tokens - 1)",
+        "return slot.masked_fill(slot >= self.num_tokens, 0)",
+        f"{IN_CLUSTER}::test_an_unseen_token_cannot_matter",
+    ),
+    Fault(
         "the forms differ",
         TILES,
         "chunk = torch.arange(start - a, stop + a, device=device) % k",

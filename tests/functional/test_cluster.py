@@ -36,6 +36,7 @@ CHUNK_LONGER_THAN_SAMPLE = Case(num_tokens=4, num_clusters=2, chunk_size=9, exac
 REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, exact_keys=False, seed=6)
 WIDE_RING = Case(num_tokens=9, num_clusters=3, chunk_size=2, num_adjacent=2, seed=7)
 FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
+LONELY_TAIL = Case(num_tokens=4, num_clusters=1, chunk_size=3, num_adjacent=0, seed=1)
 NO_NEIGHBOURS = Case(num_tokens=8, num_clusters=3, chunk_size=3, num_adjacent=0, seed=9)
 
 
@@ -237,6 +238,8 @@ def test_a_batch_is_its_samples(device: torch.device, case: Case, form: str) -> 
 @given(case=cases(min_tokens=2), form=forms, filling=st.sampled_from((0.0, 1e4, float("nan"))))
 @example(case=WIDE_RING.but(num_adjacent=1), form="oneshot", filling=float("nan"))
 @example(case=WIDE_RING.but(num_adjacent=1), form="tiles", filling=float("nan"))
+@example(case=LONELY_TAIL, form="oneshot", filling=float("nan"))
+@example(case=LONELY_TAIL, form="tiles", filling=float("nan"))
 def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, form: str, filling: float) -> None:
     """Another key and value of a token changes no bit for the tokens that do not see it."""
     query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
