@@ -31,17 +31,19 @@ class ClusterAttention:
     """A pattern with the softmax weights of one embedding over it: what LSP gives and CoA reads.
 
     Attributes:
-        pattern: of the map that was attended to.
+        pattern: of the map that was attended to; of several rounds, those of a sample one after the other.
         weights: of each slot of `k` chunks of `i` slots over the `j = (2 * num_adjacent + 1) * i` slots it sees;
-            rows of real slots sum to 1. Carries gradient to the provider.
+            rows of real slots sum to 1 over the rounds. Carries gradient to the provider.
         height: of the map, in pixels.
         width: of the map, in pixels.
+        num_rounds: patterns of each sample, >= 1.
     """
 
     pattern: ClusterPattern
-    weights: Float[Tensor, "b k i j"]
+    weights: Float[Tensor, "b*r k i j"]
     height: int
     width: int
+    num_rounds: int = 1
 
 
 for _state in (ClusterPattern, ClusterAttention):

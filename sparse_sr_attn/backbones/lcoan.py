@@ -12,7 +12,7 @@ from sparse_sr_attn.blocks import ResidualBlock
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.layers.base import AttentionLayer
-from sparse_sr_attn.layers.lcoa import LCoA
+from sparse_sr_attn.layers.lcoa import LCoA, Routing
 from sparse_sr_attn.states import ClusterAttention
 
 
@@ -71,6 +71,8 @@ class LCoAN(ResidualNetwork):
         ema_decay: as in `LSP`.
         reseed_threshold: as in `LSP`.
         exact_keys: as in `LSP`.
+        routing: as in `LSP`.
+        num_rounds: as in `LSP`.
         activation_checkpointing: in training, compute the groups again in the backward instead of keeping them.
 
     Raises:
@@ -101,6 +103,8 @@ class LCoAN(ResidualNetwork):
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
+        routing: Routing = "kmeans",
+        num_rounds: PositiveInt = 1,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
@@ -119,6 +123,8 @@ class LCoAN(ResidualNetwork):
                     ema_decay=ema_decay,
                     reseed_threshold=reseed_threshold,
                     exact_keys=exact_keys,
+                    routing=routing,
+                    num_rounds=num_rounds,
                     res_scale=res_scale,
                 )
             else:

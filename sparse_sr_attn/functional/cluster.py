@@ -94,7 +94,7 @@ def cluster_weights(
         return tiles.weights_op(query, key, *_unpack(pattern), scale)  # type: ignore[no-any-return]
     query, key = query.to(score_precision(query)), key.to(score_precision(key))
     with torch.autocast(query.device.type, enabled=False):
-        return _Oneshot(pattern).weights(query, key, scale)
+        return _Oneshot(pattern).scores(query, key, scale).softmax(dim=-1)
 
 
 def apply_cluster_weights(
@@ -170,6 +170,42 @@ def cluster_attention(
     return apply_cluster_weights(weights, value, pattern, form="oneshot")
 
 
+def merge_rounds(
+    weights: Float[Tensor, "b*r k i j"],
+    query: Float[Tensor, "b*r n d"],
+    key: Float[Tensor, "b*r n d"],
+    pattern: ClusterPattern,
+    num_rounds: int,
+    *,
+    scale: float = 1.0,
+) -> Float[Tensor, "b*r k i j"]:
+    r"""Scale the weights of several rounds so that their sum over the rounds is one attention.
+
+    A round with more similar keys counts more: $P_r \leftarrow P_r\, Z_r / \sum_{r'} Z_{r'}$ with
+    $Z_r = \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys that the round sees.
+
+    Args:
+        weights: from `cluster_weights`, the rounds of a sample one after the other.
+        query: as given to `cluster_weights`.
+        key: as given to `cluster_weights`.
+        pattern: as given to `cluster_weights`.
+        num_rounds: $r$.
+        scale: as given to `cluster_weights`.
+
+    Returns:
+        Weights whose rows sum to 1 over the rounds together.
+
+    Source:
+        NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
+    """
+    query, key = query.to(score_precision(query)), key.to(score_precision(key))
+    with torch.autocast(query.device.type, enabled=False):
+        oneshot = _Oneshot(pattern)
+        lse = oneshot.to_tokens(oneshot.scores(query, key, scale).logsumexp(dim=-1)[..., None])
+        share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
+        return weights * oneshot.chunks(share)
+
+
 def _check(pattern: ClusterPattern, *rows: Tensor) -> None:
     for tensor in rows:
         if tensor.ndim != 3 or tensor.shape[:2] != pattern.order.shape:
@@ -200,18 +236,20 @@ class _Oneshot:
         keys = self._with_adjacent(slot.view(1, layout.num_chunks, layout.chunk_size, 1))[0, :, :, 0]
         self.visible = layout.visible(keys)
 
-    def weights(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        scores = scale * self._chunks(query) @ self._with_adjacent(self._chunks(key)).transpose(-1, -2)
-        return scores.masked_fill(~self.visible[:, None, :], float("-inf")).softmax(dim=-1)
+    def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        scores = scale * self.chunks(query) @ self._with_adjacent(self.chunks(key)).transpose(-1, -2)
+        return scores.masked_fill(~self.visible[:, None, :], float("-inf"))
 
     def apply(self, weights: Tensor, value: Tensor) -> Tensor:
-        chunks = weights @ self._with_adjacent(self._chunks(value))
+        return self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))
+
+    def to_tokens(self, chunks: Tensor) -> Tensor:
         # By the slot of each token: strides of a slice to the tokens would tell export whether the last chunk is full.
         slot = torch.arange(self.layout.num_tokens, device=self.order.device).expand_as(self.order)
         inverse = torch.empty_like(self.order).scatter(1, self.order, slot)
-        return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, value.shape[-1]))
+        return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, chunks.shape[-1]))
 
-    def _chunks(self, rows: Tensor) -> Tensor:
+    def chunks(self, rows: Tensor) -> Tensor:
         index = self.token[..., None].expand(-1, -1, rows.shape[-1])
         return rows.gather(1, index).view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, -1)
 

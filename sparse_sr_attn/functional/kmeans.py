@@ -53,6 +53,19 @@ def initial_state(num_clusters: int, dim: int, seed: int = 0) -> KMeansState:
     )
 
 
+def hash_directions(num_clusters: int, dim: int, seed: int = 0) -> Float[Tensor, "k d"]:
+    r"""Return directions that make `assign` a locality-sensitive hash.
+
+    Buckets are $\arg\max([pR, -pR])$ with a Gaussian $R$, set by `seed`.
+
+    Source:
+        Cross-polytope hashing as in NLSA (Mei et al., CVPR 2021). Deviation: NLSA draws $R$ anew in every forward.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn((num_clusters + 1) // 2, dim, generator=generator, device="cpu", dtype=torch.float32)
+    return torch.cat([half, -half])[:num_clusters]
+
+
 def assign(points: Float[Tensor, "b n d"], centroids: Float[Tensor, "k d"]) -> Int[Tensor, "b n"]:
     r"""Return $\arg\max_k \langle p, \mu_k \rangle$ for each point; the lowest index wins a tie.
 

@@ -4,8 +4,9 @@ Zhao et al., "Efficient Learnable Collaborative Attention for Single Image Super
 from the paper and from the behaviour of the released code; each departure is listed in `docs/deviations.md`.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,13 +19,17 @@ from sparse_sr_attn.functional.cluster import (
     cluster_attention,
     cluster_pattern,
     cluster_weights,
+    merge_rounds,
 )
 from sparse_sr_attn.functional.cluster_layout import score_precision
-from sparse_sr_attn.functional.kmeans import KMeansState, assign, initial_state, kmeans_step
+from sparse_sr_attn.functional.kmeans import KMeansState, assign, hash_directions, initial_state, kmeans_step
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
+Routing = Literal["kmeans", "lsh"]
+"""How tokens find their cluster."""
+
 _KEY_EPS = 5e-5  # published floor of a key's length
 
 
@@ -48,6 +53,10 @@ class LSP(nn.Module):
         reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 switches that off, as
             published.
         exact_keys: count every key once; `False` is the published counting.
+        routing: "kmeans", or "lsh" for a locality-sensitive hash with `num_clusters` buckets that never learns, the
+            paper's ablation: the centroids are the directions of the hash.
+        num_rounds: patterns from different seeds, >= 1; a token attends in each, and they are merged by how much
+            similar each finds. Time and memory grow with it.
         seed: of the first centroids, which are random unit vectors.
 
     Raises:
@@ -81,6 +90,8 @@ class LSP(nn.Module):
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
+        routing: Routing = "kmeans",
+        num_rounds: PositiveInt = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -90,16 +101,24 @@ class LSP(nn.Module):
         self.ema_decay = ema_decay
         self.reseed_threshold = reseed_threshold
         self.exact_keys = exact_keys
+        self.routing = routing
         query_dim = max(1, embed_dim // reduction)
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
-        for name, value in initial_state(num_clusters, query_dim, seed)._asdict().items():
-            self.register_buffer(name, value)
+        # The first round's state stands here, under the names that files have; the others' in modules of their own.
+        self.further_rounds = nn.ModuleList(nn.Module() for _ in range(num_rounds - 1))
+        for turn, module in enumerate(self._rounds()):
+            state = initial_state(num_clusters, query_dim, seed + turn)
+            if routing == "lsh":
+                state = state._replace(centroids=hash_directions(num_clusters, query_dim, seed + turn))
+            for name, value in state._asdict().items():
+                module.register_buffer(name, value)
 
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
         return (
             f"num_clusters={len(self.centroids)}, chunk_size={self.chunk_size}, num_adjacent={self.num_adjacent}, "
-            f"ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, exact_keys={self.exact_keys}"
+            f"ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, exact_keys={self.exact_keys}, "
+            f"routing={self.routing!r}"
         )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> ClusterAttention:
@@ -109,12 +128,20 @@ class LSP(nn.Module):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         query, key, pattern = self.route(x)
-        return ClusterAttention(pattern, cluster_weights(query, key, pattern), *x.shape[-2:])
+        weights = cluster_weights(query, key, pattern)
+        if self.num_rounds > 1:
+            weights = merge_rounds(weights, query, key, pattern, self.num_rounds)
+        return ClusterAttention(pattern, weights, *x.shape[-2:], self.num_rounds)
+
+    @property
+    def num_rounds(self) -> int:
+        """Patterns of each sample."""
+        return 1 + len(self.further_rounds)
 
     def route(
         self, x: Float[Tensor, "b c h w"]
-    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"], ClusterPattern]:
-        """Return (query, key, pattern) of `x`; in training this moves the centroids once.
+    ) -> tuple[Float[Tensor, "b*r n d"], Float[Tensor, "b*r n d"], ClusterPattern]:
+        """Return (query, key, pattern) of `x`, a sample's rounds in turn; in training this moves the centroids once.
 
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
@@ -122,19 +149,21 @@ class LSP(nn.Module):
         _check_map(x, self.embed_dim)
         embedding = _tokens(self.embed(x))
         query = embedding.to(score_precision(embedding))
-        if self.training and self.ema_decay < 1:
-            assignment = kmeans_step(
-                query, self._kmeans(), ema_decay=self.ema_decay, reseed_threshold=self.reseed_threshold
-            )
-        else:
-            assignment = assign(query, self.centroids)
+        assignment = torch.stack([self._assign(query, module) for module in self._rounds()], dim=1).flatten(0, 1)
         pattern = cluster_pattern(
             assignment, chunk_size=self.chunk_size, num_adjacent=self.num_adjacent, exact_keys=self.exact_keys
         )
+        query = _each_round(query, self.num_rounds)
         return query, F.normalize(query, dim=-1, eps=_KEY_EPS), pattern
 
-    def _kmeans(self) -> KMeansState:
-        return KMeansState(*(getattr(self, name) for name in KMeansState._fields))
+    def _rounds(self) -> list[nn.Module]:
+        return [self, *self.further_rounds]
+
+    def _assign(self, points: Tensor, module: nn.Module) -> Tensor:
+        state = KMeansState(*(getattr(module, name) for name in KMeansState._fields))
+        if self.training and self.routing == "kmeans" and self.ema_decay < 1:
+            return kmeans_step(points, state, ema_decay=self.ema_decay, reseed_threshold=self.reseed_threshold)
+        return assign(points, state.centroids)
 
 
 @LAYERS.register("CoA", kind="consumer", source=_SOURCE)
@@ -181,7 +210,11 @@ class CoA(AttentionLayer):
         """
         _check_map(x, self.embed_dim)
         state = _fitting(state, x)
-        return self.add(x, apply_cluster_weights(state.weights, self.values(x), state.pattern))
+        values = _each_round(self.values(x), state.num_rounds)
+        attended = apply_cluster_weights(state.weights, values, state.pattern)
+        if state.num_rounds > 1:
+            attended = attended.unflatten(0, (-1, state.num_rounds)).sum(dim=1)
+        return self.add(x, attended)
 
     def values(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         """Return the value of each token."""
@@ -208,6 +241,8 @@ class LCoA(AttentionLayer):
         ema_decay: as in `LSP`.
         reseed_threshold: as in `LSP`.
         exact_keys: as in `LSP`.
+        routing: as in `LSP`.
+        num_rounds: as in `LSP`.
         seed: as in `LSP`.
         res_scale: as in `CoA`.
         zero_init: as in `CoA`.
@@ -236,6 +271,8 @@ class LCoA(AttentionLayer):
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
+        routing: Routing = "kmeans",
+        num_rounds: PositiveInt = 1,
         seed: int = 0,
         res_scale: Finite = 0.1,
         zero_init: bool = False,
@@ -250,6 +287,8 @@ class LCoA(AttentionLayer):
             ema_decay=ema_decay,
             reseed_threshold=reseed_threshold,
             exact_keys=exact_keys,
+            routing=routing,
+            num_rounds=num_rounds,
             seed=seed,
         )
         self.coa = CoA(embed_dim, res_scale=res_scale, zero_init=zero_init)
@@ -267,6 +306,8 @@ class LCoA(AttentionLayer):
             SharingError: `state` is no ClusterAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
         """
+        if state is None and self.lsp.num_rounds > 1:
+            state = self.attend(x)
         if state is not None:
             output: Tensor = self.coa(x, state)
             return output
@@ -280,6 +321,10 @@ class LCoA(AttentionLayer):
 
 def _tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     return rearrange(x, "b c h w -> b (h w) c")
+
+
+def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "b*r n c"]:
+    return rows if num_rounds == 1 else rows.repeat_interleave(num_rounds, dim=0)
 
 
 def _check_map(x: Tensor, embed_dim: int) -> None:
@@ -298,7 +343,7 @@ def _fitting(state: object, x: Tensor) -> ClusterAttention:
             f"CoA needs the state of another layer, a ClusterAttention, got {got}; "
             "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
         )
-    made_for = (state.pattern.order.shape[0], state.height, state.width)
+    made_for = (state.pattern.order.shape[0] // state.num_rounds, state.height, state.width)
     if made_for != (x.shape[0], *x.shape[2:]):
         b, h, w = made_for
         raise ShapeError(

@@ -1,0 +1,48 @@
+"""Several rounds of cluster attention are dense attention in which a key counts once for each round that sees it."""
+
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sparse_sr_attn.functional import cluster as fast
+from sparse_sr_attn.functional import kmeans
+from sparse_sr_attn.reference import cluster as slow
+from sparse_sr_attn.testing.strategies import Case, cases
+from sparse_sr_attn.testing.tolerances import assert_gradients_close, assert_values_close, gradients
+
+
+@given(case=cases(max_batch=2), num_rounds=st.integers(1, 3), form=st.sampled_from(("oneshot", "tiles")))
+@example(case=Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3), num_rounds=2, form="tiles")
+def test_rounds_are_dense_attention_over_what_any_round_sees(
+    device: torch.device, case: Case, num_rounds: int, form: fast.Form
+) -> None:
+    query, key, value = (case.tokens(name, 4, device=device).requires_grad_() for name in ("query", "key", "value"))
+    rounds = [case.but(seed=case.seed + turn).assignment(device=device) for turn in range(num_rounds)]
+    options = {"chunk_size": case.chunk_size, "num_adjacent": case.num_adjacent, "exact_keys": case.exact_keys}
+
+    pattern = fast.cluster_pattern(torch.stack(rounds, dim=1).flatten(0, 1), **options)
+    each = [rows.repeat_interleave(num_rounds, dim=0) for rows in (query, key, value)]
+    weights = fast.cluster_weights(each[0], each[1], pattern, scale=0.7, form=form)
+    weights = fast.merge_rounds(weights, each[0], each[1], pattern, num_rounds, scale=0.7)
+    attended = fast.apply_cluster_weights(weights, each[2], pattern, form=form)
+    actual = attended.unflatten(0, (-1, num_rounds)).sum(dim=1)
+
+    counts = sum(slow.multiplicity(slow.cluster_pattern(assignment, **options)) for assignment in rounds)
+    expected = slow.dense_attention(query, key, value, counts, scale=0.7)
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    inputs = (query, key, value)
+    assert_gradients_close(gradients(actual, inputs, probe), gradients(expected, inputs, probe))
+
+
+@given(case=cases())
+def test_hash_is_the_larger_of_both_signs(device: torch.device, case: Case) -> None:
+    """Buckets are the argmax over [pR, -pR]; the same seed gives the same hash, another gives another."""
+    directions = kmeans.hash_directions(2 * case.num_clusters, 4, case.seed).double()
+    points = case.tokens("points", 4)
+    rotated = points @ directions[: case.num_clusters].T
+    expected = torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
+    assert torch.equal(kmeans.assign(points, directions), expected)
+    assert torch.equal(directions, kmeans.hash_directions(2 * case.num_clusters, 4, case.seed).double())
+    assert not torch.equal(directions, kmeans.hash_directions(2 * case.num_clusters, 4, case.seed + 1).double())
+    assert kmeans.hash_directions(3, 4).shape == (3, 4)

@@ -1,0 +1,92 @@
+"""The paper's ablations are plain options: each changes what it says, and nothing else."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_sr_attn import CoA, ConfigError, LCoA, LCoAN
+
+SMALL: dict[str, Any] = {"num_clusters": 6, "chunk_size": 7, "reduction": 2, "res_scale": 1.0}
+
+
+def features(seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(**options: Any) -> LCoA:
+    torch.manual_seed(0)
+    return LCoA(8, **{**SMALL, **options})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"routing": "lsh"},
+        {"num_rounds": 2},
+        {"num_clusters": 3},
+        {"chunk_size": 4},
+        {"num_adjacent": 0},
+        {"num_adjacent": 2},
+        {"seed": 1},
+        {"exact_keys": False},
+    ],
+    ids=str,
+)
+def test_each_option_changes_the_output(change: dict[str, Any]) -> None:
+    x = features()
+    assert not torch.allclose(layer(**change).eval()(x), layer().eval()(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rounds", [1, 3])
+def test_a_hash_never_learns(num_rounds: int) -> None:
+    hashed = layer(routing="lsh", num_rounds=num_rounds).train()
+    before = {name: buffer.clone() for name, buffer in hashed.named_buffers()}
+    for seed in range(3):
+        hashed(features(seed))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in hashed.named_buffers())
+
+
+def test_every_round_learns_its_own_clusters() -> None:
+    rounds = layer(num_rounds=3).train()
+    for seed in range(3):
+        rounds(features(seed))
+    centroids = [rounds.lsp.centroids, *(module.centroids for module in rounds.lsp.further_rounds)]
+    assert all(module.num_updates == 2 for module in (rounds.lsp, *rounds.lsp.further_rounds))
+    assert not any(torch.equal(centroids[i], centroids[j]) for i in range(3) for j in range(i))
+
+
+@pytest.mark.parametrize("options", [{"num_rounds": 3}, {"routing": "lsh", "num_rounds": 2}], ids=str)
+def test_sharing_is_the_same_with_rounds(options: dict[str, Any]) -> None:
+    """Alone and through its state a layer does the same, and a consumer with its value convolution too."""
+    first = layer(**options).eval()
+    later = CoA(8, res_scale=1.0)
+    later.load_state_dict(first.coa.state_dict())
+    x = features()
+    shared = first.attend(x)
+    assert shared.weights.shape[0] == 2 * options["num_rounds"]
+    torch.testing.assert_close(first(x, shared), first(x))
+    torch.testing.assert_close(later(x, shared), first(x))
+
+
+def test_rounds_of_whole_maps_are_dense_attention() -> None:
+    """Where a chunk holds all tokens every round sees the same, so their number cannot matter."""
+    x = features()
+    outputs = [layer(chunk_size=30, num_rounds=n).eval()(x) for n in (1, 2, 4)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+
+
+def test_a_network_takes_them() -> None:
+    x = torch.rand(1, 3, 6, 7, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"num_feat": 8, "num_group": 2, "num_block": 1, "chunk_size": 7, "res_scale": 1.0}
+    outputs = []
+    for change in ({}, {"routing": "lsh"}, {"num_rounds": 2}, {"share": 1}):
+        torch.manual_seed(0)
+        outputs.append(LCoAN(**options, **change).eval()(x))
+    assert not any(torch.equal(outputs[i], outputs[j]) for i in range(4) for j in range(i))
+
+
+def test_unknown_routing_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"^routing must be one of 'kmeans', 'lsh', got 'hash'$"):
+        layer(routing="hash")
