@@ -131,7 +131,8 @@ class LSP(nn.Module):
         weights = cluster_weights(query, key, pattern)
         if self.num_rounds > 1:
             weights = merge_rounds(weights, query, key, pattern, self.num_rounds)
-        return ClusterAttention(pattern, weights, *x.shape[-2:], self.num_rounds)
+        height, width = x.shape[-2:]
+        return ClusterAttention(pattern, weights, height, width, self.num_rounds)
 
     @property
     def num_rounds(self) -> int:
