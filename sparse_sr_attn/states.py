@@ -40,7 +40,7 @@ class ClusterAttention:
     """
 
     pattern: ClusterPattern
-    weights: Float[Tensor, "b*r k i j"]
+    weights: Float[Tensor, "br k i j"]
     height: int
     width: int
     num_rounds: int = 1

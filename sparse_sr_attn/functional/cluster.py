@@ -171,14 +171,14 @@ def cluster_attention(
 
 
 def merge_rounds(
-    weights: Float[Tensor, "b*r k i j"],
-    query: Float[Tensor, "b*r n d"],
-    key: Float[Tensor, "b*r n d"],
+    weights: Float[Tensor, "br k i j"],
+    query: Float[Tensor, "br n d"],
+    key: Float[Tensor, "br n d"],
     pattern: ClusterPattern,
     num_rounds: int,
     *,
     scale: float = 1.0,
-) -> Float[Tensor, "b*r k i j"]:
+) -> Float[Tensor, "br k i j"]:
     r"""Scale the weights of several rounds so that their sum over the rounds is one attention.
 
     A round with more similar keys counts more: $P_r \leftarrow P_r\, Z_r / \sum_{r'} Z_{r'}$ with

@@ -141,7 +141,7 @@ class LSP(nn.Module):
 
     def route(
         self, x: Float[Tensor, "b c h w"]
-    ) -> tuple[Float[Tensor, "b*r n d"], Float[Tensor, "b*r n d"], ClusterPattern]:
+    ) -> tuple[Float[Tensor, "br n d"], Float[Tensor, "br n d"], ClusterPattern]:
         """Return (query, key, pattern) of `x`, a sample's rounds in turn; in training this moves the centroids once.
 
         Raises:
@@ -324,7 +324,7 @@ def _tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     return rearrange(x, "b c h w -> b (h w) c")
 
 
-def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "b*r n c"]:
+def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "br n c"]:
     return rows if num_rounds == 1 else rows.repeat_interleave(num_rounds, dim=0)
 
 
