@@ -4,7 +4,8 @@ from sparse_sr_attn import LCoA
 y = LCoA(64)(x)  # any (b, 64, h, w)
 """
 
-from sparse_sr_attn.backbones import EDSR, PRESETS, LCoAN, create_model
+from sparse_sr_attn.backbones import EDSR, PRESETS, RCAN, LCoAN, create_model
+from sparse_sr_attn.checkpoints import load_model
 from sparse_sr_attn.errors import (
     CheckpointError,
     ConfigError,
@@ -25,6 +26,7 @@ __all__ = [
     "LAYERS",
     "LSP",
     "PRESETS",
+    "RCAN",
     "AttentionLayer",
     "CheckpointError",
     "ClusterAttention",
@@ -42,4 +44,5 @@ __all__ = [
     "__version__",
     "build_layer",
     "create_model",
+    "load_model",
 ]

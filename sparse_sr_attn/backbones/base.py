@@ -1,6 +1,11 @@
 """What EDSR-style networks have in common: the first and last convolutions, the mean, the range."""
 
-from collections.abc import Sequence
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, ParamSpec
 
 import torch
 from jaxtyping import Float
@@ -12,12 +17,61 @@ from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean of DIV2K's training images (RGB, 0..1)."""
 
+OPTIONS = "options"
+"""Key under which the state dict of a network with attention holds the options it was built with."""
+
+P = ParamSpec("P")
+
+
+def remembered(init: Callable[P, None]) -> Callable[P, None]:
+    """Let a network remember the options of its constructor, so that its weights can carry them."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        init(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        network, *_ = args
+        given = {
+            name: value
+            for name, value in bound.arguments.items()
+            if value is not network and name != "activation_checkpointing"  # of training, not of the network
+        }
+        network._options = _as_json(given) if given.get("attention", True) else None  # type: ignore[attr-defined]
+
+    return wrapper
+
+
+def _as_json(options: Mapping[str, Any]) -> str | None:
+    """Return the options as text; `None` if JSON has no word for one of them."""
+    try:
+        return json.dumps(options, default=_plain)
+    except (TypeError, ValueError):
+        return None
+
+
+def _plain(value: object) -> object:
+    """Return what JSON can write of a mapping, a sequence or a number of any kind."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError
+
 
 class ResidualNetwork(nn.Module):
     r"""Abstract network $\mathrm{last}(\uparrow(\mathrm{conv}(\mathrm{features}(f)) + f)),\; f = \mathrm{first}(x)$.
 
     Subclasses define `features` (which they build before or after calling this constructor) and are final. State-dict
     keys are BasicSR's: `conv_first`, `conv_after_body`, `upsample`, `conv_last`; the mean is not in the state dict.
+
+    Shapes do not tell everything about attention. So the state dict of a network with attention carries the options it
+    was built with, as JSON bytes (`OPTIONS`); `load_model` reads them and `load_state_dict` ignores them, there or not.
 
     Args:
         num_in_ch: channels of the input image.
@@ -30,6 +84,7 @@ class ResidualNetwork(nn.Module):
     """
 
     mean: Tensor
+    _options: str | None = None
 
     def __init__(
         self,
@@ -75,6 +130,15 @@ class ResidualNetwork(nn.Module):
         deep = self.conv_after_body(self.features(first)) + first
         output: Tensor = self.conv_last(self.upsample(deep))
         return output / self.img_range + self.mean
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._options is not None:
+            destination[prefix + OPTIONS] = torch.tensor(list(self._options.encode()), dtype=torch.uint8, device="cpu")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + OPTIONS, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.backbones.base import ResidualNetwork
+from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
 from sparse_sr_attn.blocks import ResidualBlock, SiteAttention, read_attention
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
@@ -33,10 +33,11 @@ class EDSR(ResidualNetwork):
         ConfigError: options break their rules; all that do are named.
 
     Note:
-        State-dict keys are BasicSR's, in which `attention.<i>.` is new. So its weights load strictly without attention,
-        and with attention all but these keys are there and the image is the same at first.
+        State-dict keys are BasicSR's, in which `attention.<i>.` and `options` (see `load_model`) are new. So its
+        weights load strictly without attention, and with attention the image is the same at first.
     """
 
+    @remembered
     @checked
     def __init__(
         self,

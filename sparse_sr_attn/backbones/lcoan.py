@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_sr_attn.backbones.base import ResidualNetwork
+from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
 from sparse_sr_attn.blocks import ResidualBlock
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
@@ -83,6 +83,7 @@ class LCoAN(ResidualNetwork):
         released network has 1,328,281 more that it never uses.
     """
 
+    @remembered
     @checked
     def __init__(
         self,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.config import Finite, PositiveInt, checked
+from sparse_sr_attn.errors import ConfigError, Problem
 
 
 class ResidualBlock(nn.Module):
@@ -29,3 +30,103 @@ class ResidualBlock(nn.Module):
         """Return a map of the same size."""
         branch: Tensor = self.conv2(F.relu(self.conv1(x)))
         return x + self.res_scale * branch
+
+
+class ChannelAttention(nn.Module):
+    r"""RCAN's gate: $x \cdot \sigma(W_2\,\mathrm{ReLU}(W_1 \bar x))$, one factor in 0..1 a channel from its mean.
+
+    Args:
+        num_feat: channels.
+        squeeze_factor: `num_feat` over the channels between $W_1$ and $W_2$, of which at least one stays.
+
+    Raises:
+        ConfigError: `squeeze_factor` leaves no channel.
+
+    Source:
+        Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks", ECCV 2018;
+        state-dict keys as in BasicSR.
+    """
+
+    @checked
+    def __init__(self, num_feat: PositiveInt, squeeze_factor: PositiveInt = 16) -> None:
+        super().__init__()
+        if squeeze_factor > num_feat:
+            message = f"must be at most num_feat, {num_feat}, so that a channel stays, got {squeeze_factor}"
+            raise ConfigError([Problem("squeeze_factor", message)])
+        squeezed = num_feat // squeeze_factor
+        self.attention = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(num_feat, squeezed, 1),
+            nn.ReLU(),
+            nn.Conv2d(squeezed, num_feat, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return a map of the same size."""
+        gate: Tensor = self.attention(x)
+        return x * gate
+
+
+class ChannelAttentionBlock(nn.Module):
+    r"""RCAN's block (RCAB): $x + \rho\,\mathrm{gate}(\mathrm{conv}(\mathrm{ReLU}(\mathrm{conv}(x))))$.
+
+    Args:
+        num_feat: channels.
+        squeeze_factor: as in `ChannelAttention`.
+        res_scale: $\rho$, factor on the residual branch.
+
+    Raises:
+        ConfigError: `squeeze_factor` leaves no channel.
+
+    Source:
+        As `ChannelAttention`.
+    """
+
+    @checked
+    def __init__(self, num_feat: PositiveInt, squeeze_factor: PositiveInt = 16, res_scale: Finite = 1.0) -> None:
+        super().__init__()
+        self.res_scale = res_scale
+        self.rcab = nn.Sequential(
+            nn.Conv2d(num_feat, num_feat, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(num_feat, num_feat, 3, padding=1),
+            ChannelAttention(num_feat, squeeze_factor),
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return a map of the same size."""
+        branch: Tensor = self.rcab(x)
+        return x + self.res_scale * branch
+
+
+class ResidualGroup(nn.Module):
+    r"""RCAN's group: $x + \mathrm{conv}(\mathrm{blocks}(x))$, without a factor.
+
+    Args:
+        num_feat: channels.
+        num_block: blocks.
+        squeeze_factor: as in `ChannelAttention`.
+        res_scale: as in `ChannelAttentionBlock`.
+
+    Raises:
+        ConfigError: `squeeze_factor` leaves no channel.
+
+    Source:
+        As `ChannelAttention`.
+    """
+
+    @checked
+    def __init__(
+        self, num_feat: PositiveInt, num_block: PositiveInt, squeeze_factor: PositiveInt = 16, res_scale: Finite = 1.0
+    ) -> None:
+        super().__init__()
+        self.residual_group = nn.Sequential(
+            *(ChannelAttentionBlock(num_feat, squeeze_factor, res_scale) for _ in range(num_block))
+        )
+        self.conv = nn.Conv2d(num_feat, num_feat, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return a map of the same size."""
+        branch: Tensor = self.conv(self.residual_group(x))
+        return x + branch

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparse_sr_attn import EDSR, LCoAN
+from sparse_sr_attn import EDSR, RCAN, LCoAN
 
 LCOA = {"type": "LCoA", "every": 2, "share": 2, "chunk_size": 20, "num_clusters": 5, "zero_init": False}
 
@@ -18,6 +18,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "EDSR, checkpointed": lambda: EDSR(
         num_feat=8, num_block=4, upscale=2, img_range=1.0, attention=LCOA, activation_checkpointing=True
     ),
+    "RCAN": lambda: RCAN(
+        num_feat=8, num_group=4, num_block=1, squeeze_factor=4, upscale=2, img_range=1.0, attention=LCOA
+    ),
 }
 SIZES = [(8, 9), (10, 12), (13, 11), (17, 9), (20, 21), (9, 30)]
 
@@ -26,7 +29,7 @@ def picture(size: tuple[int, int], seed: int = 0) -> torch.Tensor:
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.compiles
+@pytest.mark.unhooked
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_recompile_for_all_sizes(name: str, training: bool) -> None:
@@ -51,8 +54,8 @@ def test_one_recompile_for_all_sizes(name: str, training: bool) -> None:
         assert one.grad is None or torch.equal(one.grad, other.grad), key
 
 
-@pytest.mark.compiles
-@pytest.mark.parametrize("name", ["LCoAN", "EDSR"])
+@pytest.mark.unhooked
+@pytest.mark.parametrize("name", ["LCoAN", "EDSR", "RCAN"])
 def test_exports_with_dynamic_sizes(name: str) -> None:
     """From two chunks on: a program for one chunk is another one, as export sees it."""
     torch.manual_seed(0)

@@ -6,80 +6,34 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from sparse_sr_attn import ConfigError, LCoAN, ShapeError, create_model
+from sparse_sr_attn import ConfigError, LCoAN, ShapeError, create_model, load_model
+from sparse_sr_attn.checkpoints import LAYOUTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "lcoan_index.json").read_text())
-
-OURS = {
-    "head.0": "conv_first",
-    "m_conv.0": "conv_after_body",
-    "tail.0": "upsample",
-    "tail.1": "conv_last",
-}
-
-
-def our_name(released: str) -> str | None:
-    """Return our key for a key of the released code; None for what it has and never uses."""
-    if released.startswith(("sub_mean", "add_mean", "a")) and not released.startswith("attention"):
-        return None
-    parts = released.split(".")
-    if parts[0] != "body":
-        head, rest = released[:6], released[6:]
-        if released.startswith("m_conv"):
-            head, rest = released[:8], released[8:]
-        return OURS[head] + rest
-    group, part, rest = int(parts[1]), parts[2], parts[4:]
-    prefix = f"body.{group}."
-    if part == "local_body":
-        block, conv, name = parts[3], {"0": "conv1", "2": "conv2"}[parts[5]], parts[6]
-        return f"{prefix}blocks.{block}.{conv}.{name}"
-    if part == "m_conv":
-        return f"{prefix}conv.{rest[-1]}"
-    coa = "coa." if group == 0 else ""
-    if rest[0] == "conv_assembly":
-        return f"{prefix}attention.{coa}value.{rest[-1]}"
-    if group == 0 and rest[0] == "conv_match":
-        return f"{prefix}attention.lsp.embed.{rest[-1]}"
-    if group == 0 and rest[-1] == "means":
-        return f"{prefix}attention.lsp.centroids"
-    return None
-
-
-def renamed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    named = {our_name(key.removeprefix(prefix)): value for key, value in tensors.items() if key.startswith(prefix)}
-    return {key: value for key, value in named.items() if key is not None}
+RELEASED = next(layout for layout in LAYOUTS if layout.name == "the released LCoAN")
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_equals_released_code(name: str) -> None:
     """Same weights, same image, same gradients; the default where no key counts twice."""
     case, tensors = CASES[name], load_file(GOLDEN / f"{name}.safetensors")
-    model = LCoAN(
-        num_feat=case["n_feats"],
-        num_group=case["n_resgroups"],
-        num_block=case["n_resblocks"],
-        upscale=case["scale"][0],
+    model = load_model(
+        {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
         res_scale=case["res_scale"],
-        num_clusters=case["n_clusters"],
         chunk_size=case["window_size"],
-        reduction=case["reduction"],
-        **({} if name.endswith("_exact") else {"exact_keys": False}),
-    ).eval()
-    state = renamed(tensors, "state.")
-    state["body.0.attention.lsp.centroids"] = state["body.0.attention.lsp.centroids"][0]
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    kmeans = {"usage", "pending_sums", "pending_counts", "pending_seeds", "num_updates", "num_skipped"}
-    assert {key.rsplit(".", 1)[-1] for key in missing} == kmeans
-    assert unexpected == []
+        **({"exact_keys": True} if name.endswith("_exact") else {}),
+    )
+    assert type(model) is LCoAN
+    assert not model.training
 
     output = model(tensors["input"])
     torch.testing.assert_close(output, tensors["output"], rtol=0, atol=2e-6)
 
     (output * tensors["probe"]).sum().backward()
-    expected = renamed(tensors, "grad.")
+    names = {key: RELEASED.our_key(key.removeprefix("grad.")) for key in tensors if key.startswith("grad.")}
+    expected = {ours: tensors[key] for key, ours in names.items() if ours}
     parameters = dict(model.named_parameters())
     assert set(expected) == set(parameters)
     for key, gradient in expected.items():

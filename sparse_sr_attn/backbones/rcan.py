@@ -1,0 +1,66 @@
+"""RCAN, with attention between its residual groups by config."""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
+from sparse_sr_attn.blocks import ResidualGroup, SiteAttention, read_attention
+from sparse_sr_attn.blocks.upsample import Upscale
+from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+
+
+class RCAN(ResidualNetwork):
+    """RCAN (Zhang et al., ECCV 2018) whose body can hold any registered attention layer after its residual groups.
+
+    Args:
+        num_in_ch: channels of the input image, >= 1.
+        num_out_ch: channels of the output image, >= 1.
+        num_feat: channels inside, >= 1.
+        num_group: residual groups, >= 1.
+        num_block: channel-attention blocks in a group, >= 1.
+        squeeze_factor: `num_feat` over the channels inside a channel attention, from 1 to `num_feat`.
+        upscale: factor, one of 2, 3, 4, 8.
+        res_scale: factor on the residual branch of each block; groups have none.
+        img_range: factor on the image, inside. 255 is BasicSR's default and what its weights expect; with attention
+            prefer 1: queries that large saturate the softmax.
+        rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
+        attention: as in `EDSR`, where `every` and `after` count residual groups from 0.
+        activation_checkpointing: in training, compute the body again in the backward instead of keeping it.
+
+    Raises:
+        ConfigError: options break their rules; all that do are named.
+
+    Note:
+        State-dict keys are BasicSR's, in which `attention.<i>.` and `options` (see `load_model`) are new. So its
+        weights load strictly without attention, and with attention the image is the same at first.
+    """
+
+    @remembered
+    @checked
+    def __init__(
+        self,
+        num_in_ch: PositiveInt = 3,
+        num_out_ch: PositiveInt = 3,
+        num_feat: PositiveInt = 64,
+        num_group: PositiveInt = 10,
+        num_block: PositiveInt = 16,
+        squeeze_factor: PositiveInt = 16,
+        upscale: Upscale = 4,
+        res_scale: Finite = 1.0,
+        img_range: Positive = 255.0,
+        rgb_mean: Sequence[Finite] | None = None,
+        attention: object = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
+        self.activation_checkpointing = activation_checkpointing
+        self.body = nn.Sequential(
+            *(ResidualGroup(num_feat, num_block, squeeze_factor, res_scale) for _ in range(num_group))
+        )
+        self.attention = SiteAttention(read_attention(attention, num_group), num_group, num_feat)
+
+    def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return what the residual groups and the attention between them make of the first features."""
+        return self.attention.run(self.body, x, activation_checkpointing=self.activation_checkpointing)

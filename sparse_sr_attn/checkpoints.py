@@ -1,0 +1,442 @@
+"""Weights of other people and of our own: read as data, recognised by their keys, put into our networks.
+
+`LAYOUTS` is the table of what is recognised. Each row says how a code base names the weights of a network; what options
+the network had is read from the shapes.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_sr_attn.backbones.base import OPTIONS, ResidualNetwork
+from sparse_sr_attn.backbones.edsr import EDSR
+from sparse_sr_attn.backbones.lcoan import LCoAN
+from sparse_sr_attn.backbones.rcan import RCAN
+from sparse_sr_attn.config import read
+from sparse_sr_attn.errors import CheckpointError, ConfigError
+
+State = Mapping[str, Tensor]
+Options = dict[str, Any]
+
+_NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
+_WRAPPERS = ("module.", "_orig_mod.")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TAIL = ("upsample.", "conv_last.")
+_SHOWN = 6  # keys or problems that a message lists before it counts the rest
+
+
+@dataclass(frozen=True)
+class Layout:
+    r"""How one code base names the weights of one network.
+
+    In patterns of keys, `<g>` stands for a number and `*` for a last part such as `weight`.
+
+    Attributes:
+        name: for messages.
+        build: our network.
+        sign: pattern of keys that no other layout has.
+        shapes: reads the options that the shapes of (renamed) weights tell.
+        names: patterns of keys, the first that fits counts, and our names for them; `None` for what we do not need.
+            Keys that fit none keep their names.
+        defaults: the options that shapes do not tell, as these weights expect them, from the weights as they are and
+            the options that shapes tell; the constructor's defaults go for the rest.
+        needs: options that nobody can guess, each with the beginning of the keys whose presence raises the question.
+        fresh: regular expression of our keys that may be missing.
+    """
+
+    name: str
+    build: Callable[..., ResidualNetwork]
+    sign: str
+    shapes: Callable[[State], Options]
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    defaults: Callable[[State, Options], Options] = lambda state, shapes: {}
+    needs: Mapping[str, str] = field(default_factory=dict)
+    fresh: str = "(?!)"
+
+    def our_key(self, key: str) -> str | None:
+        """Return our name of a key; `None` for what we do not need."""
+        for pattern, ours in self.names.items():
+            if found := _regex(pattern).fullmatch(key):
+                return ours and re.sub(r"<(\w)>|\*", lambda part: found[part[1] or "rest"], ours)
+        return key
+
+    def recognises(self, state: Iterable[str]) -> bool:
+        """Return whether these are keys of this layout."""
+        return any(_regex(self.sign).fullmatch(key) for key in state)
+
+
+@functools.cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"<(\w)>", r"(?P<\1>\\d+)", re.escape(pattern).replace(r"\*", r"(?P<rest>\w+)")))
+
+
+def load_model(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, allow_tail_reinit: bool = False, **overrides: Any
+) -> ResidualNetwork:
+    """Return the network that weights belong to, with these weights, in evaluation mode.
+
+    Args:
+        source: a file (`.safetensors`, or what `torch.save` wrote) or a state dict. The weights may lie under
+            `params_ema`, `params`, `state_dict` or `model`, the averaged ones going first, and their keys may begin
+            with `module.`. Half precision becomes float32.
+        allow_tail_reinit: let `upscale` differ from that of the weights: the body is kept, `upsample` and `conv_last`
+            start afresh.
+        overrides: options of the network (see `LCoAN`, `EDSR`, `RCAN`) that its weights do not tell or tell otherwise;
+            `attention=...` for weights without attention adds fresh layers.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its weights fit no layout, or not the network that they and the
+            overrides describe, or are not finite; says what was tried and names the keys.
+        ConfigError: an override is unknown or breaks a rule.
+
+    Note:
+        Files are read as data; no code in them runs. Our networks with attention carry their options in their state
+        dict. For all others, `docs/checkpoints.md` says what is assumed.
+
+    Example:
+        `load_model("EDSR_Lx4.pth", img_range=255.0)`
+    """
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    try:
+        found = source if isinstance(source, Mapping) else _read_file(source)
+        return _load(_weights(found), overrides, allow_tail_reinit)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error.__cause__
+
+
+def _read_file(source: object) -> object:
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"source must be a file or a state dict, got a {type(source).__name__}")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise CheckpointError("there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # noqa: PLC0415  (only here is it needed)
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise CheckpointError("reading .safetensors needs safetensors: pip install safetensors") from error
+    except Exception as error:  # a malformed file can make the reader raise anything
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            "must be weights that can be read as data, from a .safetensors or a whole torch.save file without code; "
+            f"got {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _weights(found: object) -> dict[str, Tensor]:
+    """Return the weights that a file holds, out of what they lie under, without the names of wrappers."""
+    for _ in _NESTS:  # no deeper: a map may hold itself
+        inner = [found[key] for key in _NESTS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
+        found = inner[0] if inner else found
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"must hold a state dict, a map from keys to tensors, got a {type(found).__name__}")
+    if not found:
+        raise CheckpointError("must hold weights, got an empty map")
+    strange = [f"{key!r}: {type(value).__name__}" for key, value in found.items() if not _is_plain(key, value)]
+    if strange:
+        hint = f", or such a map under one of {', '.join(_NESTS)}"
+        if {"epoch", "iter"} & found.keys():
+            hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
+        raise CheckpointError(f"must hold a map from keys to dense tensors, got {_listed(strange)}{hint}")
+    state = dict(found)
+    while wrapper := next((w for w in _WRAPPERS if all(key.startswith(w) for key in state)), None):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    return state
+
+
+def _is_plain(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool) -> ResidualNetwork:
+    layout = next((layout for layout in LAYOUTS if layout.recognises(state)), None)
+    if layout is None:
+        tried = "".join(f"\n  {layout.name}, with keys like {layout.sign}" for layout in LAYOUTS)
+        keys = [f"{key} {tuple(value.shape)}" for key, value in state.items()]
+        raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {_listed(keys)}")
+    overrides = read(layout.build, overrides, siblings=["allow_tail_reinit"])
+    carried = _carried(state.pop(OPTIONS, None))
+    named = _renamed(layout, state)
+    shapes = layout.shapes(named)
+    needs = {} if carried else layout.needs
+    needed = [n for n, start in needs.items() if n not in overrides and any(key.startswith(start) for key in named)]
+    if needed:
+        raise CheckpointError(
+            f"weights of {layout.name} do not tell {' and '.join(needed)}; say it: "
+            f"load_model(..., {', '.join(f'{name}={_EXAMPLES[name]}' for name in needed)})"
+        )
+    upscale = overrides.get("upscale", shapes["upscale"])
+    fresh = [layout.fresh]
+    if upscale != shapes["upscale"]:
+        if not allow_tail_reinit:
+            raise CheckpointError(
+                f"upscale must be {shapes['upscale']}, that of the weights, got {upscale}; allow_tail_reinit=True "
+                "keeps the body and starts upsample and conv_last afresh"
+            )
+        named = {key: value for key, value in named.items() if not key.startswith(_TAIL)}
+        fresh += [rf"{re.escape(start)}.*" for start in _TAIL]
+    if "attention" in overrides and not any(key.startswith("attention.") for key in named):
+        fresh.append(r"attention\..*")
+    for name in carried.keys() & shapes.keys():  # before as much is built as a hostile file asks for
+        if name.startswith("num_") and carried[name] != shapes[name]:
+            raise CheckpointError(f"the options say {name} {carried[name]}, but the weights have {shapes[name]}")
+    model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
+    _check(model, named, "|".join(fresh))
+    model.load_state_dict(named, strict=False)
+    return model.eval()
+
+
+def _carried(tensor: Tensor | None) -> Options:
+    """Return the options that the weights of our networks carry."""
+    if tensor is None:
+        return {}
+    try:
+        return dict(json.loads(bytes(int(value) for value in tensor.tolist())))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the key {OPTIONS!r} must hold the bytes of a JSON map ({error}); take it away and say the options"
+        ) from error
+
+
+def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for key, value in state.items():
+        ours = layout.our_key(key)
+        if ours in named:
+            raise CheckpointError(f"two keys of {layout.name} must not mean the same, but {key!r} is {ours!r} again")
+        if ours is not None:
+            named[ours] = value.squeeze(0) if ours.endswith(".centroids") and value.ndim == 3 else value
+    return named
+
+
+def _built(layout: Layout, found: Options, overrides: Options) -> ResidualNetwork:
+    """Return the network; what is wrong with it is the overrides' fault or that of the weights."""
+    found = {name: value for name, value in found.items() if name not in overrides}
+    try:
+        return layout.build(**read(layout.build, found), **overrides)
+    except ConfigError as error:
+        if all(problem.path.split(".")[0] in overrides for problem in error.problems):
+            raise
+        raise CheckpointError(f"the options that belong to the weights cannot be used here:\n{error}") from error
+
+
+def _check(model: ResidualNetwork, state: State, fresh: str) -> None:
+    """Refuse weights that are not those of `model`; name what is missing, too much, of wrong size or not finite."""
+    expected = {key: value for key, value in model.state_dict().items() if key != OPTIONS}
+    missing = [key for key in expected if key not in state and not re.fullmatch(fresh, key)]
+    unexpected = [key for key in state if key not in expected]
+    common = {key: (expected[key], value) for key, value in state.items() if key in expected}
+    sizes = [
+        f"{key} must be {tuple(ours.shape)}, got {tuple(value.shape)}"
+        for key, (ours, value) in common.items()
+        if ours.shape != value.shape
+    ]
+    types = [
+        f"{key} must be {str(ours.dtype).removeprefix('torch.')}, got {str(value.dtype).removeprefix('torch.')}"
+        for key, (ours, value) in common.items()
+        if value.dtype not in (_FLOATS if ours.dtype in _FLOATS else (ours.dtype,))
+    ]
+    infinite = [] if types else [key for key, (_, value) in common.items() if not value.isfinite().all()]
+    faults = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of wrong size": sizes,
+        "of wrong type": types,
+        "not finite": infinite,
+    }
+    lines = [f"\n  {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys]
+    if lines:
+        raise CheckpointError(f"does not fit {type(model).__name__} (our names):{''.join(lines)}")
+
+
+def _listed(items: list[str]) -> str:
+    rest = f", ... ({len(items)})" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + rest
+
+
+def _size(state: State, key: str) -> torch.Size:
+    if key not in state:
+        raise CheckpointError(f"must have the key {key!r} (our name), got none of it")
+    if state[key].ndim != 4 or 0 in state[key].shape:
+        raise CheckpointError(f"{key} (our name) must be weights of a convolution, got {tuple(state[key].shape)}")
+    return state[key].shape
+
+
+def _count(state: State, pattern: str) -> int:
+    """Return how many different numbers stand at the group of `pattern` in the keys."""
+    return len({found[1] for key in state if (found := re.match(pattern, key))})
+
+
+def _ends(state: State) -> Options:
+    """Return what the first and the last convolutions tell."""
+    num_feat, num_in_ch = _size(state, "conv_first.weight")[:2]
+    widths = [_size(state, key)[0] for key in state if re.fullmatch(r"upsample\.\d+\.weight", key)]
+    upscales = {(4 * num_feat,) * n: 2**n for n in (1, 2, 3)} | {(9 * num_feat,): 3}
+    if tuple(widths) not in upscales:
+        raise CheckpointError(
+            f"upsample must have one to three convolutions to 4 * num_feat channels (x2, x4, x8) or one to "
+            f"9 * num_feat (x3), with num_feat {num_feat}; got {widths}"
+        )
+    num_out_ch = _size(state, "conv_last.weight")[0]
+    upscale = upscales[tuple(widths)]
+    return {"num_in_ch": num_in_ch, "num_out_ch": num_out_ch, "num_feat": num_feat, "upscale": upscale}
+
+
+def _edsr(state: State) -> Options:
+    return {**_ends(state), "num_block": _count(state, r"body\.(\d+)\.")}
+
+
+def _rcan(state: State) -> Options:
+    ends = _ends(state)
+    squeezed = _size(state, "body.0.residual_group.0.rcab.3.attention.1.weight")[0]
+    return {
+        **ends,
+        "num_group": _count(state, r"body\.(\d+)\."),
+        "num_block": _count(state, r"body\.0\.residual_group\.(\d+)\."),
+        "squeeze_factor": max(1, ends["num_feat"] // squeezed),
+    }
+
+
+def _lcoan(state: State) -> Options:
+    options = {
+        **_ends(state),
+        "num_group": _count(state, r"body\.(\d+)\."),
+        "num_block": _count(state, r"body\.0\.blocks\.(\d+)\."),
+    }
+    query_dim = _size(state, "body.0.attention.lsp.embed.weight")[0]
+    options["reduction"] = max(1, options["num_feat"] // query_dim)
+    providers = sorted(
+        {int(found[1]) for key in state if (found := re.match(r"body\.(\d{1,9})\.attention\.lsp\.", key))}
+    )
+    options["share"] = providers[1] if len(providers) > 1 else None
+    options["num_rounds"] = 1 + _count(state, r"body\.0\.attention\.lsp\.further_rounds\.(\d+)\.")
+    if "body.0.attention.lsp.centroids" in state:
+        options["num_clusters"] = len(state["body.0.attention.lsp.centroids"])
+    return options
+
+
+def _large_edsr(state: State, shapes: Options) -> Options:
+    """EDSR was published in two sizes, of which the large one, 32 blocks of 256, scales its branches by 0.1."""
+    return {"res_scale": 0.1} if (shapes["num_block"], shapes["num_feat"]) == (32, 256) else {}
+
+
+def _mean_shift(state: State, img_range: float) -> Options:
+    """Return the mean that a fixed first convolution, `sub_mean`, takes from the image, and the range it implies."""
+    bias, weight = (
+        state[key].detach().cpu().double().flatten() if key in state else None
+        for key in ("sub_mean.bias", "sub_mean.weight")
+    )
+    if weight is not None and not torch.equal(weight, torch.eye(3).double().flatten()):
+        raise CheckpointError("sub_mean.weight must be that of no change, because ours divides by no deviation")
+    if bias is None or not bias.any():
+        return {"img_range": img_range}
+    img_range = 255.0 if bias.abs().max() > 1 else 1.0
+    return {"img_range": img_range, "rgb_mean": (-bias / img_range).tolist()}
+
+
+_EXAMPLES = {
+    "attention": "{'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144}",
+    "chunk_size": "384",
+    "res_scale": "0.1",
+}
+
+_MEAN_SHIFT = {"sub_mean.*": None, "add_mean.*": None}
+_HEAD_AND_TAIL = {
+    **_MEAN_SHIFT,
+    "head.0.*": "conv_first.*",
+    "tail.0.<k>.*": "upsample.<k>.*",
+    "tail.1.*": "conv_last.*",
+}
+
+LAYOUTS = (
+    Layout(
+        "our LCoAN",
+        LCoAN,
+        sign="body.<g>.blocks.<b>.conv1.*",
+        shapes=_lcoan,
+        needs={"chunk_size": "", "res_scale": ""},
+    ),
+    Layout(
+        "the released LCoAN",
+        LCoAN,
+        sign="body.<g>.local_body.<b>.body.0.*",
+        shapes=_lcoan,
+        names={
+            **_HEAD_AND_TAIL,
+            "a": None,
+            "m_conv.0.*": "conv_after_body.*",
+            "body.<g>.local_body.<b>.body.0.*": "body.<g>.blocks.<b>.conv1.*",
+            "body.<g>.local_body.<b>.body.2.*": "body.<g>.blocks.<b>.conv2.*",
+            "body.<g>.m_conv.0.*": "body.<g>.conv.*",
+            "body.0.attention.0.conv_match.0.*": "body.0.attention.lsp.embed.*",
+            "body.0.attention.0.conv_assembly.0.*": "body.0.attention.coa.value.*",
+            "body.0.attention.0.kmeans.means": "body.0.attention.lsp.centroids",
+            "body.<g>.attention.0.conv_assembly.0.*": "body.<g>.attention.value.*",
+            "body.<g>.attention.0.conv_match.0.*": None,  # there, and never used
+            "body.<g>.attention.0.kmeans.*": None,
+        },
+        defaults=lambda state, shapes: {
+            **_mean_shift(state, 1.0),
+            "chunk_size": 384,
+            "res_scale": 0.1,
+            "exact_keys": False,
+        },
+        fresh=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
+    ),
+    Layout(
+        "EDSR (ours and BasicSR's)",
+        EDSR,
+        sign="body.<b>.conv1.*",
+        shapes=_edsr,
+        defaults=_large_edsr,
+        needs={"attention": "attention."},
+    ),
+    Layout(
+        "EDSR of EDSR-PyTorch",
+        EDSR,
+        sign="body.<b>.body.0.*",
+        shapes=_edsr,
+        names={
+            **_HEAD_AND_TAIL,
+            "body.<b>.body.0.*": "body.<b>.conv1.*",
+            "body.<b>.body.2.*": "body.<b>.conv2.*",
+            "body.<b>.*": "conv_after_body.*",
+        },
+        defaults=lambda state, shapes: {**_large_edsr(state, shapes), **_mean_shift(state, 255.0)},
+    ),
+    Layout(
+        "RCAN (ours and BasicSR's)",
+        RCAN,
+        sign="body.<g>.residual_group.<b>.rcab.0.*",
+        shapes=_rcan,
+        needs={"attention": "attention."},
+    ),
+    Layout(
+        "RCAN of EDSR-PyTorch and of its authors",
+        RCAN,
+        sign="body.<g>.body.<b>.body.0.*",
+        shapes=_rcan,
+        names={
+            **_HEAD_AND_TAIL,
+            "body.<g>.body.<b>.body.0.*": "body.<g>.residual_group.<b>.rcab.0.*",
+            "body.<g>.body.<b>.body.2.*": "body.<g>.residual_group.<b>.rcab.2.*",
+            "body.<g>.body.<b>.body.3.conv_du.0.*": "body.<g>.residual_group.<b>.rcab.3.attention.1.*",
+            "body.<g>.body.<b>.body.3.conv_du.2.*": "body.<g>.residual_group.<b>.rcab.3.attention.3.*",
+            "body.<g>.body.<b>.*": "body.<g>.conv.*",
+            "body.<g>.*": "conv_after_body.*",
+        },
+        defaults=lambda state, shapes: _mean_shift(state, 255.0),
+    ),
+)
+"""The layouts that `load_model` tries, in this order."""

@@ -1,0 +1,643 @@
+"""Weights of all layouts become the networks they were; bad files are refused, each with one clear error."""
+
+import copy
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from sparse_sr_attn import EDSR, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
+from sparse_sr_attn.checkpoints import LAYOUTS
+
+GOLDEN = Path(__file__).parent / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
+LCOA: dict[str, Any] = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "reduction": 3, "zero_init": False}
+
+OURS: dict[str, Callable[[], nn.Module]] = {
+    "LCoAN": lambda: LCoAN(num_feat=8, num_group=2, num_block=1, chunk_size=9, num_clusters=5, res_scale=0.7),
+    "LCoAN x3, one in two shares": lambda: LCoAN(
+        1, 1, num_feat=8, num_group=4, num_block=2, upscale=3, share=2, reduction=3, num_adjacent=0, exact_keys=False
+    ),
+    "LCoAN x8, ablated": lambda: LCoAN(
+        num_feat=6, num_group=2, num_block=1, upscale=8, share=1, routing="lsh", num_rounds=2, num_clusters=4
+    ),
+    "EDSR": lambda: EDSR(
+        num_feat=8,
+        num_block=4,
+        upscale=2,
+        img_range=1.0,
+        res_scale=0.3,
+        rgb_mean=(0.1, 0.2, 0.3),
+        attention=[{**LCOA, "every": 2, "share": 2}, {**LCOA, "after": [1], "res_scale": 0.5}],
+    ),
+    "RCAN": lambda: RCAN(
+        4, 4, num_feat=9, num_group=3, num_block=2, squeeze_factor=4, img_range=1.0, attention={**LCOA, "every": 1}
+    ),
+}
+
+
+def image(channels: int = 3) -> Tensor:
+    return torch.rand(2, channels, 6, 7, generator=torch.Generator().manual_seed(0))
+
+
+def trained(name: str) -> nn.Module:
+    """One of ours after two forwards in training, so that its k-means state has moved."""
+    torch.manual_seed(0)
+    model = OURS[name]()
+    for _ in range(2):
+        model(image(model.num_in_ch))
+    return model.eval()
+
+
+def plain_edsr(**options: Any) -> EDSR:
+    torch.manual_seed(0)
+    return EDSR(**{"num_feat": 8, "num_block": 3, "upscale": 2, **options}).eval()
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    assert not one.training
+    assert torch.equal(one(image(other.num_in_ch)), other(image(other.num_in_ch)))
+    expected = other.state_dict()
+    assert set(one.state_dict()) == set(expected)
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+# ---------------------------------------------------------------------------------------------------------- ours
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", OURS)
+def test_ours_come_back_with_nothing_told(name: str, suffix: str, tmp_path: Path) -> None:
+    model = trained(name)
+    path = tmp_path / f"net{suffix}"
+    if suffix == ".pth":
+        torch.save(model.state_dict(), path)
+    else:
+        save_file(model.state_dict(), path)
+    again = load_model(path)
+    assert type(again) is type(model)
+    assert_same(again, model)
+
+
+@pytest.mark.parametrize("nest", [
+    lambda state: {"params": state},
+    lambda state: {"params_ema": state, "params": {key: value + 1 for key, value in state.items()}},
+    lambda state: {"params": {key: value + 1 for key, value in state.items()}, "params_ema": state},
+    lambda state: {"epoch": 3, "state_dict": state},
+    lambda state: {"model": {"state_dict": state}},
+    lambda state: {f"module.{key}": value for key, value in state.items()},
+    lambda state: {"state_dict": {f"module._orig_mod.{key}": value for key, value in state.items()}},
+    lambda state: {key: nn.Parameter(value) for key, value in state.items()},
+])  # fmt: skip
+@pytest.mark.parametrize("as_file", [False, True])
+def test_nesting_and_prefixes(nest: Callable[[Any], Any], as_file: bool, tmp_path: Path) -> None:
+    """The averaged weights go before the others."""
+    model = plain_edsr()
+    source: Any = nest(model.state_dict())
+    if as_file:
+        torch.save(source, tmp_path / "net.pth")
+        source = str(tmp_path / "net.pth")
+    assert_same(load_model(source), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(dtype: torch.dtype) -> None:
+    """The bytes of the options survive a cast of everything, too."""
+    model = trained("EDSR")
+    cast = {key: value.to(dtype) if "num_" not in key else value for key, value in model.state_dict().items()}
+    again = load_model(cast)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key].to(dtype).to(value.dtype)), key
+
+
+def test_files_of_ours_without_options_need_to_be_told() -> None:
+    for name, told in {
+        "LCoAN": {"chunk_size": 9, "res_scale": 0.7},
+        "RCAN": {"img_range": 1.0, "attention": {**LCOA, "every": 1}},
+    }.items():
+        model = trained(name)
+        state = {key: value for key, value in model.state_dict().items() if key != "options"}
+        assert_same(load_model(state, **told), model)
+        with pytest.raises(CheckpointError, match=r"do not tell .*; say it: load_model\("):
+            load_model(state)
+
+
+def test_overrides_go_before_what_the_weights_carry() -> None:
+    model = trained("LCoAN")
+    other = load_model(model.state_dict(), chunk_size=3)
+    assert other.body[0].attention.lsp.chunk_size == 3
+    assert not torch.equal(other(image()), model(image()))
+
+
+# ------------------------------------------------------------------------------------- options in the state dict
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_carried_options_disturb_nobody(name: str) -> None:
+    """deepcopy, pickle, wrappers, averaging, functional_call, strict loads with and without them."""
+    model = trained(name)
+    state = model.state_dict()
+    assert state["options"].dtype == torch.uint8
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  (our own bytes)
+        assert_same(twin, model)
+    other = OURS[name]()
+    other.load_state_dict(state)
+    other.load_state_dict({key: value for key, value in state.items() if key != "options"})
+    assert_same(other.eval(), model)
+    wrapped = nn.Sequential(OURS[name]())
+    wrapped.load_state_dict(nn.Sequential(model).state_dict())
+    assert_same(wrapped[0].eval(), model)
+    averaged = AveragedModel(model)
+    averaged.load_state_dict(averaged.state_dict())
+    x = image(model.num_in_ch)
+    assert torch.equal(torch.func.functional_call(model, state, x), model(x))
+    assert_same(load_model({f"module.{key}": value for key, value in state.items()}), model)
+    assert_same(load_model(torch.compile(model, backend="eager").state_dict()), model)
+    assert "options" not in {key for key, _ in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def test_load_state_dict_keeps_the_options_of_the_network() -> None:
+    """Weights of a network with another chunk size load; only `load_model` reads the options they carry."""
+    model = trained("LCoAN")
+    other = LCoAN(num_feat=8, num_group=2, num_block=1, chunk_size=3, num_clusters=5, res_scale=0.7)
+    other.load_state_dict(model.state_dict())
+    assert json.loads(bytes(other.state_dict()["options"].tolist()))["chunk_size"] == 3
+    assert other.body[0].attention.lsp.chunk_size == 3
+
+
+def test_networks_without_attention_carry_nothing() -> None:
+    assert "options" not in plain_edsr(attention=[]).state_dict()
+    assert "options" not in RCAN(num_feat=8, num_group=1, num_block=1, squeeze_factor=2).state_dict()
+
+
+def test_options_may_be_any_kind_of_map_list_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(Mapping[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            return {"type": "LCoA", "after": range(1, 3), "num_clusters": torch.tensor(3).numpy()[()]}[key]
+
+        def __iter__(self) -> Any:
+            return iter(["type", "after", "num_clusters"])
+
+        def __len__(self) -> int:
+            return 3
+
+    model = plain_edsr(attention=Odd(), res_scale=torch.tensor(0.5).numpy()[()])
+    assert_same(load_model(model.state_dict()), model)
+
+    class Scaled(AttentionLayer):
+        def __init__(self, embed_dim: int, *, how: Any = None) -> None:
+            super().__init__()
+
+        def forward(self, x: Tensor, state: None = None) -> Tensor:
+            return 2 * x
+
+    monkeypatch.setattr(LAYERS, "_entries", dict(LAYERS._entries))
+    LAYERS.register("Scaled", kind="layer", source="this test")(Scaled)
+    assert "options" in plain_edsr(attention={"type": "Scaled", "every": 1, "how": "so"}).state_dict()
+    assert "options" not in plain_edsr(attention={"type": "Scaled", "every": 1, "how": torch.relu}).state_dict()
+
+
+# ---------------------------------------------------------------------------------------------- other code bases
+
+
+def released(prefix: str = "state.") -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in load_file(GOLDEN).items() if key.startswith(prefix)}
+
+
+def test_released_lcoan_is_as_published_by_default(tmp_path: Path) -> None:
+    save_file(released(), tmp_path / "lcoan.safetensors")
+    model = load_model(tmp_path / "lcoan.safetensors")
+    layer = model.body[0].attention
+    assert (layer.lsp.chunk_size, layer.lsp.exact_keys, layer.coa.res_scale, model.body[0].res_scale) == (
+        384,
+        False,
+        0.1,
+        0.1,
+    )
+    assert (model.img_range, model.upscale, len(layer.lsp.centroids)) == (1.0, 2, 16)
+
+
+def pytorch_edsr(state: dict[str, Tensor], x: Tensor, res_scale: float) -> Tensor:
+    """EDSR-PyTorch's EDSR and RCAN, restated: images in 0..255."""
+
+    def conv(x: Tensor, name: str) -> Tensor:
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight, state[f"{name}.bias"], padding=weight.shape[-1] // 2)
+
+    def children(prefix: str) -> int:
+        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+
+    def block(x: Tensor, name: str) -> Tensor:
+        y = conv(F.relu(conv(x, f"{name}.body.0")), f"{name}.body.2")
+        if f"{name}.body.3.conv_du.0.weight" in state:
+            hidden = F.relu(conv(y.mean(dim=(2, 3), keepdim=True), f"{name}.body.3.conv_du.0"))
+            y = y * torch.sigmoid(conv(hidden, f"{name}.body.3.conv_du.2"))
+        return res_scale * y + x
+
+    def group(x: Tensor, name: str) -> Tensor:
+        if f"{name}.body.0.body.0.weight" not in state:
+            return block(x, name)
+        y, last = x, children(f"{name}.body.") - 1
+        for index in range(last):
+            y = block(y, f"{name}.body.{index}")
+        return conv(y, f"{name}.body.{last}") + x
+
+    first = y = conv(conv(x, "sub_mean"), "head.0")
+    last = children("body.") - 1
+    for index in range(last):
+        y = group(y, f"body.{index}")
+    y = conv(y, f"body.{last}") + first
+    for stage in range(0, 2 * children("tail.0."), 2):
+        y = conv(y, f"tail.0.{stage}")
+        y = F.pixel_shuffle(y, 3 if y.shape[1] == 9 * first.shape[1] else 2)
+    return conv(conv(y, "tail.1"), "add_mean")
+
+
+def pytorch_weights(kind: str, upscale: int, rgb_range: float = 255.0) -> dict[str, Tensor]:
+    """Random weights in the layout of EDSR-PyTorch: 3 blocks, or 2 groups of 2 blocks, of 8 channels."""
+    state: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(upscale)
+
+    def conv(name: str, out: int, into: int, kernel: int = 3) -> None:
+        bound = (into * kernel**2) ** -0.5
+        for part, shape in {"weight": (out, into, kernel, kernel), "bias": (out,)}.items():
+            state[f"{name}.{part}"] = bound * (2 * torch.rand(shape, generator=generator) - 1)
+
+    def block(name: str) -> None:
+        conv(f"{name}.body.0", 8, 8)
+        conv(f"{name}.body.2", 8, 8)
+        if kind == "RCAN":
+            conv(f"{name}.body.3.conv_du.0", 2, 8, 1)
+            conv(f"{name}.body.3.conv_du.2", 8, 2, 1)
+
+    mean = rgb_range * torch.tensor([0.4488, 0.4371, 0.4040])
+    for name, sign in {"sub_mean": -1, "add_mean": 1}.items():
+        state |= {f"{name}.weight": torch.eye(3).view(3, 3, 1, 1), f"{name}.bias": sign * mean}
+    conv("head.0", 8, 3)
+    if kind == "EDSR":
+        for index in range(3):
+            block(f"body.{index}")
+    else:
+        for index in range(4):
+            block(f"body.{index // 2}.body.{index % 2}")
+        conv("body.0.body.2", 8, 8)
+        conv("body.1.body.2", 8, 8)
+    conv("body.3" if kind == "EDSR" else "body.2", 8, 8)
+    for index, factor in enumerate([3] if upscale == 3 else [2] * (upscale.bit_length() - 1)):
+        conv(f"tail.0.{2 * index}", 8 * factor**2, 8)
+    conv("tail.1", 3, 8)
+    return state
+
+
+@pytest.mark.parametrize("upscale", [2, 3, 4, 8])
+@pytest.mark.parametrize(("kind", "res_scale"), [("EDSR", 1.0), ("EDSR", 0.1), ("RCAN", 1.0)])
+def test_edsr_pytorch_gives_the_same_image(kind: str, res_scale: float, upscale: int, tmp_path: Path) -> None:
+    """Theirs work on 0..255, ours on 0..1, and inside both on 0..255."""
+    state = pytorch_weights(kind, upscale)
+    torch.save(state, tmp_path / "net.pt", _use_new_zipfile_serialization=upscale > 2)  # theirs are of both kinds
+    with torch.no_grad():
+        model = load_model(tmp_path / "net.pt", **({"res_scale": res_scale} if res_scale != 1 else {}))
+        assert type(model) is {"EDSR": EDSR, "RCAN": RCAN}[kind]
+        expected = pytorch_edsr(state, 255 * image(), res_scale) / 255
+        torch.testing.assert_close(model(image()), expected, rtol=0, atol=1e-5)
+        without_mean = {key: value for key, value in state.items() if "_mean" not in key}
+        assert_same(load_model(without_mean, res_scale=res_scale), model)
+
+
+@pytest.mark.parametrize("kind", ["EDSR", "RCAN"])
+def test_the_mean_shift_tells_range_and_mean(kind: str) -> None:
+    """A network of EDSR-PyTorch that was trained on images in 0..1, with a mean of its own."""
+    state = pytorch_weights(kind, 2, rgb_range=1.0)
+    state["sub_mean.bias"] = -torch.tensor([0.2, 0.3, 0.4])
+    state["add_mean.bias"] = torch.tensor([0.2, 0.3, 0.4])
+    model = load_model(state)
+    assert model.img_range == 1.0
+    with torch.no_grad():
+        torch.testing.assert_close(model(image()), pytorch_edsr(state, image(), 1.0), rtol=0, atol=1e-6)
+    state |= {"sub_mean.bias": torch.zeros(3), "add_mean.bias": torch.zeros(3)}
+    assert load_model(state).img_range == 255.0
+
+
+def test_the_large_edsr_scales_its_branches() -> None:
+    """32 blocks of 256 channels were published with 0.1, all others with 1."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in EDSR(num_feat=256, num_block=32, upscale=3).state_dict().items()}
+    state = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    assert load_model(state).body[0].res_scale == 0.1
+    assert load_model(plain_edsr().state_dict()).body[0].res_scale == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------ overrides
+
+
+def test_attention_for_weights_without_it_starts_as_the_identity() -> None:
+    plain = plain_edsr(img_range=1.0)
+    attention = {"type": "LCoA", "every": 1, "num_clusters": 4}
+    model = load_model(plain.state_dict(), img_range=1.0, attention=attention)
+    assert len(model.attention) == 3
+    assert torch.equal(model(image()), plain(image()))
+
+
+def test_another_upscale_keeps_the_body_only_on_request() -> None:
+    model = trained("EDSR")
+    with pytest.raises(CheckpointError, match=r"upscale must be 2, that of the weights, got 4; allow_tail_reinit=True"):
+        load_model(model.state_dict(), upscale=4)
+    other = load_model(model.state_dict(), upscale=4, allow_tail_reinit=True)
+    assert other(image()).shape == (2, 3, 24, 28)
+    for key, value in other.state_dict().items():
+        if key != "options" and not key.startswith(("upsample.", "conv_last.")):
+            assert torch.equal(value, model.state_dict()[key]), key
+    assert not torch.equal(other.conv_last.weight, model.conv_last.weight)
+    assert_same(load_model(model.state_dict(), upscale=2, allow_tail_reinit=True), model)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"chunk_sise": 4}, "chunk_sise: unknown (known: allow_tail_reinit"),
+    ({"num_fet": 4}, "num_fet: unknown; did you mean 'num_feat'?"),
+    ({"allow_tail_reinitt": True}, "allow_tail_reinitt: unknown; did you mean 'allow_tail_reinit'?"),
+    ({"res_scale": "much"}, "res_scale: must be a number other than inf and nan, got 'much'"),
+    ({"attention": {"type": "LCoA", "every": 4}}, "attention.every: must hit at least one of the 3 blocks, got 4"),
+    ({"rgb_mean": [0.5]}, "rgb_mean: must have one number for each channel"),
+])  # fmt: skip
+def test_wrong_overrides_are_explained(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_model(plain_edsr().state_dict(), **overrides)
+    assert str(caught.value).startswith(message)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad
+
+
+class Payload:
+    """Pickled, it writes a file where it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"echo run > {self.path}",)
+
+
+def edsr(**changes: Any) -> dict[str, Any]:
+    """A small EDSR's weights, changed; a value of `...` takes a key away, `__` stands for a dot."""
+    state: dict[str, Any] = plain_edsr().state_dict() | {k.replace("__", "."): v for k, v in changes.items()}
+    return {key: value for key, value in state.items() if value is not ...}
+
+
+def with_options(options: object) -> dict[str, Tensor]:
+    text = options if isinstance(options, bytes) else json.dumps(options).encode()
+    return {**trained("EDSR").state_dict(), "options": torch.tensor(list(text), dtype=torch.uint8)}
+
+
+def filled(value: float) -> Tensor:
+    tensor = torch.zeros(8, 8, 3, 3)
+    tensor[1, 2, 0, 0] = value
+    return tensor
+
+
+def looped() -> dict[str, Any]:
+    loop: dict[str, Any] = {}
+    loop["params"] = loop
+    return loop
+
+
+WEIGHT = torch.zeros(8, 8, 3, 3)
+CARRIED = json.loads(bytes(OURS["EDSR"]().state_dict()["options"].tolist()))
+
+CONTENTS: dict[str, tuple[Any, str]] = {
+    "a list": ([torch.zeros(3)], "must hold a state dict, a map from keys to tensors, got a list"),
+    "a tensor": (torch.zeros(3), "must hold a state dict, a map from keys to tensors, got a Tensor"),
+    "nothing": (None, "got a NoneType"),
+    "an empty map": ({}, "must hold weights, got an empty map"),
+    "empty params": ({"params": {}}, "must hold weights, got an empty map"),
+    "a map that holds itself": (looped(), "must hold a map from keys to dense tensors, got 'params': dict"),
+    "a training state": (
+        {"epoch": 1, "iter": 9, "optimizers": []},
+        "got 'epoch': int, 'iter': int, 'optimizers': list; this looks like a training state",
+    ),
+    "texts": ({"conv_first.weight": "zeros"}, "got 'conv_first.weight': str, or such a map under one of params_ema,"),
+    "keys that are numbers": ({0: WEIGHT}, "got 0: Tensor"),
+    "a sparse tensor": (edsr(conv_first__bias=torch.zeros(8).to_sparse()), "got 'conv_first.bias': Tensor"),
+    "a tensor without values": (edsr(conv_first__bias=torch.zeros(8, device="meta")), "got 'conv_first.bias': Tensor"),
+    "another network": (
+        {"layers.0.attn.weight": WEIGHT, "norm.bias": torch.zeros(8)},
+        "EDSR of EDSR-PyTorch, with keys like body.<b>.body.0.*\n  RCAN (ours and BasicSR's), with keys like "
+        "body.<g>.residual_group.<b>.rcab.0.*\n  RCAN of EDSR-PyTorch and of its authors, with keys like "
+        "body.<g>.body.<b>.body.0.*\nGot 2 keys: layers.0.attn.weight (8, 8, 3, 3), norm.bias (8,)",
+    ),
+    "half of the keys under module.": (
+        {f"module.{key}" if "body" in key else key: value for key, value in edsr().items()},
+        "must be of a layout known here. Tried:\n  our LCoAN, with keys like body.<g>.blocks.<b>.conv1.*\n",
+    ),
+    "a missing key": (
+        edsr(body__1__conv2__bias=...),
+        "does not fit EDSR (our names):\n  missing: body.1.conv2.bias",
+    ),
+    "no first convolution": (edsr(conv_first__weight=...), "must have the key 'conv_first.weight' (our name)"),
+    "a key too much": (edsr(body__1__bn__weight=WEIGHT), "does not fit EDSR (our names):\n  unexpected: body.1.bn."),
+    "a block far away": (
+        {**edsr(), "body.999999999.conv1.weight": WEIGHT},
+        "missing: body.3.conv1.weight, body.3.conv1.bias, body.3.conv2.weight, body.3.conv2.bias\n"
+        "  unexpected: body.999999999.conv1.weight",
+    ),
+    "a wrong size": (
+        edsr(body__0__conv1__weight=torch.zeros(8, 4, 3, 3)),
+        "does not fit EDSR (our names):\n  of wrong size: body.0.conv1.weight must be (8, 8, 3, 3), got (8, 4, 3, 3)",
+    ),
+    "a first convolution that is none": (
+        edsr(conv_first__weight=torch.zeros(8)),
+        "conv_first.weight (our name) must be weights of a convolution, got (8,)",
+    ),
+    "no channels": (edsr(conv_first__weight=torch.zeros(0, 3, 3, 3)), "of a convolution, got (0, 3, 3, 3)"),
+    "an odd tail": (
+        edsr(upsample__0__weight=torch.zeros(40, 8, 3, 3)),
+        "upsample must have one to three convolutions to 4 * num_feat channels (x2, x4, x8) or one to 9 * num_feat (x3)"
+        ", with num_feat 8; got [40]",
+    ),
+    "NaN": (edsr(body__2__conv1__weight=filled(float("nan"))), "not finite: body.2.conv1.weight"),
+    "infinity": (edsr(body__2__conv2__weight=filled(float("-inf"))), "not finite: body.2.conv2.weight"),
+    "integers": (
+        edsr(body__0__conv1__weight=WEIGHT.long()),
+        "of wrong type: body.0.conv1.weight must be float32, got int64",
+    ),
+    "complex numbers": (
+        edsr(body__0__conv1__weight=WEIGHT.to(torch.complex64)),
+        "of wrong type: body.0.conv1.weight must be float32, got complex64",
+    ),
+    "quantised numbers": (
+        edsr(body__0__conv1__weight=WEIGHT.to(torch.float8_e4m3fn)),
+        "of wrong type: body.0.conv1.weight must be float32, got float8_e4m3fn",
+    ),
+    "a counter that is no integer": (
+        {**trained("EDSR").state_dict(), "attention.0.lsp.num_updates": torch.tensor(1.0)},
+        "of wrong type: attention.0.lsp.num_updates must be int64, got float32",
+    ),
+    "attention that nobody placed": (
+        {key: value for key, value in trained("EDSR").state_dict().items() if key != "options"},
+        "weights of EDSR (ours and BasicSR's) do not tell attention; say it: load_model(..., "
+        "attention={'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144})",
+    ),
+    "an LCoAN of unknown chunks": (
+        {key: value for key, value in trained("LCoAN").state_dict().items() if key != "options"},
+        "weights of our LCoAN do not tell chunk_size and res_scale; say it: "
+        "load_model(..., chunk_size=384, res_scale=0.1)",
+    ),
+    "options that are no text": (with_options(b"\xff\xfe"), "the key 'options' must hold the bytes of a JSON map"),
+    "options that are no map": (with_options([1]), "the key 'options' must hold the bytes of a JSON map"),
+    "options without end": (with_options(b"[" * 99_999), "the key 'options' must hold the bytes of a JSON map"),
+    "an option of the future": (
+        with_options({**CARRIED, "magic": 1}),
+        "the options that belong to the weights cannot be used here:\nmagic: unknown",
+    ),
+    "a layer that is not registered": (
+        with_options({**CARRIED, "attention": {"type": "Theirs", "every": 1}}),
+        "cannot be used here:\nattention.type: no layer named 'Theirs'",
+    ),
+    "options of a giant": (
+        with_options({**CARRIED, "num_block": 10**9}),
+        "the options say num_block 1000000000, but the weights have 4",
+    ),
+    "options that do not fit the weights": (
+        with_options({**CARRIED, "attention": {**LCOA, "every": 2, "num_clusters": 9}}),
+        "attention.0.lsp.centroids must be (9, 2), got (5, 2)",
+    ),
+    "two keys for one": (
+        {**pytorch_weights("EDSR", 2), "body.9.weight": WEIGHT},
+        "two keys of EDSR of EDSR-PyTorch must not mean the same, but 'body.9.weight' is 'conv_after_body.weight'",
+    ),
+    "deviations": (
+        {**pytorch_weights("RCAN", 2), "sub_mean.weight": 0.5 * torch.eye(3).view(3, 3, 1, 1)},
+        "sub_mean.weight must be that of no change, because ours divides by no deviation",
+    ),
+    "a mean of two": (
+        {**pytorch_weights("RCAN", 2), "sub_mean.bias": torch.tensor([-0.5, -0.5])},
+        "cannot be used here:\nrgb_mean: must have one number for each channel",
+    ),
+    "batch normalisation": (
+        {**pytorch_weights("EDSR", 2), "body.0.body.1.running_mean": torch.zeros(8)},
+        "unexpected: body.0.body.1.running_mean",
+    ),
+    "channel attention without a squeeze": (
+        {key: value for key, value in pytorch_weights("RCAN", 2).items() if "conv_du.0" not in key},
+        "must have the key 'body.0.residual_group.0.rcab.3.attention.1.weight' (our name)",
+    ),
+    "several rounds": (
+        {**released(), "body.0.attention.0.kmeans.means": torch.zeros(2, 16, 16)},
+        "of wrong size: body.0.attention.lsp.centroids must be (2, 16), got (2, 16, 16)",
+    ),
+    "no pattern": (
+        {key: value for key, value in released().items() if "conv_match" not in key},
+        "must have the key 'body.0.attention.lsp.embed.weight' (our name)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_bad_contents_give_one_clear_error(content: str, tmp_path: Path) -> None:
+    found, message = CONTENTS[content]
+    path = tmp_path / "net.pth"
+    torch.save(found, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert message in text
+    assert len(text) < 1000
+    if isinstance(found, dict):
+        with pytest.raises(CheckpointError) as caught:
+            load_model(found)
+        assert str(caught.value) == text.replace(str(path), "the state dict")
+
+
+def half(path: Path) -> Path:
+    """Cut a file in two."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def bad_files(folder: Path) -> dict[str, tuple[object, str]]:
+    """Return sources that cannot even be read, each with what is said."""
+    state = plain_edsr().state_dict()
+    torch.save(state, folder / "cut.pth")
+    save_file(state, folder / "cut.safetensors")
+    (folder / "empty.pth").touch()
+    (folder / "empty.safetensors").touch()
+    (folder / "page.pth").write_text("<!DOCTYPE html><html>Not found</html>")
+    torch.save({"params": state, "extra": Payload(folder / "ran")}, folder / "payload.pth")
+    (folder / "bare.pth").write_bytes(pickle.dumps(Payload(folder / "ran")))
+    torch.save(plain_edsr(), folder / "module.pth")
+    unreadable = "must be weights that can be read as data"
+    return {
+        "no such file": (folder / "nothing.pth", "there is no such file"),
+        "a folder": (folder, "there is no such file"),
+        "a list": ([state], "source must be a file or a state dict, got a list"),
+        "an empty file": (folder / "empty.pth", unreadable),
+        "an empty safetensors": (folder / "empty.safetensors", unreadable),
+        "a cut file": (half(folder / "cut.pth"), unreadable),
+        "a cut safetensors": (half(folder / "cut.safetensors"), unreadable),
+        "a web page": (folder / "page.pth", unreadable),
+        "a payload": (folder / "payload.pth", unreadable),
+        "a bare payload": (folder / "bare.pth", unreadable),
+        "a whole module": (folder / "module.pth", unreadable),
+    }
+
+
+@pytest.mark.parametrize("name", [
+    "no such file",
+    "a folder",
+    "a list",
+    "an empty file",
+    "an empty safetensors",
+    "a cut file",
+    "a cut safetensors",
+    "a web page",
+    "a payload",
+    "a bare payload",
+    "a whole module",
+])  # fmt: skip
+def test_unreadable_files_give_one_clear_error(name: str, tmp_path: Path) -> None:
+    """And nothing that is in them runs."""
+    source, message = bad_files(tmp_path)[name]
+    with pytest.raises(CheckpointError) as caught:
+        load_model(source)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"{source}: {message}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_payload_would_run_elsewhere(tmp_path: Path) -> None:
+    """Otherwise the test above would prove nothing."""
+    source, _ = bad_files(tmp_path)["a payload"]
+    torch.load(source, weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_safetensors_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(plain_edsr().state_dict(), tmp_path / "net.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(CheckpointError, match="reading .safetensors needs safetensors: pip install safetensors"):
+        load_model(tmp_path / "net.safetensors")
+
+
+def test_layouts_tell_each_other_apart() -> None:
+    """No weights are recognised by two rows of the table, and each row is met."""
+    samples = [
+        *(trained(name).state_dict() for name in OURS),
+        plain_edsr().state_dict(),
+        released(),
+        pytorch_weights("EDSR", 2),
+        pytorch_weights("RCAN", 2),
+    ]
+    met = [[layout.name for layout in LAYOUTS if layout.recognises(sample)] for sample in samples]
+    assert all(len(names) == 1 for names in met), met
+    assert {name for names in met for name in names} == {layout.name for layout in LAYOUTS}
