@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from sparse_sr_attn.functional import cluster_tiles
+
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_RELAXED)
 settings.register_profile(
@@ -70,9 +72,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
-    """For operations and layers: no nondeterministic kernel, and memory that is read before it is written is NaN."""
+def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For operations and layers: no nondeterministic kernel; unwritten memory is NaN; small problems have many tiles."""
     strict = {"functional", "layers"} & set(request.path.parts)
+    if strict:
+        monkeypatch.setattr(cluster_tiles, "_SCORES_PER_TILE", 64)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(bool(strict) or before)
     yield
