@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from sparse_sr_attn.functional import cluster_tiles
-
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_RELAXED)
 settings.register_profile(
@@ -73,10 +71,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For operations and layers: no nondeterministic kernel; unwritten memory is NaN; small problems have many tiles."""
+    """For operations and layers: no nondeterministic kernel; unwritten memory is NaN; small inputs have many tiles."""
     strict = {"functional", "layers"} & set(request.path.parts)
     if strict:
-        monkeypatch.setattr(cluster_tiles, "_SCORES_PER_TILE", 64)
+        monkeypatch.setattr("sparse_sr_attn.functional.cluster_tiles._SCORES_PER_TILE", 64)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(bool(strict) or before)
     yield
