@@ -31,8 +31,9 @@ demo: setup  ## Train LCoAN-light x2 through BasicSR on real photographs, and sh
 test: setup  ## Run the tests (under 20 minutes on two cores).
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup lint  ## Run all tests, the slow ones too.
+test-all: setup lint  ## Run all tests, the slow ones too (about half an hour).
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" --jaxtyping tests/functional tests/layers
 
 lint: setup  ## Check style and types.
 	$(BIN)/ruff check .

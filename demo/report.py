@@ -166,7 +166,7 @@ class Detail:
 
 
 DETAILS = (Detail("rocket", 348, 576, 64), Detail("astronaut", 336, 240, 64))
-MAPPED, TOKEN = "chelsea", (61, 68)  # the picture beneath, and a low-resolution pixel of it whose kin are shown
+MAPPED = "chelsea"  # the picture beneath
 
 
 def draw(model: LCoAN, pictures: Sequence[Result], file: Path) -> None:
@@ -205,13 +205,13 @@ def draw_detail(axes: Sequence[Axes], result: Result, detail: Detail) -> None:
 
 
 def draw_clusters(axes: Sequence[Axes], model: LCoAN, result: Result) -> None:
-    """The photograph, the clusters painted over it, and the kin of one pixel wherever they are."""
+    """The photograph, the clusters painted over it, and one of them alone."""
     clusters = cluster_map(model, as_input(result.low))
     pattern = next(module for module in model.modules() if isinstance(module, LSP))
+    counts = torch.bincount(clusters.flatten(), minlength=len(pattern.centroids))
     light = result.low.double().mean(2, keepdim=True) / 255
-    painted = colour_map(clusters, kinship_palette(pattern.centroids)).double() * (0.45 + 0.55 * light)
-    row, column = (min(place, size - 1) for place, size in zip(TOKEN, clusters.shape, strict=True))
-    kin = (clusters == clusters[row, column])[..., None]
+    painted = colour_map(clusters, kinship_palette(pattern.centroids, counts)).double() * (0.55 + 0.45 * light)
+    kin = (clusters == telling_cluster(clusters, counts, light[..., 0]))[..., None]
     amber = torch.tensor([255.0, 170.0, 0.0], dtype=torch.float64)
     one = torch.where(kin, amber, 255 * (0.1 + 0.5 * light))
     show(axes[0], result.low, f"{result.name}, low resolution")
@@ -219,7 +219,14 @@ def draw_clusters(axes: Sequence[Axes], model: LCoAN, result: Result) -> None:
         axes[1], painted.round().to(torch.uint8), f"the {len(clusters.unique())} clusters that k-means learnt, over it"
     )
     show(axes[2], one.round().to(torch.uint8), "one of the clusters: its pixels attend to each other")
-    axes[2].plot(column, row, "+", color="#ff2d2d", markersize=16, markeredgewidth=2.5)
+
+
+def telling_cluster(clusters: Tensor, counts: Tensor, light: Tensor) -> int:
+    """The cluster with the most contrast in its pixels, among those of half a percent of the picture and more."""
+    contrast = torch.zeros_like(light)
+    contrast[1:-1, 1:-1] = torch.hypot(light[2:, 1:-1] - light[:-2, 1:-1], light[1:-1, 2:] - light[1:-1, :-2])
+    mean = torch.zeros(len(counts), dtype=light.dtype).index_add(0, clusters.flatten(), contrast.flatten()) / counts
+    return int(torch.where(counts >= min(0.005 * clusters.numel(), float(counts.max())), mean, -1).argmax())
 
 
 def show(axis: Axes, picture: Tensor, title: str, *, bold: bool = False) -> None:

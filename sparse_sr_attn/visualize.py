@@ -83,34 +83,49 @@ def palette(num_clusters: int) -> UInt8[Tensor, "k 3"]:
     return _rgb((index * _GOLDEN) % 1, 0.85 - 0.2 * (index % 3), 1.0 - 0.2 * (index // 3 % 3))
 
 
-def kinship_palette(centroids: Float[Tensor, "k d"]) -> UInt8[Tensor, "k 3"]:
+def kinship_palette(centroids: Float[Tensor, "k d"], counts: Int[Tensor, "k"] | None = None) -> UInt8[Tensor, "k 3"]:
     """Colours (RGB) that are alike where centroids are alike, so that a map shows more than borders.
 
     The plane of the two main components of the centroids becomes the circle of hues, the distance from its centre
-    saturation, and the third component brightness, each spread evenly over the clusters.
+    saturation, and the third component brightness, each spread evenly.
 
     Args:
         centroids: those of an `LSP`, one row a cluster.
+        counts: how many pixels each cluster has, to spread the colours evenly over a picture instead of over the
+            clusters: `torch.bincount(clusters.flatten(), minlength=len(centroids))`.
 
     Raises:
-        ShapeError: `centroids` is no matrix with at least one row and one column.
+        ShapeError: `centroids` is no matrix with at least one row and one column, or `counts` is not one number a row.
+        ValueError: `counts` has a negative number, or nothing else than zeros.
     """
     if centroids.dim() != 2 or 0 in centroids.shape:
         raise ShapeError(f"centroids must be (k >= 1, d >= 1), got shape {tuple(centroids.shape)}")
+    if counts is None:
+        counts = torch.ones(len(centroids), dtype=torch.int64)
+    if counts.shape != centroids.shape[:1]:
+        raise ShapeError(
+            f"counts must be one number for each of {len(centroids)} rows, got shape {tuple(counts.shape)}"
+        )
+    if int(counts.min()) < 0 or int(counts.max()) == 0:
+        raise ValueError(f"counts must be >= 0 and not all 0, got {counts.tolist()}")
+    weights = counts.detach().to("cpu", torch.float64)
+    weights = weights / weights.sum()
     points = centroids.detach().to("cpu", torch.float64)
-    points = points - points.mean(dim=0)
-    directions = torch.linalg.svd(points, full_matrices=False).Vh[:3]
+    points = points - weights @ points
+    directions = torch.linalg.svd(weights.sqrt()[:, None] * points, full_matrices=False).Vh[:3]
     # The sign of a singular vector is the library's whim; the largest entry shall be positive.
     directions = directions * directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
     x, y, z = torch.nn.functional.pad(points @ directions.T, (0, 3 - len(directions))).unbind(dim=1)
     angle = torch.atan2(y, x) / (2 * math.pi) % 1
-    return _rgb((angle + _spread(angle)) / 2, 0.55 + 0.4 * _spread(torch.hypot(x, y)), 0.55 + 0.45 * _spread(z))
+    hue = (angle + _spread(angle, weights)) / 2
+    return _rgb(hue, 0.55 + 0.4 * _spread(torch.hypot(x, y), weights), 0.55 + 0.45 * _spread(z, weights))
 
 
-def _spread(values: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
-    """The rank of each value, from 0 to 1."""
-    ranks = values.argsort(stable=True).argsort(stable=True)
-    return ranks.to(values.dtype) / max(1, len(values) - 1)
+def _spread(values: Float[Tensor, "k"], weights: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """The share of all weight that lies at lower values, from 0 to 1."""
+    order = values.argsort(stable=True)
+    below = weights[order].cumsum(0) - weights[order] / 2
+    return torch.empty_like(values).scatter_(0, order, below.clamp(0, 1))
 
 
 def _rgb(

@@ -70,9 +70,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
-    """For operations and layers: no nondeterministic kernel, and memory that is read before it is written is NaN."""
+def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For operations and layers: no nondeterministic kernel; unwritten memory is NaN; small inputs have many tiles."""
     strict = {"functional", "layers"} & set(request.path.parts)
+    if strict:
+        monkeypatch.setattr("sparse_sr_attn.functional.cluster_tiles._SCORES_PER_TILE", 64)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(bool(strict) or before)
     yield

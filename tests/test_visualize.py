@@ -139,6 +139,20 @@ def test_kin_get_alike_colours() -> None:
     assert torch.equal(kinship_palette(centroids.requires_grad_()), kinship_palette(centroids.double()))
 
 
+def test_counts_spread_the_colours_over_the_picture() -> None:
+    """Clusters that are not in the picture use up no colours; those that fill it are told apart best."""
+    centroids = torch.nn.functional.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(3)), dim=1)
+    counts = torch.tensor([100, 100, 100, 100] + [0] * 36)
+    weighted, plain = kinship_palette(centroids, counts)[:4].double(), kinship_palette(centroids)[:4].double()
+    assert torch.pdist(weighted).min() > torch.pdist(plain).min()
+    assert torch.equal(kinship_palette(centroids, torch.full((40,), 7)), kinship_palette(centroids))
+    with pytest.raises(ShapeError, match=r"one number for each of 40 rows, got shape \(4,\)"):
+        kinship_palette(centroids, counts[:4])
+    for wrong in (torch.zeros(40, dtype=torch.int64), -counts):
+        with pytest.raises(ValueError, match=r"counts must be >= 0 and not all 0, got \["):
+            kinship_palette(centroids, wrong)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 1), (3, 2), (64, 16)])
 def test_kinship_palette_takes_any_number_of_clusters(shape: tuple[int, int]) -> None:
     colours = kinship_palette(torch.randn(shape, generator=torch.Generator().manual_seed(0)))

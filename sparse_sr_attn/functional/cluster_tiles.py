@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout, score_precision
 from sparse_sr_attn.states import ClusterPattern
 
-_CHUNKS_PER_TILE = 4
+_SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ def _tiles(order: Tensor, layout: ClusterLayout) -> Iterator[tuple[int, _Tile]]:
     i, a, k = layout.chunk_size, layout.num_adjacent, layout.num_chunks
     device = order.device
     slots = torch.arange(i, device=device)
-    for start in range(0, k, _CHUNKS_PER_TILE):
-        stop = min(start + _CHUNKS_PER_TILE, k)
+    step = max(1, _SCORES_PER_TILE // (layout.num_offsets * i * i))
+    for start in range(0, k, step):
+        stop = min(start + step, k)
         chunk = torch.arange(start - a, stop + a, device=device) % k
         halo = (chunk[:, None] * i + slots).flatten()
         whole = start >= a and stop + a <= k and (stop + a) * i <= layout.num_tokens

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import cluster as fast
+from sparse_sr_attn.functional import cluster_tiles
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
@@ -468,3 +469,16 @@ def test_an_unknown_form_is_refused() -> None:
     query, key, _ = inputs_of(PADDED_TAIL, torch.device("cpu"))
     with pytest.raises(ValueError, match="form must be 'auto', 'oneshot' or 'tiles', got 'tile'"):
         fast.cluster_weights(query, key, pattern_of(PADDED_TAIL, torch.device("cpu")), form="tile")
+
+
+@pytest.mark.parametrize("scores_per_tile", [1, 3 * 48 * 48, 2**18])
+def test_the_size_of_a_tile_does_not_matter(scores_per_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk a tile, one whole tile, and what lies between give the one-shot form's values and gradients."""
+    monkeypatch.setattr(cluster_tiles, "_SCORES_PER_TILE", scores_per_tile)
+    case = Case(batch=2, num_tokens=300, num_clusters=7, chunk_size=48)
+    pattern = pattern_of(case, torch.device("cpu"))
+    inputs = inputs_of(case, torch.device("cpu"))
+    tiles, oneshot = (fast.cluster_attention(*inputs, pattern, scale=0.7, form=form) for form in ("tiles", "oneshot"))
+    assert_values_close(tiles, oneshot)
+    probe = case.tensor("probe", *tiles.shape)
+    assert_gradients_close(gradients(tiles, inputs, probe), gradients(oneshot, inputs, probe))
