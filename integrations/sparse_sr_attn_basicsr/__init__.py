@@ -5,7 +5,7 @@ In a host of your own, one line before the first network is built::
     import sparse_sr_attn_basicsr; sparse_sr_attn_basicsr.register()
 """
 
-from sparse_sr_attn_basicsr.registration import SparseEDSR, register
+from sparse_sr_attn_basicsr.registration import SparseEDSR, SparseRCAN, register
 from sparse_sr_attn_basicsr.shims import apply
 
-__all__ = ["SparseEDSR", "apply", "register"]
+__all__ = ["SparseEDSR", "SparseRCAN", "apply", "register"]

@@ -4,6 +4,7 @@ import argparse
 import copy
 import importlib
 import logging
+import math
 import os
 import pickle
 import sys
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
 
-from sparse_sr_attn.errors import CheckpointError, TrainingError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem, TrainingError
 from sparse_sr_attn_basicsr import options as option_files
 from sparse_sr_attn_basicsr import preflight
+from sparse_sr_attn_basicsr.loading import PortableDataset, SeededSampler
 from sparse_sr_attn_basicsr.registration import register
 
 _LOG = logging.getLogger(__name__)
@@ -39,13 +40,14 @@ def train(arguments: argparse.Namespace) -> None:
     options = _checked_options(arguments, training=True)
     pipeline = importlib.import_module("basicsr.train")
     build_dataset = pipeline.build_dataset
-    run = _Run()
+    run = _Run(options)
     with _session(arguments, options) as patch:
-        patch(pipeline, "load_resume_state", _load_resume_state)
+        patch(pipeline, "load_resume_state", run.resume)
         patch(pipeline, "copy_opt_file", lambda file, folder: _record_options(file, folder, arguments))
         patch(pipeline, "build_dataset", lambda opt: PortableDataset(build_dataset(opt)))
+        patch(pipeline, "EnlargedSampler", run.seed_sampler(pipeline.EnlargedSampler))
+        patch(pipeline, "create_train_val_dataloader", run.count_epochs(pipeline.create_train_val_dataloader))
         patch(pipeline, "build_model", run.watch_model(pipeline.build_model))
-        patch(pipeline, "create_train_val_dataloader", run.watch_loaders(pipeline.create_train_val_dataloader))
         try:
             pipeline.train_pipeline(str(Path.cwd()))
         except TrainingError as error:
@@ -67,58 +69,75 @@ def test(arguments: argparse.Namespace) -> None:
         importlib.import_module("basicsr.test").test_pipeline(str(Path.cwd()))
 
 
-class PortableDataset(Dataset[Any]):
-    """A data set that repairs BasicSR's imports in the process to which it is sent.
+class _Run:
+    """One training run: from where it goes on, how far it goes, and what must be known to save it when it fails.
 
-    Loader processes are forked or spawned, as the system and BasicSR's launcher have it. A spawned one imports BasicSR
-    afresh when it unpickles the data set, and there nobody else has made the repairs.
+    Its methods stand in for functions of BasicSR's pipeline, or wrap them.
 
     Args:
-        dataset: one of BasicSR's.
+        options: the checked ones.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
-
-    def __getattr__(self, name: str) -> Any:
-        """Pass on what BasicSR asks of its data sets."""
-        return getattr(self.__dict__["dataset"], name)
-
-    def __reduce__(self) -> tuple[Callable[[bytes], "PortableDataset"], tuple[bytes]]:
-        """Pack the data set such that the repairs come before it is unpacked."""
-        return _unpack, (pickle.dumps(self.dataset),)
-
-
-def _unpack(packed: bytes) -> PortableDataset:
-    register()
-    return PortableDataset(pickle.loads(packed))  # noqa: S301  (this process packed it)
-
-
-class _Run:
-    """What must be known of a training run to save it when it fails."""
-
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+        self.opt: dict[str, Any] = {}  # the same as BasicSR completes them
         self.model: Any = None
         self.sampler: Any = None
+        self.start_iteration = self.start_epoch = 0
+        self.place = (0, 0)  # an epoch, and how many of its samples were used before
+
+    def resume(self, opt: dict[str, Any]) -> Any:
+        """Return the state to go on from, or None to begin; say so if it does not hold all that exactness needs."""
+        self.opt = opt
+        state = _load_resume_state(opt)
+        if state is None:
+            return None
+        self.start_iteration, self.start_epoch = int(state["iter"]), int(state["epoch"])
+        exact = state.get("exact") or {}
+        if self.options.get("manual_seed") is None and exact:
+            opt["manual_seed"] = exact["manual_seed"]
+        if exact.get("place"):
+            self.place = tuple(exact["place"])
+        for reason in _inexactness(state, opt):
+            _LOG.warning("note: training goes on, but not exactly as it would have without the stop: %s", reason)
+        return state
+
+    def seed_sampler(self, build: Callable[..., Any]) -> Callable[..., SeededSampler]:
+        """Have training samples seeded one by one, and leave out those used before."""
+
+        def built(*args: Any, **kwargs: Any) -> SeededSampler:
+            sampler = SeededSampler(build(*args, **kwargs), self.opt["manual_seed"], *self.place)
+            self.sampler = sampler
+            return sampler
+
+        return built
+
+    def count_epochs(self, create: Callable[..., Any]) -> Callable[..., Any]:
+        """Have BasicSR run as many epochs as `total_iter` needs.
+
+        It counts a last batch that is not full, which its loader leaves out, and so may stop too early.
+        """
+
+        def created(*args: Any, **kwargs: Any) -> Any:
+            loader, sampler, val_loaders, _, total_iters = create(*args, **kwargs)
+            if not len(loader):
+                ratio = "datasets.train.dataset_enlarge_ratio"
+                message = f"an epoch of {len(sampler)} samples must fill a batch of {loader.batch_size}; enlarge it"
+                raise ConfigError([Problem(ratio, message)])
+            # Loaders draw a number at the start of each epoch; a run resumed in the middle of one would draw once more.
+            loader.generator = torch.Generator()
+            epoch, used = self.place
+            done = used // self.opt["world_size"] // loader.batch_size if epoch == self.start_epoch else 0
+            num_epochs = math.ceil((total_iters - self.start_iteration + done) / len(loader))
+            last_epoch = self.start_epoch + num_epochs - 1  # BasicSR goes up to this one, and through it
+            return loader, sampler, val_loaders, last_epoch, total_iters
+
+        return created
 
     def watch_model(self, build: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.model = build(*args, **kwargs)
             return self.model
-
-        return watched
-
-    def watch_loaders(self, create: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            created = create(*args, **kwargs)
-            self.sampler = created[1]
-            return created
 
         return watched
 
@@ -130,7 +149,9 @@ class _Run:
             return f"It is not saved; the states before it are in {states}."
         file = states / f"{model.iteration}.state"
         if model.saved_iteration != model.iteration:
-            model.save(getattr(self.sampler, "epoch", 0), model.iteration)
+            model.save(self.sampler.epoch, model.iteration)
+        if model.saved_iteration != model.iteration:
+            return f"It could not be saved; the states before it are in {states}."
         return (
             f"The state after iteration {model.iteration:,} is saved: {file}\n"
             "Put the cause right and go on from there with --auto_resume."
@@ -169,6 +190,7 @@ def _session(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Itera
         patch(sys, "argv", command_line)
         patch(basicsr_options, "ordered_yaml", lambda: (_loader_of(options), None))
         patch(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         stack.enter_context(own_log())
         try:
             yield patch
@@ -218,7 +240,7 @@ def _load_resume_state(opt: dict[str, Any]) -> Any:
     """Return the state to resume, on the CPU, or None: the newest whole one for `--auto_resume`, else the one named.
 
     Raises:
-        CheckpointError: the state named in the options cannot be read.
+        CheckpointError: the state named in the options, or its weights, cannot be read.
     """
     if opt["auto_resume"]:
         candidates = sorted(_states(Path(opt["path"]["training_states"])), reverse=True)
@@ -227,20 +249,52 @@ def _load_resume_state(opt: dict[str, Any]) -> Any:
         candidates = [(-1, Path(named))] if named else []
     for _, file in candidates:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            state = _read(file)
+            if not state.keys() >= {"iter", "epoch", "optimizers", "schedulers"}:
+                raise CheckpointError(f"{file} must hold a training state; got a map of {', '.join(map(str, state))}")
+            _read(Path(opt["path"]["models"]) / f"net_g_{state['iter']}.pth")
+        except CheckpointError as error:
             if not opt["auto_resume"]:
-                raise CheckpointError(f"path.resume_state: cannot read {file}: {error}") from error
-            _LOG.warning("note: %s cannot be read (%s); trying the one before", file, str(error).partition("\n")[0])
+                raise CheckpointError(f"path.resume_state: {error}") from error
+            _LOG.warning("note: %s cannot be resumed (%s); trying the one before", file, error)
             continue
-        weights = Path(opt["path"]["models"]) / f"net_g_{state['iter']}.pth"
-        if opt["auto_resume"] and not weights.is_file():
-            _LOG.warning("note: %s has no weights (%s is missing); trying the one before", file, weights)
-            continue
-        opt["path"]["resume_state"] = str(file)
+        path = opt["path"]
+        path["resume_state"] = str(file)
         importlib.import_module("basicsr.utils").check_resume(opt, state["iter"])
+        # These were said of `pretrain_network_g`, in the place of which the weights of the run itself stand now.
+        path |= {"param_key_g": "params", "strict_load_g": True}
         return state
     return None
+
+
+def _read(file: Path) -> Any:
+    """Return the map that `torch.save` wrote into `file`.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        raise CheckpointError(f"cannot read {file}: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a map, got a {type(content).__name__}")
+    return content
+
+
+def _inexactness(state: Mapping[str, Any], opt: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why training cannot go on exactly from `state`."""
+    exact = state.get("exact")
+    if not exact:
+        yield "no random numbers and no place in the epoch are in this state, as BasicSR's own models save it"
+        return
+    if exact["manual_seed"] != opt["manual_seed"]:
+        yield f"manual_seed is {opt['manual_seed']}, and was {exact['manual_seed']}"
+    if len(exact["random"]) != opt["world_size"]:
+        yield f"the number of processes is {opt['world_size']}, and was {len(exact['random'])}"
+    if exact["place"] is None and state["iter"]:
+        yield "no place in the epoch is in this state, as it was not saved under `sparse-sr train`"
 
 
 def _states(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -1,19 +1,31 @@
-"""BasicSR's `SRModel`, made safe for layers that keep a state of their own."""
+"""BasicSR's `SRModel`, made safe for layers that keep a state of their own, and for runs that are stopped."""
 
 import math
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
+from basicsr.utils.dist_util import get_dist_info, master_only
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn_basicsr import saving
+from sparse_sr_attn_basicsr.loading import PLACE
+from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
+from sparse_sr_attn_basicsr.tiling import upscale_tiled
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What `train.autocast` may be."""
 
 _HEARTBEAT_SECONDS = 15.0
 _UNHARMED = "Weights, optimizer and k-means state are finite and as they were before this step."
@@ -27,10 +39,23 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     - Weights that a pretrained checkpoint does not have (new attention layers) start the same in both networks.
     - An image, a loss or a gradient that is not finite raises `TrainingError` before anything has changed.
     - A first line comes after the first iteration, and then at least every 15 seconds.
+    - Files are written whole or not at all, and a state is there only when its weights are. The state holds all that is
+      needed to go on exactly: the random numbers, and how far into which epoch.
+    - Validation draws no random numbers that training would have drawn.
+
+    Options beyond those of `SRModel`, all off unless given:
+
+    - `train.optim_g.type`: the optimizers of `torch.optim`.
+    - `train.grad_clip`: the longest that the gradient may be (2-norm over all weights).
+    - `train.accumulate`: in how many parts a batch goes through the network, before one step of the optimizer.
+    - `train.autocast`: `bf16` or `fp16`, the precision in which the network is trained; losses, weights and validation
+      stay in float32.
+    - `train.deterministic`: let PyTorch use algorithms only that give the same bits every time.
+    - `val.tile`, `val.tile_overlap`: upscale larger images in tiles, see `upscale_tiled`.
 
     Attributes:
         iteration: iterations finished, counted as BasicSR counts them.
-        saved_iteration: the one last saved in this process, or `None`.
+        saved_iteration: the one last saved or resumed, or `None`.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -41,6 +66,17 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._names: list[str] = []
         self._started = self._spoke = time.monotonic()
         self._first: int | None = None
+        self._place: list[int] | None = None  # of the last sample trained on, see `loading.PLACE`
+        self._fed_place: list[int] | None = None
+        self._num_overflows = 0
+        train = opt.get("train") or {}
+        self._grad_clip: float | None = train.get("grad_clip")
+        self._num_parts: int = train.get("accumulate") or 1
+        self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
+        if train.get("deterministic"):
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+            torch.backends.cudnn.benchmark = False
+            torch.use_deterministic_algorithms(True)
         super().__init__(opt)
 
     def load_network(
@@ -62,9 +98,16 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             handle.remove()
         self._missing[id(bare)] = missing
 
+    def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
+        """Return the optimizer of `torch.optim` of that name."""
+        self._optimizer_name = optim_type
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, optim_type)(params, lr=lr, **kwargs)
+        return optimizer
+
     def init_training_settings(self) -> None:
         """Set up training as BasicSR does, then make the two networks start alike where the checkpoint is silent."""
         super().init_training_settings()
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()
             averaged = self.net_g_ema.state_dict()
@@ -94,9 +137,13 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 message = f"after iteration {self.iteration:,}: {message}\nNothing was computed from them. {_UNHARMED}"
             raise TrainingError(message)
         super().feed_data(data)
+        self._fed_place = data[PLACE][-1].tolist() if PLACE in data else None
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """Train on the batch that was fed.
+        """Train on the batch that was fed: one step of the optimizer, however many parts the batch goes through in.
+
+        In `fp16` a gradient that is not finite leaves out the step and lowers the factor on the loss, as is usual
+        there; only when that factor has come down to 1 does it count as an error.
 
         Raises:
             TrainingError: loss or gradient is not finite. Nothing has changed then: neither weights nor EMA, nor
@@ -105,36 +152,125 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         net = self.get_bare_model(self.net_g)
         buffers = [buffer.clone() for buffer in net.buffers()]
         self.optimizer_g.zero_grad()
-        self.output = self.net_g(self.lq)
-        losses = self._losses()
-        total = torch.stack(list(losses.values())).sum()
-        total.backward()
-        value = float(total.detach())
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        largest = float(nn.utils.get_total_norm(gradients, float("inf")))
-        if not self._everywhere(math.isfinite(value) and math.isfinite(largest)):
+        losses = self._backward()
+        value = float(torch.stack(list(losses.values())).sum())
+        self._scaler.unscale_(self.optimizer_g)
+        largest = float(nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None], float("inf")))
+        overflow = not math.isfinite(largest)
+        if not self._everywhere(math.isfinite(value) and (not overflow or self._scaler.get_scale() > 1)):
             self._undo(net, buffers)
             raise TrainingError(self._complaint(current_iter, losses, value, largest))
-        self.optimizer_g.step()
+        if self._grad_clip is not None and not overflow:
+            norm = nn.utils.clip_grad_norm_(net.parameters(), self._grad_clip)
+            losses["grad_norm"] = norm.detach()
+        self._scaler.step(self.optimizer_g)
+        self._scaler.update()
+        self._num_overflows += overflow
         self.log_dict = self.reduce_loss_dict(losses)
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
         self.iteration = current_iter
+        self._place = self._fed_place
         self._heartbeat(current_iter)
 
+    def test(self) -> None:
+        """Upscale the images that were fed, with the EMA network if there is one; in tiles if `val.tile` is given."""
+        val = self.opt.get("val") or {}
+        if not val.get("tile"):
+            super().test()
+            return
+        net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net_g
+        was_training = net.training
+        net.eval()
+        with torch.no_grad():
+            self.output = upscale_tiled(net, self.lq, val["tile"], val.get("tile_overlap") or 0)
+        net.train(was_training)
+
     def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:
-        """Validate as BasicSR does: on one process, whatever the others do."""
+        """Validate as BasicSR does: on one process, whatever the others do, and leaving random numbers alone."""
         self._validating = True
         try:
-            super().validation(dataloader, current_iter, tb_logger, save_img)
+            with undisturbed():
+                super().validation(dataloader, current_iter, tb_logger, save_img)
         finally:
             self._validating = False
             self._spoke = time.monotonic()
 
     def save(self, epoch: int, current_iter: int) -> None:
-        """Save networks and state, and remember that this iteration is saved."""
-        super().save(epoch, current_iter)
+        """Save networks and state. A state is there only while the networks beside it are those it was saved with.
+
+        A file that cannot be written is logged, and training goes on; older files stay as they are. Several processes
+        stop, because the others cannot know of it.
+
+        Args:
+            epoch: the present one.
+            current_iter: iterations finished; -1 for the end of training, which has no state.
+
+        Raises:
+            CheckpointError: a file cannot be written, at the end of training or with several processes.
+        """
+        try:
+            self._remove_state(current_iter)
+            super().save(epoch, current_iter)
+        except OSError as error:
+            message = f"cannot save iteration {self.iteration:,} in {self.opt['path']['models']}: {error}"
+            if current_iter == -1 or self.opt.get("dist"):
+                raise CheckpointError(message) from error
+            get_root_logger().error(f"{message}; training goes on, and what was saved before is whole")
+            return
         self.saved_iteration = current_iter
+
+    @master_only  # type: ignore[untyped-decorator]
+    def save_network(
+        self,
+        net: nn.Module | list[nn.Module],
+        net_label: str,
+        current_iter: int,
+        param_key: str | list[str] = "params",
+    ) -> None:
+        """Save networks under BasicSR's names, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written; one that was there before is as it was.
+        """
+        nets = net if isinstance(net, list) else [net]
+        keys = param_key if isinstance(param_key, list) else [param_key]
+        weights = {
+            key: {name: value.cpu() for name, value in self.get_bare_model(each).state_dict().items()}
+            for key, each in zip(keys, nets, strict=True)
+        }
+        label = "latest" if current_iter == -1 else current_iter
+        saving.write(weights, Path(self.opt["path"]["models"]) / f"{net_label}_{label}.pth")
+
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """Save BasicSR's state and beside it, under `exact`, what going on exactly needs; whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if current_iter == -1:
+            return
+        rank, num_processes = get_dist_info()
+        random_states: list[Any] = [random_state()]
+        if num_processes > 1:
+            random_states *= num_processes
+            dist.all_gather_object(random_states, random_state())
+        if rank != 0:
+            return
+        state = {
+            "epoch": epoch,
+            "iter": current_iter,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "exact": {
+                "optimizer": self._optimizer_name,
+                "scaler": self._scaler.state_dict(),
+                "manual_seed": self.opt.get("manual_seed"),
+                "place": self._place,
+                "random": random_states,
+            },
+        }
+        saving.write(state, self._state_file(current_iter))
 
     def is_healthy(self) -> bool:
         """Return whether every weight and every buffer is finite."""
@@ -142,27 +278,81 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return _finite(net.parameters()) and _finite(net.buffers())
 
     def resume_training(self, resume_state: Mapping[str, Any]) -> None:
-        """Take up optimizers, schedulers and the iteration of a saved state."""
-        super().resume_training(resume_state)
-        self.iteration = int(resume_state["iter"])
+        """Take up a saved state, so that training goes on as if it had not been stopped.
+
+        A state that holds no `exact`, such as one of BasicSR's own, is taken up as far as it goes.
+
+        Raises:
+            CheckpointError: the state was saved with another optimizer, or does not fit for another reason.
+        """
+        where = f"the state of iteration {resume_state.get('iter')}"
+        exact = resume_state.get("exact") or {}
+        saved_with = exact.get("optimizer", "Adam")
+        if saved_with != self._optimizer_name:
+            raise CheckpointError(
+                f"{where}: train.optim_g.type must be {saved_with}, with which it was saved, got "
+                f"{self._optimizer_name}; to change it, begin a run that has the weights as path.pretrain_network_g"
+            )
+        try:
+            super().resume_training(resume_state)
+            self.iteration = int(resume_state["iter"])
+            if exact:
+                self._place = exact["place"]
+                if self._scaler.is_enabled() and exact["scaler"]:
+                    self._scaler.load_state_dict(exact["scaler"])
+                rank, num_processes = get_dist_info()
+                if len(exact["random"]) == num_processes:
+                    set_random_state(exact["random"][rank])
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: does not fit this network and these options: {error}") from error
+        if self._state_file(self.iteration).is_file():
+            self.saved_iteration = self.iteration
 
     def get_current_log(self) -> "OrderedDict[str, float]":
-        """Return the losses and, if there are any, the number of k-means updates that were skipped."""
+        """Return the losses and, if there are any, the numbers of k-means updates and of steps that were left out."""
         self._spoke = time.monotonic()
         log = OrderedDict(self.log_dict)
         skipped = sum(int(m.num_skipped) for m in self.get_bare_model(self.net_g).modules() if isinstance(m, LSP))
         if skipped:
             log["kmeans_skipped"] = float(skipped)
+        if self._num_overflows:
+            log["steps_skipped"] = float(self._num_overflows)
         return log
 
-    def _losses(self) -> "OrderedDict[str, Tensor]":
+    def _backward(self) -> "OrderedDict[str, Tensor]":
+        """Leave the gradient of the whole batch in the weights; return the losses, averaged over the parts."""
+        total: OrderedDict[str, Tensor] = OrderedDict()
+        lows, highs = self.lq.chunk(self._num_parts), self.gt.chunk(self._num_parts)
+        for number, (low, high) in enumerate(zip(lows, highs, strict=True), start=1):
+            share = len(low) / len(self.lq)
+            last = number == len(lows)
+            with nullcontext() if last or not isinstance(self.net_g, DistributedDataParallel) else self.net_g.no_sync():
+                with self._autocast():
+                    output = self.net_g(low)
+                losses = self._losses(output.float(), high)
+                self._scaler.scale(share * torch.stack(list(losses.values())).sum()).backward()
+            for name, loss in losses.items():
+                total[name] = total.get(name, 0) + share * loss.detach()
+        return total
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
+
+    def _losses(self, output: Tensor, gt: Tensor) -> "OrderedDict[str, Tensor]":
         losses: OrderedDict[str, Tensor] = OrderedDict()
         if self.cri_pix:
-            losses["l_pix"] = self.cri_pix(self.output, self.gt)
+            losses["l_pix"] = self.cri_pix(output, gt)
         if self.cri_perceptual:
-            content, style = self.cri_perceptual(self.output, self.gt)
+            content, style = self.cri_perceptual(output, gt)
             losses.update({k: v for k, v in (("l_percep", content), ("l_style", style)) if v is not None})
         return losses
+
+    def _state_file(self, iteration: int) -> Path:
+        return Path(self.opt["path"]["training_states"]) / f"{iteration}.state"
+
+    @master_only  # type: ignore[untyped-decorator]
+    def _remove_state(self, iteration: int) -> None:
+        saving.remove(self._state_file(iteration))
 
     def _unfit(self, images: Tensor | None) -> Iterable[str]:
         """Return the names of the samples that are not finite."""
@@ -200,6 +390,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             for buffer, before in zip(net.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         self.optimizer_g.zero_grad()
+        self._scaler.update(self._scaler.get_scale())  # the factor stays, and the next step may begin
 
     def _heartbeat(self, current_iter: int) -> None:
         """Log a line after the first iteration, and whenever BasicSR's own lines are slow to come."""

@@ -9,13 +9,14 @@ import importlib.util
 import inspect
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from PIL import Image
 
 from sparse_sr_attn.config import (
     NonNegative,
@@ -37,6 +38,20 @@ _OURS = {network.__name__: network for network in NETWORKS}
 _MODEL = "SparseSRModel"
 _PAIRED = "PairedImageDataset"
 _SATURATING_RANGE = 16.0
+_NUM_IMAGES_MEASURED = 10
+
+# Options that BasicSR's own `SRModel` ignores.
+_OF_OUR_MODEL = {"train": ("grad_clip", "accumulate", "autocast", "deterministic"), "val": ("tile", "tile_overlap")}
+
+# Those of `torch.optim` that any network can be trained with: the others want a closure, or a certain kind of gradient
+# or weight.
+_OPTIMIZERS = {
+    name: value
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type)
+    and issubclass(value, torch.optim.Optimizer)
+    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
+}
 
 # BasicSR's own option files write `val_freq: !!float 5e3`.
 Count = Annotated[float, Rule("whole and >= 1", lambda value: value >= 1 and float(value).is_integer())]
@@ -87,6 +102,10 @@ class _Train:
     scheduler: Mapping[str, Any]
     warmup_iter: WholeNumber = -1
     ema_decay: UnitInterval = 0.0
+    grad_clip: Positive | None = None
+    accumulate: PositiveInt = 1
+    autocast: Literal["bf16", "fp16"] | None = None
+    deterministic: bool = False
     pixel_opt: Mapping[str, Any] | None = None
     perceptual_opt: Mapping[str, Any] | None = None
 
@@ -116,6 +135,8 @@ class _Validation:
     pbar: bool = False
     suffix: str | None = None
     metrics: Mapping[str, Any] | None = None
+    tile: PositiveInt | None = None
+    tile_overlap: NonNegativeInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +233,7 @@ class _Preflight:
                 options[key] = dict(options[key])
                 self.section(cls, options[key], key)
         options["path"] = options.get("path") or {}
+        self.our_model()
         self.training_options()
         self.validation_options()
         self.weights()
@@ -222,10 +244,13 @@ class _Preflight:
             if not self.training and not options["datasets"]:
                 self.problems.add("datasets", "must hold at least one data set, e.g. test_1, got none")
 
-    def section(self, cls: type, values: Any, path: str) -> dict[str, Any]:
-        """Check the options of `values` that `cls` declares, convert its numbers in place, return what is right."""
+    def section(self, cls: type, values: Any, path: str, *, whole: bool = True) -> dict[str, Any]:
+        """Check the options of `values` that `cls` declares, convert its numbers in place, return what is right.
+
+        `whole` if `cls` declares all that there are; then a name that is nearly one of them is misspelt.
+        """
         known = fields(cls)
-        unknown = [name for name in values if name not in known]
+        unknown = [name for name in values if name not in known and whole]
         for name in unknown:
             close = get_close_matches(str(name), [other for other in known if other not in values], n=1, cutoff=0.8)
             if not close:
@@ -267,6 +292,11 @@ class _Preflight:
             )
         if launcher != "none" and not gpus:
             self.problems.add(f"--launcher {launcher}", "needs CUDA GPUs, and this PyTorch sees none; leave it away")
+        if launcher != "none" and self.training and self.options.get("manual_seed") is None:
+            self.remarks.append(
+                "manual_seed: with --launcher each process draws its own if none is given, and a resumed run will not "
+                "be exact"
+            )
 
     def network(self, path: str, options: object) -> None:
         if not isinstance(options, Mapping):
@@ -329,22 +359,114 @@ class _Preflight:
                 hint = f"; type: {sparse} has it" if better else suggestion(key, list(parameters))
                 self.problems.add(join_path(path, key), f"unknown to {name}{hint}")
 
+    def our_model(self) -> None:
+        """Refuse options that the model would accept and ignore."""
+        if self.options.get("model_type") != "SRModel":
+            return
+        for section, names in _OF_OUR_MODEL.items():
+            values = self.options.get(section)
+            for name in names:
+                if isinstance(values, Mapping) and values.get(name) is not None:
+                    self.problems.add(f"{section}.{name}", f"unknown to SRModel; model_type: {_MODEL} has it")
+
     def training_options(self) -> None:
         train, logger = self.options.get("train"), self.options.get("logger")
         if self.training and isinstance(train, dict):
-            for key, cls in {"optim_g": _Optimizer, "scheduler": _Scheduler}.items():
-                if isinstance(train.get(key), Mapping):
-                    train[key] = dict(train[key])
-                    self.section(cls, train[key], f"train.{key}")
+            if isinstance(train.get("optim_g"), Mapping):
+                train["optim_g"] = dict(train["optim_g"])
+                self.optimizer(train["optim_g"])
+            if isinstance(train.get("scheduler"), Mapping):
+                train["scheduler"] = dict(train["scheduler"])
+                self.scheduler(train["scheduler"], train.get("total_iter"))
             losses = [key for key in ("pixel_opt", "perceptual_opt") if isinstance(train.get(key), Mapping)]
             for key in losses:
                 self.named("LOSS_REGISTRY", f"train.{key}.type", train[key].get("type", ""))
             if not losses:
                 self.problems.add("train.pixel_opt", "missing; training needs a loss, e.g. {type: L1Loss}")
+            self.precision(train)
+            self.parts(train)
         if self.training and isinstance(logger, dict):
             logger.setdefault("use_tb_logger", False)
             if logger["use_tb_logger"] is True and importlib.util.find_spec("tensorboard") is None:
                 self.problems.add("logger.use_tb_logger", "needs tensorboard: pip install tensorboard, or write false")
+
+    def optimizer(self, options: dict[str, Any]) -> None:
+        path, model = "train.optim_g", self.options.get("model_type")
+        right = self.section(_Optimizer, options, path, whole=False)
+        name = right.get("type")
+        if name is None:
+            return
+        if model == "SRModel" and name != "Adam":
+            self.problems.add(f"{path}.type", f"SRModel knows Adam only, got {name!r}; model_type: {_MODEL} knows more")
+        elif model == _MODEL and name not in _OPTIMIZERS:
+            self.problems.add(f"{path}.type", f"there is no optimizer {name!r}{suggestion(name, sorted(_OPTIMIZERS))}")
+        elif len(right.get("betas", (0, 0))) != 2:
+            self.problems.add(f"{path}.betas", f"must be two numbers, got {options['betas']}")
+        elif name in _OPTIMIZERS:
+            self.judged(path, _OPTIMIZERS[name], [torch.nn.Parameter(torch.zeros(1))], options, right)
+
+    def scheduler(self, options: dict[str, Any], total_iter: object) -> None:
+        path = "train.scheduler"
+        right = self.section(_Scheduler, options, path, whole=False)
+        name = right.get("type")
+        if name is None:
+            return
+        schedulers = vars(importlib.import_module("basicsr.models.lr_scheduler"))
+        known = {key: value for key, value in schedulers.items() if key.endswith("LR") and not key.startswith("_")}
+        known["MultiStepLR"] = known["MultiStepRestartLR"]
+        if name not in known:
+            self.problems.add(f"{path}.type", f"BasicSR has no scheduler {name!r}{suggestion(name, sorted(known))}")
+            return
+        covered = sum(right.get("periods", ()))
+        if name == "CosineAnnealingRestartLR" and isinstance(total_iter, int) and covered < total_iter - 1:
+            self.problems.add(
+                f"{path}.periods",
+                f"must add up to total_iter {total_iter:,}, got {covered:,.0f}: BasicSR fails after the last",
+            )
+            return
+        first = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        self.judged(path, known[name], first, options, right)
+
+    def judged(
+        self,
+        path: str,
+        build: Callable[..., object],
+        first: object,
+        options: Mapping[str, Any],
+        right: Mapping[str, Any],
+    ) -> None:
+        """Let what the options are for judge them, unless one is wrong already: not all that is given is `right`."""
+        if any(name in fields(_Optimizer) | fields(_Scheduler) and name not in right for name in options):
+            return
+        names = [name for name in list(inspect.signature(build).parameters)[1:] if name != "last_epoch"]
+        try:
+            build(first, **{key: value for key, value in options.items() if key != "type"})
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            self.problems.add(path, f"{options['type']} refuses these options: {error} (known: {', '.join(names)})")
+
+    def precision(self, train: Mapping[str, Any]) -> None:
+        on_gpu = torch.cuda.is_available() and self.options.get("num_gpu") != 0
+        if train.get("autocast") == "fp16" and not on_gpu:
+            self.problems.add("train.autocast", "must be bf16 or ~ on the CPU, got 'fp16', which needs a CUDA GPU")
+
+    def parts(self, train: Mapping[str, Any]) -> None:
+        """Check that a batch can be cut into equal parts, and that the loss is an average over them."""
+        parts, datasets = train.get("accumulate"), self.options.get("datasets")
+        if not isinstance(parts, int) or parts <= 1:
+            return
+        training_set = datasets.get("train") if isinstance(datasets, Mapping) else None
+        batch = training_set.get("batch_size_per_gpu") if isinstance(training_set, Mapping) else None
+        if isinstance(batch, int) and batch % parts:
+            self.problems.add(
+                "train.accumulate",
+                f"must divide batch_size_per_gpu {batch}, which goes through the network in so many parts, got {parts}",
+            )
+        loss = train.get("pixel_opt")
+        if isinstance(loss, Mapping) and loss.get("reduction", "mean") != "mean":
+            self.problems.add(
+                "train.pixel_opt.reduction",
+                f"must be mean with accumulate {parts}, which averages over the parts, got {loss['reduction']!r}",
+            )
 
     def validation_options(self) -> None:
         val = self.options.get("val")
@@ -352,6 +474,9 @@ class _Preflight:
             return
         val.setdefault("save_img", False)
         val.setdefault("suffix", None)
+        tile, overlap = val.get("tile"), val.get("tile_overlap")
+        if isinstance(overlap, int) and overlap and (tile is None or (isinstance(tile, int) and overlap >= tile)):
+            self.problems.add("val.tile_overlap", f"must be less than val.tile, got {overlap} with tile {tile or '~'}")
         metrics = val.get("metrics")
         if isinstance(metrics, Mapping):
             for key, metric in metrics.items():
@@ -400,10 +525,16 @@ class _Preflight:
             )
         if right.get("prefetch_mode") == "cuda" and not torch.cuda.is_available():
             self.problems.add(f"{path}.prefetch_mode", "must be cpu or ~ without a CUDA GPU, got 'cuda'")
+        if kind == "train" and right.get("prefetch_mode") == "cpu" and right.get("num_worker_per_gpu") == 0:
+            self.remarks.append(
+                f"{path}.num_worker_per_gpu: 0 with prefetch_mode cpu reads in a thread, which may disturb the random "
+                "numbers of training; 1 makes a resumed run exact"
+            )
         if right.get("type") == _PAIRED and not values.get("meta_info_file"):
-            num_pairs = self.pairs(path, folders, right.get("filename_tmpl", "{}"))
-            if kind == "train" and num_pairs:
-                self.batches(path, num_pairs, right)
+            pairs = self.pairs(path, folders, right.get("filename_tmpl", "{}"))
+            self.sizes(path, pairs[:_NUM_IMAGES_MEASURED], gt_size if kind == "train" else None)
+            if kind == "train" and pairs:
+                self.batches(path, len(pairs), right)
         return values
 
     def folder(self, path: str, name: str, values: Mapping[str, Any]) -> Path | None:
@@ -420,11 +551,11 @@ class _Preflight:
         backend = values.get("io_backend")
         return folder if isinstance(backend, Mapping) and backend.get("type") == "disk" else None
 
-    def pairs(self, path: str, folders: Mapping[str, Path | None], template: str) -> int:
-        """Check that each image has its counterpart, as BasicSR looks for it; return how many there are."""
+    def pairs(self, path: str, folders: Mapping[str, Path | None], template: str) -> list[tuple[Path, Path]]:
+        """Check that each image has its counterpart, as BasicSR looks for it; return the pairs if all do."""
         high, low = folders.get("dataroot_gt"), folders.get("dataroot_lq")
         if high is None or low is None:
-            return 0
+            return []
         originals, counterparts = _files(high), _files(low)
         for name, folder, found in (("dataroot_gt", high, originals), ("dataroot_lq", low, counterparts)):
             if not found:
@@ -439,14 +570,42 @@ class _Preflight:
                 f"must hold one file for each of the {len(originals)} in dataroot_gt, got {len(counterparts)}"
                 f"{example}{hint}",
             )
-            return 0
-        return min(len(originals), len(counterparts))
+            return []
+        return (
+            [(high / name, low / counterpart) for counterpart, name in sorted(wanted.items())] if counterparts else []
+        )
+
+    def sizes(self, path: str, pairs: Sequence[tuple[Path, Path]], gt_size: int | None) -> None:
+        """Check that images are `scale` times as large as their counterparts, and in training no smaller than a patch.
+
+        In validation they may be larger: BasicSR cuts them.
+        """
+        scale = self.options.get("scale")
+        if not isinstance(scale, int) or scale < 1:
+            return
+        for high, low in pairs:
+            original, counterpart = _size(high), _size(low)
+            if original is None or counterpart is None:
+                continue
+            wanted = tuple(scale * side for side in counterpart)
+            too_small = any(side < other for side, other in zip(original, wanted, strict=True))
+            if too_small or (gt_size and original != wanted):
+                self.problems.add(
+                    join_path(path, "dataroot_lq"),
+                    f"must hold images of 1/{scale} the size (the option 'scale'), but {str(high)!r} is "
+                    f"{_times(original)} and {str(low)!r} is {_times(counterpart)}",
+                )
+                return
+            if gt_size and min(original) < gt_size:
+                self.problems.add(
+                    join_path(path, "gt_size"),
+                    f"must be at most the size of every image, got {gt_size}, and {str(high)!r} is {_times(original)}",
+                )
+                return
 
     def batches(self, path: str, num_pairs: int, right: Mapping[str, Any]) -> None:
-        """Check that an epoch holds a batch, and that BasicSR's count of epochs reaches `total_iter`."""
+        """Check that an epoch holds a batch."""
         batch, ratio = right.get("batch_size_per_gpu"), right.get("dataset_enlarge_ratio", 1)
-        train = self.options.get("train")
-        total = train.get("total_iter") if isinstance(train, Mapping) else None
         num_gpu = self.options.get("num_gpu")
         if not batch:
             return
@@ -458,15 +617,6 @@ class _Preflight:
                 f"must be at least {math.ceil(batch / num_pairs)}, got {ratio:g}: an epoch of {num_pairs} images must "
                 f"fill a batch of {batch}, or BasicSR trains on nothing",
             )
-        elif isinstance(total, int):
-            per_epoch = samples // batch
-            reached = (math.ceil(total / math.ceil(num_pairs * ratio / batch)) + 1) * per_epoch
-            if reached < total:
-                self.remarks.append(
-                    f"{path}.dataset_enlarge_ratio: {ratio:g} makes epochs of {samples / batch:.3g} batches, and "
-                    f"BasicSR, which rounds, will stop after {reached} of {total} iterations; a large one, say "
-                    f"{max(100, math.ceil(100 * batch / num_pairs))}, avoids that"
-                )
 
 
 def _only(cls: type, name: str) -> type:
@@ -479,6 +629,19 @@ def _only(cls: type, name: str) -> type:
 
 def _files(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
+
+
+def _size(image: Path) -> tuple[int, int] | None:
+    """Return (width, height), read from the head of the file; None if that says nothing."""
+    try:
+        with Image.open(image) as opened:
+            return opened.size
+    except (OSError, ValueError):
+        return None
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def _near(wanted: Path) -> str:

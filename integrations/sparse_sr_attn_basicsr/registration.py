@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.backbones.lcoan import LCoAN
+from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import DuplicateNameError
 from sparse_sr_attn_basicsr import shims
 
@@ -18,11 +19,15 @@ class SparseEDSR(EDSR):
     """`sparse_sr_attn.EDSR` under a name that is free: BasicSR has an `EDSR` of its own."""
 
 
-NETWORKS = (LCoAN, SparseEDSR)
+class SparseRCAN(RCAN):
+    """`sparse_sr_attn.RCAN` under a name that is free: BasicSR has an `RCAN` of its own."""
+
+
+NETWORKS = (LCoAN, SparseEDSR, SparseRCAN)
 
 
 def register() -> None:
-    """Register `LCoAN` and `SparseEDSR` as networks and `SparseSRModel` as a model. Again and again does no harm.
+    """Register `NETWORKS` as networks and `SparseSRModel` as a model. Again and again does no harm.
 
     May stand in a file that BasicSR's own scan imports (`basicsr/archs/*_arch.py`, `basicsr/models/*_model.py`): while
     the networks are still being scanned the model class cannot exist yet, and a function that makes it takes its

@@ -11,13 +11,17 @@ import pytest
 import torch
 from basicsr.models import build_model
 from basicsr.models.sr_model import SRModel
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sparse_sr_attn.backbones.base import OPTIONS
 from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.layers import LSP
 from sparse_sr_attn_basicsr import model as model_module
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.tiling import upscale_tiled
 
 Options = Callable[..., dict[str, Any]]
 
@@ -125,7 +129,7 @@ def test_new_attention_starts_alike_on_a_pretrained_edsr(options: Options, here:
     new = [name for name in trained if name.startswith("attention.")]
     assert any(name.endswith("value.weight") for name in new)
     assert any(name.endswith("embed.weight") for name in new)
-    for name in trained:
+    for name in trained.keys() - {OPTIONS}:
         if name in new:
             assert torch.equal(averaged[name], trained[name]), name
         else:
@@ -268,3 +272,223 @@ def test_a_line_comes_after_the_first_iteration_and_when_it_is_slow(
     assert re.search(r"iter 3 of 1,000 l_pix: \S+, \d+\.\d\d s an iteration, about \d+:\d\d:\d\d to go$", line)
     step(model, 100)
     assert capsys.readouterr().err == ""  # BasicSR prints this one
+
+
+# --- options of our own
+
+
+PLAIN = {"network_g.attention": None}
+ADAM = {"type": "Adam", "lr": 1e-3}
+
+
+def weights_after(options: Options, changes: dict[str, Any], steps: int = 2) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = build_model(options(changes))
+    for iteration in range(1, steps + 1):
+        step(model, iteration)
+    return {name: value.detach().clone() for name, value in model.net_g.named_parameters()}
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).detach().abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("name", sorted(set(preflight._OPTIMIZERS) - {"Adam"}))
+def test_every_optimizer_trains_in_its_own_way(options: Options, name: str) -> None:
+    start = weights_after(options, PLAIN, steps=0)
+    optimizer = {"type": name, "lr": 1e-3} | ({} if name == "Rprop" else {"weight_decay": 0.5})
+    trained = weights_after(options, {**PLAIN, "train.optim_g": optimizer})
+    assert distance(trained, start) > 0
+    assert distance(trained, weights_after(options, {**PLAIN, "train.optim_g": ADAM})) > 0
+
+
+def test_clipping_shortens_the_gradient_and_leaves_short_ones(options: Options) -> None:
+    changes = {**PLAIN, "train.optim_g": {"type": "SGD", "lr": 1.0}, "train.ema_decay": 0}
+    start, free = (weights_after(options, changes, steps) for steps in (0, 1))
+
+    def length(trained: dict[str, Tensor]) -> float:
+        return float(torch.cat([(trained[name] - start[name]).flatten() for name in start]).norm())
+
+    norm = length(free)
+    clipped = weights_after(options, {**changes, "train.grad_clip": norm / 4}, 1)
+    assert length(clipped) == pytest.approx(norm / 4, rel=1e-4)
+    for name in start:
+        torch.testing.assert_close(clipped[name] - start[name], (free[name] - start[name]) / 4, rtol=1e-3, atol=1e-7)
+    assert distance(weights_after(options, {**changes, "train.grad_clip": 2 * norm}, 1), free) == 0
+
+
+def test_the_length_of_the_gradient_before_clipping_is_logged(options: Options) -> None:
+    model = build_model(options({"train.grad_clip": 1e-6}))
+    step(model, 1)
+    assert model.get_current_log()["grad_norm"] > 1e-3
+
+
+def sizes_seen(model: Any) -> list[int]:
+    """Collect the batch sizes that the network gets."""
+    sizes: list[int] = []
+    model.net_g.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    return sizes
+
+
+def test_accumulation_is_one_step_on_the_mean_gradient(options: Options) -> None:
+    # Plain SGD: Adam would magnify what rounding leaves of a zero gradient.
+    changes = {**PLAIN, "train.optim_g": {"type": "SGD", "lr": 0.1}}
+    whole, parts = (build_model(options({**changes, "train.accumulate": parts})) for parts in (1, 2))
+    parts.net_g.load_state_dict(whole.net_g.state_dict())
+    sizes = sizes_seen(parts)
+    for iteration in (1, 2):
+        step(whole, iteration)
+        step(parts, iteration)
+    assert sizes == [1, 1, 1, 1]
+    for (name, one), (_, other) in zip(whole.net_g.named_parameters(), parts.net_g.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
+    assert float(whole.log_dict["l_pix"]) == pytest.approx(float(parts.log_dict["l_pix"]))
+
+
+def test_under_accumulation_kmeans_moves_once_a_forward(options: Options) -> None:
+    model = build_model(options({"train.accumulate": 2}))
+    for iteration in (1, 2, 3):
+        step(model, iteration)
+    assert next(m for m in model.net_g.modules() if isinstance(m, LSP)).num_updates == 5  # the sixth is pending
+
+
+def test_an_accumulated_step_that_fails_is_undone_whole(options: Options) -> None:
+    model = build_model(options({"train.accumulate": 2}))
+    step(model, 1)
+    before = snapshot(model)
+    data = batch(2)
+    data["lq"][1] = 3e38  # the first part is sound, and has moved the centroids
+    model.feed_data(data)
+    with pytest.raises(TrainingError, match="iteration 2: the loss must be finite"):
+        model.optimize_parameters(2)
+    assert_same(snapshot(model), before)
+
+
+def test_autocast_computes_in_bf16_and_keeps_float32(options: Options, network: dict[str, Any]) -> None:
+    model = build_model(options({"network_g": network, "train.autocast": "bf16"}))
+    seen: dict[str, set[torch.dtype]] = {}
+    for name, net in (("trained", model.net_g), ("validated", model.net_g_ema)):
+        net.conv_after_body.register_forward_hook(lambda _, __, out, n=name: seen.setdefault(n, set()).add(out.dtype))
+    step(model, 1)
+    model.test()
+    assert seen == {"trained": {torch.bfloat16}, "validated": {torch.float32}}
+    assert {value.dtype for value in model.net_g.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    assert model.output.dtype == torch.float32
+    full = weights_after(options, {"network_g": network})
+    assert 0 < distance(weights_after(options, {"network_g": network, "train.autocast": "bf16"}), full) < 0.01
+
+
+@pytest.fixture
+def half(options: Options) -> Any:
+    """A model in fp16. The preflight wants a GPU for it; PyTorch can do it here too, slowly."""
+    opt = options(PLAIN)
+    opt["train"]["autocast"] = "fp16"
+    return build_model(opt)
+
+
+def test_fp16_leaves_out_steps_that_overflow_and_goes_on(half: Any) -> None:
+    half._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-15)
+    before = {name: p.detach().clone() for name, p in half.net_g.named_parameters()}
+    step(half, 1)
+    assert distance(dict(half.net_g.named_parameters()), before) == 0
+    assert half._scaler.get_scale() == 2.0**25
+    step(half, 2)
+    step(half, 3)
+    assert half._scaler.get_scale() == 2.0**10
+    assert half.get_current_log()["steps_skipped"] == 2
+    assert distance(dict(half.net_g.named_parameters()), before) > 0
+    assert all(p.isfinite().all() for p in half.net_g.parameters())
+
+
+def test_fp16_stops_when_no_factor_helps(half: Any) -> None:
+    half._scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    before = snapshot(half)
+    hook = half.net_g.conv_last.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingError, match="iteration 1: the gradient must be finite"):
+        step(half, 1)
+    assert_same(snapshot(half), before)
+    assert half._scaler.get_scale() == 1
+    hook.remove()
+    step(half, 1)  # and training can go on
+    assert half.iteration == 1
+
+
+def test_the_factor_of_fp16_is_saved(half: Any, options: Options, here: Path) -> None:
+    half._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    step(half, 1)
+    half.save(0, 1)
+    state = torch.load(here / "training_states/1.state", weights_only=True)
+    opt = options(PLAIN)
+    opt["train"]["autocast"] = "fp16"
+    again = build_model(opt)
+    again.resume_training(state)
+    assert again._scaler.state_dict() == half._scaler.state_dict()
+    assert again._scaler.get_scale() == 2.0**7
+
+
+def test_deterministic_is_pytorchs_switch(options: Options) -> None:
+    try:
+        torch.backends.cudnn.benchmark = True
+        build_model(options())
+        assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (False, True)
+        build_model(options({"train.deterministic": True}))
+        assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (True, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
+
+
+def picture(height: int, width: int) -> dict[str, Any]:
+    lq = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return {"lq": lq, "lq_path": ["a.png"]}
+
+
+@pytest.mark.parametrize("ema", [0.9, 0])
+def test_validation_in_tiles(options: Options, ema: float) -> None:
+    """A pixel of this EDSR sees 12 others on each side: beyond that, tiles make no difference."""
+    outputs = {}
+    for tile, overlap in ((None, None), (32, 24), (16, 0)):
+        changes = {**PLAIN, "train.ema_decay": ema, "val.tile": tile, "val.tile_overlap": overlap}
+        torch.manual_seed(0)
+        model = build_model(options(changes))
+        shapes = set()
+        net = model.net_g_ema if ema else model.net_g
+        net.register_forward_hook(lambda _, inputs, __, seen=shapes: seen.add(tuple(inputs[0].shape[2:])))
+        model.feed_data(picture(50, 37))
+        model.test()
+        assert model.net_g.training
+        assert shapes == ({(50, 37)} if tile is None else {(tile, tile)})
+        assert not model.output.requires_grad
+        outputs[tile] = model.output
+    torch.testing.assert_close(outputs[32], outputs[None], rtol=0, atol=1e-5)
+    assert float((outputs[16] - outputs[None]).abs().max()) > 1e-3
+
+
+@given(st.tuples(*[st.integers(1, 40)] * 2), st.integers(1, 20), st.floats(0, 0.99), st.integers(1, 4))
+def test_tiles_cover_every_pixel_once(size: tuple[int, int], tile: int, share: float, scale: int) -> None:
+    images = torch.arange(2 * size[0] * size[1], dtype=torch.float64).reshape(2, 1, *size)
+    most = 0
+
+    def net(part: Tensor) -> Tensor:
+        nonlocal most
+        most = max(most, *part.shape[2:])
+        return nn.functional.interpolate(part, scale_factor=scale)
+
+    tiled = upscale_tiled(net, images, tile, int(share * tile))
+    assert torch.equal(tiled, nn.functional.interpolate(images, scale_factor=scale))
+    assert most <= tile
+
+
+@given(st.integers(2, 40), st.integers(2, 20), st.floats(0, 0.99))
+def test_neighbouring_tiles_meet_in_the_middle_of_what_they_share(size: int, tile: int, share: float) -> None:
+    """So a pixel kept from a tile is at least half an overlap away from that tile's edges inside the image."""
+    overlap = int(share * tile)
+    images = torch.zeros(1, 1, 1, size)
+
+    def depth(part: Tensor) -> Tensor:
+        length = part.shape[-1]
+        return torch.arange(length).minimum(torch.arange(length).flip(0)).expand_as(part)
+
+    inside = upscale_tiled(depth, images, tile, overlap)[0, 0, 0]
+    ramp = torch.arange(size).minimum(torch.arange(size).flip(0))
+    assert (inside >= ramp.clamp(max=overlap // 2)).all()

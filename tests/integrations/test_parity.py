@@ -1,22 +1,37 @@
-"""BasicSR's EDSR and ours: the same network under the same names."""
+"""BasicSR's EDSR and RCAN and ours: the same networks under the same names."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from basicsr.archs import edsr_arch
+from basicsr.archs import build_network, edsr_arch, rcan_arch
 from torch import nn
 
-from sparse_sr_attn_basicsr import SparseEDSR
+from sparse_sr_attn import ConfigError, load_model
+from sparse_sr_attn.cli import main
+from sparse_sr_attn_basicsr import SparseEDSR, SparseRCAN
+from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.preflight import check
 
-OPTIONS = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 16, "num_block": 4, "res_scale": 0.5}
+COMMON = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 16, "res_scale": 0.5}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "EDSR": {**COMMON, "num_block": 4},
+    "RCAN": {**COMMON, "num_group": 4, "num_block": 2, "squeeze_factor": 5},
+}
+THEIRS = {"EDSR": edsr_arch.EDSR, "RCAN": rcan_arch.RCAN}
+OURS = {"EDSR": SparseEDSR, "RCAN": SparseRCAN}
 ATTENTION = {"type": "LCoA", "every": 2, "share": 2, "num_clusters": 4, "chunk_size": 16}
 
+networks = pytest.mark.parametrize("name", OURS)
+upscales = pytest.mark.parametrize("upscale", [2, 3, 4, 8])
 
-def _theirs(upscale: int, **options: float) -> nn.Module:
-    """A random EDSR of BasicSR whose weights, biases included, are far from their initial ones."""
-    torch.manual_seed(upscale)
-    net = edsr_arch.EDSR(**OPTIONS, upscale=upscale, **options)
+
+def _theirs(name: str, **options: float) -> nn.Module:
+    """A random network of BasicSR whose weights, biases included, are far from their initial ones."""
+    torch.manual_seed(len(options))
+    net = THEIRS[name](**OPTIONS[name], **options)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -24,12 +39,13 @@ def _theirs(upscale: int, **options: float) -> nn.Module:
 
 
 @pytest.mark.parametrize("img_range", [1.0, 255.0])
-@pytest.mark.parametrize("upscale", [2, 3, 4, 8])
-def test_weights_load_strictly_both_ways_and_images_are_equal(upscale: int, img_range: float) -> None:
-    theirs = _theirs(upscale, img_range=img_range)
-    ours = SparseEDSR(**OPTIONS, upscale=upscale, img_range=img_range, attention=None)
+@upscales
+@networks
+def test_weights_load_strictly_both_ways_and_images_are_equal(name: str, upscale: int, img_range: float) -> None:
+    theirs = _theirs(name, upscale=upscale, img_range=img_range)
+    ours = OURS[name](**OPTIONS[name], upscale=upscale, img_range=img_range, attention=None)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    again = edsr_arch.EDSR(**OPTIONS, upscale=upscale, img_range=img_range)
+    again = THEIRS[name](**OPTIONS[name], upscale=upscale, img_range=img_range)
     again.load_state_dict(ours.state_dict(), strict=True)
     image = torch.rand(2, 3, 11, 9)
     with torch.no_grad():
@@ -38,12 +54,13 @@ def test_weights_load_strictly_both_ways_and_images_are_equal(upscale: int, img_
         torch.testing.assert_close(again(image), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("upscale", [2, 3, 4, 8])
-def test_new_attention_leaves_the_image_of_a_trained_edsr_alone(upscale: int) -> None:
-    theirs = _theirs(upscale)
-    plain = SparseEDSR(**OPTIONS, upscale=upscale, attention=None)
+@upscales
+@networks
+def test_new_attention_leaves_the_image_of_a_trained_network_alone(name: str, upscale: int) -> None:
+    theirs = _theirs(name, upscale=upscale)
+    plain = OURS[name](**OPTIONS[name], upscale=upscale, attention=None)
     plain.load_state_dict(theirs.state_dict())
-    attentive = SparseEDSR(**OPTIONS, upscale=upscale, attention=ATTENTION)
+    attentive = OURS[name](**OPTIONS[name], upscale=upscale, attention=ATTENTION)
     keys = attentive.load_state_dict(theirs.state_dict(), strict=False)
     assert keys.unexpected_keys == []
     assert keys.missing_keys
@@ -54,13 +71,65 @@ def test_new_attention_leaves_the_image_of_a_trained_edsr_alone(upscale: int) ->
         torch.testing.assert_close(attentive(image), theirs(image), rtol=0, atol=1e-6)
 
 
-def test_defaults_are_basicsrs(tmp_path: Path) -> None:
+@networks
+def test_defaults_are_basicsrs(name: str, tmp_path: Path) -> None:
     """The same option map builds the same network, so an option file needs a new `type` and nothing else."""
     torch.manual_seed(0)
-    theirs = edsr_arch.EDSR(num_in_ch=3, num_out_ch=3)
-    ours = SparseEDSR(num_in_ch=3, num_out_ch=3)
+    theirs = THEIRS[name](num_in_ch=3, num_out_ch=3)
+    ours = OURS[name](num_in_ch=3, num_out_ch=3)
     torch.save(theirs.state_dict(), tmp_path / "net.pth")
     ours.load_state_dict(torch.load(tmp_path / "net.pth", weights_only=True), strict=True)
     image = torch.rand(1, 3, 6, 6)
     with torch.no_grad():
         torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=1e-6)
+
+
+@upscales
+@networks
+def test_load_model_rebuilds_basicsrs_network(name: str, upscale: int, tmp_path: Path) -> None:
+    """Shapes tell all but `res_scale` and `img_range`, whose defaults are BasicSR's."""
+    theirs = _theirs(name, upscale=upscale)
+    torch.save({"params": theirs.state_dict()}, tmp_path / "net.pth")
+    image = torch.rand(1, 3, 7, 9)
+    with torch.no_grad():
+        ours = load_model(tmp_path / "net.pth", res_scale=0.5)
+        torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=1e-6)
+
+
+@networks
+def test_the_preflight_knows_it(name: str, training: Callable[..., str]) -> None:
+    """It reads the table of our networks, so a new row needs nothing else."""
+    misspelt = {"type": f"Sparse{name}", "upscale": 2, "num_blocks": 3, "img_range": 1.0}
+    theirs = {"type": name, "num_in_ch": 3, "num_out_ch": 3, "upscale": 2, "attention": {}}
+    for message, network in {
+        "network_g.num_blocks: unknown; did you mean 'num_block'?": misspelt,
+        f"network_g.attention: unknown to {name}; type: Sparse{name} has it": theirs,
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            check(load(training({"network_g": network})), training=True)
+        assert str(caught.value).startswith(message)
+    attentive = {**OPTIONS[name], "type": f"Sparse{name}", "upscale": 2, "attention": ATTENTION}
+    _, remarks = check(load(training({"network_g": attentive})), training=True)
+    assert "255 (the default of this network) makes queries so long" in remarks[0]
+
+
+@networks
+def test_basicsr_builds_it_from_options(name: str) -> None:
+    net = build_network({"type": f"Sparse{name}", **OPTIONS[name], "upscale": 2, "attention": ATTENTION})
+    assert type(net) is OURS[name]
+    assert net(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
+
+
+def test_what_training_saves_loads_with_nothing_told(network: dict[str, Any], training: Callable[..., str]) -> None:
+    """The averaged network, with its options, k-means and all."""
+    name = training({"network_g": network, "train.total_iter": 2, "val": ...})
+    assert main(["train", "-opt", name]) == 0
+    path = Path("experiments/tiny/models/net_g_latest.pth")
+    saved = torch.load(path, weights_only=True)["params_ema"]
+    model = load_model(path)
+    expected = build_network(network).eval()
+    expected.load_state_dict(saved, strict=True)
+    image = torch.rand(1, 3, 9, 8)
+    assert torch.equal(model(image), expected(image))
+    assert model.state_dict().keys() == saved.keys()
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from skimage import io
 
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.errors import ConfigError
@@ -92,6 +93,22 @@ MALFORMED = [
         r"datasets\.train\.dataroot_lq: .*'0\.png' has no '0x2\.png' \(filename_tmpl",
     ),
     ({"datasets.train.gt_size": 33}, r"datasets\.train\.gt_size: must be a multiple of scale 2, got 33; nearest: 32"),
+    (
+        {"datasets.train.gt_size": 66},
+        r"datasets\.train\.gt_size: must be at most the size of every image, got 66, and '.*/HR/0\.png' is 64x64",
+    ),
+    (
+        {"datasets.train.dataroot_gt": "datasets/train/LR"},
+        r"datasets\.train\.dataroot_lq: must hold images of 1/2 the size .* '.*/LR/0\.png' is 32x32 and '.*' is 32x32",
+    ),
+    (
+        {"datasets.val.dataroot_gt": "datasets/val/LR"},
+        r"datasets\.val\.dataroot_lq: must hold images of 1/2 the size \(the option 'scale'\)",
+    ),
+    (
+        {"scale": 4, "network_g.upscale": 4},
+        r"datasets\.train\.dataroot_lq: must hold images of 1/4 the size \(the option 'scale'\)",
+    ),
     ({"datasets.train.gt_size": ...}, r"datasets\.train\.gt_size: missing; PairedImageDataset needs it"),
     (
         {"datasets.train.batch_size_per_gp": 2, "datasets.train.batch_size_per_gpu": ...},
@@ -130,6 +147,57 @@ MALFORMED = [
         {"train.pixel_opt.type": "L1Los"},
         r"train\.pixel_opt\.type: BasicSR has no loss named 'L1Los'; did you mean 'L1Loss'\?",
     ),
+    ({"train.optim_g.type": "AdmaW"}, r"train\.optim_g\.type: there is no optimizer 'AdmaW'; did you mean 'AdamW'\?"),
+    ({"train.optim_g.type": "LBFGS"}, r"train\.optim_g\.type: there is no optimizer 'LBFGS'"),
+    (
+        {"train.optim_g.type": "AdamW", "model_type": "SRModel"},
+        r"train\.optim_g\.type: SRModel knows Adam only, got 'AdamW'; model_type: SparseSRModel knows more",
+    ),
+    (
+        {"train.optim_g": {"type": "SGD", "lr": 0.1, "momentm": 0.9}},
+        r"train\.optim_g: SGD refuses these options: .*'momentm'.* \(known: lr, momentum, ",
+    ),
+    ({"train.optim_g.betas": [0.9]}, r"train\.optim_g\.betas: must be two numbers, got \[0\.9\]"),
+    (
+        {"train.optim_g.betas": [0.9, 1]},
+        r"train\.optim_g: Adam refuses these options: Invalid beta parameter at index 1",
+    ),
+    ({"train.optim_g.betas": [0.9, 2]}, r"train\.optim_g\.betas: must be in \[0, 1\], got \[0\.9, 2\]"),
+    ({"train.scheduler.type": "CosineLR"}, r"train\.scheduler\.type: BasicSR has no scheduler 'CosineLR'"),
+    ({"train.scheduler.milestones": ...}, r"train\.scheduler: MultiStepLR refuses these options: .*'milestones'"),
+    ({"train.scheduler.gama": 0.1}, r"train\.scheduler: MultiStepLR refuses these options: .*'gama'"),
+    (
+        {"train.scheduler": {"type": "CosineAnnealingRestartLR", "periods": [1, 1], "restart_weights": [1, 1]}},
+        r"train\.scheduler\.periods: must add up to total_iter 4, got 2: BasicSR fails after the last",
+    ),
+    (
+        {"train.scheduler": {"type": "CosineAnnealingRestartLR", "periods": [2, 2]}},
+        r"train\.scheduler: CosineAnnealingRestartLR refuses these options: periods and restart_weights should have",
+    ),
+    ({"train.grad_clip": 0}, r"train\.grad_clip: must be .*> 0 and finite or ~ \(nothing\), got 0"),
+    ({"train.grad_clip": "tight"}, r"train\.grad_clip: must be a number > 0 .*got 'tight'"),
+    ({"train.grad_clp": 1}, r"train\.grad_clp: unknown; did you mean 'grad_clip'\?"),
+    ({"train.accumulate": 0}, r"train\.accumulate: must be >= 1, got 0"),
+    ({"train.accumulate": 1.5}, r"train\.accumulate: must be an integer >= 1, got 1\.5"),
+    ({"train.accumulate": 3}, r"train\.accumulate: must divide batch_size_per_gpu 2, .*, got 3"),
+    (
+        {"train.accumulate": 2, "train.pixel_opt.reduction": "sum"},
+        r"train\.pixel_opt\.reduction: must be mean with accumulate 2, .*, got 'sum'",
+    ),
+    ({"train.autocast": "bf61"}, r"train\.autocast: must be one of 'bf16', 'fp16' or ~ \(nothing\), got 'bf61'"),
+    ({"train.autocast": True}, r"train\.autocast: must be one of 'bf16', 'fp16' or ~ \(nothing\), got True"),
+    ({"train.autocast": "fp16"}, r"train\.autocast: must be bf16 or ~ on the CPU, got 'fp16'"),
+    ({"train.deterministic": 1}, r"train\.deterministic: must be true or false, got 1"),
+    (
+        {"model_type": "SRModel", "train.accumulate": 2},
+        r"train\.accumulate: unknown to SRModel; model_type: SparseSRModel has it",
+    ),
+    ({"model_type": "SRModel", "val.tile": 8}, r"val\.tile: unknown to SRModel; model_type: SparseSRModel has it"),
+    ({"val.tile": 0}, r"val\.tile: must be >= 1 or ~ \(nothing\), got 0"),
+    ({"val.tile": 8, "val.tile_overlap": -1}, r"val\.tile_overlap: must be >= 0 or ~ \(nothing\), got -1"),
+    ({"val.tile": 8, "val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile 8"),
+    ({"val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile ~"),
+    ({"val.tile_overlp": 8}, r"val\.tile_overlp: unknown; did you mean 'tile_overlap'\?"),
     ({"logger": ...}, r"logger: missing"),
     ({"logger.print_freq": 0}, r"logger\.print_freq: must be whole and >= 1, got 0"),
     ({"val.val_frq": 1, "val.val_freq": ...}, r"val\.val_frq: unknown; did you mean 'val_freq'\?"),
@@ -187,13 +255,36 @@ def test_all_problems_are_reported_at_once(training: Callable[..., str], capsys:
             "network_g.num_feat",
             "network_g.upscale",
             "datasets.train.gt_size",
+            "datasets.train.dataroot_lq",
             "datasets.val.dataroot_gt",
             "train.optim_g.lr",
             "model_type",
             "logger.print_freq",
         ]
     )
-    assert lines[0] == "sparse-sr: 9 problems in train.yml; nothing was run"
+    assert lines[0] == "sparse-sr: 10 problems in train.yml; nothing was run"
+
+
+def test_validation_may_have_images_that_basicsr_cuts(training: Callable[..., str], here: Path) -> None:
+    """BasicSR crops them to `scale` times the small ones; in training it does not."""
+    changes = {"datasets.val.dataroot_gt": "datasets/train/HR", "datasets.val.dataroot_lq": "quarters"}
+    (here / "quarters").mkdir()
+    for number in range(6):
+        image = io.imread(here / "datasets/train/LR" / f"{number}.png")
+        io.imsave(here / "quarters" / f"{number}.png", image[:30, :31], check_contrast=False)
+    preflight.check(load(training(changes)), training=True)
+
+
+def test_a_file_that_is_no_image_is_not_measured(training: Callable[..., str], here: Path) -> None:
+    for quality in ("HR", "LR"):
+        (here / quality).mkdir()
+        (here / quality / "0.png").write_bytes(b"")
+    preflight.check(load(training({"datasets.val.dataroot_gt": "HR", "datasets.val.dataroot_lq": "LR"})), training=True)
+
+
+@pytest.mark.parametrize("name", sorted(preflight._OPTIMIZERS))
+def test_every_optimizer_is_accepted(name: str, training: Callable[..., str]) -> None:
+    preflight.check(load(training({"train.optim_g.type": name})), training=True)
 
 
 def test_numbers_given_as_text_become_numbers(training: Callable[..., str]) -> None:
@@ -215,14 +306,14 @@ def test_numbers_given_as_text_become_numbers(training: Callable[..., str]) -> N
     [
         ({"network_g.img_range": 255.0}, r"network_g\.img_range: 255 makes queries so long"),
         ({"network_g.img_range": ...}, r"network_g\.img_range: 255 \(the default of this network\)"),
+        (
+            {"datasets.train.prefetch_mode": "cpu"},
+            r"datasets\.train\.num_worker_per_gpu: 0 with prefetch_mode cpu reads",
+        ),
         ({"model_type": "SRModel"}, r"model_type: SRModel leaves k-means centroids out of the EMA network"),
         (
             {"model_type": "SRModel", "train.ema_decay": 0, "train.warmup_itr": 3},
             r"train\.warmup_itr: BasicSR knows no such option",
-        ),
-        (
-            {"datasets.train.dataset_enlarge_ratio": 0.5, "train.total_iter": 100},
-            r"dataset_enlarge_ratio: 0\.5 makes epochs of 1\.5 batches, and BasicSR, .* stop after 51 of 100",
         ),
     ],
 )
@@ -248,6 +339,14 @@ def test_a_remark_is_printed_and_training_goes_on(
         assert main(["train", "-opt", training({"network_g.img_range": 255.0, "train.total_iter": 1})]) == 0
     assert "note: network_g.img_range: 255" in caplog.text
     assert (here / "experiments" / "tiny" / "models" / "net_g_latest.pth").is_file()
+
+
+def test_processes_without_a_common_seed_are_remarked_on(training: Callable[..., str]) -> None:
+    for changes, number in (({}, 0), ({"manual_seed": ...}, 1)):
+        check = preflight._Preflight(load(training(changes)), training=True)
+        check.machine(0, "pytorch")
+        assert len(check.remarks) == number
+    assert check.remarks[0].startswith("manual_seed: with --launcher each process draws its own")
 
 
 @no_gpu

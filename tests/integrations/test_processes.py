@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 
-from sparse_sr_attn_basicsr.commands import PortableDataset
+from sparse_sr_attn_basicsr.loading import PortableDataset
 
 TRAINER = """
 import torch
@@ -30,8 +30,12 @@ class OnCPU(SparseSRModel):
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-opt, _ = preflight.check(load("train.yml"), training=True)
-model = OnCPU({**opt, "is_train": True, "dist": True, "rank": rank, "world_size": 2})
+def build(**train):
+    opt, _ = preflight.check(load("train.yml"), training=True)
+    opt["train"] |= train
+    opt["path"] |= {"models": ".", "training_states": "."}
+    return OnCPU({**opt, "is_train": True, "dist": True, "rank": rank, "world_size": 2})
+model = build()
 
 def batch(seed):
     rng = torch.Generator().manual_seed(seed)
@@ -43,6 +47,30 @@ for iteration in (1, 2):
     model.optimize_parameters(iteration)
 buffers = dict(model.net_g.module.named_buffers())
 print("centroids", float(next(b for n, b in buffers.items() if n.endswith("centroids")).double().sum()))
+
+# Every process gets its own random numbers back.
+torch.manual_seed(rank)
+model.save(0, 2)
+drawn = float(torch.rand(1))
+dist.barrier()
+state = torch.load("2.state", weights_only=True)
+torch.manual_seed(99)
+build().resume_training(state)
+print("drawn", drawn)
+print("again", float(torch.rand(1)))
+
+# A batch in two parts makes the same step, the same on both processes. (Frozen centroids: those move twice.)
+both = {key: torch.cat([batch(50 + rank)[key], batch(60 + rank)[key]]) for key in ("lq", "gt")}
+for parts in (1, 2):
+    parted = build(accumulate=parts, optim_g={"type": "SGD", "lr": 1.0}, ema_decay=0)
+    for module in parted.net_g.modules():
+        module.ema_decay = 1.0
+    with torch.no_grad():
+        for number, p in enumerate(parted.net_g.parameters()):
+            p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+    parted.feed_data(both)
+    parted.optimize_parameters(1)
+    print(f"parts{parts}", float(sum(p.double().square().sum() for p in parted.net_g.parameters())))
 
 for fault in ("image", "loss"):
     bad = batch(30 + rank)
@@ -89,6 +117,11 @@ def test_all_trainers_stop_together(training: Callable[..., str]) -> None:
     assert [process.returncode for process in processes] == [0, 0], outputs
     lines = [dict(line.split(" ", 1) for line in output.splitlines() if " " in line) for output, _ in outputs]
     assert lines[0]["centroids"] == lines[1]["centroids"]
+    assert [line["drawn"] for line in lines] == [line["again"] for line in lines]
+    assert lines[0]["drawn"] != lines[1]["drawn"]
+    assert lines[0]["parts1"] == lines[1]["parts1"]
+    assert lines[0]["parts2"] == lines[1]["parts2"]
+    assert float(lines[0]["parts1"]) == pytest.approx(float(lines[0]["parts2"]), rel=1e-9)
     assert [line["healthy"] for line in lines] == ["True 2", "True 2"]
     assert lines[0]["image"].endswith("NaN or infinity is in images of another process")
     assert "is in these images" in lines[1]["image"]

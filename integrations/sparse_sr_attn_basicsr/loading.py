@@ -1,0 +1,112 @@
+"""Data of which every sample follows from the seed, the epoch and its place in the epoch, and from nothing else.
+
+BasicSR's augmentation draws from global random numbers, so what a sample looks like depends on how many workers there
+are and on all that was drawn before. Here a sample brings its own seed along, and a resumed run passes over the samples
+that were used before, unread.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from sparse_sr_attn_basicsr.randomness import seeded
+from sparse_sr_attn_basicsr.registration import register
+
+PLACE = "place_in_epoch"
+"""Key of a training sample: (epoch, samples of the epoch used by all processes once this one is), as a tensor."""
+
+
+class Draw(NamedTuple):
+    """What `SeededSampler` hands to `PortableDataset` in place of an index.
+
+    Attributes:
+        number: of the sample in the data set.
+        epoch: in which it is drawn.
+        used: samples of this epoch that all processes have used, once they have used this one.
+        entropy: what its augmentation is seeded with.
+    """
+
+    number: int
+    epoch: int
+    used: int
+    entropy: tuple[int, int, int]
+
+
+class SeededSampler(Sampler[Draw]):
+    """The samples of another sampler, in its order, each with a seed; those used before a resume are left out.
+
+    Args:
+        sampler: BasicSR's; knows `num_replicas`, `rank` and `set_epoch`.
+        seed: of the run, >= 0; the same in all processes.
+        resumed_epoch: the epoch in which the run was stopped.
+        used: samples of that epoch used before, by all processes together.
+    """
+
+    def __init__(self, sampler: Any, seed: int, resumed_epoch: int = 0, used: int = 0) -> None:
+        self.sampler = sampler
+        self.seed = seed
+        self.resumed_epoch = resumed_epoch
+        self.used = used
+        self.epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.epoch = epoch
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Draw]:
+        # BasicSR's prefetchers start reading once before the first epoch is set, and throw that away.
+        if self.epoch is None:
+            return
+        processes, rank = self.sampler.num_replicas, self.sampler.rank
+        skipped = self.used // processes if self.epoch == self.resumed_epoch else 0
+        for number, index in enumerate(self.sampler):
+            if number >= skipped:
+                entropy = (self.seed, self.epoch, number * processes + rank)
+                yield Draw(index, self.epoch, (number + 1) * processes, entropy)
+
+
+class PortableDataset(Dataset[Any]):
+    """A data set that knows `Draw`, and that repairs BasicSR's imports in the process to which it is sent.
+
+    Loader processes are forked or spawned, as the system and BasicSR's launcher have it. A spawned one imports BasicSR
+    afresh when it unpickles the data set, and there nobody else has made the repairs.
+
+    Args:
+        dataset: one of BasicSR's.
+    """
+
+    # The loader asks for this first, and must not find that of the data set inside: it knows no `Draw`.
+    __getitems__ = None
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | Draw) -> Any:
+        if not isinstance(index, Draw):
+            return self.dataset[index]
+        with seeded(index.entropy):
+            sample = self.dataset[index.number]
+        return {**sample, PLACE: torch.tensor([index.epoch, index.used])}
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass on what BasicSR asks of its data sets."""
+        return getattr(self.__dict__["dataset"], name)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "PortableDataset"], tuple[bytes]]:
+        """Pack the data set such that the repairs come before it is unpacked."""
+        return _unpack, (pickle.dumps(self.dataset),)
+
+
+def _unpack(packed: bytes) -> PortableDataset:
+    register()
+    return PortableDataset(pickle.loads(packed))  # noqa: S301  (this process packed it)

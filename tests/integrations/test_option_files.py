@@ -1,0 +1,149 @@
+"""The option files that come with the package: each builds, trains and tests as it stands, but for data and length."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from basicsr.utils import options as basicsr_options
+from skimage import data, io
+
+from sparse_sr_attn import PRESETS, create_model
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.config import fields
+from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn_basicsr.options import OPTIONS, load
+from sparse_sr_attn_basicsr.registration import NETWORKS
+
+FILES = sorted(OPTIONS.rglob("*.yml"))
+NAMES = {"LCoAN": ("LCoAN", "LCoAN_light"), "EDSR": ("SparseEDSR_LCoA",), "RCAN": ("SparseRCAN_LCoA",)}
+SCALES = (2, 3, 4)
+NETWORK = {network.__name__: network for network in NETWORKS}
+
+
+def identify(file: Path) -> str:
+    return file.stem
+
+
+def by_speed(files: list[Path]) -> list[Any]:
+    """The files of x2 run always, the others with the slow tests."""
+    return [pytest.param(f, id=f.stem, marks=() if "_x2" in f.stem else pytest.mark.slow) for f in files]
+
+
+def network_of(file: Path) -> dict[str, Any]:
+    options = load(file)["network_g"]
+    assert isinstance(options, dict)
+    return options
+
+
+@pytest.fixture
+def photographs_for(here: Path) -> Any:
+    """Write a pair of photographs for a scale into the working directory, and return the overrides that name them."""
+
+    def write(scale: int) -> dict[str, list[str]]:
+        side = 24 * scale
+        crop = data.astronaut()[100 : 100 + side, 200 : 200 + side]
+        low = crop.reshape(24, scale, 24, scale, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+        folder = here / f"pairs_x{scale}"
+        for quality, picture in {"HR": crop, "LR": low}.items():
+            (folder / quality).mkdir(parents=True)
+            io.imsave(folder / quality / "0.png", picture, check_contrast=False)
+        return {
+            phase: [f"datasets:{phase}:dataroot_gt={folder}/HR", f"datasets:{phase}:dataroot_lq={folder}/LR"]
+            for phase in ("train", "val", "test_1", "test_2")
+        }
+
+    return write
+
+
+def test_all_are_there() -> None:
+    """In BasicSR's folders: options/train/<network>, options/test/<network>."""
+    expected = {
+        f"{part}/{folder}/{part}_{name}_x{scale}.yml"
+        for part in ("train", "test")
+        for folder, names in NAMES.items()
+        for name in names
+        for scale in SCALES
+    }
+    expected.add("train/EDSR/finetune_SparseEDSR_LCoA_x2.yml")
+    assert {str(file.relative_to(OPTIONS)) for file in FILES} == expected
+
+
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_basicsrs_own_loader_reads_the_same_numbers(file: Path) -> None:
+    """So the files serve in a fork too, whose start script knows nothing of ours."""
+    theirs = yaml.load(file.read_text(), Loader=basicsr_options.ordered_yaml()[0])  # noqa: S506
+    assert theirs == load(file)
+
+
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_scale_stands_where_it_should(file: Path) -> None:
+    options = load(file)
+    scale = options["scale"]
+    assert file.stem.endswith(f"_x{scale}")
+    assert options["network_g"]["upscale"] == scale
+    assert all(metric["crop_border"] == scale for metric in options["val"]["metrics"].values())
+    assert all(f"x{scale}" in dataset["dataroot_lq"].lower() for dataset in options["datasets"].values())
+    if "train" in options["datasets"]:
+        assert options["datasets"]["train"]["gt_size"] == 48 * scale
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem.startswith("test_")], ids=identify)
+def test_it_tests_what_was_trained(file: Path) -> None:
+    twin = OPTIONS / "train" / file.parent.name / file.name.replace("test_", "train_")
+    train, test = load(twin), load(file)
+    assert train["network_g"] == test["network_g"]
+    assert test["path"]["pretrain_network_g"].split("/")[1] == train["name"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_lcoan_light_is_the_preset(scale: int) -> None:
+    options = network_of(OPTIONS / "train" / "LCoAN" / f"train_LCoAN_light_x{scale}.yml")
+    expected = {"type": "LCoAN", "upscale": scale, **PRESETS["LCoAN-light"].options}
+    assert {key: options[key] for key in expected} == expected
+    rest = {key: options[key] for key in options.keys() - expected.keys()}
+    assert rest == {"num_in_ch": 3, "num_out_ch": 3, "img_range": 1.0}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_lcoan_is_the_published_configuration(scale: int) -> None:
+    """Every option that the file spells out is the default, which the golden tests and parameter counts hold."""
+    options = network_of(OPTIONS / "train" / "LCoAN" / f"train_LCoAN_x{scale}.yml")
+    assert options.pop("type") == "LCoAN"
+    assert options.pop("upscale") == scale
+    defaults = fields(type(create_model("LCoAN-light")))
+    assert all(value == defaults[name].default for name, value in options.items())
+
+
+@pytest.mark.parametrize(("name", "shared"), [("EDSR/train_SparseEDSR_LCoA", 4), ("RCAN/train_SparseRCAN_LCoA", 2)])
+def test_one_computes_and_the_others_share(name: str, shared: int) -> None:
+    options = network_of(OPTIONS / "train" / f"{name}_x2.yml")
+    net = NETWORK[options.pop("type")](**options)
+    assert len(net.attention) == shared
+    assert sum(isinstance(module, LSP) for module in net.modules()) == 1
+
+
+@pytest.mark.parametrize("file", by_speed([f for f in FILES if f.stem.startswith("train_")]))
+def test_it_makes_a_training_step_and_tests(
+    file: Path,
+    here: Path,
+    photographs_for: Any,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scale = load(file)["scale"]
+    overrides = photographs_for(scale)
+    common = ["name=shipped", "num_gpu=0"]
+    train = [*common, *overrides["train"], *overrides["val"], "path:pretrain_network_g=none", "train:total_iter=1"]
+    train += [f"datasets:train:gt_size={12 * scale}", "datasets:train:batch_size_per_gpu=1"]
+    train += ["datasets:train:num_worker_per_gpu=0"]
+    assert main(["train", "-opt", str(file), "--force_yml", *train]) == 0
+    assert "note:" not in caplog.text  # no remark on files of ours
+    assert "iter 1 of 1 l_pix" in capsys.readouterr().err
+    pretrained = "path:pretrain_network_g=experiments/shipped/models/net_g_latest.pth"
+    test = [*common, *overrides["test_1"], *overrides["test_2"], pretrained]
+    twin = OPTIONS / "test" / file.parent.name / file.name.replace("train_", "test_")
+    assert main(["test", "-opt", str(twin), "--force_yml", *test]) == 0
+    (log,) = (here / "results" / "shipped").glob("*.log")
+    assert log.read_text().count("# psnr:") == 2
