@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem, TrainingError
+from sparse_sr_attn_basicsr import extensions, preflight
 from sparse_sr_attn_basicsr import options as option_files
-from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.loading import PortableDataset, SeededSampler
 from sparse_sr_attn_basicsr.registration import register
 
@@ -163,6 +163,7 @@ def _checked_options(arguments: argparse.Namespace, *, training: bool) -> dict[s
     options = option_files.load(arguments.opt)
     options, remarks = option_files.override(options, arguments.force_yml or ())
     register()
+    extensions.load(options.get("custom_imports"))
     options, more = preflight.check(options, training=training, launcher=arguments.launcher)
     for remark in [*remarks, *more]:
         _LOG.warning("note: %s", remark)

@@ -5,7 +5,6 @@ are and on all that was drawn before. Here a sample brings its own seed along, a
 that were used before, unread.
 """
 
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -102,11 +101,17 @@ class PortableDataset(Dataset[Any]):
         """Pass on what BasicSR asks of its data sets."""
         return getattr(self.__dict__["dataset"], name)
 
-    def __reduce__(self) -> tuple[Callable[[bytes], "PortableDataset"], tuple[bytes]]:
-        """Pack the data set such that the repairs come before it is unpacked."""
-        return _unpack, (pickle.dumps(self.dataset),)
+    def __reduce__(self) -> tuple[Callable[..., "PortableDataset"], tuple["_Repairs", Any]]:
+        """Have the repairs made before the data set is unpacked: arguments are unpacked in their order."""
+        return _unpacked, (_Repairs(), self.dataset)
 
 
-def _unpack(packed: bytes) -> PortableDataset:
-    register()
-    return PortableDataset(pickle.loads(packed))  # noqa: S301  (this process packed it)
+class _Repairs:
+    """Makes the repairs where it is unpacked."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return register, ()
+
+
+def _unpacked(_: None, dataset: Any) -> PortableDataset:
+    return PortableDataset(dataset)

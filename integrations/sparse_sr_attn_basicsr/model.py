@@ -51,6 +51,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     - `train.autocast`: `bf16` or `fp16`, the precision in which the network is trained; losses, weights and validation
       stay in float32.
     - `train.deterministic`: let PyTorch use algorithms only that give the same bits every time.
+    - `train.pretrain_img_range`: the `img_range` that `path.pretrain_network_g` was trained with, if it is not that of
+      the network; its biases are scaled, so that an EDSR gives the same image.
     - `val.tile`, `val.tile_overlap`: upscale larger images in tiles, see `upscale_tiled`.
 
     Attributes:
@@ -97,6 +99,9 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         finally:
             handle.remove()
         self._missing[id(bare)] = missing
+        was = self.opt.get("train", {}).get("pretrain_img_range")
+        if was and not self.opt["path"].get("resume_state"):
+            _change_img_range(bare, was, missing)
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer of `torch.optim` of that name."""
@@ -410,6 +415,19 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             pace = (now - self._started) / (current_iter - self._first)
             message += f", {pace:.2f} s an iteration, about {_clock(pace * (total - current_iter))} to go"
         get_root_logger().info(message)
+
+
+def _change_img_range(net: nn.Module, was: float, missing: Iterable[str]) -> None:
+    """Make weights that were trained at another factor on the image give the same image at that of `net`.
+
+    Convolutions, ReLU and residual sums scale with their input if the biases scale along; so does an EDSR.
+    """
+    fresh = set(missing)
+    factor = float(net.img_range) / was  # type: ignore[arg-type]  # preflight lets nothing but an EDSR through
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith(".bias") and name not in fresh:
+                parameter.mul_(factor)
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

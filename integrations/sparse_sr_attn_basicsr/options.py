@@ -144,7 +144,7 @@ def _unreadable(path: Path, error: OSError) -> str:
     beside = [file.name for file in folder.glob("*.y*ml")] if folder.is_dir() else []
     close = get_close_matches(path.name, beside, n=1)
     hint = f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
-    shipped = OPTIONS / path.name
-    if not hint and shipped.is_file():
+    shipped = next(OPTIONS.rglob(path.name), None)
+    if not hint and shipped:
         hint = f"; one of that name comes with the package: {shipped}"
     return f"no such option file (in {folder}){hint}"

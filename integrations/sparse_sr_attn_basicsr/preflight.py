@@ -32,16 +32,18 @@ from sparse_sr_attn.config import (
 )
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr.registration import NETWORKS
+from sparse_sr_attn_basicsr import registration
 
-_OURS = {network.__name__: network for network in NETWORKS}
 _MODEL = "SparseSRModel"
 _PAIRED = "PairedImageDataset"
 _SATURATING_RANGE = 16.0
 _NUM_IMAGES_MEASURED = 10
 
 # Options that BasicSR's own `SRModel` ignores.
-_OF_OUR_MODEL = {"train": ("grad_clip", "accumulate", "autocast", "deterministic"), "val": ("tile", "tile_overlap")}
+_OF_OUR_MODEL = {
+    "train": ("grad_clip", "accumulate", "autocast", "deterministic", "pretrain_img_range"),
+    "val": ("tile", "tile_overlap"),
+}
 
 # Those of `torch.optim` that any network can be trained with: the others want a closure, or a certain kind of gradient
 # or weight.
@@ -70,6 +72,7 @@ class _General:
     manual_seed: NonNegativeInt | None = None
     dist_params: Mapping[str, Any] | None = None
     find_unused_parameters: bool = False
+    custom_imports: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,7 @@ class _Train:
     accumulate: PositiveInt = 1
     autocast: Literal["bf16", "fp16"] | None = None
     deterministic: bool = False
+    pretrain_img_range: Positive | None = None
     pixel_opt: Mapping[str, Any] | None = None
     perceptual_opt: Mapping[str, Any] | None = None
 
@@ -215,6 +219,7 @@ class _Preflight:
         self.problems = ProblemList()
         self.remarks: list[str] = []
         self.registries = importlib.import_module("basicsr.utils.registry")
+        self.ours = registration.names()
 
     def general(self, launcher: str) -> None:
         options = self.options
@@ -308,8 +313,8 @@ class _Preflight:
             self.problems.add(f"{path}.type", "missing; it names the network, e.g. SparseEDSR")
             return
         rest = {key: value for key, value in options.items() if key != "type"}
-        if name in _OURS:
-            self.our_network(path, _OURS[name], rest)
+        if name in self.ours:
+            self.our_network(path, self.ours[name], rest)
         else:
             self.named("ARCH_REGISTRY", f"{path}.type", name)
             self.their_network(path, name, rest)
@@ -355,7 +360,7 @@ class _Preflight:
         for key in options:
             if key not in parameters:
                 sparse = f"Sparse{name}"
-                better = sparse in _OURS and key in fields(_OURS[sparse])
+                better = sparse in self.ours and key in fields(self.ours[sparse])
                 hint = f"; type: {sparse} has it" if better else suggestion(key, list(parameters))
                 self.problems.add(join_path(path, key), f"unknown to {name}{hint}")
 
@@ -372,6 +377,13 @@ class _Preflight:
     def training_options(self) -> None:
         train, logger = self.options.get("train"), self.options.get("logger")
         if self.training and isinstance(train, dict):
+            network = self.options.get("network_g")
+            name = network.get("type") if isinstance(network, Mapping) else None
+            if train.get("pretrain_img_range") is not None and self.ours.get(str(name)) is not registration.SparseEDSR:
+                self.problems.add(
+                    "train.pretrain_img_range",
+                    f"must be ~ unless network_g is a SparseEDSR, whose image can stay the same; it is {name}",
+                )
             if isinstance(train.get("optim_g"), Mapping):
                 train["optim_g"] = dict(train["optim_g"])
                 self.optimizer(train["optim_g"])

@@ -5,9 +5,11 @@ two and drop other parts.
 """
 
 import importlib
+import logging
 import sys
 from typing import Any
 
+from sparse_sr_attn.backbones.base import ResidualNetwork
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
@@ -23,7 +25,9 @@ class SparseRCAN(RCAN):
     """`sparse_sr_attn.RCAN` under a name that is free: BasicSR has an `RCAN` of its own."""
 
 
-NETWORKS = (LCoAN, SparseEDSR, SparseRCAN)
+_LOG = logging.getLogger(__name__)
+
+NETWORKS: tuple[type[ResidualNetwork], ...] = (LCoAN, SparseEDSR, SparseRCAN)
 
 
 def register() -> None:
@@ -31,18 +35,37 @@ def register() -> None:
 
     May stand in a file that BasicSR's own scan imports (`basicsr/archs/*_arch.py`, `basicsr/models/*_model.py`): while
     the networks are still being scanned the model class cannot exist yet, and a function that makes it takes its
-    place.
+    place. If the host has a network of its own by one of our names, that one stays, and ours gets the name with
+    `_sparse_sr_attn` behind it; a line in the log says so.
 
     Raises:
-        DuplicateNameError: somebody else's network or model has one of these names.
+        DuplicateNameError: somebody else's model is called `SparseSRModel`.
     """
     shims.apply()
     registry = importlib.import_module("basicsr.utils.registry")
-    for network in NETWORKS:
-        _enter(registry.ARCH_REGISTRY, "network", network)
+    for name, network in names().items():
+        if name not in registry.ARCH_REGISTRY:
+            if name != network.__name__:
+                _LOG.warning("this BasicSR has a %s of its own; ours is %s", network.__name__, name)
+            registry.ARCH_REGISTRY.register(network if name == network.__name__ else _renamed(network, name))
     archs = sys.modules.get("basicsr.archs")
     scanning = archs is not None and not hasattr(archs, "build_network")
-    _enter(registry.MODEL_REGISTRY, "model", _later if scanning else _model())
+    _enter_model(registry.MODEL_REGISTRY, _later if scanning else _model())
+
+
+def names() -> dict[str, type[ResidualNetwork]]:
+    """Return our networks by the names that they have, or will have, in this BasicSR's registry."""
+    registry = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY
+    return {
+        network.__name__
+        if network.__name__ not in registry or _is_ours(registry.get(network.__name__))
+        else f"{network.__name__}_sparse_sr_attn": network
+        for network in NETWORKS
+    }
+
+
+def _renamed(network: type[ResidualNetwork], name: str) -> type[ResidualNetwork]:
+    return type(name, (network,), {"__module__": __name__, "__doc__": network.__doc__})
 
 
 def _model() -> Any:
@@ -56,7 +79,7 @@ def _later(opt: dict[str, Any]) -> Any:
 _later.__name__ = "SparseSRModel"
 
 
-def _enter(registry: Any, noun: str, ours: Any) -> None:
+def _enter_model(registry: Any, ours: Any) -> None:
     name = ours.__name__
     if name not in registry:
         registry.register(ours)
@@ -64,8 +87,8 @@ def _enter(registry: Any, noun: str, ours: Any) -> None:
     theirs = registry.get(name)
     if not _is_ours(theirs):
         raise DuplicateNameError(
-            f"BasicSR's {noun} name {name!r} must be free, but {theirs.__module__}.{theirs.__qualname__} has it; "
-            f"rename that one, or register a subclass of {ours.__module__}.{ours.__qualname__} under another name"
+            f"BasicSR's model name {name!r} must be free, but {theirs.__module__}.{theirs.__qualname__} has it; "
+            "rename that one"
         )
 
 

@@ -120,7 +120,7 @@ def test_a_missing_file_that_we_ship_is_pointed_to(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load("train_LCoAN_light_x2.yml")
-    assert str(OPTIONS / "train_LCoAN_light_x2.yml") in str(caught.value)
+    assert str(OPTIONS / "train" / "LCoAN" / "train_LCoAN_light_x2.yml") in str(caught.value)
 
 
 def test_a_folder_is_no_option_file(tmp_path: Path) -> None:

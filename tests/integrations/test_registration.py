@@ -43,16 +43,34 @@ def test_basicsr_builds_our_networks_from_its_nested_options(network: dict[str, 
     assert net(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
 
 
-@pytest.mark.parametrize("name", ["LCoAN", "SparseEDSR", "SparseSRModel"])
-def test_a_stranger_of_our_name_is_not_overwritten(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["LCoAN", "SparseEDSR", "SparseRCAN"])
+def test_a_network_of_our_name_stays_and_ours_gets_another(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     stranger = type(name, (nn.Module,), {"__module__": "their.package"})
-    registry = "MODEL_REGISTRY" if name == "SparseSRModel" else "ARCH_REGISTRY"
-    crowded = Registry(registry)
+    crowded = Registry("arch")
     crowded.register(stranger)
-    monkeypatch.setattr(f"basicsr.utils.registry.{registry}", crowded)
-    with pytest.raises(DuplicateNameError, match=rf"name '{name}' must be free, but their\.package\.{name} has it"):
-        register()
+    monkeypatch.setattr("basicsr.utils.registry.ARCH_REGISTRY", crowded)
+    register()
+    register()
     assert crowded.get(name) is stranger
+    ours = crowded.get(f"{name}_sparse_sr_attn")
+    assert issubclass(ours, ARCH_REGISTRY.get(name))
+    assert sorted(crowded.keys()) == sorted({"LCoAN", "SparseEDSR", "SparseRCAN", f"{name}_sparse_sr_attn"})
+    assert f"this BasicSR has a {name} of its own; ours is {name}_sparse_sr_attn" in caplog.text
+    assert caplog.text.count("of its own") == 1
+
+
+def test_a_model_of_our_name_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = type("SparseSRModel", (nn.Module,), {"__module__": "their.package"})
+    crowded = Registry("model")
+    crowded.register(stranger)
+    monkeypatch.setattr("basicsr.utils.registry.MODEL_REGISTRY", crowded)
+    with pytest.raises(
+        DuplicateNameError, match=r"name 'SparseSRModel' must be free, but their\.package\.Sparse.* has it"
+    ):
+        register()
+    assert crowded.get("SparseSRModel") is stranger
 
 
 def _fork(folder: Path, drop_ins: dict[str, str]) -> None:

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from basicsr.archs import edsr_arch
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils import options as basicsr_options
 from basicsr.utils.registry import DATASET_REGISTRY
 from skimage import io
 
-from sparse_sr_attn import PRESETS
+from sparse_sr_attn import load_model
 from sparse_sr_attn.backbones.base import OPTIONS as BUILT_WITH
 from sparse_sr_attn.cli import main
-from sparse_sr_attn.layers import LSP
-from sparse_sr_attn_basicsr.options import OPTIONS, load
+from sparse_sr_attn_basicsr.options import load
 
 Write = Callable[..., str]
 
@@ -225,76 +225,6 @@ def test_an_edsr_of_basicsr_goes_on_with_attention(training: Write, here: Path) 
     assert all(key.startswith("attention.") or key == BUILT_WITH for key in missing)
 
 
-SHIPPED = sorted(OPTIONS.glob("*.yml"))
-TINY_DATA = ["name=shipped", "num_gpu=0"]
-
-
-def _overrides(part: str, phase: str) -> list[str]:
-    return [f"datasets:{phase}:dataroot_gt=datasets/{part}/HR", f"datasets:{phase}:dataroot_lq=datasets/{part}/LR"]
-
-
-def test_the_option_files_are_there() -> None:
-    assert [file.name for file in SHIPPED] == [
-        "test_LCoAN_light_x2.yml",
-        "test_SparseEDSR_LCoA_x2.yml",
-        "train_LCoAN_light_x2.yml",
-        "train_SparseEDSR_LCoA_x2.yml",
-    ]
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.stem))
-def test_basicsrs_own_loader_reads_the_same_numbers(file: Path) -> None:
-    """So the files serve in a fork too, whose start script knows nothing of ours."""
-    theirs = yaml.load(file.read_text(), Loader=basicsr_options.ordered_yaml()[0])  # noqa: S506
-    assert theirs == load(file)
-
-
-@pytest.mark.parametrize("name", ["LCoAN_light_x2", "SparseEDSR_LCoA_x2"])
-def test_the_option_files_train_and_test(
-    name: str, here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    """As they stand, but for the data and the number of iterations."""
-    train = [*TINY_DATA, *_overrides("train", "train"), *_overrides("val", "val")]
-    train += ["train:total_iter=1", "datasets:train:gt_size=32", "datasets:train:batch_size_per_gpu=1"]
-    train += ["datasets:train:num_worker_per_gpu=1"]
-    assert main(["train", "-opt", str(OPTIONS / f"train_{name}.yml"), "--force_yml", *train]) == 0
-    assert "note:" not in caplog.text  # no remark on files of ours
-    assert "iter 1 of 1 l_pix" in capsys.readouterr().err
-    assert list((here / "tb_logger" / "shipped").iterdir())
-    pretrained = "path:pretrain_network_g=experiments/shipped/models/net_g_latest.pth"
-    test = [*TINY_DATA, *_overrides("val", "test_1"), *_overrides("val", "test_2"), pretrained]
-    assert main(["test", "-opt", str(OPTIONS / f"test_{name}.yml"), "--force_yml", *test]) == 0
-    assert log_of(here / "results" / "shipped").count("# psnr:") == 2
-
-
-def test_lcoan_light_is_the_preset() -> None:
-    for file in ("train_LCoAN_light_x2.yml", "test_LCoAN_light_x2.yml"):
-        options = load(OPTIONS / file)["network_g"]
-        expected = {"type": "LCoAN", "upscale": 2, **PRESETS["LCoAN-light"].options}
-        assert {key: options[key] for key in expected} == expected
-        assert {key: options[key] for key in options.keys() - expected.keys()} == {
-            "num_in_ch": 3,
-            "num_out_ch": 3,
-            "img_range": 1.0,
-        }
-
-
-def test_train_and_test_files_name_one_network() -> None:
-    for name in ("LCoAN_light_x2", "SparseEDSR_LCoA_x2"):
-        train, test = (load(OPTIONS / f"{part}_{name}.yml") for part in ("train", "test"))
-        assert train["network_g"] == test["network_g"]
-        assert train["name"] in test["path"]["pretrain_network_g"]
-
-
-def test_the_edsr_of_the_option_file_computes_once_and_shares() -> None:
-    from sparse_sr_attn_basicsr import SparseEDSR
-
-    options = load(OPTIONS / "train_SparseEDSR_LCoA_x2.yml")["network_g"]
-    net = SparseEDSR(**{key: value for key, value in options.items() if key != "type"})
-    assert len(net.attention) == 4
-    assert sum(isinstance(module, LSP) for module in net.modules()) == 1
-
-
 def test_a_run_can_be_interrupted_and_resumed(training: Write, here: Path) -> None:
     file = training({"train.total_iter": 100_000, "logger.save_checkpoint_freq": 5, "val": ...})
     command = [sys.executable, "-m", "sparse_sr_attn", "train", "-opt", file]
@@ -311,3 +241,33 @@ def test_a_run_can_be_interrupted_and_resumed(training: Write, here: Path) -> No
     states = [int(path.stem) for path in state.parent.iterdir()]
     assert main(["train", "-opt", file, "--auto_resume", "--force_yml", f"train:total_iter={max(states) + 1}"]) == 0
     assert os.path.getsize(state) > 0
+
+
+def test_an_edsr_of_another_range_gives_the_same_image(training: Write, here: Path) -> None:
+    """BasicSR's EDSR at 255 goes on at 1: scaled biases make up for it, in both networks, and once only."""
+    size = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 4, "upscale": 2}
+    torch.manual_seed(3)
+    theirs = edsr_arch.EDSR(**size, img_range=255.0).eval()
+    torch.save({"params": theirs.state_dict()}, here / "theirs.pth")
+    path = {"pretrain_network_g": "theirs.pth", "strict_load_g": False}
+    still = {
+        "path": path,
+        "train.pretrain_img_range": 255.0,
+        "train.optim_g.lr": 1e-12,
+        "train.total_iter": 2,
+        "logger.save_checkpoint_freq": 1,
+    }
+    assert main(["train", "-opt", training(still)]) == 0
+    assert main(["train", "-opt", training({**still, "train.total_iter": 3}), "--auto_resume"]) == 0
+    x = torch.rand(1, 3, 6, 7)
+    for key in ("params", "params_ema"):
+        saved = torch.load(here / "experiments/tiny/models/net_g_3.pth", weights_only=True)[key]
+        ours = load_model(saved).eval()
+        assert ours.img_range == 1.0
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
+
+
+def test_only_an_edsr_can_change_its_range(training: Write, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = {"type": "LCoAN", "num_feat": 8, "num_group": 1, "num_block": 1, "upscale": 2}
+    assert main(["train", "-opt", training({"network_g": network, "train.pretrain_img_range": 255.0})]) == 2
+    assert "train.pretrain_img_range: must be ~ unless network_g is a SparseEDSR" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""Modules of the user's own that an option file names under `custom_imports`: layers, networks, losses, data sets.
+
+They are imported before the options are checked, so what they register can be named like anything else.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparse_sr_attn.config import ProblemList
+
+_PATH = "custom_imports"
+
+
+def load(entries: object) -> None:
+    """Import the modules that an option file names.
+
+    Args:
+        entries: `None`, or a list of module names (`my_project.layers`, found from the working directory too) and of
+            Python files (`layers/mine.py`, relative to the working directory). One imported before is not imported
+            again.
+
+    Raises:
+        ConfigError: names each entry that cannot be imported, and why.
+    """
+    problems = ProblemList()
+    if entries is None:
+        return
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
+        problems.add(_PATH, f"must be a list of modules and Python files, got {entries!r}")
+        problems.raise_if_any()
+        return
+    for index, entry in enumerate(entries):
+        where = f"{_PATH}.{index}"
+        if not isinstance(entry, str) or not entry:
+            problems.add(where, f"must be the name of a module or a Python file, got {entry!r}")
+            continue
+        try:
+            _import(entry)
+        except Exception as error:  # somebody else's code can raise anything
+            problems.add(where, f"{entry} cannot be imported: {type(error).__name__}: {error}")
+    problems.raise_if_any()
+
+
+def _import(entry: str) -> None:
+    if not entry.endswith(".py"):
+        here = str(Path.cwd())
+        sys.path.append(here)
+        try:
+            importlib.import_module(entry)
+        finally:
+            sys.path.remove(here)
+        return
+    file = Path(entry).expanduser().resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {str(file)!r}")
+    name = f"sparse_sr_attn_custom_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

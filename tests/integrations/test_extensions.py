@@ -1,0 +1,75 @@
+"""`custom_imports`: what a user's own file registers can be named in his option file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparse_sr_attn import LAYERS, UnknownNameError
+from sparse_sr_attn.cli import main
+
+Write = Callable[..., str]
+
+LAYER = """
+import torch
+from torch import nn
+from sparse_sr_attn import LAYERS, AttentionLayer
+from sparse_sr_attn.config import PositiveInt, checked
+
+@LAYERS.register("{name}", kind="layer", source="a test")
+class Gain(AttentionLayer):
+    @checked
+    def __init__(self, embed_dim: PositiveInt, *, steps: PositiveInt = 1) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(embed_dim, 1, 1))
+
+    def forward(self, x, state=None):
+        return x * self.gain
+"""
+
+
+def attention(name: str, **options: object) -> dict[str, object]:
+    return {"network_g.attention": {"type": name, "every": 2, **options}}
+
+
+@pytest.mark.parametrize(("entry", "name"), [("gain_file.py", "GainFile"), ("gain_module", "GainModule")])
+def test_a_layer_of_the_users_own_trains(entry: str, name: str, training: Write, here: Path) -> None:
+    (here / entry).with_suffix(".py").write_text(LAYER.format(name=name))
+    with pytest.raises(UnknownNameError):
+        LAYERS.get(name)
+    try:
+        assert main(["train", "-opt", training({"custom_imports": [entry], **attention(name), "val": ...})]) == 0
+        # Again in the same process: it is not imported twice.
+        assert main(["train", "-opt", training({"custom_imports": [entry], **attention(name), "val": ...})]) == 0
+    finally:
+        LAYERS._entries.pop(name, None)
+    assert (here / "experiments" / "tiny" / "models" / "net_g_latest.pth").is_file()
+
+
+def test_its_options_are_checked_like_ours(training: Write, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "gain_options.py").write_text(LAYER.format(name="GainOptions"))
+    try:
+        file = training({"custom_imports": ["gain_options.py"], **attention("GainOptions", step=0)})
+        assert main(["train", "-opt", file]) == 2
+    finally:
+        LAYERS._entries.pop("GainOptions", None)
+    assert "network_g.attention.step: unknown; did you mean 'steps'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("layers.py", "custom_imports: must be a list of modules and Python files, got 'layers.py'"),
+        (["nowhere.py"], "custom_imports.0: nowhere.py cannot be imported: FileNotFoundError: there is no file"),
+        (["no_such_module"], "custom_imports.0: no_such_module cannot be imported: ModuleNotFoundError"),
+        (["broken.py"], "custom_imports.0: broken.py cannot be imported: ZeroDivisionError: division by zero"),
+        ([3], "custom_imports.0: must be the name of a module or a Python file, got 3"),
+    ],
+)
+def test_what_cannot_be_imported_is_explained(
+    value: object, message: str, training: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "broken.py").write_text("1 / 0")
+    assert main(["train", "-opt", training({"custom_imports": value})]) == 2
+    assert message in capsys.readouterr().err
+    assert not (here / "experiments").exists()
