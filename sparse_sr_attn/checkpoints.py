@@ -191,6 +191,7 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
     for name in carried.keys() & shapes.keys():  # before as much is built as a hostile file asks for
         if name.startswith("num_") and carried[name] != shapes[name]:
             raise CheckpointError(f"the options say {name} {carried[name]}, but the weights have {shapes[name]}")
+    _refuse_giants(carried, limit=sum(value.numel() for value in state.values()))
     model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
     _check(model, named, "|".join(fresh))
     model.load_state_dict(named, strict=False)
@@ -207,6 +208,18 @@ def _carried(tensor: Tensor | None) -> Options:
         raise CheckpointError(
             f"the key {OPTIONS!r} must hold the bytes of a JSON map ({error}); take it away and say the options"
         ) from error
+
+
+def _refuse_giants(options: object, limit: int, name: str = OPTIONS) -> None:
+    """Refuse counts that no network with so many weights can have, wherever they stand in the options."""
+    if isinstance(options, Mapping):
+        for key, value in options.items():
+            _refuse_giants(value, limit, str(key))
+    elif isinstance(options, list):
+        for value in options:
+            _refuse_giants(value, limit, name)
+    elif name.startswith("num_") and isinstance(options, int) and options > limit:
+        raise CheckpointError(f"the options say {name} {options}, but there are only {limit} numbers in the file")
 
 
 def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:

@@ -641,3 +641,15 @@ def test_layouts_tell_each_other_apart() -> None:
     met = [[layout.name for layout in LAYOUTS if layout.recognises(sample)] for sample in samples]
     assert all(len(names) == 1 for names in met), met
     assert {name for names in met for name in names} == {layout.name for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize("name", ["num_clusters", "num_rounds"])
+def test_giants_in_the_options_of_attention_are_refused_before_they_are_built(name: str) -> None:
+    """A file of a few kilobytes must not make the reader fill the memory."""
+    attention = {"type": "LCoA", "every": 1, "num_clusters": 4}
+    state = dict(EDSR(num_feat=4, num_block=1, upscale=2, attention=attention).state_dict())
+    options = json.loads(bytes(state["options"].tolist()))
+    options["attention"][name] = 10**12
+    state["options"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=rf"the options say {name} 1000000000000, but there are only \d+ numbers"):
+        load_model(state)
