@@ -27,11 +27,18 @@ LAYOUT = "sparse_sr_attn/functional/cluster_layout.py"
 TILES = "sparse_sr_attn/functional/cluster_tiles.py"
 KMEANS = "sparse_sr_attn/functional/kmeans.py"
 LCOA = "sparse_sr_attn/layers/lcoa.py"
+RESIDUAL = "sparse_sr_attn/blocks/residual.py"
+CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
 IN_SIZES = "tests/functional/test_sizes.py"
+IN_ROUNDS = "tests/functional/test_rounds.py"
 IN_CONTRACT = "tests/layers/test_conformance.py"
+IN_ABLATIONS = "tests/layers/test_ablations.py"
+IN_RCAN = "tests/backbones/test_rcan.py"
+IN_LCOAN = "tests/backbones/test_lcoan.py"
+IN_CHECKPOINTS = "tests/test_checkpoints.py"
 
 
 @dataclass(frozen=True)
@@ -161,15 +168,15 @@ FAULTS = [
     Fault(
         "the scale is dropped (oneshot)",
         CLUSTER,
-        "scores = scale * self._chunks(query)",
-        "scores = self._chunks(query)",
+        "scores = scale * self.chunks(query)",
+        "scores = self.chunks(query)",
         f"{IN_CLUSTER}::test_scale_is_a_factor_on_the_query",
     ),
     Fault(
         "values of the neighbours are not gathered with the keys' order (oneshot)",
         CLUSTER,
-        "chunks = weights @ self._with_adjacent(self._chunks(value))",
-        "chunks = weights @ self._with_adjacent(self._chunks(value).flip(1)).flip(1)",
+        "self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))",
+        "self.to_tokens(weights @ self._with_adjacent(self.chunks(value).flip(1)).flip(1))",
         f"{IN_CLUSTER}::test_weights_then_application_is_the_fused_operation",
     ),
     # --- the tile form
@@ -405,8 +412,8 @@ FAULTS = [
     Fault(
         "first centroids are drawn from the global generator",
         KMEANS,
-        "generator=generator, ",
-        "",
+        "directions = torch.randn(num_clusters, dim, generator=generator, ",
+        "directions = torch.randn(num_clusters, dim, ",
         f"{IN_KMEANS}::test_first_centroids_are_unit_vectors_set_by_the_seed",
     ),
     # --- the layers
@@ -434,22 +441,22 @@ FAULTS = [
     Fault(
         "k-means moves in evaluation",
         LCOA,
-        "if self.training and self.ema_decay < 1:",
-        "if self.ema_decay < 1:",
+        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
+        'if self.routing == "kmeans" and self.ema_decay < 1:',
         contract("evaluation moves nothing", "LSP"),
     ),
     Fault(
         "k-means does not move in training",
         LCOA,
-        "if self.training and self.ema_decay < 1:",
-        "if not self.training and self.ema_decay < 0:",
+        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
+        'if not self.training and self.routing == "kmeans" and self.ema_decay < 0:',
         f"{IN_CONTRACT}::test_centroids_move_in_training[LCoA]",
     ),
     Fault(
         "a decay of one does not freeze",
         LCOA,
-        "if self.training and self.ema_decay < 1:",
-        "if self.training:",
+        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
+        'if self.training and self.routing == "kmeans":',
         f"{IN_CONTRACT}::test_a_decay_of_one_freezes_the_centroids[LSP]",
     ),
     Fault(
@@ -497,8 +504,8 @@ FAULTS = [
     Fault(
         "height and width of a state are swapped",
         LCOA,
-        "cluster_weights(query, key, pattern), *x.shape[-2:])",
-        "cluster_weights(query, key, pattern), x.shape[-1], x.shape[-2])",
+        "height, width = x.shape[-2:]",
+        "width, height = x.shape[-2:]",
         f"{IN_SIZES}::test_every_size[5-each key once]",
     ),
     Fault(
@@ -554,8 +561,10 @@ FAULTS = [
     Fault(
         "hidden keys are masked after softmax (oneshot)",
         CLUSTER,
-        'masked_fill(~self.visible[:, None, :], float("-inf")).softmax(dim=-1)',
-        "softmax(dim=-1).masked_fill(~self.visible[:, None, :], 0.0)",
+        "        return _Oneshot(pattern).scores(query, key, scale).softmax(dim=-1)\n",
+        "        oneshot = _Oneshot(pattern)\n"
+        "        hidden, oneshot.visible = ~oneshot.visible, torch.ones_like(oneshot.visible)\n"
+        "        return oneshot.scores(query, key, scale).softmax(dim=-1).masked_fill(hidden[:, None, :], 0.0)\n",
         f"{IN_CLUSTER}::test_rows_of_weights_sum_to_one",
     ),
     Fault(
@@ -605,8 +614,8 @@ FAULTS = [
     Fault(
         "autocast reaches the scores (oneshot)",
         CLUSTER,
-        "with torch.autocast(query.device.type, enabled=False):",
-        "with torch.autocast(query.device.type, enabled=torch.is_autocast_enabled(query.device.type)):",
+        "    with torch.autocast(query.device.type, enabled=False):\n        return _Oneshot(pattern).scores",
+        "    if True:\n        return _Oneshot(pattern).scores",
         f"{IN_CLUSTER}::test_autocast_does_not_reach_the_scores",
     ),
     Fault(
@@ -719,15 +728,15 @@ FAULTS = [
     Fault(
         "a shared state has another temperature",
         LCOA,
-        "cluster_weights(query, key, pattern), *x.shape[-2:])",
-        "cluster_weights(query, key, pattern, scale=0.9), *x.shape[-2:])",
+        "weights = cluster_weights(query, key, pattern)",
+        "weights = cluster_weights(query, key, pattern, scale=0.9)",
         contract("sharing with oneself changes nothing", "LCoA sharing"),
     ),
     Fault(
         "tokens are centred over the batch",
         LCOA,
-        "assignment = assign(query, self.centroids)",
-        "assignment = assign(query - query.mean(dim=(0, 1)), self.centroids)",
+        "return assign(points, state.centroids)",
+        "return assign(points - points.mean(dim=(0, 1)), state.centroids)",
         contract("evaluation does not mix samples"),
     ),
     Fault(
@@ -740,8 +749,8 @@ FAULTS = [
     Fault(
         "first centroids differ from run to run",
         KMEANS,
-        "    generator = torch.Generator().manual_seed(seed)\n",
-        "    generator = torch.Generator()\n    generator.seed()\n",
+        "    generator = torch.Generator().manual_seed(seed)\n    directions",
+        "    generator = torch.Generator()\n    generator.seed()\n    directions",
         contract("repeated runs are bit equal"),
     ),
     Fault(
@@ -789,8 +798,8 @@ FAULTS = [
     Fault(
         "the pending update is not saved",
         LCOA,
-        "self.register_buffer(name, value)",
-        'self.register_buffer(name, value, persistent=not name.startswith("pending"))',
+        "module.register_buffer(name, value)",
+        'module.register_buffer(name, value, persistent=not name.startswith("pending"))',
         contract("copies go on alike"),
     ),
     Fault(
@@ -810,14 +819,14 @@ FAULTS = [
     Fault(
         "k-means stands still when compiled",
         LCOA,
-        "if self.training and self.ema_decay < 1:",
-        "if self.training and self.ema_decay < 1 and not nn.modules.module.torch.compiler.is_compiling():",
+        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
+        'if self.training and self.routing == "kmeans" and self.ema_decay < 1 and not torch.compiler.is_compiling():',
         contract("compiled is eager"),
     ),
     Fault(
         "export fixes whether the last chunk is full",
         CLUSTER,
-        "        return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, value.shape[-1]))\n",
+        "        return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, chunks.shape[-1]))\n",
         "        rows = chunks.flatten(1, 2)[:, : self.layout.num_tokens]\n"
         "        return torch.empty_like(rows).scatter(1, self.order[..., None].expand_as(rows), rows)\n",
         contract("export with dynamic sizes"),
@@ -846,9 +855,131 @@ FAULTS = [
     Fault(
         "two providers share one pattern",
         KMEANS,
-        "    generator = torch.Generator().manual_seed(seed)\n",
-        "    generator = torch.Generator().manual_seed(0)\n",
+        "    generator = torch.Generator().manual_seed(seed)\n    directions",
+        "    generator = torch.Generator().manual_seed(0)\n    directions",
         f"{IN_KMEANS}::test_first_centroids_are_unit_vectors_set_by_the_seed",
+    ),
+    # --- tiles meet
+    Fault(
+        "the first chunk of a tile is in the tile before as well",
+        TILES,
+        "stop = min(start + step, k)",
+        "stop = min(start + step + 1, k)",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "a last chunk alone in its tile is left out",
+        TILES,
+        "for start in range(0, k, step):",
+        "for start in range(0, max(k - 1, 1), step):",
+        f"{IN_CLUSTER}::test_weights_equal_loops",
+    ),
+    # --- the ablations
+    Fault(
+        "rounds count alike",
+        CLUSTER,
+        "share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)",
+        "share = torch.full_like(lse, 1 / num_rounds)",
+        f"{IN_ROUNDS}::test_rounds_are_dense_attention_over_what_any_round_sees",
+    ),
+    Fault(
+        "samples are taken for rounds",
+        CLUSTER,
+        "share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)",
+        "share = lse.unflatten(0, (num_rounds, -1)).softmax(dim=0).flatten(0, 1)",
+        f"{IN_ROUNDS}::test_rounds_are_dense_attention_over_what_any_round_sees",
+    ),
+    Fault(
+        "shares of rounds forget the scale",
+        CLUSTER,
+        "oneshot.scores(query, key, scale).logsumexp(dim=-1)",
+        "oneshot.scores(query, key, 1.0).logsumexp(dim=-1)",
+        f"{IN_ROUNDS}::test_rounds_are_dense_attention_over_what_any_round_sees",
+    ),
+    Fault(
+        "rounds are averaged although their weights are shares",
+        LCOA,
+        "attended.unflatten(0, (-1, state.num_rounds)).sum(dim=1)",
+        "attended.unflatten(0, (-1, state.num_rounds)).mean(dim=1)",
+        f"{IN_ABLATIONS}::test_rounds_of_whole_maps_are_dense_attention",
+    ),
+    Fault(
+        "rounds of a sample read the values of others",
+        LCOA,
+        "values = _each_round(self.values(x), state.num_rounds)",
+        "values = self.values(x).repeat(state.num_rounds, 1, 1)",
+        f"{IN_ABLATIONS}::test_rounds_of_whole_maps_are_dense_attention",
+    ),
+    Fault(
+        "all rounds start from one seed",
+        LCOA,
+        "state = initial_state(num_clusters, query_dim, seed + turn)",
+        "state = initial_state(num_clusters, query_dim, seed)",
+        f"{IN_ABLATIONS}::test_every_round_learns_its_own_clusters",
+    ),
+    Fault(
+        "a hash learns",
+        LCOA,
+        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
+        "if self.training and self.ema_decay < 1:",
+        f"{IN_ABLATIONS}::test_a_hash_never_learns",
+    ),
+    Fault(
+        "a hash is k-means that stands still",
+        LCOA,
+        'if routing == "lsh":',
+        'if routing == "hash":',
+        f"{IN_ABLATIONS}::test_each_option_changes_the_output",
+    ),
+    # --- other networks, other people's weights
+    Fault(
+        "RCAN's gate is open",
+        RESIDUAL,
+        "return x * gate",
+        "return x",
+        f"{IN_RCAN}::test_channel_attention_is_one_factor_a_channel",
+    ),
+    Fault(
+        "RCAN's blocks ignore res_scale",
+        RESIDUAL,
+        "branch: Tensor = self.rcab(x)\n        return x + self.res_scale * branch",
+        "branch: Tensor = self.rcab(x)\n        return x + branch",
+        f"{IN_RCAN}::test_res_scale_enters_in_blocks_only",
+    ),
+    Fault(
+        "RCAN's groups do not pass res_scale on",
+        RESIDUAL,
+        "ChannelAttentionBlock(num_feat, squeeze_factor, res_scale)",
+        "ChannelAttentionBlock(num_feat, squeeze_factor)",
+        f"{IN_RCAN}::test_res_scale_enters_in_blocks_only",
+    ),
+    Fault(
+        "the released LCoAN counts each key once",
+        CHECKPOINTS,
+        '"exact_keys": False',
+        '"exact_keys": True',
+        f"{IN_LCOAN}::test_equals_released_code[lcoan_small_x2_13x17_repeat]",
+    ),
+    Fault(
+        "weights that are not finite are loaded",
+        CHECKPOINTS,
+        "if not value.isfinite().all()]",
+        "if value.ndim < 0]",
+        f"{IN_CHECKPOINTS}::test_bad_contents_give_one_clear_error[NaN]",
+    ),
+    Fault(
+        "weights go before their average",
+        CHECKPOINTS,
+        '"params_ema", "params", ',
+        '"params", "params_ema", ',
+        f"{IN_CHECKPOINTS}::test_nesting_and_prefixes",
+    ),
+    Fault(
+        "code in a file runs",
+        CHECKPOINTS,
+        "weights_only=True",
+        "weights_only=False",
+        f"{IN_CHECKPOINTS}::test_unreadable_files_give_one_clear_error[a payload]",
     ),
 ]
 
@@ -915,9 +1046,10 @@ def problem_with(fault: Fault, root: Path = ROOT) -> str:
 def copied(root: Path) -> Path:
     """Copy the package and what its tests need into `root`."""
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
-    for folder in ("sparse_sr_attn", "tests/functional", "tests/layers", "tests/faults"):
+    tests = ("backbones", "faults", "functional", "golden", "layers")
+    for folder in ("sparse_sr_attn", *(f"tests/{name}" for name in tests)):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for file in ("pyproject.toml", "tests/conftest.py"):
+    for file in ("pyproject.toml", "tests/conftest.py", "tests/test_checkpoints.py"):
         shutil.copy(ROOT / file, root / file)
     return root
 

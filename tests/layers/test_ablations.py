@@ -47,6 +47,12 @@ def test_a_hash_never_learns(num_rounds: int) -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in hashed.named_buffers())
 
 
+def test_every_round_has_a_hash_of_its_own() -> None:
+    hashed = layer(routing="lsh", num_rounds=3)
+    directions = [hashed.lsp.centroids, *(module.centroids for module in hashed.lsp.further_rounds)]
+    assert not any(torch.equal(directions[i], directions[j]) for i in range(3) for j in range(i))
+
+
 def test_every_round_learns_its_own_clusters() -> None:
     rounds = layer(num_rounds=3).train()
     for seed in range(3):
