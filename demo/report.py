@@ -218,7 +218,7 @@ def draw_clusters(axes: Sequence[Axes], model: LCoAN, result: Result) -> None:
     show(
         axes[1], painted.round().to(torch.uint8), f"the {len(clusters.unique())} clusters that k-means learnt, over it"
     )
-    show(axes[2], one.round().to(torch.uint8), "one of the clusters: its pixels attend to each other")
+    show(axes[2], one.round().to(torch.uint8), "one of the clusters: pixels that look alike to the network")
 
 
 def telling_cluster(clusters: Tensor, counts: Tensor, light: Tensor) -> int:
