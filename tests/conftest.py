@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     logging.getLogger("torch.__trace").propagate = False
     # Small tensors: threads cost more than they give, and one thread adds in one order.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
