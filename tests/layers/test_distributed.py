@@ -26,6 +26,7 @@ def train(rank: int, world_size: int, folder: str) -> None:
     for step in range(STEPS):
         lsp(batch(step)[:2] if rank == 0 else batch(step)[2:])  # uneven: 2 and 3 pictures
     torch.save(lsp.state_dict(), f"{folder}/{rank}.pth")
+    dist.barrier()  # nobody leaves while another still receives
     dist.destroy_process_group()
 
 
