@@ -1,6 +1,6 @@
 """Upsampling by sub-pixel convolution."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 
@@ -8,8 +8,6 @@ from sparse_sr_attn.config import PositiveInt, checked
 
 Upscale = Literal[2, 3, 4, 8]
 """The super-resolution factors that networks offer."""
-
-UPSCALES: tuple[int, ...] = get_args(Upscale)
 
 
 class Upsample(nn.Sequential):

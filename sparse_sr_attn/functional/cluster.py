@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import cluster_tiles as tiles
-from sparse_sr_attn.functional.cluster_layout import ClusterLayout, score_precision
+from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.states import ClusterPattern
 
 Form = Literal["auto", "oneshot", "tiles"]
@@ -92,7 +93,7 @@ def cluster_weights(
     _check(pattern, query, key)
     if _tiled(form, query):
         return tiles.weights_op(query, key, *_unpack(pattern), scale)  # type: ignore[no-any-return]
-    query, key = query.to(score_precision(query)), key.to(score_precision(key))
+    query, key = query.to(working_precision(query)), key.to(working_precision(key))
     with torch.autocast(query.device.type, enabled=False):
         return _Oneshot(pattern).scores(query, key, scale).softmax(dim=-1)
 
@@ -198,7 +199,7 @@ def merge_rounds(
     Source:
         NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
     """
-    query, key = query.to(score_precision(query)), key.to(score_precision(key))
+    query, key = query.to(working_precision(query)), key.to(working_precision(key))
     with torch.autocast(query.device.type, enabled=False):
         oneshot = _Oneshot(pattern)
         lse = oneshot.to_tokens(oneshot.scores(query, key, scale).logsumexp(dim=-1)[..., None])

@@ -66,8 +66,3 @@ class ClusterLayout:
         offset = torch.arange(-a, a + 1, device=slot.device).repeat_interleave(self.chunk_size)
         met_once = (offset >= -((k - 1) // 2)) & (offset <= k // 2)
         return (slot < self.num_tokens) & met_once
-
-
-def score_precision(tensor: Tensor) -> torch.dtype:
-    """Return the precision of scores and softmax: float32 for anything lower."""
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_sr_attn.functional.cluster_layout import ClusterLayout, score_precision
+from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.states import ClusterPattern
 
 _SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
@@ -125,7 +126,7 @@ def weights_op(
     """Return `cluster.cluster_weights`, tile by tile."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(score_precision(rows)) for rows in (query, key))
+        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
         shape = (len(order), layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
         weights = q.new_empty(shape)
         for sample, tile in _tiles(order, layout):
@@ -139,7 +140,7 @@ def _(
 ) -> Tensor:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     shape = (order.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
-    return query.new_empty(shape, dtype=score_precision(query))
+    return query.new_empty(shape, dtype=working_precision(query))
 
 
 @torch.library.custom_op("sparse_sr_attn::cluster_weights_backward", mutates_args=())
@@ -156,7 +157,7 @@ def _weights_backward_op(
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(score_precision(rows)) for rows in (query, key))
+        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
         grads = (torch.zeros_like(q), torch.zeros_like(k))
         for sample, tile in _tiles(order, layout):
             part = grad[sample, tile.chunks], weights[sample, tile.chunks]
@@ -204,7 +205,7 @@ def _apply_backward_op(
     with torch.autocast(value.device.type, enabled=False):
         rows, grad_rows = _flat(value), _flat(grad)
         grad_weights = weights.new_empty(weights.shape)
-        grad_value = torch.zeros_like(rows, dtype=score_precision(rows))
+        grad_value = torch.zeros_like(rows, dtype=working_precision(rows))
         for sample, tile in _tiles(order, layout):
             out = _tile_chunks(grad_rows, tile, layout)
             grad_weights[sample, tile.chunks] = torch.bmm(out, _windows(rows[tile.halo], layout).transpose(1, 2))
@@ -233,7 +234,7 @@ def attention_op(
     """Return `cluster.cluster_attention`, tile by tile; only a tile of weights exists at a time."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(score_precision(rows)) for rows in (query, key))
+        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
         v = _flat(value)
         out = torch.empty_like(v)
         for _sample, tile in _tiles(order, layout):
@@ -262,10 +263,10 @@ def _attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(score_precision(rows)) for rows in (query, key))
+        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
         v, grad_rows = _flat(value), _flat(grad)
         grads = (torch.zeros_like(q), torch.zeros_like(k))
-        grad_value = torch.zeros_like(v, dtype=score_precision(v))
+        grad_value = torch.zeros_like(v, dtype=working_precision(v))
         for _sample, tile in _tiles(order, layout):
             weights = _tile_weights(q, k, tile, layout, scale)
             out = _tile_chunks(grad_rows, tile, layout)

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional.precision import working_precision
+
 _EPS = 1e-12
 
 
@@ -240,16 +242,11 @@ def _least_similar(points: Tensor, similarity: Tensor, num: int) -> tuple[Tensor
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     points = points.detach()
-    points = points.to(_precision(points))
+    points = points.to(working_precision(points))
     with torch.autocast(points.device.type, enabled=False):
         best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)
     return best, index
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors.to(_precision(vectors)), dim=-1, eps=_EPS)
-
-
-def _precision(tensor: Tensor) -> torch.dtype:
-    """Return the precision to compute in: float32 for anything lower."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return F.normalize(vectors.to(working_precision(vectors)), dim=-1, eps=_EPS)

@@ -21,8 +21,8 @@ from sparse_sr_attn.functional.cluster import (
     cluster_weights,
     merge_rounds,
 )
-from sparse_sr_attn.functional.cluster_layout import score_precision
 from sparse_sr_attn.functional.kmeans import KMeansState, assign, hash_directions, initial_state, kmeans_step
+from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
@@ -149,7 +149,7 @@ class LSP(nn.Module):
         """
         _check_map(x, self.embed_dim)
         embedding = _tokens(self.embed(x))
-        query = embedding.to(score_precision(embedding))
+        query = embedding.to(working_precision(embedding))
         assignment = torch.stack([self._assign(query, module) for module in self._rounds()], dim=1).flatten(0, 1)
         pattern = cluster_pattern(
             assignment, chunk_size=self.chunk_size, num_adjacent=self.num_adjacent, exact_keys=self.exact_keys

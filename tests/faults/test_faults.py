@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = "sparse_sr_attn/functional/cluster.py"
 LAYOUT = "sparse_sr_attn/functional/cluster_layout.py"
 TILES = "sparse_sr_attn/functional/cluster_tiles.py"
+PRECISION = "sparse_sr_attn/functional/precision.py"
 KMEANS = "sparse_sr_attn/functional/kmeans.py"
 LCOA = "sparse_sr_attn/layers/lcoa.py"
 RESIDUAL = "sparse_sr_attn/blocks/residual.py"
@@ -268,7 +269,7 @@ FAULTS = [
     ),
     Fault(
         "scores of half inputs are half",
-        LAYOUT,
+        PRECISION,
         "return torch.promote_types(tensor.dtype, torch.float32)",
         "return tensor.dtype",
         f"{IN_CLUSTER}::test_scores_and_softmax_of_half_inputs_are_float32",
@@ -329,7 +330,7 @@ FAULTS = [
         "long tokens weigh more",
         KMEANS,
         "    units = _unit(points).flatten(0, 1)\n    index",
-        "    units = points.to(_precision(points)).flatten(0, 1)\n    index",
+        "    units = points.to(working_precision(points)).flatten(0, 1)\n    index",
         f"{IN_KMEANS}::test_length_of_a_token_does_not_matter",
     ),
     Fault(
@@ -404,7 +405,7 @@ FAULTS = [
     ),
     Fault(
         "half tokens are clustered in half precision",
-        KMEANS,
+        PRECISION,
         "return torch.promote_types(tensor.dtype, torch.float32)",
         "return tensor.dtype",
         f"{IN_KMEANS}::test_half_tokens_are_clustered_in_float32[torch.bfloat16]",
@@ -764,7 +765,7 @@ FAULTS = [
         "the residual is added in float32",
         LCOA,
         "return x + self.res_scale * rearrange",
-        "return x.to(score_precision(x)) + self.res_scale * rearrange",
+        "return x.to(working_precision(x)) + self.res_scale * rearrange",
         contract("precisions"),
     ),
     Fault(
@@ -783,7 +784,7 @@ FAULTS = [
     ),
     Fault(
         "a state holds half weights",
-        LAYOUT,
+        PRECISION,
         "return torch.promote_types(tensor.dtype, torch.float32)",
         "return tensor.dtype",
         contract("scores of half inputs are float32", "LSP"),
@@ -791,7 +792,7 @@ FAULTS = [
     Fault(
         "the fused path scores in half",
         TILES,
-        "        q, k = (_flat(rows).to(score_precision(rows)) for rows in (query, key))\n        v = _flat(value)\n",
+        "        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))\n        v = _flat(value)\n",
         "        q, k = (_flat(rows).to(value.dtype) for rows in (query, key))\n        v = _flat(value)\n",
         contract("the fused path scores in float32 too", "LCoA sharing"),
     ),
