@@ -74,6 +74,9 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         train = opt.get("train") or {}
         self._grad_clip: float | None = train.get("grad_clip")
         self._num_parts: int = train.get("accumulate") or 1
+        # Of weights to start from: those of a run that goes on, or is tested, have the network's own range.
+        starts = opt.get("is_train") and not opt["path"].get("resume_state")
+        self._pretrain_img_range: float | None = train.get("pretrain_img_range") if starts else None
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
         if train.get("deterministic"):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
@@ -99,9 +102,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         finally:
             handle.remove()
         self._missing[id(bare)] = missing
-        was = self.opt.get("train", {}).get("pretrain_img_range")
-        if was and not self.opt["path"].get("resume_state"):
-            _change_img_range(bare, was, missing)
+        if self._pretrain_img_range is not None:
+            _change_img_range(bare, self._pretrain_img_range, missing)
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer of `torch.optim` of that name."""

@@ -267,6 +267,18 @@ def test_an_edsr_of_another_range_gives_the_same_image(training: Write, here: Pa
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("train", [None, {"pretrain_img_range": 255.0}])
+def test_testing_leaves_trained_weights_alone(train: object, training: Write, testing: Write, here: Path) -> None:
+    """Whatever the option file of the test says of training: same validation figures, same weights."""
+    assert main(["train", "-opt", training()]) == 0
+    assert main(["test", "-opt", testing({"train": train})]) == 0
+    last = {
+        part: re.findall(r"# psnr: (\S+)", log_of(here / part))[-1]
+        for part in ("experiments/tiny", "results/tiny_test")
+    }
+    assert len(set(last.values())) == 1, last
+
+
 def test_only_an_edsr_can_change_its_range(training: Write, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = {"type": "LCoAN", "num_feat": 8, "num_group": 1, "num_block": 1, "upscale": 2}
     assert main(["train", "-opt", training({"network_g": network, "train.pretrain_img_range": 255.0})]) == 2
