@@ -27,6 +27,7 @@ LAYOUT = "sparse_sr_attn/functional/cluster_layout.py"
 TILES = "sparse_sr_attn/functional/cluster_tiles.py"
 PRECISION = "sparse_sr_attn/functional/precision.py"
 KMEANS = "sparse_sr_attn/functional/kmeans.py"
+RECOMPUTATION = "sparse_sr_attn/functional/recomputation.py"
 LCOA = "sparse_sr_attn/layers/lcoa.py"
 RESIDUAL = "sparse_sr_attn/blocks/residual.py"
 CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
@@ -287,14 +288,14 @@ FAULTS = [
     Fault(
         "centroids move in a recomputation",
         KMEANS,
-        "if _backward_is_running():",
+        "if backward_is_running():",
         "if points.ndim == 0:",
         f"{IN_KMEANS}::test_nothing_moves_while_a_backward_runs",
     ),
     Fault(
         "activation checkpointing moves centroids twice",
         KMEANS,
-        "if _backward_is_running():",
+        "if backward_is_running():",
         "if points.ndim == 0:",
         contract("checkpointed is plain"),
     ),
@@ -679,7 +680,7 @@ FAULTS = [
     ),
     Fault(
         "a checkpointed step moves twice",
-        KMEANS,
+        RECOMPUTATION,
         "return torch._C._current_graph_task_id() != -1",
         "return False",
         f"{IN_KMEANS}::test_a_checkpointed_step_moves_once",
@@ -834,21 +835,21 @@ FAULTS = [
     ),
     Fault(
         "reentrant checkpointing moves centroids twice",
-        KMEANS,
+        RECOMPUTATION,
         "return torch._C._current_graph_task_id() != -1",
         "return torch.is_grad_enabled() and False",
         contract("reentrantly checkpointed is plain"),
     ),
     Fault(
         "a checkpointed compiled layer moves centroids twice",
-        KMEANS,
+        RECOMPUTATION,
         "return torch._C._current_graph_task_id() != -1",
         "return False",
         contract("compiled inside a checkpoint is plain"),
     ),
     Fault(
         "a compiled checkpointed layer moves centroids twice",
-        KMEANS,
+        RECOMPUTATION,
         "return torch._C._current_graph_task_id() != -1",
         "return False",
         contract("checkpointed and compiled is plain"),
