@@ -16,7 +16,7 @@ from sparse_sr_attn.config import Finite, PositiveInt, checked
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional.batch_norm import batch_norm
 from sparse_sr_attn.functional.precision import working_precision
-from sparse_sr_attn.functional.window import apply_window_weights, fit_windows, window_weights
+from sparse_sr_attn.functional.window import apply_window_weights, window_weights
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting
 from sparse_sr_attn.states import WindowAttention
 
@@ -134,8 +134,7 @@ class SharedGMSA(AttentionLayer):
         attended = []
         for weights, size, value in zip(state.weights, state.window_sizes, values, strict=False):
             shift, unshift = _shifts(size, state.shift, state.exact_shift)
-            fitted = fit_windows(weights, state.height, state.width, size)
-            attended.append(apply_window_weights(fitted, value, window_size=size, shift=shift, unshift=unshift))
+            attended.append(apply_window_weights(weights, value, window_size=size, shift=shift, unshift=unshift))
         branch: Tensor = self.output(torch.cat(attended, dim=1))
         return x + self.res_scale * branch
 

@@ -42,24 +42,26 @@ def windows_of(height: int, width: int, window_size: int, shift: int = 0) -> lis
     return windows
 
 
-def partition(x: Tensor, window_size: int) -> Tensor:
+def partition(x: Tensor, window_size: int, shift: int = 0) -> Tensor:
     """Cut a map into windows, one pixel at a time.
 
     Args:
-        x: `(b, c, h, w)`, h and w multiples of `window_size`.
+        x: `(b, c, h, w)`.
         window_size: side of a window.
+        shift: as in `windows_of`.
 
     Returns:
-        `(b, k, i, c)`.
+        `(b, k, i, c)`, zero for pads.
     """
+    pad = torch.zeros_like(x[:, :, 0, 0])
     windows = [
-        torch.stack([x[:, :, pixel[0], pixel[1]] for pixel in window if pixel is not None], dim=1)
-        for window in windows_of(x.shape[2], x.shape[3], window_size)
+        torch.stack([pad if pixel is None else x[:, :, pixel[0], pixel[1]] for pixel in window], dim=1)
+        for window in windows_of(x.shape[2], x.shape[3], window_size, shift)
     ]
     return torch.stack(windows, dim=1)
 
 
-def merge(windows: Tensor, height: int, width: int, window_size: int) -> Tensor:
+def merge(windows: Tensor, height: int, width: int, window_size: int, shift: int = 0) -> Tensor:
     """Look up each pixel of a map in its window.
 
     Args:
@@ -67,14 +69,17 @@ def merge(windows: Tensor, height: int, width: int, window_size: int) -> Tensor:
         height: of the map.
         width: of the map.
         window_size: side of a window.
+        shift: as in `windows_of`.
 
     Returns:
         `(b, c, h, w)`.
     """
+    padded_height, padded_width = whole(height, window_size), whole(width, window_size)
     pixels = []
-    for y in range(height):
-        for x in range(width):
-            window = y // window_size * (width // window_size) + x // window_size
+    for row in range(height):
+        for column in range(width):
+            y, x = (row - shift) % padded_height, (column - shift) % padded_width
+            window = y // window_size * (padded_width // window_size) + x // window_size
             pixels.append(windows[:, window, y % window_size * window_size + x % window_size])
     return torch.stack(pixels, dim=-1).reshape(windows.shape[0], windows.shape[3], height, width)
 

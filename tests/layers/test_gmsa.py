@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, SharedGMSA, ShapeError, SharingError, ShiftConv2d
+from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d
 from sparse_sr_attn.layers.gmsa import BatchNorm2d, ConvNorm, group_widths
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
