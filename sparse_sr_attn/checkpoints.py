@@ -33,6 +33,7 @@ _NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "ne
 _WRAPPERS = ("module.", "_orig_mod.")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
+_COUNTS = ("share", "expansion")  # options that count weights, beside those called num_*
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
 
 
@@ -226,7 +227,7 @@ def _refuse_giants(options: object, limit: int, name: str = OPTIONS) -> None:
     elif isinstance(options, list):
         for value in options:
             _refuse_giants(value, limit, name)
-    elif name.startswith("num_") and isinstance(options, int) and options > limit:
+    elif (name.startswith("num_") or name in _COUNTS) and isinstance(options, int) and options > limit:
         raise CheckpointError(f"the options say {name} {options}, but there are only {limit} numbers in the file")
 
 
@@ -324,9 +325,9 @@ def _rcan(state: State) -> Options:
         "num_group": _count(state, r"body\.(\d+)\."),
         "num_block": _count(state, r"body\.0\.residual_group\.(\d+)\."),
     }
-    gate = "body.0.residual_group.0.rcab.3.attention.1.weight"
-    if gate in state:
-        options["squeeze_factor"] = max(1, options["num_feat"] // _size(state, gate)[0])
+    if any(".rcab." in key for key in state):  # its own blocks, not those of the option `block`
+        squeezed = _size(state, "body.0.residual_group.0.rcab.3.attention.1.weight")[0]
+        options["squeeze_factor"] = max(1, options["num_feat"] // squeezed)
     return options
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from sparse_sr_attn import EDSR, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
+from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
 from sparse_sr_attn.checkpoints import LAYOUTS
 
 GOLDEN = Path(__file__).parent / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
+GOLDEN_ELAN = Path(__file__).parent / "golden" / "elan_narrow_train_step.safetensors"
 LCOA: dict[str, Any] = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "reduction": 3, "zero_init": False}
 
 OURS: dict[str, Callable[[], nn.Module]] = {
@@ -42,6 +43,16 @@ OURS: dict[str, Callable[[], nn.Module]] = {
     "RCAN": lambda: RCAN(
         4, 4, num_feat=9, num_group=3, num_block=2, squeeze_factor=4, img_range=1.0, attention={**LCOA, "every": 1}
     ),
+    "ELAN": lambda: ELAN(num_feat=8, num_block=2, share=2, window_sizes=(3, 5), expansion=3, img_range=1.0),
+    "ELAN x3, grey to colour": lambda: ELAN(1, 3, num_feat=7, num_block=1, upscale=3, exact_shift=False),
+    "EDSR of ELABs, with GMSA": lambda: EDSR(
+        num_feat=8,
+        num_block=4,
+        upscale=2,
+        attention={"type": "GMSA", "every": 2, "share": 2, "window_sizes": [2, 3], "zero_init": False},
+        block={"type": "ELAB", "share": 2, "window_sizes": [4]},
+    ),
+    "RCAN of LCoAs": lambda: RCAN(num_feat=8, num_group=2, num_block=2, block={"type": "LCoA", "chunk_size": 9}),
 }
 
 
@@ -226,6 +237,49 @@ def test_released_lcoan_is_as_published_by_default(tmp_path: Path) -> None:
         0.1,
     )
     assert (model.img_range, model.upscale, len(layer.lsp.centroids)) == (1.0, 2, 16)
+
+
+def released_elan() -> dict[str, Tensor]:
+    found = load_file(GOLDEN_ELAN)
+    return {key.removeprefix("state_dict."): value for key, value in found.items() if key.startswith("state_dict.")}
+
+
+def test_released_elan_is_as_published_by_default() -> None:
+    """Its files carry a prefix; range and mean come from its mean shift."""
+    model = load_model({"model_state_dict": {f"module.{key}": value for key, value in released_elan().items()}})
+    provider = model.body[1].attention[0]
+    assert (provider.window_sizes, provider.shift, provider.exact_shift) == ((4, 8, 16), True, False)
+    assert (model.img_range, model.upscale, len(model.body), len(model.body[0].lfe)) == (255.0, 2, 2, 2)
+    assert torch.allclose(model.mean.flatten(), torch.tensor([0.4488, 0.4371, 0.4040]))
+    other = load_model(released_elan(), window_sizes=[2, 3], img_range=1.0, exact_shift=True)
+    provider = other.body[1].attention[0]
+    assert (provider.window_sizes, provider.exact_shift, other.img_range) == ((2, 3), True, 1.0)
+
+
+def test_query_and_value_of_released_elan_lie_group_by_group() -> None:
+    """Of 24 rows each third is one group's: four of the query, then four of the value; with two windows, each half."""
+    state = released_elan()
+    weight = state["body.0.modules_gmsa.gmsa_0.project_inp.0.weight"]
+    for sizes, rows in (
+        ([4, 8, 16], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19]),
+        ([4, 8], [*range(6), *range(12, 18)]),
+    ):
+        provider = load_model(state, window_sizes=sizes).body[0].attention[0]
+        assert torch.equal(provider.query.conv.weight, weight[rows])
+        assert torch.equal(provider.shared.value.conv.weight, weight[[row for row in range(24) if row not in rows]])
+
+
+def test_masked_shift_convolutions_of_released_elan_load_too() -> None:
+    """Its second form has 3x3 kernels of which one tap a channel counts; what lies under the mask is arbitrary."""
+    state = released_elan()
+    model = load_model(state)
+    names = [key.removesuffix(".conv1x1.weight") for key in state if key.endswith(".conv1x1.weight")]
+    for name in names:
+        kernel, hot = state.pop(f"{name}.conv1x1.weight"), state.pop(f"{name}.weight")
+        state[f"{name}.b"] = state.pop(f"{name}.conv1x1.bias")
+        state[f"{name}.m"] = hot.transpose(0, 1)
+        state[f"{name}.w"] = torch.where(state[f"{name}.m"] > 0, kernel, torch.full_like(kernel, 7.0))
+    assert_same(load_model(state), model)
 
 
 def pytorch_edsr(state: dict[str, Tensor], x: Tensor, res_scale: float) -> Tensor:
@@ -493,6 +547,15 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         "weights of our LCoAN do not tell chunk_size and res_scale; say it: "
         "load_model(..., chunk_size=384, res_scale=0.1)",
     ),
+    "an ELAN of ours that says nothing": (
+        {key: value for key, value in trained("ELAN").state_dict().items() if key != "options"},
+        "weights of our ELAN do not tell window_sizes; say it: load_model(..., window_sizes=(4, 8, 16))",
+    ),
+    "a released ELAN with odd projections": (
+        {key: value[:-1] if key.endswith("gmsa_0.project_inp.0.weight") else value
+         for key, value in released_elan().items()},
+        "project_inp.0.weight must have an even number of rows, got 23",
+    ),
     "options that are no text": (with_options(b"\xff\xfe"), "the key 'options' must hold the bytes of a JSON map"),
     "options that are no map": (with_options([1]), "the key 'options' must hold the bytes of a JSON map"),
     "options without end": (with_options(b"[" * 99_999), "the key 'options' must hold the bytes of a JSON map"),
@@ -632,15 +695,26 @@ def test_safetensors_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatc
 def test_layouts_tell_each_other_apart() -> None:
     """No weights are recognised by two rows of the table, and each row is met."""
     samples = [
-        *(trained(name).state_dict() for name in OURS),
+        *(trained(name).state_dict() for name in OURS if " of " not in name),
         plain_edsr().state_dict(),
         released(),
+        released_elan(),
         pytorch_weights("EDSR", 2),
         pytorch_weights("RCAN", 2),
     ]
     met = [[layout.name for layout in LAYOUTS if layout.recognises(sample)] for sample in samples]
     assert all(len(names) == 1 for names in met), met
     assert {name for names in met for name in names} == {layout.name for layout in LAYOUTS}
+
+
+def test_the_family_is_carried_where_keys_do_not_tell_it() -> None:
+    """An RCAN whose blocks are of another layer has no key in common with BasicSR's blocks."""
+    state = trained("RCAN of LCoAs").state_dict()
+    assert not [layout for layout in LAYOUTS if layout.recognises(state)]
+    assert type(load_model(state)) is RCAN
+    del state["options"]
+    with pytest.raises(CheckpointError, match="must be of a layout known here"):
+        load_model(state)
 
 
 @pytest.mark.parametrize("name", ["num_clusters", "num_rounds"])
@@ -650,6 +724,16 @@ def test_giants_in_the_options_of_attention_are_refused_before_they_are_built(na
     state = dict(EDSR(num_feat=4, num_block=1, upscale=2, attention=attention).state_dict())
     options = json.loads(bytes(state["options"].tolist()))
     options["attention"][name] = 10**12
+    state["options"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=rf"the options say {name} 1000000000000, but there are only \d+ numbers"):
+        load_model(state)
+
+
+@pytest.mark.parametrize("name", ["share", "expansion"])
+def test_giants_in_the_options_of_blocks_are_refused_too(name: str) -> None:
+    state = dict(trained("EDSR of ELABs, with GMSA").state_dict())
+    options = json.loads(bytes(state["options"].tolist()))
+    options["block"][name] = 10**12
     state["options"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=rf"the options say {name} 1000000000000, but there are only \d+ numbers"):
         load_model(state)

@@ -156,9 +156,9 @@ def _drop_in(name: str, path: str) -> Entry[nn.Module]:
         drop_ins = [LAYERS.get(other) for other in LAYERS if LAYERS.get(other).kind == "layer"]
         names = [e.name for e in drop_ins if required is None or getattr(e.build, "provides", None) is required]
         hint = "with share: n, whose later sites use it" if entry.kind == "consumer" else "instead"
-        raise ConfigError(
-            [Problem(path, f"must be a drop-in layer, got {name!r}, a {entry.kind}; use {' or '.join(names)} {hint}")]
-        )
+        kind = f"an {entry.kind}" if entry.kind == "operator" else f"a {entry.kind}"
+        message = f"must be a drop-in layer, got {name!r}, {kind}; use {' or '.join(names)} {hint}"
+        raise ConfigError([Problem(path, message)])
     return entry
 
 

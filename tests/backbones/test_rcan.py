@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_sr_attn import RCAN, CoA, ConfigError, LCoA
+from sparse_sr_attn import ELAB, RCAN, CoA, ConfigError, LCoA
 from sparse_sr_attn.blocks import ResidualGroup
 from sparse_sr_attn.blocks.residual import ChannelAttention, ChannelAttentionBlock
 
@@ -89,3 +89,17 @@ def test_wrong_options_are_explained(options: dict[str, Any], message: str) -> N
     with pytest.raises(ConfigError) as caught:
         RCAN(**{**SMALL, "num_group": 4, **options})
     assert message in str(caught.value)
+
+
+def test_elabs_stand_in_place_of_blocks_inside_groups() -> None:
+    """Groups keep their convolution and their sum; every second ELAB of the network shifts, whatever its group."""
+    options = {**SMALL, "num_block": 3}
+    model = RCAN(num_group=2, block={"type": "ELAB", "window_sizes": [2]}, **options).eval()
+    assert [type(block) for group in model.body for block in group.residual_group] == 6 * [ELAB]
+    shifts = [block.attention[0].shift for group in model.body for block in group.residual_group]
+    assert shifts == [False, True, False, True, False, True]
+    x = image(1, 8, 4, 5)
+    inner = x
+    for block in model.body[0].residual_group:
+        inner = block(inner)
+    assert torch.equal(model.body[0](x), x + model.body[0].conv(inner))
