@@ -31,6 +31,9 @@ LONGEST = 17
 half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
+FORMS: tuple[fast.Form, ...] = ("oneshot", "operator")
+
+
 @dataclass(frozen=True)
 class Map:
     """Sizes of a map and of its windows, and the seed of its numbers."""
@@ -195,6 +198,7 @@ def test_merge_equals_loops_and_partition_inverts_it(device: torch.device, case:
 # --- values and gradients
 
 
+@pytest.mark.parametrize("form", FORMS)
 @given(case=maps(max_batch=2), scale=st.sampled_from((1.0, 0.5, 3.0)))
 @example(case=ONE_PIXEL, scale=1.0)
 @example(case=WHOLE, scale=1.0)
@@ -202,9 +206,9 @@ def test_merge_equals_loops_and_partition_inverts_it(device: torch.device, case:
 @example(case=ODD, scale=1.0)
 @example(case=WINDOW_OVER_THE_MAP, scale=1.0)
 @example(case=FULL_OF_PADS, scale=0.5)
-def test_weights_equal_loops(device: torch.device, case: Map, scale: float) -> None:
+def test_weights_equal_loops(device: torch.device, form: fast.Form, case: Map, scale: float) -> None:
     query, key, _ = case.inputs(device)
-    weights = fast.window_weights(query, key, **case.windows, scale=scale)
+    weights = fast.window_weights(query, key, **case.windows, scale=scale, form=form)
     assert weights.shape == case.weights_shape
     assert weights.isfinite().all(), "in the rows of pads too"
     rows = case.real(device)
@@ -214,6 +218,7 @@ def test_weights_equal_loops(device: torch.device, case: Map, scale: float) -> N
     assert_gradients_close(gradients(actual, (query, key), probe), gradients(expected, (query, key), probe))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @given(case=maps(max_batch=2, displaced=True))
 @example(case=ONE_PIXEL)
 @example(case=WHOLE)
@@ -223,11 +228,11 @@ def test_weights_equal_loops(device: torch.device, case: Map, scale: float) -> N
 @example(case=PUBLISHED)
 @example(case=PUBLISHED_PADDED)
 @example(case=FAR_APART)
-def test_application_equals_loops(device: torch.device, case: Map) -> None:
+def test_application_equals_loops(device: torch.device, form: fast.Form, case: Map) -> None:
     """For any weights, not only those of a softmax."""
     value = case.map("value", VALUE_WIDTH, device)
     weights = case.tensor("weights", *case.weights_shape, device=device).requires_grad_()
-    output = fast.apply_window_weights(weights, value, **case.displaced)
+    output = fast.apply_window_weights(weights, value, **case.displaced, form=form)
     assert output.shape == value.shape
     pixels = case.meant(device)
     expected = slow.apply_window_weights(weights, value, **case.displaced)[:, :, pixels]
@@ -237,6 +242,7 @@ def test_application_equals_loops(device: torch.device, case: Map) -> None:
     assert_gradients_close(gradients(actual, (weights, value), probe), gradients(expected, (weights, value), probe))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @given(case=maps(displaced=True), scale=st.sampled_from((1.0, 0.5, 3.0)))
 @example(case=ONE_PIXEL, scale=1.0)
 @example(case=WHOLE, scale=1.0)
@@ -247,9 +253,11 @@ def test_application_equals_loops(device: torch.device, case: Map) -> None:
 @example(case=PUBLISHED, scale=1.0)
 @example(case=PUBLISHED_PADDED, scale=1.0)
 @example(case=FAR_APART, scale=1.0)
-def test_attention_equals_masked_dense_attention(device: torch.device, case: Map, scale: float) -> None:
+def test_attention_equals_masked_dense_attention(
+    device: torch.device, form: fast.Form, case: Map, scale: float
+) -> None:
     query, key, value = leaves = case.inputs(device)
-    output = fast.window_attention(query, key, value, **case.displaced, scale=scale)
+    output = fast.window_attention(query, key, value, **case.displaced, scale=scale, form=form)
     assert output.shape == value.shape
     assert output.isfinite().all(), "where rows of pads come to lie too"
     pixels = case.meant(device)
@@ -530,6 +538,12 @@ def test_autocast_does_not_reach_the_scores(device: torch.device, case: Map) -> 
         probe = case.tensor("probe", *mine.shape, device=device)
         for grad, true in zip(gradients(mine, leaves, probe), gradients(other, leaves, probe), strict=True):
             assert_bit_equal(grad, true)
+
+
+def test_an_unknown_form_is_explained(device: torch.device) -> None:
+    query, key, _ = WHOLE.inputs(device)
+    with pytest.raises(ValueError, match=r"^form must be 'auto', 'oneshot' or 'operator', got 'fast'$"):
+        fast.window_weights(query, key, window_size=4, form="fast")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", [ONE_PIXEL, FULL_OF_PADS, WINDOW_OVER_THE_MAP.but(batch=1, window_size=4)], ids=str)
