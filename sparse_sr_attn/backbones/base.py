@@ -38,9 +38,14 @@ def remembered(init: Callable[P, None]) -> Callable[P, None]:
             for name, value in bound.arguments.items()
             if value is not network and name != "activation_checkpointing"  # of training, not of the network
         }
-        network._options = _as_json(given) if given.get("attention", True) else None  # type: ignore[attr-defined]
+        network._options = _as_json(given)  # type: ignore[attr-defined]
 
     return wrapper
+
+
+def packed(options: Mapping[str, Any]) -> Tensor:
+    """Return options as a state dict carries them: the bytes of a JSON map."""
+    return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8, device="cpu")
 
 
 def _as_json(options: Mapping[str, Any]) -> str | None:
@@ -133,12 +138,18 @@ class ResidualNetwork(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._options is not None:
-            destination[prefix + OPTIONS] = torch.tensor(list(self._options.encode()), dtype=torch.uint8, device="cpu")
+        options = options_of(self)
+        if options is not None and options.get("attention", True):
+            destination[prefix + OPTIONS] = packed(options)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + OPTIONS, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def options_of(network: ResidualNetwork) -> dict[str, Any] | None:
+    """Return the options that a network was built with; `None` if JSON has no word for one of them."""
+    return None if network._options is None else dict(json.loads(network._options))
 
 
 def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> Tensor:
