@@ -4,10 +4,14 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from sparse_sr_attn.backbones.base import ResidualNetwork
 
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_RELAXED)
@@ -68,6 +72,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the test should run; `--device cuda` moves every test that takes it."""
     return torch.device(request.config.getoption("--device"))
+
+
+LCOA = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "reduction": 3}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "LCoAN": {"num_feat": 8, "num_group": 3, "num_block": 1, "upscale": 3, "share": 2, "chunk_size": 9, "reduction": 2},
+    "EDSR": {"num_feat": 8, "num_block": 4, "img_range": 1.0, "attention": {**LCOA, "every": 2, "share": 2}},
+    "RCAN": {"num_feat": 9, "num_group": 2, "num_block": 1, "squeeze_factor": 4, "attention": [{**LCOA, "every": 1}]},
+}
+"""Each of our networks with attention, tiny; no option that shapes do not tell has its default in all of them."""
+
+
+@pytest.fixture(params=NETWORKS)
+def trained(request: pytest.FixtureRequest) -> "ResidualNetwork":
+    """A network after three steps of training, in evaluation mode."""
+    import sparse_sr_attn  # not before jaxtyping's hook
+
+    torch.manual_seed(0)
+    network = getattr(sparse_sr_attn, request.param)(**NETWORKS[request.param])
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    for _ in range(3):
+        network(torch.rand(2, 3, 8, 7)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network.eval()
 
 
 @pytest.fixture(autouse=True)
