@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.backbones.base import OPTIONS, ResidualNetwork
+from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.edsr import EDSR
+from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.config import read
 from sparse_sr_attn.errors import CheckpointError, ConfigError
+from sparse_sr_attn.functional.shift import taps
+from sparse_sr_attn.layers.gmsa import group_widths
 
 State = Mapping[str, Tensor]
 Options = dict[str, Any]
@@ -46,6 +49,7 @@ class Layout:
         shapes: reads the options that the shapes of (renamed) weights tell.
         names: patterns of keys, the first that fits counts, and our names for them; `None` for what we do not need.
             Keys that fit none keep their names.
+        convert: what is to be done before the names are changed, given the options said by the caller.
         defaults: the options that shapes do not tell, as these weights expect them, from the weights as they are and
             the options that shapes tell; the constructor's defaults go for the rest.
         needs: options that nobody can guess, each with the beginning of the keys whose presence raises the question.
@@ -53,10 +57,11 @@ class Layout:
     """
 
     name: str
-    build: Callable[..., ResidualNetwork]
+    build: Callable[..., Network]
     sign: str
     shapes: Callable[[State], Options]
     names: Mapping[str, str | None] = field(default_factory=dict)
+    convert: Callable[[State, Options], State] = lambda state, options: state
     defaults: Callable[[State, Options], Options] = lambda state, shapes: {}
     needs: Mapping[str, str] = field(default_factory=dict)
     fresh: str = "(?!)"
@@ -80,7 +85,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def load_model(
     source: str | os.PathLike[str] | Mapping[str, Any], *, allow_tail_reinit: bool = False, **overrides: Any
-) -> ResidualNetwork:
+) -> Network:
     """Return the network that weights belong to, with these weights, in evaluation mode.
 
     Args:
@@ -159,15 +164,17 @@ def _is_plain(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool) -> ResidualNetwork:
-    layout = next((layout for layout in LAYOUTS if layout.recognises(state)), None)
+def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool) -> Network:
+    carried = carried_options(state.pop(OPTIONS, None))
+    family = carried.pop("type", None)
+    layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
+    layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
     if layout is None:
         tried = "".join(f"\n  {layout.name}, with keys like {layout.sign}" for layout in LAYOUTS)
         keys = [f"{key} {tuple(value.shape)}" for key, value in state.items()]
         raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {_listed(keys)}")
     overrides = read(layout.build, overrides, siblings=["allow_tail_reinit"])
-    carried = _carried(state.pop(OPTIONS, None))
-    named = _renamed(layout, state)
+    named = _renamed(layout, layout.convert(state, overrides))
     shapes = layout.shapes(named)
     needs = {} if carried else layout.needs
     needed = [n for n, start in needs.items() if n not in overrides and any(key.startswith(start) for key in named)]
@@ -176,13 +183,14 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
             f"weights of {layout.name} do not tell {' and '.join(needed)}; say it: "
             f"load_model(..., {', '.join(f'{name}={_EXAMPLES[name]}' for name in needed)})"
         )
-    upscale = overrides.get("upscale", shapes["upscale"])
+    trained = carried.get("upscale", shapes["upscale"])
+    upscale = overrides.get("upscale", trained)
     fresh = [layout.fresh]
-    if upscale != shapes["upscale"]:
+    if upscale != trained:
         if not allow_tail_reinit:
             raise CheckpointError(
-                f"upscale must be {shapes['upscale']}, that of the weights, got {upscale}; allow_tail_reinit=True "
-                "keeps the body and starts upsample and conv_last afresh"
+                f"upscale must be {trained}, that of the weights, got {upscale}; allow_tail_reinit=True "
+                "keeps the body and starts what comes after it afresh"
             )
         named = {key: value for key, value in named.items() if not key.startswith(_TAIL)}
         fresh += [rf"{re.escape(start)}.*" for start in _TAIL]
@@ -198,8 +206,12 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
     return model.eval()
 
 
-def _carried(tensor: Tensor | None) -> Options:
-    """Return the options that the weights of our networks carry."""
+def carried_options(tensor: Tensor | None) -> Options:
+    """Return the options that the weights of our networks carry, and the network's name as `type`.
+
+    Raises:
+        CheckpointError: this is not how they are carried.
+    """
     if tensor is None:
         return {}
     try:
@@ -233,7 +245,7 @@ def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:
     return named
 
 
-def _built(layout: Layout, found: Options, overrides: Options) -> ResidualNetwork:
+def _built(layout: Layout, found: Options, overrides: Options) -> Network:
     """Return the network; what is wrong with it is the overrides' fault or that of the weights."""
     found = {name: value for name, value in found.items() if name not in overrides}
     try:
@@ -244,7 +256,7 @@ def _built(layout: Layout, found: Options, overrides: Options) -> ResidualNetwor
         raise CheckpointError(f"the options that belong to the weights cannot be used here:\n{error}") from error
 
 
-def _check(model: ResidualNetwork, state: State, fresh: str) -> None:
+def _check(model: Network, state: State, fresh: str) -> None:
     """Refuse weights that are not those of `model`; name what is missing, too much, of wrong size or not finite."""
     expected = {key: value for key, value in model.state_dict().items() if key != OPTIONS}
     missing = [key for key in expected if key not in state and not re.fullmatch(fresh, key)]
@@ -311,14 +323,61 @@ def _edsr(state: State) -> Options:
 
 
 def _rcan(state: State) -> Options:
-    ends = _ends(state)
-    squeezed = _size(state, "body.0.residual_group.0.rcab.3.attention.1.weight")[0]
-    return {
-        **ends,
+    options = {
+        **_ends(state),
         "num_group": _count(state, r"body\.(\d+)\."),
         "num_block": _count(state, r"body\.0\.residual_group\.(\d+)\."),
-        "squeeze_factor": max(1, ends["num_feat"] // squeezed),
     }
+    gate = "body.0.residual_group.0.rcab.3.attention.1.weight"
+    if gate in state:
+        options["squeeze_factor"] = max(1, options["num_feat"] // _size(state, gate)[0])
+    return options
+
+
+def _elan(state: State) -> Options:
+    num_feat, num_in_ch = _size(state, "conv_first.weight")[:2]
+    width = _size(state, "body.0.lfe.0.conv1.weight")[0]
+    last = _size(state, "conv_last.weight")[0]
+    upscale = next((factor for factor in (2, 3, 4, 8) if last == num_in_ch * factor**2), None)
+    upscale = upscale or next((factor for factor in (2, 3, 4, 8) if last % factor**2 == 0), None)
+    if upscale is None:
+        raise CheckpointError(f"conv_last must have channels for x2, x3, x4 or x8, got {last}")
+    return {
+        "num_in_ch": num_in_ch,
+        "num_feat": num_feat,
+        "num_block": _count(state, r"body\.(\d+)\."),
+        "share": _count(state, r"body\.0\.lfe\.(\d+)\."),
+        "expansion": max(1, width // num_feat),
+        "upscale": upscale,
+    }
+
+
+def _elan_channels(state: State, shapes: Options) -> Options:
+    """Return the channels of the output image: they and the factor are one number in the shapes."""
+    key = next(key for key in ("conv_last.weight", "tail.0.weight") if key in state)
+    return {"num_out_ch": len(state[key]) // shapes["upscale"] ** 2}
+
+
+def _released_elan(state: State, options: Options) -> State:
+    """Part each projection of a provider into query and value, and bring masked convolutions to their five taps."""
+    num_groups = len(options.get("window_sizes", (4, 8, 16)))
+    converted: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if found := re.fullmatch(r"(body\.\d+\.modules_gmsa\.gmsa_0\.project)_inp(\..+)", key):
+            parts = (value, value)
+            if value.ndim:
+                widths = [width for group in group_widths(len(value) // 2, num_groups) for width in (group, group)]
+                if sum(widths) != len(value):
+                    raise CheckpointError(f"{key} must have an even number of rows, got {len(value)}")
+                rows = value.split(widths)
+                parts = (torch.cat(rows[::2]), torch.cat(rows[1::2]))
+            for name, part in zip(("query", "value"), parts, strict=True):
+                converted[f"{found[1]}_{name}{found[2]}"] = part
+        elif (found := re.fullmatch(r"(.+\.shift_conv)\.w", key)) and value.ndim == 4 and value.shape[2:] == (3, 3):
+            converted[f"{found[1]}.conv1x1.weight"] = (value * taps(value)).sum(dim=(2, 3), keepdim=True)
+        else:
+            converted[key] = value
+    return converted
 
 
 def _lcoan(state: State) -> Options:
@@ -359,6 +418,7 @@ def _mean_shift(state: State, img_range: float) -> Options:
 
 
 _EXAMPLES = {
+    "window_sizes": "(4, 8, 16)",
     "attention": "{'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144}",
     "chunk_size": "384",
     "res_scale": "0.1",
@@ -406,6 +466,44 @@ LAYOUTS = (
             "exact_keys": False,
         },
         fresh=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
+    ),
+    Layout(
+        "our ELAN",
+        ELAN,
+        sign="body.<b>.lfe.<j>.conv1.*",
+        shapes=_elan,
+        defaults=_elan_channels,
+        needs={"window_sizes": ""},
+    ),
+    Layout(
+        "the released ELAN",
+        ELAN,
+        sign="body.<b>.modules_gmsa.gmsa_<j>.project_inp.0.*",
+        shapes=_elan,
+        names={
+            **_MEAN_SHIFT,
+            "head.0.*": "conv_first.*",
+            "tail.0.*": "conv_last.*",
+            "body.<b>.modules_lfe.lfe_<j>.conv0.shift_conv.conv1x1.*": "body.<b>.lfe.<j>.conv1.*",
+            "body.<b>.modules_lfe.lfe_<j>.conv1.shift_conv.conv1x1.*": "body.<b>.lfe.<j>.conv2.*",
+            "body.<b>.modules_lfe.lfe_<j>.conv0.shift_conv.b": "body.<b>.lfe.<j>.conv1.bias",
+            "body.<b>.modules_lfe.lfe_<j>.conv1.shift_conv.b": "body.<b>.lfe.<j>.conv2.bias",
+            "body.<b>.modules_lfe.lfe_<j>.conv<k>.shift_conv.*": None,  # its one-hot kernels or its mask
+            "body.<b>.modules_gmsa.gmsa_0.project_query.0.*": "body.<b>.attention.0.query.conv.*",
+            "body.<b>.modules_gmsa.gmsa_0.project_query.1.*": "body.<b>.attention.0.query.norm.*",
+            "body.<b>.modules_gmsa.gmsa_0.project_value.0.*": "body.<b>.attention.0.shared.value.conv.*",
+            "body.<b>.modules_gmsa.gmsa_0.project_value.1.*": "body.<b>.attention.0.shared.value.norm.*",
+            "body.<b>.modules_gmsa.gmsa_0.project_out.*": "body.<b>.attention.0.shared.output.*",
+            "body.<b>.modules_gmsa.gmsa_<j>.project_inp.0.*": "body.<b>.attention.<j>.value.conv.*",
+            "body.<b>.modules_gmsa.gmsa_<j>.project_inp.1.*": "body.<b>.attention.<j>.value.norm.*",
+            "body.<b>.modules_gmsa.gmsa_<j>.project_out.*": "body.<b>.attention.<j>.output.*",
+        },
+        convert=_released_elan,
+        defaults=lambda state, shapes: {
+            **_elan_channels(state, shapes),
+            **_mean_shift(state, 255.0),
+            "exact_shift": False,
+        },
     ),
     Layout(
         "EDSR (ours and BasicSR's)",

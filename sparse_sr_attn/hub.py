@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_sr_attn.backbones.base import OPTIONS, ResidualNetwork, options_of, packed
+from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of, packed
 from sparse_sr_attn.checkpoints import load_model
 from sparse_sr_attn.errors import CheckpointError, SparseSRError
 
@@ -47,11 +47,11 @@ model = hub.from_pretrained("{{ source }}")  # images (b, {{ num_in_ch }}, h, w)
 """
 
 
-def save_pretrained(model: ResidualNetwork, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(model: Network, folder: str | os.PathLike[str]) -> None:
     """Write weights, options and a model card into a folder, which is made if need be.
 
     Args:
-        model: an `LCoAN`, `EDSR` or `RCAN`, on any device.
+        model: an `LCoAN`, `ELAN`, `EDSR` or `RCAN`, on any device.
         folder: weights and options in it are replaced, each file at once when all are written; a README stays.
 
     Raises:
@@ -76,7 +76,7 @@ def from_pretrained(
     force_download: bool = False,
     local_files_only: bool = False,
     **overrides: Any,
-) -> ResidualNetwork:
+) -> Network:
     """Return the network of a folder or of a repository of the hub, in evaluation mode.
 
     Args:
@@ -123,7 +123,7 @@ def from_pretrained(
         ) from error
 
 
-def push_to_hub(model: ResidualNetwork, repo_id: str, **options: Any) -> str:
+def push_to_hub(model: Network, repo_id: str, **options: Any) -> str:
     """Upload weights, options and a model card in one commit; return its address.
 
     Args:
@@ -150,17 +150,16 @@ class _Hosted(
 ):
     """A network as the mixin saves, publishes and fetches it."""
 
-    def __init__(self, network: ResidualNetwork) -> None:
-        family = [base.__name__ for base in type(network).__mro__ if ResidualNetwork in base.__bases__]
-        if not family:
+    def __init__(self, network: Network) -> None:
+        if not isinstance(network, Network):
             raise CheckpointError(
                 f"model must be a network of sparse_sr_attn, without a wrapper, got a {type(network).__name__}"
             )
-        options = options_of(network)
-        if options is None:
-            raise CheckpointError(f"the options of a {family[0]} must be such that JSON can express them")
+        config = options_of(network)
+        if config is None:
+            raise CheckpointError(f"all options of the {type(network).__name__} must be such that JSON can write them")
         self.network = network
-        self.config = {"type": family[0], **options}
+        self.config = config
 
     def card(self, source: str) -> dict[str, Any]:
         """Return what the model card says."""
@@ -185,10 +184,5 @@ class _Hosted(
         file = Path(model_id) / _WEIGHTS if here else hf_hub_download(model_id, _WEIGHTS, **download)
         weights: dict[str, Tensor] = load_file(file)
         if config is not None:
-            weights[OPTIONS] = packed({name: value for name, value in config.items() if name != "type"})
-        hosted = cls(load_model(weights, **(overrides or {})))
-        if config is not None and config.get("type") != hosted.config["type"]:
-            raise CheckpointError(
-                f"the type in {_CONFIG} must be {hosted.config['type']}, as the weights are, got {config.get('type')!r}"
-            )
-        return hosted
+            weights[OPTIONS] = packed(config)
+        return cls(load_model(weights, **(overrides or {})))

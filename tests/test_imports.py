@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"errors", "states", "registry", "config", "functional"},
     "blocks": {"errors", "states", "registry", "config", "functional", "layers"},
     "backbones": {"errors", "states", "registry", "config", "functional", "layers", "blocks"},
-    "checkpoints": {"errors", "config", "backbones"},
+    "checkpoints": {"errors", "config", "functional", "layers", "backbones"},
     "hub": {"errors", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},

@@ -33,7 +33,8 @@ def test_res_scale_enters_in_blocks_only() -> None:
     x = image(1, 8, 4, 5)
     block = ChannelAttentionBlock(8, squeeze_factor=4, res_scale=0.25)
     assert torch.equal(block(x), x + 0.25 * block.rcab(x))
-    group = ResidualGroup(8, 2, squeeze_factor=4, res_scale=0.25)
+    group = RCAN(num_group=1, res_scale=0.25, **SMALL).body[0]
+    assert isinstance(group, ResidualGroup)
     assert [inner.res_scale for inner in group.residual_group] == [0.25, 0.25]
     assert torch.equal(group(x), x + group.conv(group.residual_group(x)))
 
