@@ -987,6 +987,21 @@ FAULTS = [
         "weights_only=False",
         f"{IN_CHECKPOINTS}::test_unreadable_files_give_one_clear_error[a payload]",
     ),
+    Fault(
+        "numbers that many weights share are counted often",
+        CHECKPOINTS,
+        "if sum(value.nbytes for value in state.values()) > sum(storages.values()):",
+        "if sum(value.nbytes for value in state.values()) < 0:",
+        f"{IN_CHECKPOINTS}::test_bad_contents_give_one_clear_error[weights that repeat one number]",
+    ),
+    Fault(
+        "what options ask for together is not counted",
+        CHECKPOINTS,
+        "self.left -= math.prod(shape) + 4096",
+        "self.left -= 0",
+        f"{IN_CHECKPOINTS}::test_options_that_ask_for_too_much_together_are_refused_while_it_is_built"
+        "[rounds of clusters]",
+    ),
     # --- other programs
     Fault(
         "spandrel is told that weights of others are ours",
