@@ -6,6 +6,7 @@ the network had is read from the shapes.
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.edsr import EDSR
@@ -33,7 +35,8 @@ _NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "ne
 _WRAPPERS = ("module.", "_orig_mod.")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
-_COUNTS = ("share", "expansion")  # options that count weights, beside those called num_*
+_DEPTH = 4  # wrappers around a wrapper
+_MOST_OPTIONS = 2**20  # bytes
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
 
 
@@ -156,8 +159,12 @@ def _weights(found: object) -> dict[str, Tensor]:
             hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
         raise CheckpointError(f"must hold a map from keys to dense tensors, got {_listed(strange)}{hint}")
     state = dict(found)
-    while wrapper := next((w for w in _WRAPPERS if all(key.startswith(w) for key in state)), None):
-        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
+    if sum(value.nbytes for value in state.values()) > sum(storages.values()):
+        raise CheckpointError("must hold each number of its weights, got weights that repeat numbers or share them")
+    for wrapper in _DEPTH * _WRAPPERS:
+        if all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
 
 
@@ -166,7 +173,7 @@ def _is_plain(key: object, value: object) -> bool:
 
 
 def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool) -> Network:
-    carried = _carried(state.pop(OPTIONS, None))
+    carried = carried_options(state.pop(OPTIONS, None))
     family = carried.pop("type", None)
     layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
     layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
@@ -200,20 +207,28 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
     for name in carried.keys() & shapes.keys():  # before as much is built as a hostile file asks for
         if name.startswith("num_") and carried[name] != shapes[name]:
             raise CheckpointError(f"the options say {name} {carried[name]}, but the weights have {shapes[name]}")
-    _refuse_giants(carried, limit=sum(value.numel() for value in state.values()))
-    model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
+    size = sum(value.numel() for value in state.values())
+    _refuse_giants(carried, limit=size)
+    with _Budget(size):
+        model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
     _check(model, named, "|".join(fresh))
     model.load_state_dict(named, strict=False)
     return model.eval()
 
 
-def _carried(tensor: Tensor | None) -> Options:
-    """Return the options that the weights of our networks carry."""
+def carried_options(tensor: Tensor | None) -> Options:
+    """Return the options that the weights of our networks carry, and the network's name as `type`.
+
+    Raises:
+        CheckpointError: this is not how they are carried.
+    """
     if tensor is None:
         return {}
     try:
+        if tensor.numel() > _MOST_OPTIONS:
+            raise ValueError(f"got {tensor.numel()} numbers")
         return dict(json.loads(bytes(int(value) for value in tensor.tolist())))
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"the key {OPTIONS!r} must hold the bytes of a JSON map ({error}); take it away and say the options"
         ) from error
@@ -227,8 +242,32 @@ def _refuse_giants(options: object, limit: int, name: str = OPTIONS) -> None:
     elif isinstance(options, list):
         for value in options:
             _refuse_giants(value, limit, name)
-    elif (name.startswith("num_") or name in _COUNTS) and isinstance(options, int) and options > limit:
+    elif name.startswith("num_") and isinstance(options, int) and options > limit:
         raise CheckpointError(f"the options say {name} {options}, but there are only {limit} numbers in the file")
+
+
+class _Budget(TorchFunctionMode):
+    """Within it nobody can make many more numbers than a file has, nor in very many pieces.
+
+    So a small file, whatever its options say together, neither fills the memory nor takes forever.
+
+    Args:
+        size: how many numbers the file has.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.left = 16 * size + 2**24
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, unless it would make a tensor that is too much."""
+        shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
+        if function is not torch.tensor and all(isinstance(side, int) for side in shape):
+            self.left -= math.prod(shape) + 4096
+        if self.left < 0:
+            raise CheckpointError(f"the options ask for far more than a file of {self.size} numbers can be weights of")
+        return function(*args, **(kwargs or {}))
 
 
 def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:
@@ -390,8 +429,9 @@ def _lcoan(state: State) -> Options:
     )
     options["share"] = providers[1] if len(providers) > 1 else None
     options["num_rounds"] = 1 + _count(state, r"body\.0\.attention\.lsp\.further_rounds\.(\d+)\.")
-    if "body.0.attention.lsp.centroids" in state:
-        options["num_clusters"] = len(state["body.0.attention.lsp.centroids"])
+    centroids = state.get("body.0.attention.lsp.centroids")
+    if centroids is not None and centroids.ndim > 0:
+        options["num_clusters"] = len(centroids)
     return options
 
 

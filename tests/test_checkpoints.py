@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
+from sparse_sr_attn.backbones.base import options_of, packed
 from sparse_sr_attn.checkpoints import LAYOUTS
 
 GOLDEN = Path(__file__).parent / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
@@ -387,7 +388,7 @@ def test_the_large_edsr_scales_its_branches() -> None:
     """32 blocks of 256 channels were published with 0.1, all others with 1."""
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in EDSR(num_feat=256, num_block=32, upscale=3).state_dict().items()}
-    state = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    state = {key: torch.zeros(shape) for key, shape in shapes.items()}
     assert load_model(state).body[0].res_scale == 0.1
     assert load_model(plain_edsr().state_dict()).body[0].res_scale == 1.0
 
@@ -559,6 +560,23 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "options that are no text": (with_options(b"\xff\xfe"), "the key 'options' must hold the bytes of a JSON map"),
     "options that are no map": (with_options([1]), "the key 'options' must hold the bytes of a JSON map"),
     "options without end": (with_options(b"[" * 99_999), "the key 'options' must hold the bytes of a JSON map"),
+    "options that are no numbers": (
+        {**trained("EDSR").state_dict(), "options": torch.full((3,), float("inf"))},
+        "the key 'options' must hold the bytes of a JSON map",
+    ),
+    "options of a megabyte": (with_options(b" " * 2**20 + b"{}"), "must hold the bytes of a JSON map (got 1048578"),
+    "weights that repeat one number": (
+        {**plain_edsr().state_dict(), "conv_first.weight": torch.zeros(1).expand(8, 3, 3, 3)},
+        "must hold each number of its weights, got weights that repeat numbers or share them",
+    ),
+    "blocks that share their weights": (
+        {**plain_edsr().state_dict(), **dict.fromkeys(["body.3.conv1.weight", "body.4.conv1.weight"], WEIGHT)},
+        "must hold each number of its weights, got weights that repeat numbers or share them",
+    ),
+    "centroids without a dimension": (
+        {**trained("LCoAN").state_dict(), "body.0.attention.lsp.centroids": torch.tensor(1.0)},
+        "of wrong size: body.0.attention.lsp.centroids must be (5, 8), got ()",
+    ),
     "an option of the future": (
         with_options({**CARRIED, "magic": 1}),
         "the options that belong to the weights cannot be used here:\nmagic: unknown",
@@ -717,6 +735,37 @@ def test_the_family_is_carried_where_keys_do_not_tell_it() -> None:
         load_model(state)
 
 
+GIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "blocks of another layer": (
+        OURS["EDSR of ELABs, with GMSA"],
+        {"block": {"type": "ELAB", "share": 2, "expansion": 10**8}},
+    ),
+    "pairs that share": (lambda: ELAN(num_feat=10, num_block=1, window_sizes=(2,)), {"share": 10**8}),
+    "channels inside": (lambda: ELAN(num_feat=10, num_block=1, window_sizes=(2,)), {"expansion": 10**8}),
+    "rounds of clusters": (
+        OURS["EDSR"],
+        {"attention": {"type": "LCoA", "every": 1, "num_clusters": 5000, "num_rounds": 3000}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GIANTS)
+def test_options_that_ask_for_too_much_together_are_refused_while_it_is_built(name: str) -> None:
+    build, change = GIANTS[name]
+    model = build()
+    state = {**model.state_dict(), "options": packed({**(options_of(model) or {}), **change})}
+    with pytest.raises(
+        CheckpointError, match=r"the options ask for far more than a file of \d+ numbers can be weights of"
+    ):
+        load_model(state)
+
+
+def test_wrappers_around_wrappers_have_an_end() -> None:
+    """Taking them off one at a time must not take forever."""
+    with pytest.raises(CheckpointError, match="must be of a layout known here"):
+        load_model({"module." * 100_000 + key: value for key, value in plain_edsr().state_dict().items()})
+
+
 @pytest.mark.parametrize("name", ["num_clusters", "num_rounds"])
 def test_giants_in_the_options_of_attention_are_refused_before_they_are_built(name: str) -> None:
     """A file of a few kilobytes must not make the reader fill the memory."""
@@ -724,16 +773,6 @@ def test_giants_in_the_options_of_attention_are_refused_before_they_are_built(na
     state = dict(EDSR(num_feat=4, num_block=1, upscale=2, attention=attention).state_dict())
     options = json.loads(bytes(state["options"].tolist()))
     options["attention"][name] = 10**12
-    state["options"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match=rf"the options say {name} 1000000000000, but there are only \d+ numbers"):
-        load_model(state)
-
-
-@pytest.mark.parametrize("name", ["share", "expansion"])
-def test_giants_in_the_options_of_blocks_are_refused_too(name: str) -> None:
-    state = dict(trained("EDSR of ELABs, with GMSA").state_dict())
-    options = json.loads(bytes(state["options"].tolist()))
-    options["block"][name] = 10**12
     state["options"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=rf"the options say {name} 1000000000000, but there are only \d+ numbers"):
         load_model(state)

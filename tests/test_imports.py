@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"errors", "states", "registry", "config", "functional", "layers"},
     "backbones": {"errors", "states", "registry", "config", "functional", "layers", "blocks"},
     "checkpoints": {"errors", "config", "functional", "layers", "backbones"},
+    "hub": {"errors", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
     "cli": {"errors"},  # and the integrations, lazily
@@ -79,7 +80,8 @@ allowed = {"torch", "einops", "jaxtyping"}
 import torch, einops, jaxtyping
 before = {name.split(".")[0] for name in sys.modules}
 import sparse_sr_attn
-for name in {"basicsr", "timm", "torchvision", "spandrel", "numpy.testing", "skimage", "yaml", "tqdm", "matplotlib"}:
+optional = {"basicsr", "timm", "torchvision", "spandrel", "huggingface_hub", "safetensors"}
+for name in {*optional, "numpy.testing", "skimage", "yaml", "tqdm", "matplotlib"}:
     assert name in before or name not in sys.modules, name
 new = {name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
 assert new <= {"sparse_sr_attn"}, new

@@ -39,11 +39,25 @@ def remembered(init: Callable[P, None]) -> Callable[P, None]:
             for name, value in bound.arguments.items()
             if value is not network and name != "activation_checkpointing"  # of training, not of the network
         }
-        choices = [given[name] for name in ("attention", "block") if name in given]
-        plain = bool(choices) and not any(choices)
-        network._options = None if plain else _as_json({"type": family, **given})  # type: ignore[attr-defined]
+        network._options = _as_json({"type": family, **given})  # type: ignore[attr-defined]
 
     return wrapper
+
+
+def packed(options: Mapping[str, Any]) -> Tensor:
+    """Return options as a state dict carries them: the bytes of a JSON map."""
+    return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8, device="cpu")
+
+
+def options_of(network: "Network") -> dict[str, Any] | None:
+    """Return the type and the options of a network; `None` if JSON has no word for one of them."""
+    return None if network._options is None else dict(json.loads(network._options))
+
+
+def _is_plain(options: Mapping[str, Any]) -> bool:
+    """Return whether shapes tell who a network is: it could hold attention or blocks of another kind, and does not."""
+    choices = [options[name] for name in ("attention", "block") if name in options]
+    return bool(choices) and not any(choices)
 
 
 def _as_json(options: Mapping[str, Any]) -> str | None:
@@ -133,8 +147,9 @@ class Network(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._options is not None:
-            destination[prefix + OPTIONS] = torch.tensor(list(self._options.encode()), dtype=torch.uint8, device="cpu")
+        options = options_of(self)
+        if options is not None and not _is_plain(options):
+            destination[prefix + OPTIONS] = packed(options)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + OPTIONS, None)

@@ -42,6 +42,8 @@ ELAN = "sparse_sr_attn/backbones/elan.py"
 RCAN = "sparse_sr_attn/backbones/rcan.py"
 RESIDUAL = "sparse_sr_attn/blocks/residual.py"
 CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
+HUB = "sparse_sr_attn/hub.py"
+SPANDREL = "integrations/sparse_sr_attn_spandrel/architectures.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
@@ -58,6 +60,8 @@ IN_ABLATIONS = "tests/layers/test_ablations.py"
 IN_RCAN = "tests/backbones/test_rcan.py"
 IN_LCOAN = "tests/backbones/test_lcoan.py"
 IN_CHECKPOINTS = "tests/test_checkpoints.py"
+IN_HUB = "tests/test_hub.py"
+IN_SPANDREL = "tests/integrations/test_spandrel.py"
 
 
 @dataclass(frozen=True)
@@ -1334,8 +1338,8 @@ FAULTS = [
     Fault(
         "a network with blocks of its own carries no options",
         NETWORK,
-        '("attention", "block") if name in given',
-        '("attention",) if name in given',
+        '("attention", "block") if name in options',
+        '("attention",) if name in options',
         f"{IN_CHECKPOINTS}::test_ours_come_back_with_nothing_told",
     ),
     Fault(
@@ -1344,6 +1348,85 @@ FAULTS = [
         "(value * taps(value)).sum(dim=(2, 3), keepdim=True)",
         "value[:, :, 1:2, 1:2]",
         f"{IN_CHECKPOINTS}::test_masked_shift_convolutions_of_released_elan_load_too",
+    ),
+    Fault(
+        "numbers that many weights share are counted often",
+        CHECKPOINTS,
+        "if sum(value.nbytes for value in state.values()) > sum(storages.values()):",
+        "if sum(value.nbytes for value in state.values()) < 0:",
+        f"{IN_CHECKPOINTS}::test_bad_contents_give_one_clear_error[weights that repeat one number]",
+    ),
+    Fault(
+        "what options ask for together is not counted",
+        CHECKPOINTS,
+        "self.left -= math.prod(shape) + 4096",
+        "self.left -= 0",
+        f"{IN_CHECKPOINTS}::test_options_that_ask_for_too_much_together_are_refused_while_it_is_built"
+        "[rounds of clusters]",
+    ),
+    # --- other programs
+    Fault(
+        "spandrel is told that weights of others are ours",
+        SPANDREL,
+        'carried_options(carried).get("type") == self.network',
+        '"type" in carried_options(carried)',
+        f"{IN_SPANDREL}::test_networks_of_others_stay_theirs",
+    ),
+    Fault(
+        "spandrel takes the channels that leave for those that enter",
+        SPANDREL,
+        'input_channels=options["num_in_ch"]',
+        'input_channels=options["num_out_ch"]',
+        f"{IN_SPANDREL}::test_channels_are_those_of_the_network",
+    ),
+    Fault(
+        "float16 is promised for images in 0..255",
+        SPANDREL,
+        "supports_half=model.img_range <= 1",
+        "supports_half=True",
+        f"{IN_SPANDREL}::test_half_precision",
+    ),
+    Fault(
+        "a registry of one's own is passed over",
+        SPANDREL,
+        "    registry.add(",
+        "    MAIN_REGISTRY.add(",
+        f"{IN_SPANDREL}::test_a_registry_of_your_own_leaves_the_main_one_alone",
+    ),
+    Fault(
+        "a plain network carries options, which BasicSR refuses",
+        "sparse_sr_attn/backbones/base.py",
+        "if options is not None and not _is_plain(options):",
+        "if options is not None:",
+        f"{IN_SPANDREL}::test_plain_networks_stay_unknown",
+    ),
+    Fault(
+        "config.json is decoration",
+        HUB,
+        "            weights[OPTIONS] = packed(config)",
+        "            pass",
+        f"{IN_HUB}::test_a_network_without_attention_comes_back_with_all_its_options",
+    ),
+    Fault(
+        "overrides are lost on the way from the hub",
+        HUB,
+        "load_model(weights, **(overrides or {}))",
+        "load_model(weights)",
+        f"{IN_HUB}::test_overrides_go_before_the_config_and_that_before_the_weights",
+    ),
+    Fault(
+        "a folder is written in place, half of it when the disk is full",
+        HUB,
+        "hosted.save_pretrained(beside,",
+        "hosted.save_pretrained(folder,",
+        f"{IN_HUB}::test_what_cannot_be_saved_changes_nothing",
+    ),
+    Fault(
+        "somebody's README is overwritten",
+        HUB,
+        "if file.name != _CARD or not (folder / _CARD).exists():",
+        "if file.exists():",
+        f"{IN_HUB}::test_saving_again_replaces_all_but_the_readme",
     ),
 ]
 
@@ -1410,10 +1493,17 @@ def problem_with(fault: Fault, root: Path = ROOT) -> str:
 def copied(root: Path) -> Path:
     """Copy the package and what its tests need into `root`."""
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
-    tests = ("backbones", "faults", "functional", "golden", "layers")
-    for folder in ("sparse_sr_attn", *(f"tests/{name}" for name in tests)):
+    tests = ("backbones", "faults", "functional", "golden", "integrations", "layers")
+    for folder in ("sparse_sr_attn", "integrations", *(f"tests/{name}" for name in tests)):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for file in ("pyproject.toml", "tests/conftest.py", "tests/test_checkpoints.py"):
+    for file in (
+        "pyproject.toml",
+        "tests/conftest.py",
+        "tests/test_checkpoints.py",
+        "tests/test_hub.py",
+        "docs/hosts.md",
+    ):
+        (root / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, root / file)
     return root
 
@@ -1422,7 +1512,8 @@ def run(root: Path, tests: list[str]) -> list[dict[str, object]]:
     """Run tests of a copy against that copy, in a process of their own, and return how each ended."""
     report = root / "report.json"
     command = [sys.executable, "tests/faults/test_faults.py", "--child", str(report), *tests]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
+    path = os.pathsep.join([str(root), str(root / "integrations")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if not report.exists():
         raise RuntimeError(f"the copy did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
