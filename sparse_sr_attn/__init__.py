@@ -4,6 +4,7 @@ from sparse_sr_attn import LCoA
 y = LCoA(64)(x)  # any (b, 64, h, w)
 """
 
+from sparse_sr_attn.attachment import attach, detach
 from sparse_sr_attn.backbones import EDSR, PRESETS, RCAN, LCoAN, create_model
 from sparse_sr_attn.checkpoints import load_model
 from sparse_sr_attn.errors import (
@@ -42,7 +43,9 @@ __all__ = [
     "TrainingError",
     "UnknownNameError",
     "__version__",
+    "attach",
     "build_layer",
     "create_model",
+    "detach",
     "load_model",
 ]
