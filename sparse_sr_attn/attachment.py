@@ -20,6 +20,7 @@ from sparse_sr_attn.layers.base import LAYERS
 from sparse_sr_attn.registry import suggestion
 
 _EVERY = _SHARE = 4
+_SIDE = 16  # of an image that any model should take
 
 
 class AttendedSequential(nn.Sequential):
@@ -92,9 +93,9 @@ def attach(
         every: after every so many children of the trunk, counted from 0: 4 means after children 3, 7, 11, ... Give
             `after=[...]` instead to name them. `None` for 4.
         share: one layer computes, the next `share - 1` reuse its state. `None` for 4 where that can be, else for 1.
-        example: images that the model takes. If given, the model is called once with them, in evaluation mode and
-            without gradients, to see that the trunk is really called and how wide it is. Otherwise the width is read
-            from the convolutions of the trunk.
+        example: images that the model takes. It is called with them once, in evaluation mode and without gradients,
+            to see that it really calls the trunk, and how wide that is. `None` to try black images of 16x16; if the
+            model takes none, the width is read from the convolutions of the trunk, and the rest is believed.
         options: of the layer, as its class has them; only if `attention` is a name.
 
     Returns:
@@ -119,7 +120,7 @@ def attach(
         placed = list(_after_each(convolutions, maps))
     else:
         body, trunk = _trunk(model, body)
-        width = _width(trunk, body) if example is None else _traced_width(model, trunk, body, example)
+        width = _width(model, trunk, body, example)
         maps = read_attention(_as_maps(attention, every, share, options), len(trunk))
         placed = [(trunk, _layers(maps, len(trunk), width, trunk))]
     for module, layers in placed:
@@ -158,6 +159,8 @@ def _as_maps(
 ) -> object:
     """Return the map that a name and keywords stand for; maps as they are."""
     if not isinstance(attention, str):
+        if not attention:
+            raise _refusal("attention", f"must be a name, a map or a list of maps, got {attention!r}")
         given = {"every": every, "share": share, **options}
         extra = [name for name, value in given.items() if value is not None]
         if extra:
@@ -272,49 +275,69 @@ def _channels(block: nn.Module) -> tuple[int, int] | None:
     return (convolutions[0].in_channels, convolutions[-1].out_channels) if convolutions else None
 
 
-def _width(trunk: nn.Sequential, path: str) -> int:
-    blocks = {index: channels for index, channels in enumerate(map(_channels, trunk)) if channels}
-    if not blocks:
-        raise _refusal(
-            "body",
-            f"must have convolutions that tell its width, but {path!r} has none; give example=..., images that the "
-            "model takes, and one call will tell",
-        )
-    width = blocks[min(blocks)][0]
-    for index, (before, after) in blocks.items():
-        if (before, after) != (width, width):
-            raise _refusal(
-                "body",
-                f"must keep its width, {width} channels, from child to child, but child {index} of {path!r} seems to "
-                f"go from {before} to {after}; if it does not, give example=..., images that the model takes, and one "
-                "call will tell",
-            )
-    return width
+def _width(model: nn.Module, trunk: nn.Sequential, path: str, example: Tensor | None) -> int:
+    """Return the width of the maps between the children: as a call shows it, or, if none succeeds, as weights say."""
+    for images in _guesses(model) if example is None else [example]:
+        try:
+            return _seen_width(model, trunk, path, images)
+        except ConfigError:
+            raise
+        except Exception:  # somebody else's forward may want other images than we guess
+            if example is not None:
+                raise
+    return _told_width(trunk, path)
 
 
-def _traced_width(model: nn.Module, trunk: nn.Sequential, path: str, example: Tensor) -> int:
-    """Return the width of the maps that pass from child to child when the model is called."""
+def _guesses(model: nn.Module) -> Iterator[Tensor]:
+    """Yield images that the model might take."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    for channels in dict.fromkeys((first, 3, 1)):
+        yield weight.new_zeros(1, channels, _SIDE, _SIDE)
+
+
+def _seen_width(model: nn.Module, trunk: nn.Sequential, path: str, images: Tensor) -> int:
     calls: list[nn.Module] = []
     shapes: list[tuple[int, ...]] = []
+
+    def note(_: nn.Module, __: object, output: object) -> None:
+        shapes.append(tuple(getattr(output, "shape", ())))
+
     hooks = [trunk.register_forward_hook(lambda module, *_: calls.append(module))]
-    hooks += [child.register_forward_hook(lambda *args: shapes.append(tuple(args[-1].shape))) for child in trunk]
+    hooks += [child.register_forward_hook(note) for child in trunk]
     try:
         with _evaluating(model):
-            model(example)
+            model(images)
     finally:
         for hook in hooks:
             hook.remove()
     name = type(model).__name__
     if not calls:
         how = f"{name} runs its children itself, and would pass over attention" if shapes else f"{name} did not use it"
-        raise _refusal("body", f"must be a trunk that the model calls, got {path!r}, but {how}")
-    if any(len(shape) != 4 for shape in shapes):
-        tokens = next(shape for shape in shapes if len(shape) != 4)
-        raise _refusal("body", f"must pass feature maps (b, c, h, w) on, but {path!r} passes {tokens}{_hint(model)}")
+        raise _refusal("body", f"must be a trunk that the model calls, got {path!r}, but {how}{_hint(model)}")
+    for shape in shapes:
+        if len(shape) != 4:
+            raise _refusal("body", f"must pass feature maps (b, c, h, w) on, but {path!r} passes {shape}{_hint(model)}")
     widths = sorted({shape[1] for shape in shapes})
     if len(widths) != 1:
         raise _refusal("body", f"must keep its width, but the children of {path!r} have {widths} channels")
     return widths[0]
+
+
+def _told_width(trunk: nn.Sequential, path: str) -> int:
+    blocks = {index: channels for index, channels in enumerate(map(_channels, trunk)) if channels}
+    example = "give example=..., images that the model takes, and one call will tell"
+    if not blocks:
+        raise _refusal("body", f"must have convolutions that tell its width, but {path!r} has none; {example}")
+    width = blocks[min(blocks)][0]
+    for index, (before, after) in blocks.items():
+        if (before, after) != (width, width):
+            raise _refusal(
+                "body",
+                f"must keep its width, {width} channels, from child to child, but child {index} of {path!r} seems to "
+                f"go from {before} to {after}; if it does not, {example}",
+            )
+    return width
 
 
 @contextmanager

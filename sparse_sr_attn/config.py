@@ -51,6 +51,9 @@ class ProblemList:
     def __init__(self) -> None:
         self._found: list[Problem] = []
 
+    def __len__(self) -> int:
+        return len(self._found)
+
     def add(self, path: str, message: str) -> None:
         """Note a problem."""
         self._found.append(Problem(path, message))

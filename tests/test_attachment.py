@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from sparse_sr_attn import CoA, ConfigError, LCoA, attach, detach
+from sparse_sr_attn import EDSR, CoA, ConfigError, LCoA, attach, detach
 
 OPTIONS: dict[str, Any] = {"num_clusters": 5, "chunk_size": 12, "reduction": 2}
 LCOA: dict[str, Any] = {"type": "LCoA", **OPTIONS}
@@ -85,6 +85,14 @@ class Loop(Layout):
 class Unused(Layout):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.tail(self.head(x))
+        return output
+
+
+class Picky(Layout):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (17, 17):
+            raise ValueError("give me a picture of 17x17")
+        output: Tensor = super().forward(x)
         return output
 
 
@@ -221,6 +229,7 @@ def test_the_trunk_stays_the_same_object() -> None:
     attach(model, "body", "LCoA", **OPTIONS)
     assert model.body is trunk
     assert model.alias is trunk
+    seen.clear()
     model(image(1, 3, 4, 4))
     assert seen == [1]
 
@@ -373,19 +382,29 @@ def test_the_only_trunk_is_found(body: str | None) -> None:
     assert len(attach(built(), body, every=2, **OPTIONS).body.attention) == 2
 
 
-def test_a_width_that_parameters_do_not_tell_is_seen_in_a_call() -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_a_width_that_parameters_do_not_tell_is_seen_in_a_call(given: bool) -> None:
     model = built()
     model.body = nn.Sequential(Pixelwise(8), Pixelwise(8), nn.BatchNorm2d(8))
     model.body[1].eval()
     x = image(1, 3, 4, 5)
     modes = [module.training for module in model.modules()]
-    attach(model, "body", "LCoA", every=1, share=3, example=x, **OPTIONS)
+    attach(model, "body", "LCoA", every=1, share=3, example=x if given else None, **OPTIONS)
     assert model.body.attention[0].coa.value.in_channels == 8
     assert [m.training for p, m in model.named_modules() if ".attention" not in p] == modes
     assert int(model.body[2].num_batches_tracked) == 0
     assert not model.body._forward_hooks
     model(x).sum().backward()
     assert model.body.attention[2].value.weight.grad is not None
+
+
+def test_a_model_that_takes_nothing_we_guess_tells_its_width_by_its_weights() -> None:
+    model = built(Picky)
+    assert attach(model, "body", "LCoA", **OPTIONS).body.attention[0].coa.value.in_channels == 8
+    with pytest.raises(ValueError, match="a picture of 17x17"):
+        attach(built(Picky), "body", "LCoA", example=image(1, 3, 4, 4), **OPTIONS)
+    model = attach(built(Picky), "body", "LCoA", example=image(1, 3, 17, 17), **OPTIONS)
+    assert model.body.attention[0].coa.value.in_channels == 8
 
 
 def test_convolutions_of_a_token_trunk_get_attention_of_their_own() -> None:
@@ -433,7 +452,6 @@ def conv(before: int, after: int) -> nn.Conv2d:
     return nn.Conv2d(before, after, 3, padding=1)
 
 
-X = image(1, 3, 4, 4)
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     # the trunk
     (two_trunks, {}, "body: must be named; ModuleDict has 'one', 'two'"),
@@ -466,28 +484,25 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (
         lambda: with_body(conv(8, 8), conv(8, 16), conv(16, 8)),
         {"body": "body"},
-        "body: must keep its width, 8 channels, from child to child, but child 1 of 'body' seems to go from 8 to 16",
-    ),
-    (lambda: with_body(Pixelwise(8)), {"body": "body"}, "body: must have convolutions that tell its width"),
-    (
-        lambda: with_body(Pixelwise(8), conv(8, 16), conv(16, 8)),
-        {"body": "body", "example": X},
         "body: must keep its width, but the children of 'body' have [8, 16] channels",
     ),
     (
+        lambda: with_body(conv(8, 8), conv(8, 16), conv(16, 8), build=Picky),
+        {"body": "body"},
+        "body: must keep its width, 8 channels, from child to child, but child 1 of 'body' seems to go from 8 to 16",
+    ),
+    (lambda: with_body(Pixelwise(8), build=Picky), {"body": "body"}, "must have convolutions that tell its width"),
+    (
         lambda: with_body(nn.Flatten(2), nn.Unflatten(2, (4, 4))),
-        {"body": "body", "example": X},
+        {"body": "body", "example": image(1, 3, 4, 4)},
         "body: must pass feature maps (b, c, h, w) on, but 'body' passes (1, 8, 16)",
     ),
+    (lambda: built(Loop), {}, "'body', but Loop runs its children itself, and would pass over attention"),
+    (lambda: built(Unused), {}, "must be a trunk that the model calls, got 'body', but Unused did not use it"),
     (
-        lambda: built(Loop),
-        {"body": "body", "example": X},
-        "'body', but Loop runs its children itself, and would pass over attention",
-    ),
-    (
-        lambda: built(Unused),
-        {"body": "body", "example": X},
-        "that the model calls, got 'body', but Unused did not",
+        lambda: EDSR(num_feat=8, num_block=4),
+        {},
+        "body: must be a trunk that the model calls, got 'body', but EDSR runs its children itself",
     ),
     # attention
     (built, {"attention": "LCOA"}, "attention.type: no layer named 'LCOA'; did you mean 'LCoA'?"),
@@ -504,6 +519,10 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (built, {"attention": [LCOA], "share": 2}, "share: must stand in the map"),
     (built, {"attention": [{**LCOA, "every": 1}], "chunk_size": 2}, "chunk_size: must stand in the map"),
     (built, {"attention": [{**LCOA, "every": 1}, {**LCOA, "every": 9}]}, "attention.1.every: must hit"),
+    *(
+        (built, {"attention": none}, "attention: must be a name, a map or a list of maps, got")
+        for none in (None, [], {})
+    ),
     (built, {"attention": 3}, "attention: must be a map, a list of maps"),
     # convolutions
     (lambda: built(Blocks), {"body": "layers.*.conv", "every": 1, "share": 2}, "attention.share: must be 1, because"),
