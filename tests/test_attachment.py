@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from sparse_sr_attn import EDSR, CoA, ConfigError, LCoA, attach, detach
+from sparse_sr_attn import EDSR, LAYERS, AttentionLayer, CoA, ConfigError, LCoA, attach, detach
 
 OPTIONS: dict[str, Any] = {"num_clusters": 5, "chunk_size": 12, "reduction": 2}
 LCOA: dict[str, Any] = {"type": "LCoA", **OPTIONS}
@@ -181,6 +181,25 @@ def test_defaults_are_after_every_fourth_shared_by_four() -> None:
     assert [type(layer) for layer in model.body.attention] == [LCoA, CoA, CoA, CoA]
     assert sorted(model.body.attention._steps) == [3, 7, 11, 15]
     assert [len(attach(built(), after=after).body.attention) for after in ([0], [0, 4])] == [1, 2]
+
+
+def test_a_layer_with_nothing_to_share_needs_no_share() -> None:
+    @LAYERS.register("Doubled", kind="layer", source="this test")
+    class Doubled(AttentionLayer):
+        def __init__(self, embed_dim: int) -> None:
+            super().__init__()
+
+        def forward(self, x: Tensor, state: None = None) -> Tensor:
+            return 2 * x
+
+    try:
+        model = attach(built(), attention="Doubled", every=5)
+        x = image(1, 8, 3, 3)
+        assert torch.equal(model.body(x), 2 * nn.Sequential(*model.body)(x))
+    except ConfigError as error:
+        pytest.fail(str(error))
+    finally:
+        del LAYERS._entries["Doubled"]
 
 
 def test_everything_learns_after_two_steps() -> None:

@@ -30,6 +30,7 @@ KMEANS = "sparse_sr_attn/functional/kmeans.py"
 LCOA = "sparse_sr_attn/layers/lcoa.py"
 RESIDUAL = "sparse_sr_attn/blocks/residual.py"
 CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
+ATTACHMENT = "sparse_sr_attn/attachment.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
@@ -40,6 +41,7 @@ IN_ABLATIONS = "tests/layers/test_ablations.py"
 IN_RCAN = "tests/backbones/test_rcan.py"
 IN_LCOAN = "tests/backbones/test_lcoan.py"
 IN_CHECKPOINTS = "tests/test_checkpoints.py"
+IN_ATTACHMENT = "tests/test_attachment.py"
 
 
 @dataclass(frozen=True)
@@ -982,6 +984,91 @@ FAULTS = [
         "weights_only=False",
         f"{IN_CHECKPOINTS}::test_unreadable_files_give_one_clear_error[a payload]",
     ),
+    # --- attention in other people's models
+    Fault(
+        "attention is counted among the children",
+        ATTACHMENT,
+        "return len(self._modules) - 1",
+        "return len(self._modules)",
+        f"{IN_ATTACHMENT}::test_it_is_still_a_sequential_of_its_children",
+    ),
+    Fault(
+        "a slice carries attention along",
+        ATTACHMENT,
+        "list(self._modules.items())[: len(self)][index]",
+        "list(self._modules.items())[index]",
+        f"{IN_ATTACHMENT}::test_it_is_still_a_sequential_of_its_children",
+    ),
+    Fault(
+        "detaching leaves the layers behind",
+        ATTACHMENT,
+        "        del module.attention\n",
+        "",
+        f"{IN_ATTACHMENT}::test_detaching_leaves_the_model_as_it_was",
+    ),
+    Fault(
+        "attached layers do not follow the trunk's precision",
+        ATTACHMENT,
+        "layers.to(weight.device, weight.dtype)",
+        "layers.to(weight.device)",
+        f"{IN_ATTACHMENT}::test_layers_come_where_the_trunk_is",
+    ),
+    Fault(
+        "attached layers train in a model that does not",
+        ATTACHMENT,
+        "return layers.train(beside.training)",
+        "return layers",
+        f"{IN_ATTACHMENT}::test_the_output_stays_to_the_bit_and_old_names_stay[False]",
+    ),
+    Fault(
+        "a trunk whose children the model runs itself is taken",
+        ATTACHMENT,
+        "    if not calls:\n",
+        "    if not calls and not shapes:\n",
+        f"{IN_ATTACHMENT}::test_what_cannot_be_is_explained_and_changes_nothing",
+    ),
+    Fault(
+        "the call that looks for the width leaves the model in evaluation",
+        ATTACHMENT,
+        "            module.training = mode\n",
+        "            module.training = False\n",
+        f"{IN_ATTACHMENT}::test_a_width_that_parameters_do_not_tell_is_seen_in_a_call",
+    ),
+    Fault(
+        "the call that looks for the width leaves hooks behind",
+        ATTACHMENT,
+        "            hook.remove()\n",
+        "            pass\n",
+        f"{IN_ATTACHMENT}::test_a_width_that_parameters_do_not_tell_is_seen_in_a_call",
+    ),
+    Fault(
+        "every convolution gets the attention of all",
+        ATTACHMENT,
+        "if index in m.sites(len(convolutions))]",
+        "if m.sites(len(convolutions))]",
+        f"{IN_ATTACHMENT}::test_convolutions_of_a_token_trunk_get_attention_of_their_own",
+    ),
+    Fault(
+        "a state is shared where it cannot travel",
+        ATTACHMENT,
+        "        if attention.share > 1:\n",
+        "        if attention.share < 1:\n",
+        f"{IN_ATTACHMENT}::test_what_cannot_be_is_explained_and_changes_nothing",
+    ),
+    Fault(
+        "layers share by default what they do not have",
+        ATTACHMENT,
+        "share = _SHARE if shares and provides else 1",
+        "share = _SHARE if shares else 1",
+        f"{IN_ATTACHMENT}::test_a_layer_with_nothing_to_share_needs_no_share",
+    ),
+    Fault(
+        "children can be changed under attention",
+        ATTACHMENT,
+        "append = insert = extend = pop = __delitem__",
+        "insert = extend = pop = __delitem__",
+        f"{IN_ATTACHMENT}::test_its_children_are_counted_for_good",
+    ),
 ]
 
 
@@ -1050,7 +1137,7 @@ def copied(root: Path) -> Path:
     tests = ("backbones", "faults", "functional", "golden", "layers")
     for folder in ("sparse_sr_attn", *(f"tests/{name}" for name in tests)):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for file in ("pyproject.toml", "tests/conftest.py", "tests/test_checkpoints.py"):
+    for file in ("pyproject.toml", "tests/conftest.py", "tests/test_attachment.py", "tests/test_checkpoints.py"):
         shutil.copy(ROOT / file, root / file)
     return root
 
