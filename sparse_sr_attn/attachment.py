@@ -5,7 +5,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -55,7 +54,7 @@ class AttendedSequential(nn.Sequential):
 class AttendedConv2d(nn.Conv2d):
     """What `attach` makes of a convolution: the same object, with attention after it."""
 
-    attention: SiteAttention
+    attention: nn.ModuleList
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         """Return what the convolution and then its attention make of `x`."""
@@ -117,7 +116,7 @@ def attach(
     if body is not None and "*" in body:
         convolutions = _convolutions(model, body)
         maps = read_attention(_as_maps(attention, every, share, options, shares=False), len(convolutions))
-        placed = list(_after_each(convolutions, maps))
+        placed = _after_each(convolutions, maps)
     else:
         body, trunk = _trunk(model, body)
         width = _width(model, trunk, body, example)
@@ -185,16 +184,18 @@ def _layers(maps: Sequence[AttentionMap], num_blocks: int, width: int, beside: n
 
 def _after_each(
     convolutions: Sequence[nn.Conv2d], maps: Sequence[AttentionMap]
-) -> Iterator[tuple[nn.Module, SiteAttention]]:
-    """Yield the convolutions that get attention, each with its own."""
+) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """Return the convolutions that get attention, each with its own."""
     for attention in maps:
         if attention.share > 1:
             message = "must be 1, because between convolutions of which the model calls each no state can travel"
             raise _refusal("attention.share", f"{message}, got {attention.share}")
-    for index, convolution in enumerate(convolutions):
-        here = [replace(m, every=None, after=(0,)) for m in maps if index in m.sites(len(convolutions))]
-        if here:
-            yield convolution, _layers(here, 1, convolution.out_channels, convolution)
+    widths = sorted({convolution.out_channels for convolution in convolutions})
+    if len(widths) != 1:
+        raise _refusal("body", f"must name convolutions of one width, got {widths} channels; narrow the path")
+    layers = _layers(maps, len(convolutions), widths[0], convolutions[0])
+    here = [(convolution, nn.ModuleList(layers.at(index))) for index, convolution in enumerate(convolutions)]
+    return [(convolution, own.train(convolution.training)) for convolution, own in here if own]
 
 
 # --- where it can go --------------------------------------------------------------------------------------------------

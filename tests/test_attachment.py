@@ -179,7 +179,7 @@ def test_maps_are_those_of_our_networks() -> None:
 def test_defaults_are_after_every_fourth_shared_by_four() -> None:
     model = attach(built(num_blocks=16))
     assert [type(layer) for layer in model.body.attention] == [LCoA, CoA, CoA, CoA]
-    assert sorted(model.body.attention._steps) == [3, 7, 11, 15]
+    assert [index for index in range(16) if model.body.attention.at(index)] == [3, 7, 11, 15]
     assert [len(attach(built(), after=after).body.attention) for after in ([0], [0, 4])] == [1, 2]
 
 
@@ -545,6 +545,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (built, {"attention": 3}, "attention: must be a map, a list of maps"),
     # convolutions
     (lambda: built(Blocks), {"body": "layers.*.conv", "every": 1, "share": 2}, "attention.share: must be 1, because"),
+    (
+        lambda: nn.ModuleList([nn.ModuleDict({"conv": conv(8, 8)}), nn.ModuleDict({"conv": conv(8, 9)})]),
+        {"body": "*.conv", "every": 1},
+        "body: must name convolutions of one width, got [8, 9] channels; narrow the path",
+    ),
     (lambda: built(Blocks), {"body": "layers.*.cnv"}, "body: must name convolutions, but 'layers.*.cnv' names nothing"),
     (lambda: built(Blocks), {"body": "layers.*"}, "must name convolutions (nn.Conv2d), got 'layers.0', a ModuleDict"),
     (lambda: built(Blocks), {"body": "layers.*.conv", "every": 4}, "attention.every: must hit at least one of the 3"),

@@ -1042,10 +1042,10 @@ FAULTS = [
         f"{IN_ATTACHMENT}::test_a_width_that_parameters_do_not_tell_is_seen_in_a_call",
     ),
     Fault(
-        "every convolution gets the attention of all",
+        "every convolution gets the attention of the last",
         ATTACHMENT,
-        "if index in m.sites(len(convolutions))]",
-        "if m.sites(len(convolutions))]",
+        "nn.ModuleList(layers.at(index))",
+        "nn.ModuleList(layers.at(len(convolutions) - 1))",
         f"{IN_ATTACHMENT}::test_convolutions_of_a_token_trunk_get_attention_of_their_own",
     ),
     Fault(
