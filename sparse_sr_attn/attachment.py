@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.blocks.body import AttentionMap, SiteAttention, read_attention
-from sparse_sr_attn.config import join_path
+from sparse_sr_attn.config import checked, join_path
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.layers.base import LAYERS
 from sparse_sr_attn.registry import suggestion
@@ -67,10 +67,11 @@ class AttendedConv2d(nn.Conv2d):
 _ATTENDED: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: AttendedSequential, nn.Conv2d: AttendedConv2d}
 
 
+@checked
 def attach(
     model: nn.Module,
     body: str | None = None,
-    attention: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] = "LCoA",
+    attention: str | Mapping[str, Any] | Sequence[Any] = "LCoA",
     every: int | None = None,
     share: int | None = None,
     *,
@@ -346,7 +347,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """Have a model in evaluation mode inside, without gradients, and every part in its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
+        for module in modes:  # not by `eval`, which some models use to fuse their weights
+            module.training = False
         with torch.no_grad():
             yield
     finally:

@@ -417,6 +417,29 @@ def test_a_width_that_parameters_do_not_tell_is_seen_in_a_call(given: bool) -> N
     assert model.body.attention[2].value.weight.grad is not None
 
 
+class Fusing(Layout):
+    """Fuses its weights for evaluation, for good."""
+
+    def train(self, mode: bool = True) -> "Fusing":
+        if not mode:
+            raise RuntimeError("fused")
+        super().train()
+        return self
+
+
+def test_the_call_that_looks_for_the_width_is_no_change_of_mode() -> None:
+    assert len(attach(built(Fusing), "body", "LCoA", **OPTIONS).body.attention) == 1
+
+
+def test_two_trunks_of_one_model() -> None:
+    model = two_trunks()
+    before = model.state_dict().keys()
+    for body in ("one", "two"):
+        attach(model, body, "LCoA", every=2, share=2, **OPTIONS)
+    assert [len(model[body].attention) for body in ("one", "two")] == [2, 2]
+    assert detach(model).state_dict().keys() == before
+
+
 def test_a_model_that_takes_nothing_we_guess_tells_its_width_by_its_weights() -> None:
     model = built(Picky)
     assert attach(model, "body", "LCoA", **OPTIONS).body.attention[0].coa.value.in_channels == 8
@@ -463,7 +486,7 @@ def with_body(*blocks: nn.Module, build: type[nn.Module] = Layout) -> nn.Module:
     return model
 
 
-def two_trunks() -> nn.Module:
+def two_trunks() -> Any:
     return nn.ModuleDict({"one": built().body, "two": built().body})
 
 
@@ -538,11 +561,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (built, {"attention": [LCOA], "share": 2}, "share: must stand in the map"),
     (built, {"attention": [{**LCOA, "every": 1}], "chunk_size": 2}, "chunk_size: must stand in the map"),
     (built, {"attention": [{**LCOA, "every": 1}, {**LCOA, "every": 9}]}, "attention.1.every: must hit"),
-    *(
-        (built, {"attention": none}, "attention: must be a name, a map or a list of maps, got")
-        for none in (None, [], {})
-    ),
-    (built, {"attention": 3}, "attention: must be a map, a list of maps"),
+    (built, {"attention": None}, "attention must be a string or a mapping or a list, got None"),
+    (built, {"attention": []}, "attention: must be a name, a map or a list of maps, got ()"),
+    (built, {"attention": {}}, "attention: must be a name, a map or a list of maps, got {}"),
+    (built, {"attention": [3]}, "attention.0: must be a map with a key 'type', got 3"),
+    (built, {"body": 3, "every": 1.5}, "body must be a string or ~ (nothing), got 3\nevery must be an integer or ~"),
+    (built, {"example": [1]}, "example must be a Tensor or ~ (nothing), got [1]"),
     # convolutions
     (lambda: built(Blocks), {"body": "layers.*.conv", "every": 1, "share": 2}, "attention.share: must be 1, because"),
     (

@@ -1,7 +1,7 @@
 """Any network of BasicSR with attention in its trunk, by option file."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from sparse_sr_attn import attach
 
 
 def Attended(  # noqa: N802  (a network's name in option files)
-    network: Mapping[str, Any], attention: Any, body: str | None = None
+    network: Mapping[str, Any], attention: str | Mapping[str, Any] | Sequence[Any] | None, body: str | None = None
 ) -> nn.Module:
     """Return a network of BasicSR's registry into whose trunk attention was put; its weights keep their names.
 
