@@ -1018,7 +1018,7 @@ FAULTS = [
         ATTACHMENT,
         "return layers.train(beside.training)",
         "return layers",
-        f"{IN_ATTACHMENT}::test_the_output_stays_to_the_bit_and_old_names_stay[False]",
+        f"{IN_ATTACHMENT}::test_the_output_stays_to_the_bit_and_old_names_stay[False-False]",
     ),
     Fault(
         "a trunk whose children the model runs itself is taken",

@@ -197,6 +197,7 @@ def test_a_trained_rrdbnet_goes_on_with_attention(training: Write, here: Path) -
         name: torch.load(here / f"experiments/{name}/models/net_g_latest.pth", weights_only=True)["params"]
         for name in ("plain", "tiny")
     }
+    assert any(".attention." in key for key in weights["tiny"])
     networks = {"plain": built(RRDB), "tiny": built(ATTENDED)}
     for name, network in networks.items():
         network.load_state_dict(weights[name], strict=True)
