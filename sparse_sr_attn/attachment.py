@@ -34,16 +34,21 @@ class AttendedSequential(nn.Sequential):
         """Return what the children and the attention between them make of `x`."""
         return self.attention.run(self, x)
 
+    def _children(self) -> list[tuple[str, nn.Module]]:
+        return [(name, module) for name, module in self._modules.items() if name != "attention"]
+
     def __len__(self) -> int:
-        return len(self._modules) - 1  # attention came last
+        return len(self._children())
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return itertools.islice(self._modules.values(), len(self))
+        return iter([module for _, module in self._children()])
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[: len(self)][index]))
-        return super().__getitem__(index)
+        found = self._children()[index]
+        return nn.Sequential(OrderedDict(found)) if isinstance(found, list) else found[1]
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        setattr(self, self._children()[index][0], module)
 
     def _refuse(self, *_: object) -> NoReturn:
         raise TypeError("attention was placed for these children: detach, change them, and attach again")

@@ -276,6 +276,10 @@ def test_it_is_still_a_sequential_of_its_children() -> None:
     trunk[-2] = other
     assert list(trunk) == [*children[:3], other, children[4]]
     assert len(trunk.attention) == 2
+    trunk.add_module("last", nn.ReLU())  # which no nn.Sequential refuses; it runs after the others
+    assert len(trunk) == 6
+    assert model(image(1, 3, 4, 4)).isfinite().all()
+    assert trunk(image(1, 8, 4, 4)).min() == 0
 
 
 @pytest.mark.parametrize(

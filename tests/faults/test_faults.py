@@ -988,15 +988,15 @@ FAULTS = [
     Fault(
         "attention is counted among the children",
         ATTACHMENT,
-        "return len(self._modules) - 1",
-        "return len(self._modules)",
+        'for name, module in self._modules.items() if name != "attention"]',
+        "for name, module in self._modules.items()]",
         f"{IN_ATTACHMENT}::test_it_is_still_a_sequential_of_its_children",
     ),
     Fault(
         "a slice carries attention along",
         ATTACHMENT,
-        "list(self._modules.items())[: len(self)][index]",
-        "list(self._modules.items())[index]",
+        "        found = self._children()[index]\n",
+        "        found = list(self._modules.items())[index]\n",
         f"{IN_ATTACHMENT}::test_it_is_still_a_sequential_of_its_children",
     ),
     Fault(
