@@ -4,6 +4,7 @@ from sparse_sr_attn import LCoA
 y = LCoA(64)(x)  # any (b, 64, h, w)
 """
 
+from sparse_sr_attn.attachment import attach, detach
 from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, RCAN, LCoAN, create_model
 from sparse_sr_attn.blocks import ELAB
 from sparse_sr_attn.checkpoints import load_model
@@ -61,7 +62,9 @@ __all__ = [
     "UnknownNameError",
     "WindowAttention",
     "__version__",
+    "attach",
     "build_layer",
     "create_model",
+    "detach",
     "load_model",
 ]

@@ -229,6 +229,10 @@ class SiteAttention(nn.ModuleList):
             shared = place > 0 or following
             self._steps[block].append(_Step(index, first if shared else None, not following))
 
+    def at(self, block: int) -> list[AttentionLayer]:
+        """Return the layers after a block."""
+        return [cast(AttentionLayer, self[step.layer]) for step in self._steps.get(block, ())]
+
     def run(
         self, trunk: Iterable[nn.Module], x: Float[Tensor, "b c h w"], *, activation_checkpointing: bool = False
     ) -> Float[Tensor, "b c h w"]:

@@ -44,6 +44,7 @@ RESIDUAL = "sparse_sr_attn/blocks/residual.py"
 CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
 HUB = "sparse_sr_attn/hub.py"
 SPANDREL = "integrations/sparse_sr_attn_spandrel/architectures.py"
+ATTACHMENT = "sparse_sr_attn/attachment.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
@@ -62,6 +63,7 @@ IN_LCOAN = "tests/backbones/test_lcoan.py"
 IN_CHECKPOINTS = "tests/test_checkpoints.py"
 IN_HUB = "tests/test_hub.py"
 IN_SPANDREL = "tests/integrations/test_spandrel.py"
+IN_ATTACHMENT = "tests/test_attachment.py"
 
 
 @dataclass(frozen=True)
@@ -1428,6 +1430,91 @@ FAULTS = [
         "if file.exists():",
         f"{IN_HUB}::test_saving_again_replaces_all_but_the_readme",
     ),
+    # --- attention in other people's models
+    Fault(
+        "attention is counted among the children",
+        ATTACHMENT,
+        'for name, module in self._modules.items() if name != "attention"]',
+        "for name, module in self._modules.items()]",
+        f"{IN_ATTACHMENT}::test_it_is_still_a_sequential_of_its_children",
+    ),
+    Fault(
+        "a slice carries attention along",
+        ATTACHMENT,
+        "        found = self._children()[index]\n",
+        "        found = list(self._modules.items())[index]\n",
+        f"{IN_ATTACHMENT}::test_it_is_still_a_sequential_of_its_children",
+    ),
+    Fault(
+        "detaching leaves the layers behind",
+        ATTACHMENT,
+        "        del module.attention\n",
+        "",
+        f"{IN_ATTACHMENT}::test_detaching_leaves_the_model_as_it_was",
+    ),
+    Fault(
+        "attached layers do not follow the trunk's precision",
+        ATTACHMENT,
+        "layers.to(weight.device, weight.dtype)",
+        "layers.to(weight.device)",
+        f"{IN_ATTACHMENT}::test_layers_come_where_the_trunk_is",
+    ),
+    Fault(
+        "attached layers train in a model that does not",
+        ATTACHMENT,
+        "return layers.train(beside.training)",
+        "return layers",
+        f"{IN_ATTACHMENT}::test_the_output_stays_to_the_bit_and_old_names_stay[False-False]",
+    ),
+    Fault(
+        "a trunk whose children the model runs itself is taken",
+        ATTACHMENT,
+        "    if not calls:\n",
+        "    if not calls and not shapes:\n",
+        f"{IN_ATTACHMENT}::test_what_cannot_be_is_explained_and_changes_nothing",
+    ),
+    Fault(
+        "the call that looks for the width leaves the model in evaluation",
+        ATTACHMENT,
+        "            module.training = mode\n",
+        "            module.training = False\n",
+        f"{IN_ATTACHMENT}::test_a_width_that_parameters_do_not_tell_is_seen_in_a_call",
+    ),
+    Fault(
+        "the call that looks for the width leaves hooks behind",
+        ATTACHMENT,
+        "            hook.remove()\n",
+        "            pass\n",
+        f"{IN_ATTACHMENT}::test_a_width_that_parameters_do_not_tell_is_seen_in_a_call",
+    ),
+    Fault(
+        "every convolution gets the attention of the last",
+        ATTACHMENT,
+        "nn.ModuleList(layers.at(index))",
+        "nn.ModuleList(layers.at(len(convolutions) - 1))",
+        f"{IN_ATTACHMENT}::test_convolutions_of_a_token_trunk_get_attention_of_their_own",
+    ),
+    Fault(
+        "a state is shared where it cannot travel",
+        ATTACHMENT,
+        "        if attention.share > 1:\n",
+        "        if attention.share < 1:\n",
+        f"{IN_ATTACHMENT}::test_what_cannot_be_is_explained_and_changes_nothing",
+    ),
+    Fault(
+        "layers share by default what they do not have",
+        ATTACHMENT,
+        "share = _SHARE if shares and provides else 1",
+        "share = _SHARE if shares else 1",
+        f"{IN_ATTACHMENT}::test_a_layer_with_nothing_to_share_needs_no_share",
+    ),
+    Fault(
+        "children can be changed under attention",
+        ATTACHMENT,
+        "append = insert = extend = pop = __delitem__",
+        "insert = extend = pop = __delitem__",
+        f"{IN_ATTACHMENT}::test_its_children_are_counted_for_good",
+    ),
 ]
 
 
@@ -1499,6 +1586,7 @@ def copied(root: Path) -> Path:
     for file in (
         "pyproject.toml",
         "tests/conftest.py",
+        "tests/test_attachment.py",
         "tests/test_checkpoints.py",
         "tests/test_hub.py",
         "docs/hosts.md",

@@ -12,6 +12,7 @@ from basicsr.utils import options as basicsr_options
 from skimage import data, io
 
 from sparse_sr_attn import EDSR, PRESETS, create_model
+from sparse_sr_attn.blocks import SiteAttention
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.config import fields
 from sparse_sr_attn.layers.lcoa import LSP
@@ -69,6 +70,7 @@ def test_all_are_there() -> None:
         for scale in SCALES
     }
     expected.add("train/EDSR/finetune_SparseEDSR_LCoA_x2.yml")
+    expected |= {f"{part}/RRDBNet/{part}_Attended_RRDBNet_LCoA_x4.yml" for part in ("train", "test")}
     assert {str(file.relative_to(OPTIONS)) for file in FILES} == expected
 
 
@@ -84,7 +86,8 @@ def test_scale_stands_where_it_should(file: Path) -> None:
     options = load(file)
     scale = options["scale"]
     assert file.stem.endswith(f"_x{scale}")
-    assert options["network_g"]["upscale"] == scale
+    network = options["network_g"].get("network", options["network_g"])
+    assert network.get("upscale", network.get("scale")) == scale
     assert all(metric["crop_border"] == scale for metric in options["val"]["metrics"].values())
     assert all(f"x{scale}" in dataset["dataroot_lq"].lower() for dataset in options["datasets"].values())
     if "train" in options["datasets"]:
@@ -118,11 +121,19 @@ def test_lcoan_is_the_published_configuration(scale: int) -> None:
     assert all(value == defaults[name].default for name, value in options.items())
 
 
-@pytest.mark.parametrize(("name", "shared"), [("EDSR/train_SparseEDSR_LCoA", 4), ("RCAN/train_SparseRCAN_LCoA", 2)])
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("EDSR/train_SparseEDSR_LCoA_x2", 4),
+        ("RCAN/train_SparseRCAN_LCoA_x2", 2),
+        ("RRDBNet/train_Attended_RRDBNet_LCoA_x4", 3),
+    ],
+)
 def test_one_computes_and_the_others_share(name: str, shared: int) -> None:
-    options = network_of(OPTIONS / "train" / f"{name}_x2.yml")
+    options = network_of(OPTIONS / "train" / f"{name}.yml")
     net = NETWORK[options.pop("type")](**options)
-    assert len(net.attention) == shared
+    (attention,) = (module for module in net.modules() if isinstance(module, SiteAttention))
+    assert len(attention) == shared
     assert sum(isinstance(module, LSP) for module in net.modules()) == 1
 
 
