@@ -73,7 +73,7 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
 def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
     if not isinstance(item, Mapping):
         raise ConfigError([Problem(path, f"must be a map with a key 'type', got {item!r}")])
-    own = [name for name in fields(AttentionMap) if name not in ("options", *_options_of(item))]
+    own = ["type", "every", "after", *([] if _shares_inside(item.get("type")) else ["share"])]
     problems = ProblemList()
     entry = None
     options: dict[str, Any] = {}
@@ -119,10 +119,9 @@ def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Mo
     return lambda index, embed_dim: build_layer(entry.name, embed_dim, **_shifted(entry, options, index))
 
 
-def _options_of(item: Mapping[str, object]) -> list[str]:
-    """Return the options of the layer that a map names, if there is one."""
-    name = item.get("type")
-    return list(fields(LAYERS.get(name).build)) if isinstance(name, str) and name in LAYERS else []
+def _shares_inside(name: object) -> bool:
+    """Return whether this is a layer with an option `share` of its own."""
+    return isinstance(name, str) and name in LAYERS and "share" in fields(LAYERS.get(name).build)
 
 
 def _read_layer(item: Mapping[str, object], path: str, own: Sequence[str]) -> tuple[Entry[nn.Module], dict[str, Any]]:
@@ -136,14 +135,19 @@ def _read_layer(item: Mapping[str, object], path: str, own: Sequence[str]) -> tu
         raise ConfigError([Problem(join_path(path, "type"), got)])
     entry = _drop_in(name, join_path(path, "type"))
     rest = {key: value for key, value in item.items() if key not in own}
-    if rest.get("shift") == "auto":
+    if rest.get("shift") == "auto" and _shifts(entry):
         del rest["shift"]
     return entry, read(entry.build, rest, path, given=1, siblings=own)
 
 
 def _shifted(entry: Entry[nn.Module], options: Mapping[str, Any], index: int) -> Mapping[str, Any]:
     """Return the options of the layer number `index` of its like: every second shifts, unless told otherwise."""
-    return {"shift": index % 2 == 1, **options} if "shift" in fields(entry.build) else options
+    return {"shift": index % 2 == 1, **options} if _shifts(entry) else options
+
+
+def _shifts(entry: Entry[nn.Module]) -> bool:
+    """Return whether a layer can shift its windows, or not: whether it has an option `shift` that says so."""
+    return "shift" in fields(entry.build) and fields(entry.build)["shift"].annotation is bool
 
 
 def _drop_in(name: str, path: str) -> Entry[nn.Module]:

@@ -1326,8 +1326,8 @@ FAULTS = [
     Fault(
         "an ELAB that is inserted shares with its map",
         BODY,
-        'if name not in ("options", *_options_of(item))',
-        'if name != "options"',
+        '*([] if _shares_inside(item.get("type")) else ["share"])',
+        '"share"',
         f"{IN_EDSR}::test_elabs_are_inserted_with_sharing_of_their_own",
     ),
     Fault(
