@@ -9,8 +9,9 @@ import logging
 import sys
 from typing import Any
 
-from sparse_sr_attn.backbones.base import ResidualNetwork
+from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.backbones.edsr import EDSR
+from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import DuplicateNameError
@@ -27,7 +28,7 @@ class SparseRCAN(RCAN):
 
 _LOG = logging.getLogger(__name__)
 
-NETWORKS: tuple[type[ResidualNetwork], ...] = (LCoAN, SparseEDSR, SparseRCAN)
+NETWORKS: tuple[type[Network], ...] = (ELAN, LCoAN, SparseEDSR, SparseRCAN)
 
 
 def register() -> None:
@@ -53,7 +54,7 @@ def register() -> None:
     _enter_model(registry.MODEL_REGISTRY, _later if scanning else _model())
 
 
-def names() -> dict[str, type[ResidualNetwork]]:
+def names() -> dict[str, type[Network]]:
     """Return our networks by the names that they have, or will have, in this BasicSR's registry."""
     registry = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY
     return {
@@ -64,7 +65,7 @@ def names() -> dict[str, type[ResidualNetwork]]:
     }
 
 
-def _renamed(network: type[ResidualNetwork], name: str) -> type[ResidualNetwork]:
+def _renamed(network: type[Network], name: str) -> type[Network]:
     return type(name, (network,), {"__module__": __name__, "__doc__": network.__doc__})
 
 
