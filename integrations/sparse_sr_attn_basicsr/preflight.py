@@ -49,6 +49,9 @@ _OF_OUR_MODEL = {
     "val": ("tile", "tile_overlap"),
 }
 
+# What the buffers of layers are to those who train them, by how their names end.
+_BUFFERS = {"centroids": "k-means centroids", "running_mean": "BatchNorm statistics"}
+
 # Those of `torch.optim` that any network can be trained with: the others want a closure, or a certain kind of gradient
 # or weight.
 _OPTIMIZERS = {
@@ -346,10 +349,11 @@ class _Preflight:
         self.attention(path, network, options)
 
     def attention(self, path: str, network: nn.Module, options: Mapping[str, Any]) -> None:
-        """Remark on options that do not go well with k-means, if there is any in the network."""
-        attends = any(name.endswith("centroids") for name, _ in network.named_buffers())
+        """Remark on options that do not go well with what attention keeps in buffers, if there is any."""
+        buffers = [name for name, _ in network.named_buffers()]
+        kept = [words for end, words in _BUFFERS.items() if any(name.endswith(end) for name in buffers)]
         img_range = getattr(network, "img_range", 1.0)
-        if attends and img_range > _SATURATING_RANGE:
+        if _BUFFERS["centroids"] in kept and img_range > _SATURATING_RANGE:
             default = "" if "img_range" in options else " (the default of this network)"
             self.remarks.append(
                 f"{path}.img_range: {img_range:g}{default} makes queries so long that the softmax of LCoA "
@@ -357,8 +361,10 @@ class _Preflight:
             )
         train = self.options.get("train")
         averaged = isinstance(train, Mapping) and train.get("ema_decay")
-        if self.training and averaged and self.options.get("model_type") == "SRModel":
-            self.remarks.append(f"model_type: SRModel leaves k-means centroids out of the EMA network; prefer {_MODEL}")
+        if self.training and averaged and kept and self.options.get("model_type") == "SRModel":
+            self.remarks.append(
+                f"model_type: SRModel leaves {' and '.join(kept)} out of the EMA network; prefer {_MODEL}"
+            )
 
     def attended(self, path: str, options: Mapping[str, Any]) -> None:
         """Check a network of BasicSR by itself, and then whether attention can be put into it."""
@@ -429,12 +435,15 @@ class _Preflight:
     def training_options(self) -> None:
         train, logger = self.options.get("train"), self.options.get("logger")
         if self.training and isinstance(train, dict):
-            network = self.options.get("network_g")
-            name = network.get("type") if isinstance(network, Mapping) else None
-            if train.get("pretrain_img_range") is not None and self.ours.get(str(name)) is not registration.SparseEDSR:
+            given = self.options.get("network_g")
+            network = given if isinstance(given, Mapping) else {}
+            plain = self.ours.get(str(network.get("type"))) is registration.SparseEDSR and network.get("block") is None
+            if train.get("pretrain_img_range") is not None and not plain:
+                block = " with block" if network.get("block") is not None else ""
                 self.problems.add(
                     "train.pretrain_img_range",
-                    f"must be ~ unless network_g is a SparseEDSR, whose image can stay the same; it is {name}",
+                    "must be ~ unless network_g is a SparseEDSR without block, whose image can stay the same; "
+                    f"it is {network.get('type')}{block}",
                 )
             if isinstance(train.get("optim_g"), Mapping):
                 train["optim_g"] = dict(train["optim_g"])

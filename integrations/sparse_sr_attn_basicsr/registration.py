@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from sparse_sr_attn.backbones.edsr import EDSR
+from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import DuplicateNameError
@@ -34,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 Build = Callable[..., nn.Module]
 
-NETWORKS: tuple[Build, ...] = (LCoAN, SparseEDSR, SparseRCAN, Attended)
+NETWORKS: tuple[Build, ...] = (ELAN, LCoAN, SparseEDSR, SparseRCAN, Attended)
 
 
 def register() -> None:

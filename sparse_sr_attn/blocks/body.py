@@ -26,6 +26,7 @@ class AttentionMap:
         share: one layer computes, the next `share - 1` sites reuse its state; 1: nobody shares. A layer that has an
             option `share` of its own gets it, and no site reuses another's.
         options: of the layer, checked.
+        path: where the map stands, for messages.
     """
 
     type: str
@@ -33,6 +34,7 @@ class AttentionMap:
     after: Sequence[NonNegativeInt] | None = None
     share: PositiveInt = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    path: str = "attention"
 
     def sites(self, num_blocks: int) -> tuple[int, ...]:
         """Return the blocks, of `num_blocks`, after which a layer stands."""
@@ -93,7 +95,7 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
         got = "both" if "every" in item else "neither"
         problems.add(path, f"must have one of 'every' and 'after', which say where attention stands, got {got}")
     problems.raise_if_any()
-    result = AttentionMap(**values, options=options)
+    result = AttentionMap(**values, options=options, path=path)
     _check_sites(result, num_blocks, path)
     return result
 
@@ -116,7 +118,26 @@ def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Mo
     if not isinstance(block, Mapping):
         raise ConfigError([Problem(path, f"must be a map with a key 'type' or ~ (the network's own), got {block!r}")])
     entry, options = _read_layer(block, path, ["type"])
-    return lambda index, embed_dim: build_layer(entry.name, embed_dim, **_shifted(entry, options, index))
+    return lambda index, embed_dim: _build(entry, embed_dim, options, index, path)
+
+
+def read_trunk(
+    block: object, attention: object, num_sites: int
+) -> tuple[Callable[[int, int], nn.Module] | None, tuple[AttentionMap, ...]]:
+    """Read the options `block` and `attention` of a network; see `read_block` and `read_attention`.
+
+    Raises:
+        ConfigError: names all problems of both.
+    """
+    problems = ProblemList()
+    build: Callable[[int, int], nn.Module] | None = None
+    maps: tuple[AttentionMap, ...] = ()
+    with problems.gathered():
+        build = read_block(block)
+    with problems.gathered():
+        maps = read_attention(attention, num_sites)
+    problems.raise_if_any()
+    return build, maps
 
 
 def _shares_inside(name: object) -> bool:
@@ -143,6 +164,18 @@ def _read_layer(item: Mapping[str, object], path: str, own: Sequence[str]) -> tu
 def _shifted(entry: Entry[nn.Module], options: Mapping[str, Any], index: int) -> Mapping[str, Any]:
     """Return the options of the layer number `index` of its like: every second shifts, unless told otherwise."""
     return {"shift": index % 2 == 1, **options} if _shifts(entry) else options
+
+
+def _build(entry: Entry[nn.Module], embed_dim: int, options: Mapping[str, Any], index: int, path: str) -> nn.Module:
+    """Return the layer number `index` of its like.
+
+    Raises:
+        ConfigError: options break a rule that joins several, or the width.
+    """
+    try:
+        return build_layer(entry.name, embed_dim, **_shifted(entry, options, index))
+    except ConfigError as error:
+        raise error.under(path) from None
 
 
 def _shifts(entry: Entry[nn.Module]) -> bool:
@@ -226,8 +259,8 @@ class SiteAttention(nn.ModuleList):
             place = turn % attention.share
             first = index_of[number, turn - place]
             if place == 0:
-                options = _shifted(find_layer(attention.type), attention.options, turn // attention.share)
-                layer = build_layer(attention.type, embed_dim, **options)
+                entry, number_of_its_like = find_layer(attention.type), turn // attention.share
+                layer = _build(entry, embed_dim, attention.options, number_of_its_like, attention.path)
             else:
                 layer = cast(AttentionLayer, self[first]).make_consumer()
             self.append(layer)

@@ -17,7 +17,7 @@ from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY, Registry
 from torch import nn
 
-from sparse_sr_attn import EDSR, DuplicateNameError, LCoAN
+from sparse_sr_attn import EDSR, ELAN, DuplicateNameError, LCoAN
 from sparse_sr_attn_basicsr import SparseEDSR, register
 from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.model import SparseSRModel
@@ -29,6 +29,7 @@ def test_registering_twice_is_registering_once() -> None:
     register()
     assert (list(ARCH_REGISTRY), list(MODEL_REGISTRY)) == before
     assert ARCH_REGISTRY.get("LCoAN") is LCoAN
+    assert ARCH_REGISTRY.get("ELAN") is ELAN
     assert ARCH_REGISTRY.get("SparseEDSR") is SparseEDSR
     assert ARCH_REGISTRY.get("Attended") is Attended
     assert MODEL_REGISTRY.get("SparseSRModel") is SparseSRModel
@@ -46,7 +47,7 @@ def test_basicsr_builds_our_networks_from_its_nested_options(network: dict[str, 
     assert net(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
 
 
-@pytest.mark.parametrize("name", ["LCoAN", "SparseEDSR", "SparseRCAN", "Attended"])
+@pytest.mark.parametrize("name", ["ELAN", "LCoAN", "SparseEDSR", "SparseRCAN", "Attended"])
 def test_a_network_of_our_name_stays_and_ours_gets_another(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -60,7 +61,8 @@ def test_a_network_of_our_name_stays_and_ours_gets_another(
     ours = crowded.get(f"{name}_sparse_sr_attn")
     assert ours.__module__.startswith("sparse_sr_attn_basicsr.")
     assert inspect.signature(ours) == inspect.signature(ARCH_REGISTRY.get(name))
-    assert sorted(crowded.keys()) == sorted({"LCoAN", "SparseEDSR", "SparseRCAN", "Attended", f"{name}_sparse_sr_attn"})
+    ours_too = {"ELAN", "LCoAN", "SparseEDSR", "SparseRCAN", "Attended", f"{name}_sparse_sr_attn"}
+    assert sorted(crowded.keys()) == sorted(ours_too)
     assert f"this BasicSR has a {name} of its own; ours is {name}_sparse_sr_attn" in caplog.text
     assert caplog.text.count("of its own") == 1
 
