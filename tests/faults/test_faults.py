@@ -1340,17 +1340,10 @@ FAULTS = [
         f"{IN_EDSR}::test_gmsa_is_shared_by_gmsa",
     ),
     Fault(
-        "an ELAB that is inserted shares with its map",
-        BODY,
-        '*([] if _shares_inside(item.get("type")) else ["share"])',
-        '"share"',
-        f"{IN_EDSR}::test_elabs_are_inserted_with_sharing_of_their_own",
-    ),
-    Fault(
-        "a side of reflection begins with the border",
+        "reflection repeats the border",
         ELAN,
-        "period = torch.sym_max(2 * (side - 1), 1)",
-        "period = torch.sym_max(2 * side, 1)",
+        "torch.minimum(place, period - place)",
+        "torch.minimum(place, period - 1 - place)",
         f"{IN_ELAN}::test_reflection_goes_to_and_fro",
     ),
     Fault(
@@ -1358,7 +1351,7 @@ FAULTS = [
         NETWORK,
         '("attention", "block") if name in options',
         '("attention",) if name in options',
-        f"{IN_CHECKPOINTS}::test_ours_come_back_with_nothing_told",
+        f"{IN_CHECKPOINTS}::test_networks_without_attention_carry_nothing",
     ),
     Fault(
         "masked kernels are taken from their middle",
