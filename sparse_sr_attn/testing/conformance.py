@@ -43,6 +43,7 @@ SMALL: Mapping[str, object] = {
     "window_sizes": (2, 3, 4),
     "shift": True,
     "share": 2,
+    "amplification": 1.0,
 }
 """Options small enough that a map of 5x7 has several chunks and windows, padded ones, and clusters that die."""
 
