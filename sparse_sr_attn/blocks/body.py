@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn.config import NonNegativeInt, PositiveInt, ProblemList, fields, join_path, read
 from sparse_sr_attn.errors import ConfigError, Problem, UnknownNameError
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, build_layer
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, build_layer, find_layer
 from sparse_sr_attn.registry import Entry
 
 
@@ -20,7 +20,7 @@ class AttentionMap:
     """One map of the option `attention`.
 
     Attributes:
-        type: name of a registered layer.
+        type: name of a registered layer, or `timm:<name>`.
         every: after every so many blocks: 4 means after blocks 3, 7, 11, ...
         after: after these blocks, counted from 0; instead of `every`.
         share: one layer computes, the next `share - 1` sites reuse its state; 1: nobody shares. A layer that has an
@@ -152,9 +152,11 @@ def _shifts(entry: Entry[nn.Module]) -> bool:
 
 def _drop_in(name: str, path: str) -> Entry[nn.Module]:
     try:
-        entry = LAYERS.get(name)
+        entry = find_layer(name)
     except UnknownNameError as error:
         raise ConfigError([Problem(path, str(error))]) from None
+    except ConfigError as error:
+        raise error.under(path) from None
     if entry.kind != "layer":
         required = getattr(entry.build, "requires", None)
         drop_ins = [LAYERS.get(other) for other in LAYERS if LAYERS.get(other).kind == "layer"]
@@ -224,7 +226,7 @@ class SiteAttention(nn.ModuleList):
             place = turn % attention.share
             first = index_of[number, turn - place]
             if place == 0:
-                options = _shifted(LAYERS.get(attention.type), attention.options, turn // attention.share)
+                options = _shifted(find_layer(attention.type), attention.options, turn // attention.share)
                 layer = build_layer(attention.type, embed_dim, **options)
             else:
                 layer = cast(AttentionLayer, self[first]).make_consumer()
