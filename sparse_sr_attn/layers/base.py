@@ -4,7 +4,7 @@ Kinds: a *layer* is drop-in, `(b, c, h, w) -> (b, c, h, w)`, residual included; 
 that must be given; a *provider* makes a state; an *operator* is a building stone without residual.
 """
 
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from einops import rearrange
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from sparse_sr_attn.registry import Entry, Registry
 LAYERS: Registry[nn.Module] = Registry("layer")
 
 
+@runtime_checkable
 class State(Protocol):
     """What every state that layers share can tell."""
 
