@@ -4,7 +4,7 @@ Kinds: a *layer* is drop-in, `(b, c, h, w) -> (b, c, h, w)`, residual included; 
 that must be given; a *provider* makes a state; an *operator* is a building stone without residual.
 """
 
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from einops import rearrange
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from sparse_sr_attn.registry import Entry, Registry
 LAYERS: Registry[nn.Module] = Registry("layer")
 
 
+@runtime_checkable
 class State(Protocol):
     """What every state that layers share can tell."""
 
@@ -147,7 +148,7 @@ def feature_map(rows: Float[Tensor, "b n c"], x: Float[Tensor, "b _ h w"]) -> Fl
     return rearrange(rows, "b (h w) c -> b c h w", h=x.shape[-2])
 
 
-def unit_keys(rows: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+def unit_keys(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
     """Return the rows at length 1, in float32 at least; rows shorter than 5e-5, NLSA's floor, stay shorter."""
     return F.normalize(rows.to(working_precision(rows)), dim=-1, eps=5e-5)
 

@@ -297,7 +297,7 @@ def test_wrong_attention_is_explained(attention: Any, message: str) -> None:
     ("ELAB", "block: must be a map with a key 'type' or ~ (the network's own), got 'ELAB'"),
     ({"share": 2}, "block.type: missing; it has no default"),
     ({"type": 3}, "block.type: must be a string, got 3"),
-    ({"type": "ELAP"}, "block.type: no layer named 'ELAP'; did you mean 'ELAB'?"),
+    ({"type": "ELABB"}, "block.type: no layer named 'ELABB'; did you mean 'ELAB'?"),
     ({"type": "CoA"}, "block.type: must be a drop-in layer, got 'CoA', a consumer; use LCoA"),
     ({"type": "ELAB", "every": 2}, "block.every: unknown"),
     (

@@ -113,6 +113,7 @@ def test_scores_of_half_inputs_are_float32(device: torch.device, dtype: torch.dt
     assert output.item() == 0.625
 
 
+@pytest.mark.unhooked
 def test_an_unknown_form_is_refused(device: torch.device) -> None:
     rows = torch.zeros(1, 2, 3, device=device)
     with pytest.raises(ValueError, match="form must be 'auto', 'oneshot' or 'tiles', got 'tile'"):
