@@ -1335,8 +1335,8 @@ FAULTS = [
     Fault(
         "every second site shifts, not every second provider",
         BODY,
-        "attention.options, turn // attention.share)",
-        "attention.options, turn)",
+        "find_layer(attention.type), turn // attention.share",
+        "find_layer(attention.type), turn",
         f"{IN_EDSR}::test_gmsa_is_shared_by_gmsa",
     ),
     Fault(
