@@ -52,7 +52,8 @@ class ClusterLayout:
         if self.exact_keys:
             # A token of the same chunk: weight 0 hides a number, but not a NaN from a chunk that must not be seen.
             return slot.clamp(max=self.num_tokens - 1)
-        repeated = (slot - (self.num_slots - self.num_tokens)) % self.num_tokens
+        repeated = slot - (self.num_slots - self.num_tokens)
+        repeated = repeated - repeated // self.num_tokens * self.num_tokens  # modulo, which ONNX export lacks here
         return torch.where(slot >= self.num_tokens, repeated, slot)
 
     def visible(self, slot: Int[Tensor, "t j"]) -> Bool[Tensor, "t j"]:
@@ -63,6 +64,7 @@ class ClusterLayout:
         if not self.exact_keys:
             return torch.ones_like(slot, dtype=torch.bool)
         a, k = self.num_adjacent, self.num_chunks
-        offset = torch.arange(-a, a + 1, device=slot.device).repeat_interleave(self.chunk_size)
+        # A quotient and not `repeat_interleave`, which ONNX export gets wrong for a number that depends on the image.
+        offset = torch.arange(self.num_offsets * self.chunk_size, device=slot.device) // self.chunk_size - a
         met_once = (offset >= -((k - 1) // 2)) & (offset <= k // 2)
         return (slot < self.num_tokens) & met_once
