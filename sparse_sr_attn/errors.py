@@ -35,6 +35,10 @@ class CheckpointError(SparseSRError):
     """Weights cannot be read or do not fit."""
 
 
+class ImageError(SparseSRError):
+    """An image cannot be read, upscaled or written."""
+
+
 class TrainingError(SparseSRError):
     """Training cannot go on; nothing that was learnt is lost."""
 
