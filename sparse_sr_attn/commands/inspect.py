@@ -101,11 +101,15 @@ def _pixel(asked: list[int] | None, low: Tensor) -> tuple[int, int]:
 
 def _clusters(layer: object, state: ClusterAttention) -> "Image.Image":
     clusters = state.pattern.assignment[0].view(state.height, state.width).cpu()
-    show(f"{len(clusters.unique())} clusters in use, the largest with {int(clusters.flatten().bincount().max())} pixels")
+    show(
+        f"{len(clusters.unique())} clusters in use, the largest with {int(clusters.flatten().bincount().max())} pixels"
+    )
     if not isinstance(layer, LCoA):  # one that reads the state of another
         return _large(colour_map(clusters))
     centroids = layer.lsp.centroids.cpu()
-    return _large(colour_map(clusters, kinship_palette(centroids, clusters.flatten().bincount(minlength=len(centroids)))))
+    return _large(
+        colour_map(clusters, kinship_palette(centroids, clusters.flatten().bincount(minlength=len(centroids))))
+    )
 
 
 def _attention(state: ClusterAttention, low: Tensor, pixel: tuple[int, int]) -> "Image.Image":

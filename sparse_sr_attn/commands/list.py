@@ -40,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.names:
         known = {row["name"] for table in tables.values() for row in table}
         if unknown := [name for name in arguments.names if name not in known]:
-            raise UsageError(f"no layer, network or preset named {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+            raise UsageError(
+                f"no layer, network or preset named {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+            )
         tables = {title: [row for row in table if row["name"] in arguments.names] for title, table in tables.items()}
     if arguments.json:
         show(json.dumps(tables, indent=2, default=str))
@@ -99,9 +101,7 @@ def _about(build: Callable[..., object]) -> str:
 
 
 def _options(build: Callable[..., object]) -> dict[str, Any]:
-    return {
-        name: None if field.default is field.empty else field.default for name, field in fields(build).items()
-    }
+    return {name: None if field.default is field.empty else field.default for name, field in fields(build).items()}
 
 
 def _num_parameters(build: Callable[[], nn.Module]) -> int:

@@ -142,7 +142,9 @@ def _targets(arguments: argparse.Namespace, images: list[Path], upscale: int) ->
     if output is not None and not os.path.isdir(arguments.input) and not _is_folder(output):
         return [(images[0], output)]
     beside = arguments.input.resolve()
-    folder = output or (beside.with_name(f"{beside.name}_x{upscale}") if os.path.isdir(beside) else arguments.input.parent)
+    folder = output or (
+        beside.with_name(f"{beside.name}_x{upscale}") if os.path.isdir(beside) else arguments.input.parent
+    )
     stems = Counter(image.stem.casefold() for image in images)
     names = [
         f"{image.stem}_x{upscale}.png" if stems[image.stem.casefold()] == 1 else f"{image.name}_x{upscale}.png"
