@@ -189,8 +189,8 @@ def upscale_image(
             return high.transpose(0, 1)
         return _luma(high) if grey else high
 
-    source = np.array(picture.pixels, ndmin=3, copy=True) if grey else picture.pixels.transpose(2, 0, 1)
-    images = torch.from_numpy(np.ascontiguousarray(source))[None]
+    source = picture.pixels[None] if grey else picture.pixels.transpose(2, 0, 1)
+    images = torch.from_numpy(np.array(source, order="C"))[None]
     try:
         pixels = np.empty((height * upscale, width * upscale, *picture.pixels.shape[2:]), picture.pixels.dtype)
     except (MemoryError, ValueError) as error:
