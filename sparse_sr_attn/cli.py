@@ -47,12 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = getattr(arguments, "opt", "--set")
         say(f"{_count(len(problems))} in {where}; nothing was run\n  " + "\n  ".join(problems))
         return 2
-    except UsageError as error:
-        say(str(error))
-        return 2
     except SparseSRError as error:
         say(str(error))
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         say(
             "interrupted; `--auto_resume` goes on from the last saved state"
@@ -61,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PLW1514  (else Python complains when it ends)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains when it ends)
         return 1
 
 
@@ -79,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sparse-sr",
         description="Super-resolution networks with sparse attention: train, test, use, look into, convert.",
-        epilog="`sparse-sr COMMAND --help` teaches each. Of train and test, which run BasicSR, experiments/, results/ and "
-        "tb_logger/ come to lie in the working directory.",
+        epilog="`sparse-sr COMMAND --help` teaches each. Of train and test, which run BasicSR, experiments/, results/ "
+        "and tb_logger/ come to lie in the working directory.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in _BASICSR.items():

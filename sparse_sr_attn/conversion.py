@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -119,9 +120,14 @@ def _their_key(layout: Layout, key: str) -> str | None:
     """Return their name of our key, with `<b>` for a number that ours does not have; `None` if there is none."""
     for pattern, ours in layout.names.items():
         if ours is not None and (found := key_pattern(ours).fullmatch(key)):
-            groups = found.groupdict()
-            return re.sub(r"<(\w)>|\*", lambda part: groups.get(part[1] or "rest", part[0]), pattern)
+            numbers = found.groupdict()
+            rest = numbers.pop("rest", "*")
+            return re.sub(r"<(\w)>", partial(_filled, numbers), pattern).replace("*", rest)
     return None
+
+
+def _filled(numbers: dict[str, str], part: re.Match[str]) -> str:
+    return numbers.get(part[1], part[0])
 
 
 def _check(layout: Layout, model: ResidualNetwork, named: dict[str, Tensor]) -> None:

@@ -87,10 +87,12 @@ def export_onnx(
     proto = _exported(model)
     found = [compare(model, proto, size) for size in sizes or _sizes(model)]
     if bad := [deviation for deviation in found if not deviation.good]:
+        worst = bad[0]
+        where = f"{worst.height}x{worst.width}"
         raise ExportError(
-            f"onnxruntime must give the same image within {TOLERANCE}, and does not for {bad[0].height}x{bad[0].width}: "
-            f"off by {bad[0].under_one_pattern:.1e} under one pattern, {bad[0].num_moved} of {bad[0].num_tokens} "
-            f"tokens in other clusters, by up to {bad[0].margin:.1e} of their length; nothing was written"
+            f"onnxruntime must give the same image within {TOLERANCE}, and does not at {where}: off by "
+            f"{worst.under_one_pattern:.1e} under one pattern, {worst.num_moved} of {worst.num_tokens} tokens in "
+            f"other clusters, by up to {worst.margin:.1e} of their length; nothing was written"
         )
     _without_patterns(proto)
     try:

@@ -68,10 +68,9 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         warnings.simplefilter("ignore")  # what is wrong with a file is said once, by an error
         try:
             with Image.open(path) as image:
-                if getattr(image, "n_frames", 1) > 1 and image.format not in _ONE_PICTURE:
-                    raise ImageError(
-                        f"has {image.n_frames} frames, and must be one picture; save the frames one by one"
-                    )
+                num_frames = getattr(image, "n_frames", 1)
+                if num_frames > 1 and image.format not in _ONE_PICTURE:
+                    raise ImageError(f"has {num_frames} frames, and must be one picture; save the frames one by one")
                 depth = str(image.tile[0].args) if image.tile else ""
                 image.load()
                 return _picture(ImageOps.exif_transpose(image), grey_alpha="LA;16" in depth)

@@ -86,16 +86,17 @@ def upscaled_strips(
             piece = net(part)
             scale = piece.shape[-1] // column.length
             if across == 0:
-                grown = piece.new_zeros(*piece.shape[:-2], (row.last - row.first) * scale, images.shape[-1] * scale)
-                if band is not None:
-                    grown[..., : band.shape[-2], :] = band
-                band = grown
+                above = band
+                band = piece.new_zeros(*piece.shape[:-2], (row.last - row.first) * scale, images.shape[-1] * scale)
+                if above is not None:
+                    band[..., : above.shape[-2], :] = above
             assert band is not None  # noqa: S101  (the first column made it)
             kept = piece[..., row.kept(scale), column.kept(scale)]
             share = row.share(scale, piece)[:, None] * column.share(scale, piece)
             band[..., slice(column.first * scale, column.last * scale)] += kept * share
             if progress is not None:
                 progress(down * len(columns) + across + 1, len(rows) * len(columns))
+        assert band is not None  # noqa: S101  (there is a column)
         finished = (rows[down + 1].first if down + 1 < len(rows) else row.last) - row.first
         yield band[..., : finished * scale, :]
         band = band[..., finished * scale :, :]

@@ -160,7 +160,7 @@ def test_sixteen_bit_colours_are_what_pillow_makes_of_them(upscale: Any, nets: A
 
 
 def bicubic(alpha: Array) -> Array:
-    """Twice as large by Keys' kernel with a = -1/2, edges renormalised; rows first, and bytes between, as Pillow has it."""
+    """Twice as large by Keys' kernel with a = -1/2, edges renormalised; rows first, and bytes between, as in Pillow."""
 
     def weights(n: int) -> Array:
         at = (np.arange(2 * n) + 0.5) / 2 - 0.5

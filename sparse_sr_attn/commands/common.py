@@ -32,7 +32,7 @@ def show(text: str, stream: TextIO | None = None) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
-def name(path: Path) -> str:
+def name(path: Path | str) -> str:
     """Return a path as one line."""
     return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(path))
 

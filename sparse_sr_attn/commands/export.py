@@ -16,8 +16,8 @@ Write a network as ONNX: `image`, (1, c, height, width) in 0..1, to `upscaled`, 
 The file is written only if onnxruntime gives the same images as the network, at sizes that the export has not seen."""
 EPILOG = f"""\
 A token on the border of two clusters may fall to either side by rounding; the image differs there by what that changes
-("as it is"). So images are compared under the clusters that onnxruntime found ("under one pattern", at most {TOLERANCE}), and
-tokens that moved must have been on the border. docs/onnx.md says more."""
+("as it is"). So images are compared under the clusters that onnxruntime found ("under one pattern", at most
+{TOLERANCE}), and tokens that moved must have been on the border. docs/onnx.md says more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

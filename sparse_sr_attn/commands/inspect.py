@@ -27,8 +27,8 @@ Draw what a network with attention does with an image.
                                                                  where that pixel attends, the brighter the more
   sparse-sr inspect overlap   photo.png --weights w.pth          how much of their attention layers have in common
 
-Clusters of similar centroids have similar colours. The overlap of two layers is the share of weight that they put on the
-same keys, averaged over pixels: 1 for layers that share a state, by construction."""
+Clusters of similar centroids have similar colours. The overlap of two layers is the share of weight that they put on
+the same keys, averaged over pixels: 1 for layers that share a state, by construction."""
 EPILOG = "The whole image goes through the network at once: take a part of a large one. Pixels are those of the input."
 
 _CELL = 56
@@ -137,7 +137,8 @@ def _overlap(states: dict[str, Any]) -> "Image.Image":
     from PIL import Image, ImageDraw  # noqa: PLC0415
 
     overlap = attention_overlap(list(states.values())).tolist()
-    show("\n".join(f"{layer:<28} " + " ".join(f"{value:.2f}" for value in row) for layer, row in zip(states, overlap)))
+    for layer, row in zip(states, overlap, strict=True):
+        show(f"{layer:<28} {' '.join(f'{value:.2f}' for value in row)}")
     side = (len(overlap) + 1) * _CELL
     picture = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(picture)

@@ -5,6 +5,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -62,7 +63,7 @@ def _layers() -> list[dict[str, Any]]:
                 "kind": entry.kind,
                 "source": entry.source,
                 "about": _about(entry.build),
-                "parameters": _num_parameters(lambda build=entry.build: build(_LAYER_WIDTH)),
+                "parameters": _num_parameters(partial(entry.build, _LAYER_WIDTH)),
                 "options": options,
             }
         )
@@ -89,7 +90,7 @@ def _presets() -> list[dict[str, Any]]:
             "name": name,
             "source": preset.source,
             "about": preset.build.__name__,
-            "parameters": _num_parameters(lambda preset=preset: preset.build(**preset.options)),
+            "parameters": _num_parameters(partial(preset.build, **preset.options)),
             "options": dict(preset.options),
         }
         for name, preset in PRESETS.items()

@@ -151,7 +151,7 @@ def _targets(arguments: argparse.Namespace, images: list[Path], upscale: int) ->
         for image in images
     ]
     if twice := [file for file, times in Counter(names).items() if times > 1]:
-        raise UsageError(f"{name(arguments.input)} has several images that would become {name(Path(twice[0]))}")
+        raise UsageError(f"{name(arguments.input)} has several images that would become {name(twice[0])}")
     return [(image, folder / file) for image, file in zip(images, names, strict=True)]
 
 
