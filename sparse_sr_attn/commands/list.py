@@ -105,8 +105,11 @@ def _options(build: Callable[..., object]) -> dict[str, Any]:
     return {name: None if field.default is field.empty else field.default for name, field in fields(build).items()}
 
 
-def _num_parameters(build: Callable[[], nn.Module]) -> int:
-    return sum(parameter.numel() for parameter in build().parameters())
+def _num_parameters(build: Callable[[], nn.Module]) -> int | None:
+    try:
+        return sum(parameter.numel() for parameter in build().parameters())
+    except TypeError:  # there are options without a default
+        return None
 
 
 def _text(title: str, table: list[dict[str, Any]], full: bool) -> str:
@@ -114,7 +117,8 @@ def _text(title: str, table: list[dict[str, Any]], full: bool) -> str:
     lines = [title]
     for row in table:
         kind = f"{row['kind']:<9} " if "kind" in row else ""
-        head = f"  {row['name']:<{width}}  {kind}{row['parameters']:>11,}  "
+        count = "?" if row["parameters"] is None else f"{row['parameters']:,}"
+        head = f"  {row['name']:<{width}}  {kind}{count:>11}  "
         lines.append(head + textwrap.shorten(row["source"], 90))
         if full:
             for text in dict.fromkeys((row["about"], row["source"])):
