@@ -55,7 +55,9 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line and not line.startswith(" ")] == ["layers", "networks", "presets"]
-    (lcoan,) = (line for line in lines if line.split()[:2] == ["LCoAN", "14,340,227"] and "arXiv 2404.04922 and" in line)
+    (lcoan,) = (
+        line for line in lines if line.split()[:2] == ["LCoAN", "14,340,227"] and "arXiv 2404.04922 and" in line
+    )
     assert max(map(len, lines)) <= 120
     assert main(["list", "EDSR"]) == 0
     text = capsys.readouterr().out
@@ -68,9 +70,7 @@ def test_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("sparse-sr: no layer, network or preset named LCoB (known: CoA, EDSR, ")
 
 
-def test_layers_of_others_are_listed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layers_of_others_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     other: Registry[AttentionLayer] = Registry("layer")
 
     @other.register("Mine", kind="layer", source="nobody, 2026")
@@ -89,7 +89,9 @@ def test_layers_of_others_are_listed(
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
     code = "from sparse_sr_attn.cli import main; import sys; sys.exit(main(['list', '--json']))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
         assert run.stdout is not None
         assert run.stderr is not None
         run.stdout.close()
