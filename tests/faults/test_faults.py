@@ -30,6 +30,12 @@ KMEANS = "sparse_sr_attn/functional/kmeans.py"
 LCOA = "sparse_sr_attn/layers/lcoa.py"
 RESIDUAL = "sparse_sr_attn/blocks/residual.py"
 CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
+CONVERSION = "sparse_sr_attn/conversion.py"
+EXPORT = "sparse_sr_attn/export.py"
+FILES = "sparse_sr_attn/files.py"
+IMAGES = "sparse_sr_attn/images.py"
+INFERENCE = "sparse_sr_attn/inference.py"
+VISUALIZE = "sparse_sr_attn/visualize.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
@@ -40,6 +46,11 @@ IN_ABLATIONS = "tests/layers/test_ablations.py"
 IN_RCAN = "tests/backbones/test_rcan.py"
 IN_LCOAN = "tests/backbones/test_lcoan.py"
 IN_CHECKPOINTS = "tests/test_checkpoints.py"
+IN_CONVERT = "tests/test_convert.py"
+IN_EXPORT = "tests/test_export.py"
+IN_INFERENCE = "tests/test_inference.py"
+IN_MAPS = "tests/test_attention_maps.py"
+IN_UPSCALE = "tests/test_cli_upscale.py"
 
 
 @dataclass(frozen=True)
@@ -982,6 +993,133 @@ FAULTS = [
         "weights_only=False",
         f"{IN_CHECKPOINTS}::test_unreadable_files_give_one_clear_error[a payload]",
     ),
+    # --- images, files and other programs
+    Fault(
+        "tiles are cut sharply where they should pass into each other",
+        INFERENCE,
+        "overlap, blend // 2)\n    columns",
+        "overlap, 0)\n    columns",
+        f"{IN_INFERENCE}::test_strips_come_as_soon_as_they_are_done_and_are_all_of_the_image",
+    ),
+    Fault(
+        "tiles blend over more than they share",
+        INFERENCE,
+        "(seam - half, seam + half)",
+        "(seam - half - 1, seam + half + 1)",
+        f"{IN_INFERENCE}::test_a_local_network_gives_the_whole_image_when_the_overlap_covers_its_reach",
+    ),
+    Fault(
+        "what neighbouring rows of tiles share is lost",
+        INFERENCE,
+        "band[..., : above.shape[-2], :] = above",
+        "pass",
+        f"{IN_INFERENCE}::test_shares_of_blended_tiles_add_up_to_one",
+    ),
+    Fault(
+        "tiles meet at an edge",
+        INFERENCE,
+        "(start + length + following) // 2",
+        "following",
+        f"{IN_INFERENCE}::test_neighbouring_tiles_meet_in_the_middle_of_what_they_share",
+    ),
+    Fault(
+        "sixteen bits become eight",
+        IMAGES,
+        "return Picture(pixels.astype(np.uint16), None, profile)",
+        "return Picture((pixels >> 8).astype(np.uint8), None, profile)",
+        f"{IN_UPSCALE}::test_sixteen_bits_stay",
+    ),
+    Fault(
+        "the rotation of EXIF is forgotten",
+        IMAGES,
+        "ImageOps.exif_transpose(image)",
+        "image",
+        f"{IN_UPSCALE}::test_rotation_by_exif",
+    ),
+    Fault(
+        "pixels are cut down instead of rounded",
+        IMAGES,
+        "(strip[0] * peak).round()",
+        "(strip[0] * peak - 1).ceil()",
+        f"{IN_UPSCALE}::test_grey_stays_grey",
+    ),
+    Fault(
+        "grey is the red channel",
+        IMAGES,
+        "_LUMA = (0.299, 0.587, 0.114)",
+        "_LUMA = (1.0, 0.0, 0.0)",
+        f"{IN_UPSCALE}::test_grey_stays_grey",
+    ),
+    Fault(
+        "a result is written in place",
+        FILES,
+        'temporary = file.with_name(f"{file.name}.tmp")',
+        "temporary = file",
+        f"{IN_UPSCALE}::test_killed_while_it_writes",
+    ),
+    Fault(
+        "a file that came meanwhile is replaced",
+        FILES,
+        "        _check_free(file, overwrite)  # it may have come meanwhile\n",
+        "",
+        f"{IN_UPSCALE}::test_what_comes_meanwhile_stays_too",
+    ),
+    Fault(
+        "the convolution after the last block takes that block's number",
+        CONVERSION,
+        "str(last + 1)",
+        "str(last)",
+        f"{IN_CONVERT}::test_released_lcoan_goes_and_comes_back",
+    ),
+    Fault(
+        "another pattern is left out without a word",
+        CONVERSION,
+        "if more := (again.keys() ^ before.keys()) - {OPTIONS}:",
+        "if more := set[str]():",
+        f"{IN_CONVERT}::test_what_has_no_place_is_refused",
+    ),
+    Fault(
+        "the mean is subtracted twice",
+        CHECKPOINTS,
+        '"add_mean.bias": mean,',
+        '"add_mean.bias": -mean,',
+        f"{IN_CONVERT}::test_their_code_loads_it_strictly_and_gives_the_same_image",
+    ),
+    Fault(
+        "the check takes any other cluster for a tie",
+        EXPORT,
+        "self.under_one_pattern <= TOLERANCE and self.margin <= _TIE",
+        "self.under_one_pattern <= TOLERANCE",
+        f"{IN_EXPORT}::test_the_check_notices_other_clusters",
+    ),
+    Fault(
+        "the check compares the image with itself",
+        EXPORT,
+        "float((result - under_one_pattern).abs().max())",
+        "float((as_is - as_is).abs().max())",
+        f"{IN_EXPORT}::test_the_check_notices_another_image",
+    ),
+    Fault(
+        "ties count as errors",
+        EXPORT,
+        "with torch.no_grad(), _watched(model, clusters) as forced:",
+        "with torch.no_grad(), _watched(model, watched.clusters) as forced:",
+        f"{IN_EXPORT}::test_ties_may_fall_either_way",
+    ),
+    Fault(
+        "a pixel is shown to attend where its neighbour in the chunk does",
+        VISUALIZE,
+        "maps.scatter_add_(1, keys, weights[chunk, row])",
+        "maps.scatter_add_(1, keys, weights[chunk, (row + 1) % layout.chunk_size])",
+        f"{IN_MAPS}::test_is_the_row_of_dense_attention",
+    ),
+    Fault(
+        "the overlap is the larger weight",
+        VISUALIZE,
+        "torch.minimum(one, other)",
+        "torch.maximum(one, other)",
+        f"{IN_MAPS}::test_overlap_is_the_common_share_of_dense_attention",
+    ),
 ]
 
 
@@ -1050,8 +1188,8 @@ def copied(root: Path) -> Path:
     tests = ("backbones", "faults", "functional", "golden", "layers")
     for folder in ("sparse_sr_attn", *(f"tests/{name}" for name in tests)):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for file in ("pyproject.toml", "tests/conftest.py", "tests/test_checkpoints.py"):
-        shutil.copy(ROOT / file, root / file)
+    for file in (ROOT / "pyproject.toml", ROOT / "tests/conftest.py", *ROOT.glob("tests/test_*.py")):
+        shutil.copy(file, root / file.relative_to(ROOT))
     return root
 
 
