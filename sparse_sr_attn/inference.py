@@ -135,7 +135,7 @@ def with_smaller_tiles(
 
 def _is_out_of_memory(error: Exception) -> bool:
     # On the CPU, torch says it in words only.
-    words = ("can't allocate memory", "not enough memory")
+    words = ("can't allocate memory", "not enough memory", "could not create a primitive")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 

@@ -598,6 +598,29 @@ def test_memory_that_runs_out_is_answered_by_smaller_tiles(
     close(opened("a_x2.png"), expected(nets[3][1], pixels), "RGB")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs to know the size of a process")
+def test_memory_that_really_runs_out(here: Path) -> None:
+    """A process that may grow by 60 MiB, in which the whole image would need ten times as much."""
+    pixels = noise(700, 700, 3)
+    Image.fromarray(pixels).save("a.png")
+    Image.fromarray(pixels[:40, :40]).save("small.png")
+    torch.manual_seed(0)
+    model = EDSR(num_feat=32, num_block=1, upscale=2).eval()
+    torch.save(model.state_dict(), "net.pth")
+    done = run_in_process(
+        "import re, resource, sys; from sparse_sr_attn.cli import main\n"
+        "main(['upscale', 'small.png', '--weights', 'net.pth'])\n"  # all that it needs is in memory then
+        "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + 60 * 2**20,) * 2)\n"
+        "sys.exit(main(['upscale', 'a.png', '--weights', 'net.pth', '--tile', '0']))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) >= 1
+    assert all("memory ran out; trying tiles of" in line for line in done.stderr.splitlines())
+    close(opened("a_x2.png"), expected(model, pixels), "RGB")
+
+
 def test_memory_that_never_suffices(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     photo("a.png")
     photo("b.png")

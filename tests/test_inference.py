@@ -182,8 +182,9 @@ def greedy(limit: int, error: Callable[[], Exception]) -> tuple[Callable[[int], 
         MemoryError,
         lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
         lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+        lambda: RuntimeError("could not create a primitive"),  # oneDNN's way to say it
     ],
-    ids=["python", "cuda", "cpu"],
+    ids=["python", "cuda", "cpu", "oneDNN"],
 )
 def test_smaller_tiles_answer_a_lack_of_memory(error: Any) -> None:
     told: list[int] = []
