@@ -18,6 +18,7 @@ from sparse_sr_attn.errors import (
     TrainingError,
     UnknownNameError,
 )
+from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers import LAYERS, LSP, AttentionLayer, CoA, LCoA, build_layer
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
@@ -49,4 +50,5 @@ __all__ = [
     "build_layer",
     "create_model",
     "load_model",
+    "upscale_tiled",
 ]

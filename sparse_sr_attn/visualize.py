@@ -87,7 +87,6 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
             lambda layer, args, kwargs, name=name: note(name, layer, *args, **kwargs), with_kwargs=True
         )
         for name, layer in _outermost(model)
-        if layer.provides or layer.requires
     ]
     with _removed(hooks):
         _run(model, batch)
@@ -203,10 +202,10 @@ def _removed(hooks: Sequence[Any]) -> Iterator[None]:
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, AttentionLayer]]:
-    """Yield attention layers with their names, but none that is part of another."""
+    """Yield the layers that have a state, with their names, but none that is part of another."""
     for name, child in model.named_children():
         path = f"{prefix}{name}"
-        if isinstance(child, AttentionLayer):
+        if isinstance(child, AttentionLayer) and (child.provides or child.requires):
             yield path, child
         else:
             yield from _outermost(child, f"{path}.")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparse_sr_attn import EDSR, LSP, CoA, LCoA, LCoAN, ShapeError
+from sparse_sr_attn import EDSR, LSP, AttentionLayer, CoA, LCoA, LCoAN, ShapeError
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.functional.kmeans import initial_state
 from sparse_sr_attn.reference import cluster as reference
@@ -112,6 +112,18 @@ def test_of_lcoan_and_of_a_model_of_ones_own() -> None:
     assert list(attention_states(model, picture())) == [f"body.{index}.attention" for index in range(3)]
     own = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(LCoA(8)), LCoA(8))
     assert list(attention_states(own, picture())) == ["1.0", "2"]
+
+
+def test_a_layer_within_a_layer_without_a_state() -> None:
+    class Around(AttentionLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = LCoA(3)
+
+        def forward(self, x: Tensor, state: Any = None) -> Tensor:
+            return self.inner(x)
+
+    assert list(attention_states(nn.Sequential(Around(), LCoA(3)), picture())) == ["0.inner", "1"]
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -1,5 +1,6 @@
 """`sparse-sr upscale`: awkward images give the right result or one line, and nothing is ever half-written."""
 
+import contextlib
 import os
 import signal
 import stat
@@ -86,12 +87,14 @@ def expected(model: nn.Module, pixels: Array, peak: int = 255) -> Array:
 
 
 def close(image: Image.Image, array: Array, mode: str) -> None:
-    """Equal, but for what rounds the other way."""
+    """Equal, but for the few that round the other way."""
     assert image.mode == mode
     found = np.asarray(image)
     assert found.dtype == array.dtype
     assert found.shape == array.shape
-    assert int(np.abs(found.astype(int) - array.astype(int)).max()) <= 1
+    off = np.abs(found.astype(int) - array.astype(int))
+    assert int(off.max()) <= 1
+    assert int(off.sum()) <= max(1, off.size // 50)
 
 
 # ------------------------------------------------------------------------------------------------ kinds of pixels
@@ -547,10 +550,20 @@ def test_killed_while_it_writes(here: Path, nets: Any, moment: str) -> None:
         f"sys.exit(main(['upscale', 'a.png', '--overwrite', '--weights', {str(nets[3][0])!r}]))"
     )
     assert done.returncode == -signal.SIGKILL
-    assert Path("a_x2.png").read_text() == "mine"
+    assert Path("a_x2.png").read_bytes() == b"mine"
     assert main(["upscale", "a.png", "--overwrite", "--weights", str(nets[3][0])]) == 0  # what it left is no obstacle
     assert sorted(os.listdir()) == ["a.png", "a_x2.png"]
     assert opened("a_x2.png").size == (10, 12)
+
+
+def test_what_torch_complains_of_is_one_line(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo()
+
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("something with a kernel\nand how to debug it")
+
+    monkeypatch.setattr(EDSR, "forward", fail)
+    assert upscale("good.png") == (1, "", "sparse-sr: good.png: something with a kernel\n")
 
 
 def test_interrupted(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,6 +609,29 @@ def test_memory_that_runs_out_is_answered_by_smaller_tiles(
     assert set(seen[1:]) == {45}
     monkeypatch.setattr(EDSR, "forward", real)
     close(opened("a_x2.png"), expected(nets[3][1], pixels), "RGB")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
+def test_a_bar_on_a_terminal_and_none_elsewhere(here: Path, nets: Any) -> None:
+    Image.fromarray(noise(40, 30, 3)).save("a.png")
+    import fcntl
+    import termios
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, "-m", "sparse_sr_attn", "upscale", "a.png", "--tile", "2", "--weights", str(nets[3][0])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=False)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert (done.returncode, done.stdout) == (0, "a.png -> a_x2.png\n")
+    assert b"a.png:" in shown
+    assert b"/300 [" in shown
+    done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow

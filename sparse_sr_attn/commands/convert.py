@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("weights", type=Path, metavar="FROM", help="file to read")
     parser.add_argument("output", type=Path, metavar="TO", help=f"file to write, {', '.join(_SUFFIXES)}")
-    parser.add_argument("--names", choices=["ours", "released"], default="ours", help="(default: %(default)s)")
+    parser.add_argument(
+        "--names",
+        choices=["ours", "released"],
+        default="ours",
+        help="under which names to write (default: %(default)s)",
+    )
     add_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
 

@@ -67,8 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         states = attention_states(model, low.to(model.mean.device))
     except ImageError as error:
         raise ImageError(f"{name(arguments.image)}: {error}") from error
-    except (ValueError, MemoryError) as error:
-        raise SparseSRError(f"{name(arguments.image)}: {error or 'memory does not suffice'}") from error
+    except (ValueError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        reason = str(error).partition("\n")[0] or "memory does not suffice"
+        raise SparseSRError(f"{name(arguments.image)}: {reason}") from error
     if strange := [layer for layer, state in states.items() if not isinstance(state, ClusterAttention)]:
         raise SparseSRError(f"only cluster attention (LCoA, CoA) can be drawn, and {strange[0]} has another")
     if not 0 <= arguments.layer < len(states):

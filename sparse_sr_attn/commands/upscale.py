@@ -181,8 +181,8 @@ def _one(arguments: argparse.Namespace, model: ResidualNetwork, source: Path, ta
 
     try:
         large = with_smaller_tiles(attempt, arguments.tile or max(picture.pixels.shape[:2]), notice=notice)
-    except (MemoryError, ShapeError) as error:
-        raise ImageError(str(error) or "memory does not suffice") from error
+    except (MemoryError, ShapeError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        raise ImageError(str(error).partition("\n")[0]) from error
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1065,10 +1065,10 @@ FAULTS = [
         f"{IN_UPSCALE}::test_what_comes_meanwhile_stays_too",
     ),
     Fault(
-        "the convolution after the last block takes that block's number",
+        "released centroids lack an axis",
         CONVERSION,
-        "str(last + 1)",
-        "str(last)",
+        "value[None] if key",
+        "value if key",
         f"{IN_CONVERT}::test_released_lcoan_goes_and_comes_back",
     ),
     Fault(
