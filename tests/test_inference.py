@@ -88,16 +88,17 @@ def test_a_network_without_attention_is_the_same_in_tiles() -> None:
         assert float((upscale_tiled(net, images, 32, 0) - whole).abs().max()) > 1e-3  # the tolerance means something
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize(("blend", "scale"), [(2, 1), (8, 1), (6, 3), (9, 2)])
-def test_blending_leaves_no_seam(blend: int, scale: int) -> None:
+def test_blending_leaves_no_seam(blend: int, scale: int, axis: int) -> None:
     """A network that gives each tile a shade of its own is the worst: the step between tiles becomes a ramp."""
-    images = torch.arange(64.0).expand(1, 1, 40, 64)
+    images = torch.arange(64.0).expand(1, 1, 40, 64).movedim(-1, axis)
 
     def shade(part: Tensor) -> Tensor:
         return part.mean().expand(1, 1, part.shape[2] * scale, part.shape[3] * scale)
 
     def steepest(image: Tensor) -> float:
-        return float(image.diff(dim=-1).abs().max())
+        return float(image.diff(dim=axis).abs().max())
 
     sharp = steepest(upscale_tiled(shade, images, 24, 10))
     blended = steepest(upscale_tiled(shade, images, 24, 10, blend=blend))
