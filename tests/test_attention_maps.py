@@ -291,6 +291,20 @@ def test_weights_without_attention(here: Path, capsys: pytest.CaptureFixture[str
     assert "and EDSR runs none; build it with attention" in capsys.readouterr().err
 
 
+def test_a_network_of_one_channel_sees_brightness(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    attention = {"type": "LCoA", "every": 1, "num_clusters": 5, "chunk_size": 7}
+    torch.save(EDSR(1, 1, num_feat=8, num_block=1, upscale=2, attention=attention).state_dict(), "one.pth")
+    deep = (drawn("photo.png").astype(np.uint16) @ np.array([299, 587, 114])) * 65535 // 255_000
+    Image.fromarray(deep.astype(np.uint16)).save("deep.png")
+    for file in ("photo.png", "deep.png"):  # the same picture in colour, and grey with 16 bits
+        assert main(["inspect", "attention", file, "-w", "one.pth", "--pixel", "3", "4", "-o", f"map_{file}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[6]
+    off = np.abs(drawn("map_photo.png").astype(int) - drawn("map_deep.png").astype(int))
+    assert int(off.max()) <= 2
+
+
 def test_a_consumer_has_the_clusters_of_its_provider(here: Path) -> None:
     for layer in ("0", "1"):
         assert main(["inspect", "clusters", "photo.png", "-w", "net.pth", "--layer", layer, "-o", f"{layer}.png"]) == 0

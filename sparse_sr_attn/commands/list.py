@@ -14,6 +14,7 @@ from sparse_sr_attn.backbones.presets import PRESETS
 from sparse_sr_attn.checkpoints import LAYOUTS
 from sparse_sr_attn.commands.common import UsageError, show
 from sparse_sr_attn.config import fields
+from sparse_sr_attn.errors import SparseSRError
 from sparse_sr_attn.layers.base import LAYERS
 
 HELP = "show the layers, networks and presets, with source and parameters"
@@ -108,7 +109,7 @@ def _options(build: Callable[..., object]) -> dict[str, Any]:
 def _num_parameters(build: Callable[[], nn.Module]) -> int | None:
     try:
         return sum(parameter.numel() for parameter in build().parameters())
-    except TypeError:  # there are options without a default
+    except (TypeError, SparseSRError):  # there are options without a default, or a package is not there
         return None
 
 
