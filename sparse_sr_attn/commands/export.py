@@ -1,9 +1,10 @@
 """`sparse-sr export`: a network as an ONNX file that has been checked."""
 
 import argparse
+import sys
 from pathlib import Path
 
-from sparse_sr_attn.commands.common import UsageError, add_options, load, name, require, show
+from sparse_sr_attn.commands.common import UsageError, add_options, load, name, require, say, show
 from sparse_sr_attn.export import TOLERANCE, export_onnx
 
 HELP = "write a network as ONNX, for images of any size, checked with onnxruntime"
@@ -50,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     if any(min(size) < 1 for size in sizes):
         raise UsageError("--size must be HEIGHT and WIDTH, each >= 1")
     model = load(arguments)
+    if sys.stderr.isatty():
+        say(f"exporting {type(model).__name__}; a deep network takes minutes")
     for found in export_onnx(model, arguments.output, overwrite=arguments.overwrite, sizes=sizes):
         moved = f"{found.num_moved} of {found.num_tokens} tokens moved" if found.num_tokens else "no clusters"
         show(
