@@ -4,7 +4,8 @@ from sparse_sr_attn import LCoA
 y = LCoA(64)(x)  # any (b, 64, h, w)
 """
 
-from sparse_sr_attn.backbones import EDSR, PRESETS, RCAN, LCoAN, create_model
+from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, RCAN, LCoAN, create_model
+from sparse_sr_attn.blocks import ELAB
 from sparse_sr_attn.checkpoints import load_model
 from sparse_sr_attn.errors import (
     CheckpointError,
@@ -19,14 +20,29 @@ from sparse_sr_attn.errors import (
     UnknownNameError,
 )
 from sparse_sr_attn.inference import upscale_tiled
-from sparse_sr_attn.layers import LAYERS, LSP, AttentionLayer, CoA, LCoA, build_layer
-from sparse_sr_attn.states import ClusterAttention, ClusterPattern
+from sparse_sr_attn.layers import (
+    GMSA,
+    LAYERS,
+    LFE,
+    LSP,
+    AttentionLayer,
+    CoA,
+    LCoA,
+    SharedGMSA,
+    ShiftConv2d,
+    build_layer,
+)
+from sparse_sr_attn.states import ClusterAttention, ClusterPattern, WindowAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EDSR",
+    "ELAB",
+    "ELAN",
+    "GMSA",
     "LAYERS",
+    "LFE",
     "LSP",
     "PRESETS",
     "RCAN",
@@ -42,10 +58,13 @@ __all__ = [
     "LCoA",
     "LCoAN",
     "ShapeError",
+    "SharedGMSA",
     "SharingError",
+    "ShiftConv2d",
     "SparseSRError",
     "TrainingError",
     "UnknownNameError",
+    "WindowAttention",
     "__version__",
     "build_layer",
     "create_model",

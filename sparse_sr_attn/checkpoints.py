@@ -6,6 +6,7 @@ the network had is read from the shapes.
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from sparse_sr_attn.backbones.base import OPTIONS, ResidualNetwork
+from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.edsr import EDSR
+from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.config import read
 from sparse_sr_attn.errors import CheckpointError, ConfigError
+from sparse_sr_attn.functional.shift import taps
+from sparse_sr_attn.layers.gmsa import group_widths
 
 State = Mapping[str, Tensor]
 Options = dict[str, Any]
@@ -30,6 +35,8 @@ _NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "ne
 _WRAPPERS = ("module.", "_orig_mod.")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
+_DEPTH = 4  # wrappers around a wrapper
+_MOST_OPTIONS = 2**20  # bytes
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
 
 
@@ -46,6 +53,7 @@ class Layout:
         shapes: reads the options that the shapes of (renamed) weights tell.
         names: patterns of keys, the first that fits counts, and our names for them; `None` for what we do not need.
             Keys that fit none keep their names.
+        convert: what is to be done before the names are changed, given the options said by the caller.
         defaults: the options that shapes do not tell, as these weights expect them, from the weights as they are and
             the options that shapes tell; the constructor's defaults go for the rest.
         needs: options that nobody can guess, each with the beginning of the keys whose presence raises the question.
@@ -54,14 +62,15 @@ class Layout:
     """
 
     name: str
-    build: Callable[..., ResidualNetwork]
+    build: Callable[..., Network]
     sign: str
     shapes: Callable[[State], Options]
     names: Mapping[str, str | None] = field(default_factory=dict)
+    convert: Callable[[State, Options], State] = lambda state, options: state
     defaults: Callable[[State, Options], Options] = lambda state, shapes: {}
     needs: Mapping[str, str] = field(default_factory=dict)
     fresh: str = "(?!)"
-    filling: Callable[[ResidualNetwork], dict[str, Tensor]] | None = None
+    filling: Callable[[Network], dict[str, Tensor]] | None = None
 
     def our_key(self, key: str) -> str | None:
         """Return our name of a key; `None` for what we do not need."""
@@ -83,7 +92,7 @@ def key_pattern(pattern: str) -> re.Pattern[str]:
 
 def load_model(
     source: str | os.PathLike[str] | Mapping[str, Any], *, allow_tail_reinit: bool = False, **overrides: Any
-) -> ResidualNetwork:
+) -> Network:
     """Return the network that weights belong to, with these weights, in evaluation mode.
 
     Args:
@@ -153,8 +162,12 @@ def _weights(found: object) -> dict[str, Tensor]:
             hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
         raise CheckpointError(f"must hold a map from keys to dense tensors, got {_listed(strange)}{hint}")
     state = dict(found)
-    while wrapper := next((w for w in _WRAPPERS if all(key.startswith(w) for key in state)), None):
-        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
+    if sum(value.nbytes for value in state.values()) > sum(storages.values()):
+        raise CheckpointError("must hold each number of its weights, got weights that repeat numbers or share them")
+    for wrapper in _DEPTH * _WRAPPERS:
+        if all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
 
 
@@ -162,15 +175,17 @@ def _is_plain(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool) -> ResidualNetwork:
-    layout = next((layout for layout in LAYOUTS if layout.recognises(state)), None)
+def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool) -> Network:
+    carried = carried_options(state.pop(OPTIONS, None))
+    family = carried.pop("type", None)
+    layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
+    layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
     if layout is None:
         tried = "".join(f"\n  {layout.name}, with keys like {layout.sign}" for layout in LAYOUTS)
         keys = [f"{key} {tuple(value.shape)}" for key, value in state.items()]
         raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {_listed(keys)}")
     overrides = read(layout.build, overrides, siblings=["allow_tail_reinit"])
-    carried = _carried(state.pop(OPTIONS, None))
-    named = _renamed(layout, state)
+    named = _renamed(layout, layout.convert(state, overrides))
     shapes = layout.shapes(named)
     needs = {} if carried else layout.needs
     needed = [n for n, start in needs.items() if n not in overrides and any(key.startswith(start) for key in named)]
@@ -179,13 +194,14 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
             f"weights of {layout.name} do not tell {' and '.join(needed)}; say it: "
             f"load_model(..., {', '.join(f'{name}={_EXAMPLES[name]}' for name in needed)})"
         )
-    upscale = overrides.get("upscale", shapes["upscale"])
+    trained = carried.get("upscale", shapes["upscale"])
+    upscale = overrides.get("upscale", trained)
     fresh = [layout.fresh]
-    if upscale != shapes["upscale"]:
+    if upscale != trained:
         if not allow_tail_reinit:
             raise CheckpointError(
-                f"upscale must be {shapes['upscale']}, that of the weights, got {upscale}; allow_tail_reinit=True "
-                "keeps the body and starts upsample and conv_last afresh"
+                f"upscale must be {trained}, that of the weights, got {upscale}; allow_tail_reinit=True "
+                "keeps the body and starts what comes after it afresh"
             )
         named = {key: value for key, value in named.items() if not key.startswith(_TAIL)}
         fresh += [rf"{re.escape(start)}.*" for start in _TAIL]
@@ -194,20 +210,28 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
     for name in carried.keys() & shapes.keys():  # before as much is built as a hostile file asks for
         if name.startswith("num_") and carried[name] != shapes[name]:
             raise CheckpointError(f"the options say {name} {carried[name]}, but the weights have {shapes[name]}")
-    _refuse_giants(carried, limit=sum(value.numel() for value in state.values()))
-    model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
+    size = sum(value.numel() for value in state.values())
+    _refuse_giants(carried, limit=size)
+    with _Budget(size):
+        model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
     _check(model, named, "|".join(fresh))
     model.load_state_dict(named, strict=False)
     return model.eval()
 
 
-def _carried(tensor: Tensor | None) -> Options:
-    """Return the options that the weights of our networks carry."""
+def carried_options(tensor: Tensor | None) -> Options:
+    """Return the options that the weights of our networks carry, and the network's name as `type`.
+
+    Raises:
+        CheckpointError: this is not how they are carried.
+    """
     if tensor is None:
         return {}
     try:
+        if tensor.numel() > _MOST_OPTIONS:
+            raise ValueError(f"got {tensor.numel()} numbers")
         return dict(json.loads(bytes(int(value) for value in tensor.tolist())))
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"the key {OPTIONS!r} must hold the bytes of a JSON map ({error}); take it away and say the options"
         ) from error
@@ -225,6 +249,30 @@ def _refuse_giants(options: object, limit: int, name: str = OPTIONS) -> None:
         raise CheckpointError(f"the options say {name} {options}, but there are only {limit} numbers in the file")
 
 
+class _Budget(TorchFunctionMode):
+    """Within it nobody can make many more numbers than a file has, nor in very many pieces.
+
+    So a small file, whatever its options say together, neither fills the memory nor takes forever.
+
+    Args:
+        size: how many numbers the file has.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.left = 16 * size + 2**24
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, unless it would make a tensor that is too much."""
+        shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
+        if function is not torch.tensor and all(isinstance(side, int) for side in shape):
+            self.left -= math.prod(shape) + 4096
+        if self.left < 0:
+            raise CheckpointError(f"the options ask for far more than a file of {self.size} numbers can be weights of")
+        return function(*args, **(kwargs or {}))
+
+
 def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -236,7 +284,7 @@ def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:
     return named
 
 
-def _built(layout: Layout, found: Options, overrides: Options) -> ResidualNetwork:
+def _built(layout: Layout, found: Options, overrides: Options) -> Network:
     """Return the network; what is wrong with it is the overrides' fault or that of the weights."""
     found = {name: value for name, value in found.items() if name not in overrides}
     try:
@@ -247,7 +295,7 @@ def _built(layout: Layout, found: Options, overrides: Options) -> ResidualNetwor
         raise CheckpointError(f"the options that belong to the weights cannot be used here:\n{error}") from error
 
 
-def _check(model: ResidualNetwork, state: State, fresh: str) -> None:
+def _check(model: Network, state: State, fresh: str) -> None:
     """Refuse weights that are not those of `model`; name what is missing, too much, of wrong size or not finite."""
     expected = {key: value for key, value in model.state_dict().items() if key != OPTIONS}
     missing = [key for key in expected if key not in state and not re.fullmatch(fresh, key)]
@@ -314,14 +362,61 @@ def _edsr(state: State) -> Options:
 
 
 def _rcan(state: State) -> Options:
-    ends = _ends(state)
-    squeezed = _size(state, "body.0.residual_group.0.rcab.3.attention.1.weight")[0]
-    return {
-        **ends,
+    options = {
+        **_ends(state),
         "num_group": _count(state, r"body\.(\d+)\."),
         "num_block": _count(state, r"body\.0\.residual_group\.(\d+)\."),
-        "squeeze_factor": max(1, ends["num_feat"] // squeezed),
     }
+    if any(".rcab." in key for key in state):  # its own blocks, not those of the option `block`
+        squeezed = _size(state, "body.0.residual_group.0.rcab.3.attention.1.weight")[0]
+        options["squeeze_factor"] = max(1, options["num_feat"] // squeezed)
+    return options
+
+
+def _elan(state: State) -> Options:
+    num_feat, num_in_ch = _size(state, "conv_first.weight")[:2]
+    width = _size(state, "body.0.lfe.0.conv1.weight")[0]
+    last = _size(state, "conv_last.weight")[0]
+    upscale = next((factor for factor in (2, 3, 4, 8) if last == num_in_ch * factor**2), None)
+    upscale = upscale or next((factor for factor in (2, 3, 4, 8) if last % factor**2 == 0), None)
+    if upscale is None:
+        raise CheckpointError(f"conv_last must have channels for x2, x3, x4 or x8, got {last}")
+    return {
+        "num_in_ch": num_in_ch,
+        "num_feat": num_feat,
+        "num_block": _count(state, r"body\.(\d+)\."),
+        "share": _count(state, r"body\.0\.lfe\.(\d+)\."),
+        "expansion": max(1, width // num_feat),
+        "upscale": upscale,
+    }
+
+
+def _elan_channels(state: State, shapes: Options) -> Options:
+    """Return the channels of the output image: they and the factor are one number in the shapes."""
+    key = next(key for key in ("conv_last.weight", "tail.0.weight") if key in state)
+    return {"num_out_ch": len(state[key]) // shapes["upscale"] ** 2}
+
+
+def _released_elan(state: State, options: Options) -> State:
+    """Part each projection of a provider into query and value, and bring masked convolutions to their five taps."""
+    num_groups = len(options.get("window_sizes", (4, 8, 16)))
+    converted: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if found := re.fullmatch(r"(body\.\d+\.modules_gmsa\.gmsa_0\.project)_inp(\..+)", key):
+            parts = (value, value)
+            if value.ndim:
+                widths = [width for group in group_widths(len(value) // 2, num_groups) for width in (group, group)]
+                if sum(widths) != len(value):
+                    raise CheckpointError(f"{key} must have an even number of rows, got {len(value)}")
+                rows = value.split(widths)
+                parts = (torch.cat(rows[::2]), torch.cat(rows[1::2]))
+            for name, part in zip(("query", "value"), parts, strict=True):
+                converted[f"{found[1]}_{name}{found[2]}"] = part
+        elif (found := re.fullmatch(r"(.+\.shift_conv)\.w", key)) and value.ndim == 4 and value.shape[2:] == (3, 3):
+            converted[f"{found[1]}.conv1x1.weight"] = (value * taps(value)).sum(dim=(2, 3), keepdim=True)
+        else:
+            converted[key] = value
+    return converted
 
 
 def _lcoan(state: State) -> Options:
@@ -337,8 +432,9 @@ def _lcoan(state: State) -> Options:
     )
     options["share"] = providers[1] if len(providers) > 1 else None
     options["num_rounds"] = 1 + _count(state, r"body\.0\.attention\.lsp\.further_rounds\.(\d+)\.")
-    if "body.0.attention.lsp.centroids" in state:
-        options["num_clusters"] = len(state["body.0.attention.lsp.centroids"])
+    centroids = state.get("body.0.attention.lsp.centroids")
+    if centroids is not None and centroids.ndim > 0:
+        options["num_clusters"] = len(centroids)
     return options
 
 
@@ -361,7 +457,7 @@ def _mean_shift(state: State, img_range: float) -> Options:
     return {"img_range": img_range, "rgb_mean": (-bias / img_range).tolist()}
 
 
-def _mean_convolutions(model: ResidualNetwork) -> dict[str, Tensor]:
+def _mean_convolutions(model: Network) -> dict[str, Tensor]:
     """Return the fixed convolutions that take the mean from the image and add it again."""
     mean = model.mean.detach().cpu().flatten() * model.img_range
     if len(mean) != 3 or model.num_in_ch != 3:
@@ -375,7 +471,7 @@ def _mean_convolutions(model: ResidualNetwork) -> dict[str, Tensor]:
     }
 
 
-def _dead_weights(model: ResidualNetwork) -> dict[str, Tensor]:
+def _dead_weights(model: Network) -> dict[str, Tensor]:
     """Return what the released LCoAN has and never uses: queries and k-means of all groups but the first."""
     state = model.state_dict()
     weight, bias, means = (
@@ -393,6 +489,7 @@ def _dead_weights(model: ResidualNetwork) -> dict[str, Tensor]:
 
 
 _EXAMPLES = {
+    "window_sizes": "(4, 8, 16)",
     "attention": "{'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144}",
     "chunk_size": "384",
     "res_scale": "0.1",
@@ -441,6 +538,44 @@ LAYOUTS = (
         },
         fresh=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
         filling=_dead_weights,
+    ),
+    Layout(
+        "our ELAN",
+        ELAN,
+        sign="body.<b>.lfe.<j>.conv1.*",
+        shapes=_elan,
+        defaults=_elan_channels,
+        needs={"window_sizes": ""},
+    ),
+    Layout(
+        "the released ELAN",
+        ELAN,
+        sign="body.<b>.modules_gmsa.gmsa_<j>.project_inp.0.*",
+        shapes=_elan,
+        names={
+            **_MEAN_SHIFT,
+            "head.0.*": "conv_first.*",
+            "tail.0.*": "conv_last.*",
+            "body.<b>.modules_lfe.lfe_<j>.conv0.shift_conv.conv1x1.*": "body.<b>.lfe.<j>.conv1.*",
+            "body.<b>.modules_lfe.lfe_<j>.conv1.shift_conv.conv1x1.*": "body.<b>.lfe.<j>.conv2.*",
+            "body.<b>.modules_lfe.lfe_<j>.conv0.shift_conv.b": "body.<b>.lfe.<j>.conv1.bias",
+            "body.<b>.modules_lfe.lfe_<j>.conv1.shift_conv.b": "body.<b>.lfe.<j>.conv2.bias",
+            "body.<b>.modules_lfe.lfe_<j>.conv<k>.shift_conv.*": None,  # its one-hot kernels or its mask
+            "body.<b>.modules_gmsa.gmsa_0.project_query.0.*": "body.<b>.attention.0.query.conv.*",
+            "body.<b>.modules_gmsa.gmsa_0.project_query.1.*": "body.<b>.attention.0.query.norm.*",
+            "body.<b>.modules_gmsa.gmsa_0.project_value.0.*": "body.<b>.attention.0.shared.value.conv.*",
+            "body.<b>.modules_gmsa.gmsa_0.project_value.1.*": "body.<b>.attention.0.shared.value.norm.*",
+            "body.<b>.modules_gmsa.gmsa_0.project_out.*": "body.<b>.attention.0.shared.output.*",
+            "body.<b>.modules_gmsa.gmsa_<j>.project_inp.0.*": "body.<b>.attention.<j>.value.conv.*",
+            "body.<b>.modules_gmsa.gmsa_<j>.project_inp.1.*": "body.<b>.attention.<j>.value.norm.*",
+            "body.<b>.modules_gmsa.gmsa_<j>.project_out.*": "body.<b>.attention.<j>.output.*",
+        },
+        convert=_released_elan,
+        defaults=lambda state, shapes: {
+            **_elan_channels(state, shapes),
+            **_mean_shift(state, 255.0),
+            "exact_shift": False,
+        },
     ),
     Layout(
         "EDSR (ours and BasicSR's)",

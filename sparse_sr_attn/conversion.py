@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.backbones.base import OPTIONS, ResidualNetwork
+from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of
 from sparse_sr_attn.checkpoints import LAYOUTS, Layout, key_pattern, load_model
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.files import replacing
@@ -18,7 +18,7 @@ Names = Literal["ours", "released"]
 """`ours` are BasicSR's names for EDSR and RCAN; `released` those of EDSR-PyTorch, and of the released LCoAN."""
 
 
-def convert_weights(model: ResidualNetwork, names: Names = "ours") -> dict[str, Tensor]:
+def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
     """Return the weights of `model` under other names, for a code base that loads them strictly.
 
     Args:
@@ -31,7 +31,7 @@ def convert_weights(model: ResidualNetwork, names: Names = "ours") -> dict[str, 
 
     Raises:
         CheckpointError: the layout has no place for a part of the network (attention in EDSR or RCAN, several
-            patterns in an LCoAN, another mean than of three channels).
+            patterns in an LCoAN, another mean than of three channels), or cannot be written (ELAN's).
 
     Note:
         What is returned has been read back by `load_model`, and every weight was the same.
@@ -44,7 +44,7 @@ def convert_weights(model: ResidualNetwork, names: Names = "ours") -> dict[str, 
         return state
     layout = next((x for x in LAYOUTS if x.build is type(model) and x.filling), None)
     if layout is None or layout.filling is None:
-        raise CheckpointError(f"no other names are known for a {type(model).__name__}")
+        raise CheckpointError(f"the released names of an {type(model).__name__} cannot be written; its own can")
     named = _renamed(layout, {key: value for key, value in state.items() if key != OPTIONS})
     named |= layout.filling(model)
     _check(layout, model, named)
@@ -82,19 +82,19 @@ def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwri
         raise CheckpointError(f"{file} cannot be written: {getattr(cause, 'strerror', None) or cause}") from error
 
 
-def unsaid_options(model: ResidualNetwork, state: dict[str, Tensor]) -> list[str]:
-    """Return the options of `model` that `load_model(state)` would assume otherwise, because no weight tells them."""
+def unsaid_options(model: Network, state: dict[str, Tensor]) -> list[str]:
+    """Return the options of `model` that `load_model(state)` would assume otherwise, because no weight tells them.
+
+    Of networks with options that JSON has no word for, nothing is said.
+    """
+    ours = options_of(model)
+    if ours is None:
+        return []
     again = load_model(state)
-    if model._options is not None and again._options is not None:
-        ours, theirs = json.loads(model._options), json.loads(again._options)
-        if torch.allclose(again.mean, model.mean.cpu(), atol=1e-6):
-            ours.pop("rgb_mean"), theirs.pop("rgb_mean")
-        return [f"{name}={json.dumps(value)}" for name, value in ours.items() if value != theirs[name]]
-    # Networks without attention keep no options. Those that weights do not tell change every image.
-    probe = torch.rand(1, model.num_in_ch, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        same = torch.allclose(again(probe), model(probe.to(model.mean.device)).cpu(), rtol=1e-3, atol=1e-3)
-    return [] if same else [f"img_range={json.dumps(model.img_range)}", "res_scale", "rgb_mean"]
+    theirs = options_of(again) or {}
+    if torch.allclose(again.mean, model.mean.cpu(), atol=1e-6):
+        theirs["rgb_mean"] = ours["rgb_mean"]  # written out, or by name
+    return [f"{name}={json.dumps(value)}" for name, value in ours.items() if value != theirs.get(name)]
 
 
 def _renamed(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def _filled(numbers: dict[str, str], part: re.Match[str]) -> str:
     return numbers.get(part[1], part[0])
 
 
-def _check(layout: Layout, model: ResidualNetwork, named: dict[str, Tensor]) -> None:
+def _check(layout: Layout, model: Network, named: dict[str, Tensor]) -> None:
     """Refuse weights that would not come back as they were."""
     again = load_model(named).state_dict()
     before = {key: value.cpu() for key, value in model.state_dict().items() if key != OPTIONS}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparse_sr_attn.backbones.base import ResidualNetwork
+from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.errors import ExportError
 from sparse_sr_attn.files import replacing
 from sparse_sr_attn.layers.lcoa import LSP
@@ -56,7 +56,7 @@ class Deviation:
 
 
 def export_onnx(
-    model: ResidualNetwork, file: Path, *, overwrite: bool = False, sizes: Sequence[tuple[int, int]] | None = None
+    model: Network, file: Path, *, overwrite: bool = False, sizes: Sequence[tuple[int, int]] | None = None
 ) -> list[Deviation]:
     """Write `model` as ONNX for any height and width, once onnxruntime has given the same images at several sizes.
 
@@ -105,7 +105,7 @@ def export_onnx(
     return found
 
 
-def compare(model: ResidualNetwork, proto: "onnx.ModelProto", size: tuple[int, int]) -> Deviation:
+def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> Deviation:
     """Return how onnxruntime and the network differ on an image of `size` (h, w).
 
     Args:
@@ -184,7 +184,7 @@ def _watched(model: nn.Module, given: Sequence[Tensor] | None = None) -> Iterato
 class _WithClusters(nn.Module):
     """The network, giving the clusters of its patterns beside the image."""
 
-    def __init__(self, model: ResidualNetwork) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
@@ -194,7 +194,7 @@ class _WithClusters(nn.Module):
         return (upscaled, *watch.clusters)
 
 
-def _exported(model: ResidualNetwork) -> "onnx.ModelProto":
+def _exported(model: Network) -> "onnx.ModelProto":
     sides = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
     low = _image(model.num_in_ch, _export_size(model))
     with torch.no_grad(), _watched(model) as watch:

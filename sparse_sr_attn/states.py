@@ -45,6 +45,38 @@ class ClusterAttention:
     width: int
     num_rounds: int = 1
 
+    @property
+    def made_for(self) -> tuple[int, int, int]:
+        """Number of maps, their height and width."""
+        return self.pattern.order.shape[0] // self.num_rounds, self.height, self.width
 
-for _state in (ClusterPattern, ClusterAttention):
+
+@dataclass(frozen=True, eq=False)
+class WindowAttention:
+    """The softmax weights of groups of channels, each inside windows of its own size: what GMSA gives and reads.
+
+    Attributes:
+        weights: of each group, from every pixel of `k` windows to the `i` pixels of its window; rows of pixels that
+            exist sum to 1. Carries gradient to the provider.
+        window_sizes: of each group, in pixels.
+        shift: whether the windows are moved by half their size.
+        exact_shift: whether what is moved goes back to where it was; `False` is published (`docs/deviations.md`).
+        height: of the map, in pixels.
+        width: of the map, in pixels.
+    """
+
+    weights: tuple[Float[Tensor, "b _ _ _"], ...]
+    window_sizes: tuple[int, ...]
+    shift: bool
+    exact_shift: bool
+    height: int
+    width: int
+
+    @property
+    def made_for(self) -> tuple[int, int, int]:
+        """Number of maps, their height and width."""
+        return self.weights[0].shape[0], self.height, self.width
+
+
+for _state in (ClusterPattern, ClusterAttention, WindowAttention):
     register_dataclass(_state)

@@ -4,10 +4,14 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from sparse_sr_attn.backbones.base import Network
 
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_RELAXED)
@@ -68,6 +72,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the test should run; `--device cuda` moves every test that takes it."""
     return torch.device(request.config.getoption("--device"))
+
+
+LCOA = {"type": "LCoA", "every": 1, "num_clusters": 5, "chunk_size": 7, "reduction": 3}
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LCoAN": ("LCoAN", {"num_feat": 8, "num_group": 3, "num_block": 1, "upscale": 3, "share": 2, "chunk_size": 9}),
+    "ELAN": ("ELAN", {"num_feat": 10, "num_block": 2, "share": 2, "window_sizes": (2, 4), "exact_shift": False}),
+    "EDSR": ("EDSR", {"num_feat": 8, "num_block": 4, "img_range": 1.0, "attention": {**LCOA, "every": 2, "share": 2}}),
+    "EDSR of ELABs": ("EDSR", {"num_feat": 10, "num_block": 2, "block": {"type": "ELAB", "window_sizes": (2, 3)}}),
+    "RCAN": ("RCAN", {"num_feat": 9, "num_group": 2, "num_block": 1, "squeeze_factor": 3, "attention": [LCOA]}),
+}
+"""Each of our networks with attention, tiny."""
+
+
+@pytest.fixture(params=NETWORKS)
+def trained(request: pytest.FixtureRequest) -> "Network":
+    """A network after three steps of training, in evaluation mode."""
+    import sparse_sr_attn  # not before jaxtyping's hook
+
+    torch.manual_seed(0)
+    name, options = NETWORKS[request.param]
+    network = getattr(sparse_sr_attn, name)(**options)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    for _ in range(3):
+        network(torch.rand(2, 3, 8, 7)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network.eval()
 
 
 @pytest.fixture(autouse=True)

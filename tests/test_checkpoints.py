@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from sparse_sr_attn import EDSR, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
+from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
+from sparse_sr_attn.backbones.base import options_of, packed
 from sparse_sr_attn.checkpoints import LAYOUTS
 
 GOLDEN = Path(__file__).parent / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
+GOLDEN_ELAN = Path(__file__).parent / "golden" / "elan_narrow_train_step.safetensors"
 LCOA: dict[str, Any] = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "reduction": 3, "zero_init": False}
 
 OURS: dict[str, Callable[[], nn.Module]] = {
@@ -42,6 +44,16 @@ OURS: dict[str, Callable[[], nn.Module]] = {
     "RCAN": lambda: RCAN(
         4, 4, num_feat=9, num_group=3, num_block=2, squeeze_factor=4, img_range=1.0, attention={**LCOA, "every": 1}
     ),
+    "ELAN": lambda: ELAN(num_feat=8, num_block=2, share=2, window_sizes=(3, 5), expansion=3, img_range=1.0),
+    "ELAN x3, grey to colour": lambda: ELAN(1, 3, num_feat=7, num_block=1, upscale=3, exact_shift=False),
+    "EDSR of ELABs, with GMSA": lambda: EDSR(
+        num_feat=8,
+        num_block=4,
+        upscale=2,
+        attention={"type": "GMSA", "every": 2, "share": 2, "window_sizes": [2, 3], "zero_init": False},
+        block={"type": "ELAB", "share": 2, "window_sizes": [4]},
+    ),
+    "RCAN of LCoAs": lambda: RCAN(num_feat=8, num_group=2, num_block=2, block={"type": "LCoA", "chunk_size": 9}),
 }
 
 
@@ -228,6 +240,49 @@ def test_released_lcoan_is_as_published_by_default(tmp_path: Path) -> None:
     assert (model.img_range, model.upscale, len(layer.lsp.centroids)) == (1.0, 2, 16)
 
 
+def released_elan() -> dict[str, Tensor]:
+    found = load_file(GOLDEN_ELAN)
+    return {key.removeprefix("state_dict."): value for key, value in found.items() if key.startswith("state_dict.")}
+
+
+def test_released_elan_is_as_published_by_default() -> None:
+    """Its files carry a prefix; range and mean come from its mean shift."""
+    model = load_model({"model_state_dict": {f"module.{key}": value for key, value in released_elan().items()}})
+    provider = model.body[1].attention[0]
+    assert (provider.window_sizes, provider.shift, provider.exact_shift) == ((4, 8, 16), True, False)
+    assert (model.img_range, model.upscale, len(model.body), len(model.body[0].lfe)) == (255.0, 2, 2, 2)
+    assert torch.allclose(model.mean.flatten(), torch.tensor([0.4488, 0.4371, 0.4040]))
+    other = load_model(released_elan(), window_sizes=[2, 3], img_range=1.0, exact_shift=True)
+    provider = other.body[1].attention[0]
+    assert (provider.window_sizes, provider.exact_shift, other.img_range) == ((2, 3), True, 1.0)
+
+
+def test_query_and_value_of_released_elan_lie_group_by_group() -> None:
+    """Of 24 rows each third is one group's: four of the query, then four of the value; with two windows, each half."""
+    state = released_elan()
+    weight = state["body.0.modules_gmsa.gmsa_0.project_inp.0.weight"]
+    for sizes, rows in (
+        ([4, 8, 16], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19]),
+        ([4, 8], [*range(6), *range(12, 18)]),
+    ):
+        provider = load_model(state, window_sizes=sizes).body[0].attention[0]
+        assert torch.equal(provider.query.conv.weight, weight[rows])
+        assert torch.equal(provider.shared.value.conv.weight, weight[[row for row in range(24) if row not in rows]])
+
+
+def test_masked_shift_convolutions_of_released_elan_load_too() -> None:
+    """Its second form has 3x3 kernels of which one tap a channel counts; what lies under the mask is arbitrary."""
+    state = released_elan()
+    model = load_model(state)
+    names = [key.removesuffix(".conv1x1.weight") for key in state if key.endswith(".conv1x1.weight")]
+    for name in names:
+        kernel, hot = state.pop(f"{name}.conv1x1.weight"), state.pop(f"{name}.weight")
+        state[f"{name}.b"] = state.pop(f"{name}.conv1x1.bias")
+        state[f"{name}.m"] = hot.transpose(0, 1)
+        state[f"{name}.w"] = torch.where(state[f"{name}.m"] > 0, kernel, torch.full_like(kernel, 7.0))
+    assert_same(load_model(state), model)
+
+
 def pytorch_edsr(state: dict[str, Tensor], x: Tensor, res_scale: float) -> Tensor:
     """EDSR-PyTorch's EDSR and RCAN, restated: images in 0..255."""
 
@@ -333,7 +388,7 @@ def test_the_large_edsr_scales_its_branches() -> None:
     """32 blocks of 256 channels were published with 0.1, all others with 1."""
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in EDSR(num_feat=256, num_block=32, upscale=3).state_dict().items()}
-    state = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    state = {key: torch.zeros(shape) for key, shape in shapes.items()}
     assert load_model(state).body[0].res_scale == 0.1
     assert load_model(plain_edsr().state_dict()).body[0].res_scale == 1.0
 
@@ -493,9 +548,35 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         "weights of our LCoAN do not tell chunk_size and res_scale; say it: "
         "load_model(..., chunk_size=384, res_scale=0.1)",
     ),
+    "an ELAN of ours that says nothing": (
+        {key: value for key, value in trained("ELAN").state_dict().items() if key != "options"},
+        "weights of our ELAN do not tell window_sizes; say it: load_model(..., window_sizes=(4, 8, 16))",
+    ),
+    "a released ELAN with odd projections": (
+        {key: value[:-1] if key.endswith("gmsa_0.project_inp.0.weight") else value
+         for key, value in released_elan().items()},
+        "project_inp.0.weight must have an even number of rows, got 23",
+    ),
     "options that are no text": (with_options(b"\xff\xfe"), "the key 'options' must hold the bytes of a JSON map"),
     "options that are no map": (with_options([1]), "the key 'options' must hold the bytes of a JSON map"),
     "options without end": (with_options(b"[" * 99_999), "the key 'options' must hold the bytes of a JSON map"),
+    "options that are no numbers": (
+        {**trained("EDSR").state_dict(), "options": torch.full((3,), float("inf"))},
+        "the key 'options' must hold the bytes of a JSON map",
+    ),
+    "options of a megabyte": (with_options(b" " * 2**20 + b"{}"), "must hold the bytes of a JSON map (got 1048578"),
+    "weights that repeat one number": (
+        {**plain_edsr().state_dict(), "conv_first.weight": torch.zeros(1).expand(8, 3, 3, 3)},
+        "must hold each number of its weights, got weights that repeat numbers or share them",
+    ),
+    "blocks that share their weights": (
+        {**plain_edsr().state_dict(), **dict.fromkeys(["body.3.conv1.weight", "body.4.conv1.weight"], WEIGHT)},
+        "must hold each number of its weights, got weights that repeat numbers or share them",
+    ),
+    "centroids without a dimension": (
+        {**trained("LCoAN").state_dict(), "body.0.attention.lsp.centroids": torch.tensor(1.0)},
+        "of wrong size: body.0.attention.lsp.centroids must be (5, 8), got ()",
+    ),
     "an option of the future": (
         with_options({**CARRIED, "magic": 1}),
         "the options that belong to the weights cannot be used here:\nmagic: unknown",
@@ -632,15 +713,57 @@ def test_safetensors_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatc
 def test_layouts_tell_each_other_apart() -> None:
     """No weights are recognised by two rows of the table, and each row is met."""
     samples = [
-        *(trained(name).state_dict() for name in OURS),
+        *(trained(name).state_dict() for name in OURS if " of " not in name),
         plain_edsr().state_dict(),
         released(),
+        released_elan(),
         pytorch_weights("EDSR", 2),
         pytorch_weights("RCAN", 2),
     ]
     met = [[layout.name for layout in LAYOUTS if layout.recognises(sample)] for sample in samples]
     assert all(len(names) == 1 for names in met), met
     assert {name for names in met for name in names} == {layout.name for layout in LAYOUTS}
+
+
+def test_the_family_is_carried_where_keys_do_not_tell_it() -> None:
+    """An RCAN whose blocks are of another layer has no key in common with BasicSR's blocks."""
+    state = trained("RCAN of LCoAs").state_dict()
+    assert not [layout for layout in LAYOUTS if layout.recognises(state)]
+    assert type(load_model(state)) is RCAN
+    del state["options"]
+    with pytest.raises(CheckpointError, match="must be of a layout known here"):
+        load_model(state)
+
+
+GIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "blocks of another layer": (
+        OURS["EDSR of ELABs, with GMSA"],
+        {"block": {"type": "ELAB", "share": 2, "expansion": 10**8}},
+    ),
+    "pairs that share": (lambda: ELAN(num_feat=10, num_block=1, window_sizes=(2,)), {"share": 10**8}),
+    "channels inside": (lambda: ELAN(num_feat=10, num_block=1, window_sizes=(2,)), {"expansion": 10**8}),
+    "rounds of clusters": (
+        OURS["EDSR"],
+        {"attention": {"type": "LCoA", "every": 1, "num_clusters": 5000, "num_rounds": 3000}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GIANTS)
+def test_options_that_ask_for_too_much_together_are_refused_while_it_is_built(name: str) -> None:
+    build, change = GIANTS[name]
+    model = build()
+    state = {**model.state_dict(), "options": packed({**(options_of(model) or {}), **change})}
+    with pytest.raises(
+        CheckpointError, match=r"the options ask for far more than a file of \d+ numbers can be weights of"
+    ):
+        load_model(state)
+
+
+def test_wrappers_around_wrappers_have_an_end() -> None:
+    """Taking them off one at a time must not take forever."""
+    with pytest.raises(CheckpointError, match="must be of a layout known here"):
+        load_model({"module." * 100_000 + key: value for key, value in plain_edsr().state_dict().items()})
 
 
 @pytest.mark.parametrize("name", ["num_clusters", "num_rounds"])

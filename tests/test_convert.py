@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparse_sr_attn import EDSR, RCAN, CheckpointError, LCoAN, load_model
+from sparse_sr_attn import EDSR, ELAN, RCAN, CheckpointError, LCoAN, load_model
 from sparse_sr_attn.checkpoints import LAYOUTS
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.conversion import convert_weights, unsaid_options
@@ -128,8 +128,12 @@ def test_released_lcoan_goes_and_comes_back(path: Path) -> None:
     assert unsaid_options(load_model(released), again) == []
 
 
-def test_every_layout_with_other_names_can_be_written() -> None:
-    assert [layout.name for layout in LAYOUTS if layout.names and layout.filling is None] == []
+def test_layouts_with_other_names_can_be_written() -> None:
+    """But that of ELAN, whose convolutions hold queries and values in one, and whose shifts have two forms."""
+    unwritten = [layout.name for layout in LAYOUTS if layout.names and layout.filling is None]
+    assert unwritten == ["the released ELAN"]
+    with pytest.raises(CheckpointError, match="the released names of an ELAN cannot be written; its own can"):
+        convert_weights(ELAN(num_feat=6, num_block=2, window_sizes=(2, 3)).eval(), "released")
 
 
 @pytest.mark.parametrize(
@@ -146,16 +150,23 @@ def test_what_has_no_place_is_refused(model: Callable[[], nn.Module], message: s
         convert_weights(model().eval(), "released")
 
 
-@pytest.mark.parametrize("options", [{"img_range": 1.0, "rgb_mean": (0.0, 0.0, 0.0)}, {"res_scale": 0.2}])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"img_range": 1.0, "rgb_mean": (0.0, 0.0, 0.0)}, "img_range=1.0, rgb_mean=[0.0, 0.0, 0.0]"),
+        ({"res_scale": 0.2}, "res_scale=0.2"),
+    ],
+)
 def test_what_weights_do_not_tell_is_said(
-    options: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     torch.save(EDSR(num_feat=8, num_block=2, upscale=2, **options).state_dict(), tmp_path / "edsr.pth")
     told = [f"{key}={str(list(value)) if isinstance(value, tuple) else value}" for key, value in options.items()]
     status = main(["convert", f"{tmp_path}/edsr.pth", f"{tmp_path}/out.pt", "--names", "released", "--set", *told])
     assert status == 0
-    assert "note: these weights do not tell img_range" in capsys.readouterr().err
+    note = f"sparse-sr: note: these weights do not tell {said}; tell it to whoever reads them\n"
+    assert capsys.readouterr().err == note
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])

@@ -26,9 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "inference": set(),
     "images": {"errors", "files", "inference"},
-    "checkpoints": {"errors", "config", "backbones"},
+    "checkpoints": {"errors", "config", "functional", "layers", "backbones"},
     "conversion": {"errors", "files", "backbones", "checkpoints"},
     "export": {"errors", "files", "layers", "backbones"},
+    "hub": {"errors", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
     "commands": {
@@ -88,7 +89,8 @@ allowed = {"torch", "einops", "jaxtyping"}
 import torch, einops, jaxtyping
 before = {name.split(".")[0] for name in sys.modules}
 import sparse_sr_attn
-for name in {"basicsr", "timm", "torchvision", "spandrel", "numpy.testing", "skimage", "yaml", "tqdm", "matplotlib"}:
+optional = {"basicsr", "timm", "torchvision", "spandrel", "huggingface_hub", "safetensors"}
+for name in {*optional, "numpy.testing", "skimage", "yaml", "tqdm", "matplotlib"}:
     assert name in before or name not in sys.modules, name
 new = {name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
 assert new <= {"sparse_sr_attn"}, new

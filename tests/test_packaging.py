@@ -1,4 +1,4 @@
-"""The wheel holds both packages, the option files and the command; nothing else."""
+"""The wheel holds all packages, the option files and the command; nothing else."""
 
 import subprocess
 import sys
@@ -23,9 +23,9 @@ def test_wheel(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
         assert "sparse-sr = sparse_sr_attn.cli:main" in archive.read(entry_points).decode()
-    packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert packages == {"sparse_sr_attn", "sparse_sr_attn_basicsr"}
-    for folder, home in (("sparse_sr_attn", ROOT), ("sparse_sr_attn_basicsr", ROOT / "integrations")):
+    homes = {"sparse_sr_attn": ROOT} | {path.name: path.parent for path in (ROOT / "integrations").iterdir()}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(homes)
+    for folder, home in homes.items():
         expected = {
             str(path.relative_to(home))
             for path in (home / folder).rglob("*")

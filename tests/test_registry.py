@@ -51,4 +51,13 @@ def test_same_again_is_once() -> None:
 
 
 def test_layers_of_the_library() -> None:
-    assert {name: LAYERS.get(name).kind for name in LAYERS} == {"CoA": "consumer", "LCoA": "layer", "LSP": "provider"}
+    assert {name: LAYERS.get(name).kind for name in LAYERS} == {
+        "CoA": "consumer",
+        "ELAB": "layer",
+        "GMSA": "layer",
+        "LCoA": "layer",
+        "LFE": "operator",
+        "LSP": "provider",
+        "SharedGMSA": "consumer",
+        "ShiftConv2d": "operator",
+    }

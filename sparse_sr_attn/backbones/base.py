@@ -1,11 +1,11 @@
-"""What EDSR-style networks have in common: the first and last convolutions, the mean, the range."""
+"""What networks have in common: the mean and the range of images, and options that their weights carry."""
 
 import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Self
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ P = ParamSpec("P")
 def remembered(init: Callable[P, None]) -> Callable[P, None]:
     """Let a network remember the options of its constructor, so that its weights can carry them."""
     signature = inspect.signature(init)
+    family = init.__qualname__.split(".")[0]  # of the class that declares the options, whatever it is called later
 
     @functools.wraps(init)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -38,9 +39,25 @@ def remembered(init: Callable[P, None]) -> Callable[P, None]:
             for name, value in bound.arguments.items()
             if value is not network and name != "activation_checkpointing"  # of training, not of the network
         }
-        network._options = _as_json(given) if given.get("attention", True) else None  # type: ignore[attr-defined]
+        network._options = _as_json({"type": family, **given})  # type: ignore[attr-defined]
 
     return wrapper
+
+
+def packed(options: Mapping[str, Any]) -> Tensor:
+    """Return options as a state dict carries them: the bytes of a JSON map."""
+    return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8, device="cpu")
+
+
+def options_of(network: "Network") -> dict[str, Any] | None:
+    """Return the type and the options of a network; `None` if JSON has no word for one of them."""
+    return None if network._options is None else dict(json.loads(network._options))
+
+
+def _is_plain(options: Mapping[str, Any]) -> bool:
+    """Return whether shapes tell who a network is: it could hold attention or blocks of another kind, and does not."""
+    choices = [options[name] for name in ("attention", "block") if name in options]
+    return bool(choices) and not any(choices)
 
 
 def _as_json(options: Mapping[str, Any]) -> str | None:
@@ -64,11 +81,10 @@ def _plain(value: object) -> object:
     raise TypeError
 
 
-class ResidualNetwork(nn.Module):
-    r"""Abstract network $\mathrm{last}(\uparrow(\mathrm{conv}(\mathrm{features}(f)) + f)),\; f = \mathrm{first}(x)$.
+class Network(nn.Module):
+    r"""Abstract network $y = u((x - m)\,r) / r + m$, with the mean $m$ and the range $r$ of images.
 
-    Subclasses define `features` (which they build before or after calling this constructor) and are final. State-dict
-    keys are BasicSR's: `conv_first`, `conv_after_body`, `upsample`, `conv_last`; the mean is not in the state dict.
+    Subclasses define $u$, `upscaled`. The mean is not in the state dict.
 
     Shapes do not tell everything about attention. So the state dict of a network with attention carries the options it
     was built with, as JSON bytes (`OPTIONS`); `load_model` reads them and `load_state_dict` ignores them, there or not.
@@ -76,7 +92,6 @@ class ResidualNetwork(nn.Module):
     Args:
         num_in_ch: channels of the input image.
         num_out_ch: channels of the output image.
-        num_feat: channels inside.
         upscale: factor, one of 2, 3, 4, 8.
         img_range: factor on the image, inside; images are in 0..1 outside, always.
         rgb_mean: subtracted from the input and added to the output, one number in 0..1 a channel; `None` for the mean
@@ -90,7 +105,6 @@ class ResidualNetwork(nn.Module):
         self,
         num_in_ch: int,
         num_out_ch: int,
-        num_feat: int,
         upscale: Upscale,
         img_range: float,
         rgb_mean: Sequence[float] | None,
@@ -99,15 +113,12 @@ class ResidualNetwork(nn.Module):
         self.num_in_ch = num_in_ch
         self.upscale = upscale
         self.img_range = img_range
-        self.register_buffer("mean", _mean(num_in_ch, num_out_ch, rgb_mean), persistent=False)
-        self.conv_first = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
-        self.conv_after_body = nn.Conv2d(num_feat, num_feat, 3, padding=1)
-        self.upsample = Upsample(upscale, num_feat)
-        self.conv_last = nn.Conv2d(num_feat, num_out_ch, 3, padding=1)
+        self.rgb_mean = _mean(num_in_ch, num_out_ch, rgb_mean)
+        self.register_buffer("mean", torch.tensor(self.rgb_mean).view(1, -1, 1, 1), persistent=False)
 
-    def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return what the body makes of the first features."""
-        raise TypeError(f"{type(self).__name__} does not define features")
+    def upscaled(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
+        """Return what the network makes of an image whose mean is 0, in its own range."""
+        raise TypeError(f"{type(self).__name__} does not define upscaled")
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Return the image at `upscale` times the size.
@@ -126,22 +137,68 @@ class ResidualNetwork(nn.Module):
                 f"x must be images (b, {self.num_in_ch}, h >= 1, w >= 1), because num_in_ch is {self.num_in_ch}; "
                 f"got shape {tuple(x.shape)}"
             )
-        first = self.conv_first((x - self.mean) * self.img_range)
-        deep = self.conv_after_body(self.features(first)) + first
-        output: Tensor = self.conv_last(self.upsample(deep))
-        return output / self.img_range + self.mean
+        return self.upscaled((x - self.mean) * self.img_range) / self.img_range + self.mean
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # In float64 the mean is the number that was given, not its rounding to float32.
+        self.mean = torch.tensor(self.rgb_mean, dtype=self.mean.dtype, device=self.mean.device).view(1, -1, 1, 1)
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._options is not None:
-            destination[prefix + OPTIONS] = torch.tensor(list(self._options.encode()), dtype=torch.uint8, device="cpu")
+        options = options_of(self)
+        if options is not None and not _is_plain(options):
+            destination[prefix + OPTIONS] = packed(options)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + OPTIONS, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> Tensor:
+class ResidualNetwork(Network):
+    r"""Abstract network $\mathrm{last}(\uparrow(\mathrm{conv}(\mathrm{features}(f)) + f)),\; f = \mathrm{first}(x)$.
+
+    Subclasses define `features` (which they build before or after calling this constructor) and are final. State-dict
+    keys are BasicSR's: `conv_first`, `conv_after_body`, `upsample`, `conv_last`.
+
+    Args:
+        num_in_ch: as in `Network`.
+        num_out_ch: as in `Network`.
+        num_feat: channels inside.
+        upscale: as in `Network`.
+        img_range: as in `Network`.
+        rgb_mean: as in `Network`.
+    """
+
+    def __init__(
+        self,
+        num_in_ch: int,
+        num_out_ch: int,
+        num_feat: int,
+        upscale: Upscale,
+        img_range: float,
+        rgb_mean: Sequence[float] | None,
+    ) -> None:
+        super().__init__(num_in_ch, num_out_ch, upscale, img_range, rgb_mean)
+        self.conv_first = nn.Conv2d(num_in_ch, num_feat, 3, padding=1)
+        self.conv_after_body = nn.Conv2d(num_feat, num_feat, 3, padding=1)
+        self.upsample = Upsample(upscale, num_feat)
+        self.conv_last = nn.Conv2d(num_feat, num_out_ch, 3, padding=1)
+
+    def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return what the body makes of the first features."""
+        raise TypeError(f"{type(self).__name__} does not define features")
+
+    def upscaled(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
+        """Return what the network makes of an image whose mean is 0, in its own range."""
+        first = self.conv_first(x)
+        deep = self.conv_after_body(self.features(first)) + first
+        output: Tensor = self.conv_last(self.upsample(deep))
+        return output
+
+
+def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> tuple[float, ...]:
     if rgb_mean is None:
         rgb_mean = DIV2K_MEAN if num_in_ch == num_out_ch == 3 else (0.0,)
     elif not len(rgb_mean) == num_in_ch == num_out_ch:
@@ -154,4 +211,4 @@ def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> 
                 )
             ]
         )
-    return torch.tensor(rgb_mean).view(1, -1, 1, 1)
+    return tuple(rgb_mean)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
-from sparse_sr_attn.blocks import ResidualBlock, SiteAttention, read_attention
+from sparse_sr_attn.blocks import ResidualBlock, SiteAttention, read_attention, read_block
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
 
@@ -27,6 +27,10 @@ class EDSR(ResidualNetwork):
         attention: `None`, or a map, or a list of maps: `{type: LCoA, every: 4, share: 4, num_clusters: 128}` puts an
             LCoA after block 3, which computes, and CoAs that reuse its state after blocks 7, 11 and 15. The keys are
             those of `blocks.AttentionMap` and the options of the layer. Layers start as the identity (`zero_init`).
+            A list of maps mixes layers.
+        block: a map like `{type: ELAB, share: 2}`, of any registered layer, puts these in place of the residual blocks;
+            of layers with an option `shift` every second shifts, and `res_scale` has no effect. `None` for EDSR's
+            own.
         activation_checkpointing: in training, compute the body again in the backward instead of keeping it.
 
     Raises:
@@ -50,11 +54,13 @@ class EDSR(ResidualNetwork):
         img_range: Positive = 255.0,
         rgb_mean: Sequence[Finite] | None = None,
         attention: object = None,
+        block: object = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
         self.activation_checkpointing = activation_checkpointing
-        self.body = nn.Sequential(*(ResidualBlock(num_feat, res_scale) for _ in range(num_block)))
+        build = read_block(block) or (lambda index, num_feat: ResidualBlock(num_feat, res_scale))
+        self.body = nn.Sequential(*(build(index, num_feat) for index in range(num_block)))
         self.attention = SiteAttention(read_attention(attention, num_block), num_block, num_feat)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.config import read
 from sparse_sr_attn.errors import UnknownNameError
@@ -42,6 +43,12 @@ PRESETS: Mapping[str, Preset] = {
             "ema_decay": 0.99,
         },
         "this library: under 1 M parameters, for small machines",
+    ),
+    "ELAN": Preset(ELAN, {}, "Zhang et al., arXiv 2203.06697, released configuration"),
+    "ELAN-light": Preset(
+        ELAN,
+        {"num_feat": 60, "num_block": 12, "share": 2},
+        "Zhang et al., arXiv 2203.06697, released configuration",
     ),
 }
 

@@ -6,7 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
-from sparse_sr_attn.blocks import ResidualGroup, SiteAttention, read_attention
+from sparse_sr_attn.blocks import ResidualGroup, SiteAttention, read_attention, read_block
+from sparse_sr_attn.blocks.residual import ChannelAttentionBlock
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
 
@@ -27,6 +28,7 @@ class RCAN(ResidualNetwork):
             prefer 1: queries that large saturate the softmax.
         rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
         attention: as in `EDSR`, where `every` and `after` count residual groups from 0.
+        block: as in `EDSR`, for the blocks inside the groups; `squeeze_factor` and `res_scale` then have no effect.
         activation_checkpointing: in training, compute the body again in the backward instead of keeping it.
 
     Raises:
@@ -52,12 +54,17 @@ class RCAN(ResidualNetwork):
         img_range: Positive = 255.0,
         rgb_mean: Sequence[Finite] | None = None,
         attention: object = None,
+        block: object = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
         self.activation_checkpointing = activation_checkpointing
+        build = read_block(block) or (
+            lambda index, num_feat: ChannelAttentionBlock(num_feat, squeeze_factor, res_scale)
+        )
+        groups = (range(num_block * group, num_block * (group + 1)) for group in range(num_group))
         self.body = nn.Sequential(
-            *(ResidualGroup(num_feat, num_block, squeeze_factor, res_scale) for _ in range(num_group))
+            *(ResidualGroup(num_feat, [build(index, num_feat) for index in group]) for group in groups)
         )
         self.attention = SiteAttention(read_attention(attention, num_group), num_group, num_feat)
 

@@ -1,7 +1,17 @@
 """What networks are made of between their first and last convolution."""
 
-from sparse_sr_attn.blocks.body import AttentionMap, SiteAttention, read_attention
+from sparse_sr_attn.blocks.body import AttentionMap, SiteAttention, read_attention, read_block
+from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.residual import ResidualBlock, ResidualGroup
 from sparse_sr_attn.blocks.upsample import Upsample
 
-__all__ = ["AttentionMap", "ResidualBlock", "ResidualGroup", "SiteAttention", "Upsample", "read_attention"]
+__all__ = [
+    "ELAB",
+    "AttentionMap",
+    "ResidualBlock",
+    "ResidualGroup",
+    "SiteAttention",
+    "Upsample",
+    "read_attention",
+    "read_block",
+]

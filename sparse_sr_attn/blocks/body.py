@@ -1,7 +1,7 @@
-"""Attention between the blocks of a trunk: where it stands, who shares with whom, by config."""
+"""The trunk of a network by config: its blocks, and where attention stands between them and who shares with whom."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,7 +23,8 @@ class AttentionMap:
         type: name of a registered layer.
         every: after every so many blocks: 4 means after blocks 3, 7, 11, ...
         after: after these blocks, counted from 0; instead of `every`.
-        share: one layer computes, the next `share - 1` sites reuse its state; 1: nobody shares.
+        share: one layer computes, the next `share - 1` sites reuse its state; 1: nobody shares. A layer that has an
+            option `share` of its own gets it, and no site reuses another's.
         options: of the layer, checked.
     """
 
@@ -72,7 +73,7 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
 def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
     if not isinstance(item, Mapping):
         raise ConfigError([Problem(path, f"must be a map with a key 'type', got {item!r}")])
-    own = [name for name in fields(AttentionMap) if name != "options"]
+    own = ["type", "every", "after", *([] if _shares_inside(item.get("type")) else ["share"])]
     problems = ProblemList()
     entry = None
     options: dict[str, Any] = {}
@@ -81,9 +82,7 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
         values = read(AttentionMap, {name: value for name, value in item.items() if name in own}, path)
     if isinstance(item.get("type"), str):
         with problems.gathered():
-            entry = _drop_in(item["type"], join_path(path, "type"))
-            rest = {name: value for name, value in item.items() if name not in own}
-            options = read(entry.build, rest, path, given=1, siblings=own)
+            entry, options = _read_layer(item, path, own)
             if "zero_init" in fields(entry.build):
                 options.setdefault("zero_init", True)
     if values.get("share", 1) > 1 and entry is not None and getattr(entry.build, "provides", None) is None:
@@ -99,6 +98,58 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
     return result
 
 
+def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Module] | None:
+    """Read the option `block` of a network, which puts a layer in place of each of its blocks.
+
+    Args:
+        block: `None`, or a map of a layer's `type` and options.
+        path: where the option stands, for messages.
+
+    Returns:
+        What builds the block of an index and a number of channels; `None` for the network's own blocks.
+
+    Raises:
+        ConfigError: names all problems, each with its path.
+    """
+    if block is None:
+        return None
+    if not isinstance(block, Mapping):
+        raise ConfigError([Problem(path, f"must be a map with a key 'type' or ~ (the network's own), got {block!r}")])
+    entry, options = _read_layer(block, path, ["type"])
+    return lambda index, embed_dim: build_layer(entry.name, embed_dim, **_shifted(entry, options, index))
+
+
+def _shares_inside(name: object) -> bool:
+    """Return whether this is a layer with an option `share` of its own."""
+    return isinstance(name, str) and name in LAYERS and "share" in fields(LAYERS.get(name).build)
+
+
+def _read_layer(item: Mapping[str, object], path: str, own: Sequence[str]) -> tuple[Entry[nn.Module], dict[str, Any]]:
+    """Return the layer that a map names, and its checked options: all keys but those in `own`.
+
+    `shift: auto`, the default, is left out: who builds the layers shifts every second.
+    """
+    name = item.get("type")
+    if not isinstance(name, str):
+        got = f"must be a string, got {name!r}" if "type" in item else "missing; it has no default"
+        raise ConfigError([Problem(join_path(path, "type"), got)])
+    entry = _drop_in(name, join_path(path, "type"))
+    rest = {key: value for key, value in item.items() if key not in own}
+    if rest.get("shift") == "auto" and _shifts(entry):
+        del rest["shift"]
+    return entry, read(entry.build, rest, path, given=1, siblings=own)
+
+
+def _shifted(entry: Entry[nn.Module], options: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """Return the options of the layer number `index` of its like: every second shifts, unless told otherwise."""
+    return {"shift": index % 2 == 1, **options} if _shifts(entry) else options
+
+
+def _shifts(entry: Entry[nn.Module]) -> bool:
+    """Return whether a layer can shift its windows, or not: whether it has an option `shift` that says so."""
+    return "shift" in fields(entry.build) and fields(entry.build)["shift"].annotation is bool
+
+
 def _drop_in(name: str, path: str) -> Entry[nn.Module]:
     try:
         entry = LAYERS.get(name)
@@ -109,9 +160,9 @@ def _drop_in(name: str, path: str) -> Entry[nn.Module]:
         drop_ins = [LAYERS.get(other) for other in LAYERS if LAYERS.get(other).kind == "layer"]
         names = [e.name for e in drop_ins if required is None or getattr(e.build, "provides", None) is required]
         hint = "with share: n, whose later sites use it" if entry.kind == "consumer" else "instead"
-        raise ConfigError(
-            [Problem(path, f"must be a drop-in layer, got {name!r}, a {entry.kind}; use {' or '.join(names)} {hint}")]
-        )
+        kind = f"an {entry.kind}" if entry.kind == "operator" else f"a {entry.kind}"
+        message = f"must be a drop-in layer, got {name!r}, {kind}; use {' or '.join(names)} {hint}"
+        raise ConfigError([Problem(path, message)])
     return entry
 
 
@@ -173,7 +224,8 @@ class SiteAttention(nn.ModuleList):
             place = turn % attention.share
             first = index_of[number, turn - place]
             if place == 0:
-                layer = build_layer(attention.type, embed_dim, **attention.options)
+                options = _shifted(LAYERS.get(attention.type), attention.options, turn // attention.share)
+                layer = build_layer(attention.type, embed_dim, **options)
             else:
                 layer = cast(AttentionLayer, self[first]).make_consumer()
             self.append(layer)

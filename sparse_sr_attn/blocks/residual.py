@@ -1,5 +1,7 @@
 """Residual blocks of convolutional super-resolution networks."""
 
+from collections.abc import Iterable
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,25 +107,15 @@ class ResidualGroup(nn.Module):
 
     Args:
         num_feat: channels.
-        num_block: blocks.
-        squeeze_factor: as in `ChannelAttention`.
-        res_scale: as in `ChannelAttentionBlock`.
-
-    Raises:
-        ConfigError: `squeeze_factor` leaves no channel.
+        blocks: that keep the number of channels; RCAN's own are `ChannelAttentionBlock`s.
 
     Source:
         As `ChannelAttention`.
     """
 
-    @checked
-    def __init__(
-        self, num_feat: PositiveInt, num_block: PositiveInt, squeeze_factor: PositiveInt = 16, res_scale: Finite = 1.0
-    ) -> None:
+    def __init__(self, num_feat: int, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.residual_group = nn.Sequential(
-            *(ChannelAttentionBlock(num_feat, squeeze_factor, res_scale) for _ in range(num_block))
-        )
+        self.residual_group = nn.Sequential(*blocks)
         self.conv = nn.Conv2d(num_feat, num_feat, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

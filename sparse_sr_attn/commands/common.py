@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from sparse_sr_attn.backbones.base import ResidualNetwork
+from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints import load_model
 from sparse_sr_attn.errors import SparseSRError
 
@@ -93,7 +93,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def load(arguments: argparse.Namespace) -> ResidualNetwork:
+def load(arguments: argparse.Namespace) -> Network:
     """Return the network of `--weights` and `--set`, on `--device` if there is such an argument.
 
     Raises:

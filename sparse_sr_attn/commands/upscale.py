@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from sparse_sr_attn.backbones.base import ResidualNetwork
+from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.commands.common import UsageError, add_weights, load, name, require, say, show
 from sparse_sr_attn.errors import ImageError, ShapeError
 from sparse_sr_attn.images import (
@@ -155,7 +155,7 @@ def _targets(arguments: argparse.Namespace, images: list[Path], upscale: int) ->
     return [(image, folder / file) for image, file in zip(images, names, strict=True)]
 
 
-def _one(arguments: argparse.Namespace, model: ResidualNetwork, source: Path, target: Path, label: str) -> None:
+def _one(arguments: argparse.Namespace, model: Network, source: Path, target: Path, label: str) -> None:
     from tqdm import tqdm  # noqa: PLC0415
 
     if not arguments.overwrite and os.path.lexists(target):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.recomputation import backward_is_running
 
 _EPS = 1e-12
 
@@ -164,7 +165,7 @@ def _kmeans_step(
 ) -> Tensor:
     state = KMeansState(centroids, usage, pending_sums, pending_counts, pending_seeds, num_updates, num_skipped)
     with torch.autocast(points.device.type, enabled=False):
-        if _backward_is_running():
+        if backward_is_running():
             return assign(points, centroids)
         _apply_pending(state, ema_decay, reseed_threshold)
         best, assignment = _nearest(points, centroids)
@@ -175,11 +176,6 @@ def _kmeans_step(
 @_kmeans_step.register_fake
 def _(points: Tensor, *_: object) -> Tensor:
     return points.new_empty(points.shape[:2], dtype=torch.int64)
-
-
-def _backward_is_running() -> bool:
-    # The question activation checkpointing itself asks to tell a recomputation from a forward.
-    return torch._C._current_graph_task_id() != -1
 
 
 def _apply_pending(state: KMeansState, ema_decay: float, reseed_threshold: float) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, PositiveInt, UnitInterval, checked
-from sparse_sr_attn.errors import ShapeError, SharingError
 from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
     cluster_attention,
@@ -23,13 +22,14 @@ from sparse_sr_attn.functional.cluster import (
 )
 from sparse_sr_attn.functional.kmeans import KMeansState, assign, hash_directions, initial_state, kmeans_step
 from sparse_sr_attn.functional.precision import working_precision
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
 Routing = Literal["kmeans", "lsh"]
 """How tokens find their cluster."""
 
+_HINT = "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
 _KEY_EPS = 5e-5  # published floor of a key's length
 
 
@@ -147,7 +147,7 @@ class LSP(nn.Module):
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        _check_map(x, self.embed_dim)
+        check_map(x, self.embed_dim)
         embedding = _tokens(self.embed(x))
         query = embedding.to(working_precision(embedding))
         assignment = torch.stack([self._assign(query, module) for module in self._rounds()], dim=1).flatten(0, 1)
@@ -209,8 +209,8 @@ class CoA(AttentionLayer):
             SharingError: `state` is missing or no ClusterAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
         """
-        _check_map(x, self.embed_dim)
-        state = _fitting(state, x)
+        check_map(x, self.embed_dim)
+        state = fitting(state, ClusterAttention, x, _HINT)
         values = _each_round(self.values(x), state.num_rounds)
         attended = apply_cluster_weights(state.weights, values, state.pattern)
         if state.num_rounds > 1:
@@ -326,29 +326,3 @@ def _tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
 
 def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "br n c"]:
     return rows if num_rounds == 1 else rows.repeat_interleave(num_rounds, dim=0)
-
-
-def _check_map(x: Tensor, embed_dim: int) -> None:
-    if x.ndim != 4 or x.shape[1] != embed_dim or 0 in x.shape[2:]:
-        raise ShapeError(
-            f"x must be a feature map (b, {embed_dim}, h >= 1, w >= 1), because embed_dim is {embed_dim}; "
-            f"got shape {tuple(x.shape)}"
-        )
-
-
-def _fitting(state: object, x: Tensor) -> ClusterAttention:
-    """Return the state, if it is one and was made for maps of this size."""
-    if not isinstance(state, ClusterAttention):
-        got = "none" if state is None else f"a {type(state).__name__}"
-        raise SharingError(
-            f"CoA needs the state of another layer, a ClusterAttention, got {got}; "
-            "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
-        )
-    made_for = (state.pattern.order.shape[0] // state.num_rounds, state.height, state.width)
-    if made_for != (x.shape[0], *x.shape[2:]):
-        b, h, w = made_for
-        raise ShapeError(
-            f"a state fits maps of the size it was made for: it was made for {b} of {h}x{w}, "
-            f"got {x.shape[0]} of {x.shape[2]}x{x.shape[3]}"
-        )
-    return state

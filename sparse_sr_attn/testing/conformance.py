@@ -40,8 +40,11 @@ SMALL: Mapping[str, object] = {
     "ema_decay": 0.9,
     "reseed_threshold": 0.5,
     "res_scale": 0.5,
+    "window_sizes": (2, 3, 4),
+    "shift": True,
+    "share": 2,
 }
-"""Options small enough that a map of 5x7 has several chunks, a padded one, and clusters that die."""
+"""Options small enough that a map of 5x7 has several chunks and windows, padded ones, and clusters that die."""
 
 
 # --- what is checked --------------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparse_sr_attn import EDSR, RCAN, LCoAN
+from sparse_sr_attn import EDSR, ELAN, RCAN, LCoAN
 
 LCOA = {"type": "LCoA", "every": 2, "share": 2, "chunk_size": 20, "num_clusters": 5, "zero_init": False}
+
+GMSA = {"type": "GMSA", "every": 2, "share": 2, "window_sizes": [2, 3], "zero_init": False}
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "LCoAN": lambda: LCoAN(num_feat=8, num_group=3, num_block=1, chunk_size=20, num_clusters=5),
@@ -21,6 +23,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "RCAN": lambda: RCAN(
         num_feat=8, num_group=4, num_block=1, squeeze_factor=4, upscale=2, img_range=1.0, attention=LCOA
     ),
+    "ELAN": lambda: ELAN(num_feat=8, num_block=2, share=2, window_sizes=(2, 4)),
+    "EDSR with GMSA": lambda: EDSR(num_feat=8, num_block=4, upscale=2, img_range=1.0, attention=GMSA),
 }
 SIZES = [(8, 9), (10, 12), (13, 11), (17, 9), (20, 21), (9, 30)]
 
@@ -55,7 +59,7 @@ def test_one_recompile_for_all_sizes(name: str, training: bool) -> None:
 
 
 @pytest.mark.unhooked
-@pytest.mark.parametrize("name", ["LCoAN", "EDSR", "RCAN"])
+@pytest.mark.parametrize("name", ["LCoAN", "EDSR", "RCAN", "ELAN", "EDSR with GMSA"])
 def test_exports_with_dynamic_sizes(name: str) -> None:
     """From two chunks on: a program for one chunk is another one, as export sees it."""
     torch.manual_seed(0)

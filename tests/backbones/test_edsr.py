@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_sr_attn import EDSR, LAYERS, AttentionLayer, CoA, ConfigError, LCoA
+from sparse_sr_attn import EDSR, ELAB, GMSA, LAYERS, AttentionLayer, CoA, ConfigError, LCoA, SharedGMSA
 
 SMALL: dict[str, Any] = {"num_feat": 8, "upscale": 2, "img_range": 1.0}
+GMSA_MAP: dict[str, Any] = {"type": "GMSA", "window_sizes": [2, 3], "zero_init": False}
 LCOA: dict[str, Any] = {"type": "LCoA", "num_clusters": 4, "chunk_size": 10, "reduction": 2, "zero_init": False}
 
 
@@ -92,6 +93,94 @@ def test_maps_mix_and_never_share_across() -> None:
     assert torch.equal(model.attention.run(model.body, x), y)
 
 
+def test_gmsa_is_shared_by_gmsa() -> None:
+    """`share: 3`: one GMSA and two SharedGMSA, spelt out by hand; every second provider shifts."""
+    model = EDSR(num_block=9, attention={**GMSA_MAP, "every": 1, "share": 3}, **SMALL).eval()
+    assert [type(layer) for layer in model.attention] == 3 * [GMSA, SharedGMSA, SharedGMSA]
+    assert [layer.shift for layer in model.attention if isinstance(layer, GMSA)] == [False, True, False]
+    x = y = image(1, 8, 5, 5)
+    for index, block in enumerate(model.body):
+        y = block(y)
+        if index % 3 == 0:
+            state = model.attention[index].attend(y)
+        y = model.attention[index](y, state)
+    assert torch.equal(model.attention.run(model.body, x), y)
+
+
+@pytest.mark.parametrize(("shift", "expected"), [
+    ({}, [False, True, False]),
+    ({"shift": "auto"}, [False, True, False]),
+    ({"shift": True}, [True, True, True]),
+    ({"shift": False}, [False, False, False]),
+])  # fmt: skip
+def test_who_shifts(shift: dict[str, Any], expected: list[bool]) -> None:
+    """Every second layer of a map, or all, or none; in blocks too."""
+    attention = EDSR(num_block=3, attention={**GMSA_MAP, "every": 1, **shift}, **SMALL).attention
+    blocks = EDSR(num_block=3, block={"type": "ELAB", "window_sizes": [2], **shift}, **SMALL).body
+    assert [layer.shift for layer in attention] == expected
+    assert [layer.attention[0].shift for layer in blocks] == expected
+
+
+def test_elabs_are_inserted_with_sharing_of_their_own() -> None:
+    """`share` of an ELAB is its own; layers of a map that starts as the identity leave the image alone."""
+    option = {"type": "ELAB", "every": 2, "share": 3, "window_sizes": [2]}
+    model = EDSR(num_block=5, attention=option, **SMALL)
+    assert [type(layer) for layer in model.attention] == [ELAB, ELAB]
+    assert [len(layer.attention) for layer in model.attention] == [3, 3]
+    plain = EDSR(num_block=5, **SMALL)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    x = image(2, 3, 5, 8)
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+def test_elabs_stand_in_place_of_blocks() -> None:
+    """With the layer's own defaults: they do not start as the identity."""
+    model = EDSR(num_block=3, block={"type": "ELAB", "share": 2, "window_sizes": [2, 4]}, **SMALL).eval()
+    assert [type(block) for block in model.body] == [ELAB, ELAB, ELAB]
+    assert [len(block.attention) for block in model.body] == [2, 2, 2]
+    x = image(1, 8, 5, 6)
+    assert torch.equal(model.features(x), model.body[2](model.body[1](model.body[0](x))))
+    assert (model.body[0](x) != x).any()
+
+
+def test_lcoa_and_gmsa_in_one_network() -> None:
+    """States of both kinds pass the same blocks, each to its own readers; all of it learns."""
+    maps = [{**LCOA, "every": 1, "share": 2}, {**GMSA_MAP, "every": 2, "share": 2}]
+    model = EDSR(num_block=4, attention=maps, block={"type": "ELAB", "window_sizes": [2]}, **SMALL)
+    assert [type(layer) for layer in model.attention] == [LCoA, CoA, GMSA, LCoA, CoA, SharedGMSA]
+    model(image(2, 3, 6, 6)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    x = y = image(2, 8, 5, 5)
+    states: dict[str, Any] = {}
+    kinds = [["LCoA"], ["CoA", "GMSA"], ["LCoA"], ["CoA", "SharedGMSA"]]
+    layers = iter(model.eval().attention)
+    for block, names in zip(model.body, kinds, strict=True):
+        y = block(y)
+        for name in names:
+            layer = next(layers)
+            kind = "G" if "GMSA" in name else "L"
+            if name in ("LCoA", "GMSA"):
+                states[kind] = layer.attend(y)
+            y = layer(y, states[kind])
+    assert torch.equal(model.features(x), y)
+
+
+def test_batch_norm_moves_once_under_activation_checkpointing() -> None:
+    option = {**GMSA_MAP, "every": 1, "share": 2}
+    models = [EDSR(num_block=4, attention=option, activation_checkpointing=on, **SMALL) for on in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())
+    for step in range(3):
+        for model in models:
+            model.zero_grad()
+            model(image(2, 3, 6, 7, seed=step)).square().mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+    for key, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[key]), key
+    assert models[0].attention[0].query.norm.num_batches_tracked == 3
+
+
 def test_zero_init_by_default_and_identity() -> None:
     """Attention starts as the identity, and its keys stand under a prefix of their own."""
     plain = EDSR(num_block=4, **SMALL)
@@ -146,7 +235,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
 BAD = [
     ({"type": "LCOA", "every": 2}, "attention.type: no layer named 'LCOA'; did you mean 'LCoA'?"),
     ({"type": "CoA", "every": 2}, "attention.type: must be a drop-in layer, got 'CoA', a consumer; use LCoA"),
-    ({"type": "LSP", "every": 2}, "attention.type: must be a drop-in layer, got 'LSP', a provider; use LCoA"),
+    ({"type": "LSP", "every": 2}, "attention.type: must be a drop-in layer, got 'LSP', a provider; use "),
     ({"type": 3, "every": 2}, "attention.type: must be a string, got 3"),
     ({"every": 2}, "attention.type: missing"),
     (
@@ -178,6 +267,18 @@ BAD = [
         {"type": "LCoA", "every": 1, "res_scale": float("nan")},
         "attention.res_scale: must be other than inf and nan, got nan",
     ),
+    (
+        {"type": "SharedGMSA", "every": 1},
+        "attention.type: must be a drop-in layer, got 'SharedGMSA', a consumer; use GMSA",
+    ),
+    (
+        {"type": "ShiftConv2d", "every": 1},
+        "attention.type: must be a drop-in layer, got 'ShiftConv2d', an operator; use ",
+    ),
+    ({"type": "GMSA", "every": 1, "shift": "some"}, "attention.shift: must be true or false, got 'some'"),
+    ({"type": "LCoA", "every": 1, "shift": "auto"}, "attention.shift: unknown"),
+    ({"type": "ELAB", "every": 1, "share": 0}, "attention.share: must be >= 1, got 0"),
+    ({"type": "GMSA", "every": 1, "window_size": 8}, "attention.window_size: unknown; did you mean 'window_sizes'?"),
     ([{"type": "LCoA", "every": 1}, {"type": "LCoA"}], "attention.1: must have one of"),
     (["LCoA"], "attention.0: must be a map with a key 'type', got 'LCoA'"),
     ("LCoA", "attention: must be a map, a list of maps or ~ (no attention), got 'LCoA'"),
@@ -189,6 +290,24 @@ def test_wrong_attention_is_explained(attention: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         EDSR(num_block=4, attention=attention, **SMALL)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("block", "message"), [
+    ("ELAB", "block: must be a map with a key 'type' or ~ (the network's own), got 'ELAB'"),
+    ({"share": 2}, "block.type: missing; it has no default"),
+    ({"type": 3}, "block.type: must be a string, got 3"),
+    ({"type": "ELAP"}, "block.type: no layer named 'ELAP'; did you mean 'ELAB'?"),
+    ({"type": "CoA"}, "block.type: must be a drop-in layer, got 'CoA', a consumer; use LCoA"),
+    ({"type": "ELAB", "every": 2}, "block.every: unknown"),
+    (
+        {"type": "ELAB", "share": 0, "expansion": 0},
+        "block.share: must be >= 1, got 0\nblock.expansion: must be >= 1, got 0",
+    ),
+])  # fmt: skip
+def test_wrong_blocks_are_explained(block: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EDSR(num_block=4, block=block, **SMALL)
+    assert str(caught.value).startswith(message)
 
 
 def test_all_problems_at_once() -> None:

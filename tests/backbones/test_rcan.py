@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_sr_attn import RCAN, CoA, ConfigError, LCoA
+from sparse_sr_attn import ELAB, RCAN, CoA, ConfigError, LCoA
 from sparse_sr_attn.blocks import ResidualGroup
 from sparse_sr_attn.blocks.residual import ChannelAttention, ChannelAttentionBlock
 
@@ -33,7 +33,8 @@ def test_res_scale_enters_in_blocks_only() -> None:
     x = image(1, 8, 4, 5)
     block = ChannelAttentionBlock(8, squeeze_factor=4, res_scale=0.25)
     assert torch.equal(block(x), x + 0.25 * block.rcab(x))
-    group = ResidualGroup(8, 2, squeeze_factor=4, res_scale=0.25)
+    group = RCAN(num_group=1, res_scale=0.25, **SMALL).body[0]
+    assert isinstance(group, ResidualGroup)
     assert [inner.res_scale for inner in group.residual_group] == [0.25, 0.25]
     assert torch.equal(group(x), x + group.conv(group.residual_group(x)))
 
@@ -88,3 +89,17 @@ def test_wrong_options_are_explained(options: dict[str, Any], message: str) -> N
     with pytest.raises(ConfigError) as caught:
         RCAN(**{**SMALL, "num_group": 4, **options})
     assert message in str(caught.value)
+
+
+def test_elabs_stand_in_place_of_blocks_inside_groups() -> None:
+    """Groups keep their convolution and their sum; every second ELAB of the network shifts, whatever its group."""
+    options = {**SMALL, "num_block": 3}
+    model = RCAN(num_group=2, block={"type": "ELAB", "window_sizes": [2]}, **options).eval()
+    assert [type(block) for group in model.body for block in group.residual_group] == 6 * [ELAB]
+    shifts = [block.attention[0].shift for group in model.body for block in group.residual_group]
+    assert shifts == [False, True, False, True, False, True]
+    x = image(1, 8, 4, 5)
+    inner = x
+    for block in model.body[0].residual_group:
+        inner = block(inner)
+    assert torch.equal(model.body[0](x), x + model.body[0].conv(inner))

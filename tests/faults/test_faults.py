@@ -27,7 +27,19 @@ LAYOUT = "sparse_sr_attn/functional/cluster_layout.py"
 TILES = "sparse_sr_attn/functional/cluster_tiles.py"
 PRECISION = "sparse_sr_attn/functional/precision.py"
 KMEANS = "sparse_sr_attn/functional/kmeans.py"
+RECOMPUTATION = "sparse_sr_attn/functional/recomputation.py"
+BASE = "sparse_sr_attn/layers/base.py"
 LCOA = "sparse_sr_attn/layers/lcoa.py"
+SHIFT = "sparse_sr_attn/functional/shift.py"
+GRID = "sparse_sr_attn/functional/window_grid.py"
+WINDOWS = "sparse_sr_attn/functional/window_operators.py"
+BATCH_NORM = "sparse_sr_attn/functional/batch_norm.py"
+GMSA = "sparse_sr_attn/layers/gmsa.py"
+ELAB = "sparse_sr_attn/blocks/elab.py"
+BODY = "sparse_sr_attn/blocks/body.py"
+NETWORK = "sparse_sr_attn/backbones/base.py"
+ELAN = "sparse_sr_attn/backbones/elan.py"
+RCAN = "sparse_sr_attn/backbones/rcan.py"
 RESIDUAL = "sparse_sr_attn/blocks/residual.py"
 CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
 CONVERSION = "sparse_sr_attn/conversion.py"
@@ -36,12 +48,20 @@ FILES = "sparse_sr_attn/files.py"
 IMAGES = "sparse_sr_attn/images.py"
 INFERENCE = "sparse_sr_attn/inference.py"
 VISUALIZE = "sparse_sr_attn/visualize.py"
+HUB = "sparse_sr_attn/hub.py"
+SPANDREL = "integrations/sparse_sr_attn_spandrel/architectures.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
 IN_SIZES = "tests/functional/test_sizes.py"
 IN_ROUNDS = "tests/functional/test_rounds.py"
+IN_SHIFT = "tests/functional/test_shift.py"
+IN_WINDOW = "tests/functional/test_window.py"
+IN_BATCH_NORM = "tests/functional/test_batch_norm.py"
 IN_CONTRACT = "tests/layers/test_conformance.py"
+IN_GMSA = "tests/layers/test_gmsa.py"
+IN_EDSR = "tests/backbones/test_edsr.py"
+IN_ELAN = "tests/backbones/test_elan.py"
 IN_ABLATIONS = "tests/layers/test_ablations.py"
 IN_RCAN = "tests/backbones/test_rcan.py"
 IN_LCOAN = "tests/backbones/test_lcoan.py"
@@ -51,6 +71,8 @@ IN_EXPORT = "tests/test_export.py"
 IN_INFERENCE = "tests/test_inference.py"
 IN_MAPS = "tests/test_attention_maps.py"
 IN_UPSCALE = "tests/test_cli_upscale.py"
+IN_HUB = "tests/test_hub.py"
+IN_SPANDREL = "tests/integrations/test_spandrel.py"
 
 
 @dataclass(frozen=True)
@@ -298,14 +320,14 @@ FAULTS = [
     Fault(
         "centroids move in a recomputation",
         KMEANS,
-        "if _backward_is_running():",
+        "if backward_is_running():",
         "if points.ndim == 0:",
         f"{IN_KMEANS}::test_nothing_moves_while_a_backward_runs",
     ),
     Fault(
         "activation checkpointing moves centroids twice",
         KMEANS,
-        "if _backward_is_running():",
+        "if backward_is_running():",
         "if points.ndim == 0:",
         contract("checkpointed is plain"),
     ),
@@ -508,7 +530,7 @@ FAULTS = [
     ),
     Fault(
         "a state with as many tokens passes for one of the same size",
-        LCOA,
+        BASE,
         "if made_for != (x.shape[0], *x.shape[2:]):",
         "if made_for[1] * made_for[2] != x.shape[2] * x.shape[3] or made_for[0] != x.shape[0]:",
         contract("state of another size is refused", "CoA"),
@@ -690,7 +712,7 @@ FAULTS = [
     ),
     Fault(
         "a checkpointed step moves twice",
-        KMEANS,
+        RECOMPUTATION,
         "return torch._C._current_graph_task_id() != -1",
         "return False",
         f"{IN_KMEANS}::test_a_checkpointed_step_moves_once",
@@ -718,23 +740,23 @@ FAULTS = [
     ),
     Fault(
         "a wrong number of channels is left to the convolution",
-        LCOA,
+        BASE,
         "if x.ndim != 4 or x.shape[1] != embed_dim or 0 in x.shape[2:]:",
         "if x.ndim != 4 or 0 in x.shape[2:]:",
         contract("another number of channels is refused", "CoA"),
     ),
     Fault(
         "any object passes for a state",
-        LCOA,
-        "    if not isinstance(state, ClusterAttention):\n",
+        BASE,
+        "    if not isinstance(state, wanted):\n",
         "    if state is None:\n",
         contract("a foreign state is refused", "LCoA sharing"),
     ),
     Fault(
         "a missing state is left to Python",
-        LCOA,
-        "    if not isinstance(state, ClusterAttention):\n",
-        "    if state is not None and not isinstance(state, ClusterAttention):\n",
+        BASE,
+        "    if not isinstance(state, wanted):\n",
+        "    if state is not None and not isinstance(state, wanted):\n",
         contract("a foreign state is refused", "CoA"),
     ),
     Fault(
@@ -823,7 +845,7 @@ FAULTS = [
     ),
     Fault(
         "a Python loop runs over the rows of a map",
-        LCOA,
+        BASE,
         "    if x.ndim != 4 or x.shape[1] != embed_dim",
         "    for _ in range(x.shape[2]):\n        pass\n    if x.ndim != 4 or x.shape[1] != embed_dim",
         contract("sizes do not recompile"),
@@ -845,21 +867,21 @@ FAULTS = [
     ),
     Fault(
         "reentrant checkpointing moves centroids twice",
-        KMEANS,
+        RECOMPUTATION,
         "return torch._C._current_graph_task_id() != -1",
         "return torch.is_grad_enabled() and False",
         contract("reentrantly checkpointed is plain"),
     ),
     Fault(
         "a checkpointed compiled layer moves centroids twice",
-        KMEANS,
+        RECOMPUTATION,
         "return torch._C._current_graph_task_id() != -1",
         "return False",
         contract("compiled inside a checkpoint is plain"),
     ),
     Fault(
         "a compiled checkpointed layer moves centroids twice",
-        KMEANS,
+        RECOMPUTATION,
         "return torch._C._current_graph_task_id() != -1",
         "return False",
         contract("checkpointed and compiled is plain"),
@@ -960,7 +982,7 @@ FAULTS = [
     ),
     Fault(
         "RCAN's groups do not pass res_scale on",
-        RESIDUAL,
+        RCAN,
         "ChannelAttentionBlock(num_feat, squeeze_factor, res_scale)",
         "ChannelAttentionBlock(num_feat, squeeze_factor)",
         f"{IN_RCAN}::test_res_scale_enters_in_blocks_only",
@@ -1120,6 +1142,430 @@ FAULTS = [
         "torch.maximum(one, other)",
         f"{IN_MAPS}::test_overlap_is_the_common_share_of_dense_attention",
     ),
+    # --- ELAN: the mistakes that move an image of the released code by more than 7 grey levels
+    Fault(
+        "query and value are swapped",
+        CHECKPOINTS,
+        "parts = (torch.cat(rows[::2]), torch.cat(rows[1::2]))",
+        "parts = (torch.cat(rows[1::2]), torch.cat(rows[::2]))",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "query and value are interleaved channel by channel",
+        CHECKPOINTS,
+        "parts = (torch.cat(rows[::2]), torch.cat(rows[1::2]))",
+        "parts = (value[::2], value[1::2])",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "all queries come before all values",
+        CHECKPOINTS,
+        "parts = (torch.cat(rows[::2]), torch.cat(rows[1::2]))",
+        "parts = (value[: len(value) // 2], value[len(value) // 2 :])",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "scores are scaled by the root of the width",
+        WINDOWS,
+        "scores = scale * queries @",
+        "scores = scale * queries.shape[-1] ** -0.5 * queries @",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "attention is transposed",
+        WINDOWS,
+        "return grid.join(weights.to(value.dtype) @",
+        "return grid.join(weights.transpose(-1, -2).to(value.dtype) @",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "no block shifts",
+        ELAN,
+        "shift=index % 2 == 1",
+        "shift=False",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "the first block shifts",
+        ELAN,
+        "shift=index % 2 == 1",
+        "shift=index % 2 == 0",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "windows are handed out in reverse",
+        GMSA,
+        "self.window_sizes = tuple(window_sizes)[:embed_dim]",
+        "self.window_sizes = tuple(window_sizes)[:embed_dim][::-1]",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "BatchNorm is skipped in evaluation",
+        GMSA,
+        "return F.conv2d(x, *self.folded())",
+        "return self.conv(x)",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "the output convolution is skipped",
+        GMSA,
+        "branch: Tensor = self.output(torch.cat(attended, dim=1))",
+        "branch = torch.cat(attended, dim=1)",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "left and right are swapped",
+        SHIFT,
+        "_TAPS = ((1, 2), (1, 0), (2, 1), (0, 1))",
+        "_TAPS = ((1, 0), (1, 2), (2, 1), (0, 1))",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "up and down are swapped",
+        SHIFT,
+        "_TAPS = ((1, 2), (1, 0), (2, 1), (0, 1))",
+        "_TAPS = ((1, 2), (1, 0), (0, 1), (2, 1))",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "opposite borders meet in shift convolutions",
+        SHIFT,
+        "        F.pad(x[:, index * share : (index + 1) * share], (1 - column, column - 1, 1 - row, row - 1))",
+        "        x[:, index * share : (index + 1) * share].roll((1 - row, 1 - column), dims=(2, 3))",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "the picture is padded by its border",
+        ELAN,
+        "torch.minimum(place, period - place)",
+        "torch.minimum(torch.arange(len(place), device=x.device), torch.tensor(side - 1))",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "the mean is not added again",
+        NETWORK,
+        " / self.img_range + self.mean",
+        " / self.img_range",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "the mean is not subtracted",
+        NETWORK,
+        "self.upscaled((x - self.mean) * self.img_range)",
+        "self.upscaled(x * self.img_range)",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "the long skip is missing",
+        ELAN,
+        "self.conv_last(self.features(first) + first)",
+        "self.conv_last(self.features(first))",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "windows move back as far as they were moved, where released weights expect otherwise",
+        CHECKPOINTS,
+        '"exact_shift": False,',
+        '"exact_shift": True,',
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "LFE has no activation",
+        "sparse_sr_attn/layers/shift_conv.py",
+        "self.conv2(F.relu(self.conv1(x)))",
+        "self.conv2(self.conv1(x))",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    Fault(
+        "the variance that runs is the biased one",
+        BATCH_NORM,
+        " * (count / (count - 1))",
+        "",
+        f"{IN_ELAN}::test_equals_a_released_training_step",
+    ),
+    Fault(
+        "the mean is rounded to float32",
+        NETWORK,
+        "        self.mean = torch.tensor(self.rgb_mean,",
+        "        torch.tensor(self.rgb_mean,",
+        f"{IN_ELAN}::test_equals_released_code",
+    ),
+    # --- windows, shifts and normalisation
+    Fault(
+        "pads are visible",
+        WINDOWS,
+        "    if not grid.is_whole:\n",
+        "    if False:\n",
+        f"{IN_WINDOW}::test_pads_have_no_weight",
+    ),
+    Fault(
+        "pads are looked for where they were before the shift",
+        WINDOWS,
+        "grid.is_real(shift, query.device)",
+        "grid.is_real(0, query.device)",
+        f"{IN_WINDOW}::test_weights_equal_loops",
+    ),
+    Fault(
+        "pads weigh a little",
+        WINDOWS,
+        "torch.finfo(precision).min",
+        "-30.0",
+        f"{IN_WINDOW}::test_rows_of_weights_sum_to_one",
+    ),
+    Fault(
+        "slots of a window are transposed",
+        GRID,
+        "y % size * size + x % size",
+        "x % size * size + y % size",
+        f"{IN_WINDOW}::test_application_equals_loops",
+    ),
+    Fault(
+        "windows are shifted the other way",
+        GRID,
+        "place // size + shift) % (self.rows",
+        "place // size - shift) % (self.rows",
+        f"{IN_WINDOW}::test_a_shifted_window_begins_further_on",
+    ),
+    Fault(
+        "windows are shifted in one direction only",
+        GRID,
+        "place % size + shift)",
+        "place % size)",
+        f"{IN_WINDOW}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the result goes back by another way than asked",
+        "sparse_sr_attn/functional/window.py",
+        "unshift = shift if unshift is None else unshift",
+        "unshift = unshift or shift",
+        f"{IN_WINDOW}::test_application_equals_loops",
+    ),
+    Fault(
+        "scores are in the precision of the features",
+        WINDOWS,
+        "precision = working_precision(query)",
+        "precision = query.dtype",
+        contract("scores of half inputs are float32", "GMSA sharing"),
+    ),
+    Fault(
+        "the gradient of the scores forgets the softmax",
+        WINDOWS,
+        "scale * weights * (grad - (grad * weights).sum(dim=-1, keepdim=True))",
+        "scale * weights * grad",
+        f"{IN_WINDOW}::test_weights_equal_loops",
+    ),
+    Fault(
+        "the gradient of values goes back to unshifted windows",
+        WINDOWS,
+        "grad_value = grid.join(weights.to(grad.dtype).transpose(-1, -2) @ grads, shift)",
+        "grad_value = grid.join(weights.to(grad.dtype).transpose(-1, -2) @ grads, unshift)",
+        f"{IN_WINDOW}::test_application_equals_loops",
+    ),
+    Fault(
+        "the program for export trusts that there are no pads",
+        GRID,
+        "        if torch.compiler.is_exporting():\n            return False\n",
+        "",
+        contract("export with dynamic sizes", "GMSA"),
+    ),
+    Fault(
+        "an exported program has no spare window",
+        GRID,
+        "self.rows * self.columns + torch.compiler.is_exporting()",
+        "self.rows * self.columns",
+        contract("export with dynamic sizes", "GMSA"),
+    ),
+    Fault(
+        "the masked form has the taps of another form",
+        SHIFT,
+        "return F.one_hot(3 * row + column, 9)",
+        "return F.one_hot(3 * column + row, 9)",
+        f"{IN_GMSA}::test_both_forms_of_a_shift_convolution_are_one_layer",
+    ),
+    Fault(
+        "the first channels take what is left over",
+        SHIFT,
+        "share = x.shape[1] // _SHARES\n    moved",
+        "share = -(-x.shape[1] // _SHARES)\n    moved",
+        f"{IN_SHIFT}::test_each_fifth_reads_the_neighbour_it_should",
+    ),
+    Fault(
+        "statistics move in a recomputation",
+        BATCH_NORM,
+        "    if backward_is_running():\n        return\n",
+        "",
+        contract("checkpointed is plain", "GMSA"),
+    ),
+    Fault(
+        "statistics that are not finite are taken over",
+        BATCH_NORM,
+        "    finite = torch.stack([value.isfinite().all() for _, value in moved]).all()\n",
+        "    finite = torch.ones((), dtype=torch.bool)\n",
+        contract("a sample that is not finite spoils no other", "GMSA"),
+    ),
+    Fault(
+        "one value is normalised to its bias",
+        BATCH_NORM,
+        "F.batch_norm(x, running_mean,",
+        "F.batch_norm(x, x.detach().mean((0, 2, 3)),",
+        f"{IN_GMSA}::test_one_pixel_is_normalised_by_what_was_learnt",
+    ),
+    Fault(
+        "folding forgets the bias of the convolution",
+        GMSA,
+        "offset = cast(Tensor, self.conv.bias).to(precision) - norm.running_mean.to(precision)",
+        "offset = -norm.running_mean.to(precision)",
+        f"{IN_ELAN}::test_folding_is_exact_and_leaves_training_alone",
+    ),
+    Fault(
+        "training is folded too",
+        GMSA,
+        "        if not self.training:\n            return F.conv2d",
+        "        if True:\n            return F.conv2d",
+        f"{IN_ELAN}::test_equals_a_released_training_step",
+    ),
+    Fault(
+        "later groups are the larger ones",
+        GMSA,
+        "least + (index < larger)",
+        "least + (index >= num_groups - larger)",
+        f"{IN_GMSA}::test_groups_are_even_and_the_first_are_larger",
+    ),
+    Fault(
+        "odd windows are moved by the larger half",
+        GMSA,
+        "window_size // 2 if exact else -(-window_size // 2)",
+        "-(-window_size // 2)",
+        f"{IN_GMSA}::test_is_dense_attention_under_its_windows",
+    ),
+    Fault(
+        "every attention of an ELAB attends anew",
+        ELAB,
+        "            if shared is None:\n                shared = cast(GMSA, attention).attend(x)\n",
+        "            shared = cast(GMSA, self.attention[0]).attend(x)\n",
+        f"{IN_GMSA}::test_elab_by_hand",
+    ),
+    Fault(
+        "an ELAB adds its LFE unscaled",
+        ELAB,
+        "x = x + self.res_scale * lfe(x)",
+        "x = x + lfe(x)",
+        f"{IN_GMSA}::test_elab_by_hand",
+    ),
+    Fault(
+        "every second site shifts, not every second provider",
+        BODY,
+        "attention.options, turn // attention.share)",
+        "attention.options, turn)",
+        f"{IN_EDSR}::test_gmsa_is_shared_by_gmsa",
+    ),
+    Fault(
+        "an ELAB that is inserted shares with its map",
+        BODY,
+        '*([] if _shares_inside(item.get("type")) else ["share"])',
+        '"share"',
+        f"{IN_EDSR}::test_elabs_are_inserted_with_sharing_of_their_own",
+    ),
+    Fault(
+        "a side of reflection begins with the border",
+        ELAN,
+        "period = torch.sym_max(2 * (side - 1), 1)",
+        "period = torch.sym_max(2 * side, 1)",
+        f"{IN_ELAN}::test_reflection_goes_to_and_fro",
+    ),
+    Fault(
+        "a network with blocks of its own carries no options",
+        NETWORK,
+        '("attention", "block") if name in options',
+        '("attention",) if name in options',
+        f"{IN_CHECKPOINTS}::test_ours_come_back_with_nothing_told",
+    ),
+    Fault(
+        "masked kernels are taken from their middle",
+        CHECKPOINTS,
+        "(value * taps(value)).sum(dim=(2, 3), keepdim=True)",
+        "value[:, :, 1:2, 1:2]",
+        f"{IN_CHECKPOINTS}::test_masked_shift_convolutions_of_released_elan_load_too",
+    ),
+    Fault(
+        "numbers that many weights share are counted often",
+        CHECKPOINTS,
+        "if sum(value.nbytes for value in state.values()) > sum(storages.values()):",
+        "if sum(value.nbytes for value in state.values()) < 0:",
+        f"{IN_CHECKPOINTS}::test_bad_contents_give_one_clear_error[weights that repeat one number]",
+    ),
+    Fault(
+        "what options ask for together is not counted",
+        CHECKPOINTS,
+        "self.left -= math.prod(shape) + 4096",
+        "self.left -= 0",
+        f"{IN_CHECKPOINTS}::test_options_that_ask_for_too_much_together_are_refused_while_it_is_built"
+        "[rounds of clusters]",
+    ),
+    # --- other programs
+    Fault(
+        "spandrel is told that weights of others are ours",
+        SPANDREL,
+        'carried_options(carried).get("type") == self.network',
+        '"type" in carried_options(carried)',
+        f"{IN_SPANDREL}::test_networks_of_others_stay_theirs",
+    ),
+    Fault(
+        "spandrel takes the channels that leave for those that enter",
+        SPANDREL,
+        'input_channels=options["num_in_ch"]',
+        'input_channels=options["num_out_ch"]',
+        f"{IN_SPANDREL}::test_channels_are_those_of_the_network",
+    ),
+    Fault(
+        "float16 is promised for images in 0..255",
+        SPANDREL,
+        "supports_half=model.img_range <= 1",
+        "supports_half=True",
+        f"{IN_SPANDREL}::test_half_precision",
+    ),
+    Fault(
+        "a registry of one's own is passed over",
+        SPANDREL,
+        "    registry.add(",
+        "    MAIN_REGISTRY.add(",
+        f"{IN_SPANDREL}::test_a_registry_of_your_own_leaves_the_main_one_alone",
+    ),
+    Fault(
+        "a plain network carries options, which BasicSR refuses",
+        "sparse_sr_attn/backbones/base.py",
+        "if options is not None and not _is_plain(options):",
+        "if options is not None:",
+        f"{IN_SPANDREL}::test_plain_networks_stay_unknown",
+    ),
+    Fault(
+        "config.json is decoration",
+        HUB,
+        "            weights[OPTIONS] = packed(config)",
+        "            pass",
+        f"{IN_HUB}::test_a_network_without_attention_comes_back_with_all_its_options",
+    ),
+    Fault(
+        "overrides are lost on the way from the hub",
+        HUB,
+        "load_model(weights, **(overrides or {}))",
+        "load_model(weights)",
+        f"{IN_HUB}::test_overrides_go_before_the_config_and_that_before_the_weights",
+    ),
+    Fault(
+        "a folder is written in place, half of it when the disk is full",
+        HUB,
+        "hosted.save_pretrained(beside,",
+        "hosted.save_pretrained(folder,",
+        f"{IN_HUB}::test_what_cannot_be_saved_changes_nothing",
+    ),
+    Fault(
+        "somebody's README is overwritten",
+        HUB,
+        "if file.name != _CARD or not (folder / _CARD).exists():",
+        "if file.exists():",
+        f"{IN_HUB}::test_saving_again_replaces_all_but_the_readme",
+    ),
 ]
 
 
@@ -1185,11 +1631,14 @@ def problem_with(fault: Fault, root: Path = ROOT) -> str:
 def copied(root: Path) -> Path:
     """Copy the package and what its tests need into `root`."""
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
-    tests = ("backbones", "faults", "functional", "golden", "layers")
-    for folder in ("sparse_sr_attn", *(f"tests/{name}" for name in tests)):
+    tests = ("backbones", "faults", "functional", "golden", "integrations", "layers")
+    for folder in ("sparse_sr_attn", "integrations", *(f"tests/{name}" for name in tests)):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for file in (ROOT / "pyproject.toml", ROOT / "tests/conftest.py", *ROOT.glob("tests/test_*.py")):
-        shutil.copy(file, root / file.relative_to(ROOT))
+    files = ("pyproject.toml", "docs/hosts.md", "tests/conftest.py")
+    for file in (*(ROOT / name for name in files), *ROOT.glob("tests/test_*.py")):
+        target = root / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
     return root
 
 
@@ -1197,7 +1646,8 @@ def run(root: Path, tests: list[str]) -> list[dict[str, object]]:
     """Run tests of a copy against that copy, in a process of their own, and return how each ended."""
     report = root / "report.json"
     command = [sys.executable, "tests/faults/test_faults.py", "--child", str(report), *tests]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
+    path = os.pathsep.join([str(root), str(root / "integrations")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if not report.exists():
         raise RuntimeError(f"the copy did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -1,0 +1,88 @@
+"""ELAB, the block of ELAN: local feature extraction and window attention in turn, one set of weights for all."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_sr_attn.config import Finite, PositiveInt, checked
+from sparse_sr_attn.errors import SharingError
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer
+from sparse_sr_attn.layers.gmsa import GMSA
+from sparse_sr_attn.layers.shift_conv import LFE
+
+
+@LAYERS.register("ELAB", kind="layer", source="Zhang et al., arXiv 2203.06697")
+class ELAB(AttentionLayer):
+    r"""Efficient long-range attention block: `share` times $x + \rho\,\mathrm{LFE}(x)$ and then attention.
+
+    The first attention is a GMSA; the others are SharedGMSA with its weights. It takes no state from outside.
+
+    Args:
+        embed_dim: channels of the feature map, >= 1.
+        share: attentions that share one set of weights, >= 1: the first computes it.
+        window_sizes: as in `GMSA`.
+        shift: as in `GMSA`, for all of the block.
+        exact_shift: as in `GMSA`.
+        expansion: as in `LFE`.
+        res_scale: $\rho$, factor on every residual branch; 0 switches the block off.
+        zero_init: start every branch with a zero last convolution, hence as the identity.
+
+    Raises:
+        ConfigError: an option breaks its rule; all that do are named.
+
+    Source:
+        ELAB of arXiv 2203.06697; `share` is its `n_share` + 1, `expansion` its `r_expand`.
+    """
+
+    @checked
+    def __init__(
+        self,
+        embed_dim: PositiveInt,
+        *,
+        share: PositiveInt = 1,
+        window_sizes: Sequence[PositiveInt] = (4, 8, 16),
+        shift: bool = False,
+        exact_shift: bool = True,
+        expansion: PositiveInt = 2,
+        res_scale: Finite = 1.0,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.res_scale = res_scale
+        self.lfe = nn.ModuleList(LFE(embed_dim, expansion=expansion) for _ in range(share))
+        provider = GMSA(
+            embed_dim,
+            window_sizes=window_sizes,
+            shift=shift,
+            exact_shift=exact_shift,
+            res_scale=res_scale,
+            zero_init=zero_init,
+        )
+        self.attention = nn.ModuleList([provider, *(provider.make_consumer() for _ in range(share - 1))])
+        if zero_init:
+            for lfe in self.lfe:
+                for parameter in cast(LFE, lfe).conv2.parameters():
+                    nn.init.zeros_(parameter)
+
+    def extra_repr(self) -> str:
+        """Return the options that shapes do not show."""
+        return f"res_scale={self.res_scale}"
+
+    def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
+        """Return a map of the same size, for any h, w >= 1.
+
+        Raises:
+            SharingError: a state is given.
+            ShapeError: `x` is not a map of `embed_dim` channels.
+        """
+        if state is not None:
+            raise SharingError(f"ELAB shares inside only and takes no state, got a {type(state).__name__}")
+        shared = None
+        for lfe, attention in zip(self.lfe, self.attention, strict=True):
+            x = x + self.res_scale * lfe(x)
+            if shared is None:
+                shared = cast(GMSA, attention).attend(x)
+            x = attention(x, shared)
+        return x

@@ -1,0 +1,79 @@
+r"""Shift convolution: a 1x1 convolution that sees five pixels, because a fifth of the channels comes from each.
+
+With $g = \lfloor c / 5 \rfloor$, the channels $[0, g)$ are read from the right neighbour of a pixel, $[g, 2g)$ from the
+left one, $[2g, 3g)$ from the one below, $[3g, 4g)$ from the one above, and the rest from the pixel itself.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Form = Literal["slices", "masked"]
+"""How a shift convolution is carried out: by moved slices, or as a 3x3 convolution with five taps."""
+
+_SHARES = 5
+_TAPS = ((1, 2), (1, 0), (2, 1), (0, 1))  # row and column, in a 3x3 kernel, of the neighbour that each share reads
+
+
+def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Return the map whose four first fifths of channels have moved by a pixel: left, right, up, down.
+
+    Zeros come in from outside.
+
+    Source:
+        ELAN (arXiv 2203.06697), which spells it as a depthwise 3x3 convolution with one-hot kernels: the same bits.
+    """
+    share = x.shape[1] // _SHARES
+    moved = [
+        F.pad(x[:, index * share : (index + 1) * share], (1 - column, column - 1, 1 - row, row - 1))
+        for index, (row, column) in enumerate(_TAPS)
+    ]
+    return torch.cat([*moved, x[:, len(_TAPS) * share :]], dim=1)
+
+
+def shift_conv2d(
+    x: Float[Tensor, "b c h w"],
+    weight: Float[Tensor, "o c 1 1"],
+    bias: Float[Tensor, "o"] | None = None,
+    *,
+    form: Form = "slices",
+) -> Float[Tensor, "b o h w"]:
+    """Return the 1x1 convolution of `shift2d(x)`.
+
+    Args:
+        x: the map.
+        weight: of the 1x1 convolution.
+        bias: of the convolution.
+        form: "slices" moves slices of the map; "masked" is one 3x3 convolution, with nine times the products, that
+            keeps no moved copy of the map for the backward. Equal to rounding.
+
+    Raises:
+        ValueError: there is no such form.
+
+    Source:
+        ELAN (arXiv 2203.06697), whose released code has both, each with parameters of its own; here they are the same.
+    """
+    if form == "masked":
+        return F.conv2d(x, spread(weight), bias, padding=1)
+    if form != "slices":
+        raise ValueError(f"form must be 'slices' or 'masked', got {form!r}")
+    return F.conv2d(shift2d(x), weight, bias)
+
+
+def spread(weight: Float[Tensor, "o c 1 1"]) -> Float[Tensor, "o c 3 3"]:
+    """Return the 3x3 kernel that does what a shift and the 1x1 kernel do: one tap for each input channel."""
+    return weight * taps(weight)
+
+
+def taps(weight: Float[Tensor, "o c _ _"]) -> Float[Tensor, "c 3 3"]:
+    """Return where each input channel of a kernel is read from, as ones among zeros."""
+    channels = weight.shape[1]
+    rows, columns = zip(*_TAPS, strict=True)
+    share = channels // _SHARES
+    repeats = torch.tensor([share] * len(_TAPS) + [channels - len(_TAPS) * share], device=weight.device)
+    row = torch.tensor([*rows, 1], device=weight.device).repeat_interleave(repeats, output_size=channels)
+    column = torch.tensor([*columns, 1], device=weight.device).repeat_interleave(repeats, output_size=channels)
+    return F.one_hot(3 * row + column, 9).to(weight.dtype).view(channels, 3, 3)

@@ -1,0 +1,246 @@
+"""GMSA: window attention whose groups of channels look through windows of different sizes, and its sharing.
+
+Zhang et al., "Efficient Long-Range Attention Network for Image Super-resolution", ECCV 2022, arXiv 2203.06697. Written
+from the paper and from the behaviour of the released code; each departure is listed in `docs/deviations.md`.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_sr_attn.config import Finite, PositiveInt, checked
+from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.functional.batch_norm import batch_norm
+from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.window import apply_window_weights, window_weights
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting
+from sparse_sr_attn.states import WindowAttention
+
+_SOURCE = "Zhang et al., arXiv 2203.06697"
+_HINT = "call shared = GMSA(...).attend(x) and pass it: later(x, shared)"
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` whose running statistics move once a forward, and only to finite values.
+
+    See `functional.batch_norm` for what differs in training.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return the normalised map."""
+        if not self.training:
+            return super().forward(x)
+        return batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+
+class ConvNorm(nn.Module):
+    """1x1 convolution and batch normalisation; in evaluation they are one convolution.
+
+    The weights of that one are made in every forward, which costs next to nothing, so they cannot be out of date.
+
+    Args:
+        in_channels: of the map.
+        out_channels: of the result.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.norm = BatchNorm2d(out_channels)
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
+        """Return the normalised map."""
+        if not self.training:
+            return F.conv2d(x, *self.folded())
+        normalised: Tensor = self.norm(self.conv(x))
+        return normalised
+
+    def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
+        """Return weight and bias of the convolution that does what both do in evaluation."""
+        weight, norm = self.conv.weight, self.norm
+        precision = working_precision(weight)
+        factor = norm.weight.to(precision) * (norm.running_var.to(precision) + norm.eps).rsqrt()
+        offset = cast(Tensor, self.conv.bias).to(precision) - norm.running_mean.to(precision)
+        bias = offset * factor + norm.bias.to(precision)
+        return (weight.to(precision) * factor[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
+
+
+@LAYERS.register("SharedGMSA", kind="consumer", source=_SOURCE)
+class SharedGMSA(AttentionLayer):
+    r"""Shared attention of ELAN: $x + \rho\,\mathrm{conv}([P_1 V_1, \dots, P_n V_n])$ with the weights of a GMSA.
+
+    $V$ is a normalised 1x1 convolution of $x$; its channels are split into as many groups as there are weights.
+
+    Args:
+        embed_dim: channels of the feature map, >= 1; that of the provider may differ.
+        res_scale: $\rho$, factor on the attention; 0 switches it off.
+        zero_init: start with a zero output convolution, hence as the identity.
+
+    Raises:
+        ConfigError: an option breaks its rule; all that do are named.
+
+    Note:
+        Gradient flows into the state, hence into the query convolution of all who share it.
+
+    Source:
+        The accelerated self-attention of arXiv 2203.06697 where it takes the weights of another.
+    """
+
+    requires: ClassVar[type | None] = WindowAttention
+
+    @checked
+    def __init__(self, embed_dim: PositiveInt, *, res_scale: Finite = 1.0, zero_init: bool = False) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.res_scale = res_scale
+        self.value = ConvNorm(embed_dim, embed_dim)
+        self.output = nn.Conv2d(embed_dim, embed_dim, 1)
+        if zero_init:
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        """Return the options that shapes do not show."""
+        return f"res_scale={self.res_scale}"
+
+    def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
+        """Return `x` plus the values that the state's weights gather.
+
+        Raises:
+            SharingError: `state` is missing or no WindowAttention.
+            ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
+        """
+        check_map(x, self.embed_dim)
+        state = fitting(state, WindowAttention, x, _HINT)
+        values = split_groups(self.value(x), len(state.weights))
+        attended = []
+        for weights, size, value in zip(state.weights, state.window_sizes, values, strict=False):
+            shift, unshift = _shifts(size, state.shift, state.exact_shift)
+            attended.append(apply_window_weights(weights, value, window_size=size, shift=shift, unshift=unshift))
+        branch: Tensor = self.output(torch.cat(attended, dim=1))
+        return x + self.res_scale * branch
+
+
+@LAYERS.register("GMSA", kind="layer", source=_SOURCE)
+class GMSA(AttentionLayer):
+    r"""Group-wise multi-scale self-attention: each group of channels attends inside windows of a size of its own.
+
+    $$P_g = \mathrm{softmax}(Q_g Q_g^\top), \quad y = x + \rho\,\mathrm{conv}([P_1 V_1, \dots, P_n V_n])$$
+
+    $Q$ and $V$ are normalised 1x1 convolutions of $x$. There is no key and no factor on the scores.
+
+    Args:
+        embed_dim: channels of the feature map, >= 1, split as evenly as possible, larger groups first (64 = 22 + 21 +
+            21); groups without a channel are left out.
+        window_sizes: side of the windows of each group in pixels, each >= 1. Windows may be larger than the map.
+        shift: move all windows by half their size, rounded down. Opposite borders meet then.
+        exact_shift: move the result back by as much. `False` is published: windows of odd size are moved by a pixel
+            more than they are moved back, so what they see ends up displaced.
+        res_scale: $\rho$, factor on the attention; 0 switches it off.
+        zero_init: start with a zero output convolution, hence as the identity.
+
+    Raises:
+        ConfigError: an option breaks its rule; all that do are named.
+
+    Note:
+        In training the statistics of the batch normalise, of real pixels only. Memory of a state: `window_size**2`
+        numbers a pixel and group.
+
+    Source:
+        GMSA of arXiv 2203.06697. Deviations 11-15 of `docs/deviations.md`.
+    """
+
+    provides: ClassVar[type | None] = WindowAttention
+
+    @checked
+    def __init__(
+        self,
+        embed_dim: PositiveInt,
+        *,
+        window_sizes: Sequence[PositiveInt] = (4, 8, 16),
+        shift: bool = False,
+        exact_shift: bool = True,
+        res_scale: Finite = 1.0,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        if not window_sizes:
+            raise ConfigError([Problem("window_sizes", "must name at least one window size, got none")])
+        self.embed_dim = embed_dim
+        self.window_sizes = tuple(window_sizes)[:embed_dim]
+        self.shift = shift
+        self.exact_shift = exact_shift
+        self.zero_init = zero_init
+        self.query = ConvNorm(embed_dim, embed_dim)
+        self.shared = SharedGMSA(embed_dim, res_scale=res_scale, zero_init=zero_init)
+
+    def extra_repr(self) -> str:
+        """Return the options that shapes do not show."""
+        return f"window_sizes={self.window_sizes}, shift={self.shift}, exact_shift={self.exact_shift}"
+
+    def attend(self, x: Float[Tensor, "b c h w"]) -> WindowAttention:
+        """Return the weights of `x`, for any h, w >= 1.
+
+        Raises:
+            ShapeError: `x` is not a map of `embed_dim` channels.
+        """
+        check_map(x, self.embed_dim)
+        queries = split_groups(self.query(x), len(self.window_sizes))
+        weights = tuple(
+            window_weights(query, query, window_size=size, shift=_shifts(size, self.shift, self.exact_shift)[0])
+            for query, size in zip(queries, self.window_sizes, strict=True)
+        )
+        height, width = x.shape[-2:]
+        return WindowAttention(weights, self.window_sizes, self.shift, self.exact_shift, height, width)
+
+    def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
+        """Return `x` plus what it attends to: by `state` if given, else by its own weights.
+
+        Raises:
+            SharingError: `state` is no WindowAttention.
+            ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
+        """
+        output: Tensor = self.shared(x, self.attend(x) if state is None else state)
+        return output
+
+    def make_consumer(self) -> SharedGMSA:
+        """Return a fresh `SharedGMSA` of this width, `res_scale` and `zero_init`."""
+        return SharedGMSA(self.embed_dim, res_scale=self.shared.res_scale, zero_init=self.zero_init)
+
+
+def group_widths(embed_dim: int, num_groups: int) -> list[int]:
+    """Return the channels of each group: as even as possible, larger groups first, without empty ones."""
+    least, larger = divmod(embed_dim, num_groups)
+    widths = [least + (index < larger) for index in range(num_groups)]
+    return [width for width in widths if width]
+
+
+def split_groups(x: Float[Tensor, "b c h w"], num_groups: int) -> tuple[Tensor, ...]:
+    """Return the groups of channels of a map."""
+    groups: tuple[Tensor, ...] = x.split(group_widths(x.shape[1], num_groups), dim=1)
+    return groups
+
+
+def _shifts(window_size: int, shift: bool, exact: bool) -> tuple[int, int]:
+    """Return by how many pixels windows of this size are moved, and moved back."""
+    if not shift:
+        return 0, 0
+    return (window_size // 2 if exact else -(-window_size // 2)), window_size // 2

@@ -1,0 +1,86 @@
+"""Shift convolution and the local feature extraction made of it, both of ELAN.
+
+Zhang et al., "Efficient Long-Range Attention Network for Image Super-resolution", ECCV 2022, arXiv 2203.06697.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_sr_attn.config import PositiveInt, checked
+from sparse_sr_attn.functional.shift import Form, shift_conv2d
+from sparse_sr_attn.layers.base import LAYERS, check_map
+
+_SOURCE = "Zhang et al., arXiv 2203.06697"
+
+
+@LAYERS.register("ShiftConv2d", kind="operator", source=_SOURCE)
+class ShiftConv2d(nn.Conv2d):
+    """1x1 convolution of channels of which four fifths come from the neighbours of a pixel: right, left, below, above.
+
+    It sees as far as a 3x3 convolution does, for a ninth of the products and weights.
+
+    Args:
+        in_channels: of the map, >= 1; with fewer than 5 nothing is moved.
+        out_channels: of the result; as many as `in_channels` if not given.
+        form: "slices", or "masked", which needs less memory in training and more time. They are equal.
+
+    Raises:
+        ConfigError: an option breaks its rule; all that do are named.
+
+    Source:
+        Shift-conv of ELAN. Deviation: the released one keeps its one-hot kernels among the weights, and its two forms
+        have different parameters.
+    """
+
+    @checked
+    def __init__(
+        self, in_channels: PositiveInt, out_channels: PositiveInt | None = None, *, form: Form = "slices"
+    ) -> None:
+        super().__init__(in_channels, out_channels or in_channels, 1)
+        self.form = form
+
+    def extra_repr(self) -> str:
+        """Return the options that shapes do not show."""
+        return f"{self.in_channels}, {self.out_channels}, form={self.form!r}"
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
+        """Return a map of `out_channels` channels, of the same height and width, for any h, w >= 1.
+
+        Raises:
+            ShapeError: `x` is not a map of `in_channels` channels.
+        """
+        check_map(x, self.in_channels, "in_channels")
+        return shift_conv2d(x, self.weight, self.bias, form=self.form)
+
+
+@LAYERS.register("LFE", kind="operator", source=_SOURCE)
+class LFE(nn.Module):
+    r"""Local feature extraction: $\mathrm{shiftconv}(\mathrm{ReLU}(\mathrm{shiftconv}(x)))$, without residual.
+
+    Args:
+        embed_dim: channels of the feature map, >= 1.
+        expansion: channels between the two convolutions over `embed_dim`, >= 1.
+        form: as in `ShiftConv2d`.
+
+    Raises:
+        ConfigError: an option breaks its rule; all that do are named.
+
+    Source:
+        LFE of ELAN, with ReLU as in all its configurations.
+    """
+
+    @checked
+    def __init__(self, embed_dim: PositiveInt, *, expansion: PositiveInt = 2, form: Form = "slices") -> None:
+        super().__init__()
+        self.conv1 = ShiftConv2d(embed_dim, expansion * embed_dim, form=form)
+        self.conv2 = ShiftConv2d(expansion * embed_dim, embed_dim, form=form)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return a map of the same size.
+
+        Raises:
+            ShapeError: `x` is not a map of `embed_dim` channels.
+        """
+        output: Tensor = self.conv2(F.relu(self.conv1(x)))
+        return output

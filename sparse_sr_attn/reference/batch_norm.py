@@ -1,0 +1,59 @@
+"""Batch normalisation in training, from means of powers; nothing is moved in place."""
+
+import torch
+from torch import Tensor
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    *,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalise by the statistics of the batch, or by the running ones if each channel has a single value.
+
+    Args:
+        x: `(b, c, h, w)`.
+        weight: factor on the normalised channels, `(c,)`.
+        bias: added to them, `(c,)`.
+        running_mean: moving average of means, `(c,)`.
+        running_var: moving average of unbiased variances, `(c,)`.
+        num_batches_tracked: batches in these averages.
+        momentum: share of the new statistics in an average.
+        eps: added to variances.
+
+    Returns:
+        The output `(b, c, h, w)`, and the running statistics and the count after it: unchanged after a single value
+        per channel, and after statistics that are not finite in the dtype of the running ones.
+    """
+    count = x[:, 0].numel()
+    if count == 1:
+        output = affine(x, running_mean, running_var, weight, bias, eps)
+        return output, running_mean, running_var, num_batches_tracked
+    mean = x.sum(dim=(0, 2, 3)) / count
+    squares = (x - expand(mean)).square().sum(dim=(0, 2, 3))
+    output = affine(x, mean, squares / count, weight, bias, eps)
+    means, variances = mean.detach().to(running_mean), (squares.detach() / (count - 1)).to(running_var)
+    if not torch.isfinite(means).all() or not torch.isfinite(variances).all():
+        return output, running_mean, running_var, num_batches_tracked
+    return (
+        output,
+        (1 - momentum) * running_mean + momentum * means,
+        (1 - momentum) * running_var + momentum * variances,
+        num_batches_tracked + 1,
+    )
+
+
+def affine(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return the channels of `x` with the mean taken off, divided by the deviation, times `weight`, plus `bias`."""
+    return (x - expand(mean)) / torch.sqrt(expand(variance) + eps) * expand(weight) + expand(bias)
+
+
+def expand(channels: Tensor) -> Tensor:
+    """Return numbers per channel, `(c,)`, as `(c, 1, 1)`."""
+    return channels[:, None, None]

@@ -1,0 +1,620 @@
+"""Window attention against its slow twins: maps of any size, windows of any size, shifted and displaced."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional import window as fast
+from sparse_sr_attn.reference import window as slow
+from sparse_sr_attn.testing.strategies import Case
+from sparse_sr_attn.testing.tolerances import (
+    LOW_PRECISION,
+    assert_bit_equal,
+    assert_derivatives,
+    assert_gradients_close,
+    assert_no_worse,
+    assert_values_close,
+    gradients,
+)
+
+WIDTH, VALUE_WIDTH = 4, 3
+LONGEST = 17
+
+half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+FORMS: tuple[fast.Form, ...] = ("oneshot", "operator")
+
+
+@dataclass(frozen=True)
+class Map:
+    """Sizes of a map and of its windows, and the seed of its numbers."""
+
+    batch: int = 1
+    height: int = 5
+    width: int = 6
+    window_size: int = 3
+    shift: int = 0
+    unshift: int | None = None
+    seed: int = 0
+
+    @property
+    def windows(self) -> dict[str, Any]:
+        """What `window_weights` is told."""
+        return {"window_size": self.window_size, "shift": self.shift}
+
+    @property
+    def displaced(self) -> dict[str, Any]:
+        """What `window_attention` and `apply_window_weights` are told."""
+        return {**self.windows, "unshift": self.unshift}
+
+    @property
+    def padding(self) -> tuple[int, int, int, int]:
+        """Columns and rows to whole windows, as `F.pad` wants them."""
+        return 0, -self.width % self.window_size, 0, -self.height % self.window_size
+
+    @property
+    def weights_shape(self) -> tuple[int, int, int, int]:
+        number = math.ceil(self.height / self.window_size) * math.ceil(self.width / self.window_size)
+        return self.batch, number, self.window_size**2, self.window_size**2
+
+    def but(self, **changes: Any) -> "Map":
+        return replace(self, **changes)
+
+    def tensor(
+        self, name: str, *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        return Case(seed=self.seed).tensor(name, *shape, dtype=dtype, device=device)
+
+    def map(self, name: str, channels: int, device: torch.device | str, dtype: torch.dtype = torch.float64) -> Tensor:
+        shape = (self.batch, channels, self.height, self.width)
+        return self.tensor(name, *shape, device=device, dtype=dtype).requires_grad_()
+
+    def inputs(self, device: torch.device | str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+        query, key = (self.map(name, WIDTH, device, dtype) for name in ("query", "key"))
+        return query, key, self.map("value", VALUE_WIDTH, device, dtype)
+
+    def real(self, device: torch.device) -> Tensor:
+        """Which pixels of the windows are no pads, `(k, i)`."""
+        windows = slow.windows_of(self.height, self.width, self.window_size, self.shift)
+        return torch.tensor([[pixel is not None for pixel in window] for window in windows], device=device)
+
+    def meant(self, device: torch.device) -> Tensor:
+        """Which pixels of the result are not rows of pads, `(h, w)`; all unless it is displaced."""
+        unshift = self.shift if self.unshift is None else self.unshift
+        source = slow.sources(self.height, self.width, self.window_size, self.shift, unshift)
+        return (source >= 0).view(self.height, self.width).to(device)
+
+
+@st.composite
+def maps(
+    draw: st.DrawFn,
+    *,
+    max_batch: int = 3,
+    shortest: int = 1,
+    longest: int = LONGEST,
+    largest: int = 19,
+    displaced: bool = False,
+) -> Map:
+    """Maps up to `longest` with windows up to `largest`, which may exceed them; if displaced, not all out of sight."""
+    window_size = draw(st.integers(1, largest))
+    shifts = st.integers(0, window_size - 1)
+    case = Map(
+        batch=draw(st.integers(1, max_batch)),
+        height=draw(st.integers(shortest, longest)),
+        width=draw(st.integers(shortest, longest)),
+        window_size=window_size,
+        shift=draw(shifts),
+        unshift=draw(st.none() | shifts) if displaced else None,
+        seed=draw(st.integers(0, 2**16)),
+    )
+    assume(case.meant(torch.device("cpu")).any())
+    return case
+
+
+# Shapes at which code like this breaks; run before anything that is drawn.
+ONE_PIXEL = Map(height=1, width=1, window_size=1)
+WHOLE = Map(batch=2, height=4, width=8, window_size=4, shift=2, seed=1)
+PADDED = Map(batch=2, height=5, width=7, window_size=4, shift=2, seed=2)
+ODD = Map(batch=2, height=7, width=10, window_size=5, shift=2, seed=3)
+WINDOW_OVER_THE_MAP = Map(batch=2, height=2, width=3, window_size=5, shift=4, seed=4)
+FULL_OF_PADS = Map(height=4, width=4, window_size=3, shift=1, seed=5)
+PUBLISHED = Map(batch=2, height=6, width=9, window_size=3, shift=2, unshift=1, seed=6)
+PUBLISHED_PADDED = Map(height=7, width=7, window_size=5, shift=3, unshift=2, seed=7)
+FAR_APART = Map(height=5, width=4, window_size=4, shift=0, unshift=3, seed=8)
+
+
+# --- cutting and joining
+
+
+def test_windows_and_their_pixels_are_in_raster_order(device: torch.device) -> None:
+    """Written out on numbers one can read."""
+    picture = torch.arange(24, device=device).view(1, 1, 4, 6)
+    expected = [
+        [0, 1, 6, 7],
+        [2, 3, 8, 9],
+        [4, 5, 10, 11],
+        [12, 13, 18, 19],
+        [14, 15, 20, 21],
+        [16, 17, 22, 23],
+    ]
+    windows = fast.partition(picture.double(), 2)
+    assert_bit_equal(windows[0, :, :, 0], torch.tensor(expected, dtype=torch.float64, device=device))
+
+
+def test_a_shifted_window_begins_further_on(device: torch.device) -> None:
+    """The same with pads, which are zeros; what a window loses at one border it finds at the other."""
+    picture = torch.arange(1, 13, device=device).view(1, 1, 3, 4)
+    expected = [
+        [6, 7, 10, 11],
+        [8, 5, 12, 9],
+        [0, 0, 2, 3],
+        [0, 0, 4, 1],
+    ]
+    windows = fast.partition(picture.double(), 2, 1)
+    assert_bit_equal(windows[0, :, :, 0], torch.tensor(expected, dtype=torch.float64, device=device))
+
+
+@given(case=maps())
+@example(case=ONE_PIXEL)
+@example(case=WHOLE)
+@example(case=PADDED)
+@example(case=WINDOW_OVER_THE_MAP)
+def test_partition_equals_loops_and_merge_inverts_it(device: torch.device, case: Map) -> None:
+    x = case.map("x", WIDTH, device)
+    windows = fast.partition(x, case.window_size, case.shift)
+    expected = slow.partition(x, case.window_size, case.shift)
+    assert_bit_equal(windows, expected)
+    assert_bit_equal(fast.merge(windows, case.height, case.width, case.shift), x)
+    probe = case.tensor("probe", *windows.shape, device=device)
+    assert_bit_equal(*(gradients(result, (x,), probe)[0] for result in (windows, expected)))
+
+
+@given(case=maps())
+@example(case=ONE_PIXEL)
+@example(case=WHOLE)
+@example(case=PADDED)
+@example(case=WINDOW_OVER_THE_MAP)
+def test_merge_equals_loops_and_partition_inverts_it(device: torch.device, case: Map) -> None:
+    """But for what stood in the pads, which is lost."""
+    windows = case.tensor("windows", *case.weights_shape[:3], WIDTH, device=device).requires_grad_()
+    x = fast.merge(windows, case.height, case.width, case.shift)
+    expected = slow.merge(windows, case.height, case.width, case.window_size, case.shift)
+    assert_bit_equal(x, expected)
+    kept = windows.where(case.real(device)[:, :, None], 0.0)
+    assert_bit_equal(fast.partition(x, case.window_size, case.shift), kept)
+    probe = case.tensor("probe", *x.shape, device=device)
+    assert_bit_equal(*(gradients(result, (windows,), probe)[0] for result in (x, expected)))
+
+
+# --- values and gradients
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(case=maps(max_batch=2), scale=st.sampled_from((1.0, 0.5, 3.0)))
+@example(case=ONE_PIXEL, scale=1.0)
+@example(case=WHOLE, scale=1.0)
+@example(case=PADDED, scale=0.5)
+@example(case=ODD, scale=1.0)
+@example(case=WINDOW_OVER_THE_MAP, scale=1.0)
+@example(case=FULL_OF_PADS, scale=0.5)
+def test_weights_equal_loops(device: torch.device, form: fast.Form, case: Map, scale: float) -> None:
+    query, key, _ = case.inputs(device)
+    weights = fast.window_weights(query, key, **case.windows, scale=scale, form=form)
+    assert weights.shape == case.weights_shape
+    assert weights.isfinite().all(), "in the rows of pads too"
+    rows = case.real(device)
+    actual, expected = weights[:, rows], slow.window_weights(query, key, **case.windows, scale=scale)[:, rows]
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    assert_gradients_close(gradients(actual, (query, key), probe), gradients(expected, (query, key), probe))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(case=maps(max_batch=2, displaced=True))
+@example(case=ONE_PIXEL)
+@example(case=WHOLE)
+@example(case=PADDED)
+@example(case=ODD)
+@example(case=WINDOW_OVER_THE_MAP)
+@example(case=PUBLISHED)
+@example(case=PUBLISHED_PADDED)
+@example(case=FAR_APART)
+def test_application_equals_loops(device: torch.device, form: fast.Form, case: Map) -> None:
+    """For any weights, not only those of a softmax."""
+    value = case.map("value", VALUE_WIDTH, device)
+    weights = case.tensor("weights", *case.weights_shape, device=device).requires_grad_()
+    output = fast.apply_window_weights(weights, value, **case.displaced, form=form)
+    assert output.shape == value.shape
+    pixels = case.meant(device)
+    expected = slow.apply_window_weights(weights, value, **case.displaced)[:, :, pixels]
+    actual = output[:, :, pixels]
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    assert_gradients_close(gradients(actual, (weights, value), probe), gradients(expected, (weights, value), probe))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(case=maps(displaced=True), scale=st.sampled_from((1.0, 0.5, 3.0)))
+@example(case=ONE_PIXEL, scale=1.0)
+@example(case=WHOLE, scale=1.0)
+@example(case=PADDED, scale=0.5)
+@example(case=ODD, scale=1.0)
+@example(case=WINDOW_OVER_THE_MAP, scale=1.0)
+@example(case=FULL_OF_PADS, scale=1.0)
+@example(case=PUBLISHED, scale=1.0)
+@example(case=PUBLISHED_PADDED, scale=1.0)
+@example(case=FAR_APART, scale=1.0)
+def test_attention_equals_masked_dense_attention(
+    device: torch.device, form: fast.Form, case: Map, scale: float
+) -> None:
+    query, key, value = leaves = case.inputs(device)
+    output = fast.window_attention(query, key, value, **case.displaced, scale=scale, form=form)
+    assert output.shape == value.shape
+    assert output.isfinite().all(), "where rows of pads come to lie too"
+    pixels = case.meant(device)
+    actual = output[:, :, pixels]
+    expected = slow.window_attention(query, key, value, **case.displaced, scale=scale)[:, :, pixels]
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@pytest.mark.parametrize("height", range(1, LONGEST + 1))
+def test_every_size(device: torch.device, height: int) -> None:
+    """All windows that divide, cover, or fit badly, not shifted and shifted both ways."""
+    for width in range(1, LONGEST + 1):
+        for window_size in (1, 2, 3, 4, 7, 8, 16, 18):
+            for shift, unshift in {
+                (0, 0),
+                (window_size // 2, window_size // 2),
+                ((window_size + 1) // 2, window_size // 2),
+            }:
+                case = Map(1, height, width, window_size, shift, unshift)
+                query, key, value = (leaf.detach() for leaf in case.inputs(device))
+                pixels = case.meant(device)
+                actual = fast.window_attention(query, key, value, **case.displaced)
+                expected = slow.window_attention(query, key, value, **case.displaced)
+                assert_values_close(actual[:, :, pixels], expected[:, :, pixels])
+
+
+@given(case=maps(displaced=True), scale=st.sampled_from((1.0, 0.5)))
+@example(case=PADDED, scale=1.0)
+@example(case=PUBLISHED_PADDED, scale=1.0)
+def test_attention_is_weights_then_application(device: torch.device, case: Map, scale: float) -> None:
+    """Also for values that the weights were not made with, side by side."""
+    query, key, value = case.inputs(device)
+    other = case.map("other", VALUE_WIDTH + 2, device)
+    weights = fast.window_weights(query, key, **case.windows, scale=scale)
+    applied = [fast.apply_window_weights(weights, v, **case.displaced) for v in (value, other)]
+    fused = fast.window_attention(query, key, torch.cat([value, other], dim=1), **case.displaced, scale=scale)
+    assert_values_close(torch.cat(applied, dim=1), fused)
+
+
+@given(case=maps(), excess=st.integers(0, 3))
+@example(case=ONE_PIXEL, excess=0)
+@example(case=WINDOW_OVER_THE_MAP, excess=2)
+@example(case=Map(height=6, width=6, shift=3), excess=0)
+def test_a_window_of_the_whole_map_is_plain_attention(device: torch.device, case: Map, excess: int) -> None:
+    """Torch's own, unscaled; wherever the window begins."""
+    case = case.but(window_size=max(case.height, case.width) + excess)
+    leaves = case.inputs(device)
+    actual = fast.window_attention(*leaves, **case.windows)
+    rows = (leaf.flatten(2).mT for leaf in leaves)
+    expected = F.scaled_dot_product_attention(*rows, scale=1.0).mT.view_as(actual)
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@given(case=maps(max_batch=2), scale=st.sampled_from((0.25, 2.0)))
+def test_scale_is_a_factor_on_the_query(device: torch.device, case: Map, scale: float) -> None:
+    query, key, value = case.inputs(device)
+    scaled = fast.window_attention(query, key, value, **case.windows, scale=scale)
+    assert_values_close(scaled, fast.window_attention(scale * query, key, value, **case.windows))
+
+
+@given(case=maps(longest=9, largest=10), rounds=st.integers(1, 2))
+@example(case=PADDED, rounds=1)
+@example(case=WHOLE, rounds=1)
+def test_windows_repeat_after_a_round(device: torch.device, case: Map, rounds: int) -> None:
+    """On a map of whole windows, a shift by any number of whole windows moves none of them."""
+    case = case.but(height=case.height + case.padding[3], width=case.width + case.padding[1])
+    leaves = case.inputs(device)
+    further = case.but(shift=case.shift + rounds * case.window_size)
+    assert_values_close(
+        fast.window_attention(*leaves, **further.windows), fast.window_attention(*leaves, **case.windows)
+    )
+
+
+@given(case=maps(longest=9, largest=10))
+@example(case=PUBLISHED)
+@example(case=WHOLE.but(unshift=1))
+def test_displacement_rolls_the_result(device: torch.device, case: Map) -> None:
+    """On a map of whole windows the result of other shifts is the proper one, moved around."""
+    case = case.but(height=case.height + case.padding[3], width=case.width + case.padding[1])
+    leaves = case.inputs(device)
+    proper = fast.window_attention(*leaves, **case.windows)
+    for unshift in range(case.window_size):
+        displaced = fast.window_attention(*leaves, **case.windows, unshift=unshift)
+        assert_bit_equal(displaced, proper.roll((unshift - case.shift,) * 2, dims=(2, 3)))
+
+
+# --- what can and what cannot matter
+
+
+@given(case=maps(), loud=st.sampled_from((1.0, 1e3)))
+@example(case=PADDED, loud=1.0)
+@example(case=PADDED, loud=1e3)
+@example(case=WINDOW_OVER_THE_MAP, loud=1e3)
+def test_rows_of_weights_sum_to_one(device: torch.device, case: Map, loud: float) -> None:
+    """Over the real pixels alone; also when scores would overflow an exponential, or lie far below a pad's zero."""
+    query, key, _ = case.inputs(device)
+    real = case.real(device)
+    for other in (key, -query):
+        weights = fast.window_weights(loud * query, other, **case.windows)
+        assert (weights >= 0).all()
+        totals = (weights * real[:, None]).sum(dim=-1)[:, real]
+        assert_values_close(totals, torch.ones_like(totals))
+
+
+@given(case=maps())
+@example(case=PADDED)
+@example(case=FULL_OF_PADS)
+@example(case=WINDOW_OVER_THE_MAP)
+def test_pads_have_no_weight(device: torch.device, case: Map) -> None:
+    """Exactly none; and with equal scores the real pixels of a window share alike."""
+    query, key, _ = case.inputs(device)
+    real = case.real(device)
+    seen = real[:, None, :].expand(*case.weights_shape[1:])[real]  # for each real pixel, the places of its window
+    weights = fast.window_weights(query, key, **case.windows)[:, real]
+    assert not weights[:, ~seen].any()
+    assert (weights[:, seen] > 0).all()
+    even = fast.window_weights(0 * query, key, **case.windows)[:, real]
+    assert_values_close(even, (seen.double() / seen.sum(dim=-1, keepdim=True)).expand_as(even))
+
+
+@given(case=maps(), filling=st.sampled_from((1.0, 1e4, -1e300)))
+@example(case=PADDED, filling=1e4)
+@example(case=WINDOW_OVER_THE_MAP, filling=1e4)
+@example(case=FULL_OF_PADS, filling=-1e300)
+def test_the_values_of_pads_cannot_matter(device: torch.device, case: Map, filling: float) -> None:
+    """The application by hand, on a map whose pads hold something, gives the same bits."""
+    query, key, value = (leaf.detach() for leaf in case.inputs(device))
+    weights = fast.window_weights(query, key, **case.windows)
+
+    def by_hand(pads: float) -> Tensor:
+        padded = F.pad(value, case.padding, value=pads).roll((-case.shift, -case.shift), dims=(2, 3))
+        windows = weights @ fast.partition(padded, case.window_size)
+        joined = fast.merge(windows, *padded.shape[2:]).roll((case.shift, case.shift), dims=(2, 3))
+        return joined[:, :, : case.height, : case.width]
+
+    assert_bit_equal(by_hand(filling), by_hand(0.0))
+    assert_bit_equal(by_hand(filling), fast.apply_window_weights(weights, value, **case.windows))
+
+
+@given(case=maps(), filling=st.sampled_from((0.0, 1e4, float("nan"))))
+@example(case=PADDED, filling=float("nan"))
+@example(case=WINDOW_OVER_THE_MAP, filling=float("nan"))
+def test_the_rows_of_pads_cannot_matter(device: torch.device, case: Map, filling: float) -> None:
+    """Whatever stands in them, no bit of the output depends on it."""
+    query, key, value = (leaf.detach() for leaf in case.inputs(device))
+    weights = fast.window_weights(query, key, **case.windows)
+    before = fast.apply_window_weights(weights, value, **case.windows)
+    weights[:, ~case.real(device)] = filling
+    assert_bit_equal(fast.apply_window_weights(weights, value, **case.windows), before)
+
+
+@given(case=maps(), filling=st.sampled_from((0.0, 1e4, float("nan"))))
+@example(case=WHOLE, filling=float("nan"))
+@example(case=PADDED, filling=float("nan"))
+@example(case=ODD, filling=float("nan"))
+def test_an_unseen_pixel_cannot_matter(device: torch.device, case: Map, filling: float) -> None:
+    """Another key and value of a pixel changes no bit for the pixels outside its window."""
+    query, key, value = (leaf.detach() for leaf in case.inputs(device))
+    before = fast.window_attention(query, key, value, **case.windows)
+    pixel = int(Case(seed=case.seed).integers("pixel", case.height * case.width, 1))
+    table = slow.visible_pairs(case.height, case.width, case.window_size, case.shift).to(device)
+    blind = ~table[:, pixel].view(case.height, case.width)
+    for leaf in (key, value):
+        leaf[:, :, pixel // case.width, pixel % case.width] = filling
+    after = fast.window_attention(query, key, value, **case.windows)
+    assert_bit_equal(after[:, :, blind], before[:, :, blind])
+    # A query is nobody's business but its own.
+    query[:, :, pixel // case.width, pixel % case.width] = filling
+    after = fast.window_attention(query, key, value, **case.windows)
+    assert_bit_equal(after[:, :, blind], before[:, :, blind])
+
+
+@given(case=maps())
+@example(case=WHOLE)
+@example(case=PADDED)
+def test_gradients_reach_the_window_and_no_further(device: torch.device, case: Map) -> None:
+    query, key, value = case.inputs(device)
+    output = fast.window_attention(query, key, value, **case.windows)
+    pixel = int(Case(seed=case.seed).integers("pixel", case.height * case.width, 1))
+    seen = slow.visible_pairs(case.height, case.width, case.window_size, case.shift)[pixel].to(device)
+    loss = output.flatten(2)[:, :, pixel].sum()
+    grad_query, grad_key, grad_value = (grad.flatten(2) for grad in torch.autograd.grad(loss, (query, key, value)))
+    assert not grad_key[:, :, ~seen].any()
+    assert not grad_value[:, :, ~seen].any()
+    assert (grad_value[:, :, seen] > 0).all()
+    others = torch.arange(case.height * case.width, device=device) != pixel
+    assert not grad_query[:, :, others].any()
+
+
+@given(case=maps(displaced=True))
+@example(case=WHOLE)
+@example(case=PADDED)
+@example(case=PUBLISHED_PADDED.but(batch=2))
+def test_a_batch_is_its_samples(device: torch.device, case: Map) -> None:
+    query, key, value = case.inputs(device)
+    together = fast.window_attention(query, key, value, **case.displaced)
+    for b in range(case.batch):
+        one = slice(b, b + 1)
+        alone = fast.window_attention(query[one], key[one], value[one], **case.displaced)
+        assert_values_close(alone, together[one])
+
+
+@given(case=maps())
+@example(case=PADDED)
+@example(case=WHOLE)
+def test_strides_do_not_matter(device: torch.device, case: Map) -> None:
+    """Channels-last maps, and groups of channels cut from a larger map, are the same maps."""
+    leaves = [leaf.detach() for leaf in case.inputs(device)]
+    expected = fast.window_attention(*leaves, **case.windows)
+    last = [leaf.contiguous(memory_format=torch.channels_last) for leaf in leaves]
+    assert_values_close(fast.window_attention(*last, **case.windows), expected)
+    groups = torch.cat(leaves, dim=1).split([leaf.shape[1] for leaf in leaves], dim=1)
+    assert_values_close(fast.window_attention(*groups, **case.windows), expected)
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@given(case=maps(max_batch=2, shortest=5))
+@example(case=WHOLE)
+@example(case=PADDED)
+def test_low_precision_errs_no_more_than_dense_attention(device: torch.device, dtype: torch.dtype, case: Map) -> None:
+    """Against the float64 result of the same rounded numbers, under the same table of pairs.
+
+    On enough numbers, lest chance decide.
+    """
+    low = [case.map(name, 16, device, dtype) for name in ("query", "key", "value")]
+    exact = [leaf.detach().double().requires_grad_() for leaf in low]
+    actual = fast.window_attention(*low, **case.windows)
+    peer = slow.window_attention(*low, **case.windows)
+    oracle = slow.window_attention(*exact, **case.windows)
+    assert actual.dtype == dtype
+    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
+    probe = case.tensor("probe", *actual.shape, dtype=dtype, device=device)
+    results = (gradients(actual, low, probe), gradients(peer, low, probe), gradients(oracle, exact, probe))
+    for mine, dense, true in zip(*results, strict=True):
+        assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+
+
+@half_precisions
+@given(case=maps())
+@example(case=WHOLE)
+@example(case=PADDED)
+def test_scores_and_softmax_of_half_inputs_are_float32(device: torch.device, dtype: torch.dtype, case: Map) -> None:
+    """The weights come back in float32, and are those of the same numbers given in float32."""
+    query, key, value = case.inputs(device, dtype)
+    query = 20 * query
+    weights = fast.window_weights(query, key, **case.windows)
+    assert weights.dtype == torch.float32
+    wide = fast.window_weights(query.float(), key.float(), **case.windows)
+    rows = case.real(device)
+    torch.testing.assert_close(weights[:, rows], wide[:, rows], rtol=1e-5, atol=1e-6)
+    assert fast.apply_window_weights(weights, value, **case.windows).dtype == dtype
+
+
+@given(case=maps(displaced=True))
+@example(case=WHOLE)
+@example(case=PADDED)
+def test_autocast_does_not_reach_the_scores(device: torch.device, case: Map) -> None:
+    """Not a bit changes under bfloat16 autocast, forward or backward."""
+    query, key, value = leaves = case.inputs(device, torch.float32)
+
+    def results() -> list[Tensor]:
+        fused = fast.window_attention(query, key, value, **case.displaced)
+        weights = fast.window_weights(query, key, **case.windows)
+        return [fused, weights, fast.apply_window_weights(weights, value, **case.displaced)]
+
+    expected = results()
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = results()
+    for mine, other in zip(actual, expected, strict=True):
+        assert_bit_equal(mine, other)
+        probe = case.tensor("probe", *mine.shape, device=device)
+        for grad, true in zip(gradients(mine, leaves, probe), gradients(other, leaves, probe), strict=True):
+            assert_bit_equal(grad, true)
+
+
+def test_an_unknown_form_is_explained(device: torch.device) -> None:
+    query, key, _ = WHOLE.inputs(device)
+    with pytest.raises(ValueError, match=r"^form must be 'auto', 'oneshot' or 'operator', got 'fast'$"):
+        fast.window_weights(query, key, window_size=4, form="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [ONE_PIXEL, FULL_OF_PADS, WINDOW_OVER_THE_MAP.but(batch=1, window_size=4)], ids=str)
+def test_gradcheck(device: torch.device, case: Map) -> None:
+    """Numerical derivatives, independent of any other implementation."""
+    query, key, value = case.inputs(device)
+    rows = case.real(device)
+    assert_derivatives(lambda query, key: fast.window_weights(query, key, **case.windows)[:, rows], (query, key))
+    weights = case.tensor("weights", *case.weights_shape, device=device).requires_grad_()
+    assert_derivatives(
+        lambda weights, value: fast.apply_window_weights(weights, value, **case.windows), (weights, value)
+    )
+    assert_derivatives(lambda *leaves: fast.window_attention(*leaves, **case.windows), (query, key, value))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("number", "places", "height", "width", "rule"),
+    [
+        (4, 9, 6, 7, "6 windows of 3x3"),
+        (4, 9, 3, 6, "2 windows of 3x3"),
+        (3, 9, 6, 6, "4 windows of 3x3"),
+        (4, 9, 2, 18, "6 windows of 3x3"),
+        (1, 3, 1, 1, "1 windows of 1x1"),
+        (1, 8, 2, 2, "1 windows of 2x2"),
+    ],
+)
+def test_windows_of_another_map_are_not_joined(number: int, places: int, height: int, width: int, rule: str) -> None:
+    message = f"a map of {height}x{width} must have {rule}, got {number} of {places} slots"
+    with pytest.raises(ShapeError, match=message):
+        fast.merge(torch.zeros(2, number, places, 3), height, width)
+
+
+@pytest.mark.unhooked
+def test_queries_and_keys_of_different_maps_are_refused() -> None:
+    query, key = torch.zeros(1, 4, 5, 6), torch.zeros(1, 4, 6, 5)
+    for call in (fast.window_weights, lambda *leaves, **sizes: fast.window_attention(*leaves, query, **sizes)):
+        with pytest.raises(ShapeError, match=r"one size, got \(1, 4, 5, 6\) and \(1, 4, 6, 5\)"):
+            call(query, key, window_size=3)
+
+
+@pytest.mark.parametrize("height", [3, 7], ids=["fewer windows", "more windows"])
+def test_weights_of_another_map_are_refused(height: int) -> None:
+    case = Map()
+    query, key, _ = case.inputs("cpu")
+    weights = fast.window_weights(query, key, **case.windows)
+    expected = case.but(height=height).weights_shape
+    message = rf"must be of shape \(1, {expected[1]}, 9, 9\), got \(1, 4, 9, 9\)"
+    with pytest.raises(ShapeError, match=message):
+        fast.apply_window_weights(weights, torch.zeros(1, 3, height, 6), **case.windows)
+
+
+def test_weights_of_other_windows_or_batches_are_refused() -> None:
+    value = torch.zeros(2, 3, 5, 6)
+    weights = fast.window_weights(value, value, window_size=3)
+    with pytest.raises(ShapeError, match=r"of shape \(2, 4, 16, 16\), got \(2, 4, 9, 9\)"):
+        fast.apply_window_weights(weights, value, window_size=4)
+    with pytest.raises(ShapeError, match=r"of shape \(1, 4, 9, 9\), got \(2, 4, 9, 9\)"):
+        fast.apply_window_weights(weights, value[:1], window_size=3)
+
+
+@pytest.mark.parametrize("window_size", [0, -2])
+def test_windows_have_a_size(window_size: int) -> None:
+    x = torch.zeros(1, 2, 4, 4)
+    for call in (
+        lambda: fast.window_weights(x, x, window_size=window_size),
+        lambda: fast.window_attention(x, x, x, window_size=window_size),
+        lambda: fast.apply_window_weights(torch.zeros(1, 1, 4, 4), x, window_size=window_size),
+        lambda: fast.partition(x, window_size),
+    ):
+        with pytest.raises(ValueError, match=rf"window_size must be >= 1, got {window_size}"):
+            call()

@@ -1,0 +1,204 @@
+"""GMSA, its sharing, ELAB and the shift convolution, spelt out by hand."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d
+from sparse_sr_attn.layers.gmsa import BatchNorm2d, ConvNorm, group_widths
+from sparse_sr_attn.reference import window as slow
+from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
+
+SIZES = (2, 3, 4)
+
+
+def features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def trained(layer: nn.Module, channels: int = 8) -> nn.Module:
+    """The layer with statistics and gains that are neither 0 nor 1."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            if "norm" in name and tensor.is_floating_point():
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
+    return layer
+
+
+def layer(**options: Any) -> GMSA:
+    torch.manual_seed(0)
+    return trained(GMSA(8, **{"window_sizes": SIZES, **options}).double())  # type: ignore[return-value]
+
+
+def projected(module: ConvNorm, x: Tensor) -> Tensor:
+    """Convolution, then normalisation, in torch's own words."""
+    norm = module.norm
+    y = F.conv2d(x, module.conv.weight, module.conv.bias)
+    return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+@pytest.mark.parametrize(("embed_dim", "widths"), [
+    (60, [20, 20, 20]),
+    (64, [22, 21, 21]),
+    (8, [3, 3, 2]),
+    (3, [1, 1, 1]),
+    (2, [1, 1]),
+    (1, [1]),
+])  # fmt: skip
+def test_groups_are_even_and_the_first_are_larger(embed_dim: int, widths: list[int]) -> None:
+    assert group_widths(embed_dim, 3) == widths
+    assert GMSA(embed_dim).eval()(torch.rand(1, embed_dim, 3, 5)).shape == (1, embed_dim, 3, 5)
+
+
+@pytest.mark.parametrize(("size", "shift", "exact_shift"), [
+    *itertools.product([(12, 12), (5, 7), (1, 1), (13, 2)], [False, True], [True]),
+    ((12, 24), True, False),  # without pads, which the published displacement would move into the map
+])  # fmt: skip
+def test_is_dense_attention_under_its_windows(size: tuple[int, int], shift: bool, exact_shift: bool) -> None:
+    """Each group by a table of who sees whom; odd windows are moved as said, even ones by half."""
+    gmsa = layer(shift=shift, exact_shift=exact_shift, res_scale=0.7).eval()
+    x = features(2, 8, *size)
+    queries = projected(gmsa.query, x).split([3, 3, 2], dim=1)
+    values = projected(gmsa.shared.value, x).split([3, 3, 2], dim=1)
+    moved = {2: (1, 1), 3: (1, 1) if exact_shift else (2, 1), 4: (2, 2)} if shift else dict.fromkeys(SIZES, (0, 0))
+    groups = [
+        slow.window_attention(q, q, v, window_size=s, shift=moved[s][0], unshift=moved[s][1])
+        for q, v, s in zip(queries, values, SIZES, strict=True)
+    ]
+    assert_values_close(gmsa(x), x + 0.7 * gmsa.shared.output(torch.cat(groups, dim=1)))
+
+
+def test_odd_windows_are_displaced_on_request_only() -> None:
+    x = features(1, 8, 9, 9)
+    odd, even = {"window_sizes": [3, 5, 7], "shift": True}, {"window_sizes": [2, 4, 6], "shift": True}
+    assert not torch.equal(layer(**odd).eval()(x), layer(**odd, exact_shift=False).eval()(x))
+    assert torch.equal(layer(**even).eval()(x), layer(**even, exact_shift=False).eval()(x))
+
+
+def test_a_consumer_of_another_width_and_depth_reads_it() -> None:
+    """Its own channels are split into as many groups as there are weights."""
+    state = layer().eval().attend(features(2, 8, 6, 5))
+    for width in (1, 2, 7, 16):
+        x = features(2, width, 6, 5)
+        assert SharedGMSA(width).double().eval()(x, state).shape == x.shape
+
+
+def test_batch_norm_sees_real_pixels_only() -> None:
+    """Statistics of a map that must be padded are those of torch's own layer, which knows no padding."""
+    gmsa = layer().train()
+    norm = nn.BatchNorm2d(8).double()
+    norm.load_state_dict(gmsa.query.norm.state_dict())
+    x = features(2, 8, 5, 7)
+    norm.train()(gmsa.query.conv(x))
+    gmsa(x)
+    for name, expected in norm.state_dict().items():
+        torch.testing.assert_close(gmsa.query.norm.state_dict()[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_pixel_is_normalised_by_what_was_learnt() -> None:
+    """A batch of one value per channel has no variance."""
+    gmsa = layer().train()
+    x = features(1, 8, 1, 1)
+    before = {name: tensor.clone() for name, tensor in gmsa.state_dict().items()}
+    output = gmsa(x)
+    for name, tensor in gmsa.state_dict().items():
+        assert_bit_equal(tensor, before[name])
+    assert_values_close(output, gmsa.eval()(x))
+
+
+def test_synchronised_batch_norm_can_replace_it() -> None:
+    """torch's conversion finds the layers by their type."""
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(layer())
+    assert isinstance(converted.query.norm, nn.SyncBatchNorm)
+    assert isinstance(layer().query.norm, BatchNorm2d)
+    x = features(2, 8, 5, 7)
+    assert_values_close(converted.eval()(x), layer().eval()(x))
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("size", [(12, 12), (2, 3)])
+@torch.no_grad()
+def test_states_pass_between_compiled_and_eager_code(size: tuple[int, int]) -> None:
+    """Somebody may compile one layer of a network, and not the next."""
+    torch._dynamo.reset()
+    first, later = layer().eval(), trained(SharedGMSA(8).double()).eval()
+    x = features(2, 8, *size)
+    attend = torch.compile(first.attend, fullgraph=True, backend="aot_eager")
+    read = torch.compile(later, fullgraph=True, backend="aot_eager")
+    expected = later(x, first.attend(x))
+    assert_bit_equal(later(x, attend(x)), expected)
+    assert_bit_equal(read(x, first.attend(x)), expected)
+    assert_bit_equal(read(x, attend(x)), expected)
+
+
+def test_a_foreign_state_is_refused() -> None:
+    x = features(1, 8, 4, 4)
+    with pytest.raises(SharingError, match=r"a WindowAttention, got none; call shared = GMSA\(\.\.\.\)\.attend\(x\)"):
+        SharedGMSA(8).double()(x)
+    with pytest.raises(SharingError, match="ELAB shares inside only and takes no state, got a WindowAttention"):
+        ELAB(8).double()(x, layer().eval().attend(x))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"window_sizes": []}, "^window_sizes: must name at least one window size, got none$"),
+    ({"window_sizes": [4, 0]}, r"^window_sizes must be >= 1, got \[4, 0\]$"),
+    ({"window_sizes": 8}, "^window_sizes must be a list, got 8$"),
+    ({"shift": 2}, "^shift must be true or false, got 2$"),
+    ({"window_size": 8}, "^window_size: unknown; did you mean 'window_sizes'?"),
+])  # fmt: skip
+def test_wrong_options_are_explained(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GMSA(8, **options)
+
+
+@pytest.mark.parametrize("share", [1, 3])
+def test_elab_by_hand(share: int) -> None:
+    torch.manual_seed(0)
+    elab = trained(ELAB(8, share=share, window_sizes=SIZES, shift=True, res_scale=0.5).double()).eval()
+    assert [type(attention) for attention in elab.attention] == [GMSA] + (share - 1) * [SharedGMSA]
+    x = y = features(2, 8, 5, 7)
+    for turn in range(share):
+        y = y + 0.5 * elab.lfe[turn](y)
+        if turn == 0:
+            state = elab.attention[0].attend(y)
+            assert state.shift
+        y = elab.attention[turn](y, state)
+    assert_values_close(elab(x), y)
+    elab.res_scale = 0.0
+    for attention in elab.attention:
+        (attention.shared if turn == 0 or attention is elab.attention[0] else attention).res_scale = 0.0
+    assert torch.equal(elab(x), x)
+
+
+def test_lfe_by_hand() -> None:
+    lfe = LFE(7, expansion=3).double()
+    assert lfe.conv1.weight.shape == (21, 7, 1, 1)
+    x = features(2, 7, 4, 6)
+    assert_values_close(lfe(x), lfe.conv2(lfe.conv1(x).clamp(min=0)))
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5, 11])
+def test_both_forms_of_a_shift_convolution_are_one_layer(channels: int) -> None:
+    """The same parameters, values and gradients."""
+    slices, masked = ShiftConv2d(channels, 6).double(), ShiftConv2d(channels, 6, form="masked").double()
+    masked.load_state_dict(slices.state_dict())
+    x = features(2, channels, 5, 4)
+    probe = features(2, 6, 5, 4, seed=1)
+    outputs = [conv(x) for conv in (slices, masked)]
+    assert_values_close(outputs[1], outputs[0])
+    for output in outputs:
+        (output * probe).sum().backward()
+    for one, other in zip(slices.parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_wrong_channels_and_forms_are_explained() -> None:
+    with pytest.raises(ShapeError, match="because in_channels is 5; got shape"):
+        ShiftConv2d(5)(torch.rand(1, 6, 3, 3))
+    with pytest.raises(ConfigError, match="form must be one of 'slices', 'masked', got 'fast'"):
+        ShiftConv2d(5, form="fast")  # type: ignore[arg-type]
