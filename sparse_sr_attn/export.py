@@ -216,6 +216,8 @@ def _exported(model: Network) -> "onnx.ModelProto":
                 verbose=False,
             )
     except Exception as error:  # whatever export or translation meets
+        while error.__cause__ is not None:  # the exporter wraps it in advice for its authors
+            error = error.__cause__  # type: ignore[assignment]
         reason = str(error).strip().partition("\n")[0]
         raise ExportError(f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}") from error
     finally:

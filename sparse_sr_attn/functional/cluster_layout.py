@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparse_sr_attn.functional.modulo import modulo
 from sparse_sr_attn.states import ClusterPattern
 
 
@@ -52,8 +53,7 @@ class ClusterLayout:
         if self.exact_keys:
             # A token of the same chunk: weight 0 hides a number, but not a NaN from a chunk that must not be seen.
             return slot.clamp(max=self.num_tokens - 1)
-        repeated = slot - (self.num_slots - self.num_tokens)
-        repeated = repeated - repeated // self.num_tokens * self.num_tokens  # modulo, which ONNX export lacks here
+        repeated = modulo(slot - (self.num_slots - self.num_tokens), self.num_tokens)
         return torch.where(slot >= self.num_tokens, repeated, slot)
 
     def visible(self, slot: Int[Tensor, "t j"]) -> Bool[Tensor, "t j"]:

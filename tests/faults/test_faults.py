@@ -131,8 +131,8 @@ FAULTS = [
     Fault(
         "the published filling repeats the first tokens",
         LAYOUT,
-        "repeated = slot - (self.num_slots - self.num_tokens)",
-        "repeated = slot",
+        "modulo(slot - (self.num_slots - self.num_tokens), self.num_tokens)",
+        "modulo(slot, self.num_tokens)",
         f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
@@ -1322,15 +1322,15 @@ FAULTS = [
     Fault(
         "windows are shifted the other way",
         GRID,
-        "place // size + shift) % (self.rows",
-        "place // size - shift) % (self.rows",
+        "place // size + shift, self.rows",
+        "place // size - shift, self.rows",
         f"{IN_WINDOW}::test_a_shifted_window_begins_further_on",
     ),
     Fault(
         "windows are shifted in one direction only",
         GRID,
-        "place % size + shift)",
-        "place % size)",
+        "place % size + shift, self.columns",
+        "place % size, self.columns",
         f"{IN_WINDOW}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
