@@ -12,12 +12,15 @@ from sparse_sr_attn.errors import (
     CheckpointError,
     ConfigError,
     DuplicateNameError,
+    ExportError,
+    ImageError,
     ShapeError,
     SharingError,
     SparseSRError,
     TrainingError,
     UnknownNameError,
 )
+from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers import (
     ENLA,
     GMSA,
@@ -61,6 +64,8 @@ __all__ = [
     "CoA",
     "ConfigError",
     "DuplicateNameError",
+    "ExportError",
+    "ImageError",
     "LCoA",
     "LCoAN",
     "ShapeError",
@@ -77,4 +82,5 @@ __all__ = [
     "create_model",
     "detach",
     "load_model",
+    "upscale_tiled",
 ]

@@ -58,6 +58,7 @@ class Layout:
             the options that shapes tell; the constructor's defaults go for the rest.
         needs: options that nobody can guess, each with the beginning of the keys whose presence raises the question.
         fresh: regular expression of our keys that may be missing.
+        filling: what the code base expects beyond what we need, from our network; `None` where that is not known.
     """
 
     name: str
@@ -69,21 +70,23 @@ class Layout:
     defaults: Callable[[State, Options], Options] = lambda state, shapes: {}
     needs: Mapping[str, str] = field(default_factory=dict)
     fresh: str = "(?!)"
+    filling: Callable[[Network], dict[str, Tensor]] | None = None
 
     def our_key(self, key: str) -> str | None:
         """Return our name of a key; `None` for what we do not need."""
         for pattern, ours in self.names.items():
-            if found := _regex(pattern).fullmatch(key):
+            if found := key_pattern(pattern).fullmatch(key):
                 return ours and re.sub(r"<(\w)>|\*", lambda part: found[part[1] or "rest"], ours)
         return key
 
     def recognises(self, state: Iterable[str]) -> bool:
         """Return whether these are keys of this layout."""
-        return any(_regex(self.sign).fullmatch(key) for key in state)
+        return any(key_pattern(self.sign).fullmatch(key) for key in state)
 
 
 @functools.cache
-def _regex(pattern: str) -> re.Pattern[str]:
+def key_pattern(pattern: str) -> re.Pattern[str]:
+    """Return a pattern of keys, as `Layout` has it, as a regular expression with the groups `g`, ..., and `rest`."""
     return re.compile(re.sub(r"<(\w)>", r"(?P<\1>\\d+)", re.escape(pattern).replace(r"\*", r"(?P<rest>\w+)")))
 
 
@@ -454,6 +457,37 @@ def _mean_shift(state: State, img_range: float) -> Options:
     return {"img_range": img_range, "rgb_mean": (-bias / img_range).tolist()}
 
 
+def _mean_convolutions(model: Network) -> dict[str, Tensor]:
+    """Return the fixed convolutions that take the mean from the image and add it again."""
+    mean = model.mean.detach().cpu().flatten() * model.img_range
+    if len(mean) != 3 or model.num_in_ch != 3:
+        raise CheckpointError(f"this layout has a mean of 3 channels, but the network has {model.num_in_ch}")
+    same = torch.eye(3).view(3, 3, 1, 1)
+    return {
+        "sub_mean.weight": same,
+        "sub_mean.bias": -mean,
+        "add_mean.weight": same.clone(),
+        "add_mean.bias": mean,
+    }
+
+
+def _dead_weights(model: Network) -> dict[str, Tensor]:
+    """Return what the released LCoAN has and never uses: queries and k-means of all groups but the first."""
+    state = model.state_dict()
+    weight, bias, means = (
+        state[f"body.0.attention.lsp.{name}"] for name in ("embed.weight", "embed.bias", "centroids")
+    )
+    unused: dict[str, Tensor] = {"a": torch.zeros(1), **_mean_convolutions(model)}
+    for group in range(_count(state, r"body\.(\d+)\.")):
+        start = f"body.{group}.attention.0"
+        unused[f"{start}.kmeans.initted"] = torch.tensor(1.0)
+        if group:
+            unused[f"{start}.conv_match.0.weight"] = torch.zeros_like(weight)
+            unused[f"{start}.conv_match.0.bias"] = torch.zeros_like(bias)
+            unused[f"{start}.kmeans.means"] = means[None].clone()
+    return unused
+
+
 _EXAMPLES = {
     "window_sizes": "(4, 8, 16)",
     "attention": "{'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144}",
@@ -503,6 +537,7 @@ LAYOUTS = (
             "exact_keys": False,
         },
         fresh=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
+        filling=_dead_weights,
     ),
     Layout(
         "our ELAN",
@@ -562,6 +597,7 @@ LAYOUTS = (
             "body.<b>.*": "conv_after_body.*",
         },
         defaults=lambda state, shapes: {**_large_edsr(state, shapes), **_mean_shift(state, 255.0)},
+        filling=_mean_convolutions,
     ),
     Layout(
         "RCAN (ours and BasicSR's)",
@@ -585,6 +621,7 @@ LAYOUTS = (
             "body.<g>.*": "conv_after_body.*",
         },
         defaults=lambda state, shapes: _mean_shift(state, 255.0),
+        filling=_mean_convolutions,
     ),
 )
 """The layouts that `load_model` tries, in this order."""

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sparse_sr_attn.commands.common import UsageError, say
 from sparse_sr_attn.errors import ConfigError, SparseSRError
 
 _INSTALL = (
@@ -19,6 +20,11 @@ _INSTALL = (
     "(Python 3.10 to 3.12; beside a torch without CUDA add `-c constraints-cpu.txt`, or pip brings another torch. "
     "More in docs/basicsr.md)"
 )
+_BASICSR = {
+    "train": "train a network as an option file says",
+    "test": "test a trained network as an option file says",
+}
+_OWN = ("upscale", "list", "inspect", "convert", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,72 +40,88 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else 2
-    if importlib.util.find_spec("basicsr") is None:
-        _say(_INSTALL.format(command=arguments.command))
-        return 1
     try:
-        commands = importlib.import_module("sparse_sr_attn_basicsr.commands")
-        getattr(commands, arguments.command)(arguments)
+        return _run(arguments)
     except ConfigError as error:
         problems = [str(problem).replace("\n", "\n    ") for problem in error.problems]
-        _say(f"{_count(len(problems))} in {arguments.opt}; nothing was run\n  " + "\n  ".join(problems))
+        where = getattr(arguments, "opt", "--set")
+        say(f"{_count(len(problems))} in {where}; nothing was run\n  " + "\n  ".join(problems))
         return 2
     except SparseSRError as error:
-        _say(str(error))
-        return 1
+        say(str(error))
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        _say(
+        say(
             "interrupted; `--auto_resume` goes on from the last saved state"
             if arguments.command == "train"
             else "interrupted"
         )
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains when it ends)
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command in _OWN:
+        status: int = importlib.import_module(f"sparse_sr_attn.commands.{arguments.command}").run(arguments)
+        return status
+    if importlib.util.find_spec("basicsr") is None:
+        raise SparseSRError(_INSTALL.format(command=arguments.command))
+    getattr(importlib.import_module("sparse_sr_attn_basicsr.commands"), arguments.command)(arguments)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sparse-sr",
-        description="Train and test super-resolution networks with sparse attention through BasicSR.",
-        epilog="experiments/, results/ and tb_logger/ come to lie in the working directory.",
+        description="Super-resolution networks with sparse attention: train, test, use, look into, convert.",
+        epilog="`sparse-sr COMMAND --help` teaches each. Of train and test, which run BasicSR, experiments/, results/ "
+        "and tb_logger/ come to lie in the working directory.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    texts = {
-        "train": "train a network as an option file says",
-        "test": "test a trained network as an option file says",
-    }
-    for name, text in texts.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        command.add_argument("-opt", "--opt", required=True, metavar="FILE", help="option file (YAML, as in BasicSR)")
-        command.add_argument(
-            "--force_yml",
-            nargs="+",
-            action="extend",
-            metavar="NAME=VALUE",
-            help="options that go before those of the file, e.g. train:total_iter=1000 num_gpu=0",
+    for name, text in _BASICSR.items():
+        _add_basicsr_arguments(
+            commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."), training=name == "train"
         )
-        command.add_argument("--debug", action="store_true", help="BasicSR's debug mode: log and validate often")
-        command.add_argument(
-            "--launcher",
-            choices=["none", "pytorch", "slurm"],
-            default="none",
-            help="for several GPUs: torchrun --nproc_per_node N -m sparse_sr_attn train -opt FILE --launcher pytorch",
+    for name in _OWN:
+        module = importlib.import_module(f"sparse_sr_attn.commands.{name}")
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-        if name == "train":
-            command.add_argument(
-                "--auto_resume",
-                action="store_true",
-                help="go on from the newest state in experiments/, if there is one",
-            )
-        else:
-            command.set_defaults(auto_resume=False)
+        module.add_arguments(command)
     return parser
 
 
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"sparse-sr: {text}", file=sys.stderr)
+def _add_basicsr_arguments(command: argparse.ArgumentParser, *, training: bool) -> None:
+    command.add_argument("-opt", "--opt", required=True, metavar="FILE", help="option file (YAML, as in BasicSR)")
+    command.add_argument(
+        "--force_yml",
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+        help="options that go before those of the file, e.g. train:total_iter=1000 num_gpu=0",
+    )
+    command.add_argument("--debug", action="store_true", help="BasicSR's debug mode: log and validate often")
+    command.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm"],
+        default="none",
+        help="for several GPUs: torchrun --nproc_per_node N -m sparse_sr_attn train -opt FILE --launcher pytorch",
+    )
+    command.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    if training:
+        command.add_argument(
+            "--auto_resume",
+            action="store_true",
+            help="go on from the newest state in experiments/, if there is one",
+        )
+    else:
+        command.set_defaults(auto_resume=False)
 
 
 def _count(problems: int) -> str:

@@ -35,6 +35,14 @@ class CheckpointError(SparseSRError):
     """Weights cannot be read or do not fit."""
 
 
+class ImageError(SparseSRError):
+    """An image cannot be read, upscaled or written."""
+
+
+class ExportError(SparseSRError):
+    """A network cannot be exported, or what was exported is not the same network."""
+
+
 class TrainingError(SparseSRError):
     """Training cannot go on; nothing that was learnt is lost."""
 

@@ -1,16 +1,23 @@
-"""Pictures of what a network has learnt: which cluster each pixel belongs to."""
+"""Pictures of what a network has learnt: which cluster each pixel belongs to, and where it attends."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional.cluster_layout import ClusterLayout
 from sparse_sr_attn.functional.kmeans import assign
+from sparse_sr_attn.layers.base import AttentionLayer
 from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn.states import ClusterAttention
 
 _GOLDEN = 0.6180339887498949
+_ROWS_AT_A_TIME = 16
 
 
 def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tensor, "h2 w2"]:
@@ -29,9 +36,7 @@ def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tenso
         ValueError: `model` has no LSP, or its forward reaches none.
         ShapeError: `image` is not one image.
     """
-    batch = image[None] if image.dim() == 3 else image
-    if batch.dim() != 4 or len(batch) != 1:
-        raise ShapeError(f"image must be one image, (c, h, w) or (1, c, h, w), got shape {tuple(image.shape)}")
+    batch = _one_image(image)
     patterns = [module for module in model.modules() if isinstance(module, LSP)]
     if not patterns:
         raise ValueError(
@@ -50,19 +55,160 @@ def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tenso
         pattern.embed.register_forward_hook(lambda _, __, output, pattern=pattern: note(pattern, output))
         for pattern in patterns
     ]
+    with _removed(hooks):
+        _run(model, batch)
+    if not maps:
+        raise ValueError(f"{type(model).__name__} has an LSP, but its forward does not reach it")
+    return maps[0]
+
+
+def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Any]:
+    """What each attention layer of `model` attends by on `image`, in the order in which they run.
+
+    Args:
+        model: a network with layers that make or read a state. It is run as in evaluation and left as it was.
+        image: as in `cluster_map`.
+
+    Returns:
+        The state of each layer, under the layer's name in `model`. Layers that share one have the same object.
+
+    Raises:
+        ValueError: no layer of `model` has a state.
+        ShapeError: `image` is not one image.
+    """
+    batch = _one_image(image)
+    states: dict[str, Any] = {}
+
+    def note(name: str, layer: AttentionLayer, x: Tensor, state: Any = None) -> None:
+        states[name] = layer.attend(x) if state is None else state
+
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs, name=name: note(name, layer, *args, **kwargs), with_kwargs=True
+        )
+        for name, layer in _outermost(model)
+    ]
+    with _removed(hooks):
+        _run(model, batch)
+    if not states:
+        raise ValueError(
+            f"attention can be shown of layers with a state (LCoA, CoA), and {type(model).__name__} runs none; "
+            "build it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+        )
+    return states
+
+
+def attended(state: ClusterAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
+    """Where tokens attend, as weights over the whole map.
+
+    Args:
+        state: of one image, from `attention_states` or `LCoA.attend`.
+        tokens: which, in raster order: y * w + x.
+
+    Returns:
+        A map for each token, all its rounds together; each adds up to 1 (with the published counting, a token that
+        is a key several times has the sum of its weights).
+
+    Raises:
+        ShapeError: `state` is of several images, or a token lies outside the map.
+        TypeError: `state` is no ClusterAttention.
+    """
+    if not isinstance(state, ClusterAttention):
+        raise TypeError(f"state must be a ClusterAttention, got a {type(state).__name__}")
+    pattern, num_rounds = state.pattern, state.num_rounds
+    if len(pattern.order) != num_rounds:
+        raise ShapeError(f"state must be of one image, got one of {len(pattern.order) // num_rounds}")
+    layout = ClusterLayout.of(pattern)
+    if tokens.dim() != 1 or (len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < layout.num_tokens):
+        raise ShapeError(f"tokens must be a list of numbers from 0 to {layout.num_tokens - 1}, got {tokens.tolist()}")
+    maps = state.weights.new_zeros(len(tokens), layout.num_tokens)
+    key = torch.arange(layout.num_offsets * layout.chunk_size, device=pattern.order.device)
+    for order, weights in zip(pattern.order, state.weights, strict=True):
+        slot = order.argsort()[tokens]
+        chunk, row = slot // layout.chunk_size, slot % layout.chunk_size
+        key_chunk = (chunk[:, None] + key // layout.chunk_size - layout.num_adjacent) % layout.num_chunks
+        keys = order[layout.rank(key_chunk * layout.chunk_size + key % layout.chunk_size)]
+        maps.scatter_add_(1, keys, weights[chunk, row])
+    return maps.view(-1, state.height, state.width)
+
+
+def attention_overlap(states: Sequence[ClusterAttention], *, num_tokens: int = 256) -> Float[Tensor, "l l"]:
+    r"""How much of their attention layers have in common, two by two.
+
+    $$o_{ab} = \frac{1}{|S|} \sum_{i \in S} \sum_j \min(P_a(i, j), P_b(i, j))$$
+
+    Args:
+        states: of several layers on one image, on maps of one size.
+        num_tokens: how many pixels $S$ to take, spread evenly; all, if there are not more.
+
+    Returns:
+        A symmetric matrix of shares: 1 where two layers attend alike, as those that share a state do, 0 where no key
+        is common to them. The diagonal is 1.
+
+    Raises:
+        ShapeError: there is no state, or their maps differ in size.
+
+    Source:
+        The question of the paper's figure 5 (arXiv 2404.04922), how similar the attention of different layers is; the
+        measure is this library's.
+    """
+    sizes = {(state.height, state.width) for state in states}
+    if len(sizes) != 1:
+        raise ShapeError(f"layers must have maps of one size, got {sorted(sizes) or 'no layer'}")
+    ((height, width),) = sizes
+    tokens = torch.linspace(0, height * width - 1, min(num_tokens, height * width), dtype=torch.float64).round().long()
+    total = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for some in tokens.to(states[0].weights.device).split(_ROWS_AT_A_TIME):
+        maps = [attended(state, some) for state in states]
+        for a, one in enumerate(maps):
+            for b, other in enumerate(maps[: a + 1]):
+                total[a, b] += torch.minimum(one, other).double().sum().cpu()
+    lower = total / len(tokens)
+    return lower + lower.tril(-1).T
+
+
+def heat(values: Float[Tensor, "h w"]) -> UInt8[Tensor, "h w 3"]:
+    """Colours from black over red and yellow to white, white at the largest of `values`, which are >= 0."""
+    rising = 3 * values.float() / values.max().clamp(min=1e-12)
+    return (255 * torch.stack([rising, rising - 1, rising - 2], dim=-1).clamp(0, 1)).round().to(torch.uint8)
+
+
+def _one_image(image: Tensor) -> Tensor:
+    batch = image[None] if image.dim() == 3 else image
+    if batch.dim() != 4 or len(batch) != 1:
+        raise ShapeError(f"image must be one image, (c, h, w) or (1, c, h, w), got shape {tuple(image.shape)}")
+    return batch
+
+
+def _run(model: nn.Module, batch: Tensor) -> None:
+    """Run the model as in evaluation, and leave it in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
         with torch.no_grad():
             model(batch)
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, mode in modes.items():
             module.training = mode
-    if not maps:
-        raise ValueError(f"{type(model).__name__} has an LSP, but its forward does not reach it")
-    return maps[0]
+
+
+@contextmanager
+def _removed(hooks: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, AttentionLayer]]:
+    """Yield the layers that have a state, with their names, but none that is part of another."""
+    for name, child in model.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, AttentionLayer) and (child.provides or child.requires):
+            yield path, child
+        else:
+            yield from _outermost(child, f"{path}.")
 
 
 def palette(num_clusters: int) -> UInt8[Tensor, "k 3"]:

@@ -68,6 +68,12 @@ def test_without_basicsr_the_help_works_and_a_command_says_what_to_install() -> 
     assert "Traceback" not in done.stderr
 
 
+def test_the_other_commands_do_without_basicsr() -> None:
+    done = _without_basicsr(["list", "LCoA"])
+    assert done.returncode == 0, done.stderr
+    assert "num_clusters=128" in done.stdout
+
+
 def test_the_module_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sparse_sr_attn", "test", "-opt", "nowhere.yml"],

@@ -24,11 +24,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": {"errors", "states", "registry", "config", "functional", "layers"},
     "attachment": {"errors", "registry", "config", "layers", "blocks"},
     "backbones": {"errors", "states", "registry", "config", "functional", "layers", "blocks"},
+    "files": set(),
+    "inference": set(),
+    "images": {"errors", "files", "inference"},
     "checkpoints": {"errors", "config", "functional", "layers", "backbones"},
+    "conversion": {"errors", "files", "backbones", "checkpoints"},
+    "export": {"errors", "files", "layers", "backbones"},
     "hub": {"errors", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
-    "cli": {"errors"},  # and the integrations, lazily
+    "commands": {
+        *("errors", "states", "config", "layers", "backbones", "checkpoints", "conversion", "export", "images"),
+        *("inference", "visualize"),
+    },
+    "cli": {"errors", "commands"},  # and the integrations, lazily
     "__main__": {"cli"},
 }
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.errors import CheckpointError, TrainingError
+from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers.lcoa import LSP
 from sparse_sr_attn_basicsr import saving
 from sparse_sr_attn_basicsr.loading import PLACE
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
-from sparse_sr_attn_basicsr.tiling import upscale_tiled
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `train.autocast` may be."""

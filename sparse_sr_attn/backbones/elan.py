@@ -13,6 +13,7 @@ from sparse_sr_attn.backbones.base import Network, remembered
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+from sparse_sr_attn.functional.modulo import modulo
 
 
 class ELAN(Network):
@@ -103,5 +104,6 @@ def _reflected(x: Tensor, dim: int, multiple: int) -> Tensor:
     """Return the map whose side `dim` goes on by reflection, to and fro, up to a multiple."""
     side = x.shape[dim]
     period = torch.sym_max(2 * (side - 1), 1)  # there and back; a side of 1 stays where it is
-    place = torch.arange(-(-side // multiple) * multiple, device=x.device) % period
+    padded = (side + multiple - 1) // multiple * multiple
+    place = modulo(torch.arange(padded, device=x.device), period)
     return x.index_select(dim, torch.minimum(place, period - place))

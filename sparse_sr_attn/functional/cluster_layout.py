@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparse_sr_attn.functional.modulo import modulo
 from sparse_sr_attn.states import ClusterPattern
 
 
@@ -52,7 +53,7 @@ class ClusterLayout:
         if self.exact_keys:
             # A token of the same chunk: weight 0 hides a number, but not a NaN from a chunk that must not be seen.
             return slot.clamp(max=self.num_tokens - 1)
-        repeated = (slot - (self.num_slots - self.num_tokens)) % self.num_tokens
+        repeated = modulo(slot - (self.num_slots - self.num_tokens), self.num_tokens)
         return torch.where(slot >= self.num_tokens, repeated, slot)
 
     def visible(self, slot: Int[Tensor, "t j"]) -> Bool[Tensor, "t j"]:
@@ -63,6 +64,7 @@ class ClusterLayout:
         if not self.exact_keys:
             return torch.ones_like(slot, dtype=torch.bool)
         a, k = self.num_adjacent, self.num_chunks
-        offset = torch.arange(-a, a + 1, device=slot.device).repeat_interleave(self.chunk_size)
+        # A quotient and not `repeat_interleave`, which ONNX export gets wrong for a number that depends on the image.
+        offset = torch.arange(self.num_offsets * self.chunk_size, device=slot.device) // self.chunk_size - a
         met_once = (offset >= -((k - 1) // 2)) & (offset <= k // 2)
         return (slot < self.num_tokens) & met_once

@@ -7,6 +7,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional.modulo import modulo
+
 
 @dataclass(frozen=True)
 class WindowGrid:
@@ -27,12 +29,12 @@ class WindowGrid:
     @property
     def rows(self) -> int:
         """Windows in a column of them."""
-        return -(-self.height // self.window_size)
+        return (self.height + self.window_size - 1) // self.window_size  # of what is >= 0: ONNX rounds to 0
 
     @property
     def columns(self) -> int:
         """Windows in a row of them."""
-        return -(-self.width // self.window_size)
+        return (self.width + self.window_size - 1) // self.window_size
 
     @property
     def num_windows(self) -> int:
@@ -67,8 +69,8 @@ class WindowGrid:
         size = self.window_size
         slot = torch.arange(self.num_windows * size**2, device=device)
         window, place = slot // size**2, slot % size**2
-        y = (window // self.columns * size + place // size + shift) % (self.rows * size)
-        x = (window % self.columns * size + place % size + shift) % (self.columns * size)
+        y = modulo(window // self.columns * size + place // size + shift, self.rows * size)
+        x = modulo(modulo(window, self.columns) * size + place % size + shift, self.columns * size)
         real = (window < self.rows * self.columns) & (y < self.height) & (x < self.width)
         return torch.where(real, y * self.width + x, self.height * self.width)
 
@@ -76,8 +78,8 @@ class WindowGrid:
         """Return the slot of each pixel."""
         size = self.window_size
         pixel = torch.arange(self.height * self.width, device=device)
-        y = (pixel // self.width - shift) % (self.rows * size)
-        x = (pixel % self.width - shift) % (self.columns * size)
+        y = modulo(pixel // self.width - shift, self.rows * size)
+        x = modulo(modulo(pixel, self.width) - shift, self.columns * size)
         window = y // size * self.columns + x // size
         return window * size**2 + y % size * size + x % size
 

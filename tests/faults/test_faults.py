@@ -42,6 +42,12 @@ ELAN = "sparse_sr_attn/backbones/elan.py"
 RCAN = "sparse_sr_attn/backbones/rcan.py"
 RESIDUAL = "sparse_sr_attn/blocks/residual.py"
 CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
+CONVERSION = "sparse_sr_attn/conversion.py"
+EXPORT = "sparse_sr_attn/export.py"
+FILES = "sparse_sr_attn/files.py"
+IMAGES = "sparse_sr_attn/images.py"
+INFERENCE = "sparse_sr_attn/inference.py"
+VISUALIZE = "sparse_sr_attn/visualize.py"
 HUB = "sparse_sr_attn/hub.py"
 SPANDREL = "integrations/sparse_sr_attn_spandrel/architectures.py"
 ATTACHMENT = "sparse_sr_attn/attachment.py"
@@ -71,6 +77,11 @@ IN_ABLATIONS = "tests/layers/test_ablations.py"
 IN_RCAN = "tests/backbones/test_rcan.py"
 IN_LCOAN = "tests/backbones/test_lcoan.py"
 IN_CHECKPOINTS = "tests/test_checkpoints.py"
+IN_CONVERT = "tests/test_convert.py"
+IN_EXPORT = "tests/test_export.py"
+IN_INFERENCE = "tests/test_inference.py"
+IN_MAPS = "tests/test_attention_maps.py"
+IN_UPSCALE = "tests/test_cli_upscale.py"
 IN_HUB = "tests/test_hub.py"
 IN_SPANDREL = "tests/integrations/test_spandrel.py"
 IN_ATTACHMENT = "tests/test_attachment.py"
@@ -138,8 +149,8 @@ FAULTS = [
     Fault(
         "the published filling repeats the first tokens",
         LAYOUT,
-        "repeated = (slot - (self.num_slots - self.num_tokens)) % self.num_tokens",
-        "repeated = slot % self.num_tokens",
+        "modulo(slot - (self.num_slots - self.num_tokens), self.num_tokens)",
+        "modulo(slot, self.num_tokens)",
         f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
@@ -1022,6 +1033,133 @@ FAULTS = [
         "weights_only=False",
         f"{IN_CHECKPOINTS}::test_unreadable_files_give_one_clear_error[a payload]",
     ),
+    # --- images, files and other programs
+    Fault(
+        "tiles are cut sharply where they should pass into each other",
+        INFERENCE,
+        "overlap, blend // 2)\n    columns",
+        "overlap, 0)\n    columns",
+        f"{IN_INFERENCE}::test_blending_leaves_no_seam",
+    ),
+    Fault(
+        "tiles blend over pixels of the result instead of the input",
+        INFERENCE,
+        "max(end - start, 1e-9) / scale",
+        "max(end - start, 1e-9)",
+        f"{IN_INFERENCE}::test_blending_leaves_no_seam",
+    ),
+    Fault(
+        "what neighbouring rows of tiles share is lost",
+        INFERENCE,
+        "band[..., : above.shape[-2], :] = above",
+        "pass",
+        f"{IN_INFERENCE}::test_shares_of_blended_tiles_add_up_to_one",
+    ),
+    Fault(
+        "tiles meet at an edge",
+        INFERENCE,
+        "(start + length + following) // 2",
+        "following",
+        f"{IN_INFERENCE}::test_neighbouring_tiles_meet_in_the_middle_of_what_they_share",
+    ),
+    Fault(
+        "sixteen bits become eight",
+        IMAGES,
+        "return Picture(pixels.astype(np.uint16), None, profile)",
+        "return Picture((pixels >> 8).astype(np.uint8), None, profile)",
+        f"{IN_UPSCALE}::test_sixteen_bits_stay",
+    ),
+    Fault(
+        "the rotation of EXIF is forgotten",
+        IMAGES,
+        "ImageOps.exif_transpose(image)",
+        "image",
+        f"{IN_UPSCALE}::test_rotation_by_exif",
+    ),
+    Fault(
+        "pixels are cut down instead of rounded",
+        IMAGES,
+        "(strip[0] * peak).round()",
+        "(strip[0] * peak - 1).ceil()",
+        f"{IN_UPSCALE}::test_grey_stays_grey",
+    ),
+    Fault(
+        "grey is the red channel",
+        IMAGES,
+        "_LUMA = (0.299, 0.587, 0.114)",
+        "_LUMA = (1.0, 0.0, 0.0)",
+        f"{IN_UPSCALE}::test_grey_stays_grey",
+    ),
+    Fault(
+        "a result is written in place",
+        FILES,
+        'temporary = file.with_name(f"{file.name}.tmp")',
+        "temporary = file",
+        f"{IN_UPSCALE}::test_killed_while_it_writes",
+    ),
+    Fault(
+        "a file that came meanwhile is replaced",
+        FILES,
+        "        _check_free(file, overwrite)  # it may have come meanwhile\n",
+        "",
+        f"{IN_UPSCALE}::test_what_comes_meanwhile_stays_too",
+    ),
+    Fault(
+        "released centroids lack an axis",
+        CONVERSION,
+        "value[None] if key",
+        "value if key",
+        f"{IN_CONVERT}::test_released_lcoan_goes_and_comes_back",
+    ),
+    Fault(
+        "another pattern is left out without a word",
+        CONVERSION,
+        "if more := (again.keys() ^ before.keys()) - {OPTIONS}:",
+        "if more := set[str]():",
+        f"{IN_CONVERT}::test_what_has_no_place_is_refused",
+    ),
+    Fault(
+        "the mean is subtracted twice",
+        CHECKPOINTS,
+        '"add_mean.bias": mean,',
+        '"add_mean.bias": -mean,',
+        f"{IN_CONVERT}::test_their_code_loads_it_strictly_and_gives_the_same_image",
+    ),
+    Fault(
+        "the check takes any other cluster for a tie",
+        EXPORT,
+        "self.under_one_pattern <= TOLERANCE and self.margin <= _TIE",
+        "self.under_one_pattern <= TOLERANCE",
+        f"{IN_EXPORT}::test_the_check_notices_other_clusters",
+    ),
+    Fault(
+        "the check compares the image with itself",
+        EXPORT,
+        "float((result - under_one_pattern).abs().max())",
+        "float((as_is - as_is).abs().max())",
+        f"{IN_EXPORT}::test_the_check_notices_another_image",
+    ),
+    Fault(
+        "ties count as errors",
+        EXPORT,
+        "with torch.no_grad(), _watched(model, clusters) as forced:",
+        "with torch.no_grad(), _watched(model, watched.clusters) as forced:",
+        f"{IN_EXPORT}::test_ties_may_fall_either_way",
+    ),
+    Fault(
+        "a pixel is shown to attend where its neighbour in the chunk does",
+        VISUALIZE,
+        "maps.scatter_add_(1, keys, weights[chunk, row])",
+        "maps.scatter_add_(1, keys, weights[chunk, (row + 1) % layout.chunk_size])",
+        f"{IN_MAPS}::test_is_the_row_of_dense_attention",
+    ),
+    Fault(
+        "the overlap is the larger weight",
+        VISUALIZE,
+        "torch.minimum(one, other)",
+        "torch.maximum(one, other)",
+        f"{IN_MAPS}::test_overlap_is_the_common_share_of_dense_attention",
+    ),
     # --- ELAN: the mistakes that move an image of the released code by more than 7 grey levels
     Fault(
         "query and value are swapped",
@@ -1202,15 +1340,15 @@ FAULTS = [
     Fault(
         "windows are shifted the other way",
         GRID,
-        "place // size + shift) % (self.rows",
-        "place // size - shift) % (self.rows",
+        "place // size + shift, self.rows",
+        "place // size - shift, self.rows",
         f"{IN_WINDOW}::test_a_shifted_window_begins_further_on",
     ),
     Fault(
         "windows are shifted in one direction only",
         GRID,
-        "place % size + shift)",
-        "place % size)",
+        "place % size + shift, self.columns",
+        "place % size, self.columns",
         f"{IN_WINDOW}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
@@ -1920,6 +2058,11 @@ def copied(root: Path) -> Path:
     ):
         (root / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, root / file)
+    files = ("pyproject.toml", "docs/hosts.md", "tests/conftest.py")
+    for file in (*(ROOT / name for name in files), *ROOT.glob("tests/test_*.py")):
+        target = root / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
     return root
 
 

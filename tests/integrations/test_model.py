@@ -11,8 +11,6 @@ import pytest
 import torch
 from basicsr.models import build_model
 from basicsr.models.sr_model import SRModel
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import OPTIONS
@@ -21,7 +19,6 @@ from sparse_sr_attn.layers import LSP
 from sparse_sr_attn_basicsr import model as model_module
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.options import load
-from sparse_sr_attn_basicsr.tiling import upscale_tiled
 
 Options = Callable[..., dict[str, Any]]
 
@@ -482,33 +479,3 @@ def test_validation_in_tiles(options: Options, ema: float) -> None:
         outputs[tile] = model.output
     torch.testing.assert_close(outputs[32], outputs[None], rtol=0, atol=1e-5)
     assert float((outputs[16] - outputs[None]).abs().max()) > 1e-3
-
-
-@given(st.tuples(*[st.integers(1, 40)] * 2), st.integers(1, 20), st.floats(0, 0.99), st.integers(1, 4))
-def test_tiles_cover_every_pixel_once(size: tuple[int, int], tile: int, share: float, scale: int) -> None:
-    images = torch.arange(2 * size[0] * size[1], dtype=torch.float64).reshape(2, 1, *size)
-    most = 0
-
-    def net(part: Tensor) -> Tensor:
-        nonlocal most
-        most = max(most, *part.shape[2:])
-        return nn.functional.interpolate(part, scale_factor=scale)
-
-    tiled = upscale_tiled(net, images, tile, int(share * tile))
-    assert torch.equal(tiled, nn.functional.interpolate(images, scale_factor=scale))
-    assert most <= tile
-
-
-@given(st.integers(2, 40), st.integers(2, 20), st.floats(0, 0.99))
-def test_neighbouring_tiles_meet_in_the_middle_of_what_they_share(size: int, tile: int, share: float) -> None:
-    """So a pixel kept from a tile is at least half an overlap away from that tile's edges inside the image."""
-    overlap = int(share * tile)
-    images = torch.zeros(1, 1, 1, size)
-
-    def depth(part: Tensor) -> Tensor:
-        length = part.shape[-1]
-        return torch.arange(length).minimum(torch.arange(length).flip(0)).expand_as(part)
-
-    inside = upscale_tiled(depth, images, tile, overlap)[0, 0, 0]
-    ramp = torch.arange(size).minimum(torch.arange(size).flip(0))
-    assert (inside >= ramp.clamp(max=overlap // 2)).all()

@@ -1,0 +1,117 @@
+"""What the commands share: how they speak, load weights and ask for packages."""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.checkpoints import load_model
+from sparse_sr_attn.errors import SparseSRError
+
+
+class UsageError(SparseSRError):
+    """The command line asks for what cannot be; nothing was done."""
+
+
+def say(text: str) -> None:
+    """Print an error or a note, of the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        show(f"sparse-sr: {text}", sys.stderr)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, whatever is in a file's name."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def name(path: Path | str) -> str:
+    """Return a path as one line."""
+    return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(path))
+
+
+def require(*modules: str, extra: str) -> None:
+    """Raise an error that says what to install, if a package is not there.
+
+    Raises:
+        SparseSRError: one of `modules` is missing.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise SparseSRError(f"{', '.join(missing)} must be installed: python -m pip install 'sparse-sr-attn[{extra}]'")
+
+
+def add_weights(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
+    """Add the arguments that `load` and `to_device` read."""
+    parser.add_argument(
+        "-w",
+        "--weights",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help=".pth or .safetensors, ours or of another code base (docs/checkpoints.md); they tell the network",
+    )
+    add_options(parser)
+    if device:
+        parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the GPU if there is one")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for options that weights do not tell."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of the network that its weights do not tell, e.g. img_range=1.0; values as in JSON",
+    )
+
+
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options given by `--set`.
+
+    Raises:
+        UsageError: one is not of the form NAME=VALUE.
+    """
+    given = {}
+    for item in arguments.set:
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--set needs NAME=VALUE, got {item!r}")
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    return given
+
+
+def load(arguments: argparse.Namespace) -> Network:
+    """Return the network of `--weights` and `--set`, on `--device` if there is such an argument.
+
+    Raises:
+        UsageError: there is no such device, or `--set` is wrong.
+        CheckpointError: the weights cannot be read.
+        ConfigError: an option is wrong.
+    """
+    device = _device(getattr(arguments, "device", "cpu"))
+    return load_model(arguments.weights, **options(arguments)).to(device)
+
+
+def _device(asked: str | None) -> torch.device:
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device).add(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"--device must be one that torch can use here, got {asked!r}: {reason}") from error
+    return device

@@ -1,0 +1,185 @@
+"""Large images in overlapping tiles, so that memory does not grow with the image."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+Progress = Callable[[int, int], object]
+"""Told after each tile: how many are done, of how many."""
+
+
+def upscale_tiled(
+    net: Callable[[Tensor], Tensor],
+    images: Tensor,
+    tile: int,
+    overlap: int,
+    *,
+    blend: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return `net(images)` put together from tiles.
+
+    Args:
+        net: enlarges (b, c, h, w) by a whole factor.
+        images: (b, c, h, w).
+        tile: side of the squares that `net` sees, in pixels of `images`, >= 1; a shorter image is not cut.
+        overlap: pixels that neighbouring tiles share at least, `0 <= overlap < tile`. They meet in the middle of these.
+        blend: pixels around that middle over which one tile passes into the other, `0 <= blend <= overlap`; 0 cuts
+            sharply. An odd number counts as the even one below.
+        progress: called after each tile.
+
+    Returns:
+        The same as `net(images)` where a pixel depends on no other further away than `(overlap - blend) / 2`. Layers
+        that reach further, attention among them, see their own tile only; blending hides where tiles meet, and
+        `docs/upscale.md` says how far the image is from that of the whole.
+
+    Raises:
+        ValueError: `tile`, `overlap` or `blend` is out of its range.
+    """
+    output: Tensor | None = None
+    first = 0
+    for strip in upscaled_strips(net, images, tile, overlap, blend=blend, progress=progress):
+        if output is None:
+            scale = strip.shape[-1] // images.shape[-1]
+            height = images.shape[-2] * scale
+            if strip.shape[-2] == height:
+                return strip
+            output = strip.new_empty(*strip.shape[:-2], height, strip.shape[-1])
+        output[..., first : first + strip.shape[-2], :] = strip
+        first += strip.shape[-2]
+    assert output is not None  # noqa: S101  (an image has a pixel)
+    return output
+
+
+def upscaled_strips(
+    net: Callable[[Tensor], Tensor],
+    images: Tensor,
+    tile: int,
+    overlap: int,
+    *,
+    blend: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Yield the rows of `upscale_tiled(...)` from top to bottom, as soon as no tile adds to them any more.
+
+    So whoever keeps them in fewer bits never holds the whole image in floats. The arguments are those of
+    `upscale_tiled`; `net` gets parts of `images` as they are, and may convert them, too.
+
+    Raises:
+        ValueError: `tile`, `overlap` or `blend` is out of its range.
+    """
+    if tile < 1 or not 0 <= overlap < tile or not 0 <= blend <= overlap:
+        raise ValueError(
+            f"tiles need tile >= 1, 0 <= overlap < tile and 0 <= blend <= overlap, got {tile=}, {overlap=}, {blend=}"
+        )
+    rows = _cuts(images.shape[-2], tile, overlap, blend // 2)
+    columns = _cuts(images.shape[-1], tile, overlap, blend // 2)
+    band: Tensor | None = None  # the rows that are not finished
+    for down, row in enumerate(rows):
+        for across, column in enumerate(columns):
+            part = images[..., row.start : row.start + row.length, column.start : column.start + column.length]
+            piece = net(part)
+            scale = piece.shape[-1] // column.length
+            if across == 0:
+                above = band
+                band = piece.new_zeros(*piece.shape[:-2], (row.last - row.first) * scale, images.shape[-1] * scale)
+                if above is not None:
+                    band[..., : above.shape[-2], :] = above
+            assert band is not None  # noqa: S101  (the first column made it)
+            kept = piece[..., row.kept(scale), column.kept(scale)]
+            share = row.share(scale, piece)[:, None] * column.share(scale, piece)
+            band[..., slice(column.first * scale, column.last * scale)] += kept * share
+            if progress is not None:
+                progress(down * len(columns) + across + 1, len(rows) * len(columns))
+        assert band is not None  # noqa: S101  (there is a column)
+        finished = (rows[down + 1].first if down + 1 < len(rows) else row.last) - row.first
+        yield band[..., : finished * scale, :]
+        band = band[..., finished * scale :, :]
+
+
+def with_smaller_tiles(
+    attempt: Callable[[int], T], tile: int, *, smallest: int = 32, notice: Callable[[int], object] | None = None
+) -> T:
+    """Return `attempt(tile)`; whenever memory runs out, try again with half the side.
+
+    Args:
+        attempt: does all the work for a side of tiles.
+        tile: the first side, in pixels, >= 1.
+        smallest: the last side that is tried.
+        notice: told each smaller side before it is tried.
+
+    Raises:
+        MemoryError: memory does not suffice for the smallest tiles either.
+    """
+    while True:
+        try:
+            return attempt(tile)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+        # Out of the handler: the error's traceback holds what filled the memory.
+        if tile <= smallest:
+            raise MemoryError(f"memory does not suffice even for tiles of {tile} pixels: {reason}")
+        tile = max(smallest, tile // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if notice is not None:
+            notice(tile)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU, torch says it in words only.
+    words = ("can't allocate memory", "not enough memory", "could not create a primitive")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+class _Cut(NamedTuple):
+    """One tile along one side, in pixels of the input.
+
+    Attributes:
+        start: where it begins.
+        length: what the network sees of it.
+        first: the first pixel it contributes to.
+        last: the last one, + 1.
+        rise: from where to where its share grows from 0 to 1; both the same for a sharp cut.
+        fall: from where to where its share goes back to 0.
+    """
+
+    start: int
+    length: int
+    first: int
+    last: int
+    rise: tuple[int, int]
+    fall: tuple[int, int]
+
+    def kept(self, scale: int) -> slice:
+        """Return the part of the tile's output that it contributes."""
+        return slice((self.first - self.start) * scale, (self.last - self.start) * scale)
+
+    def share(self, scale: int, like: Tensor) -> Tensor:
+        """Return its share in each pixel it contributes to; those of all tiles add up to 1."""
+        centre = torch.arange(self.first * scale, self.last * scale, device=like.device, dtype=torch.float64) + 0.5
+        risen, fallen = (
+            ((centre - start * scale) / max(end - start, 1e-9) / scale).clamp(0, 1)
+            for start, end in (self.rise, self.fall)
+        )
+        return (risen - fallen).to(like.dtype)
+
+
+def _cuts(size: int, tile: int, overlap: int, half: int) -> list[_Cut]:
+    """Return the tiles along a side; `half` of the blend lies on each side of a seam."""
+    length = min(size, tile)
+    starts = [*range(0, size - length, tile - overlap), size - length]
+    seams = [(start + length + following) // 2 for start, following in pairwise(starts)]
+    # Before the first pixel all has risen, after the last one nothing falls.
+    ramps = [(-1, 0), *((seam - half, seam + half) for seam in seams), (size, size + 1)]
+    return [
+        _Cut(start, length, max(rise[0], 0), min(fall[1], size), rise, fall)
+        for start, (rise, fall) in zip(starts, pairwise(ramps), strict=True)
+    ]

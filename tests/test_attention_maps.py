@@ -1,0 +1,313 @@
+"""Where pixels attend is what dense attention says; the overlap of layers is what it should be."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sparse_sr_attn import EDSR, LSP, AttentionLayer, CoA, LCoA, LCoAN, ShapeError
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.functional.kmeans import initial_state
+from sparse_sr_attn.reference import cluster as reference
+from sparse_sr_attn.visualize import attended, attention_overlap, attention_states, heat
+
+SIZE = (6, 9)
+
+
+def features(height: int = 6, width: int = 9) -> Tensor:
+    return torch.randn(1, 8, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def picture(height: int = 6, width: int = 9) -> Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def lsp(**options: Any) -> LSP:
+    torch.manual_seed(0)
+    return LSP(8, **{"num_clusters": 5, "chunk_size": 7, "reduction": 2, **options}).double().eval()
+
+
+def network(share: int) -> EDSR:
+    torch.manual_seed(0)
+    attention = {"type": "LCoA", "every": 1, "share": share, "num_clusters": 5, "chunk_size": 7}
+    model = EDSR(num_feat=8, num_block=4, upscale=2, img_range=1.0, attention=attention).eval()
+    for seed, pattern in enumerate(module for module in model.modules() if isinstance(module, LSP)):
+        pattern.centroids.copy_(initial_state(5, 2, seed).centroids)  # they start alike in all layers
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- where a pixel looks
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_adjacent": 0}, {"num_adjacent": 2}, {"exact_keys": False}, {"chunk_size": 100}], ids=str
+)
+def test_is_the_row_of_dense_attention(options: dict[str, Any]) -> None:
+    pattern = lsp(**options)
+    with torch.no_grad():
+        query, key, who = pattern.route(features())
+        maps = attended(pattern(features()), torch.arange(54))
+    dense = reference.cluster_attention(query, key, torch.eye(54, dtype=torch.float64)[None], who)[0]
+    assert maps.shape == (54, *SIZE)
+    torch.testing.assert_close(maps.flatten(1), dense, rtol=1e-10, atol=1e-10)
+
+
+def test_of_several_rounds_is_their_sum() -> None:
+    pattern = lsp(num_rounds=2)
+    with torch.no_grad():
+        state = pattern(features())
+        maps = attended(state, torch.tensor([53, 0, 20])).flatten(1)
+    same = torch.eye(54, dtype=torch.float64).expand(2, -1, -1)
+    by_round = reference.apply_cluster_weights(state.weights, same, state.pattern)
+    torch.testing.assert_close(maps, by_round.sum(dim=0)[[53, 0, 20]], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(maps.sum(dim=1), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("state", "tokens", "error", "message"),
+    [
+        (lambda: lsp()(features()), [54], ShapeError, "numbers from 0 to 53, got"),
+        (lambda: lsp()(features()), [-1], ShapeError, "numbers from 0 to 53, got"),
+        (lambda: lsp()(features().expand(2, -1, -1, -1)), [0], ShapeError, "one image, got one of 2"),
+        (lambda: "state", [0], TypeError, "must be a ClusterAttention, got a str"),
+    ],
+)
+def test_wrong_arguments(state: Callable[[], Any], tokens: list[int], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        attended(state(), torch.tensor(tokens))
+
+
+# ------------------------------------------------------------------------------------------------------- all layers
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_states_are_those_that_layers_use(share: int) -> None:
+    """Put each state in, in place of computing: the image stays what it was."""
+    model = network(share)
+    states = attention_states(model, picture())
+    assert list(states) == [f"attention.{index}" for index in range(4)]
+    assert len({id(state) for state in states.values()}) == 4 // share
+    with torch.no_grad():
+        expected = model(picture()[None])
+        layers = [model.get_submodule(name) for name in states]
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, state=state: (args[0], state))
+            for layer, state in zip(layers, states.values(), strict=True)
+        ]
+        torch.testing.assert_close(model(picture()[None]), expected)
+        for hook in hooks:
+            hook.remove()
+
+
+def test_of_lcoan_and_of_a_model_of_ones_own() -> None:
+    torch.manual_seed(0)
+    model = LCoAN(num_feat=8, num_group=3, num_block=1, num_clusters=5, chunk_size=7)
+    assert list(attention_states(model, picture())) == [f"body.{index}.attention" for index in range(3)]
+    own = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(LCoA(8)), LCoA(8))
+    assert list(attention_states(own, picture())) == ["1.0", "2"]
+
+
+def test_a_layer_within_a_layer_without_a_state() -> None:
+    class Around(AttentionLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = LCoA(3)
+
+        def forward(self, x: Tensor, state: Any = None) -> Tensor:
+            return self.inner(x)
+
+    assert list(attention_states(nn.Sequential(Around(), LCoA(3)), picture())) == ["0.inner", "1"]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = network(2).train()
+    model.conv_first.eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    attention_states(model, picture())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_without_attention_there_is_nothing_to_show() -> None:
+    with pytest.raises(ValueError, match=r"layers with a state \(LCoA, CoA\), and EDSR runs none"):
+        attention_states(EDSR(num_feat=8, num_block=1), picture())
+
+
+# ---------------------------------------------------------------------------------------------------------- overlap
+
+
+def test_overlap_is_one_for_those_that_share() -> None:
+    overlap = attention_overlap(list(attention_states(network(2), picture()).values()))
+    assert overlap.shape == (4, 4)
+    assert torch.equal(overlap, overlap.T)
+    torch.testing.assert_close(overlap.diagonal(), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(overlap[0, 1], overlap[0, 0])
+    torch.testing.assert_close(overlap[2, 3], overlap[0, 0])
+    assert 0 < float(overlap[0, 2]) < 0.95
+
+
+def test_overlap_is_the_common_share_of_dense_attention() -> None:
+    states = [lsp(chunk_size=size)(features()) for size in (7, 11, 54)]
+    same = torch.eye(54, dtype=torch.float64)[None]
+    dense = [reference.apply_cluster_weights(state.weights.detach(), same, state.pattern)[0] for state in states]
+    with torch.no_grad():
+        overlap = attention_overlap(states)
+    for a in range(3):
+        for b in range(3):
+            common = sum(min(dense[a][i, j].item(), dense[b][i, j].item()) for i in range(54) for j in range(54)) / 54
+            assert overlap[a, b].item() == pytest.approx(common, abs=1e-9)
+
+
+def test_nothing_in_common_and_a_few_pixels() -> None:
+    """With one key a query, two patterns that put each pixel with another have an overlap of 0."""
+    alone = lsp(chunk_size=1, num_adjacent=0)(features())  # every pixel sees itself
+    with torch.no_grad():
+        itself = attended(alone, torch.tensor([0, 33]))
+    assert itself.flatten(1).argmax(dim=1).tolist() == [0, 33]
+    other = copy.copy(alone)
+    object.__setattr__(other, "weights", torch.zeros_like(alone.weights))
+    with torch.no_grad():
+        overlap = attention_overlap([alone, other], num_tokens=5)
+    assert overlap.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_overlap_of_maps_of_several_sizes() -> None:
+    with pytest.raises(ShapeError, match=r"one size, got \[\(5, 4\), \(6, 9\)\]"):
+        attention_overlap([lsp()(features()), lsp()(features(5, 4))])
+    with pytest.raises(ShapeError, match="got no layer"):
+        attention_overlap([])
+
+
+def test_heat() -> None:
+    colours = heat(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    assert colours.tolist() == [[[0, 0, 0], [255, 0, 0]], [[255, 255, 0], [255, 255, 255]]]
+    assert heat(torch.zeros(2, 3)).sum() == 0
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"params": network(2).state_dict()}, "net.pth")
+    Image.fromarray((picture(40, 60).permute(1, 2, 0) * 255).byte().numpy()).save("photo.png")
+    return tmp_path
+
+
+def drawn(file: str) -> np.ndarray:
+    with Image.open(file) as image:
+        assert image.mode == "RGB"
+        return np.asarray(image)
+
+
+def test_clusters(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One colour a cluster, at each pixel where the layer itself has that cluster."""
+    assert main(["inspect", "clusters", "photo.png", "--weights", "net.pth", "--layer", "2"]) == 0
+    out = capsys.readouterr().out
+    image = drawn("photo_clusters.png")
+    factor = image.shape[1] // 60
+    assert image.shape == (40 * factor, 60 * factor, 3)
+    assert image.shape[1] >= 512
+    pixels = image[::factor, ::factor].reshape(-1, 3)
+    assert np.array_equal(np.kron(pixels.reshape(40, 60, 3), np.ones((factor, factor, 1), np.uint8)), image)
+    low = torch.from_numpy(drawn("photo.png").astype(np.float32) / 255).permute(2, 0, 1)
+    assignment = attention_states(network(2), low)["attention.2"].pattern.assignment[0]
+    pairs = {(int(cluster), tuple(pixel)) for cluster, pixel in zip(assignment, pixels.tolist(), strict=True)}
+    clusters = set(assignment.tolist())
+    assert len(pairs) == len(clusters) == len({colour for _, colour in pairs})
+    assert out.startswith(f"{len(clusters)} clusters in use")
+
+
+def test_attention_of_a_pixel(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "attention", "photo.png", "--weights", "net.pth", "--pixel", "7", "30"]) == 0
+    weight, _, _, x, y = capsys.readouterr().out.splitlines()[0].split()
+    image = drawn("photo_attention.png")
+    factor = image.shape[1] // 60
+    assert tuple(image[30 * factor, 7 * factor]) == (0, 255, 0)
+    low = torch.from_numpy(drawn("photo.png").astype(np.float32) / 255).permute(2, 0, 1)
+    (weights,) = attended(attention_states(network(2), low)["attention.0"], torch.tensor([30 * 60 + 7]))
+    assert float(weights[int(y), int(x)]) == float(weights.max()) == pytest.approx(float(weight), abs=1e-4)
+    bright = image[::factor, ::factor, 0] > 100  # red beyond what the photograph behind has
+    bright[30, 7] = bool(weights[30, 7] > 0)
+    strong = (weights / weights.max()).sqrt().numpy() * 3 * 255 > 101
+    assert np.array_equal(bright[strong], np.ones(strong.sum(), bool))
+    assert not bright[weights.numpy() == 0].any()
+
+
+def test_overlap(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "overlap", "photo.png", "--weights", "net.pth", "--output", "pairs.png"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:4]]
+    assert [row[0] for row in rows] == [f"attention.{index}" for index in range(4)]
+    table = np.array([[float(value) for value in row[1:]] for row in rows])
+    assert table[0, 1] == table[2, 3] == 1.0
+    assert table[0, 2] < 0.95
+    image = drawn("pairs.png")
+    corner = lambda a, b: tuple(image[(a + 1) * 56 + 3, (b + 1) * 56 + 3])  # noqa: E731
+    assert corner(0, 1) == (0, 0, 255)
+    assert corner(0, 2)[0] == pytest.approx(255 * (1 - table[0, 2]), abs=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (
+            ["attention", "photo.png", "--pixel", "60", "0"],
+            2,
+            "--pixel must lie in the image, 0..59 and 0..39, got 60 0",
+        ),
+        (["clusters", "photo.png", "--layer", "4"], 2, "--layer must be from 0 to 3, got 4"),
+        (["clusters", "no.png"], 1, "no.png: cannot be read: No such file or directory"),
+        (["clusters", "photo.png", "-o", "x.txt"], 2, "--output x.txt must end like an image that Pillow writes"),
+        (["clusters", "photo.png", "-o", "net.png"], 1, "net.png is there already, and stays; --overwrite replaces it"),
+        (["clusters", "net.pth"], 1, "net.pth: is not an image that Pillow knows"),
+    ],
+)
+def test_one_line_errors(
+    arguments: list[str], status: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("net.png").touch()
+    before = sorted(os.listdir())
+    assert main(["inspect", *arguments, "--weights", "net.pth"]) == status
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"sparse-sr: {message}")
+    assert captured.err.count("\n") == 1
+    assert sorted(os.listdir()) == before
+
+
+def test_weights_without_attention(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(EDSR(num_feat=8, num_block=1).state_dict(), "plain.pth")
+    assert main(["inspect", "overlap", "photo.png", "--weights", "plain.pth"]) == 1
+    assert "and EDSR runs none; build it with attention" in capsys.readouterr().err
+
+
+def test_a_network_of_one_channel_sees_brightness(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    attention = {"type": "LCoA", "every": 1, "num_clusters": 5, "chunk_size": 7}
+    torch.save(EDSR(1, 1, num_feat=8, num_block=1, upscale=2, attention=attention).state_dict(), "one.pth")
+    deep = (drawn("photo.png").astype(np.uint16) @ np.array([299, 587, 114])) * 65535 // 255_000
+    Image.fromarray(deep.astype(np.uint16)).save("deep.png")
+    for file in ("photo.png", "deep.png"):  # the same picture in colour, and grey with 16 bits
+        assert main(["inspect", "attention", file, "-w", "one.pth", "--pixel", "3", "4", "-o", f"map_{file}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[6]
+    off = np.abs(drawn("map_photo.png").astype(int) - drawn("map_deep.png").astype(int))
+    assert int(off.max()) <= 2
+
+
+def test_a_consumer_has_the_clusters_of_its_provider(here: Path) -> None:
+    for layer in ("0", "1"):
+        assert main(["inspect", "clusters", "photo.png", "-w", "net.pth", "--layer", layer, "-o", f"{layer}.png"]) == 0
+    assert isinstance(network(2).attention[1], CoA)
+    first, second = ([tuple(p) for p in drawn(f"{layer}.png").reshape(-1, 3).tolist()] for layer in "01")
+    assert len(set(first)) == len(set(second)) == len(set(zip(first, second, strict=True)))

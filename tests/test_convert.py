@@ -1,0 +1,241 @@
+"""Weights go to other names and files and come back; nothing is lost that is not said to be."""
+
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sparse_sr_attn import EDSR, ELAN, RCAN, CheckpointError, LCoAN, load_model
+from sparse_sr_attn.checkpoints import LAYOUTS
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.conversion import convert_weights, unsaid_options
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("lcoan_*.safetensors"))
+LCOA = {"type": "LCoA", "every": 1, "num_clusters": 3, "chunk_size": 7, "zero_init": False}
+
+
+def image(channels: int = 3) -> Tensor:
+    return torch.rand(1, channels, 9, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Conv(nn.Conv2d):
+    def __init__(self, i: int, o: int, k: int = 3) -> None:
+        super().__init__(i, o, k, padding=k // 2)
+
+
+class MeanShift(nn.Conv2d):
+    """A fixed 1x1 convolution, as EDSR-PyTorch has it, on images in 0..255."""
+
+    def __init__(self, sign: int) -> None:
+        super().__init__(3, 3, 1)
+        self.weight.data = torch.eye(3).view(3, 3, 1, 1)
+        self.bias.data = sign * 255 * torch.tensor((0.4488, 0.4371, 0.4040))
+
+
+class Scaled(nn.Module):
+    """A residual block, `body` its branch."""
+
+    def __init__(self, body: list[nn.Module], res_scale: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+        self.res_scale = res_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.res_scale + x
+
+
+class Gate(nn.Module):
+    def __init__(self, n: int, r: int) -> None:
+        super().__init__()
+        self.conv_du = nn.Sequential(Conv(n, n // r, 1), nn.ReLU(), Conv(n // r, n, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv_du(x.mean(dim=(2, 3), keepdim=True))
+
+
+class Theirs(nn.Module):
+    """The frame of EDSR-PyTorch's networks, on images in 0..255; written from its key names and its paper."""
+
+    def __init__(self, body: list[nn.Module], n: int, upscale: int) -> None:
+        super().__init__()
+        self.sub_mean, self.add_mean = MeanShift(-1), MeanShift(1)
+        self.head = nn.Sequential(Conv(3, n))
+        self.body = nn.Sequential(*body, Conv(n, n))
+        steps = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
+        up: list[nn.Module] = []
+        for step in steps:
+            up += [Conv(n, step * step * n), nn.PixelShuffle(step)]
+        self.tail = nn.Sequential(nn.Sequential(*up), Conv(n, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(self.sub_mean(x))
+        return self.add_mean(self.tail(x + self.body(x)))
+
+
+def their_edsr(n: int, blocks: int, upscale: int, res_scale: float) -> nn.Module:
+    return Theirs([Scaled([Conv(n, n), nn.ReLU(), Conv(n, n)], res_scale) for _ in range(blocks)], n, upscale)
+
+
+def their_rcan(n: int, groups: int, blocks: int, upscale: int) -> nn.Module:
+    def block() -> nn.Module:
+        return Scaled([Conv(n, n), nn.ReLU(), Conv(n, n), Gate(n, 4)], 1)
+
+    return Theirs([Scaled([*(block() for _ in range(blocks)), Conv(n, n)], 1) for _ in range(groups)], n, upscale)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "EDSR x2": (
+        lambda: EDSR(num_feat=8, num_block=11, upscale=2),
+        lambda: their_edsr(8, 11, 2, 1.0),
+    ),
+    "EDSR x4": (lambda: EDSR(num_feat=8, num_block=1, upscale=4), lambda: their_edsr(8, 1, 4, 1.0)),
+    "RCAN x3": (
+        lambda: RCAN(num_feat=8, num_group=3, num_block=2, squeeze_factor=4, upscale=3),
+        lambda: their_rcan(8, 3, 2, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_their_code_loads_it_strictly_and_gives_the_same_image(name: str) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (build().eval() for build in CASES[name])
+    theirs.load_state_dict(convert_weights(ours, "released"), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(image() * 255) / 255, ours(image()), rtol=1e-5, atol=1e-5)
+    assert unsaid_options(ours, convert_weights(ours, "released")) == []
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_released_lcoan_goes_and_comes_back(path: Path) -> None:
+    """All keys that its code has, with the shapes it has them in; what it never uses may be other numbers."""
+    released = {key[6:]: value for key, value in load_file(path).items() if key.startswith("state.")}
+    model = load_model(released, chunk_size=5, exact_keys=True)
+    again = convert_weights(model, "released")
+    assert {key: value.shape for key, value in again.items()} == {key: value.shape for key, value in released.items()}
+    dead = re.compile(r"a|body\.[1-9]\d*\.attention\.0\.(conv_match|kmeans).*|.*initted")
+    for key, value in released.items():
+        assert again[key].dtype == value.dtype
+        assert dead.fullmatch(key) or torch.equal(again[key], value), key
+    assert {"chunk_size=5", "exact_keys=true"} <= set(unsaid_options(model, again))
+    assert unsaid_options(load_model(released), again) == []
+
+
+def test_layouts_with_other_names_can_be_written() -> None:
+    """But that of ELAN, whose convolutions hold queries and values in one, and whose shifts have two forms."""
+    unwritten = [layout.name for layout in LAYOUTS if layout.names and layout.filling is None]
+    assert unwritten == ["the released ELAN"]
+    with pytest.raises(CheckpointError, match="the released names of an ELAN cannot be written; its own can"):
+        convert_weights(ELAN(num_feat=6, num_block=2, window_sizes=(2, 3)).eval(), "released")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: EDSR(num_feat=8, num_block=2, attention=LCOA), "no place for attention.0"),
+        (lambda: LCoAN(num_feat=8, num_group=4, num_block=1, share=2, num_clusters=3), "no place for body.2.attention"),
+        (lambda: LCoAN(num_feat=8, num_group=2, num_block=1, num_rounds=2, num_clusters=3), "no place for .*further"),
+        (lambda: EDSR(1, 1, num_feat=8, num_block=2), "a mean of 3 channels, but the network has 1"),
+    ],
+)
+def test_what_has_no_place_is_refused(model: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        convert_weights(model().eval(), "released")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"img_range": 1.0, "rgb_mean": (0.0, 0.0, 0.0)}, "img_range=1.0, rgb_mean=[0.0, 0.0, 0.0]"),
+        ({"res_scale": 0.2}, "res_scale=0.2"),
+    ],
+)
+def test_what_weights_do_not_tell_is_said(
+    options: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    torch.save(EDSR(num_feat=8, num_block=2, upscale=2, **options).state_dict(), tmp_path / "edsr.pth")
+    told = [f"{key}={str(list(value)) if isinstance(value, tuple) else value}" for key, value in options.items()]
+    status = main(["convert", f"{tmp_path}/edsr.pth", f"{tmp_path}/out.pt", "--names", "released", "--set", *told])
+    assert status == 0
+    note = f"sparse-sr: note: these weights do not tell {said}; tell it to whoever reads them\n"
+    assert capsys.readouterr().err == note
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_files_come_back(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = LCoAN(num_feat=8, num_group=2, num_block=1, num_clusters=3, chunk_size=9, res_scale=0.6).eval()
+    source, target = tmp_path / "net.pth", tmp_path / f"net_out{suffix}"
+    torch.save({"params": OrderedDict(model.state_dict())}, source)
+    assert main(["convert", str(source), str(target)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out == f"{source} -> {target}: LCoAN, {len(model.state_dict())} keys\n"
+    again = load_model(target)
+    assert torch.equal(again(image()), model(image()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pth", target.name]
+    if suffix != ".safetensors":
+        assert set(torch.load(target)) == {"params"}
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "net.pth", tmp_path / "out.safetensors"
+    torch.save(EDSR(num_feat=8, num_block=1).state_dict(), source)
+    target.write_bytes(b"mine")
+    assert main(["convert", str(source), str(target)]) == 1
+    assert "is there already, and stays; --overwrite replaces it" in capsys.readouterr().err
+    assert target.read_bytes() == b"mine"
+    assert main(["convert", str(source), str(target), "--overwrite"]) == 0
+    assert load_file(target)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["no.pth", "out.pth"], 1, "no.pth: there is no such file"),
+        (["net.pth", "out.onnx"], 2, "TO must end in .safetensors, .pth, .pt, got out.onnx"),
+        (["net.pth", "out.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
+        (["net.pth", "out.pth", "--set", "img_range"], 2, "--set needs NAME=VALUE, got 'img_range'"),
+        (["net.pth", "nowhere/out.pth"], 1, "cannot be written: No such file or directory"),
+        (["net.pth", "out.pth", "--names", "theirs"], 2, "invalid choice: 'theirs'"),
+    ],
+)
+def test_one_line_errors(
+    arguments: list[str],
+    status: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(EDSR(num_feat=8, num_block=1).state_dict(), "net.pth")
+    assert main(["convert", *arguments]) == status
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    source, target = tmp_path / "net.pth", tmp_path / "out.pth"
+    torch.save(EDSR(num_feat=32, num_block=1).state_dict(), source)
+    target.write_bytes(b"mine")
+    for suffix in (".pth", ".safetensors"):
+        code = (
+            "import resource, sys; from sparse_sr_attn.cli import main\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+            f"sys.exit(main(['convert', {str(source)!r}, {str(target.with_suffix(suffix))!r}, '--overwrite']))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.endswith("cannot be written: File too large\n"), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert target.read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pth", "out.pth"]
