@@ -7,8 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, PositiveInt, checked
-from sparse_sr_attn.errors import SharingError
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_alone
 from sparse_sr_attn.layers.gmsa import GMSA
 from sparse_sr_attn.layers.shift_conv import LFE
 
@@ -77,8 +76,7 @@ class ELAB(AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        if state is not None:
-            raise SharingError(f"ELAB shares inside only and takes no state, got a {type(state).__name__}")
+        check_alone(self, state)
         shared = None
         for lfe, attention in zip(self.lfe, self.attention, strict=True):
             x = x + self.res_scale * lfe(x)

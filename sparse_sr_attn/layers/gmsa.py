@@ -17,7 +17,7 @@ from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional.batch_norm import batch_norm
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.window import apply_window_weights, window_weights
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting, last_conv
 from sparse_sr_attn.states import WindowAttention
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
@@ -112,10 +112,7 @@ class SharedGMSA(AttentionLayer):
         self.embed_dim = embed_dim
         self.res_scale = res_scale
         self.value = ConvNorm(embed_dim, embed_dim)
-        self.output = nn.Conv2d(embed_dim, embed_dim, 1)
-        if zero_init:
-            nn.init.zeros_(self.output.weight)
-            nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+        self.output = last_conv(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""

@@ -7,10 +7,8 @@ from the paper and from the behaviour of the released code; each departure is li
 from typing import ClassVar, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.functional.cluster import (
@@ -22,7 +20,16 @@ from sparse_sr_attn.functional.cluster import (
 )
 from sparse_sr_attn.functional.kmeans import KMeansState, assign, hash_directions, initial_state, kmeans_step
 from sparse_sr_attn.functional.precision import working_precision
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting
+from sparse_sr_attn.layers.base import (
+    LAYERS,
+    AttentionLayer,
+    check_map,
+    feature_map,
+    fitting,
+    last_conv,
+    tokens,
+    unit_keys,
+)
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
@@ -30,7 +37,6 @@ Routing = Literal["kmeans", "lsh"]
 """How tokens find their cluster."""
 
 _HINT = "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
-_KEY_EPS = 5e-5  # published floor of a key's length
 
 
 @LAYERS.register("LSP", kind="provider", source=_SOURCE)
@@ -148,14 +154,14 @@ class LSP(nn.Module):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         check_map(x, self.embed_dim)
-        embedding = _tokens(self.embed(x))
+        embedding = tokens(self.embed(x))
         query = embedding.to(working_precision(embedding))
         assignment = torch.stack([self._assign(query, module) for module in self._rounds()], dim=1).flatten(0, 1)
         pattern = cluster_pattern(
             assignment, chunk_size=self.chunk_size, num_adjacent=self.num_adjacent, exact_keys=self.exact_keys
         )
         query = _each_round(query, self.num_rounds)
-        return query, F.normalize(query, dim=-1, eps=_KEY_EPS), pattern
+        return query, unit_keys(query), pattern
 
     def _rounds(self) -> list[nn.Module]:
         return [self, *self.further_rounds]
@@ -193,10 +199,7 @@ class CoA(AttentionLayer):
         super().__init__()
         self.embed_dim = embed_dim
         self.res_scale = res_scale
-        self.value = nn.Conv2d(embed_dim, embed_dim, 1)
-        if zero_init:
-            nn.init.zeros_(self.value.weight)
-            nn.init.zeros_(self.value.bias)  # type: ignore[arg-type]
+        self.value = last_conv(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
@@ -219,11 +222,11 @@ class CoA(AttentionLayer):
 
     def values(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         """Return the value of each token."""
-        return _tokens(self.value(x))
+        return tokens(self.value(x))
 
     def add(self, x: Float[Tensor, "b c h w"], attended: Float[Tensor, "b n c"]) -> Float[Tensor, "b c h w"]:
         """Return the residual sum."""
-        return x + self.res_scale * rearrange(attended, "b (h w) c -> b c h w", h=x.shape[-2])
+        return x + self.res_scale * feature_map(attended, x)
 
 
 @LAYERS.register("LCoA", kind="layer", source=_SOURCE)
@@ -318,10 +321,6 @@ class LCoA(AttentionLayer):
     def make_consumer(self) -> CoA:
         """Return a fresh `CoA` of this width, `res_scale` and `zero_init`."""
         return CoA(self.coa.embed_dim, res_scale=self.coa.res_scale, zero_init=self.zero_init)
-
-
-def _tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-    return rearrange(x, "b c h w -> b (h w) c")
 
 
 def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "br n c"]:

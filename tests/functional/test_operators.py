@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.optests import OpCheckError
 
-from sparse_sr_attn.functional import cluster, kmeans, lsh, sparsemax  # noqa: F401  registers the operators
+from sparse_sr_attn.functional import batch_norm, cluster, kmeans, lsh, sparsemax, window  # noqa: F401  registers the operators
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case
 
@@ -95,6 +95,31 @@ def test_sparsemax_attention(device: torch.device, case: Case) -> None:
     check(operator("sparsemax_attention_backward"), (*inputs, 0.5))
 
 
+@pytest.mark.parametrize("size", [(4, 8), (5, 7), (1, 1)], ids=str)
+def test_window_attention(device: torch.device, size: tuple[int, int]) -> None:
+    """In windows of 4x4, whole and padded, shifted by 2 and back by 1."""
+    query, key, value = (
+        Case().tensor(name, 2, width, *size, device=device).requires_grad_()
+        for name, width in (("query", 3), ("key", 3), ("value", 5))
+    )
+    check(operator("window_weights"), (query, key, 4, 2, 0.5))
+    weights = operator("window_weights")(query, key, 4, 2, 0.5).detach()
+    grad = Case().tensor("grad", *weights.shape, device=device)
+    check(operator("window_weights_backward"), (grad, weights, query.detach(), key.detach(), 2, 0.5))
+    check(operator("apply_window_weights"), (weights.requires_grad_(), value, 4, 2, 1))
+    grad = Case().tensor("grad", *value.shape, device=device)
+    check(operator("apply_window_weights_backward"), (grad, weights.detach(), value.detach(), 2, 1))
+
+
+def test_move_running_statistics(device: torch.device) -> None:
+    mean, var, running_mean, running_var = (
+        Case().tensor(name, 5, dtype=torch.float32, device=device)
+        for name in ("mean", "var", "running_mean", "running_var")
+    )
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    check(operator("move_running_statistics"), (mean, var.abs(), running_mean, running_var.abs(), count, 0.1))
+
+
 @cases
 def test_hash_step(device: torch.device, case: Case) -> None:
     state = [tensor.to(device) for tensor in lsh.initial_hash(2, 8, 4)]
@@ -158,6 +183,11 @@ def test_every_operator_is_checked_here() -> None:
         "cluster_lse_backward",
         "hash_step",
         "kmeans_step",
+        "move_running_statistics",
         "sparsemax_attention",
         "sparsemax_attention_backward",
+        "window_weights",
+        "window_weights_backward",
+        "apply_window_weights",
+        "apply_window_weights_backward",
     }

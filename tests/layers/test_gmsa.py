@@ -140,7 +140,7 @@ def test_a_foreign_state_is_refused() -> None:
     x = features(1, 8, 4, 4)
     with pytest.raises(SharingError, match=r"a WindowAttention, got none; call shared = GMSA\(\.\.\.\)\.attend\(x\)"):
         SharedGMSA(8).double()(x)
-    with pytest.raises(SharingError, match="ELAB shares inside only and takes no state, got a WindowAttention"):
+    with pytest.raises(SharingError, match="ELAB takes no state, got a WindowAttention"):
         ELAB(8).double()(x, layer().eval().attend(x))
 
 
