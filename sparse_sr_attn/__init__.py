@@ -4,6 +4,7 @@ from sparse_sr_attn import LCoA
 y = LCoA(64)(x)  # any (b, 64, h, w)
 """
 
+from sparse_sr_attn.attachment import attach, detach
 from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, RCAN, LCoAN, create_model
 from sparse_sr_attn.blocks import ELAB
 from sparse_sr_attn.checkpoints import load_model
@@ -21,11 +22,16 @@ from sparse_sr_attn.errors import (
 )
 from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers import (
+    ENLA,
     GMSA,
+    HSPA,
     LAYERS,
     LFE,
     LSP,
+    NLA,
+    NLSA,
     AttentionLayer,
+    CategoryAttention,
     CoA,
     LCoA,
     SharedGMSA,
@@ -40,13 +46,18 @@ __all__ = [
     "EDSR",
     "ELAB",
     "ELAN",
+    "ENLA",
     "GMSA",
+    "HSPA",
     "LAYERS",
     "LFE",
     "LSP",
+    "NLA",
+    "NLSA",
     "PRESETS",
     "RCAN",
     "AttentionLayer",
+    "CategoryAttention",
     "CheckpointError",
     "ClusterAttention",
     "ClusterPattern",
@@ -66,8 +77,10 @@ __all__ = [
     "UnknownNameError",
     "WindowAttention",
     "__version__",
+    "attach",
     "build_layer",
     "create_model",
+    "detach",
     "load_model",
     "upscale_tiled",
 ]

@@ -51,6 +51,9 @@ class ProblemList:
     def __init__(self) -> None:
         self._found: list[Problem] = []
 
+    def __len__(self) -> int:
+        return len(self._found)
+
     def add(self, path: str, message: str) -> None:
         """Note a problem."""
         self._found.append(Problem(path, message))
@@ -123,6 +126,7 @@ def read(
 def checked(init: Callable[P, R]) -> Callable[P, R]:
     """Hold the callers of a constructor to the rules in its annotations; all problems are reported at once."""
     signature = inspect.signature(init)
+    takes_any = {name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD}
     hints: dict[str, Any] = {}
 
     @functools.wraps(init)
@@ -130,12 +134,12 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
         if not hints:
             hints.update(get_type_hints(init, include_extras=True))
         problems = ProblemList()
-        for name in kwargs.keys() - signature.parameters.keys():
+        for name in () if takes_any else kwargs.keys() - signature.parameters.keys():
             problems.add(name, f"unknown{suggestion(name, list(signature.parameters)[1:])}")
         problems.raise_if_any()
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
-            if name in hints:
+            if name in hints and name not in takes_any:
                 try:
                     bound.arguments[name] = _fit(value, hints[name])
                 except _Unfit as unfit:

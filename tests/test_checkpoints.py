@@ -191,6 +191,7 @@ def test_load_state_dict_keeps_the_options_of_the_network() -> None:
 def test_networks_without_attention_carry_nothing() -> None:
     assert "options" not in plain_edsr(attention=[]).state_dict()
     assert "options" not in RCAN(num_feat=8, num_group=1, num_block=1, squeeze_factor=2).state_dict()
+    assert "options" in trained("RCAN of LCoAs").state_dict()
 
 
 def test_options_may_be_any_kind_of_map_list_and_number(monkeypatch: pytest.MonkeyPatch) -> None:

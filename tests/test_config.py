@@ -82,6 +82,15 @@ def test_checked_holds_direct_callers_to_the_same_rules() -> None:
         called()
 
 
+def test_checked_leaves_open_what_a_function_leaves_open() -> None:
+    def opened(width: PositiveInt, **rest: int) -> tuple[int, dict[str, int]]:
+        return width, rest
+
+    assert checked(opened)(1, other=2) == (1, {"other": 2})
+    with pytest.raises(ConfigError, match=r"^width must be >= 1, got 0$"):
+        checked(opened)(0, other=2)
+
+
 def test_layers_say_the_rule_and_the_value() -> None:
     with pytest.raises(ConfigError, match=r"^chunk_size must be >= 1, got 0$"):
         LCoA(64, chunk_size=0)

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "functional": {"errors", "states"},
     "layers": {"errors", "states", "registry", "config", "functional"},
     "blocks": {"errors", "states", "registry", "config", "functional", "layers"},
+    "attachment": {"errors", "registry", "config", "layers", "blocks"},
     "backbones": {"errors", "states", "registry", "config", "functional", "layers", "blocks"},
     "files": set(),
     "inference": set(),

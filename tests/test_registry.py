@@ -52,12 +52,17 @@ def test_same_again_is_once() -> None:
 
 def test_layers_of_the_library() -> None:
     assert {name: LAYERS.get(name).kind for name in LAYERS} == {
+        "CategoryAttention": "layer",
         "CoA": "consumer",
         "ELAB": "layer",
+        "ENLA": "layer",
         "GMSA": "layer",
+        "HSPA": "layer",
         "LCoA": "layer",
         "LFE": "operator",
         "LSP": "provider",
+        "NLA": "layer",
+        "NLSA": "layer",
         "SharedGMSA": "consumer",
         "ShiftConv2d": "operator",
     }

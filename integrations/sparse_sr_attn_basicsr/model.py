@@ -28,7 +28,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `train.autocast` may be."""
 
 _HEARTBEAT_SECONDS = 15.0
-_UNHARMED = "Weights, optimizer and k-means state are finite and as they were before this step."
+_UNHARMED = "Weights, buffers and optimizer are finite and as they were before this step."
 
 
 class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types

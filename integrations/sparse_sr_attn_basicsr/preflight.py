@@ -4,6 +4,7 @@ BasicSR meets a wrong option where it first uses it, minutes into a run, or neve
 `check` looks at all options first, and reports all problems together.
 """
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +18,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
+from torch import nn
 
+from sparse_sr_attn import attach
 from sparse_sr_attn.config import (
     NonNegative,
     NonNegativeInt,
@@ -33,6 +36,7 @@ from sparse_sr_attn.config import (
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import registration
+from sparse_sr_attn_basicsr.attended import Attended
 
 _MODEL = "SparseSRModel"
 _PAIRED = "PairedImageDataset"
@@ -44,6 +48,9 @@ _OF_OUR_MODEL = {
     "train": ("grad_clip", "accumulate", "autocast", "deterministic", "pretrain_img_range"),
     "val": ("tile", "tile_overlap"),
 }
+
+# What the buffers of layers are to those who train them, by how their names end.
+_BUFFERS = {"centroids": "k-means centroids", "running_mean": "BatchNorm statistics"}
 
 # Those of `torch.optim` that any network can be trained with: the others want a closure, or a certain kind of gradient
 # or weight.
@@ -313,13 +320,15 @@ class _Preflight:
             self.problems.add(f"{path}.type", "missing; it names the network, e.g. SparseEDSR")
             return
         rest = {key: value for key, value in options.items() if key != "type"}
-        if name in self.ours:
+        if self.ours.get(name) is Attended:
+            self.attended(path, rest)
+        elif name in self.ours:
             self.our_network(path, self.ours[name], rest)
         else:
             self.named("ARCH_REGISTRY", f"{path}.type", name)
             self.their_network(path, name, rest)
 
-    def our_network(self, path: str, build: type, options: Mapping[str, Any]) -> None:
+    def our_network(self, path: str, build: registration.Build, options: Mapping[str, Any]) -> None:
         fitting: dict[str, Any] = {}
         for key, value in options.items():
             with self.problems.gathered():
@@ -337,21 +346,68 @@ class _Preflight:
             for problem in error.under(path).problems:
                 self.problems.add(problem.path, problem.message)
             return
-        attends = any(name.endswith("centroids") for name, _ in network.named_buffers())
-        if attends and network.img_range > _SATURATING_RANGE:
+        self.attention(path, network, options)
+
+    def attention(self, path: str, network: nn.Module, options: Mapping[str, Any]) -> None:
+        """Remark on options that do not go well with what attention keeps in buffers, if there is any."""
+        buffers = [name for name, _ in network.named_buffers()]
+        kept = [words for end, words in _BUFFERS.items() if any(name.endswith(end) for name in buffers)]
+        img_range = getattr(network, "img_range", 1.0)
+        if _BUFFERS["centroids"] in kept and img_range > _SATURATING_RANGE:
             default = "" if "img_range" in options else " (the default of this network)"
             self.remarks.append(
-                f"{path}.img_range: {network.img_range:g}{default} makes queries so long that the softmax of LCoA "
+                f"{path}.img_range: {img_range:g}{default} makes queries so long that the softmax of LCoA "
                 "saturates; prefer img_range: 1."
             )
         train = self.options.get("train")
         averaged = isinstance(train, Mapping) and train.get("ema_decay")
-        if self.training and averaged and self.options.get("model_type") == "SRModel":
-            self.remarks.append(f"model_type: SRModel leaves k-means centroids out of the EMA network; prefer {_MODEL}")
+        if self.training and averaged and kept and self.options.get("model_type") == "SRModel":
+            self.remarks.append(
+                f"model_type: SRModel leaves {' and '.join(kept)} out of the EMA network; prefer {_MODEL}"
+            )
+
+    def attended(self, path: str, options: Mapping[str, Any]) -> None:
+        """Check a network of BasicSR by itself, and then whether attention can be put into it."""
+        before = len(self.problems)
+        right: dict[str, Any] = {}
+        with self.problems.gathered():
+            right = read(Attended, options, path)
+            self.network(f"{path}.network", right["network"])
+        if len(self.problems) > before or right["attention"] is None:
+            return
+        network = self.built(f"{path}.network", right["network"])
+        if network is None:
+            return
+        try:
+            attach(network, right.get("body"), right["attention"])
+        except ConfigError as error:
+            for problem in error.under(path).problems:
+                self.problems.add(problem.path, problem.message)
+            return
+        self.attention(f"{path}.network", network, right["network"])
+
+    def built(self, path: str, options: Mapping[str, Any]) -> nn.Module | None:
+        """Return a network of BasicSR's registry, without memory for its weights if it can be built so."""
+        build, rest = self.builder(options["type"]), {key: value for key, value in options.items() if key != "type"}
+        reason = ""
+        for device in ("meta", "cpu"):  # some networks compute with their first weights, which the meta device forbids
+            try:
+                with torch.device(device):
+                    network: nn.Module = build(**copy.deepcopy(rest))
+            except Exception as error:  # somebody else's code can raise anything
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                return network
+        self.problems.add(path, f"{options['type']} cannot be built with these options: {reason}")
+        return None
+
+    def builder(self, name: str) -> Any:
+        """Return what BasicSR builds a network of this name with; None if there is none."""
+        registry = self.registries.ARCH_REGISTRY
+        return next((registry.get(key) for key in (name, f"{name}_basicsr") if key in registry), None)
 
     def their_network(self, path: str, name: str, options: Mapping[str, Any]) -> None:
-        registry = self.registries.ARCH_REGISTRY
-        build = next((registry.get(key) for key in (name, f"{name}_basicsr") if key in registry), None)
+        build = self.builder(name)
         if build is None:
             return
         parameters = inspect.signature(build).parameters
@@ -362,6 +418,8 @@ class _Preflight:
                 sparse = f"Sparse{name}"
                 better = sparse in self.ours and key in fields(self.ours[sparse])
                 hint = f"; type: {sparse} has it" if better else suggestion(key, list(parameters))
+                if key == "attention" and not better:
+                    hint = f"; put it beside: {{type: Attended, network: {{type: {name}, ...}}, attention: ...}}"
                 self.problems.add(join_path(path, key), f"unknown to {name}{hint}")
 
     def our_model(self) -> None:
@@ -377,12 +435,15 @@ class _Preflight:
     def training_options(self) -> None:
         train, logger = self.options.get("train"), self.options.get("logger")
         if self.training and isinstance(train, dict):
-            network = self.options.get("network_g")
-            name = network.get("type") if isinstance(network, Mapping) else None
-            if train.get("pretrain_img_range") is not None and self.ours.get(str(name)) is not registration.SparseEDSR:
+            given = self.options.get("network_g")
+            network = given if isinstance(given, Mapping) else {}
+            plain = self.ours.get(str(network.get("type"))) is registration.SparseEDSR and network.get("block") is None
+            if train.get("pretrain_img_range") is not None and not plain:
+                block = " with block" if network.get("block") is not None else ""
                 self.problems.add(
                     "train.pretrain_img_range",
-                    f"must be ~ unless network_g is a SparseEDSR, whose image can stay the same; it is {name}",
+                    "must be ~ unless network_g is a SparseEDSR without block, whose image can stay the same; "
+                    f"it is {network.get('type')}{block}",
                 )
             if isinstance(train.get("optim_g"), Mapping):
                 train["optim_g"] = dict(train["optim_g"])

@@ -4,17 +4,23 @@ Nothing of it is imported but `basicsr.utils.registry` and, for the model, `basi
 two and drop other parts.
 """
 
+import functools
 import importlib
+import inspect
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from sparse_sr_attn.backbones.base import ResidualNetwork
+from torch import nn
+
 from sparse_sr_attn.backbones.edsr import EDSR
+from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import DuplicateNameError
 from sparse_sr_attn_basicsr import shims
+from sparse_sr_attn_basicsr.attended import Attended
 
 
 class SparseEDSR(EDSR):
@@ -27,7 +33,9 @@ class SparseRCAN(RCAN):
 
 _LOG = logging.getLogger(__name__)
 
-NETWORKS: tuple[type[ResidualNetwork], ...] = (LCoAN, SparseEDSR, SparseRCAN)
+Build = Callable[..., nn.Module]
+
+NETWORKS: tuple[Build, ...] = (ELAN, LCoAN, SparseEDSR, SparseRCAN, Attended)
 
 
 def register() -> None:
@@ -53,7 +61,7 @@ def register() -> None:
     _enter_model(registry.MODEL_REGISTRY, _later if scanning else _model())
 
 
-def names() -> dict[str, type[ResidualNetwork]]:
+def names() -> dict[str, Build]:
     """Return our networks by the names that they have, or will have, in this BasicSR's registry."""
     registry = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY
     return {
@@ -64,8 +72,12 @@ def names() -> dict[str, type[ResidualNetwork]]:
     }
 
 
-def _renamed(network: type[ResidualNetwork], name: str) -> type[ResidualNetwork]:
-    return type(name, (network,), {"__module__": __name__, "__doc__": network.__doc__})
+def _renamed(network: Build, name: str) -> Build:
+    if inspect.isclass(network):
+        return type(name, (network,), {"__module__": __name__, "__doc__": network.__doc__})
+    renamed = functools.update_wrapper(functools.partial(network), network)
+    renamed.__name__ = name
+    return renamed
 
 
 def _model() -> Any:

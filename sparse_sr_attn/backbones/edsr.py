@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
-from sparse_sr_attn.blocks import ResidualBlock, SiteAttention, read_attention, read_block
+from sparse_sr_attn.blocks import ResidualBlock, SiteAttention, read_trunk
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
 
@@ -59,9 +59,10 @@ class EDSR(ResidualNetwork):
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
         self.activation_checkpointing = activation_checkpointing
-        build = read_block(block) or (lambda index, num_feat: ResidualBlock(num_feat, res_scale))
+        build, maps = read_trunk(block, attention, num_block)
+        build = build or (lambda index, num_feat: ResidualBlock(num_feat, res_scale))
         self.body = nn.Sequential(*(build(index, num_feat) for index in range(num_block)))
-        self.attention = SiteAttention(read_attention(attention, num_block), num_block, num_feat)
+        self.attention = SiteAttention(maps, num_block, num_feat)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return what the residual blocks and the attention between them make of the first features."""

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
-from sparse_sr_attn.blocks import ResidualGroup, SiteAttention, read_attention, read_block
+from sparse_sr_attn.blocks import ResidualGroup, SiteAttention, read_trunk
 from sparse_sr_attn.blocks.residual import ChannelAttentionBlock
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
@@ -59,14 +59,13 @@ class RCAN(ResidualNetwork):
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
         self.activation_checkpointing = activation_checkpointing
-        build = read_block(block) or (
-            lambda index, num_feat: ChannelAttentionBlock(num_feat, squeeze_factor, res_scale)
-        )
+        build, maps = read_trunk(block, attention, num_group)
+        build = build or (lambda index, num_feat: ChannelAttentionBlock(num_feat, squeeze_factor, res_scale))
         groups = (range(num_block * group, num_block * (group + 1)) for group in range(num_group))
         self.body = nn.Sequential(
             *(ResidualGroup(num_feat, [build(index, num_feat) for index in group]) for group in groups)
         )
-        self.attention = SiteAttention(read_attention(attention, num_group), num_group, num_feat)
+        self.attention = SiteAttention(maps, num_group, num_feat)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return what the residual groups and the attention between them make of the first features."""

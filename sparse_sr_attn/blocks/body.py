@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn.config import NonNegativeInt, PositiveInt, ProblemList, fields, join_path, read
 from sparse_sr_attn.errors import ConfigError, Problem, UnknownNameError
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, build_layer
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, build_layer, find_layer
 from sparse_sr_attn.registry import Entry
 
 
@@ -20,12 +20,13 @@ class AttentionMap:
     """One map of the option `attention`.
 
     Attributes:
-        type: name of a registered layer.
+        type: name of a registered layer, or `timm:<name>`.
         every: after every so many blocks: 4 means after blocks 3, 7, 11, ...
         after: after these blocks, counted from 0; instead of `every`.
         share: one layer computes, the next `share - 1` sites reuse its state; 1: nobody shares. A layer that has an
             option `share` of its own gets it, and no site reuses another's.
         options: of the layer, checked.
+        path: where the map stands, for messages.
     """
 
     type: str
@@ -33,6 +34,7 @@ class AttentionMap:
     after: Sequence[NonNegativeInt] | None = None
     share: PositiveInt = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    path: str = "attention"
 
     def sites(self, num_blocks: int) -> tuple[int, ...]:
         """Return the blocks, of `num_blocks`, after which a layer stands."""
@@ -93,7 +95,7 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
         got = "both" if "every" in item else "neither"
         problems.add(path, f"must have one of 'every' and 'after', which say where attention stands, got {got}")
     problems.raise_if_any()
-    result = AttentionMap(**values, options=options)
+    result = AttentionMap(**values, options=options, path=path)
     _check_sites(result, num_blocks, path)
     return result
 
@@ -116,7 +118,26 @@ def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Mo
     if not isinstance(block, Mapping):
         raise ConfigError([Problem(path, f"must be a map with a key 'type' or ~ (the network's own), got {block!r}")])
     entry, options = _read_layer(block, path, ["type"])
-    return lambda index, embed_dim: build_layer(entry.name, embed_dim, **_shifted(entry, options, index))
+    return lambda index, embed_dim: _build(entry, embed_dim, options, index, path)
+
+
+def read_trunk(
+    block: object, attention: object, num_sites: int
+) -> tuple[Callable[[int, int], nn.Module] | None, tuple[AttentionMap, ...]]:
+    """Read the options `block` and `attention` of a network; see `read_block` and `read_attention`.
+
+    Raises:
+        ConfigError: names all problems of both.
+    """
+    problems = ProblemList()
+    build: Callable[[int, int], nn.Module] | None = None
+    maps: tuple[AttentionMap, ...] = ()
+    with problems.gathered():
+        build = read_block(block)
+    with problems.gathered():
+        maps = read_attention(attention, num_sites)
+    problems.raise_if_any()
+    return build, maps
 
 
 def _shares_inside(name: object) -> bool:
@@ -145,6 +166,18 @@ def _shifted(entry: Entry[nn.Module], options: Mapping[str, Any], index: int) ->
     return {"shift": index % 2 == 1, **options} if _shifts(entry) else options
 
 
+def _build(entry: Entry[nn.Module], embed_dim: int, options: Mapping[str, Any], index: int, path: str) -> nn.Module:
+    """Return the layer number `index` of its like.
+
+    Raises:
+        ConfigError: options break a rule that joins several, or the width.
+    """
+    try:
+        return build_layer(entry.name, embed_dim, **_shifted(entry, options, index))
+    except ConfigError as error:
+        raise error.under(path) from None
+
+
 def _shifts(entry: Entry[nn.Module]) -> bool:
     """Return whether a layer can shift its windows, or not: whether it has an option `shift` that says so."""
     return "shift" in fields(entry.build) and fields(entry.build)["shift"].annotation is bool
@@ -152,9 +185,11 @@ def _shifts(entry: Entry[nn.Module]) -> bool:
 
 def _drop_in(name: str, path: str) -> Entry[nn.Module]:
     try:
-        entry = LAYERS.get(name)
+        entry = find_layer(name)
     except UnknownNameError as error:
         raise ConfigError([Problem(path, str(error))]) from None
+    except ConfigError as error:
+        raise error.under(path) from None
     if entry.kind != "layer":
         required = getattr(entry.build, "requires", None)
         drop_ins = [LAYERS.get(other) for other in LAYERS if LAYERS.get(other).kind == "layer"]
@@ -224,14 +259,18 @@ class SiteAttention(nn.ModuleList):
             place = turn % attention.share
             first = index_of[number, turn - place]
             if place == 0:
-                options = _shifted(LAYERS.get(attention.type), attention.options, turn // attention.share)
-                layer = build_layer(attention.type, embed_dim, **options)
+                entry, number_of_its_like = find_layer(attention.type), turn // attention.share
+                layer = _build(entry, embed_dim, attention.options, number_of_its_like, attention.path)
             else:
                 layer = cast(AttentionLayer, self[first]).make_consumer()
             self.append(layer)
             following = (number, turn + 1) in index_of and place + 1 < attention.share
             shared = place > 0 or following
             self._steps[block].append(_Step(index, first if shared else None, not following))
+
+    def at(self, block: int) -> list[AttentionLayer]:
+        """Return the layers after a block."""
+        return [cast(AttentionLayer, self[step.layer]) for step in self._steps.get(block, ())]
 
     def run(
         self, trunk: Iterable[nn.Module], x: Float[Tensor, "b c h w"], *, activation_checkpointing: bool = False

@@ -1,5 +1,5 @@
 """The mathematics, without parameters and without state. Each operation has a slow twin in `reference`."""
 
-from sparse_sr_attn.functional import batch_norm, cluster, kmeans, shift, window
+from sparse_sr_attn.functional import batch_norm, cluster, dense, kernel, kmeans, lsh, shift, sparsemax, window
 
-__all__ = ["batch_norm", "cluster", "kmeans", "shift", "window"]
+__all__ = ["batch_norm", "cluster", "dense", "kernel", "kmeans", "lsh", "shift", "sparsemax", "window"]

@@ -171,6 +171,82 @@ def cluster_attention(
     return apply_cluster_weights(weights, value, pattern, form="oneshot")
 
 
+def cluster_lse(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    pattern: ClusterPattern,
+    *,
+    scale: float = 1.0,
+    form: Form = "auto",
+) -> Float[Tensor, "b n"]:
+    r"""Return $\log \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys that each token sees.
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order.
+        pattern: from `cluster_pattern`, of as many tokens.
+        scale: factor on the dot products, dimensionless.
+        form: as in `cluster_weights`.
+
+    Returns:
+        One number per token, in image order, in float32 at least: how much similar the pattern shows to a token.
+
+    Raises:
+        ShapeError: `pattern` orders another number of tokens than `query` has.
+
+    Note:
+        Differentiable in `query` and `key`.
+    """
+    _check(pattern, query, key)
+    if _tiled(form, query):
+        return tiles.lse_op(query, key, *_unpack(pattern), scale)  # type: ignore[no-any-return]
+    query, key = query.to(working_precision(query)), key.to(working_precision(key))
+    with torch.autocast(query.device.type, enabled=False):
+        oneshot = _Oneshot(pattern)
+        return oneshot.to_tokens(oneshot.scores(query, key, scale).logsumexp(dim=-1)[..., None])[..., 0]
+
+
+def cluster_attention_rounds(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    value: Float[Tensor, "b n e"],
+    pattern: ClusterPattern,
+    num_rounds: int,
+    *,
+    scale: float = 1.0,
+    form: Form = "auto",
+) -> Float[Tensor, "b n e"]:
+    r"""Return cluster attention in several rounds, in which a key counts once for each round that shows it.
+
+    It is `merge_rounds` without storing the weights: $\sum_r Z_r O_r / \sum_r Z_r$ with the attention $O_r$ of each
+    round and the normaliser $Z_r$ of its softmax.
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order.
+        value: one row per token, in image order.
+        pattern: of `b * num_rounds` samples: the rounds of a sample one after the other.
+        num_rounds: patterns of each sample, >= 1.
+        scale: factor on the dot products, dimensionless.
+        form: as in `cluster_weights`; only tiles save the memory of the weights.
+
+    Returns:
+        One row per token, in image order, in the dtype of `value`.
+
+    Raises:
+        ShapeError: `pattern` orders another number of samples or tokens.
+
+    Source:
+        NLSA (Mei et al., CVPR 2021).
+    """
+    query, key, rows = (tensor.repeat_interleave(num_rounds, dim=0) for tensor in (query, key, value))
+    each = cluster_attention(query, key, rows, pattern, scale=scale, form=form)
+    share = cluster_lse(query, key, pattern, scale=scale, form=form).unflatten(0, (-1, num_rounds)).softmax(dim=1)
+    with torch.autocast(value.device.type, enabled=False):
+        merged: Tensor = (share[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
+        return merged.to(value.dtype)
+
+
 def merge_rounds(
     weights: Float[Tensor, "br k i j"],
     query: Float[Tensor, "br n d"],
@@ -199,12 +275,9 @@ def merge_rounds(
     Source:
         NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
     """
-    query, key = query.to(working_precision(query)), key.to(working_precision(key))
-    with torch.autocast(query.device.type, enabled=False):
-        oneshot = _Oneshot(pattern)
-        lse = oneshot.to_tokens(oneshot.scores(query, key, scale).logsumexp(dim=-1)[..., None])
-        share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
-        return weights * oneshot.chunks(share)
+    lse = cluster_lse(query, key, pattern, scale=scale)[..., None]
+    share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
+    return weights * _Oneshot(pattern).chunks(share)
 
 
 def _check(pattern: ClusterPattern, *rows: Tensor) -> None:

@@ -76,15 +76,20 @@ def _fold(windows: Tensor, layout: ClusterLayout) -> Tensor:
     return halo
 
 
-def _tile_weights(query: Tensor, key: Tensor, tile: _Tile, layout: ClusterLayout, scale: float) -> Tensor:
+def _tile_scores(query: Tensor, key: Tensor, tile: _Tile, layout: ClusterLayout, scale: float) -> Tensor:
     queries = query[tile.query].view(-1, layout.chunk_size, query.shape[-1])
     scores = torch.bmm(queries * scale, _windows(key[tile.halo], layout).transpose(1, 2))
     if tile.visible is not None:
         scores.masked_fill_(~tile.visible[:, None, :], float("-inf"))
+    return scores
+
+
+def _tile_weights(query: Tensor, key: Tensor, tile: _Tile, layout: ClusterLayout, scale: float) -> Tensor:
+    scores = _tile_scores(query, key, tile, layout, scale)
     return scores.softmax(dim=-1)
 
 
-def _tile_scores_backward(
+def _tile_weights_backward(
     grad_weights: Tensor,
     weights: Tensor,
     query: Tensor,
@@ -95,8 +100,15 @@ def _tile_scores_backward(
     grads: tuple[Tensor, Tensor],
 ) -> None:
     """Add what a tile's weights send back to (query, key) to `grads`."""
-    grad_query, grad_key = grads
     grad_scores = scale * weights * (grad_weights - (grad_weights * weights).sum(dim=-1, keepdim=True))
+    _tile_scores_backward(grad_scores, query, key, tile, layout, grads)
+
+
+def _tile_scores_backward(
+    grad_scores: Tensor, query: Tensor, key: Tensor, tile: _Tile, layout: ClusterLayout, grads: tuple[Tensor, Tensor]
+) -> None:
+    """Add what a tile's scores, divided by their scale, send back to (query, key) to `grads`."""
+    grad_query, grad_key = grads
     to_query = torch.bmm(grad_scores, _windows(key[tile.halo], layout)).flatten(0, 1)
     grad_query.index_add_(0, tile.query[: tile.real], to_query[: tile.real])
     queries = query[tile.query].view(-1, layout.chunk_size, query.shape[-1])
@@ -161,12 +173,59 @@ def _weights_backward_op(
         grads = (torch.zeros_like(q), torch.zeros_like(k))
         for sample, tile in _tiles(order, layout):
             part = grad[sample, tile.chunks], weights[sample, tile.chunks]
-            _tile_scores_backward(*part, q, k, tile, layout, scale, grads)
+            _tile_weights_backward(*part, q, k, tile, layout, scale, grads)
         return grads[0].view(query.shape).to(query.dtype), grads[1].view(key.shape).to(key.dtype)
 
 
 @_weights_backward_op.register_fake
 def _(grad: Tensor, weights: Tensor, query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_lse", mutates_args=())
+def lse_op(
+    query: Tensor, key: Tensor, order: Tensor, chunk_size: int, num_adjacent: int, exact_keys: bool, scale: float
+) -> Tensor:
+    """Return `cluster.cluster_lse`, tile by tile."""
+    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
+        lse = q.new_empty(len(q))
+        for _sample, tile in _tiles(order, layout):
+            slots = _tile_scores(q, k, tile, layout, scale).logsumexp(dim=-1).flatten()
+            lse.index_copy_(0, tile.query[: tile.real], slots[: tile.real])
+        return lse.view(order.shape)
+
+
+@lse_op.register_fake
+def _(query: Tensor, key: Tensor, order: Tensor, *_: object) -> Tensor:
+    return query.new_empty(order.shape, dtype=working_precision(query))
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_lse_backward", mutates_args=())
+def _lse_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
+        grad_lse = _flat(grad[..., None])
+        grads = (torch.zeros_like(q), torch.zeros_like(k))
+        for _sample, tile in _tiles(order, layout):
+            grad_scores = scale * _tile_chunks(grad_lse, tile, layout) * _tile_weights(q, k, tile, layout, scale)
+            _tile_scores_backward(grad_scores, q, k, tile, layout, grads)
+        return grads[0].view(query.shape).to(query.dtype), grads[1].view(key.shape).to(key.dtype)
+
+
+@_lse_backward_op.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
@@ -271,7 +330,7 @@ def _attention_backward_op(
             weights = _tile_weights(q, k, tile, layout, scale)
             out = _tile_chunks(grad_rows, tile, layout)
             grad_weights = torch.bmm(out, _windows(v[tile.halo], layout).transpose(1, 2)).to(weights.dtype)
-            _tile_scores_backward(grad_weights, weights, q, k, tile, layout, scale, grads)
+            _tile_weights_backward(grad_weights, weights, q, k, tile, layout, scale, grads)
             to_value = torch.bmm(weights.to(v.dtype).transpose(1, 2), out).to(grad_value.dtype)
             grad_value.index_add_(0, tile.halo, _fold(to_value, layout))
         grad_query, grad_key = (g.view(query.shape).to(query.dtype) for g in grads)
@@ -297,6 +356,15 @@ def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_query, grad_key, None, None, None, None, None
 
 
+def _lse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, order, *ctx.options = inputs
+    ctx.save_for_backward(query, key, order)
+
+
+def _lse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_lse_backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+
+
 def _apply_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weights, value, order, *ctx.options = inputs
     ctx.save_for_backward(weights, value, order)
@@ -319,5 +387,6 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 weights_op.register_autograd(_weights_backward, setup_context=_weights_context)
+lse_op.register_autograd(_lse_backward, setup_context=_lse_context)
 apply_op.register_autograd(_apply_backward, setup_context=_apply_context)
 attention_op.register_autograd(_attention_backward, setup_context=_attention_context)

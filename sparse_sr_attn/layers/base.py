@@ -4,17 +4,21 @@ Kinds: a *layer* is drop-in, `(b, c, h, w) -> (b, c, h, w)`, residual included; 
 that must be given; a *provider* makes a state; an *operator* is a building stone without residual.
 """
 
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_sr_attn.errors import ShapeError, SharingError
-from sparse_sr_attn.registry import Registry
+from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.registry import Entry, Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer")
 
 
+@runtime_checkable
 class State(Protocol):
     """What every state that layers share can tell."""
 
@@ -62,14 +66,33 @@ class AttentionLayer(nn.Module):
         )
 
 
-def build_layer(name: str, embed_dim: int, **options: Any) -> AttentionLayer:
-    """Return the layer registered as `name`, for feature maps of `embed_dim` channels.
+def find_layer(name: str) -> Entry[nn.Module]:
+    """Return the entry of a layer, registered or, as `timm:<name>`, of timm.
 
     Raises:
         UnknownNameError: no layer has that name.
-        ConfigError: an option breaks a rule.
+        ConfigError: timm is not installed, or its layer is none for feature maps of any size.
     """
-    return cast(AttentionLayer, LAYERS.get(name).build(embed_dim, **options))
+    if isinstance(name, str) and name.startswith("timm:"):
+        from sparse_sr_attn.layers.timm_layers import timm_entry  # noqa: PLC0415  it imports this module
+
+        return timm_entry(name)
+    return LAYERS.get(name)
+
+
+def build_layer(name: str, embed_dim: int, **options: Any) -> AttentionLayer:
+    """Return the layer called `name`, for feature maps of `embed_dim` channels.
+
+    Args:
+        name: as registered, or `timm:<name>` for a layer of timm.
+        embed_dim: channels, >= 1.
+        **options: of the layer.
+
+    Raises:
+        UnknownNameError: no layer has that name.
+        ConfigError: an option breaks a rule, or the name is one of timm's that cannot be used.
+    """
+    return cast(AttentionLayer, find_layer(name).build(embed_dim, **options))
 
 
 def check_map(x: Tensor, embed_dim: int, name: str = "embed_dim") -> None:
@@ -103,3 +126,37 @@ def fitting(state: object, wanted: type[S], x: Tensor, hint: str) -> S:
             f"got {x.shape[0]} of {x.shape[2]}x{x.shape[3]}"
         )
     return state
+
+
+def check_alone(layer: AttentionLayer, state: object) -> None:
+    """Refuse a state given to a layer that shares nothing.
+
+    Raises:
+        SharingError: one is given.
+    """
+    if state is not None:
+        raise SharingError(f"{type(layer).__name__} takes no state, got a {type(state).__name__}")
+
+
+def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    """Return the pixels of a map as rows, in raster order."""
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+def feature_map(rows: Float[Tensor, "b n c"], x: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
+    """Return rows as a map of the height and width of `x`."""
+    return rearrange(rows, "b (h w) c -> b c h w", h=x.shape[-2])
+
+
+def unit_keys(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+    """Return the rows at length 1, in float32 at least; rows shorter than 5e-5, NLSA's floor, stay shorter."""
+    return F.normalize(rows.to(working_precision(rows)), dim=-1, eps=5e-5)
+
+
+def last_conv(embed_dim: int, *, zero_init: bool) -> nn.Conv2d:
+    """Return the last 1x1 convolution of a branch; with `zero_init` the branch starts at 0."""
+    conv = nn.Conv2d(embed_dim, embed_dim, 1)
+    if zero_init:
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv

@@ -4,6 +4,6 @@ The modules have the names of those in `functional`, and the functions theirs. T
 error in the library cannot hide in its own oracle. They are differentiable, and meant for a few dozen tokens.
 """
 
-from sparse_sr_attn.reference import batch_norm, cluster, kmeans, shift, window
+from sparse_sr_attn.reference import batch_norm, cluster, dense, kernel, kmeans, lsh, shift, sparsemax, window
 
-__all__ = ["batch_norm", "cluster", "kmeans", "shift", "window"]
+__all__ = ["batch_norm", "cluster", "dense", "kernel", "kmeans", "lsh", "shift", "sparsemax", "window"]

@@ -233,3 +233,48 @@ def apply_cluster_weights(weights: Tensor, value: Tensor, pattern: PatternLike) 
             results[query] = (weights[b, chunk, row, places, None] * value[b, tokens]).sum(dim=0)
         samples.append(torch.stack(results))
     return torch.stack(samples)
+
+
+def cluster_lse(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: float = 1.0) -> Tensor:
+    """Logarithm of the summed exponentials of the scores that a token sees, one query at a time.
+
+    Args:
+        query: `(b, n, d)`.
+        key: `(b, n, d)`.
+        pattern: who sees whom.
+        scale: factor on the dot products.
+
+    Returns:
+        `(b, n)` in image order.
+    """
+    counts = multiplicity(pattern)
+    samples = []
+    for b in range(len(query)):
+        row = []
+        for n in range(query.shape[1]):
+            scores = scale * (key[b] * query[b, n]).sum(dim=-1)
+            largest = scores.detach().max()
+            row.append(largest + torch.log((counts[b, n] * torch.exp(scores - largest)).sum()))
+        samples.append(torch.stack(row))
+    return torch.stack(samples)
+
+
+def cluster_attention_rounds(
+    query: Tensor, key: Tensor, value: Tensor, pattern: PatternLike, num_rounds: int, *, scale: float = 1.0
+) -> Tensor:
+    """Dense attention in which a key counts as often as all rounds together show it.
+
+    Args:
+        query: `(b, n, d)`.
+        key: `(b, n, d)`.
+        value: `(b, n, e)`.
+        pattern: of `b * num_rounds` samples, the rounds of a sample one after the other.
+        num_rounds: patterns of each sample.
+        scale: factor on the dot products.
+
+    Returns:
+        `(b, n, e)`.
+    """
+    counts = multiplicity(pattern)
+    totals = [counts[b * num_rounds : (b + 1) * num_rounds].sum(dim=0) for b in range(len(query))]
+    return dense_attention(query, key, value, torch.stack(totals), scale=scale)

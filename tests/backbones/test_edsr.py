@@ -93,15 +93,16 @@ def test_maps_mix_and_never_share_across() -> None:
     assert torch.equal(model.attention.run(model.body, x), y)
 
 
-def test_gmsa_is_shared_by_gmsa() -> None:
-    """`share: 3`: one GMSA and two SharedGMSA, spelt out by hand; every second provider shifts."""
-    model = EDSR(num_block=9, attention={**GMSA_MAP, "every": 1, "share": 3}, **SMALL).eval()
-    assert [type(layer) for layer in model.attention] == 3 * [GMSA, SharedGMSA, SharedGMSA]
+@pytest.mark.parametrize("share", [2, 3])
+def test_gmsa_is_shared_by_gmsa(share: int) -> None:
+    """One GMSA and its SharedGMSAs, three times, spelt out by hand; every second provider shifts."""
+    model = EDSR(num_block=3 * share, attention={**GMSA_MAP, "every": 1, "share": share}, **SMALL).eval()
+    assert [type(layer) for layer in model.attention] == 3 * [GMSA, *(share - 1) * [SharedGMSA]]
     assert [layer.shift for layer in model.attention if isinstance(layer, GMSA)] == [False, True, False]
     x = y = image(1, 8, 5, 5)
     for index, block in enumerate(model.body):
         y = block(y)
-        if index % 3 == 0:
+        if index % share == 0:
             state = model.attention[index].attend(y)
         y = model.attention[index](y, state)
     assert torch.equal(model.attention.run(model.body, x), y)
@@ -296,7 +297,7 @@ def test_wrong_attention_is_explained(attention: Any, message: str) -> None:
     ("ELAB", "block: must be a map with a key 'type' or ~ (the network's own), got 'ELAB'"),
     ({"share": 2}, "block.type: missing; it has no default"),
     ({"type": 3}, "block.type: must be a string, got 3"),
-    ({"type": "ELAP"}, "block.type: no layer named 'ELAP'; did you mean 'ELAB'?"),
+    ({"type": "ELABB"}, "block.type: no layer named 'ELABB'; did you mean 'ELAB'?"),
     ({"type": "CoA"}, "block.type: must be a drop-in layer, got 'CoA', a consumer; use LCoA"),
     ({"type": "ELAB", "every": 2}, "block.every: unknown"),
     (

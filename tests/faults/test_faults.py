@@ -50,6 +50,17 @@ INFERENCE = "sparse_sr_attn/inference.py"
 VISUALIZE = "sparse_sr_attn/visualize.py"
 HUB = "sparse_sr_attn/hub.py"
 SPANDREL = "integrations/sparse_sr_attn_spandrel/architectures.py"
+ATTACHMENT = "sparse_sr_attn/attachment.py"
+DENSE = "sparse_sr_attn/functional/dense.py"
+SPARSEMAX = "sparse_sr_attn/functional/sparsemax.py"
+KERNEL = "sparse_sr_attn/functional/kernel.py"
+LSH = "sparse_sr_attn/functional/lsh.py"
+NLA = "sparse_sr_attn/layers/nla.py"
+HSPA = "sparse_sr_attn/layers/hspa.py"
+ENLA = "sparse_sr_attn/layers/enla.py"
+NLSA = "sparse_sr_attn/layers/nlsa.py"
+CATEGORY = "sparse_sr_attn/layers/category.py"
+TIMM = "sparse_sr_attn/layers/timm_layers.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
@@ -73,6 +84,13 @@ IN_MAPS = "tests/test_attention_maps.py"
 IN_UPSCALE = "tests/test_cli_upscale.py"
 IN_HUB = "tests/test_hub.py"
 IN_SPANDREL = "tests/integrations/test_spandrel.py"
+IN_ATTACHMENT = "tests/test_attachment.py"
+IN_DENSE = "tests/functional/test_dense.py"
+IN_SPARSEMAX = "tests/functional/test_sparsemax.py"
+IN_KERNEL = "tests/functional/test_kernel.py"
+IN_LSH = "tests/functional/test_lsh.py"
+IN_PEERS = "tests/layers/test_peers.py"
+IN_TIMM = "tests/layers/test_timm_layers.py"
 
 
 @dataclass(frozen=True)
@@ -1455,22 +1473,15 @@ FAULTS = [
     Fault(
         "every second site shifts, not every second provider",
         BODY,
-        "attention.options, turn // attention.share)",
-        "attention.options, turn)",
+        "find_layer(attention.type), turn // attention.share",
+        "find_layer(attention.type), turn",
         f"{IN_EDSR}::test_gmsa_is_shared_by_gmsa",
     ),
     Fault(
-        "an ELAB that is inserted shares with its map",
-        BODY,
-        '*([] if _shares_inside(item.get("type")) else ["share"])',
-        '"share"',
-        f"{IN_EDSR}::test_elabs_are_inserted_with_sharing_of_their_own",
-    ),
-    Fault(
-        "a side of reflection begins with the border",
+        "reflection repeats the border",
         ELAN,
-        "period = torch.sym_max(2 * (side - 1), 1)",
-        "period = torch.sym_max(2 * side, 1)",
+        "torch.minimum(place, period - place)",
+        "torch.minimum(place, period - 1 - place)",
         f"{IN_ELAN}::test_reflection_goes_to_and_fro",
     ),
     Fault(
@@ -1478,7 +1489,7 @@ FAULTS = [
         NETWORK,
         '("attention", "block") if name in options',
         '("attention",) if name in options',
-        f"{IN_CHECKPOINTS}::test_ours_come_back_with_nothing_told",
+        f"{IN_CHECKPOINTS}::test_networks_without_attention_carry_nothing",
     ),
     Fault(
         "masked kernels are taken from their middle",
@@ -1565,6 +1576,409 @@ FAULTS = [
         "if file.name != _CARD or not (folder / _CARD).exists():",
         "if file.exists():",
         f"{IN_HUB}::test_saving_again_replaces_all_but_the_readme",
+    ),
+    # --- attention in other people's models
+    Fault(
+        "attention is counted among the children",
+        ATTACHMENT,
+        'for name, module in self._modules.items() if name != "attention"]',
+        "for name, module in self._modules.items()]",
+        f"{IN_ATTACHMENT}::test_it_is_still_a_sequential_of_its_children",
+    ),
+    Fault(
+        "a slice carries attention along",
+        ATTACHMENT,
+        "        found = self._children()[index]\n",
+        "        found = list(self._modules.items())[index]\n",
+        f"{IN_ATTACHMENT}::test_it_is_still_a_sequential_of_its_children",
+    ),
+    Fault(
+        "detaching leaves the layers behind",
+        ATTACHMENT,
+        "        del module.attention\n",
+        "",
+        f"{IN_ATTACHMENT}::test_detaching_leaves_the_model_as_it_was",
+    ),
+    Fault(
+        "attached layers do not follow the trunk's precision",
+        ATTACHMENT,
+        "layers.to(weight.device, weight.dtype)",
+        "layers.to(weight.device)",
+        f"{IN_ATTACHMENT}::test_layers_come_where_the_trunk_is",
+    ),
+    Fault(
+        "attached layers train in a model that does not",
+        ATTACHMENT,
+        "return layers.train(beside.training)",
+        "return layers",
+        f"{IN_ATTACHMENT}::test_the_output_stays_to_the_bit_and_old_names_stay[False-False]",
+    ),
+    Fault(
+        "a trunk whose children the model runs itself is taken",
+        ATTACHMENT,
+        "    if not calls:\n",
+        "    if not calls and not shapes:\n",
+        f"{IN_ATTACHMENT}::test_what_cannot_be_is_explained_and_changes_nothing",
+    ),
+    Fault(
+        "the call that looks for the width leaves the model in evaluation",
+        ATTACHMENT,
+        "            module.training = mode\n",
+        "            module.training = False\n",
+        f"{IN_ATTACHMENT}::test_a_width_that_parameters_do_not_tell_is_seen_in_a_call",
+    ),
+    Fault(
+        "the call that looks for the width leaves hooks behind",
+        ATTACHMENT,
+        "            hook.remove()\n",
+        "            pass\n",
+        f"{IN_ATTACHMENT}::test_a_width_that_parameters_do_not_tell_is_seen_in_a_call",
+    ),
+    Fault(
+        "every convolution gets the attention of the last",
+        ATTACHMENT,
+        "nn.ModuleList(layers.at(index))",
+        "nn.ModuleList(layers.at(len(convolutions) - 1))",
+        f"{IN_ATTACHMENT}::test_convolutions_of_a_token_trunk_get_attention_of_their_own",
+    ),
+    Fault(
+        "a state is shared where it cannot travel",
+        ATTACHMENT,
+        "        if attention.share > 1:\n",
+        "        if attention.share < 1:\n",
+        f"{IN_ATTACHMENT}::test_what_cannot_be_is_explained_and_changes_nothing",
+    ),
+    Fault(
+        "layers share by default what they do not have",
+        ATTACHMENT,
+        "share = _SHARE if shares and provides else 1",
+        "share = _SHARE if shares else 1",
+        f"{IN_ATTACHMENT}::test_a_layer_with_nothing_to_share_needs_no_share",
+    ),
+    Fault(
+        "children can be changed under attention",
+        ATTACHMENT,
+        "append = insert = extend = pop = __delitem__",
+        "insert = extend = pop = __delitem__",
+        f"{IN_ATTACHMENT}::test_its_children_are_counted_for_good",
+    ),
+    # --- the peers
+    Fault(
+        "NLA: the scale is dropped",
+        DENSE,
+        "scale=scale)",
+        "scale=1.0)",
+        f"{IN_DENSE}::test_it_equals_loops",
+    ),
+    Fault(
+        "NLA: scores of half inputs are half",
+        DENSE,
+        "dtype = working_precision(query)",
+        "dtype = query.dtype",
+        f"{IN_DENSE}::test_scores_of_half_inputs_are_float32",
+    ),
+    Fault(
+        "NLA: strided rows need the memory of all scores",
+        DENSE,
+        "rows.contiguous()[:, None]",
+        "rows[:, None]",
+        f"{IN_DENSE}::test_memory_does_not_grow_with_the_square",
+    ),
+    Fault(
+        "NLA: keys keep their length",
+        NLA,
+        "dense_attention(query, unit_keys(query), ",
+        "dense_attention(query, query, ",
+        f"{IN_PEERS}::test_it_is_its_formula",
+    ),
+    Fault(
+        "HSPA: weights do not sum to 1",
+        SPARSEMAX,
+        "return (total - 1) / size, size",
+        "return (total - 0.5) / size, size",
+        f"{IN_SPARSEMAX}::test_attention_equals_its_twin",
+    ),
+    Fault(
+        "HSPA: only the largest scores are looked at, as published",
+        SPARSEMAX,
+        "    while num_largest < num_scores and",
+        "    while False and num_largest < num_scores and",
+        f"{IN_SPARSEMAX}::test_attention_equals_its_twin",
+    ),
+    Fault(
+        "HSPA: the threshold sends no gradient (oneshot)",
+        SPARSEMAX,
+        "total = torch.where(support, scores, 0)",
+        "total = torch.where(support, scores.detach(), 0)",
+        f"{IN_SPARSEMAX}::test_it_equals_alternating_projections",
+    ),
+    Fault(
+        "HSPA: the threshold sends no gradient (tiles)",
+        SPARSEMAX,
+        "((grad_weights - mean) * support)",
+        "(grad_weights * support)",
+        f"{IN_SPARSEMAX}::test_gradients_of_attention_are_derivatives",
+    ),
+    Fault(
+        "HSPA: the scale of the gradient is rounded to float32",
+        SPARSEMAX,
+        "grad_scores = scale * ((grad_weights - mean) * support)",
+        "grad_scores = scale * support * (grad_weights - mean)",
+        f"{IN_SPARSEMAX}::test_attention_equals_its_twin",
+    ),
+    Fault(
+        "HSPA: the last tile overwrites gradients of keys",
+        SPARSEMAX,
+        "grad_key[sample] += grad",
+        "grad_key[sample] = grad",
+        f"{IN_SPARSEMAX}::test_attention_equals_its_twin",
+    ),
+    Fault(
+        "HSPA: scores of half inputs are half",
+        SPARSEMAX,
+        "    dtype = working_precision(query)\n    with torch.autocast(query.device.type, enabled=False):\n"
+        "        q, k = query.to(dtype), key.to(dtype)\n        out = ",
+        "    dtype = query.dtype\n    with torch.autocast(query.device.type, enabled=False):\n"
+        "        q, k = query.to(dtype), key.to(dtype)\n        out = ",
+        f"{IN_SPARSEMAX}::test_scores_of_half_inputs_are_float32",
+    ),
+    Fault(
+        "HSPA: the layer ignores its scale",
+        HSPA,
+        ", scale=self.scale)",
+        ", scale=1.0)",
+        f"{IN_PEERS}::test_it_is_its_formula",
+    ),
+    Fault(
+        "ENLA: the length of keys is forgotten",
+        KERNEL,
+        " - key.square().sum(dim=-1, keepdim=True) / 2",
+        "",
+        f"{IN_KERNEL}::test_it_equals_its_twin",
+    ),
+    Fault(
+        "ENLA: features that no key excites count as much",
+        KERNEL,
+        " + of_keys.logsumexp(dim=1, keepdim=True)",
+        "",
+        f"{IN_KERNEL}::test_it_equals_its_twin",
+    ),
+    Fault(
+        "ENLA: keys share out features instead of features keys",
+        KERNEL,
+        "of_keys.softmax(dim=1)",
+        "of_keys.softmax(dim=-1)",
+        f"{IN_KERNEL}::test_it_equals_its_twin",
+    ),
+    Fault(
+        "ENLA: all seeds draw the same features",
+        KERNEL,
+        "manual_seed(seed)\n    shape",
+        "manual_seed(0)\n    shape",
+        f"{IN_KERNEL}::test_directions_depend_on_the_seed_alone",
+    ),
+    Fault(
+        "ENLA: features are not orthogonal",
+        KERNEL,
+        "(lengths * rotations.mT)",
+        "(lengths * numbers / numbers.norm(dim=-1, keepdim=True))",
+        f"{IN_KERNEL}::test_directions_are_normal_and_orthogonal_in_groups",
+    ),
+    Fault(
+        "ENLA: all features have the same length",
+        KERNEL,
+        "lengths = others.norm(dim=-1, keepdim=True)",
+        "lengths = dim**0.5",
+        f"{IN_KERNEL}::test_directions_are_normal_and_orthogonal_in_groups",
+    ),
+    Fault(
+        "ENLA: features are not in the state dict",
+        ENLA,
+        "random_directions(num_features, query_dim, seed))",
+        "random_directions(num_features, query_dim, seed), persistent=False)",
+        f"{IN_PEERS}::test_enla_keeps_its_features_in_the_state_dict",
+    ),
+    Fault(
+        "ENLA: the amplification is squared",
+        ENLA,
+        "length = math.sqrt(self.amplification)",
+        "length = self.amplification",
+        f"{IN_PEERS}::test_it_is_its_formula",
+    ),
+    Fault(
+        "ENLA: the contrastive loss takes the wrong ranks",
+        KERNEL,
+        "ranked[..., first:]",
+        "ranked[..., count:]",
+        f"{IN_KERNEL}::test_contrastive_loss_equals_sorting",
+    ),
+    Fault(
+        "ENLA: the contrastive loss takes all queries",
+        KERNEL,
+        'device="cpu")[:num_queries]',
+        'device="cpu")',
+        f"{IN_KERNEL}::test_contrastive_loss_of_some_queries",
+    ),
+    Fault(
+        "NLSA: a recomputation draws anew",
+        LSH,
+        "if not backward_is_running():",
+        "if points.ndim:",
+        f"{IN_LSH}::test_a_checkpointed_step_draws_once",
+    ),
+    Fault(
+        "NLSA: activation checkpointing hashes anew",
+        LSH,
+        "if not backward_is_running():",
+        "if points.ndim:",
+        contract("checkpointed is plain", "NLSA"),
+    ),
+    Fault(
+        "NLSA: a compiled recomputation hashes anew",
+        LSH,
+        "if not backward_is_running():",
+        "if points.ndim:",
+        contract("compiled inside a checkpoint is plain", "NLSA"),
+    ),
+    Fault(
+        "NLSA: every step draws the same",
+        LSH,
+        "generator.manual_seed(turn + int(",
+        "generator.manual_seed(int(",
+        f"{IN_LSH}::test_draws_depend_on_seed_and_number_alone",
+    ),
+    Fault(
+        "NLSA: draws come from the global generator",
+        LSH,
+        "return torch.randn(shape, generator=generator, ",
+        "return torch.randn(shape, ",
+        f"{IN_LSH}::test_draws_depend_on_seed_and_number_alone",
+    ),
+    Fault(
+        "NLSA: evaluation draws, as published",
+        NLSA,
+        "if self.training and self.redraw:",
+        "if self.redraw:",
+        contract("evaluation moves nothing", "NLSA"),
+    ),
+    Fault(
+        "NLSA: rounds count alike",
+        CLUSTER,
+        "scale=scale, form=form).unflatten(0, (-1, num_rounds)).softmax(dim=1)",
+        "scale=scale, form=form).unflatten(0, (-1, num_rounds)).mul(0).softmax(dim=1)",
+        f"{IN_ROUNDS}::test_rounds_are_dense_attention_over_what_any_round_sees",
+    ),
+    Fault(
+        "NLSA: the normaliser sends a gradient without scale (tiles)",
+        TILES,
+        "grad_scores = scale * _tile_chunks(",
+        "grad_scores = _tile_chunks(",
+        f"{IN_ROUNDS}::test_lse_equals_loops",
+    ),
+    Fault(
+        "NLSA: opposite directions share a bucket",
+        LSH,
+        "return (index + half * (along.gather(-1, index) < 0))[..., 0]",
+        "return index[..., 0]",
+        f"{IN_LSH}::test_buckets_equal_loops",
+    ),
+    Fault(
+        "NLSA: small maps have as many buckets as large ones",
+        LSH,
+        "used = torch.arange(along.shape[-1], device=along.device) < half",
+        "used = torch.arange(along.shape[-1], device=along.device) >= 0",
+        f"{IN_LSH}::test_buckets_equal_loops",
+    ),
+    Fault(
+        "NLSA: maps smaller than a chunk have no bucket, as published",
+        LSH,
+        "torch.sym_max(2, ",
+        "torch.sym_max(0, ",
+        f"{IN_LSH}::test_number_of_buckets",
+    ),
+    Fault(
+        "NLSA: all rounds have the same hash",
+        LSH,
+        "_draw((num_rounds, max_buckets // 2, dim), seed, 0)",
+        "_draw((1, max_buckets // 2, dim), seed, 0).repeat(num_rounds, 1, 1)",
+        f"{IN_PEERS}::test_nlsa_rounds_hash_differently",
+    ),
+    Fault(
+        "category attention: categories are not attended to",
+        CATEGORY,
+        "feature_map(within + among, x)",
+        "feature_map(within + 0 * among, x)",
+        f"{IN_PEERS}::test_it_is_its_formula",
+    ),
+    Fault(
+        "category attention: keys keep their length",
+        CATEGORY,
+        "unit_keys(tokens(self.key(x)))",
+        "tokens(self.key(x))",
+        f"{IN_PEERS}::test_it_is_its_formula",
+    ),
+    Fault(
+        "category attention: evaluation moves centroids",
+        CATEGORY,
+        'if self.categories == "kmeans" and self.training and',
+        'if self.categories == "kmeans" and',
+        contract("evaluation moves nothing", "CategoryAttention"),
+    ),
+    Fault(
+        "category attention: a decay of one does not freeze",
+        CATEGORY,
+        "self.training and self.ema_decay < 1:",
+        "self.training:",
+        f"{IN_PEERS}::test_categories_of_kmeans_move_in_training_only",
+    ),
+    Fault(
+        "category attention: a learnt dictionary never learns",
+        CATEGORY,
+        "self.centroids = nn.Parameter(first.centroids)",
+        'self.register_buffer("centroids", first.centroids)',
+        f"{IN_PEERS}::test_learnt_categories_are_a_parameter",
+    ),
+    Fault(
+        "timm: its layer is added to what it has changed",
+        TIMM,
+        "self.gain * (changed - x)",
+        "self.gain * changed",
+        f"{IN_TIMM}::test_it_is_timm_s_own_layer",
+    ),
+    Fault(
+        "timm: the scale is ignored",
+        TIMM,
+        "x + self.res_scale * self.gain",
+        "x + self.gain",
+        f"{IN_TIMM}::test_it_is_timm_s_own_layer",
+    ),
+    Fault(
+        "timm: zero_init is ignored",
+        TIMM,
+        "0.0 if starts_at_zero else 1.0",
+        "1.0",
+        f"{IN_TIMM}::test_it_can_start_as_the_identity_and_leave_it",
+    ),
+    Fault(
+        "timm: two zeros never learn",
+        TIMM,
+        "starts_at_zero = zero_init and not _is_identity(attention, embed_dim)",
+        "starts_at_zero = zero_init",
+        f"{IN_TIMM}::test_it_can_start_as_the_identity_and_leave_it",
+    ),
+    Fault(
+        "timm: a stride can be asked for",
+        TIMM,
+        '"dim_out", "stride", ',
+        '"dim_out", ',
+        f"{IN_TIMM}::test_a_wrong_option_is_explained",
+    ),
+    Fault(
+        "timm: what does not fit is just unknown",
+        TIMM,
+        "if short in REFUSED:",
+        "if not short:",
+        f"{IN_TIMM}::test_a_wrong_option_is_explained",
     ),
 ]
 

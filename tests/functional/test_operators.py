@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.optests import OpCheckError
 
-from sparse_sr_attn.functional import cluster, kmeans  # noqa: F401  registers the operators
+from sparse_sr_attn.functional import cluster, kmeans, lsh, sparsemax  # noqa: F401  registers the operators
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case
 
@@ -79,6 +79,28 @@ def test_apply_cluster_weights(device: torch.device, case: Case) -> None:
     check(operator("apply_cluster_weights_backward"), (grad, weights.detach(), value.detach(), *layout))
 
 
+@cases
+def test_cluster_lse(device: torch.device, case: Case) -> None:
+    rows, layout = rows_of(case, ("query", "key"), device), layout_of(case, device)
+    check(operator("cluster_lse"), (*rows, *layout, 0.5))
+    grad = case.tensor("grad", case.batch, case.num_tokens, device=device)
+    check(operator("cluster_lse_backward"), (grad, *(row.detach() for row in rows), *layout, 0.5))
+
+
+@cases
+def test_sparsemax_attention(device: torch.device, case: Case) -> None:
+    rows = rows_of(case, ("query", "key", "value"), device)
+    check(operator("sparsemax_attention"), (*rows, 0.5))
+    inputs = [row.detach() for row in rows_of(case, ("grad", "query", "key", "value"), device)]
+    check(operator("sparsemax_attention_backward"), (*inputs, 0.5))
+
+
+@cases
+def test_hash_step(device: torch.device, case: Case) -> None:
+    state = [tensor.to(device) for tensor in lsh.initial_hash(2, 8, 4)]
+    check(operator("hash_step"), (case.tokens("points", 4, device=device), *state, 6, 0))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_strides(device: torch.device, batch: int) -> None:
     """Rows cut from a feature map; with one sample their strides are ambiguous, and outputs must keep to the fakes'."""
@@ -94,12 +116,18 @@ def test_strides(device: torch.device, batch: int) -> None:
     for name, rows, scale in (
         ("cluster_attention", (query, key, value), (0.5,)),
         ("cluster_weights", (query, key), (0.5,)),
+        ("cluster_lse", (query, key), (0.5,)),
         ("apply_cluster_weights", (weights, value), ()),
         ("cluster_attention_backward", (grad, query, key, value), (0.5,)),
         ("cluster_weights_backward", (weights, weights, query, key), (0.5,)),
         ("apply_cluster_weights_backward", (grad, weights, value), ()),
+        ("cluster_lse_backward", (grad[..., 0], query, key), (0.5,)),
     ):
         check(operator(name), (*rows, *layout, *scale), test_utils=utils)
+    check(operator("sparsemax_attention"), (query, key, value, 0.5), test_utils=utils)
+    check(operator("sparsemax_attention_backward"), (grad, query, key, value, 0.5), test_utils=utils)
+    hashed = [tensor.to(device) for tensor in lsh.initial_hash(2, 8, 4)]
+    check(operator("hash_step"), (query.float(), *hashed, 6, 0), test_utils=utils)
     state = kmeans.KMeansState(*(tensor.to(device) for tensor in kmeans.initial_state(case.num_clusters, 4)))
     check(operator("kmeans_step"), (query.float(), *state, 0.9, 0.5), test_utils=utils)
 
@@ -126,5 +154,10 @@ def test_every_operator_is_checked_here() -> None:
         "apply_cluster_weights_backward",
         "cluster_attention",
         "cluster_attention_backward",
+        "cluster_lse",
+        "cluster_lse_backward",
+        "hash_step",
         "kmeans_step",
+        "sparsemax_attention",
+        "sparsemax_attention_backward",
     }

@@ -29,10 +29,42 @@ def test_rounds_are_dense_attention_over_what_any_round_sees(
 
     counts = sum(slow.multiplicity(slow.cluster_pattern(assignment, **options)) for assignment in rounds)
     expected = slow.dense_attention(query, key, value, counts, scale=0.7)
-    assert_values_close(actual, expected)
+    fused = fast.cluster_attention_rounds(query, key, value, pattern, num_rounds, scale=0.7, form=form)
+    assert_values_close(slow.cluster_attention_rounds(query, key, value, pattern, num_rounds, scale=0.7), expected)
     probe = case.tensor("probe", *actual.shape, device=device)
     inputs = (query, key, value)
-    assert_gradients_close(gradients(actual, inputs, probe), gradients(expected, inputs, probe))
+    for output in (actual, fused):
+        assert_values_close(output, expected)
+        assert_gradients_close(gradients(output, inputs, probe), gradients(expected, inputs, probe))
+
+
+@given(case=cases(), form=st.sampled_from(("oneshot", "tiles")), scale=st.sampled_from((1.0, 0.3)))
+@example(case=Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3), form="tiles", scale=0.3)
+@example(case=Case(num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4), form="tiles", scale=1.0)
+def test_lse_equals_loops(device: torch.device, case: Case, form: fast.Form, scale: float) -> None:
+    query, key = (case.tokens(name, 4, device=device).requires_grad_() for name in ("query", "key"))
+    pattern = fast.cluster_pattern(
+        case.assignment(device=device),
+        chunk_size=case.chunk_size,
+        num_adjacent=case.num_adjacent,
+        exact_keys=case.exact_keys,
+    )
+    actual = fast.cluster_lse(query, key, pattern, scale=scale, form=form)
+    expected = slow.cluster_lse(query, key, pattern, scale=scale)
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    assert_gradients_close(gradients(actual, (query, key), probe), gradients(expected, (query, key), probe))
+
+
+def test_fused_rounds_store_no_weights() -> None:
+    """Nothing that autograd keeps of the fused rounds is as large as the weights of one of them."""
+    case = Case(num_tokens=600, num_clusters=8, chunk_size=60)
+    rows = [case.tokens(name, 4).requires_grad_() for name in ("query", "key", "value")]
+    pattern = fast.cluster_pattern(case.assignment().repeat(2, 1), chunk_size=60)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        fast.cluster_attention_rounds(*rows, pattern, 2, form="tiles")
+    assert max(kept) < 600 * 3 * 60 / 8
 
 
 @given(case=cases())

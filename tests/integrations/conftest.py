@@ -33,6 +33,7 @@ LCOAN = {
     "chunk_size": 16,
     "reduction": 2,
 }
+ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 2, "share": 2, "upscale": 2, "window_sizes": [2, 4, 8]}
 PSNR = {"type": "calculate_psnr", "crop_border": 2, "test_y_channel": True}
 
 
@@ -156,7 +157,13 @@ def clean_log() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[EDSR, LCOAN], ids=["SparseEDSR", "LCoAN"])
+@pytest.fixture(params=[EDSR, LCOAN, ELAN], ids=["SparseEDSR", "LCoAN", "ELAN"])
 def network(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The options of each of our networks, tiny."""
     return copy.deepcopy(request.param)
+
+
+@pytest.fixture
+def elan() -> dict[str, Any]:
+    """The options of a tiny ELAN."""
+    return copy.deepcopy(ELAN)

@@ -11,15 +11,21 @@ import yaml
 from basicsr.utils import options as basicsr_options
 from skimage import data, io
 
-from sparse_sr_attn import EDSR, PRESETS, create_model
+from sparse_sr_attn import EDSR, ELAN, PRESETS, create_model
+from sparse_sr_attn.blocks import ELAB, SiteAttention
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.config import fields
-from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn.layers import GMSA, LSP, SharedGMSA
 from sparse_sr_attn_basicsr.options import OPTIONS, load
 from sparse_sr_attn_basicsr.registration import NETWORKS
 
 FILES = sorted(OPTIONS.rglob("*.yml"))
-NAMES = {"LCoAN": ("LCoAN", "LCoAN_light"), "EDSR": ("SparseEDSR_LCoA",), "RCAN": ("SparseRCAN_LCoA",)}
+NAMES = {
+    "LCoAN": ("LCoAN", "LCoAN_light"),
+    "ELAN": ("ELAN", "ELAN_light"),
+    "EDSR": ("SparseEDSR_LCoA", "SparseEDSR_ELAB"),
+    "RCAN": ("SparseRCAN_LCoA", "SparseRCAN_GMSA"),
+}
 SCALES = (2, 3, 4)
 NETWORK = {network.__name__: network for network in NETWORKS}
 
@@ -29,8 +35,12 @@ def identify(file: Path) -> str:
 
 
 def by_speed(files: list[Path]) -> list[Any]:
-    """The files of x2 run always, the others with the slow tests."""
-    return [pytest.param(f, id=f.stem, marks=() if "_x2" in f.stem else pytest.mark.slow) for f in files]
+    """The files of x2 run always, the others, and that of the deepest network, with the slow tests."""
+    fast = [file.stem.endswith("_x2") and file.stem != "train_ELAN_x2" for file in files]
+    return [
+        pytest.param(f, id=f.stem, marks=() if quick else pytest.mark.slow)
+        for f, quick in zip(files, fast, strict=True)
+    ]
 
 
 def network_of(file: Path) -> dict[str, Any]:
@@ -69,6 +79,7 @@ def test_all_are_there() -> None:
         for scale in SCALES
     }
     expected.add("train/EDSR/finetune_SparseEDSR_LCoA_x2.yml")
+    expected |= {f"{part}/RRDBNet/{part}_Attended_RRDBNet_LCoA_x4.yml" for part in ("train", "test")}
     assert {str(file.relative_to(OPTIONS)) for file in FILES} == expected
 
 
@@ -84,10 +95,11 @@ def test_scale_stands_where_it_should(file: Path) -> None:
     options = load(file)
     scale = options["scale"]
     assert file.stem.endswith(f"_x{scale}")
-    assert options["network_g"]["upscale"] == scale
+    network = options["network_g"].get("network", options["network_g"])
+    assert network.get("upscale", network.get("scale")) == scale
     assert all(metric["crop_border"] == scale for metric in options["val"]["metrics"].values())
     assert all(f"x{scale}" in dataset["dataroot_lq"].lower() for dataset in options["datasets"].values())
-    if "train" in options["datasets"]:
+    if "train" in options["datasets"] and options["network_g"]["type"] != "ELAN":
         assert options["datasets"]["train"]["gt_size"] == 48 * scale
 
 
@@ -118,11 +130,61 @@ def test_lcoan_is_the_published_configuration(scale: int) -> None:
     assert all(value == defaults[name].default for name, value in options.items())
 
 
-@pytest.mark.parametrize(("name", "shared"), [("EDSR/train_SparseEDSR_LCoA", 4), ("RCAN/train_SparseRCAN_LCoA", 2)])
-def test_one_computes_and_the_others_share(name: str, shared: int) -> None:
-    options = network_of(OPTIONS / "train" / f"{name}_x2.yml")
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["ELAN", "ELAN-light"])
+def test_elan_is_the_preset(name: str, scale: int) -> None:
+    """And what the file spells out beyond that is the default, which the golden tests and parameter counts hold."""
+    options = network_of(OPTIONS / "train" / "ELAN" / f"train_{name.replace('-', '_')}_x{scale}.yml")
+    assert options.pop("type") == "ELAN"
+    assert options.pop("upscale") == scale
+    published = {key: field.default for key, field in fields(ELAN).items()} | PRESETS[name].options
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    assert given == {key: published[key] for key in given}
+    assert given.keys() >= PRESETS[name].options.keys()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("name", "patch", "batch"), [("ELAN", 192, 32), ("ELAN_light", 256, 64)])
+def test_elan_is_trained_by_its_recipe(name: str, patch: int, batch: int, scale: int) -> None:
+    """Epochs of 64,000 patches; whole windows, and patches as large as published where the scale divides them."""
+    options = load(OPTIONS / "train" / "ELAN" / f"train_{name}_x{scale}.yml")
+    dataset, train = options["datasets"]["train"], options["train"]
+    assert dataset["batch_size_per_gpu"] == batch
+    assert [step * batch / 64_000 for step in train["scheduler"]["milestones"]] == [250, 400, 450, 475]
+    assert train["total_iter"] * batch == 500 * 64_000
+    assert (train["scheduler"]["gamma"], train["optim_g"]["lr"]) == (0.5, 2e-4)
+    assert dataset["gt_size"] == (240 if patch % scale else patch)
+    assert all(dataset["gt_size"] // scale % size == 0 for size in options["network_g"]["window_sizes"])
+
+
+def test_every_second_elab_shifts_its_windows() -> None:
+    options = network_of(OPTIONS / "train/EDSR/train_SparseEDSR_ELAB_x2.yml")
     net = NETWORK[options.pop("type")](**options)
-    assert len(net.attention) == shared
+    assert all(isinstance(layer, ELAB) and len(layer.attention) == 2 for layer in net.attention)
+    assert [layer.attention[0].shift for layer in net.attention] == [False, True, False, True]
+
+
+def test_every_second_group_of_rcan_reuses_the_windows_of_the_one_before() -> None:
+    options = network_of(OPTIONS / "train/RCAN/train_SparseRCAN_GMSA_x2.yml")
+    with torch.device("meta"):
+        net = NETWORK[options.pop("type")](**options)
+    assert [type(layer) for layer in net.attention] == [GMSA, SharedGMSA] * 5
+    assert [layer.shift for layer in net.attention if isinstance(layer, GMSA)] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("EDSR/train_SparseEDSR_LCoA_x2", 4),
+        ("RCAN/train_SparseRCAN_LCoA_x2", 2),
+        ("RRDBNet/train_Attended_RRDBNet_LCoA_x4", 3),
+    ],
+)
+def test_one_computes_and_the_others_share(name: str, shared: int) -> None:
+    options = network_of(OPTIONS / "train" / f"{name}.yml")
+    net = NETWORK[options.pop("type")](**options)
+    (attention,) = (module for module in net.modules() if isinstance(module, SiteAttention))
+    assert len(attention) == shared
     assert sum(isinstance(module, LSP) for module in net.modules()) == 1
 
 

@@ -44,6 +44,49 @@ MALFORMED = [
     ({f"{NET}.attention.after": [0]}, r"network_g\.attention: must have one of 'every' and 'after'.*got both"),
     ({f"{NET}.attention": "LCoA"}, r"network_g\.attention: must be .*got 'LCoA'"),
     ({f"{NET}.attention": [{"type": "LCoA", "every": 1}, 3]}, r"network_g\.attention\.1: must be a map"),
+    # ELAN's parts
+    ({NET: {"type": "ELAN", "num_blocks": 3}}, r"network_g\.num_blocks: unknown; did you mean 'num_block'\?"),
+    ({NET: {"type": "ELAN", "window_sizes": [4, 0]}}, r"network_g\.window_sizes: must be >= 1, got \[4, 0\]"),
+    ({NET: {"type": "ELAN", "share": 0}}, r"network_g\.share: must be >= 1, got 0"),
+    ({NET: {"type": "ELNA"}}, r"network_g\.type: BasicSR has no network named 'ELNA'; did you mean 'ELAN'\?"),
+    (
+        {f"{NET}.attention": {"type": "GMSA", "every": 2, "window_size": [4]}},
+        r"network_g\.attention\.window_size: unknown; did you mean 'window_sizes'\?",
+    ),
+    (
+        {f"{NET}.attention": {"type": "GMSA", "every": 2, "shift": "often"}},
+        r"network_g\.attention\.shift: must be true or false, got 'often'",
+    ),
+    (
+        {f"{NET}.attention": [{"type": "LCoA", "every": 2}, {"type": "SharedGMSA", "every": 2}]},
+        r"network_g\.attention\.1\.type: must be a drop-in layer, got 'SharedGMSA', a consumer; use GMSA with share: n",
+    ),
+    (
+        {f"{NET}.attention": {"type": "ELAB", "every": 5}},
+        r"network_g\.attention\.every: must hit at least one of the 4 blocks, got 5",
+    ),
+    # rules that a layer's constructor knows, not its signature
+    (
+        {f"{NET}.attention": {"type": "GMSA", "every": 2, "window_sizes": []}},
+        r"network_g\.attention\.window_sizes: must name at least one window size",
+    ),
+    (
+        {f"{NET}.attention": [{"type": "LCoA", "every": 2}, {"type": "GMSA", "every": 2, "window_sizes": []}]},
+        r"network_g\.attention\.1\.window_sizes: must name at least one window size",
+    ),
+    (
+        {f"{NET}.block": {"type": "GMSA", "window_sizes": []}},
+        r"network_g\.block\.window_sizes: must name at least one window size",
+    ),
+    ({f"{NET}.block": {"type": "ELABB"}}, r"network_g\.block\.type: no layer named 'ELABB'; did you mean 'ELAB'\?"),
+    ({f"{NET}.block": {"type": "ELAB", "shar": 2}}, r"network_g\.block\.shar: unknown; did you mean 'share'\?"),
+    ({f"{NET}.block": {"type": "ELAB", "expansion": 0}}, r"network_g\.block\.expansion: must be >= 1, got 0"),
+    ({f"{NET}.block": {"share": 2}}, r"network_g\.block\.type: missing"),
+    ({f"{NET}.block": "ELAB"}, r"network_g\.block: must be a map with a key 'type' or ~ .*, got 'ELAB'"),
+    (
+        {f"{NET}.block": {"type": "ELAB"}, "train.pretrain_img_range": 255.0},
+        r"train\.pretrain_img_range: must be ~ unless .* without block, .* it is SparseEDSR with block",
+    ),
     # BasicSR's networks
     (
         {NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 2, "attention": {}}},
@@ -239,6 +282,7 @@ def test_all_problems_are_reported_at_once(training: Callable[..., str], capsys:
     changes = {
         "network_g.attention.n_cluster": 4,
         "network_g.attention.share": 0,
+        "network_g.block": {"type": "ELAB", "expansion": 0},
         "network_g.num_feat": -3,
         "scale": 3,
         "datasets.val.dataroot_gt": "nowhere",
@@ -252,6 +296,7 @@ def test_all_problems_are_reported_at_once(training: Callable[..., str], capsys:
         [
             "network_g.attention.n_cluster",
             "network_g.attention.share",
+            "network_g.block.expansion",
             "network_g.num_feat",
             "network_g.upscale",
             "datasets.train.gt_size",
@@ -262,7 +307,7 @@ def test_all_problems_are_reported_at_once(training: Callable[..., str], capsys:
             "logger.print_freq",
         ]
     )
-    assert lines[0] == "sparse-sr: 10 problems in train.yml; nothing was run"
+    assert lines[0] == "sparse-sr: 11 problems in train.yml; nothing was run"
 
 
 def test_validation_may_have_images_that_basicsr_cuts(training: Callable[..., str], here: Path) -> None:
@@ -323,6 +368,37 @@ def test_what_is_legal_but_hardly_meant_is_remarked_on(
     _, remarks = preflight.check(load(training(changes)), training=True)
     assert len(remarks) == 1
     assert re.search(remark, remarks[0]), remarks
+
+
+LCOA = {"type": "LCoA", "every": 2}
+GMSA = {"type": "GMSA", "every": 2}
+ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 1, "upscale": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "buffers"),
+    [
+        ({"network_g.attention": LCOA}, "k-means centroids"),
+        ({"network_g.attention": GMSA}, "BatchNorm statistics"),
+        ({"network_g.attention": None, "network_g.block": {"type": "ELAB"}}, "BatchNorm statistics"),
+        ({"network_g": ELAN}, "BatchNorm statistics"),
+        ({"network_g.attention": [GMSA, LCOA]}, "k-means centroids and BatchNorm statistics"),
+        ({"network_g.attention": None}, None),
+    ],
+)
+def test_what_the_ema_network_of_srmodel_lacks_is_said(
+    changes: dict[str, Any], buffers: str | None, training: Callable[..., str]
+) -> None:
+    _, remarks = preflight.check(load(training({**changes, "model_type": "SRModel"})), training=True)
+    expected = f"model_type: SRModel leaves {buffers} out of the EMA network; prefer SparseSRModel"
+    assert remarks == ([] if buffers is None else [expected])
+
+
+@pytest.mark.parametrize("attention", [GMSA, None])
+def test_window_attention_may_have_any_range(attention: object, training: Callable[..., str]) -> None:
+    """BatchNorm keeps its queries short."""
+    changes = {"network_g.img_range": 255.0, "network_g.attention": attention, "network_g.block": {"type": "ELAB"}}
+    assert preflight.check(load(training(changes)), training=True)[1] == []
 
 
 def test_a_plain_edsr_may_have_any_range(training: Callable[..., str]) -> None:

@@ -30,8 +30,9 @@ class OnCPU(SparseSRModel):
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-def build(**train):
-    opt, _ = preflight.check(load("train.yml"), training=True)
+def build(network=None, **train):
+    options = load("train.yml")
+    opt, _ = preflight.check({**options, "network_g": network or options["network_g"]}, training=True)
     opt["train"] |= train
     opt["path"] |= {"models": ".", "training_states": "."}
     return OnCPU({**opt, "is_train": True, "dist": True, "rank": rank, "world_size": 2})
@@ -71,6 +72,20 @@ for parts in (1, 2):
     parted.feed_data(both)
     parted.optimize_parameters(1)
     print(f"parts{parts}", float(sum(p.double().square().sum() for p in parted.net_g.parameters())))
+
+# BatchNorm: each process goes on from the running statistics of the first, and the EMA network has those of its own.
+elan = build({"type": "ELAN", "num_feat": 6, "num_block": 1, "upscale": 2, "window_sizes": [2, 4]})
+norm = next(m for n, m in elan.net_g.module.named_modules() if n.endswith("query.norm"))
+begun = []
+norm.register_forward_pre_hook(lambda module, _: begun.append(float(module.running_mean.double().sum())))
+for iteration in (1, 2):
+    elan.feed_data(batch(70 * iteration + rank))
+    elan.optimize_parameters(iteration)
+    if iteration == 1:
+        print("ended", float(norm.running_mean.double().sum()))
+print("begun", begun[1])
+averaged = dict(elan.net_g_ema.named_buffers())
+print("copied", all(torch.equal(b, averaged[n]) for n, b in elan.net_g.module.named_buffers()))
 
 for fault in ("image", "loss"):
     bad = batch(30 + rank)
@@ -122,6 +137,9 @@ def test_all_trainers_stop_together(training: Callable[..., str]) -> None:
     assert lines[0]["parts1"] == lines[1]["parts1"]
     assert lines[0]["parts2"] == lines[1]["parts2"]
     assert float(lines[0]["parts1"]) == pytest.approx(float(lines[0]["parts2"]), rel=1e-9)
+    assert lines[0]["ended"] != lines[1]["ended"]
+    assert [line["begun"] for line in lines] == [lines[0]["ended"]] * 2
+    assert [line["copied"] for line in lines] == ["True", "True"]
     assert [line["healthy"] for line in lines] == ["True 2", "True 2"]
     assert lines[0]["image"].endswith("NaN or infinity is in images of another process")
     assert "is in these images" in lines[1]["image"]

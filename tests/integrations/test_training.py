@@ -44,6 +44,12 @@ def weights(file: Path, key: str = "params") -> dict[str, torch.Tensor]:
     return loaded
 
 
+def updates(file: Path) -> set[int]:
+    """Return how often k-means, or BatchNorm, has moved."""
+    counts = ("num_updates", "num_batches_tracked")
+    return {int(value) for name, value in weights(file).items() if name.endswith(counts)}
+
+
 def log_of(folder: Path) -> str:
     return "".join(file.read_text() for file in sorted(folder.glob("*.log")))
 
@@ -59,8 +65,7 @@ def test_train_resume_and_test(training: Write, testing: Write, network: dict[st
     first = log_of(folder)
     assert re.search(r"iter: +4, .*l_pix: \d", first)
     assert "Validation val" in first
-    updates = {name: value for name, value in weights(models / "net_g_4.pth").items() if name.endswith("num_updates")}
-    assert list(updates.values()) == [torch.tensor(3)]  # the fourth is pending
+    assert updates(models / "net_g_4.pth") == ({4} if network["type"] == "ELAN" else {3})  # the fourth is pending
     assert (folder / file).read_text().splitlines()[1] == f"# sparse-sr train -opt {file}"
 
     # Resumed with nothing left to do, it saves what it has loaded.
@@ -74,8 +79,7 @@ def test_train_resume_and_test(training: Write, testing: Write, network: dict[st
     assert [p.name for p in (here / "experiments").iterdir()] == ["tiny"]  # gone on, not begun again
     assert re.search(r"Resuming training from epoch: 0, iter: 4", log_of(folder))
     assert (folder / file).read_text().splitlines()[1].endswith("--auto_resume --force_yml train:total_iter=8")
-    updates = {name: value for name, value in weights(models / "net_g_8.pth").items() if name.endswith("num_updates")}
-    assert list(updates.values()) == [torch.tensor(7)]
+    assert updates(models / "net_g_8.pth") == ({8} if network["type"] == "ELAN" else {7})
 
     assert main(["test", "-opt", testing({"network_g": network})]) == 0
     results = here / "results" / "tiny_test"

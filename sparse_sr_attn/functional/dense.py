@@ -1,0 +1,35 @@
+"""Attention of all tokens to all tokens."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_sr_attn.functional.precision import working_precision
+
+
+def dense_attention(
+    query: Float[Tensor, "b n d"], key: Float[Tensor, "b m d"], value: Float[Tensor, "b m e"], *, scale: float = 1.0
+) -> Float[Tensor, "b n e"]:
+    r"""Return $\mathrm{softmax}(\mathrm{scale} \cdot Q K^\top) V$.
+
+    Args:
+        query: one row per token.
+        key: one row per token attended to; normalise it first for cosine scores.
+        value: one row per token attended to.
+        scale: factor on the dot products, dimensionless.
+
+    Returns:
+        One row per query, in the dtype of `value`; scores and softmax are in float32 at least.
+
+    Note:
+        Time grows as `n * m`; memory as `n + m`, where torch has a fused kernel for the device.
+    """
+    dtype = working_precision(query)
+    # The fused kernels want rows of one width (zeros change no dot product) that are contiguous.
+    width = max(query.shape[-1], value.shape[-1])
+    padded = (F.pad(rows.to(dtype), (0, width - rows.shape[-1])) for rows in (query, key, value))
+    q, k, v = (rows.contiguous()[:, None] for rows in padded)
+    with torch.autocast(query.device.type, enabled=False):
+        attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return attended[:, 0, :, : value.shape[-1]].to(value.dtype)

@@ -1,0 +1,118 @@
+r"""Attention by positive random features: the softmax kernel as an expectation, at linear cost.
+
+$$\exp\langle q, k \rangle = \mathbb{E}_w[\phi_w(q)\,\phi_w(k)], \quad \phi_w(u) = \exp(\langle w, u \rangle - \lVert u
+\rVert^2 / 2), \quad w \sim \mathcal{N}(0, I)$$
+
+Choromanski et al., "Rethinking Attention with Performers", ICLR 2021; used for super-resolution by ENLA (Xia et al.,
+AAAI 2022).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional.precision import working_precision
+
+
+def random_directions(num_features: int, dim: int, seed: int = 0) -> Float[Tensor, "m d"]:
+    """Return normally distributed vectors that are orthogonal in groups of `dim`, set by `seed` alone.
+
+    Each alone is distributed like a vector of independent normal numbers; orthogonal ones estimate the kernel with less
+    variance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, -(-num_features // dim), dim, dim)
+    numbers, others = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)
+    rotations, triangles = torch.linalg.qr(numbers)
+    # Without the signs, not every rotation is equally likely.
+    rotations = rotations * triangles.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+    lengths = others.norm(dim=-1, keepdim=True)
+    directions: Tensor = (lengths * rotations.mT).flatten(0, 1)
+    return directions[:num_features].float()
+
+
+def kernel_attention(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b k d"],
+    value: Float[Tensor, "b k e"],
+    directions: Float[Tensor, "m d"],
+) -> Float[Tensor, "b n e"]:
+    r"""Return $\sum_j \kappa(q, k_j)\,v_j / \sum_j \kappa(q, k_j)$ with $\kappa(q, k) = \sum_w \phi_w(q)\,\phi_w(k)$.
+
+    It is carried out as two softmaxes, which is the same number for number: each feature gathers the values of the keys
+    that excite it, and each query mixes the features. No exponential can overflow and no denominator can vanish.
+
+    Args:
+        query: one row per token.
+        key: one row per token attended to.
+        value: one row per token attended to.
+        directions: $w$, one row per feature; with more of them, softmax attention with scale 1 is approached, the
+            faster the shorter queries and keys are.
+
+    Returns:
+        One row per query, in the dtype of `value`; computed in float32 at least.
+
+    Note:
+        Time and memory grow as `(n + k) * m`. The length of a query matters through its dot products only: the factor
+        $\exp(-\lVert q \rVert^2 / 2)$ stands in numerator and denominator.
+    """
+    dtype = working_precision(query)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, directions = (rows.to(dtype) for rows in (query, key, directions))
+        of_keys = key @ directions.T - key.square().sum(dim=-1, keepdim=True) / 2
+        gathered = of_keys.softmax(dim=1).transpose(1, 2) @ value.to(dtype)
+        of_queries = query @ directions.T + of_keys.logsumexp(dim=1, keepdim=True)
+        return (of_queries.softmax(dim=-1) @ gathered).to(value.dtype)
+
+
+def contrastive_loss(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b k d"],
+    *,
+    num_queries: int = 256,
+    positive: float = 0.02,
+    negative: float = 0.08,
+    seed: int = 0,
+) -> Float[Tensor, ""]:
+    r"""Return how little the keys most similar to a query stand out from those of middling rank.
+
+    $$\frac{1}{S} \sum_{s=1}^{S} \log \sum_{j = n_2 N}^{(n_1 + n_2) N} \exp T_{s,j} - \log \sum_{j=1}^{n_1 N} \exp
+    T_{s,j}$$
+
+    over $S$ queries drawn from each sample, with $T_s$ the dot products of a query with all $N$ keys, falling.
+
+    Args:
+        query: one row per token.
+        key: one row per token.
+        num_queries: $S$, >= 1; of all queries where there are fewer.
+        positive: $n_1$, share of the keys that should stand out; at least one does.
+        negative: $n_2$, rank of the first key that should not, as a share of the keys; `positive` as many are taken.
+        seed: of the choice of queries; give the number of the step, so that each step has others.
+
+    Returns:
+        One number, < 0 when positives stand out.
+
+    Raises:
+        ShapeError: there are fewer than two keys, hence nothing to compare.
+
+    Note:
+        Time and memory grow as `S * N`, not as the square of `N`.
+
+    Source:
+        ENLCA (Xia et al., AAAI 2022). Deviations: all queries there, hence $N^2$; a constant margin is added there,
+        which changes no gradient.
+    """
+    num_keys = key.shape[1]
+    if num_keys < 2:
+        raise ShapeError(f"the contrastive loss compares keys, so there must be at least 2 of them, got {num_keys}")
+    count = max(1, round(positive * num_keys))
+    first = min(max(count, round(negative * num_keys)), num_keys - 1)
+    last = min(first + count, num_keys)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(query.shape[1], generator=generator, device="cpu")[:num_queries].to(query.device)
+    dtype = working_precision(query)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query[:, chosen].to(dtype) @ key.to(dtype).transpose(-1, -2)
+        ranked = scores.topk(last, dim=-1).values
+        return (ranked[..., first:].logsumexp(dim=-1) - ranked[..., :count].logsumexp(dim=-1)).mean()

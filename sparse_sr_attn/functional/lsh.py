@@ -1,0 +1,107 @@
+r"""Locality-sensitive hashing of tokens: similar directions fall into the same bucket.
+
+The bucket of $x$ is $\arg\max([Rx, -Rx])$ with a Gaussian $R$ (Andoni et al., NeurIPS 2015). NLSA (Mei et al., CVPR
+2021) draws $R$ anew in every forward; here only training does, with numbers that depend on a seed and on how often that
+was done.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.recomputation import backward_is_running
+
+
+class HashState(NamedTuple):
+    """All that hashing remembers between steps; `hash_step` moves it in place.
+
+    Attributes:
+        rotations: $R$ of each round.
+        num_draws: how often they were drawn anew.
+    """
+
+    rotations: Float[Tensor, "r m d"]
+    num_draws: Int[Tensor, ""]
+
+
+def initial_hash(num_rounds: int, max_buckets: int, dim: int, seed: int = 0) -> HashState:
+    """Return the state before training, set by `seed` alone, for `max_buckets // 2` directions and their opposites."""
+    return HashState(_draw((num_rounds, max_buckets // 2, dim), seed, 0), torch.zeros((), dtype=torch.int64))
+
+
+def bucket_count(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
+    """Return the number of buckets for a map: as many as full chunks, made even, from 2 to `max_buckets`, itself even.
+
+    Source:
+        NLSA. Deviation: it has none for maps smaller than a chunk, and fails.
+    """
+    chunks = num_tokens // chunk_size
+    return torch.sym_max(2, torch.sym_min(chunks + chunks % 2, max_buckets))  # type: ignore[no-any-return]
+
+
+def hash_tokens(
+    points: Float[Tensor, "b n d"], rotations: Float[Tensor, "r m d"], num_buckets: int
+) -> Int[Tensor, "b r n"]:
+    r"""Return the bucket of each point in each round, from 0 to `num_buckets - 1`.
+
+    Args:
+        points: one row per token, of any length; without gradient.
+        rotations: $R$ of each round; the first `num_buckets // 2` rows are used.
+        num_buckets: even, from 2 to twice the number of rows.
+
+    Returns:
+        $j$ where $|\langle R_j, x \rangle|$ is largest, plus `num_buckets // 2` where $x$ points the other way; the
+        lowest index wins a tie.
+    """
+    points = points.detach()
+    points = points.to(working_precision(points))
+    half = num_buckets // 2
+    with torch.autocast(points.device.type, enabled=False):
+        along = torch.einsum("bnd,rmd->brnm", points, rotations.to(points.dtype))
+        used = torch.arange(along.shape[-1], device=along.device) < half
+        index = along.abs().masked_fill(~used, -1).argmax(dim=-1, keepdim=True)
+        return (index + half * (along.gather(-1, index) < 0))[..., 0]
+
+
+def hash_step(points: Float[Tensor, "b n d"], state: HashState, num_buckets: int, *, seed: int) -> Int[Tensor, "b r n"]:
+    """Draw new rotations and hash the points by them, in training: moves `state` in place, once.
+
+    A recomputation of this forward during its backward draws nothing, and so finds the same buckets. Draws depend on
+    `seed` and their number alone: all processes make the same ones, and so does training that goes on from a state.
+
+    Args:
+        points: as in `hash_tokens`.
+        state: moved in place.
+        num_buckets: as in `hash_tokens`.
+        seed: of all draws.
+
+    Returns:
+        As `hash_tokens` by the new rotations.
+
+    Note:
+        Numbers are drawn on the CPU; a GPU waits for them.
+    """
+    return _hash_step(points.detach(), *state, num_buckets, seed)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("sparse_sr_attn::hash_step", mutates_args=("rotations", "num_draws"))
+def _hash_step(points: Tensor, rotations: Tensor, num_draws: Tensor, num_buckets: int, seed: int) -> Tensor:
+    if not backward_is_running():
+        num_draws.add_(1)
+        rotations.copy_(_draw(rotations.shape, seed, int(num_draws)))
+    return hash_tokens(points, rotations, num_buckets)
+
+
+@_hash_step.register_fake
+def _(points: Tensor, rotations: Tensor, num_draws: Tensor, num_buckets: int, seed: int) -> Tensor:
+    return points.new_empty((points.shape[0], rotations.shape[0], points.shape[1]), dtype=torch.int64)
+
+
+def _draw(shape: tuple[int, ...], seed: int, turn: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # The seeds of the turns start at a random number, so that those of two seeds do not overlap.
+    generator.manual_seed(turn + int(torch.randint(2**62, (), generator=generator, device="cpu")))
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)

@@ -1,0 +1,83 @@
+"""HSPA: dense non-local attention that gives most tokens no weight at all.
+
+Su et al., "High-Similarity-Pass Attention for Single Image Super-Resolution", IEEE TIP 2024, arXiv 2305.15768.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+from sparse_sr_attn.functional.sparsemax import sparsemax_attention
+from sparse_sr_attn.layers.base import (
+    LAYERS,
+    AttentionLayer,
+    check_alone,
+    check_map,
+    feature_map,
+    last_conv,
+    tokens,
+    unit_keys,
+)
+
+
+@LAYERS.register("HSPA", kind="layer", source="Su et al., arXiv 2305.15768")
+class HSPA(AttentionLayer):
+    r"""High-similarity-pass attention: `NLA` with sparsemax in place of the softmax.
+
+    $$E = \mathrm{conv}_{3\times3}(x), \quad y = x + \rho\,\mathrm{sparsemax}(\sigma E \hat
+    E^\top)\,\mathrm{conv}_{1\times1}(x)$$
+
+    Scores that lie 1 or more below the largest of their row get weight 0, exactly; so the length of queries, times
+    $\sigma$, sets how many tokens one attends to.
+
+    Args:
+        embed_dim: channels of the feature map, >= 1.
+        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
+        scale: $\sigma$, factor on the scores, > 0; the larger, the sparser.
+        res_scale: $\rho$, factor on the attention; 0 switches it off.
+        zero_init: start with a zero value convolution, hence as the identity.
+
+    Raises:
+        ConfigError: an option breaks its rule; all that do are named.
+
+    Note:
+        Time grows with the square of the number of pixels; memory does not. A token that no query attends to gets no
+        gradient, except through its own query.
+
+    Source:
+        HSPA of arXiv 2305.15768. Deviations P7-P8 of `docs/deviations.md`.
+    """
+
+    @checked
+    def __init__(
+        self,
+        embed_dim: PositiveInt,
+        *,
+        reduction: PositiveInt = 4,
+        scale: Positive = 1.0,
+        res_scale: Finite = 0.1,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.scale = scale
+        self.res_scale = res_scale
+        self.embed = nn.Conv2d(embed_dim, max(1, embed_dim // reduction), 3, padding=1)
+        self.value = last_conv(embed_dim, zero_init=zero_init)
+
+    def extra_repr(self) -> str:
+        """Return the options that shapes do not show."""
+        return f"scale={self.scale}, res_scale={self.res_scale}"
+
+    def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
+        """Return `x` plus what it attends to, for any h, w >= 1.
+
+        Raises:
+            SharingError: a state is given.
+            ShapeError: `x` is not a map of `embed_dim` channels.
+        """
+        check_alone(self, state)
+        check_map(x, self.embed_dim)
+        query = tokens(self.embed(x))
+        attended = sparsemax_attention(query, unit_keys(query), tokens(self.value(x)), scale=self.scale)
+        return x + self.res_scale * feature_map(attended, x)

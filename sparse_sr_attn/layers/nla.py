@@ -1,0 +1,73 @@
+"""NLA: dense non-local attention, what the sparse layers are measured by."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_sr_attn.config import Finite, PositiveInt, checked
+from sparse_sr_attn.functional.dense import dense_attention
+from sparse_sr_attn.layers.base import (
+    LAYERS,
+    AttentionLayer,
+    check_alone,
+    check_map,
+    feature_map,
+    last_conv,
+    tokens,
+    unit_keys,
+)
+
+_SOURCE = "Wang et al., CVPR 2018, arXiv 1711.07971; as the baseline of arXiv 2404.04922"
+
+
+@LAYERS.register("NLA", kind="layer", source=_SOURCE)
+class NLA(AttentionLayer):
+    r"""Non-local attention: every token attends to every token.
+
+    $$E = \mathrm{conv}_{3\times3}(x), \quad y = x + \rho\,\mathrm{softmax}(E \hat
+    E^\top)\,\mathrm{conv}_{1\times1}(x)$$
+
+    One embedding is query (raw: its length is a learnt temperature) and key (unit length), as in `LCoA`, so that the
+    two differ in nothing but who sees whom.
+
+    Args:
+        embed_dim: channels of the feature map, >= 1.
+        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
+        res_scale: $\rho$, factor on the attention; 0 switches it off.
+        zero_init: start with a zero value convolution, hence as the identity.
+
+    Raises:
+        ConfigError: an option breaks its rule; all that do are named.
+
+    Note:
+        Time grows with the square of the number of pixels; memory does not, where torch has a fused kernel.
+
+    Source:
+        Non-local networks (arXiv 1711.07971), in the form that LCoAN is compared with in arXiv 2404.04922.
+    """
+
+    @checked
+    def __init__(
+        self, embed_dim: PositiveInt, *, reduction: PositiveInt = 4, res_scale: Finite = 0.1, zero_init: bool = False
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.res_scale = res_scale
+        self.embed = nn.Conv2d(embed_dim, max(1, embed_dim // reduction), 3, padding=1)
+        self.value = last_conv(embed_dim, zero_init=zero_init)
+
+    def extra_repr(self) -> str:
+        """Return the options that shapes do not show."""
+        return f"res_scale={self.res_scale}"
+
+    def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
+        """Return `x` plus what it attends to, for any h, w >= 1.
+
+        Raises:
+            SharingError: a state is given.
+            ShapeError: `x` is not a map of `embed_dim` channels.
+        """
+        check_alone(self, state)
+        check_map(x, self.embed_dim)
+        query = tokens(self.embed(x))
+        attended = dense_attention(query, unit_keys(query), tokens(self.value(x)))
+        return x + self.res_scale * feature_map(attended, x)

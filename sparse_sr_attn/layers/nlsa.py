@@ -1,0 +1,128 @@
+"""NLSA: sparse attention inside the buckets of a locality-sensitive hash.
+
+Mei, Fan, Zhou, "Image Super-Resolution with Non-Local Sparse Attention", CVPR 2021. Written from the paper; each
+departure is listed in `docs/deviations.md`.
+"""
+
+from typing import Annotated
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparse_sr_attn.config import Finite, NonNegativeInt, PositiveInt, Rule, checked
+from sparse_sr_attn.functional.cluster import cluster_attention_rounds, cluster_pattern
+from sparse_sr_attn.functional.lsh import HashState, bucket_count, hash_step, hash_tokens, initial_hash
+from sparse_sr_attn.layers.base import (
+    LAYERS,
+    AttentionLayer,
+    check_alone,
+    check_map,
+    feature_map,
+    last_conv,
+    tokens,
+    unit_keys,
+)
+
+
+@LAYERS.register("NLSA", kind="layer", source="Mei et al., CVPR 2021")
+class NLSA(AttentionLayer):
+    r"""Non-local sparse attention: tokens of similar direction are hashed together, and attend within chunks.
+
+    $$E = \mathrm{conv}_{3\times3}(x), \quad c_i^r = \arg\max([R_r e_i, -R_r e_i]), \quad y = x + \rho \sum_r
+    \frac{Z_r}{\sum_{r'} Z_{r'}} P_r\,\mathrm{conv}_{1\times1}(x)$$
+
+    One embedding is query (raw) and key (unit length). In each round, tokens sorted by bucket are cut into chunks, and
+    each attends to its own and the adjacent ones; $Z_r$ is the normaliser of that softmax.
+
+    Args:
+        embed_dim: channels of the feature map, >= 1.
+        chunk_size: sorted tokens that attend to each other, >= 1; cut to the number of tokens.
+        num_rounds: hashes of a map, >= 1; time grows with it.
+        max_buckets: a map has a bucket for every `chunk_size` tokens, but at least 2 and at most so many; >= 2.
+        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
+        num_adjacent: neighbouring chunks seen on each side, >= 0.
+        exact_keys: count every key once in a round; `False` is the published counting.
+        redraw: draw new hashes in every training step, as published; else they stay those of `seed`.
+        seed: of all hashes.
+        res_scale: $\rho$, factor on the attention; 0 switches it off.
+        zero_init: start with a zero value convolution, hence as the identity.
+
+    Raises:
+        ConfigError: an option breaks its rule; all that do are named.
+
+    Note:
+        Evaluation uses the hashes of the last training step, which stand in the state dict, so it is deterministic.
+        Neither memory nor time grows with the square of the number of pixels; no weights are stored.
+
+    Source:
+        NLSA of CVPR 2021, published with reduction 4, chunks of 144, 4 rounds and 128 buckets. Deviations P1-P3 of
+        `docs/deviations.md`.
+    """
+
+    rotations: Tensor
+    num_draws: Tensor
+
+    @checked
+    def __init__(
+        self,
+        embed_dim: PositiveInt,
+        *,
+        chunk_size: PositiveInt = 144,
+        num_rounds: PositiveInt = 4,
+        max_buckets: Annotated[int, Rule(">= 2", lambda value: value >= 2)] = 128,
+        reduction: PositiveInt = 4,
+        num_adjacent: NonNegativeInt = 1,
+        exact_keys: bool = True,
+        redraw: bool = True,
+        seed: int = 0,
+        res_scale: Finite = 0.1,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.chunk_size = chunk_size
+        self.num_adjacent = num_adjacent
+        self.exact_keys = exact_keys
+        self.redraw = redraw
+        self.seed = seed
+        self.res_scale = res_scale
+        query_dim = max(1, embed_dim // reduction)
+        self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
+        self.value = last_conv(embed_dim, zero_init=zero_init)
+        for name, value in initial_hash(num_rounds, max_buckets, query_dim, seed)._asdict().items():
+            self.register_buffer(name, value)
+
+    def extra_repr(self) -> str:
+        """Return the options that shapes do not show."""
+        return (
+            f"chunk_size={self.chunk_size}, num_rounds={len(self.rotations)}, "
+            f"max_buckets={2 * self.rotations.shape[1]}, num_adjacent={self.num_adjacent}, "
+            f"exact_keys={self.exact_keys}, redraw={self.redraw}, seed={self.seed}, res_scale={self.res_scale}"
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
+        """Return `x` plus what it attends to, for any h, w >= 1; in training this draws new hashes once.
+
+        Raises:
+            SharingError: a state is given.
+            ShapeError: `x` is not a map of `embed_dim` channels.
+        """
+        check_alone(self, state)
+        check_map(x, self.embed_dim)
+        query = tokens(self.embed(x))
+        pattern = cluster_pattern(
+            self._hash(query).flatten(0, 1),
+            chunk_size=self.chunk_size,
+            num_adjacent=self.num_adjacent,
+            exact_keys=self.exact_keys,
+        )
+        rows = query, unit_keys(query), tokens(self.value(x))
+        attended = cluster_attention_rounds(*rows, pattern, len(self.rotations))
+        return x + self.res_scale * feature_map(attended, x)
+
+    def _hash(self, points: Float[Tensor, "b n d"]) -> Int[Tensor, "b r n"]:
+        state = HashState(self.rotations, self.num_draws)
+        num_buckets = bucket_count(points.shape[1], self.chunk_size, 2 * self.rotations.shape[1])
+        if self.training and self.redraw:
+            return hash_step(points, state, num_buckets, seed=self.seed)
+        return hash_tokens(points, state.rotations, num_buckets)

@@ -1,0 +1,63 @@
+"""Random feature attention with its features written out, and the contrastive loss by sorting."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def features(rows: Tensor, directions: Tensor) -> Tensor:
+    """Positive random features.
+
+    Args:
+        rows: `(n, d)`.
+        directions: `(m, d)`.
+
+    Returns:
+        `exp(<w, u> - |u|^2 / 2) / sqrt(m)` for each row u and direction w, `(n, m)`.
+    """
+    columns = [torch.exp((rows * w).sum(dim=-1) - (rows * rows).sum(dim=-1) / 2) for w in directions]
+    return torch.stack(columns, dim=-1) / math.sqrt(len(directions))
+
+
+def kernel_attention(query: Tensor, key: Tensor, value: Tensor, directions: Tensor) -> Tensor:
+    """Attention whose weights are dot products of features, as matrices of all pairs.
+
+    Args:
+        query: `(b, n, d)`.
+        key: `(b, k, d)`.
+        value: `(b, k, e)`.
+        directions: `(m, d)`.
+
+    Returns:
+        `(b, n, e)`.
+    """
+    samples = []
+    for b in range(len(query)):
+        kernel = features(query[b], directions) @ features(key[b], directions).T
+        samples.append((kernel / kernel.sum(dim=-1, keepdim=True)) @ value[b])
+    return torch.stack(samples)
+
+
+def contrastive_loss(query: Tensor, key: Tensor, *, positive: float, negative: float) -> Tensor:
+    """The loss over all queries.
+
+    Args:
+        query: `(b, n, d)`.
+        key: `(b, k, d)`.
+        positive: share of the keys, from the most similar on, that should stand out; at least one.
+        negative: rank, as a share of the keys, from which on as many others are taken that should not.
+
+    Returns:
+        A number: the mean over queries of log(sum of exponentials of the others / of those that should stand out).
+    """
+    terms = []
+    for b in range(len(query)):
+        for one in query[b]:
+            ranked = sorted((key[b] * one).sum(dim=-1), key=lambda score: -score.item())
+            count = max(1, round(positive * len(ranked)))
+            first = min(max(count, round(negative * len(ranked))), len(ranked) - 1)
+            similar = torch.stack(ranked[:count])
+            others = torch.stack(ranked[first : first + count])
+            terms.append(torch.log(torch.exp(others).sum() / torch.exp(similar).sum()))
+    return torch.stack(terms).mean()

@@ -1,0 +1,43 @@
+"""Locality-sensitive hashing one token at a time."""
+
+import torch
+from torch import Tensor
+
+
+def bucket_count(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
+    """Return the number of buckets: the chunks that the tokens fill, made even, between 2 and the even `max_buckets`.
+
+    Args:
+        num_tokens: of a map.
+        chunk_size: of its chunks.
+        max_buckets: most that there may be.
+
+    Returns:
+        An even number.
+    """
+    buckets = 2
+    while buckets < num_tokens // chunk_size and buckets < max_buckets:
+        buckets += 2
+    return buckets
+
+
+def hash_tokens(points: Tensor, rotations: Tensor, num_buckets: int) -> Tensor:
+    """Return the bucket of each token: the index of the largest of its coordinates along R and -R.
+
+    Args:
+        points: `(b, n, d)`.
+        rotations: R of each round, `(r, m, d)`; of its m rows, `num_buckets // 2` are used.
+        num_buckets: even.
+
+    Returns:
+        `(b, r, n)`, int64.
+    """
+    batch, num_tokens, _ = points.shape
+    buckets = torch.zeros(batch, len(rotations), num_tokens, dtype=torch.int64)
+    for b in range(batch):
+        for r, rotation in enumerate(rotations):
+            directions = [sign * row for sign in (1, -1) for row in rotation[: num_buckets // 2]]
+            for n in range(num_tokens):
+                along = [(points[b, n] * direction).sum().item() for direction in directions]
+                buckets[b, r, n] = along.index(max(along))
+    return buckets.to(points.device)

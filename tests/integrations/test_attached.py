@@ -1,0 +1,318 @@
+"""Attention in BasicSR's own networks: by hand, and by option file through `Attended`."""
+
+import copy
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparse_sr_attn import LAYERS, ConfigError, attach, detach, load_model
+from sparse_sr_attn.cli import main
+from sparse_sr_attn_basicsr import preflight, register
+from sparse_sr_attn_basicsr.options import load
+
+Write = Callable[..., str]
+
+SMALL = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 4}
+RRDB = {"type": "RRDBNet", **SMALL, "num_grow_ch": 4, "scale": 2}
+BODIES: dict[str, dict[str, Any]] = {
+    "EDSR": {"type": "EDSR", **SMALL, "upscale": 2, "img_range": 1.0},
+    "RCAN": {
+        "type": "RCAN",
+        **SMALL,
+        "num_group": 4,
+        "num_block": 1,
+        "squeeze_factor": 4,
+        "upscale": 2,
+        "img_range": 1.0,
+    },
+    "MSRResNet": {"type": "MSRResNet", **SMALL, "upscale": 2},
+    "RRDBNet": RRDB,
+}
+SWINIR = {"type": "SwinIR", "upscale": 2, "img_size": 8, "embed_dim": 12, "window_size": 4}
+SWINIR |= {"depths": [2], "num_heads": [2]}
+OPTIONS: dict[str, Any] = {"every": 2, "share": 2, "num_clusters": 8, "chunk_size": 16}
+ATTENDED = {"type": "Attended", "network": RRDB, "attention": {"type": "LCoA", **OPTIONS}}
+
+old_meshgrid = pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of SwinIR
+
+
+def image(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def built(options: dict[str, Any]) -> Any:
+    register()  # before basicsr is imported, in a process of its own too
+    from basicsr.archs import build_network
+
+    torch.manual_seed(0)
+    return build_network(options)
+
+
+def train(model: nn.Module, steps: int, part: slice = slice(None)) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(image(2, 3, 8, 8, seed=step)[part]).square().mean().backward()
+        optimizer.step()
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", BODIES.values(), ids=BODIES)
+def test_networks_of_basicsr_take_attention_and_give_it_back(options: dict[str, Any]) -> None:
+    plain, model = built(options), built(options)
+    x = image(2, 3, 6, 10)
+    attach(model, **OPTIONS)
+    assert len(model.body.attention) == 2
+    assert torch.equal(model(x), plain(x))
+    train(model, 2)
+    for name, parameter in model.named_parameters():
+        if name.startswith("body.attention."):
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.eval()(x), model.eval()(x))
+    assert not torch.equal(model(x), plain(x))
+    detach(model).load_state_dict(plain.state_dict(), strict=True)
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("options", BODIES.values(), ids=BODIES)
+def test_they_compile_without_a_break(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    model = attach(built(options), zero_init=False, **OPTIONS).eval()
+    expected = model(image(1, 3, 6, 8))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(image(1, 3, 6, 8)), expected)
+
+
+def _train_together(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    for name, options in BODIES.items():
+        model = attach(built(options), zero_init=False, **OPTIONS)
+        train(DistributedDataParallel(model), 2, slice(rank, None, world_size))
+        torch.save(model.state_dict(), f"{folder}/{name}{rank}.pth")
+    dist.barrier()  # nobody leaves while another still receives
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_them_alike(tmp_path: Path) -> None:
+    mp.spawn(_train_together, args=(2, str(tmp_path)), nprocs=2)
+    for name, options in BODIES.items():
+        first, second = (torch.load(tmp_path / f"{name}{rank}.pth", weights_only=True) for rank in (0, 1))
+        alone = attach(built(options), zero_init=False, **OPTIONS)
+        before = copy.deepcopy(alone.state_dict())
+        train(alone, 2)
+        for key, value in alone.state_dict().items():
+            assert torch.equal(first[key], second[key]), f"{name}: {key}"
+            torch.testing.assert_close(
+                first[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name, key=key: f"{name}: {key}: {text}"
+            )
+        assert any(not torch.equal(value, before[key]) for key, value in first.items() if ".value." in key)
+
+
+@old_meshgrid
+def test_swinir_runs_its_blocks_itself_and_is_told_what_to_do() -> None:
+    model = built({**SWINIR, "depths": [2, 2], "num_heads": [2, 2], "upsampler": "pixelshuffle"})
+    x, before = image(1, 3, 8, 8), model.state_dict().keys()
+    for body in (None, "layers"):
+        with pytest.raises(ConfigError, match=r"runs the blocks of 'layers' itself.*body='layers\.\*\.conv', share=1"):
+            attach(model, body)
+    expected = model.eval()(x)
+    attach(model, "layers.*.conv", every=1, share=1, num_clusters=4, chunk_size=16)
+    assert torch.equal(model(x), expected)
+    new = {key.rpartition("attention")[0] for key in model.state_dict().keys() - before}
+    assert new == {"layers.0.conv.", "layers.1.conv."}
+    train(model.train(), 2)
+    assert all(p.grad.any() for name, p in model.named_parameters() if ".attention." in name)
+    assert detach(model).state_dict().keys() == before
+
+
+# --- by option file ---------------------------------------------------------------------------------------------------
+
+
+def test_attended_is_the_network_itself_with_more_in_it() -> None:
+    plain = built(RRDB)
+    options = OrderedDict(ATTENDED, network=OrderedDict(RRDB), attention=OrderedDict(ATTENDED["attention"]))
+    model = built(options)
+    assert type(model) is type(plain)
+    assert options["network"]["type"] == "RRDBNet"
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == []
+    assert missing
+    assert all(key.startswith("body.attention.") for key in missing)
+    assert torch.equal(model(image(1, 3, 8, 6)), plain(image(1, 3, 8, 6)))
+
+
+def saved(here: Path, name: str, iteration: int) -> dict[str, Any]:
+    folder = here / "experiments" / name
+    weights: dict[str, Any] = torch.load(folder / f"models/net_g_{iteration}.pth", weights_only=True)
+    state: dict[str, Any] = torch.load(folder / f"training_states/{iteration}.state", weights_only=True)
+    return {**weights, "moments": {str(k): v["exp_avg"] for k, v in state["optimizers"][0]["state"].items()}}
+
+
+def test_it_trains_resumes_exactly_and_averages(training: Write, testing: Write, here: Path) -> None:
+    """Stopped after 5 of 10 iterations: the same bits; the EMA network has the centroids of the trained one."""
+    changes = {"network_g": ATTENDED, "logger.save_checkpoint_freq": 5, "val.val_freq": 5, "train.total_iter": 10}
+    file = training(changes)
+    assert main(["train", "-opt", file, "--force_yml", "name=whole"]) == 0
+    for total in (5, 10):
+        assert main(["train", "-opt", file, "--auto_resume", "--force_yml", f"train:total_iter={total}"]) == 0
+    whole, resumed, half = saved(here, "whole", 10), saved(here, "tiny", 10), saved(here, "tiny", 5)
+    for part, tensors in whole.items():
+        assert tensors.keys() == resumed[part].keys()
+        for key, value in tensors.items():
+            assert torch.equal(value, resumed[part][key]), f"{part}: {key}"
+    params, averaged = whole["params"], whole["params_ema"]
+    assert int(params["body.attention.0.lsp.num_updates"]) == 9  # the tenth is pending
+    for key in params:
+        assert torch.equal(params[key], averaged[key]) == (".lsp." in key and "embed" not in key), key
+    moved = [key for key, value in params.items() if not torch.equal(value, half["params"][key])]
+    assert {"body.attention.0.coa.value.weight", "body.attention.1.value.weight", "conv_first.weight"} <= set(moved)
+
+    assert main(["test", "-opt", testing({"network_g": ATTENDED})]) == 0
+    log = "".join(path.read_text() for path in (here / "results/tiny_test").glob("*.log"))
+    trained = "".join(path.read_text() for path in (here / "experiments/tiny").glob("*.log"))
+    assert re.findall(r"# psnr: (\S+)", log) == re.findall(r"# psnr: (\S+)", trained)[-1:]
+
+
+def test_a_trained_rrdbnet_goes_on_with_attention(training: Write, here: Path) -> None:
+    plain = {"network_g": RRDB, "model_type": "SRModel", "name": "plain", "train.total_iter": 20, "val": ...}
+    assert main(["train", "-opt", training(plain)]) == 0
+    path = {"pretrain_network_g": "experiments/plain/models/net_g_latest.pth", "strict_load_g": False}
+    still = {"path": path, "network_g": ATTENDED, "train.optim_g.lr": 1e-12, "train.total_iter": 1, "val": ...}
+    assert main(["train", "-opt", training(still)]) == 0
+    weights = {
+        name: torch.load(here / f"experiments/{name}/models/net_g_latest.pth", weights_only=True)["params"]
+        for name in ("plain", "tiny")
+    }
+    assert any(".attention." in key for key in weights["tiny"])
+    networks = {"plain": built(RRDB), "tiny": built(ATTENDED)}
+    for name, network in networks.items():
+        network.load_state_dict(weights[name], strict=True)
+    x = image(1, 3, 8, 8)
+    torch.testing.assert_close(networks["tiny"](x), networks["plain"](x), rtol=0, atol=1e-6)
+
+
+TEN_LINES = """\
+import torch
+from sparse_sr_attn import LAYERS, AttentionLayer
+
+@LAYERS.register("Gain", kind="layer", source="ten lines of a test")
+class Gain(AttentionLayer):
+    def __init__(self, embed_dim: int, start: float = 1.0) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.full((embed_dim, 1, 1), start))
+    def forward(self, x, state=None):
+        return x * self.gain
+"""
+
+
+def test_ten_lines_of_a_third_party_are_a_word_in_an_option_file(training: Write, here: Path) -> None:
+    assert len(TEN_LINES.splitlines()) == 10
+    (here / "gain.py").write_text(TEN_LINES)
+    network = {**ATTENDED, "attention": {"type": "Gain", "every": 1, "start": 0.5}}
+    try:
+        file = training({"custom_imports": ["gain.py"], "network_g": network, "val": ...})
+        assert main(["train", "-opt", file]) == 0
+    finally:
+        LAYERS._entries.pop("Gain", None)
+    weights = torch.load(here / "experiments/tiny/models/net_g_latest.pth", weights_only=True)["params"]
+    gains = [value for key, value in weights.items() if key.endswith(".gain")]
+    assert len(gains) == 4
+    assert all((value != 0.5).any() and (value - 0.5).abs().max() < 0.1 for value in gains)
+
+
+NET = "network_g"
+MALFORMED = [
+    ({f"{NET}.network": ...}, r"network_g\.network: missing"),
+    ({f"{NET}.network": 3}, r"network_g\.network: must be a mapping, got 3"),
+    ({f"{NET}.network.type": ...}, r"network_g\.network\.type: missing"),
+    ({f"{NET}.network.type": "RRDBnet"}, r"network_g\.network\.type: BasicSR has no network named .*'RRDBNet'\?"),
+    ({f"{NET}.network.num_feats": 8}, r"network_g\.network\.num_feats: unknown to RRDBNet; did you mean 'num_feat'\?"),
+    (
+        {f"{NET}.network.num_in_ch": ...},
+        r"network_g\.network: RRDBNet cannot be built with these options: TypeError: .*'num_in_ch'",
+    ),
+    ({f"{NET}.network": {"type": "LCoAN", "num_feats": 3}}, r"network_g\.network\.num_feats: unknown; did you mean"),
+    ({f"{NET}.attention": ...}, r"network_g\.attention: missing"),
+    ({f"{NET}.attention": 3}, r"network_g\.attention: must be a string or a mapping or a list or ~ \(nothing\), got 3"),
+    ({f"{NET}.attention": []}, r"network_g\.attention: must be a name, a map or a list of maps, got \(\)"),
+    ({f"{NET}.attension": {}}, r"network_g\.attension: unknown; did you mean 'attention'\?"),
+    ({f"{NET}.attention.type": "LCAo"}, r"network_g\.attention\.type: no layer named 'LCAo'; did you mean 'LCoA'\?"),
+    ({f"{NET}.attention.chunk_size": 0}, r"network_g\.attention\.chunk_size: must be >= 1, got 0"),
+    ({f"{NET}.attention.every": 5}, r"network_g\.attention\.every: must hit at least one of the 4 blocks, got 5"),
+    ({f"{NET}.attention": [{"type": "LCoA", "every": 1}, 3]}, r"network_g\.attention\.1: must be a map"),
+    ({f"{NET}.body": "trunk"}, r"network_g\.body: must be the path of a module, got 'trunk' \(known: body\)"),
+    ({f"{NET}.body": "conv_first"}, r"network_g\.body: must be an nn\.Sequential .* got 'conv_first', a Conv2d"),
+    (
+        {f"{NET}.network": {"type": "SparseEDSR", "num_feat": 8, "num_block": 4, "upscale": 2}},
+        r"network_g\.body: must be a trunk that the model calls, got 'body', but SparseEDSR runs its children itself",
+    ),
+    (
+        {NET: {"type": "RRDBNet", **SMALL, "attention": {}}},
+        r"network_g\.attention: unknown to RRDBNet; put it beside: \{type: Attended, network: \{type: RRDBNet, \.\.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MALFORMED)
+def test_a_wrong_option_is_explained(changes: dict[str, Any], message: str, training: Write) -> None:
+    file = training({NET: ATTENDED, **changes})
+    with pytest.raises(ConfigError, match=message) as caught:
+        preflight.check(load(file), training=True)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("attention", [ATTENDED["attention"], [ATTENDED["attention"]], "LCoA", None])
+def test_the_well_formed_file_passes(attention: object, training: Write) -> None:
+    options = {**ATTENDED, "attention": attention}
+    assert preflight.check(load(training({NET: options})), training=True)[1] == []
+    assert hasattr(built(options).body, "attention") == (attention is not None)
+
+
+@pytest.mark.parametrize(
+    ("network", "remark"),
+    [
+        (
+            {"type": "EDSR", **SMALL, "upscale": 2},
+            r"network_g\.network\.img_range: 255 \(the default of this network\)",
+        ),
+        ({**BODIES["EDSR"], "img_range": 100.0}, r"network_g\.network\.img_range: 100 makes queries so long"),
+    ],
+)
+def test_a_range_that_saturates_is_remarked_on(network: dict[str, Any], remark: str, training: Write) -> None:
+    _, remarks = preflight.check(load(training({NET: {**ATTENDED, "network": network}})), training=True)
+    assert len(remarks) == 1
+    assert re.search(remark, remarks[0])
+
+
+def test_large_networks_are_checked_without_memory(training: Write) -> None:
+    """One convolution between a hundred thousand channels would need 360 GB."""
+    file = training({NET: {**ATTENDED, "network": {**RRDB, "num_feat": 100_000}, "attention": {"type": "LCoA"}}})
+    with pytest.raises(ConfigError, match=r"network_g\.attention: must have one of 'every' and 'after'"):
+        preflight.check(load(file), training=True)
+
+
+@old_meshgrid
+def test_a_network_that_the_meta_device_forbids_is_built(training: Write) -> None:
+    """SwinIR reads a number from a tensor while it is built."""
+    network = {"type": "Attended", "network": SWINIR, "body": "layers.*.conv"}
+    attention = {"type": "LCoA", "every": 1, "num_clusters": 4}
+    assert preflight.check(load(training({NET: {**network, "attention": attention}})), training=True)[1] == []
+
+
+def test_load_model_says_that_it_does_not_know_them() -> None:
+    with pytest.raises(Exception, match="must be of a layout known here"):
+        load_model(built(ATTENDED).state_dict())

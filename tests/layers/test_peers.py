@@ -1,0 +1,408 @@
+"""The peers: each is its formula, by the slow twins; options do what they say; randomness is seeded and kept."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from sparse_sr_attn import (
+    EDSR,
+    ENLA,
+    HSPA,
+    LAYERS,
+    NLA,
+    NLSA,
+    CategoryAttention,
+    ConfigError,
+    SharingError,
+    build_layer,
+)
+from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.reference import cluster, dense, kernel, kmeans, lsh, sparsemax
+from sparse_sr_attn.testing import conformance
+from sparse_sr_attn.testing.tolerances import assert_bit_equal
+
+PEERS = ("CategoryAttention", "ENLA", "HSPA", "NLA", "NLSA")
+SMALL: dict[str, dict[str, Any]] = {
+    "CategoryAttention": {"num_clusters": 5, "chunk_size": 4},
+    "ENLA": {"num_features": 12},
+    "HSPA": {},
+    "NLA": {},
+    "NLSA": {"chunk_size": 4, "num_rounds": 2},
+}
+
+
+def make(name: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return build_layer(name, 8, **{"res_scale": 0.5, "reduction": 2, **SMALL[name], **options}).double()
+
+
+def features(seed: int = 0, height: int = 5, width: int = 6) -> Tensor:
+    return torch.randn(2, 8, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rows(conv: nn.Module, x: Tensor) -> Tensor:
+    return conv(x).flatten(2).mT
+
+
+def unit(tensor: Tensor) -> Tensor:
+    return normalize(tensor, dim=-1, eps=5e-5)
+
+
+def as_map(attended: Tensor, x: Tensor) -> Tensor:
+    return attended.mT.reshape(x.shape)
+
+
+def branch_by_twins(layer: Any, x: Tensor) -> Tensor:
+    """What the layer adds to `x`, over `res_scale`, from loops and dense matrices."""
+    if isinstance(layer, NLA):
+        query = rows(layer.embed, x)
+        return as_map(dense.dense_attention(query, unit(query), rows(layer.value, x)), x)
+    if isinstance(layer, HSPA):
+        query = rows(layer.embed, x)
+        return as_map(sparsemax.sparsemax_attention(query, unit(query), rows(layer.value, x), scale=layer.scale), x)
+    if isinstance(layer, ENLA):
+        length = math.sqrt(layer.amplification)
+        query, key = (length * unit(rows(conv, x)) for conv in (layer.query, layer.key))
+        return as_map(kernel.kernel_attention(query, key, rows(layer.value, x), layer.directions), x)
+    if isinstance(layer, NLSA):
+        query = rows(layer.embed, x)
+        num_rounds, half, _ = layer.rotations.shape
+        num_buckets = lsh.bucket_count(query.shape[1], layer.chunk_size, 2 * half)
+        pattern = cluster.cluster_pattern(
+            lsh.hash_tokens(query, layer.rotations, num_buckets).flatten(0, 1),
+            chunk_size=layer.chunk_size,
+            num_adjacent=layer.num_adjacent,
+            exact_keys=layer.exact_keys,
+        )
+        values = rows(layer.value, x)
+        return as_map(cluster.cluster_attention_rounds(query, unit(query), values, pattern, num_rounds), x)
+    assert isinstance(layer, CategoryAttention)
+    query, key, value = rows(layer.query, x), unit(rows(layer.key, x)), rows(layer.value, x)
+    categories = unit(layer.centroids)
+    assignment = kmeans.assign(key, categories)
+    pattern = cluster.cluster_pattern(assignment, chunk_size=layer.chunk_size, num_adjacent=layer.num_adjacent)
+    within = cluster.cluster_attention(query, key, value, pattern)
+    known = categories.expand(len(x), -1, -1)
+    among = dense.dense_attention(query, known, known @ layer.category_value.weight.T)
+    return layer.output(as_map(within + among, x))
+
+
+VARIANTS = [
+    ("NLA", {}),
+    ("NLA", {"reduction": 8}),
+    ("HSPA", {}),
+    ("HSPA", {"scale": 4.0}),
+    ("ENLA", {}),
+    ("ENLA", {"amplification": 2.0, "seed": 3}),
+    ("NLSA", {}),
+    ("NLSA", {"num_rounds": 3, "max_buckets": 4, "num_adjacent": 0}),
+    ("NLSA", {"exact_keys": False, "chunk_size": 7}),
+    ("CategoryAttention", {}),
+    ("CategoryAttention", {"categories": "learnt", "num_adjacent": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+@pytest.mark.parametrize("size", [(5, 6), (1, 1), (1, 7)], ids=str)
+def test_it_is_its_formula(name: str, options: dict[str, Any], size: tuple[int, int]) -> None:
+    """Output and all gradients, in evaluation."""
+    layer = make(name, **options).eval()
+    x = features(0, *size).requires_grad_()
+    probe = features(1, *size)
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    results = []
+    for output in (layer(x), x + layer.res_scale * branch_by_twins(layer, x)):
+        grads = torch.autograd.grad((output * probe).sum(), list(leaves.values()), materialize_grads=True)
+        results.append((output, dict(zip(leaves, grads, strict=True))))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-10)
+    for leaf in leaves:
+        torch.testing.assert_close(results[0][1][leaf], results[1][1][leaf], rtol=1e-9, atol=1e-9, msg=leaf)
+
+
+CHANGES = [
+    *[("NLA", change) for change in ({"reduction": 4},)],
+    *[("HSPA", change) for change in ({"reduction": 4}, {"scale": 3.0})],
+    *[("ENLA", change) for change in ({"reduction": 4}, {"num_features": 13}, {"amplification": 2.0}, {"seed": 1})],
+    *[
+        ("NLSA", change)
+        for change in (
+            {"reduction": 4},
+            {"chunk_size": 5},
+            {"num_rounds": 3},
+            {"max_buckets": 2},
+            {"num_adjacent": 0},
+            {"exact_keys": False, "chunk_size": 11},
+            {"seed": 1},
+        )
+    ],
+    *[
+        ("CategoryAttention", change)
+        for change in (
+            {"reduction": 4},
+            {"num_clusters": 3},
+            {"chunk_size": 5},
+            {"num_adjacent": 0},
+            {"seed": 1},
+        )
+    ],
+    *[(name, {"res_scale": 0.25}) for name in PEERS],
+]
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES, ids=str)
+def test_each_option_changes_the_output(name: str, change: dict[str, Any]) -> None:
+    x = features()
+    usual = make(name, **({"chunk_size": 11} if "exact_keys" in change else {})).eval()(x)
+    assert not torch.allclose(make(name, **change).eval()(x), usual, rtol=1e-4, atol=1e-4)
+
+
+TRAINING_CHANGES = [
+    ("NLSA", {"redraw": False}),
+    ("CategoryAttention", {"categories": "learnt"}),
+    ("CategoryAttention", {"ema_decay": 0.5}),
+    ("CategoryAttention", {"reseed_threshold": 0.9}),
+]
+
+
+def trained(name: str, num_steps: int = 20, **options: Any) -> Any:
+    layer = make(name, **options).train()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        (layer(features(step)) * features(step + 1)).sum().backward()
+        optimizer.step()
+    return layer
+
+
+@pytest.mark.parametrize(("name", "change"), TRAINING_CHANGES, ids=str)
+def test_each_option_of_training_changes_what_is_learnt(name: str, change: dict[str, Any]) -> None:
+    x = features(100)
+    usual, other = trained(name).eval(), trained(name, **change).eval()
+    assert not torch.allclose(other(x), usual(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_evaluation_is_deterministic_and_ignores_global_randomness(name: str) -> None:
+    layer = trained(name, 2).eval()
+    x = features()
+    torch.manual_seed(1)
+    first = layer(x)
+    torch.manual_seed(2)
+    assert_bit_equal(layer(x), first)
+    assert_bit_equal(copy.deepcopy(layer)(x), first)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_state_is_refused(name: str) -> None:
+    layer = make(name)
+    with pytest.raises(SharingError, match=rf"^{name} takes no state, got a dict$"):
+        layer(features(), {})
+    with pytest.raises(SharingError, match="needs a layer that provides a state"):
+        layer.attend(features())
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_an_ablation_is_one_word(name: str) -> None:
+    """In the option `attention` of a network, whose output at first is that without."""
+    x = torch.rand(1, 3, 7, 6, generator=torch.Generator().manual_seed(0))
+    plain, attended = (
+        EDSR(num_feat=8, num_block=4, upscale=2, attention=attention)
+        for attention in (None, {"type": name, "every": 2})
+    )
+    attended.load_state_dict(plain.state_dict(), strict=False)
+    assert [type(layer).__name__ for layer in attended.attention] == [name] * 2
+    assert_bit_equal(attended.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("NLSA", {"max_buckets": 1}, "max_buckets must be >= 2, got 1"),
+        ("NLSA", {"num_rounds": 0}, "num_rounds must be >= 1, got 0"),
+        ("NLSA", {"chunksize": 3}, "chunksize: unknown; did you mean 'chunk_size'"),
+        ("ENLA", {"amplification": 0.0}, "amplification must be > 0 and finite, got 0.0"),
+        ("ENLA", {"num_features": 0}, "num_features must be >= 1, got 0"),
+        ("HSPA", {"scale": -1.0}, "scale must be > 0 and finite, got -1.0"),
+        ("NLA", {"reduction": 0}, "reduction must be >= 1, got 0"),
+        ("CategoryAttention", {"categories": "learned"}, "categories must be one of 'kmeans', 'learnt', got 'learned'"),
+    ],
+)
+def test_a_bad_option_is_explained(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_layer(name, 8, **options)
+    assert str(caught.value).startswith(message)
+
+
+# --- NLA and HSPA -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 30}, {"chunk_size": 1000}, {"chunk_size": 10}], ids=str)
+@pytest.mark.parametrize("name", ["NLSA", "LCoA"])
+def test_sparse_attention_that_sees_all_is_dense(name: str, options: dict[str, Any]) -> None:
+    """One chunk that holds every token, or three that see each other."""
+    nla = NLA(8, reduction=2, res_scale=1.0).double().eval()
+    sparse: Any = build_layer(name, 8, reduction=2, res_scale=1.0, num_rounds=3 if name == "NLSA" else 1, **options)
+    sparse = sparse.double().eval()
+    embed, value = (sparse.embed, sparse.value) if name == "NLSA" else (sparse.lsp.embed, sparse.coa.value)
+    embed.load_state_dict(nla.embed.state_dict())
+    value.load_state_dict(nla.value.state_dict())
+    x = features()
+    torch.testing.assert_close(sparse(x), nla(x), rtol=1e-10, atol=1e-10)
+
+
+def test_hspa_gets_sparser_with_its_scale() -> None:
+    """At a tiny scale it is close to a mean over all tokens, at a huge one it copies the most similar."""
+    x = features()
+    flat, steep = make("HSPA", scale=1e-6).eval(), make("HSPA", scale=1e6).eval()
+    mean = rows(flat.value, x).mean(dim=1, keepdim=True).expand(-1, 30, -1)
+    torch.testing.assert_close(flat(x) - x, 0.5 * as_map(mean, x), rtol=1e-3, atol=1e-3)
+    query = rows(steep.embed, x)
+    nearest = (query @ unit(query).mT).argmax(dim=-1)
+    values = rows(steep.value, x)
+    copied = torch.stack([value[index] for value, index in zip(values, nearest, strict=True)])
+    torch.testing.assert_close(steep(x) - x, 0.5 * as_map(copied, x), rtol=1e-9, atol=1e-9)
+
+
+# --- NLSA -------------------------------------------------------------------------------------------------------------
+
+
+def test_nlsa_draws_in_training_only_and_evaluates_by_what_it_drew_last() -> None:
+    layer = make("NLSA").train()
+    rotations = [layer.rotations.clone()]
+    for step in range(3):
+        layer(features(step))
+        rotations.append(layer.rotations.clone())
+    assert not any(torch.equal(rotations[i], rotations[j]) for i in range(4) for j in range(i))
+    output = layer.eval()(features())
+    assert_bit_equal(layer.rotations, rotations[-1])
+    assert layer.num_draws == 3
+    fresh = make("NLSA").eval()
+    assert not torch.equal(fresh(features()), output)
+    fresh.load_state_dict(layer.state_dict())
+    assert_bit_equal(fresh(features()), output)
+
+
+def test_nlsa_without_redraw_keeps_its_hash() -> None:
+    layer = make("NLSA", redraw=False).train()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    for step in range(3):
+        layer(features(step))
+    for name, buffer in layer.named_buffers():
+        assert_bit_equal(buffer, before[name])
+
+
+def test_nlsa_rounds_hash_differently() -> None:
+    rotations = make("NLSA", num_rounds=3).rotations
+    assert not any(torch.equal(rotations[i], rotations[j]) for i in range(3) for j in range(i))
+
+
+# --- ENLA -------------------------------------------------------------------------------------------------------------
+
+
+def test_enla_converges_to_softmax_attention() -> None:
+    """Of scores alpha times the cosine; the error of 60,000 features is a small part of what 30 miss."""
+    x = features()
+    errors = []
+    for num_features in (30, 60_000):
+        layer = make("ENLA", num_features=num_features, amplification=0.5).eval()
+        query, key = (unit(rows(conv, x)) for conv in (layer.query, layer.key))
+        exact = x + 0.5 * as_map(dense.dense_attention(query, key, rows(layer.value, x), scale=0.5), x)
+        errors.append((layer(x) - exact).norm())
+    assert errors[1] < errors[0] / 10
+
+
+def test_enla_keeps_its_features_in_the_state_dict() -> None:
+    first, other = make("ENLA", seed=1).eval(), make("ENLA", seed=2).eval()
+    assert not torch.equal(first.directions, other.directions)
+    other.load_state_dict(first.state_dict())
+    assert_bit_equal(other(features()), first(features()))
+
+
+def test_enla_s_contrastive_loss_trains_queries_and_keys() -> None:
+    layer = make("ENLA").train()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    losses = []
+    for step in range(30):
+        optimizer.zero_grad()
+        loss = layer.contrastive_loss(features(), num_queries=8, seed=step)
+        loss.backward()
+        for part in (layer.query, layer.key):
+            assert part.weight.grad is not None
+            assert part.weight.grad.any()
+        assert layer.value.weight.grad is None
+        optimizer.step()
+        losses.append(layer.contrastive_loss(features()).item())
+    assert losses[-1] < losses[0] - 0.1
+    length = math.sqrt(layer.amplification)
+    query, key = (length * unit(rows(conv, features())) for conv in (layer.query, layer.key))
+    expected = kernel.contrastive_loss(query, key, positive=0.02, negative=0.08)
+    torch.testing.assert_close(layer.contrastive_loss(features()), expected, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ShapeError, match="embed_dim is 8"):
+        layer.contrastive_loss(features()[:, :4])
+
+
+# --- category attention -----------------------------------------------------------------------------------------------
+
+
+def test_categories_of_kmeans_move_in_training_only() -> None:
+    layer = make("CategoryAttention").train()
+    before = layer.centroids.clone()
+    for step in range(3):
+        layer(features(step))
+    assert not torch.allclose(layer.centroids, before)
+    after = layer.centroids.clone()
+    layer.eval()(features())
+    assert_bit_equal(layer.centroids, after)
+    assert layer.num_updates == 2
+    frozen = make("CategoryAttention", ema_decay=1.0).train()
+    for step in range(3):
+        frozen(features(step))
+    assert_bit_equal(frozen.centroids, before)
+
+
+def test_learnt_categories_are_a_parameter() -> None:
+    layer = make("CategoryAttention", categories="learnt")
+    assert isinstance(layer.centroids, nn.Parameter)
+    assert not list(layer.buffers())
+
+
+def test_two_forwards_before_a_backward() -> None:
+    """The second moves the centroids that the first has used; gradients are those of one after the other."""
+    layer, other = make("CategoryAttention").train(), make("CategoryAttention").train()
+    probe = features(9)
+    losses = [(layer(features(seed)) * probe).sum() for seed in range(3)]
+    sum(losses).backward()
+    for seed in range(3):
+        (other(features(seed)) * probe).sum().backward()
+    for one, two in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+
+
+SUBJECTS = [
+    conformance.Subject(LAYERS.get("CategoryAttention"), options={"categories": "learnt"}),
+    conformance.Subject(LAYERS.get("NLSA"), options={"redraw": False, "exact_keys": False}),
+]
+EXTRA = [
+    "every parameter learns",
+    "evaluation does not mix samples",
+    "precisions",
+    "gradients are derivatives",
+    "compiled is eager",
+    "export with dynamic sizes",
+    "checkpointed is plain",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.unhooked
+@pytest.mark.parametrize("subject", SUBJECTS, ids=["learnt categories", "published NLSA keys"])
+@pytest.mark.parametrize("clause", [c for c in conformance.CLAUSES if c.name in EXTRA], ids=str)
+def test_contract_with_other_options(
+    device: torch.device, subject: conformance.Subject, clause: conformance.Clause
+) -> None:
+    clause.check(subject, device)

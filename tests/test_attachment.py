@@ -1,0 +1,620 @@
+"""attach and detach on models of other people's making: what changes, what stays, what is refused."""
+
+import copy
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from sparse_sr_attn import EDSR, LAYERS, AttentionLayer, CoA, ConfigError, LCoA, attach, detach
+
+OPTIONS: dict[str, Any] = {"num_clusters": 5, "chunk_size": 12, "reduction": 2}
+LCOA: dict[str, Any] = {"type": "LCoA", **OPTIONS}
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(True), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.body(x).mul(0.1)
+        output += x
+        return output
+
+
+class Layout(nn.Module):
+    """EDSR-PyTorch's layout: residual blocks, then a convolution, in one `body`; the sum is taken in place."""
+
+    def __init__(self, width: int = 8, num_blocks: int = 4) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Conv2d(3, width, 3, padding=1))
+        self.body = nn.Sequential(*(ResBlock(width) for _ in range(num_blocks)), nn.Conv2d(width, width, 3, padding=1))
+        self.tail = nn.Sequential(
+            nn.Sequential(nn.Conv2d(width, 4 * width, 3, padding=1), nn.PixelShuffle(2)),
+            nn.Conv2d(width, 3, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        deep = self.body(x)
+        deep += x
+        output: Tensor = self.tail(deep)
+        return output
+
+
+class Blocks(nn.Module):
+    """Runs its blocks itself, on tokens; each has a convolution of the feature map (SwinIR's way)."""
+
+    def __init__(self, width: int = 8, num_blocks: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"mlp": nn.Linear(width, width), "conv": nn.Conv2d(width, width, 3, padding=1)})
+            for _ in range(num_blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            tokens = layer["mlp"](x.flatten(2).transpose(1, 2))
+            x = x + layer["conv"](tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return x
+
+
+class Loop(Layout):
+    """Runs the children of its `nn.Sequential` itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        for block in self.body:
+            x = block(x)
+        return x
+
+
+class Unused(Layout):
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.tail(self.head(x))
+        return output
+
+
+class Picky(Layout):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (17, 17):
+            raise ValueError("give me a picture of 17x17")
+        output: Tensor = super().forward(x)
+        return output
+
+
+class Pixelwise(nn.Module):
+    """A convolution without `nn.Conv2d`, so that no parameter tells how wide its input is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(width, width) / width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.einsum("oc,bchw->bohw", self.matrix, x)
+
+
+def image(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def built(build: type[nn.Module] = Layout, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return build(**options)
+
+
+def attached(build: type[nn.Module] = Layout, **options: Any) -> Any:
+    model = built(build)
+    return attach(model, "body", "LCoA", **{"every": 2, "share": 2, "zero_init": False, **OPTIONS, **options})
+
+
+def train(model: nn.Module, steps: int = 2, *, seed: int = 0) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(image(2, 3, 6, 7, seed=seed + step)).square().mean().backward()
+        optimizer.step()
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+# --- what it does -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_output_stays_to_the_bit_and_old_names_stay(training: bool, autocast: bool) -> None:
+    model = built().train(training)
+    before = model.state_dict()
+    x = image(2, 3, 6, 9)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model(x)
+        assert attach(model, "body", "LCoA", every=2, share=2, **OPTIONS) is model
+        actual = model(x)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+    after = model.state_dict()
+    assert all(after[key].data_ptr() == value.data_ptr() for key, value in before.items())
+    assert {key[:17] for key in after.keys() - before.keys()} == {"body.attention.0.", "body.attention.1."}
+    assert all(module.training == training for module in model.modules())
+
+
+def test_layers_stand_and_share_where_it_says() -> None:
+    """After children 1 and 3 of 5; the first computes, the second reuses: spelt out by hand."""
+    model = attached().eval()
+    first, second = model.body.attention
+    assert (type(first), type(second)) == (LCoA, CoA)
+    x = image(2, 8, 5, 6)
+    y = model.body[1](model.body[0](x))
+    state = first.attend(y)
+    y = model.body[3](model.body[2](first(y, state)))
+    y = model.body[4](second(y, state))
+    assert torch.equal(model.body(x), y)
+    assert not torch.equal(y, nn.Sequential(*model.body)(x))
+
+
+def test_maps_are_those_of_our_networks() -> None:
+    model = attach(built(), "body", [{**LCOA, "every": 2, "share": 2}, {**LCOA, "after": [1], "num_clusters": 3}])
+    kinds = [
+        (type(layer), len(layer.lsp.centroids) if isinstance(layer, LCoA) else 0) for layer in model.body.attention
+    ]
+    assert kinds == [(LCoA, 5), (LCoA, 3), (CoA, 0)]
+    model = attach(built(), "body", {**LCOA, "every": 5})
+    assert [type(layer) for layer in model.body.attention] == [LCoA]
+
+
+def test_defaults_are_after_every_fourth_shared_by_four() -> None:
+    model = attach(built(num_blocks=16))
+    assert [type(layer) for layer in model.body.attention] == [LCoA, CoA, CoA, CoA]
+    assert [index for index in range(16) if model.body.attention.at(index)] == [3, 7, 11, 15]
+    assert [len(attach(built(), after=after).body.attention) for after in ([0], [0, 4])] == [1, 2]
+
+
+def test_a_layer_with_nothing_to_share_needs_no_share() -> None:
+    @LAYERS.register("Doubled", kind="layer", source="this test")
+    class Doubled(AttentionLayer):
+        def __init__(self, embed_dim: int) -> None:
+            super().__init__()
+
+        def forward(self, x: Tensor, state: None = None) -> Tensor:
+            return 2 * x
+
+    try:
+        model = attach(built(), attention="Doubled", every=5)
+        x = image(1, 8, 3, 3)
+        assert torch.equal(model.body(x), 2 * nn.Sequential(*model.body)(x))
+    except ConfigError as error:
+        pytest.fail(str(error))
+    finally:
+        del LAYERS._entries["Doubled"]
+
+
+def test_everything_learns_after_two_steps() -> None:
+    model = attach(built(), "body", "LCoA", every=1, share=3, **OPTIONS)
+    train(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    assert int(model.body.attention[0].lsp.num_updates) == 1  # the second is pending
+
+
+def test_detaching_leaves_the_model_as_it_was() -> None:
+    model = built()
+    untouched = copy.deepcopy(model)
+    assert detach(attach(model, "body", "LCoA", **OPTIONS)) is model
+    assert [type(module) for module in model.modules()] == [type(module) for module in untouched.modules()]
+    assert [vars(module).keys() for module in model.modules()] == [
+        vars(module).keys() for module in untouched.modules()
+    ]
+    assert repr(model) == repr(untouched)
+    assert_same(model, untouched)
+    attach(model, "body", "LCoA", **OPTIONS)
+    train(model)
+    detach(model).load_state_dict(untouched.state_dict(), strict=True)
+    assert torch.equal(model(image(1, 3, 5, 5)), untouched(image(1, 3, 5, 5)))
+    model.body.append(nn.ReLU())
+    attach(model, "body", "LCoA", **OPTIONS)
+
+
+def test_old_weights_load_into_the_attached_model() -> None:
+    model = attach(built(), "body", "LCoA", **OPTIONS)
+    train(model)
+    weights = built().state_dict()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert unexpected == []
+    assert all(key.startswith("body.attention.") for key in missing)
+
+
+def test_the_trunk_stays_the_same_object() -> None:
+    """Whoever holds it, or has hung a hook on it, need not know."""
+    model = built()
+    trunk, seen = model.body, []
+    model.alias = model.body
+    model.body.register_forward_hook(lambda *_: seen.append(1))
+    attach(model, "body", "LCoA", **OPTIONS)
+    assert model.body is trunk
+    assert model.alias is trunk
+    seen.clear()
+    model(image(1, 3, 4, 4))
+    assert seen == [1]
+
+
+def test_it_is_still_a_sequential_of_its_children() -> None:
+    model = built()
+    children = list(model.body)
+    attach(model, "body", "LCoA", every=2, **OPTIONS)
+    trunk = model.body
+    assert isinstance(trunk, nn.Sequential)
+    assert len(trunk) == 5
+    assert list(trunk) == children
+    assert [trunk[index] for index in range(-5, 5)] == 2 * children
+    assert type(trunk[1:3]) is nn.Sequential
+    assert list(trunk[1:3]) == children[1:3]
+    assert list(trunk[::-2]) == children[::-2]
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            trunk[index]
+    other = ResBlock(8)
+    trunk[-2] = other
+    assert list(trunk) == [*children[:3], other, children[4]]
+    assert len(trunk.attention) == 2
+    trunk.add_module("last", nn.ReLU())  # which no nn.Sequential refuses; it runs after the others
+    assert len(trunk) == 6
+    assert model(image(1, 3, 4, 4)).isfinite().all()
+    assert trunk(image(1, 8, 4, 4)).min() == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda trunk: trunk.append(nn.ReLU()),
+        lambda trunk: trunk.insert(0, nn.ReLU()),
+        lambda trunk: trunk.extend([nn.ReLU()]),
+        lambda trunk: trunk.pop(0),
+        lambda trunk: trunk.__delitem__(0),
+        lambda trunk: trunk.__iadd__(nn.Sequential(nn.ReLU())),
+        lambda trunk: trunk.__imul__(2),
+    ],
+)
+def test_its_children_are_counted_for_good(change: Any) -> None:
+    model = attached()
+    before = list(model.body)
+    with pytest.raises(TypeError, match="detach, change them, and attach again"):
+        change(model.body)
+    assert list(model.body) == before
+    assert len(model.body.attention) == 2
+
+
+def test_named_children_keep_their_names() -> None:
+    trunk = nn.Sequential(OrderedDict(one=ResBlock(8), two=ResBlock(8)))
+    model = attach(nn.ModuleDict({"net": trunk}), "net", "LCoA", every=1, share=1, **OPTIONS)
+    assert {key.split(".")[1] for key in model.state_dict()} == {"one", "two", "attention"}
+    assert trunk.two is trunk[1]
+
+
+def test_a_model_that_is_its_own_trunk() -> None:
+    model = nn.Sequential(ResBlock(8), ResBlock(8))
+    attach(model, "", "LCoA", every=1, share=2, **OPTIONS)
+    assert "attention.0.lsp.centroids" in model.state_dict()
+    assert detach(model)(image(1, 8, 3, 3)).shape == (1, 8, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_layers_come_where_the_trunk_is(dtype: torch.dtype) -> None:
+    model = attach(built().to(dtype), "body", "LCoA", every=2, **OPTIONS)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(image(1, 3, 4, 5).to(dtype)).dtype == dtype
+    with torch.device("meta"):
+        model = built()
+    assert {p.device.type for p in attach(model, "body", "LCoA", **OPTIONS).parameters()} == {"meta"}
+
+
+# --- what it must bear ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+def test_copies_go_on_alike_and_apart(duplicate: Any) -> None:
+    model = attached()
+    train(model)
+    twin = duplicate(model)
+    train(model, seed=5)
+    train(twin, seed=5)
+    assert_same(model, twin)
+    with torch.no_grad():
+        twin.body.attention[1].value.weight.zero_()
+    assert model.body.attention[1].value.weight.any()
+    assert type(detach(twin).body) is nn.Sequential
+    assert len(model.body.attention) == 2
+
+
+class Checkpointed(Layout):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        output: Tensor = self.tail(checkpoint(self.body, x, use_reentrant=False) + x)
+        return output
+
+
+def test_activation_checkpointing_of_the_trunk_changes_nothing() -> None:
+    plain, checkpointed = attached(), attached(Checkpointed)
+    for step in range(3):
+        train(plain, 1, seed=step)
+        train(checkpointed, 1, seed=step)
+    assert_same(plain, checkpointed)
+    assert int(plain.body.attention[0].lsp.num_updates) == 2
+
+
+@pytest.mark.unhooked
+def test_compiled_is_eager() -> None:
+    eager = attached()
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for seed, size in enumerate([(6, 7), (8, 5), (9, 9)]):
+        expected, actual = (model(image(2, 3, *size, seed=seed)) for model in (eager, compiled))
+        assert torch.equal(actual, expected)
+        expected.mean().backward()
+        actual.mean().backward()
+    assert_same(eager, twin)
+    for one, other in zip(eager.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def _train_alone_or_together(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    model = attached()
+    together = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        together(image(2, 3, 6, 7, seed=step)[rank::world_size]).square().mean().backward()
+        optimizer.step()
+    torch.save(model.state_dict(), f"{folder}/{rank}.pth")
+    dist.barrier()  # nobody leaves while another still receives
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    mp.spawn(_train_alone_or_together, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+    alone = attached()
+    train(alone, 3)
+    for key, value in alone.state_dict().items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# --- where the trunk is, and how wide ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [None, "body"])
+def test_the_only_trunk_is_found(body: str | None) -> None:
+    """Neither the first and last convolutions nor what is inside the blocks counts."""
+    assert len(attach(built(), body, every=2, **OPTIONS).body.attention) == 2
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_width_that_parameters_do_not_tell_is_seen_in_a_call(given: bool) -> None:
+    model = built()
+    model.body = nn.Sequential(Pixelwise(8), Pixelwise(8), nn.BatchNorm2d(8))
+    model.body[1].eval()
+    x = image(1, 3, 4, 5)
+    modes = [module.training for module in model.modules()]
+    attach(model, "body", "LCoA", every=1, share=3, example=x if given else None, **OPTIONS)
+    assert model.body.attention[0].coa.value.in_channels == 8
+    assert [m.training for p, m in model.named_modules() if ".attention" not in p] == modes
+    assert int(model.body[2].num_batches_tracked) == 0
+    assert not model.body._forward_hooks
+    model(x).sum().backward()
+    assert model.body.attention[2].value.weight.grad is not None
+
+
+class Fusing(Layout):
+    """Fuses its weights for evaluation, for good."""
+
+    def train(self, mode: bool = True) -> "Fusing":
+        if not mode:
+            raise RuntimeError("fused")
+        super().train()
+        return self
+
+
+def test_the_call_that_looks_for_the_width_is_no_change_of_mode() -> None:
+    assert len(attach(built(Fusing), "body", "LCoA", **OPTIONS).body.attention) == 1
+
+
+def test_two_trunks_of_one_model() -> None:
+    model = two_trunks()
+    before = model.state_dict().keys()
+    for body in ("one", "two"):
+        attach(model, body, "LCoA", every=2, share=2, **OPTIONS)
+    assert [len(model[body].attention) for body in ("one", "two")] == [2, 2]
+    assert detach(model).state_dict().keys() == before
+
+
+def test_a_model_that_takes_nothing_we_guess_tells_its_width_by_its_weights() -> None:
+    model = built(Picky)
+    assert attach(model, "body", "LCoA", **OPTIONS).body.attention[0].coa.value.in_channels == 8
+    with pytest.raises(ValueError, match="a picture of 17x17"):
+        attach(built(Picky), "body", "LCoA", example=image(1, 3, 4, 4), **OPTIONS)
+    model = attach(built(Picky), "body", "LCoA", example=image(1, 3, 17, 17), **OPTIONS)
+    assert model.body.attention[0].coa.value.in_channels == 8
+
+
+def test_convolutions_of_a_token_trunk_get_attention_of_their_own() -> None:
+    model = built(Blocks)
+    x = image(1, 3, 5, 6)
+    expected, keys = model(x), model.state_dict().keys()
+    attach(model, "layers.*.conv", "LCoA", every=2, **OPTIONS)
+    assert torch.equal(model(x), expected)
+    assert {key.split("lsp")[0].split("coa")[0] for key in model.state_dict().keys() - keys} == {
+        "layers.1.conv.attention.0."
+    }
+    seen: list[Tensor] = []
+    detach(model)
+    attach(model, "layers.*.conv", "LCoA", every=1, zero_init=False, **OPTIONS)
+    model.layers[0]["conv"].register_forward_hook(lambda module, args, output: seen.extend([*args, output]))
+    model.eval()(x)
+    conv = model.layers[0]["conv"]
+    before, after = seen
+    plain = nn.functional.conv2d(before, conv.weight, conv.bias, padding=1)
+    assert torch.equal(after, conv.attention[0](plain))
+    assert not torch.equal(after, plain)
+    train(model)
+    assert all(p.grad.any() for p in model.parameters())
+    assert detach(model).state_dict().keys() == keys
+    assert type(model.layers[0]["conv"]) is nn.Conv2d
+
+
+class Own(nn.Sequential):
+    def forward(self, x: Tensor, size: object = None) -> Tensor:
+        output: Tensor = super().forward(x)
+        return output
+
+
+def with_body(*blocks: nn.Module, build: type[nn.Module] = Layout) -> nn.Module:
+    model = built(build)
+    model.body = nn.Sequential(*blocks)
+    return model
+
+
+def two_trunks() -> Any:
+    return nn.ModuleDict({"one": built().body, "two": built().body})
+
+
+def conv(before: int, after: int) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, padding=1)
+
+
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    # the trunk
+    (two_trunks, {}, "body: must be named; ModuleDict has 'one', 'two'"),
+    (
+        lambda: nn.ModuleDict({"head": conv(3, 8)}),
+        {},
+        "body: must be an nn.Sequential whose children keep their width; ",
+    ),
+    (lambda: built(Blocks), {}, "but each can have attention of its own: body='layers.*.conv', share=1"),
+    (
+        lambda: built(Blocks),
+        {"body": "layers"},
+        "body: must be an nn.Sequential and run its children, got 'layers', a ModuleList; Blocks runs the blocks of "
+        "'layers' itself, so no state can travel between them",
+    ),
+    (built, {"body": "bdy"}, "body: must be the path of a module, got 'bdy'; did you mean 'body'?"),
+    (built, {"body": "body.0"}, "body: must be an nn.Sequential and run its children, got 'body.0', a ResBlock"),
+    (lambda: nn.ModuleDict({"body": Own(conv(8, 8))}), {"body": "body"}, "got 'body', a Own, which may run them"),
+    (
+        attached,
+        {"body": "body"},
+        "body: must have no attention yet, got 'body'; detach first, or attach a list of maps",
+    ),
+    (
+        lambda: nn.ModuleDict({"body": nn.Sequential(OrderedDict(attention=conv(8, 8), last=conv(8, 8)))}),
+        {"body": "body"},
+        "body: must have no 'attention' of its own",
+    ),
+    # its width
+    (
+        lambda: with_body(conv(8, 8), conv(8, 16), conv(16, 8)),
+        {"body": "body"},
+        "body: must keep its width, but the children of 'body' have [8, 16] channels",
+    ),
+    (
+        lambda: with_body(conv(8, 8), conv(8, 16), conv(16, 8), build=Picky),
+        {"body": "body"},
+        "body: must keep its width, 8 channels, from child to child, but child 1 of 'body' seems to go from 8 to 16",
+    ),
+    (lambda: with_body(Pixelwise(8), build=Picky), {"body": "body"}, "must have convolutions that tell its width"),
+    (
+        lambda: with_body(nn.Flatten(2), nn.Unflatten(2, (4, 4))),
+        {"body": "body", "example": image(1, 3, 4, 4)},
+        "body: must pass feature maps (b, c, h, w) on, but 'body' passes (1, 8, 16)",
+    ),
+    (lambda: built(Loop), {}, "'body', but Loop runs its children itself, and would pass over attention"),
+    (lambda: built(Unused), {}, "must be a trunk that the model calls, got 'body', but Unused did not use it"),
+    (
+        lambda: EDSR(num_feat=8, num_block=4),
+        {},
+        "body: must be a trunk that the model calls, got 'body', but EDSR runs its children itself",
+    ),
+    # attention
+    (built, {"attention": "LCOA"}, "attention.type: no layer named 'LCOA'; did you mean 'LCoA'?"),
+    (built, {"attention": "CoA"}, "attention.type: must be a drop-in layer, got 'CoA', a consumer"),
+    (built, {"every": 6}, "attention.every: must hit at least one of the 5 blocks, got 6"),
+    (built, {"after": [5]}, "attention.after: must be blocks from 0 to 4, got [5]"),
+    (built, {"every": 2, "after": [1]}, "attention: must have one of 'every' and 'after'"),
+    (built, {"every": 0}, "attention.every: must be >= 1"),
+    (built, {"share": 0}, "attention.share: must be >= 1, got 0"),
+    (built, {"chunk_sise": 3}, "attention.chunk_sise: unknown; did you mean 'chunk_size'?"),
+    (built, {"chunk_size": 0, "reduction": -1}, "attention.chunk_size: must be >= 1, got 0\nattention.reduction: must"),
+    (built, {"attention": LCOA}, "attention: must have one of 'every' and 'after'"),
+    (built, {"attention": {**LCOA, "every": 1}, "every": 2}, "every: must stand in the map, because attention is one"),
+    (built, {"attention": [LCOA], "share": 2}, "share: must stand in the map"),
+    (built, {"attention": [{**LCOA, "every": 1}], "chunk_size": 2}, "chunk_size: must stand in the map"),
+    (built, {"attention": [{**LCOA, "every": 1}, {**LCOA, "every": 9}]}, "attention.1.every: must hit"),
+    (built, {"attention": None}, "attention must be a string or a mapping or a list, got None"),
+    (built, {"attention": []}, "attention: must be a name, a map or a list of maps, got ()"),
+    (built, {"attention": {}}, "attention: must be a name, a map or a list of maps, got {}"),
+    (built, {"attention": [3]}, "attention.0: must be a map with a key 'type', got 3"),
+    (built, {"body": 3, "every": 1.5}, "body must be a string or ~ (nothing), got 3\nevery must be an integer or ~"),
+    (built, {"example": [1]}, "example must be a Tensor or ~ (nothing), got [1]"),
+    # convolutions
+    (lambda: built(Blocks), {"body": "layers.*.conv", "every": 1, "share": 2}, "attention.share: must be 1, because"),
+    (
+        lambda: nn.ModuleList([nn.ModuleDict({"conv": conv(8, 8)}), nn.ModuleDict({"conv": conv(8, 9)})]),
+        {"body": "*.conv", "every": 1},
+        "body: must name convolutions of one width, got [8, 9] channels; narrow the path",
+    ),
+    (lambda: built(Blocks), {"body": "layers.*.cnv"}, "body: must name convolutions, but 'layers.*.cnv' names nothing"),
+    (lambda: built(Blocks), {"body": "layers.*"}, "must name convolutions (nn.Conv2d), got 'layers.0', a ModuleDict"),
+    (lambda: built(Blocks), {"body": "layers.*.conv", "every": 4}, "attention.every: must hit at least one of the 3"),
+    (
+        lambda: attach(built(Blocks), "layers.*.conv", every=1),
+        {"body": "layers.*.conv", "every": 1},
+        "body: must have no attention yet, got 'layers.0.conv'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), REFUSED)
+def test_what_cannot_be_is_explained_and_changes_nothing(make: Any, options: dict[str, Any], message: str) -> None:
+    model = make()
+    before = [(path, type(module)) for path, module in model.named_modules()]
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ConfigError) as caught:
+        attach(model, **options)
+    assert message in str(caught.value)
+    assert [(path, type(module)) for path, module in model.named_modules()] == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_distributed_model_comes_too_late(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(ConfigError, match="must not be in DistributedDataParallel yet"):
+            attach(DistributedDataParallel(built()), "module.body")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_nothing_attached_is_nothing_to_detach() -> None:
+    with pytest.raises(ConfigError, match="must hold attention that attach put there, but Layout has none"):
+        detach(built())
