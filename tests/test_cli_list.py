@@ -65,7 +65,9 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "LCoB"]) == 2
-    assert capsys.readouterr().err.startswith("sparse-sr: no layer, network or preset named LCoB (known: CoA, EDSR, ")
+    err = capsys.readouterr().err
+    assert err.startswith("sparse-sr: no layer, network or preset named LCoB (known: ")
+    assert {"CoA", "EDSR", "LCoAN-light"} <= set(err.rstrip(")\n").partition("known: ")[2].split(", "))
 
 
 def test_layers_of_others_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ def _text(title: str, table: list[dict[str, Any]], full: bool) -> str:
         kind = f"{row['kind']:<9} " if "kind" in row else ""
         count = "?" if row["parameters"] is None else f"{row['parameters']:,}"
         head = f"  {row['name']:<{width}}  {kind}{count:>11}  "
-        lines.append(head + textwrap.shorten(row["source"], 90))
+        lines.append(head + textwrap.shorten(row["source"], 118 - len(head)))
         if full:
             for text in dict.fromkeys((row["about"], row["source"])):
                 lines += textwrap.wrap(text, 110, initial_indent=_INDENT, subsequent_indent=_INDENT)

@@ -521,22 +521,22 @@ FAULTS = [
     Fault(
         "res_scale is ignored",
         LCOA,
-        "x + self.res_scale * rearrange",
-        "x + 0.1 * rearrange",
+        "x + self.res_scale * feature_map",
+        "x + 0.1 * feature_map",
         f"{IN_CONTRACT}::test_res_scale_is_read_when_it_is_used[0.0]",
     ),
     Fault(
         "the residual is missing",
         LCOA,
-        "return x + self.res_scale * rearrange",
-        "return self.res_scale * rearrange",
+        "return x + self.res_scale * feature_map",
+        "return self.res_scale * feature_map",
         contract("zero init is the identity"),
     ),
     Fault(
         "zero_init is ignored",
-        LCOA,
-        "        if zero_init:\n",
-        "        if zero_init and embed_dim < 0:\n",
+        BASE,
+        "    if zero_init:\n",
+        "    if zero_init and embed_dim < 0:\n",
         contract("zero init is the identity", "CoA"),
     ),
     Fault(
@@ -562,7 +562,7 @@ FAULTS = [
     ),
     Fault(
         "the map is read by columns",
-        LCOA,
+        BASE,
         '"b c h w -> b (h w) c"',
         '"b c h w -> b (w h) c"',
         f"{IN_SIZES}::test_every_size[5-each key once]",
@@ -745,8 +745,8 @@ FAULTS = [
     Fault(
         "a map of one column divides by zero",
         LCOA,
-        "return x + self.res_scale * rearrange",
-        "return x + self.res_scale * x.new_tensor(x.shape[-1] - 1) / (x.shape[-1] - x.new_ones(())) * rearrange",
+        "return x + self.res_scale * feature_map",
+        "return x + self.res_scale * x.new_tensor(x.shape[-1] - 1) / (x.shape[-1] - x.new_ones(())) * feature_map",
         contract("any size"),
     ),
     Fault(
@@ -807,7 +807,7 @@ FAULTS = [
     ),
     Fault(
         "maps are read without regard to strides",
-        LCOA,
+        BASE,
         'return rearrange(x, "b c h w -> b (h w) c")',
         "return x.as_strided((len(x), x[0, 0].numel(), x.shape[1]), (x[0].numel(), 1, x[0, 0].numel()))",
         contract("strides do not matter"),
@@ -815,8 +815,8 @@ FAULTS = [
     Fault(
         "the residual is added in float32",
         LCOA,
-        "return x + self.res_scale * rearrange",
-        "return x.to(working_precision(x)) + self.res_scale * rearrange",
+        "return x + self.res_scale * feature_map",
+        "return x.to(working_precision(x)) + self.res_scale * feature_map",
         contract("precisions"),
     ),
     Fault(
@@ -829,8 +829,8 @@ FAULTS = [
     Fault(
         "under autocast the branch is dropped",
         LCOA,
-        "return x + self.res_scale * rearrange",
-        "return x + self.res_scale * (attended.dtype == x.dtype) * rearrange",
+        "return x + self.res_scale * feature_map",
+        "return x + self.res_scale * (attended.dtype == x.dtype) * feature_map",
         contract("autocast"),
     ),
     Fault(
@@ -2048,16 +2048,6 @@ def copied(root: Path) -> Path:
     tests = ("backbones", "faults", "functional", "golden", "integrations", "layers")
     for folder in ("sparse_sr_attn", "integrations", *(f"tests/{name}" for name in tests)):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for file in (
-        "pyproject.toml",
-        "tests/conftest.py",
-        "tests/test_attachment.py",
-        "tests/test_checkpoints.py",
-        "tests/test_hub.py",
-        "docs/hosts.md",
-    ):
-        (root / file).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / file, root / file)
     files = ("pyproject.toml", "docs/hosts.md", "tests/conftest.py")
     for file in (*(ROOT / name for name in files), *ROOT.glob("tests/test_*.py")):
         target = root / file.relative_to(ROOT)
