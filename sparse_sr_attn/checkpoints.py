@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,9 +191,11 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
     needs = {} if carried else layout.needs
     needed = [n for n, start in needs.items() if n not in overrides and any(key.startswith(start) for key in named)]
     if needed:
+        called = ", ".join(f"{name}={_EXAMPLES[name]!r}" for name in needed)
+        typed = shlex.join(f"{name}={json.dumps(_EXAMPLES[name])}" for name in needed)
         raise CheckpointError(
-            f"weights of {layout.name} do not tell {' and '.join(needed)}; say it: "
-            f"load_model(..., {', '.join(f'{name}={_EXAMPLES[name]}' for name in needed)})"
+            f"weights of {layout.name} do not tell {' and '.join(needed)}; say it: load_model(..., {called}), or on "
+            f"the command line --set {typed}"
         )
     trained = carried.get("upscale", shapes["upscale"])
     upscale = overrides.get("upscale", trained)
@@ -488,11 +491,11 @@ def _dead_weights(model: Network) -> dict[str, Tensor]:
     return unused
 
 
-_EXAMPLES = {
-    "window_sizes": "(4, 8, 16)",
-    "attention": "{'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144}",
-    "chunk_size": "384",
-    "res_scale": "0.1",
+_EXAMPLES: Options = {
+    "window_sizes": [4, 8, 16],
+    "attention": {"type": "LCoA", "every": 4, "share": 4, "chunk_size": 144},
+    "chunk_size": 384,
+    "res_scale": 0.1,
 }
 
 _MEAN_SHIFT = {"sub_mean.*": None, "add_mean.*": None}

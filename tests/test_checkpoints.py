@@ -542,16 +542,17 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "attention that nobody placed": (
         {key: value for key, value in trained("EDSR").state_dict().items() if key != "options"},
         "weights of EDSR (ours and BasicSR's) do not tell attention; say it: load_model(..., "
-        "attention={'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144})",
+        "attention={'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144}), or on the command line --set "
+        """'attention={"type": "LCoA", "every": 4, "share": 4, "chunk_size": 144}'""",
     ),
     "an LCoAN of unknown chunks": (
         {key: value for key, value in trained("LCoAN").state_dict().items() if key != "options"},
         "weights of our LCoAN do not tell chunk_size and res_scale; say it: "
-        "load_model(..., chunk_size=384, res_scale=0.1)",
+        "load_model(..., chunk_size=384, res_scale=0.1), or on the command line --set chunk_size=384 res_scale=0.1",
     ),
     "an ELAN of ours that says nothing": (
         {key: value for key, value in trained("ELAN").state_dict().items() if key != "options"},
-        "weights of our ELAN do not tell window_sizes; say it: load_model(..., window_sizes=(4, 8, 16))",
+        "weights of our ELAN do not tell window_sizes; say it: load_model(..., window_sizes=[4, 8, 16])",
     ),
     "a released ELAN with odd projections": (
         {key: value[:-1] if key.endswith("gmsa_0.project_inp.0.weight") else value
