@@ -25,7 +25,8 @@ try:
     from huggingface_hub import ModelHubMixin, hf_hub_download
     from safetensors.torch import load_file, save_file
 except ImportError as error:
-    raise ImportError('sparse_sr_attn.hub needs huggingface_hub: pip install "sparse-sr-attn[hub]"') from error
+    message = "sparse_sr_attn.hub needs huggingface_hub and safetensors: pip install huggingface_hub safetensors"
+    raise ImportError(message) from error
 
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 

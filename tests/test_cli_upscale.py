@@ -723,7 +723,7 @@ def test_without_pillow_it_says_what_to_install(nets: Any) -> None:
         f"from sparse_sr_attn.cli import main; sys.exit(main(['upscale', 'x', '--weights', {str(nets[3][0])!r}]))"
     )
     assert done.returncode == 1
-    assert done.stderr == "sparse-sr: PIL must be installed: python -m pip install 'sparse-sr-attn[cli]'\n"
+    assert done.stderr == "sparse-sr: pillow must be installed: python -m pip install pillow\n"
 
 
 def test_the_result_is_as_readable_as_other_files(upscale: Any) -> None:

@@ -14,6 +14,9 @@ from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints import load_model
 from sparse_sr_attn.errors import SparseSRError
 
+_PACKAGES = {"PIL": "pillow"}
+"""What a module's package is called, where it is called otherwise."""
+
 
 class UsageError(SparseSRError):
     """The command line asks for what cannot be; nothing was done."""
@@ -37,15 +40,15 @@ def name(path: Path | str) -> str:
     return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(path))
 
 
-def require(*modules: str, extra: str) -> None:
+def require(*modules: str) -> None:
     """Raise an error that says what to install, if a package is not there.
 
     Raises:
         SparseSRError: one of `modules` is missing.
     """
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    missing = [_PACKAGES.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise SparseSRError(f"{', '.join(missing)} must be installed: python -m pip install 'sparse-sr-attn[{extra}]'")
+        raise SparseSRError(f"{', '.join(missing)} must be installed: python -m pip install {' '.join(missing)}")
 
 
 def add_weights(parser: argparse.ArgumentParser, *, device: bool = True) -> None:

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: the output cannot be such a file, or a size is empty.
         SparseSRError: a package is missing, or weights cannot be read, or exported, or the check fails.
     """
-    require("onnx", "onnxruntime", "onnxscript", extra="onnx")
+    require("onnx", "onnxruntime", "onnxscript")
     if arguments.output.suffix != ".onnx":
         raise UsageError(f"TO must end in .onnx, got {name(arguments.output)}")
     sizes = [(height, width) for height, width in arguments.size or []]

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: nothing can be drawn as it was asked.
         SparseSRError: the image or the weights cannot be used, or the network has no such attention.
     """
-    require("PIL", "numpy", extra="cli")
+    require("PIL", "numpy")
     output = arguments.output or arguments.image.with_name(f"{arguments.image.stem}_{arguments.what}.png")
     try:
         format_of(output)

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: nothing can be done as it was asked.
         CheckpointError: the weights cannot be read.
     """
-    require("PIL", "numpy", "tqdm", extra="cli")
+    require("PIL", "numpy", "tqdm")
     _check(arguments)
     found = _images(arguments.input)
     model = load(arguments)
