@@ -59,6 +59,7 @@ class Layout:
             the options that shapes tell; the constructor's defaults go for the rest.
         needs: options that nobody can guess, each with the beginning of the keys whose presence raises the question.
         fresh: regular expression of our keys that may be missing.
+        revert: undoes `convert`, after the names are theirs again.
         filling: what the code base expects beyond what we need, from our network; `None` where that is not known.
     """
 
@@ -71,6 +72,7 @@ class Layout:
     defaults: Callable[[State, Options], Options] = lambda state, shapes: {}
     needs: Mapping[str, str] = field(default_factory=dict)
     fresh: str = "(?!)"
+    revert: Callable[[State, Network], State] = lambda state, model: state
     filling: Callable[[Network], dict[str, Tensor]] | None = None
 
     def our_key(self, key: str) -> str | None:
@@ -460,6 +462,37 @@ def _mean_shift(state: State, img_range: float) -> Options:
     return {"img_range": img_range, "rgb_mean": (-bias / img_range).tolist()}
 
 
+def _joined_projections(state: State, model: Network) -> State:
+    """Put query and value of each provider together again, group by group."""
+    num_groups = len(model.body[0].attention[0].window_sizes)  # type: ignore[index,union-attr]
+    joined: dict[str, Tensor] = {}
+    for key, query in state.items():
+        if ".project_query." in key:
+            value = state[key.replace(".project_query.", ".project_value.")]
+            name = key.replace(".project_query.", ".project_inp.")
+            if query.ndim:
+                widths = group_widths(len(query), num_groups)
+                pairs = zip(query.split(widths), value.split(widths), strict=True)
+                joined[name] = torch.cat([part for pair in pairs for part in pair])
+            else:
+                joined[name] = query
+        elif ".project_value." not in key:
+            joined[key] = query
+    return joined
+
+
+def _one_hot_kernels(model: Network) -> dict[str, Tensor]:
+    """Return what the released ELAN keeps beside what it learns: the kernels of its shifts, and its mean."""
+    if model.conv_last.out_channels != 3 * model.upscale**2:  # type: ignore[union-attr]
+        raise CheckpointError("this layout has images of 3 channels, the network makes others")
+    kept = _mean_convolutions(model)
+    for key, weight in model.state_dict().items():
+        if found := re.fullmatch(r"body\.(\d+)\.lfe\.(\d+)\.conv([12])\.weight", key):
+            block, pair, turn = map(int, found.groups())
+            kept[f"body.{block}.modules_lfe.lfe_{pair}.conv{turn - 1}.shift_conv.weight"] = taps(weight)[:, None]
+    return kept
+
+
 def _mean_convolutions(model: Network) -> dict[str, Tensor]:
     """Return the fixed convolutions that take the mean from the image and add it again."""
     mean = model.mean.detach().cpu().flatten() * model.img_range
@@ -574,6 +607,8 @@ LAYOUTS = (
             "body.<b>.modules_gmsa.gmsa_<j>.project_out.*": "body.<b>.attention.<j>.output.*",
         },
         convert=_released_elan,
+        revert=_joined_projections,
+        filling=_one_hot_kernels,
         defaults=lambda state, shapes: {
             **_elan_channels(state, shapes),
             **_mean_shift(state, 255.0),

@@ -15,7 +15,7 @@ from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.files import replacing
 
 Names = Literal["ours", "released"]
-"""`ours` are BasicSR's names for EDSR and RCAN; `released` those of EDSR-PyTorch, and of the released LCoAN."""
+"""`ours` are BasicSR's names for EDSR and RCAN; `released` are EDSR-PyTorch's, and those of the authors' LCoAN and ELAN."""
 
 
 def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: the layout has no place for a part of the network (attention in EDSR or RCAN, several
-            patterns in an LCoAN, another mean than of three channels), or cannot be written (ELAN's).
+            patterns in an LCoAN, an ELAN of other than three windows, another mean than of three channels).
 
     Note:
         What is returned has been read back by `load_model`, and every weight was the same.
@@ -44,9 +44,9 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
         return state
     layout = next((x for x in LAYOUTS if x.build is type(model) and x.filling), None)
     if layout is None or layout.filling is None:
-        raise CheckpointError(f"the released names of an {type(model).__name__} cannot be written; its own can")
-    named = _renamed(layout, {key: value for key, value in state.items() if key != OPTIONS})
-    named |= layout.filling(model)
+        raise CheckpointError(f"the released names of {type(model).__name__} are not known; its own can be written")
+    renamed = _renamed(layout, {key: value for key, value in state.items() if key != OPTIONS})
+    named = {**layout.revert(renamed, model), **layout.filling(model)}
     _check(layout, model, named)
     return named
 
