@@ -15,7 +15,7 @@ from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.files import replacing
 
 Names = Literal["ours", "released"]
-"""`ours` are BasicSR's names for EDSR and RCAN; `released` are EDSR-PyTorch's, and those of the authors' LCoAN and ELAN."""
+"""`ours` are BasicSR's for EDSR and RCAN; `released` are EDSR-PyTorch's, and those of the authors of LCoAN and ELAN."""
 
 
 def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
