@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
 from sparse_sr_attn.functional.kmeans import assign
+from sparse_sr_attn.functional.window_grid import WindowGrid
 from sparse_sr_attn.layers.base import AttentionLayer
+from sparse_sr_attn.layers.gmsa import window_shifts
 from sparse_sr_attn.layers.lcoa import LSP
-from sparse_sr_attn.states import ClusterAttention
+from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
 _GOLDEN = 0.6180339887498949
 _ROWS_AT_A_TIME = 16
@@ -92,35 +94,41 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
         _run(model, batch)
     if not states:
         raise ValueError(
-            f"attention can be shown of layers with a state (LCoA, CoA), and {type(model).__name__} runs none; "
-            "build it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+            "attention can be shown of layers with a state (LCoA, GMSA and who reads them), and "
+            f"{type(model).__name__} runs none; build it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
         )
     return states
 
 
-def attended(state: ClusterAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
+def attended(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
     """Where tokens attend, as weights over the whole map.
 
     Args:
-        state: of one image, from `attention_states` or `LCoA.attend`.
+        state: of one image, from `attention_states`, `LCoA.attend` or `GMSA.attend`.
         tokens: which, in raster order: y * w + x.
 
     Returns:
-        A map for each token, all its rounds together; each adds up to 1 (with the published counting, a token that
-        is a key several times has the sum of its weights).
+        A map for each token, all its rounds together, or the mean of its windows; each adds up to 1 (with the published
+        counting, a token that is a key several times has the sum of its weights).
 
     Raises:
         ShapeError: `state` is of several images, or a token lies outside the map.
-        TypeError: `state` is no ClusterAttention.
+        TypeError: `state` is neither a ClusterAttention nor a WindowAttention.
     """
-    if not isinstance(state, ClusterAttention):
-        raise TypeError(f"state must be a ClusterAttention, got a {type(state).__name__}")
-    pattern, num_rounds = state.pattern, state.num_rounds
-    if len(pattern.order) != num_rounds:
-        raise ShapeError(f"state must be of one image, got one of {len(pattern.order) // num_rounds}")
-    layout = ClusterLayout.of(pattern)
-    if tokens.dim() != 1 or (len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < layout.num_tokens):
-        raise ShapeError(f"tokens must be a list of numbers from 0 to {layout.num_tokens - 1}, got {tokens.tolist()}")
+    if not isinstance(state, (ClusterAttention, WindowAttention)):
+        raise TypeError(f"state must be a ClusterAttention or a WindowAttention, got a {type(state).__name__}")
+    num_images, height, width = state.made_for
+    if num_images != 1:
+        raise ShapeError(f"state must be of one image, got one of {num_images}")
+    last = height * width - 1
+    if tokens.dim() != 1 or (len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) <= last):
+        raise ShapeError(f"tokens must be a list of numbers from 0 to {last}, got {tokens.tolist()}")
+    look = _in_clusters(state, tokens) if isinstance(state, ClusterAttention) else _in_windows(state, tokens)
+    return look.view(-1, height, width)
+
+
+def _in_clusters(state: ClusterAttention, tokens: Tensor) -> Tensor:
+    pattern, layout = state.pattern, ClusterLayout.of(state.pattern)
     maps = state.weights.new_zeros(len(tokens), layout.num_tokens)
     key = torch.arange(layout.num_offsets * layout.chunk_size, device=pattern.order.device)
     for order, weights in zip(pattern.order, state.weights, strict=True):
@@ -129,10 +137,24 @@ def attended(state: ClusterAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor,
         key_chunk = (chunk[:, None] + key // layout.chunk_size - layout.num_adjacent) % layout.num_chunks
         keys = order[layout.rank(key_chunk * layout.chunk_size + key % layout.chunk_size)]
         maps.scatter_add_(1, keys, weights[chunk, row])
-    return maps.view(-1, state.height, state.width)
+    return maps
 
 
-def attention_overlap(states: Sequence[ClusterAttention], *, num_tokens: int = 256) -> Float[Tensor, "l l"]:
+def _in_windows(state: WindowAttention, tokens: Tensor) -> Tensor:
+    maps = state.weights[0].new_zeros(len(tokens), state.height * state.width + 1)  # the last one is for pads
+    for weights, size in zip(state.weights, state.window_sizes, strict=True):
+        grid = WindowGrid(state.height, state.width, size)
+        shift, _ = window_shifts(size, state.shift, state.exact_shift)
+        slot = grid.slots(shift, weights.device)[tokens]
+        window, row = slot // size**2, slot % size**2
+        keys = grid.pixels(shift, weights.device).view(-1, size**2)[window]
+        maps.scatter_add_(1, keys, weights[0, window, row])
+    return maps[:, :-1] / len(state.weights)
+
+
+def attention_overlap(
+    states: Sequence[ClusterAttention | WindowAttention], *, num_tokens: int = 256
+) -> Float[Tensor, "l l"]:
     r"""How much of their attention layers have in common, two by two.
 
     $$o_{ab} = \frac{1}{|S|} \sum_{i \in S} \sum_j \min(P_a(i, j), P_b(i, j))$$
@@ -158,7 +180,9 @@ def attention_overlap(states: Sequence[ClusterAttention], *, num_tokens: int = 2
     ((height, width),) = sizes
     tokens = torch.linspace(0, height * width - 1, min(num_tokens, height * width), dtype=torch.float64).round().long()
     total = torch.zeros(len(states), len(states), dtype=torch.float64)
-    for some in tokens.to(states[0].weights.device).split(_ROWS_AT_A_TIME):
+    first = states[0].weights
+    device = (first[0] if isinstance(first, tuple) else first).device
+    for some in tokens.to(device).split(_ROWS_AT_A_TIME):
         maps = [attended(state, some) for state in states]
         for a, one in enumerate(maps):
             for b, other in enumerate(maps[: a + 1]):

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sparse_sr_attn import EDSR, LSP, AttentionLayer, CoA, LCoA, LCoAN, ShapeError
+from sparse_sr_attn import EDSR, ELAN, GMSA, LSP, AttentionLayer, CoA, LCoA, LCoAN, ShapeError
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.functional.kmeans import initial_state
 from sparse_sr_attn.reference import cluster as reference
+from sparse_sr_attn.reference import window as slow_windows
 from sparse_sr_attn.visualize import attended, attention_overlap, attention_states, heat
 
 SIZE = (6, 9)
@@ -59,6 +60,22 @@ def test_is_the_row_of_dense_attention(options: dict[str, Any]) -> None:
     torch.testing.assert_close(maps.flatten(1), dense, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_in_windows_is_the_mean_row_of_dense_attention(shift: bool) -> None:
+    """Of each group by loops over its windows, padded and odd ones too."""
+    torch.manual_seed(0)
+    layer = GMSA(8, window_sizes=(2, 3, 4), shift=shift).double().eval()
+    with torch.no_grad():
+        state = layer.attend(features())
+        maps = attended(state, torch.arange(54)).flatten(1)
+    same = torch.eye(54, dtype=torch.float64).view(1, 54, *SIZE)  # what each pixel gathers are the numbers of its keys
+    groups = [
+        slow_windows.apply_window_weights(weights, same, window_size=size, shift=size // 2 if shift else 0)
+        for weights, size in zip(state.weights, (2, 3, 4), strict=True)
+    ]
+    torch.testing.assert_close(maps, sum(groups)[0].flatten(1).T / 3, rtol=1e-10, atol=1e-10)
+
+
 def test_of_several_rounds_is_their_sum() -> None:
     pattern = lsp(num_rounds=2)
     with torch.no_grad():
@@ -76,7 +93,7 @@ def test_of_several_rounds_is_their_sum() -> None:
         (lambda: lsp()(features()), [54], ShapeError, "numbers from 0 to 53, got"),
         (lambda: lsp()(features()), [-1], ShapeError, "numbers from 0 to 53, got"),
         (lambda: lsp()(features().expand(2, -1, -1, -1)), [0], ShapeError, "one image, got one of 2"),
-        (lambda: "state", [0], TypeError, "must be a ClusterAttention, got a str"),
+        (lambda: "state", [0], TypeError, "must be a ClusterAttention or a WindowAttention, got a str"),
     ],
 )
 def test_wrong_arguments(state: Callable[[], Any], tokens: list[int], error: type, message: str) -> None:
@@ -139,7 +156,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_without_attention_there_is_nothing_to_show() -> None:
-    with pytest.raises(ValueError, match=r"layers with a state \(LCoA, CoA\), and EDSR runs none"):
+    with pytest.raises(ValueError, match=r"layers with a state \(LCoA, GMSA and who reads them\), and EDSR runs none"):
         attention_states(EDSR(num_feat=8, num_block=1), picture())
 
 
@@ -283,6 +300,24 @@ def test_one_line_errors(
     assert captured.err.startswith(f"sparse-sr: {message}")
     assert captured.err.count("\n") == 1
     assert sorted(os.listdir()) == before
+
+
+def test_windows_of_a_network_that_pads(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The picture is that of the image, whatever the network works on."""
+    torch.manual_seed(0)
+    torch.save(ELAN(num_feat=6, num_block=2, share=2).state_dict(), "elan.pth")
+    assert main(["inspect", "attention", "photo.png", "--weights", "elan.pth", "--pixel", "59", "39"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[:5]]
+    assert all(int(x) < 60 and int(y) < 40 for *_, x, y in lines)
+    assert sum(float(weight) for weight, *_ in lines) > 0.2  # the rest may lie where the network pads
+    image = drawn("photo_attention.png")
+    assert image.shape[0] * 60 == image.shape[1] * 40
+    assert main(["inspect", "overlap", "photo.png", "--weights", "elan.pth"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:4]]
+    assert [row[0] for row in rows] == [f"body.{block}.attention.{turn}" for block in (0, 1) for turn in (0, 1)]
+    assert rows[0][2] == rows[2][4] == "1.00"
+    assert main(["inspect", "clusters", "photo.png", "--weights", "elan.pth"]) == 2
+    assert "clusters are of LCoA and CoA, and body.0.attention.0 has windows" in capsys.readouterr().err
 
 
 def test_weights_without_attention(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

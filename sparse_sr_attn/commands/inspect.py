@@ -12,7 +12,7 @@ from sparse_sr_attn.commands.common import UsageError, add_weights, load, name, 
 from sparse_sr_attn.errors import ImageError, SparseSRError
 from sparse_sr_attn.images import MAX_PIXELS, Picture, format_of, network_input, read_image, write_image
 from sparse_sr_attn.layers.lcoa import LCoA
-from sparse_sr_attn.states import ClusterAttention
+from sparse_sr_attn.states import ClusterAttention, WindowAttention
 from sparse_sr_attn.visualize import attended, attention_overlap, attention_states, colour_map, heat, kinship_palette
 
 if TYPE_CHECKING:
@@ -70,12 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
         reason = str(error).partition("\n")[0] or "memory does not suffice"
         raise SparseSRError(f"{name(arguments.image)}: {reason}") from error
-    if strange := [layer for layer, state in states.items() if not isinstance(state, ClusterAttention)]:
-        raise SparseSRError(f"only cluster attention (LCoA, CoA) can be drawn, and {strange[0]} has another")
     if not 0 <= arguments.layer < len(states):
         raise UsageError(f"--layer must be from 0 to {len(states) - 1}, got {arguments.layer}")
     layer = list(states)[arguments.layer]
     if arguments.what == "clusters":
+        if not isinstance(states[layer], ClusterAttention):
+            raise UsageError(f"clusters are of LCoA and CoA, and {layer} has windows; --layer chooses another")
         picture = _clusters(model.get_submodule(layer), states[layer])
     elif arguments.what == "attention":
         picture = _attention(states[layer], low, _pixel(arguments.pixel, low))
@@ -113,12 +113,13 @@ def _clusters(layer: object, state: ClusterAttention) -> "Image.Image":
     )
 
 
-def _attention(state: ClusterAttention, low: Tensor, pixel: tuple[int, int]) -> "Image.Image":
+def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tuple[int, int]) -> "Image.Image":
     x, y = pixel
-    (weights,) = attended(state, torch.tensor([y * state.width + x], device=state.weights.device)).cpu()
+    (weights,) = attended(state, torch.tensor([y * state.width + x], device=low.device)).cpu()
+    weights = weights[: low.shape[2], : low.shape[3]].contiguous()  # some networks pad the image
     strongest = weights.flatten().topk(min(5, weights.numel()))
     for weight, token in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
-        show(f"{weight:.4f} at pixel {token % state.width} {token // state.width}")
+        show(f"{weight:.4f} at pixel {token % low.shape[3]} {token // low.shape[3]}")
     behind = (low[0].mean(dim=0, keepdim=True).clamp(0, 1) * 90).round().to(torch.uint8).permute(1, 2, 0)
     colours = torch.maximum(behind.expand(-1, -1, 3), heat(weights.sqrt()))  # the root shows weak ones, too
     colours[y, x] = torch.tensor([0, 255, 0], dtype=torch.uint8)

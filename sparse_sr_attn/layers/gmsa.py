@@ -130,7 +130,7 @@ class SharedGMSA(AttentionLayer):
         values = split_groups(self.value(x), len(state.weights))
         attended = []
         for weights, size, value in zip(state.weights, state.window_sizes, values, strict=False):
-            shift, unshift = _shifts(size, state.shift, state.exact_shift)
+            shift, unshift = window_shifts(size, state.shift, state.exact_shift)
             attended.append(apply_window_weights(weights, value, window_size=size, shift=shift, unshift=unshift))
         branch: Tensor = self.output(torch.cat(attended, dim=1))
         return x + self.res_scale * branch
@@ -202,7 +202,7 @@ class GMSA(AttentionLayer):
         check_map(x, self.embed_dim)
         queries = split_groups(self.query(x), len(self.window_sizes))
         weights = tuple(
-            window_weights(query, query, window_size=size, shift=_shifts(size, self.shift, self.exact_shift)[0])
+            window_weights(query, query, window_size=size, shift=window_shifts(size, self.shift, self.exact_shift)[0])
             for query, size in zip(queries, self.window_sizes, strict=True)
         )
         height, width = x.shape[-2:]
@@ -236,7 +236,7 @@ def split_groups(x: Float[Tensor, "b c h w"], num_groups: int) -> tuple[Tensor, 
     return groups
 
 
-def _shifts(window_size: int, shift: bool, exact: bool) -> tuple[int, int]:
+def window_shifts(window_size: int, shift: bool, exact: bool) -> tuple[int, int]:
     """Return by how many pixels windows of this size are moved, and moved back."""
     if not shift:
         return 0, 0
