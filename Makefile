@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests compute with one thread each; as many run side by side as there are cores.
+PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint docs clean
@@ -29,11 +31,11 @@ demo: setup  ## Train LCoAN-light x2 through BasicSR on real photographs, and sh
 	$(BIN)/python demo/report.py
 
 test: setup  ## Run the tests (under 20 minutes on two cores).
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup lint  ## Run all tests, the slow ones too (about half an hour).
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m "not slow" --jaxtyping tests/functional tests/layers
+	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --jaxtyping tests/functional tests/layers
 
 lint: setup  ## Check style and types.
 	$(BIN)/ruff check .

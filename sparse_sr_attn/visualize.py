@@ -95,7 +95,8 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
     if not states:
         raise ValueError(
             "attention can be shown of layers with a state (LCoA, GMSA and who reads them), and "
-            f"{type(model).__name__} runs none; build it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+            f"{type(model).__name__} runs none; build it with attention, "
+            "e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
         )
     return states
 
