@@ -115,14 +115,31 @@ def test_preparing_again_replaces_what_was_there(data: Path, tmp_path: Path) -> 
     assert names(tmp_path / "data/train") == ["HR", "LR_x2"]
 
 
-def test_option_file_is_the_preset_and_fits_the_data() -> None:
-    options = yaml.safe_load((DEMO / "train.yml").read_text())
+@pytest.mark.parametrize(("file", "name"), [("train.yml", "LCoAN"), ("train_ELAN.yml", "ELAN")])
+def test_option_file_is_the_preset_and_fits_the_data(file: str, name: str, data: Path) -> None:
+    options = yaml.safe_load((DEMO / file).read_text())
     network = dict(options["network_g"])
-    assert network.pop("type") == "LCoAN"
+    assert network.pop("type") == name
     assert network.pop("upscale") == options["scale"] == 2
-    assert network == PRESETS["LCoAN-light"].options
-    prepare = (DEMO / "prepare.py").read_text()
-    assert f"CROP = {options['datasets']['train']['gt_size']} " in prepare
+    assert network == PRESETS[f"{name}-light"].options
+    crop = options["datasets"]["train"]["gt_size"]
+    assert min(min(picture(tile).shape[:2]) for tile in (data / "train/HR").iterdir()) >= crop
+
+
+def test_the_option_file_of_elan_differs_where_it_must() -> None:
+    """Data, model and what is logged are those of the demo."""
+    lcoan, elan = (yaml.safe_load((DEMO / file).read_text()) for file in ("train.yml", "train_ELAN.yml"))
+    for options in (lcoan, elan):
+        del options["name"], options["network_g"], options["datasets"]["train"]["gt_size"]
+        del options["train"]["optim_g"]["lr"], options["train"]["scheduler"]["periods"]
+        del options["train"]["ema_decay"], options["train"]["total_iter"]
+        del options["val"]["val_freq"], options["logger"]["save_checkpoint_freq"]
+    assert elan == lcoan
+
+
+def test_tiles_overlap_by_a_crop() -> None:
+    crop = yaml.safe_load((DEMO / "train.yml").read_text())["datasets"]["train"]["gt_size"]
+    assert f"CROP = {crop} " in (DEMO / "prepare.py").read_text()
 
 
 def test_report_says_what_to_run_first(tmp_path: Path) -> None:
