@@ -621,14 +621,15 @@ def test_a_bar_on_a_terminal_and_none_elsewhere(here: Path, nets: Any) -> None:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, "-m", "sparse_sr_attn", "upscale", "a.png", "--tile", "2", "--weights", str(nets[3][0])]
     every_tile = {**os.environ, "TQDM_MININTERVAL": "0"}  # else a fast machine is done before the bar has moved
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=False, env=every_tile)
-    os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # how a terminal ends
-        while part := os.read(ours, 4096):
-            shown += part
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=every_tile) as process:
+        os.close(theirs)
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while part := os.read(ours, 4096):  # while it runs: a terminal holds little that nobody reads
+                shown += part
+        told, _ = process.communicate()
     os.close(ours)
-    assert (done.returncode, done.stdout) == (0, "a.png -> a_x2.png\n")
+    assert (process.returncode, told) == (0, "a.png -> a_x2.png\n")
     assert b"a.png:" in shown
     assert b"/300 [" in shown
     done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False)

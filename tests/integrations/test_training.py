@@ -232,13 +232,23 @@ def test_an_edsr_of_basicsr_goes_on_with_attention(training: Write, here: Path) 
 def test_a_run_can_be_interrupted_and_resumed(training: Write, here: Path) -> None:
     file = training({"train.total_iter": 100_000, "logger.save_checkpoint_freq": 5, "val": ...})
     command = [sys.executable, "-m", "sparse_sr_attn", "train", "-opt", file]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell that starts us in the background has us ignore it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    ) as process:
         state = here / "experiments" / "tiny" / "training_states" / "5.state"
         deadline = time.monotonic() + 120
-        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
+        try:
+            while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)[0]
+        finally:
+            process.kill()
     assert process.returncode == 130, output
     assert "sparse-sr: interrupted; `--auto_resume` goes on from the last saved state" in output
     assert "Traceback" not in output
