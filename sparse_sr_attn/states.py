@@ -45,9 +45,8 @@ class ClusterAttention:
     width: int
     num_rounds: int = 1
 
-    @property
     def made_for(self) -> tuple[int, int, int]:
-        """Number of maps, their height and width."""
+        """Return the number of maps, their height and width."""
         return self.pattern.order.shape[0] // self.num_rounds, self.height, self.width
 
 
@@ -72,9 +71,8 @@ class WindowAttention:
     height: int
     width: int
 
-    @property
     def made_for(self) -> tuple[int, int, int]:
-        """Number of maps, their height and width."""
+        """Return the number of maps, their height and width."""
         return self.weights[0].shape[0], self.height, self.width
 
 

@@ -118,7 +118,7 @@ def attended(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]
     """
     if not isinstance(state, (ClusterAttention, WindowAttention)):
         raise TypeError(f"state must be a ClusterAttention or a WindowAttention, got a {type(state).__name__}")
-    num_images, height, width = state.made_for
+    num_images, height, width = state.made_for()
     if num_images != 1:
         raise ShapeError(f"state must be of one image, got one of {num_images}")
     last = height * width - 1

@@ -22,9 +22,9 @@ LAYERS: Registry[nn.Module] = Registry("layer")
 class State(Protocol):
     """What every state that layers share can tell."""
 
-    @property
     def made_for(self) -> tuple[int, int, int]:
-        """Number of maps, their height and width."""
+        """Return the number of maps, their height and width."""
+        ...
 
 
 S = TypeVar("S", bound=State)
@@ -118,7 +118,7 @@ def fitting(state: object, wanted: type[S], x: Tensor, hint: str) -> S:
     if not isinstance(state, wanted):
         got = "none" if state is None else f"a {type(state).__name__}"
         raise SharingError(f"this layer needs the state of another one, a {wanted.__name__}, got {got}; {hint}")
-    made_for = state.made_for
+    made_for = state.made_for()
     if made_for != (x.shape[0], *x.shape[2:]):
         b, h, w = made_for
         raise ShapeError(

@@ -540,6 +540,7 @@ def test_autocast_does_not_reach_the_scores(device: torch.device, case: Map) -> 
             assert_bit_equal(grad, true)
 
 
+@pytest.mark.unhooked
 def test_an_unknown_form_is_explained(device: torch.device) -> None:
     query, key, _ = WHOLE.inputs(device)
     with pytest.raises(ValueError, match=r"^form must be 'auto', 'oneshot' or 'operator', got 'fast'$"):
@@ -598,6 +599,7 @@ def test_weights_of_another_map_are_refused(height: int) -> None:
         fast.apply_window_weights(weights, torch.zeros(1, 3, height, 6), **case.windows)
 
 
+@pytest.mark.unhooked
 def test_weights_of_other_windows_or_batches_are_refused() -> None:
     value = torch.zeros(2, 3, 5, 6)
     weights = fast.window_weights(value, value, window_size=3)
