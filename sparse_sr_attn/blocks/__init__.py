@@ -1,6 +1,6 @@
 """What networks are made of between their first and last convolution."""
 
-from sparse_sr_attn.blocks.body import AttentionMap, SiteAttention, read_attention, read_block, read_trunk
+from sparse_sr_attn.blocks.body import AttentionMap, SiteAttention, read_attention, read_trunk
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.residual import ResidualBlock, ResidualGroup
 from sparse_sr_attn.blocks.upsample import Upsample
@@ -13,6 +13,5 @@ __all__ = [
     "SiteAttention",
     "Upsample",
     "read_attention",
-    "read_block",
     "read_trunk",
 ]

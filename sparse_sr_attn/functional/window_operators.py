@@ -3,6 +3,7 @@
 Backwards cut the maps again instead of keeping their windows.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def _(query: Tensor, key: Tensor, window_size: int, shift: int, scale: float) ->
 def _weights_backward(
     grad: Tensor, weights: Tensor, query: Tensor, key: Tensor, shift: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    grid = _grid(query, round(weights.shape[-1] ** 0.5))
+    grid = _grid(query, math.isqrt(weights.shape[-1]))
     with torch.autocast(query.device.type, enabled=False):
         queries, keys = (grid.cut(x.to(weights.dtype), shift) for x in (query, key))
         grad_scores = scale * weights * (grad - (grad * weights).sum(dim=-1, keepdim=True))
@@ -94,7 +95,7 @@ def _(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int
 
 @torch.library.custom_op("sparse_sr_attn::apply_window_weights_backward", mutates_args=())
 def _apply_backward(grad: Tensor, weights: Tensor, value: Tensor, shift: int, unshift: int) -> tuple[Tensor, Tensor]:
-    grid = _grid(value, round(weights.shape[-1] ** 0.5))
+    grid = _grid(value, math.isqrt(weights.shape[-1]))
     with torch.autocast(value.device.type, enabled=False):
         grads = grid.cut(grad, unshift)
         grad_weights = (grads @ grid.cut(value, shift).transpose(-1, -2)).to(weights.dtype)
