@@ -20,7 +20,8 @@ from torch import Tensor
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import cluster_tiles as tiles
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import lower_precision, working_precision
+from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.states import ClusterPattern
 
 Form = Literal["auto", "oneshot", "tiles"]
@@ -61,6 +62,8 @@ def cluster_weights(
     pattern: ClusterPattern,
     *,
     scale: float = 1.0,
+    normalize_keys: bool = False,
+    dtype: torch.dtype | None = None,
     form: Form = "auto",
 ) -> Float[Tensor, "b k i j"]:
     r"""Softmax weights of every slot over its own chunk and the adjacent ones.
@@ -69,9 +72,11 @@ def cluster_weights(
 
     Args:
         query: one row per token, in image order.
-        key: one row per token, in image order; normalise it first for cosine scores.
+        key: one row per token, in image order.
         pattern: from `cluster_pattern`, of as many tokens.
         scale: factor on the dot products, dimensionless.
+        normalize_keys: bring keys to unit length first, as `unit_keys` does; tiles do so without a copy of all keys.
+        dtype: of the result; `None` for float32, or that of the query if higher.
         form: "oneshot", "tiles", or "auto": tiles on the CPU, oneshot elsewhere and for export.
 
     Returns:
@@ -91,11 +96,15 @@ def cluster_weights(
         order own, previous, next: the same weights.
     """
     _check(pattern, query, key)
+    dtype = dtype or working_precision(query)
     if _tiled(form, query):
-        return tiles.weights_op(query, key, *_unpack(pattern), scale)  # type: ignore[no-any-return]
-    query, key = query.to(working_precision(query)), key.to(working_precision(key))
+        return tiles.weights_op(query, key, *_unpack(pattern), scale, normalize_keys, dtype)  # type: ignore[no-any-return]
+    query, key = (
+        query.to(working_precision(query)),
+        unit_keys(key) if normalize_keys else key.to(working_precision(key)),
+    )
     with torch.autocast(query.device.type, enabled=False):
-        return _Oneshot(pattern).scores(query, key, scale).softmax(dim=-1)
+        return _Oneshot(pattern).scores(query, key, scale).softmax(dim=-1).to(dtype)
 
 
 def apply_cluster_weights(
@@ -133,7 +142,8 @@ def apply_cluster_weights(
     if _tiled(form, value):
         return tiles.apply_op(weights, value, *_unpack(pattern))  # type: ignore[no-any-return]
     with torch.autocast(value.device.type, enabled=False):
-        return _Oneshot(pattern).apply(weights.to(value.dtype), value)
+        dtype = lower_precision(weights, value)
+        return _Oneshot(pattern).apply(weights.to(dtype), value.to(dtype)).to(value.dtype)
 
 
 def cluster_attention(
@@ -143,16 +153,18 @@ def cluster_attention(
     pattern: ClusterPattern,
     *,
     scale: float = 1.0,
+    normalize_keys: bool = False,
     form: Form = "auto",
 ) -> Float[Tensor, "b n e"]:
     """Return `apply_cluster_weights(cluster_weights(query, key, ...), value, ...)` without storing the weights.
 
     Args:
         query: one row per token, in image order.
-        key: one row per token, in image order; normalise it first for cosine scores.
+        key: one row per token, in image order.
         value: one row per token, in image order.
         pattern: from `cluster_pattern`, of as many tokens.
         scale: factor on the dot products, dimensionless.
+        normalize_keys: as in `cluster_weights`.
         form: as in `cluster_weights`; only tiles save the memory of the weights.
 
     Returns:
@@ -166,8 +178,8 @@ def cluster_attention(
     """
     _check(pattern, query, key, value)
     if _tiled(form, query):
-        return tiles.attention_op(query, key, value, *_unpack(pattern), scale)  # type: ignore[no-any-return]
-    weights = cluster_weights(query, key, pattern, scale=scale, form="oneshot")
+        return tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys)  # type: ignore[no-any-return]
+    weights = cluster_weights(query, key, pattern, scale=scale, normalize_keys=normalize_keys, form="oneshot")
     return apply_cluster_weights(weights, value, pattern, form="oneshot")
 
 
@@ -177,6 +189,7 @@ def cluster_lse(
     pattern: ClusterPattern,
     *,
     scale: float = 1.0,
+    normalize_keys: bool = False,
     form: Form = "auto",
 ) -> Float[Tensor, "b n"]:
     r"""Return $\log \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys that each token sees.
@@ -186,6 +199,7 @@ def cluster_lse(
         key: one row per token, in image order.
         pattern: from `cluster_pattern`, of as many tokens.
         scale: factor on the dot products, dimensionless.
+        normalize_keys: as in `cluster_weights`.
         form: as in `cluster_weights`.
 
     Returns:
@@ -199,8 +213,11 @@ def cluster_lse(
     """
     _check(pattern, query, key)
     if _tiled(form, query):
-        return tiles.lse_op(query, key, *_unpack(pattern), scale)  # type: ignore[no-any-return]
-    query, key = query.to(working_precision(query)), key.to(working_precision(key))
+        return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)  # type: ignore[no-any-return]
+    query, key = (
+        query.to(working_precision(query)),
+        unit_keys(key) if normalize_keys else key.to(working_precision(key)),
+    )
     with torch.autocast(query.device.type, enabled=False):
         oneshot = _Oneshot(pattern)
         return oneshot.to_tokens(oneshot.scores(query, key, scale).logsumexp(dim=-1)[..., None])[..., 0]
@@ -214,6 +231,7 @@ def cluster_attention_rounds(
     num_rounds: int,
     *,
     scale: float = 1.0,
+    normalize_keys: bool = False,
     form: Form = "auto",
 ) -> Float[Tensor, "b n e"]:
     r"""Return cluster attention in several rounds, in which a key counts once for each round that shows it.
@@ -228,6 +246,7 @@ def cluster_attention_rounds(
         pattern: of `b * num_rounds` samples: the rounds of a sample one after the other.
         num_rounds: patterns of each sample, >= 1.
         scale: factor on the dot products, dimensionless.
+        normalize_keys: as in `cluster_weights`.
         form: as in `cluster_weights`; only tiles save the memory of the weights.
 
     Returns:
@@ -239,9 +258,12 @@ def cluster_attention_rounds(
     Source:
         NLSA (Mei et al., CVPR 2021).
     """
+    if num_rounds == 1:
+        return cluster_attention(query, key, value, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
     query, key, rows = (tensor.repeat_interleave(num_rounds, dim=0) for tensor in (query, key, value))
-    each = cluster_attention(query, key, rows, pattern, scale=scale, form=form)
-    share = cluster_lse(query, key, pattern, scale=scale, form=form).unflatten(0, (-1, num_rounds)).softmax(dim=1)
+    each = cluster_attention(query, key, rows, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
+    lse = cluster_lse(query, key, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
+    share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1)
     with torch.autocast(value.device.type, enabled=False):
         merged: Tensor = (share[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
         return merged.to(value.dtype)
@@ -255,6 +277,7 @@ def merge_rounds(
     num_rounds: int,
     *,
     scale: float = 1.0,
+    normalize_keys: bool = False,
 ) -> Float[Tensor, "br k i j"]:
     r"""Scale the weights of several rounds so that their sum over the rounds is one attention.
 
@@ -268,6 +291,7 @@ def merge_rounds(
         pattern: as given to `cluster_weights`.
         num_rounds: $r$.
         scale: as given to `cluster_weights`.
+        normalize_keys: as given to `cluster_weights`.
 
     Returns:
         Weights whose rows sum to 1 over the rounds together.
@@ -275,7 +299,7 @@ def merge_rounds(
     Source:
         NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
     """
-    lse = cluster_lse(query, key, pattern, scale=scale)[..., None]
+    lse = cluster_lse(query, key, pattern, scale=scale, normalize_keys=normalize_keys)[..., None]
     share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
     return weights * _Oneshot(pattern).chunks(share)
 

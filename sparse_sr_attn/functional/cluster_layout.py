@@ -68,3 +68,17 @@ class ClusterLayout:
         offset = torch.arange(self.num_offsets * self.chunk_size, device=slot.device) // self.chunk_size - a
         met_once = (offset >= -((k - 1) // 2)) & (offset <= k // 2)
         return (slot < self.num_tokens) & met_once
+
+    def hidden(self, chunk: int) -> list[slice]:
+        """Return which keys of a chunk do not count, as runs of them: all that are not `visible`."""
+        if not self.exact_keys:
+            return []
+        a, i, k = self.num_adjacent, self.chunk_size, self.num_chunks
+        runs = []
+        for offset in range(-a, a + 1):
+            first, last = (offset + a) * i, (offset + a + 1) * i
+            if not -((k - 1) // 2) <= offset <= k // 2:
+                runs.append(slice(first, last))
+            elif (chunk + offset) % k == k - 1 and self.num_slots > self.num_tokens:
+                runs.append(slice(last - (self.num_slots - self.num_tokens), last))
+        return runs

@@ -1,7 +1,8 @@
 """Cluster attention by tiles of a few chunks, as operators that compilers and autograd see whole.
 
 Scores of a tile stay in cache, and no operator keeps more than one tile of them but for the weights it returns. The
-backward of `attention` computes the weights again.
+backward of `attention` computes the weights again. Results are collected in sorted order and moved to image order in
+one go, because rows are read in any order several times faster than they are written so.
 """
 
 from collections.abc import Iterator
@@ -9,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import lower_precision, working_precision
+from sparse_sr_attn.functional.unit_keys import unit_keys, unit_keys_backward
 from sparse_sr_attn.states import ClusterPattern
 
 _SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
@@ -21,138 +23,231 @@ _SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, a
 
 @dataclass(frozen=True)
 class _Tile:
-    """A few consecutive chunks of one sample.
+    """A few consecutive chunks.
 
     Attributes:
-        chunks: the first chunk and the one after the last.
-        query: flat row of the token at each slot of the chunks; slots past the last token repeat some token.
-        real: how many of these slots hold a token; they come first.
-        halo: flat row of the token at each slot that any of the chunks sees.
-        visible: which keys each chunk sees; `None` for all.
+        start: the first chunk.
+        stop: the one after the last.
+        hidden: keys that do not count, as (chunk of the tile, keys).
     """
 
-    chunks: slice
-    query: Int[Tensor, "s"]
-    real: int
-    halo: Int[Tensor, "h"]
-    visible: Bool[Tensor, "t j"] | None
+    start: int
+    stop: int
+    hidden: list[tuple[int, slice]]
+
+    @property
+    def chunks(self) -> slice:
+        """The chunks, to index what has a row for each."""
+        return slice(self.start, self.stop)
 
 
-def _tiles(order: Tensor, layout: ClusterLayout) -> Iterator[tuple[int, _Tile]]:
-    """Yield (sample, tile) for all samples; rows count through the whole batch."""
-    i, a, k = layout.chunk_size, layout.num_adjacent, layout.num_chunks
-    device = order.device
-    slots = torch.arange(i, device=device)
-    step = max(1, _SCORES_PER_TILE // (layout.num_offsets * i * i))
-    for start in range(0, k, step):
-        stop = min(start + step, k)
-        chunk = torch.arange(start - a, stop + a, device=device) % k
-        halo = (chunk[:, None] * i + slots).flatten()
-        whole = start >= a and stop + a <= k and (stop + a) * i <= layout.num_tokens
-        visible = None
-        if layout.exact_keys and not whole:
-            visible = layout.visible(_windows(halo[:, None], layout)[..., 0])
-        halo_rank = layout.rank(halo)
-        query_rank = halo_rank[a * i : (a + stop - start) * i]
-        real = min(stop * i, layout.num_tokens) - start * i
-        for sample in range(len(order)):
-            flat = order[sample] + sample * layout.num_tokens
-            yield sample, _Tile(slice(start, stop), flat[query_rank], real, flat[halo_rank], visible)
+class _Sorted:
+    """The tokens of one sample in sorted order: its tiles, and rows in and out of them.
+
+    A tile reads its *halo*, the slots that any of its chunks sees. In the halo of the whole sample all chunks stand in
+    a row, and beyond each end those that the chunks there see at the other end.
+    """
+
+    def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout) -> None:
+        self.layout = layout
+        self.margin = layout.num_adjacent * layout.chunk_size
+        slot = torch.arange(-self.margin, layout.num_slots + self.margin, device=order.device) % layout.num_slots
+        self._token = order[layout.rank(slot)]
+        self._slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+    def tiles(self) -> Iterator[_Tile]:
+        """Yield all tiles."""
+        layout = self.layout
+        step = max(1, _SCORES_PER_TILE // (layout.num_offsets * layout.chunk_size**2))
+        for start in range(0, layout.num_chunks, step):
+            stop = min(start + step, layout.num_chunks)
+            yield _Tile(start, stop, [(t - start, keys) for t in range(start, stop) for keys in layout.hidden(t)])
+
+    def chunks(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t i c"]:
+        """Return the rows of a tile's chunks; slots past the last token repeat some token."""
+        first, last = (chunk * self.layout.chunk_size + self.margin for chunk in (tile.start, tile.stop))
+        return self._chunks(rows.index_select(0, self._token[first:last]))
+
+    def real_chunks(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t i c"]:
+        """Return the rows of a tile's chunks; 0 in slots past the last token."""
+        chunks = self.chunks(rows, tile)
+        chunks.flatten(0, 1)[self.layout.num_tokens - tile.start * self.layout.chunk_size :] = 0
+        return chunks
+
+    def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
+        """Return the rows that each chunk of a tile sees, or `unit_keys` of them: overlapping views of its halo."""
+        i = self.layout.chunk_size
+        halo = rows.index_select(0, self._token[tile.start * i : tile.stop * i + 2 * self.margin])
+        return (unit_keys(halo) if unit else halo).unfold(0, self.layout.num_offsets * i, i).transpose(1, 2)
+
+    def slots(self, rows: Tensor) -> Float[Tensor, "s c"]:
+        """Return space for a row at each slot, like `rows`."""
+        return rows.new_empty(self.layout.num_slots, rows.shape[-1])
+
+    def at(self, slots: Float[Tensor, "s c"], tile: _Tile) -> Float[Tensor, "t i c"]:
+        """Return a tile's chunks as a view of `slots`."""
+        i = self.layout.chunk_size
+        return self._chunks(slots[tile.start * i : tile.stop * i])
+
+    def to_tokens(self, slots: Float[Tensor, "s c"], out: Float[Tensor, "n c"]) -> None:
+        """Write the row at the slot of each token to `out`."""
+        torch.index_select(slots.to(out.dtype), 0, self._slot, out=out)
+
+    def halo(self, rows: Tensor) -> Float[Tensor, "h c"]:
+        """Return a sum, still 0, for each place of the halo, like `rows`."""
+        return rows.new_zeros(self.layout.num_slots + 2 * self.margin, rows.shape[-1])
+
+    def send_back(
+        self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
+    ) -> None:
+        """Add what each chunk sends, its rows by weights, to the sums of all that it sees."""
+        i = self.layout.chunk_size
+        for offset, part in enumerate(weights.split(i, dim=2)):
+            first = (tile.start + offset) * i
+            self._chunks(halo[first : first + (tile.stop - tile.start) * i]).baddbmm_(part.transpose(1, 2), rows)
+
+    def halo_to_tokens(self, halo: Float[Tensor, "h c"], out: Float[Tensor, "n c"]) -> None:
+        """Write the sum over all places of each token to `out`."""
+        layout, i = self.layout, self.layout.chunk_size
+        slots = halo[self.margin : self.margin + layout.num_slots]
+        for chunk in [
+            *range(-layout.num_adjacent, 0),
+            *range(layout.num_chunks, layout.num_chunks + layout.num_adjacent),
+        ]:
+            home, place = chunk % layout.num_chunks * i, chunk * i + self.margin
+            slots[home : home + i] += halo[place : place + i]
+        self.to_tokens(slots, out)
+        if not layout.exact_keys:  # slots past the last token are seen, and stand for a token
+            first, last = self.margin + layout.num_tokens, self.margin + layout.num_slots
+            out.index_add_(0, self._token[first:last], slots[layout.num_tokens :].to(out.dtype))
+
+    def _chunks(self, slots: Tensor) -> Tensor:
+        return slots.view(-1, self.layout.chunk_size, slots.shape[-1])
 
 
-def _windows(halo: Tensor, layout: ClusterLayout) -> Tensor:
-    """Return the keys of each chunk (t, j, c) as a view of the halo rows ((t + 2a) * i, c)."""
-    i, width = layout.chunk_size, layout.num_offsets * layout.chunk_size
-    return halo.unfold(0, width, i).transpose(1, 2)
+class _Scored:
+    """Queries and keys of one sample and what they make of its tiles; scores and gradients are in their precision."""
+
+    def __init__(
+        self, tokens: _Sorted, query: Float[Tensor, "n d"], key: Float[Tensor, "n d"], scale: float, unit: bool
+    ) -> None:
+        self.tokens = tokens
+        self.query, self.key = (rows.to(working_precision(rows)).contiguous() for rows in (query, key))
+        self.scale = scale
+        self.unit = unit
+
+    def keys(self, tile: _Tile) -> Float[Tensor, "t j d"]:
+        """Return the keys that each chunk of a tile sees."""
+        return self.tokens.windows(self.key, tile, unit=self.unit)
+
+    def scores(self, tile: _Tile, out: Tensor | None = None) -> Float[Tensor, "t i j"]:
+        """Return the scores of a tile."""
+        queries = self.tokens.chunks(self.query, tile)
+        queries = queries if self.scale == 1 else self.scale * queries
+        scores = torch.bmm(queries, self.keys(tile).transpose(1, 2), out=out)
+        for chunk, hidden in tile.hidden:
+            scores[chunk, :, hidden] = float("-inf")
+        return scores
+
+    def weights(self, tile: _Tile, out: Tensor | None = None) -> Float[Tensor, "t i j"]:
+        """Return the softmax of the scores of a tile."""
+        scores = self.scores(tile, out)
+        return torch.softmax(scores, dim=-1, out=scores)
 
 
-def _fold(windows: Tensor, layout: ClusterLayout) -> Tensor:
-    """Add the rows of overlapping windows (t, j, c) up into halo rows: the transpose of `_windows`."""
-    t, _, c = windows.shape
-    i = layout.chunk_size
-    halo = windows.new_zeros((t + 2 * layout.num_adjacent) * i, c)
-    for offset, part in enumerate(windows.split(i, dim=1)):
-        halo[offset * i : (offset + t) * i] += part.flatten(0, 1)
-    return halo
+class _ScoreGrads:
+    """The gradients of queries and keys of one sample, collected tile by tile."""
+
+    def __init__(self, scored: _Scored) -> None:
+        self.scored = scored
+        self._slots, self._halo = scored.tokens.slots(scored.query), scored.tokens.halo(scored.key)
+
+    def add(self, grad_scores: Float[Tensor, "t i j"], tile: _Tile) -> None:
+        """Add what the scores of a tile send back; writes over `grad_scores`."""
+        scored, tokens = self.scored, self.scored.tokens
+        if scored.scale != 1:
+            grad_scores.mul_(scored.scale)
+        torch.bmm(grad_scores, scored.keys(tile), out=tokens.at(self._slots, tile))
+        tokens.send_back(grad_scores, tokens.chunks(scored.query, tile), self._halo, tile)
+
+    def add_of_weights(
+        self, grad_weights: Float[Tensor, "t i j"], weights: Float[Tensor, "t i j"], tile: _Tile
+    ) -> None:
+        """Add what the weights of a tile send back; writes over `grad_weights`."""
+        torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
+        self.add(grad_weights, tile)
+
+    def write(self, grad_query: Float[Tensor, "n d"], grad_key: Float[Tensor, "n d"]) -> None:
+        """Write both, in image order."""
+        scored, tokens = self.scored, self.scored.tokens
+        tokens.to_tokens(self._slots, grad_query)
+        if scored.unit:
+            grad_units = torch.empty_like(scored.key)
+            tokens.halo_to_tokens(self._halo, grad_units)
+            grad_key.copy_(unit_keys_backward(grad_units, scored.key))
+        else:
+            tokens.halo_to_tokens(self._halo, grad_key)
 
 
-def _tile_scores(query: Tensor, key: Tensor, tile: _Tile, layout: ClusterLayout, scale: float) -> Tensor:
-    queries = query[tile.query].view(-1, layout.chunk_size, query.shape[-1])
-    scores = torch.bmm(queries * scale, _windows(key[tile.halo], layout).transpose(1, 2))
-    if tile.visible is not None:
-        scores.masked_fill_(~tile.visible[:, None, :], float("-inf"))
-    return scores
+def _samples(order: Tensor, layout: ClusterLayout) -> Iterator[tuple[int, _Sorted]]:
+    for sample, each in enumerate(order):
+        yield sample, _Sorted(each, layout)
 
 
-def _tile_weights(query: Tensor, key: Tensor, tile: _Tile, layout: ClusterLayout, scale: float) -> Tensor:
-    scores = _tile_scores(query, key, tile, layout, scale)
-    return scores.softmax(dim=-1)
-
-
-def _tile_weights_backward(
-    grad_weights: Tensor,
-    weights: Tensor,
-    query: Tensor,
-    key: Tensor,
-    tile: _Tile,
-    layout: ClusterLayout,
-    scale: float,
-    grads: tuple[Tensor, Tensor],
-) -> None:
-    """Add what a tile's weights send back to (query, key) to `grads`."""
-    grad_scores = scale * weights * (grad_weights - (grad_weights * weights).sum(dim=-1, keepdim=True))
-    _tile_scores_backward(grad_scores, query, key, tile, layout, grads)
-
-
-def _tile_scores_backward(
-    grad_scores: Tensor, query: Tensor, key: Tensor, tile: _Tile, layout: ClusterLayout, grads: tuple[Tensor, Tensor]
-) -> None:
-    """Add what a tile's scores, divided by their scale, send back to (query, key) to `grads`."""
-    grad_query, grad_key = grads
-    to_query = torch.bmm(grad_scores, _windows(key[tile.halo], layout)).flatten(0, 1)
-    grad_query.index_add_(0, tile.query[: tile.real], to_query[: tile.real])
-    queries = query[tile.query].view(-1, layout.chunk_size, query.shape[-1])
-    grad_key.index_add_(0, tile.halo, _fold(torch.bmm(grad_scores.transpose(1, 2), queries), layout))
-
-
-def _tile_chunks(rows: Tensor, tile: _Tile, layout: ClusterLayout) -> Tensor:
-    """Return the rows of a tile's real slots (t, i, c); 0 in the slots past the last token."""
-    chunks = rows[tile.query]
-    chunks[tile.real :] = 0
-    return chunks.view(-1, layout.chunk_size, chunks.shape[-1])
-
-
-def _flat(rows: Tensor) -> Tensor:
-    # Contiguous, so that what is made like it has the strides that the fakes promise.
-    return rows.reshape(-1, rows.shape[-1]).contiguous()
+def _space(out: Tensor | None, like: Tensor) -> Tensor:
+    """Return `out`, made now if it is not there: of one sample, when all that its tiles needed is gone."""
+    return like.new_empty(like.shape) if out is None else out
 
 
 def _layout(order: Tensor, chunk_size: int, num_adjacent: int, exact_keys: bool) -> ClusterLayout:
     return ClusterLayout.of(ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys))
 
 
+def _weights_shape(order: Tensor, layout: ClusterLayout) -> tuple[int, ...]:
+    return (order.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
+
+
 @torch.library.custom_op("sparse_sr_attn::cluster_weights", mutates_args=())
 def weights_op(
-    query: Tensor, key: Tensor, order: Tensor, chunk_size: int, num_adjacent: int, exact_keys: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return `cluster.cluster_weights`, tile by tile."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    weights = query.new_empty(_weights_shape(order, layout), dtype=dtype)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
-        shape = (len(order), layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
-        weights = q.new_empty(shape)
-        for sample, tile in _tiles(order, layout):
-            weights[sample, tile.chunks] = _tile_weights(q, k, tile, layout, scale)
-        return weights
+        for sample, tokens in _samples(order, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            for tile in tokens.tiles():
+                out = weights[sample, tile.chunks]
+                if dtype == scored.query.dtype:
+                    scored.weights(tile, out)
+                else:
+                    out.copy_(scored.weights(tile))
+    return weights
 
 
 @weights_op.register_fake
 def _(
-    query: Tensor, key: Tensor, order: Tensor, chunk_size: int, num_adjacent: int, exact_keys: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
-    shape = (order.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
-    return query.new_empty(shape, dtype=working_precision(query))
+    return query.new_empty(_weights_shape(order, layout), dtype=dtype)
 
 
 @torch.library.custom_op("sparse_sr_attn::cluster_weights_backward", mutates_args=())
@@ -166,15 +261,19 @@ def _weights_backward_op(
     num_adjacent: int,
     exact_keys: bool,
     scale: float,
+    unit: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
-        grads = (torch.zeros_like(q), torch.zeros_like(k))
-        for sample, tile in _tiles(order, layout):
-            part = grad[sample, tile.chunks], weights[sample, tile.chunks]
-            _tile_weights_backward(*part, q, k, tile, layout, scale, grads)
-        return grads[0].view(query.shape).to(query.dtype), grads[1].view(key.shape).to(key.dtype)
+        for sample, tokens in _samples(order, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            grads = _ScoreGrads(scored)
+            for tile in tokens.tiles():
+                part, sent = (each[sample, tile.chunks].to(scored.query.dtype) for each in (weights, grad))
+                grads.add_of_weights(sent.clone() if sent.dtype == grad.dtype else sent, part, tile)
+            grads.write(grad_query[sample], grad_key[sample])
+    return grad_query, grad_key
 
 
 @_weights_backward_op.register_fake
@@ -184,17 +283,26 @@ def _(grad: Tensor, weights: Tensor, query: Tensor, key: Tensor, *_: object) -> 
 
 @torch.library.custom_op("sparse_sr_attn::cluster_lse", mutates_args=())
 def lse_op(
-    query: Tensor, key: Tensor, order: Tensor, chunk_size: int, num_adjacent: int, exact_keys: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
 ) -> Tensor:
     """Return `cluster.cluster_lse`, tile by tile."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    lse = query.new_empty(order.shape, dtype=working_precision(query))
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
-        lse = q.new_empty(len(q))
-        for _sample, tile in _tiles(order, layout):
-            slots = _tile_scores(q, k, tile, layout, scale).logsumexp(dim=-1).flatten()
-            lse.index_copy_(0, tile.query[: tile.real], slots[: tile.real])
-        return lse.view(order.shape)
+        for sample, tokens in _samples(order, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            slots = tokens.slots(lse[sample, :, None])
+            for tile in tokens.tiles():
+                tokens.at(slots, tile).copy_(scored.scores(tile).logsumexp(dim=-1, keepdim=True))
+            tokens.to_tokens(slots, lse[sample, :, None])
+    return lse
 
 
 @lse_op.register_fake
@@ -212,16 +320,18 @@ def _lse_backward_op(
     num_adjacent: int,
     exact_keys: bool,
     scale: float,
+    unit: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
-        grad_lse = _flat(grad[..., None])
-        grads = (torch.zeros_like(q), torch.zeros_like(k))
-        for _sample, tile in _tiles(order, layout):
-            grad_scores = scale * _tile_chunks(grad_lse, tile, layout) * _tile_weights(q, k, tile, layout, scale)
-            _tile_scores_backward(grad_scores, q, k, tile, layout, grads)
-        return grads[0].view(query.shape).to(query.dtype), grads[1].view(key.shape).to(key.dtype)
+        for sample, tokens in _samples(order, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            grads = _ScoreGrads(scored)
+            for tile in tokens.tiles():
+                grads.add(scored.weights(tile).mul_(tokens.real_chunks(grad[sample, :, None], tile)), tile)
+            grads.write(grad_query[sample], grad_key[sample])
+    return grad_query, grad_key
 
 
 @_lse_backward_op.register_fake
@@ -235,14 +345,17 @@ def apply_op(
 ) -> Tensor:
     """Return `cluster.apply_cluster_weights`, tile by tile."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    out = None
     with torch.autocast(value.device.type, enabled=False):
-        rows = _flat(value)
-        out = torch.empty_like(rows)
-        for sample, tile in _tiles(order, layout):
-            part = weights[sample, tile.chunks].to(rows.dtype)
-            chunks = torch.bmm(part, _windows(rows[tile.halo], layout)).flatten(0, 1)
-            out.index_copy_(0, tile.query[: tile.real], chunks[: tile.real])
-        return out.view(value.shape)
+        for sample, tokens in _samples(order, layout):
+            v = value[sample].to(lower_precision(weights, value)).contiguous()
+            slots = tokens.slots(v)
+            for tile in tokens.tiles():
+                part = weights[sample, tile.chunks].to(v.dtype)
+                torch.bmm(part, tokens.windows(v, tile), out=tokens.at(slots, tile))
+            out = _space(out, value)
+            tokens.to_tokens(slots, out[sample])
+    return _space(out, value)
 
 
 @apply_op.register_fake
@@ -261,17 +374,17 @@ def _apply_backward_op(
     exact_keys: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    grad_weights, grad_value = weights.new_empty(weights.shape), value.new_empty(value.shape)
     with torch.autocast(value.device.type, enabled=False):
-        rows, grad_rows = _flat(value), _flat(grad)
-        grad_weights = weights.new_empty(weights.shape)
-        grad_value = torch.zeros_like(rows, dtype=working_precision(rows))
-        for sample, tile in _tiles(order, layout):
-            out = _tile_chunks(grad_rows, tile, layout)
-            grad_weights[sample, tile.chunks] = torch.bmm(out, _windows(rows[tile.halo], layout).transpose(1, 2))
-            part = weights[sample, tile.chunks].to(rows.dtype)
-            to_value = torch.bmm(part.transpose(1, 2), out).to(grad_value.dtype)
-            grad_value.index_add_(0, tile.halo, _fold(to_value, layout))
-        return grad_weights, grad_value.view(value.shape).to(value.dtype)
+        for sample, tokens in _samples(order, layout):
+            v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
+            halo = tokens.halo(v)
+            for tile in tokens.tiles():
+                sent = tokens.real_chunks(g, tile)
+                grad_weights[sample, tile.chunks] = torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2))
+                tokens.send_back(weights[sample, tile.chunks].to(v.dtype), sent, halo, tile)
+            tokens.halo_to_tokens(halo, grad_value[sample])
+    return grad_weights, grad_value
 
 
 @_apply_backward_op.register_fake
@@ -289,18 +402,21 @@ def attention_op(
     num_adjacent: int,
     exact_keys: bool,
     scale: float,
+    unit: bool,
 ) -> Tensor:
     """Return `cluster.cluster_attention`, tile by tile; only a tile of weights exists at a time."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    out = None
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
-        v = _flat(value)
-        out = torch.empty_like(v)
-        for _sample, tile in _tiles(order, layout):
-            weights = _tile_weights(q, k, tile, layout, scale).to(v.dtype)
-            chunks = torch.bmm(weights, _windows(v[tile.halo], layout)).flatten(0, 1)
-            out.index_copy_(0, tile.query[: tile.real], chunks[: tile.real])
-        return out.view(value.shape)
+        for sample, tokens in _samples(order, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            v = value[sample].contiguous()
+            slots = tokens.slots(v)
+            for tile in tokens.tiles():
+                torch.bmm(scored.weights(tile).to(v.dtype), tokens.windows(v, tile), out=tokens.at(slots, tile))
+            out = _space(out, value)
+            tokens.to_tokens(slots, out[sample])
+    return _space(out, value)
 
 
 @attention_op.register_fake
@@ -319,22 +435,24 @@ def _attention_backward_op(
     num_adjacent: int,
     exact_keys: bool,
     scale: float,
+    unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    grad_query, grad_key, grad_value = query.new_empty(query.shape), key.new_empty(key.shape), None
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (_flat(rows).to(working_precision(rows)) for rows in (query, key))
-        v, grad_rows = _flat(value), _flat(grad)
-        grads = (torch.zeros_like(q), torch.zeros_like(k))
-        grad_value = torch.zeros_like(v, dtype=working_precision(v))
-        for _sample, tile in _tiles(order, layout):
-            weights = _tile_weights(q, k, tile, layout, scale)
-            out = _tile_chunks(grad_rows, tile, layout)
-            grad_weights = torch.bmm(out, _windows(v[tile.halo], layout).transpose(1, 2)).to(weights.dtype)
-            _tile_weights_backward(grad_weights, weights, q, k, tile, layout, scale, grads)
-            to_value = torch.bmm(weights.to(v.dtype).transpose(1, 2), out).to(grad_value.dtype)
-            grad_value.index_add_(0, tile.halo, _fold(to_value, layout))
-        grad_query, grad_key = (g.view(query.shape).to(query.dtype) for g in grads)
-        return grad_query, grad_key, grad_value.view(value.shape).to(value.dtype)
+        for sample, tokens in _samples(order, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
+            grads, halo = _ScoreGrads(scored), tokens.halo(v)
+            for tile in tokens.tiles():
+                weights, sent = scored.weights(tile), tokens.real_chunks(g, tile)
+                tokens.send_back(weights, sent, halo, tile)
+                grads.add_of_weights(torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2)), weights, tile)
+            del g
+            grads.write(grad_query[sample], grad_key[sample])
+            grad_value = _space(grad_value, value)
+            tokens.halo_to_tokens(halo, grad_value[sample])
+    return grad_query, grad_key, _space(grad_value, value)
 
 
 @_attention_backward_op.register_fake
@@ -345,15 +463,18 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
 # --- their gradients --------------------------------------------------------------------------------------------------
 
 
+_NONE = (None,) * 6  # for the order and the options
+
+
 def _weights_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, order, *ctx.options = inputs
+    query, key, order, *ctx.options, _ = inputs
     ctx.save_for_backward(output, query, key, order)
 
 
 def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights, query, key, order = ctx.saved_tensors
     grad_query, grad_key = _weights_backward_op(grad, weights, query, key, order, *ctx.options)
-    return grad_query, grad_key, None, None, None, None, None
+    return grad_query, grad_key, *_NONE, None
 
 
 def _lse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -362,7 +483,7 @@ def _lse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _lse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_lse_backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+    return (*_lse_backward_op(grad, *ctx.saved_tensors, *ctx.options), *_NONE)
 
 
 def _apply_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -383,7 +504,7 @@ def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _attention_backward_op(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None, None)
+    return (*grads, *_NONE)
 
 
 weights_op.register_autograd(_weights_backward, setup_context=_weights_context)

@@ -17,6 +17,7 @@ from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.recomputation import backward_is_running
 
 _EPS = 1e-12
+_PRODUCTS_PER_BLOCK = 2**17  # half a MiB in float32
 
 
 class KMeansState(NamedTuple):
@@ -237,11 +238,41 @@ def _least_similar(points: Tensor, similarity: Tensor, num: int) -> tuple[Tensor
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best dot product of each point, and of which centroid it is."""
     points = points.detach()
     points = points.to(working_precision(points))
     with torch.autocast(points.device.type, enabled=False):
+        if points.device.type == "cpu" and not torch.compiler.is_exporting():
+            return _nearest_by_blocks(points, centroids.to(points.dtype))  # type: ignore[no-any-return]
         best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)
     return best, index
+
+
+@torch.library.custom_op("sparse_sr_attn::nearest", mutates_args=())
+def _nearest_by_blocks(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """See `_nearest`: a block of products at a time stays in cache, and no pass over it looks for indices.
+
+    `Tensor.max` takes the index along with the maximum, one number after the other. Comparisons and products are
+    several times faster: what equals the maximum becomes its rank from the end, all else 0.
+    """
+    num_points, num_clusters = points.shape[0] * points.shape[1], len(centroids)
+    rank = torch.arange(num_clusters, 0, -1, dtype=points.dtype, device=points.device)
+    best, first = points.new_empty(num_points), points.new_empty(num_points)
+    size = max(1, _PRODUCTS_PER_BLOCK // num_clusters)
+    for block, into, rank_into in zip(
+        points.flatten(0, 1).split(size), best.split(size), first.split(size), strict=True
+    ):
+        products = block @ centroids.T
+        torch.amax(products, dim=-1, out=into)
+        torch.amax(products.ge_(into[:, None]).mul_(rank), dim=-1, out=rank_into)
+    # Nothing equals NaN: such a point goes to the last cluster.
+    index = (num_clusters - first).clamp_(max=num_clusters - 1).long()
+    return best.view(points.shape[:2]), index.view(points.shape[:2])
+
+
+@_nearest_by_blocks.register_fake
+def _(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    return points.new_empty(points.shape[:2]), points.new_empty(points.shape[:2], dtype=torch.int64)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -7,3 +7,8 @@ from torch import Tensor
 def working_precision(tensor: Tensor) -> torch.dtype:
     """Return the precision of scores, softmax and k-means over `tensor`: float32 for anything lower."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def lower_precision(first: Tensor, second: Tensor) -> torch.dtype:
+    """Return the precision of a product of two: that of the one with fewer bits, of the second if they have as many."""
+    return first.dtype if first.dtype.itemsize < second.dtype.itemsize else second.dtype

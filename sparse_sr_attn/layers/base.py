@@ -6,13 +6,12 @@ that must be given; a *provider* makes a state; an *operator* is a building ston
 
 from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparse_sr_attn.errors import ShapeError, SharingError
-from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.registry import Entry, Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer")
@@ -143,14 +142,15 @@ def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     return rearrange(x, "b c h w -> b (h w) c")
 
 
+def projected_tokens(x: Float[Tensor, "b c_in h w"], conv: nn.Conv2d) -> Float[Tensor, "b n c_out"]:
+    """Return `tokens(conv(x))` of a 1x1 convolution, contiguous: the product itself turns the map into rows."""
+    weight = conv.weight.flatten(1).T.expand(x.shape[0], -1, -1)
+    return torch.baddbmm(cast(Tensor, conv.bias), x.flatten(2).transpose(1, 2), weight)
+
+
 def feature_map(rows: Float[Tensor, "b n c"], x: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
     """Return rows as a map of the height and width of `x`."""
     return rearrange(rows, "b (h w) c -> b c h w", h=x.shape[-2])
-
-
-def unit_keys(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
-    """Return the rows at length 1, in float32 at least; rows shorter than 5e-5, NLSA's floor, stay shorter."""
-    return F.normalize(rows.to(working_precision(rows)), dim=-1, eps=5e-5)
 
 
 def last_conv(embed_dim: int, *, zero_init: bool) -> nn.Conv2d:

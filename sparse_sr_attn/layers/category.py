@@ -14,6 +14,7 @@ from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, PositiveI
 from sparse_sr_attn.functional.cluster import cluster_attention, cluster_pattern
 from sparse_sr_attn.functional.dense import dense_attention
 from sparse_sr_attn.functional.kmeans import KMeansState, assign, initial_state, kmeans_step
+from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
@@ -22,7 +23,6 @@ from sparse_sr_attn.layers.base import (
     feature_map,
     last_conv,
     tokens,
-    unit_keys,
 )
 
 Categories = Literal["kmeans", "learnt"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
 from sparse_sr_attn.functional.kernel import contrastive_loss, kernel_attention, random_directions
+from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
@@ -19,7 +20,6 @@ from sparse_sr_attn.layers.base import (
     feature_map,
     last_conv,
     tokens,
-    unit_keys,
 )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
 from sparse_sr_attn.functional.sparsemax import sparsemax_attention
+from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
@@ -16,7 +17,6 @@ from sparse_sr_attn.layers.base import (
     feature_map,
     last_conv,
     tokens,
-    unit_keys,
 )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, PositiveInt, checked
 from sparse_sr_attn.functional.dense import dense_attention
+from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
@@ -13,7 +14,6 @@ from sparse_sr_attn.layers.base import (
     feature_map,
     last_conv,
     tokens,
-    unit_keys,
 )
 
 _SOURCE = "Wang et al., CVPR 2018, arXiv 1711.07971; as the baseline of arXiv 2404.04922"

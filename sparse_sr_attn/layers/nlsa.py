@@ -19,8 +19,8 @@ from sparse_sr_attn.layers.base import (
     check_map,
     feature_map,
     last_conv,
+    projected_tokens,
     tokens,
-    unit_keys,
 )
 
 
@@ -109,15 +109,15 @@ class NLSA(AttentionLayer):
         """
         check_alone(self, state)
         check_map(x, self.embed_dim)
-        query = tokens(self.embed(x))
+        query = tokens(self.embed(x)).contiguous()
         pattern = cluster_pattern(
             self._hash(query).flatten(0, 1),
             chunk_size=self.chunk_size,
             num_adjacent=self.num_adjacent,
             exact_keys=self.exact_keys,
         )
-        rows = query, unit_keys(query), tokens(self.value(x))
-        attended = cluster_attention_rounds(*rows, pattern, len(self.rotations))
+        rows = query, query, projected_tokens(x, self.value)
+        attended = cluster_attention_rounds(*rows, pattern, len(self.rotations), normalize_keys=True)
         return x + self.res_scale * feature_map(attended, x)
 
     def _hash(self, points: Float[Tensor, "b n d"]) -> Int[Tensor, "b r n"]:

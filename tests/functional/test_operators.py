@@ -53,27 +53,32 @@ def layout_of(case: Case, device: torch.device) -> tuple[Tensor, int, int, bool]
 def test_cluster_attention(device: torch.device, case: Case) -> None:
     rows = rows_of(case, ("query", "key", "value"), device)
     layout = layout_of(case, device)
-    check(operator("cluster_attention"), (*rows, *layout, 0.5))
+    check(operator("cluster_attention"), (*rows, *layout, 0.5, True))
     inputs = [row.detach() for row in rows_of(case, ("grad", "query", "key", "value"), device)]
-    check(operator("cluster_attention_backward"), (*inputs, *layout, 0.5))
+    check(operator("cluster_attention_backward"), (*inputs, *layout, 0.5, True))
 
 
 @cases
 def test_cluster_weights(device: torch.device, case: Case) -> None:
     # Rows past the last token mean nothing but do exist, so both runs that opcheck compares must fill them alike.
     rows, layout = rows_of(case, ("query", "key"), device), layout_of(case, device)
-    check(operator("cluster_weights"), (*rows, *layout, 0.5))
+    check(operator("cluster_weights"), (*rows, *layout, 0.5, True, torch.float64))
+    check(
+        operator("cluster_weights"),
+        (*rows, *layout, 0.5, True, torch.bfloat16),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     query, key = (row.detach() for row in rows)
-    weights = operator("cluster_weights")(query, key, *layout, 0.5)
+    weights = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64)
     grad = case.tensor("grad", *weights.shape, device=device)
-    check(operator("cluster_weights_backward"), (grad, weights, query, key, *layout, 0.5))
+    check(operator("cluster_weights_backward"), (grad, weights, query, key, *layout, 0.5, True))
 
 
 @cases
 def test_apply_cluster_weights(device: torch.device, case: Case) -> None:
     query, key, value = rows_of(case, ("query", "key", "value"), device)
     layout = layout_of(case, device)
-    weights = operator("cluster_weights")(query, key, *layout, 0.5).detach().requires_grad_()
+    weights = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64).detach().requires_grad_()
     check(operator("apply_cluster_weights"), (weights, value, *layout))
     grad = case.tokens("grad", 4, device=device)
     check(operator("apply_cluster_weights_backward"), (grad, weights.detach(), value.detach(), *layout))
@@ -82,9 +87,9 @@ def test_apply_cluster_weights(device: torch.device, case: Case) -> None:
 @cases
 def test_cluster_lse(device: torch.device, case: Case) -> None:
     rows, layout = rows_of(case, ("query", "key"), device), layout_of(case, device)
-    check(operator("cluster_lse"), (*rows, *layout, 0.5))
+    check(operator("cluster_lse"), (*rows, *layout, 0.5, True))
     grad = case.tensor("grad", case.batch, case.num_tokens, device=device)
-    check(operator("cluster_lse_backward"), (grad, *(row.detach() for row in rows), *layout, 0.5))
+    check(operator("cluster_lse_backward"), (grad, *(row.detach() for row in rows), *layout, 0.5, True))
 
 
 @cases
@@ -135,18 +140,18 @@ def test_strides(device: torch.device, batch: int) -> None:
         for name, width in (("query", 4), ("key", 4), ("value", 3), ("grad", 3))
     )
     layout = layout_of(case, device)
-    weights = operator("cluster_weights")(query, key, *layout, 0.5)
+    weights = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64)
     weights = weights.mT.contiguous().mT
     utils = ("test_schema", "test_faketensor")
     for name, rows, scale in (
-        ("cluster_attention", (query, key, value), (0.5,)),
-        ("cluster_weights", (query, key), (0.5,)),
-        ("cluster_lse", (query, key), (0.5,)),
+        ("cluster_attention", (query, key, value), (0.5, True)),
+        ("cluster_weights", (query, key), (0.5, True, torch.float64)),
+        ("cluster_lse", (query, key), (0.5, True)),
         ("apply_cluster_weights", (weights, value), ()),
-        ("cluster_attention_backward", (grad, query, key, value), (0.5,)),
-        ("cluster_weights_backward", (weights, weights, query, key), (0.5,)),
+        ("cluster_attention_backward", (grad, query, key, value), (0.5, True)),
+        ("cluster_weights_backward", (weights, weights, query, key), (0.5, True)),
         ("apply_cluster_weights_backward", (grad, weights, value), ()),
-        ("cluster_lse_backward", (grad[..., 0], query, key), (0.5,)),
+        ("cluster_lse_backward", (grad[..., 0], query, key), (0.5, True)),
     ):
         check(operator(name), (*rows, *layout, *scale), test_utils=utils)
     check(operator("sparsemax_attention"), (query, key, value, 0.5), test_utils=utils)
@@ -155,6 +160,12 @@ def test_strides(device: torch.device, batch: int) -> None:
     check(operator("hash_step"), (query.float(), *hashed, 6, 0), test_utils=utils)
     state = kmeans.KMeansState(*(tensor.to(device) for tensor in kmeans.initial_state(case.num_clusters, 4)))
     check(operator("kmeans_step"), (query.float(), *state, 0.9, 0.5), test_utils=utils)
+
+
+@cases
+def test_nearest(device: torch.device, case: Case) -> None:
+    centroids = kmeans.initial_state(case.num_clusters, 4).centroids.to(device, torch.float64)
+    check(operator("nearest"), (case.tokens("points", 4, device=device), centroids))
 
 
 @cases
@@ -184,6 +195,7 @@ def test_every_operator_is_checked_here() -> None:
         "hash_step",
         "kmeans_step",
         "move_running_statistics",
+        "nearest",
         "sparsemax_attention",
         "sparsemax_attention_backward",
         "window_weights",
