@@ -30,20 +30,24 @@ class ClusterPattern:
 class ClusterAttention:
     """A pattern with the softmax weights of one embedding over it: what LSP gives and CoA reads.
 
+    It holds the weights, or the embedding that they are made of: then each reader computes them again.
+
     Attributes:
         pattern: of the map that was attended to; of several rounds, those of a sample one after the other.
-        weights: of each slot of `k` chunks of `i` slots over the `j = (2 * num_adjacent + 1) * i` slots it sees;
-            rows of real slots sum to 1 over the rounds. Carries gradient to the provider.
         height: of the map, in pixels.
         width: of the map, in pixels.
         num_rounds: patterns of each sample, >= 1.
+        weights: of each slot of `k` chunks of `i` slots over the `j = (2 * num_adjacent + 1) * i` slots it sees;
+            rows of real slots sum to 1 over the rounds. Carries gradient to the provider.
+        embedding: query and, at unit length, key of each token, in image order. Carries gradient to the provider.
     """
 
     pattern: ClusterPattern
-    weights: Float[Tensor, "br k i j"]
     height: int
     width: int
-    num_rounds: int = 1
+    num_rounds: int
+    weights: Float[Tensor, "br k i j"] | None = None
+    embedding: Float[Tensor, "b n d"] | None = None
 
     def made_for(self) -> tuple[int, int, int]:
         """Return the number of maps, their height and width."""

@@ -15,7 +15,7 @@ from sparse_sr_attn.functional.kmeans import assign
 from sparse_sr_attn.functional.window_grid import WindowGrid
 from sparse_sr_attn.layers.base import AttentionLayer
 from sparse_sr_attn.layers.gmsa import window_shifts
-from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn.layers.lcoa import LSP, weights_of
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
 _GOLDEN = 0.6180339887498949
@@ -130,9 +130,10 @@ def attended(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]
 
 def _in_clusters(state: ClusterAttention, tokens: Tensor) -> Tensor:
     pattern, layout = state.pattern, ClusterLayout.of(state.pattern)
-    maps = state.weights.new_zeros(len(tokens), layout.num_tokens)
+    every = weights_of(state)
+    maps = every.new_zeros(len(tokens), layout.num_tokens)
     key = torch.arange(layout.num_offsets * layout.chunk_size, device=pattern.order.device)
-    for order, weights in zip(pattern.order, state.weights, strict=True):
+    for order, weights in zip(pattern.order, every, strict=True):
         slot = order.argsort()[tokens]
         chunk, row = slot // layout.chunk_size, slot % layout.chunk_size
         key_chunk = (chunk[:, None] + key // layout.chunk_size - layout.num_adjacent) % layout.num_chunks
@@ -181,8 +182,8 @@ def attention_overlap(
     ((height, width),) = sizes
     tokens = torch.linspace(0, height * width - 1, min(num_tokens, height * width), dtype=torch.float64).round().long()
     total = torch.zeros(len(states), len(states), dtype=torch.float64)
-    first = states[0].weights
-    device = (first[0] if isinstance(first, tuple) else first).device
+    first = states[0]
+    device = (first.pattern.order if isinstance(first, ClusterAttention) else first.weights[0]).device
     for some in tokens.to(device).split(_ROWS_AT_A_TIME):
         maps = [attended(state, some) for state in states]
         for a, one in enumerate(maps):

@@ -53,8 +53,9 @@ def network(share: int) -> EDSR:
 def test_is_the_row_of_dense_attention(options: dict[str, Any]) -> None:
     pattern = lsp(**options)
     with torch.no_grad():
-        query, key, who = pattern.route(features())
+        query, who = pattern.route(features())
         maps = attended(pattern(features()), torch.arange(54))
+    key = torch.nn.functional.normalize(query, dim=-1)
     dense = reference.cluster_attention(query, key, torch.eye(54, dtype=torch.float64)[None], who)[0]
     assert maps.shape == (54, *SIZE)
     torch.testing.assert_close(maps.flatten(1), dense, rtol=1e-10, atol=1e-10)

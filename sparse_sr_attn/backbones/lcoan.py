@@ -12,7 +12,7 @@ from sparse_sr_attn.blocks import ResidualBlock
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.layers.base import AttentionLayer
-from sparse_sr_attn.layers.lcoa import LCoA, Routing
+from sparse_sr_attn.layers.lcoa import LCoA, Reuse, Routing
 from sparse_sr_attn.states import ClusterAttention
 
 
@@ -73,6 +73,8 @@ class LCoAN(ResidualNetwork):
         exact_keys: as in `LSP`.
         routing: as in `LSP`.
         num_rounds: as in `LSP`.
+        reuse: as in `LSP`.
+        half_weights: as in `LSP`.
         activation_checkpointing: in training, compute the groups again in the backward instead of keeping them.
 
     Raises:
@@ -106,6 +108,8 @@ class LCoAN(ResidualNetwork):
         exact_keys: bool = True,
         routing: Routing = "kmeans",
         num_rounds: PositiveInt = 1,
+        reuse: Reuse = "auto",
+        half_weights: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
@@ -126,6 +130,8 @@ class LCoAN(ResidualNetwork):
                     exact_keys=exact_keys,
                     routing=routing,
                     num_rounds=num_rounds,
+                    reuse=reuse,
+                    half_weights=half_weights,
                     res_scale=res_scale,
                 )
             else:

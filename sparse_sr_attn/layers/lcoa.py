@@ -4,7 +4,7 @@ Zhao et al., "Efficient Learnable Collaborative Attention for Single Image Super
 from the paper and from the behaviour of the released code; each departure is listed in `docs/deviations.md`.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
-    cluster_attention,
+    cluster_attention_rounds,
     cluster_pattern,
     cluster_weights,
     merge_rounds,
@@ -27,14 +27,17 @@ from sparse_sr_attn.layers.base import (
     feature_map,
     fitting,
     last_conv,
+    projected_tokens,
     tokens,
-    unit_keys,
 )
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
 Routing = Literal["kmeans", "lsh"]
 """How tokens find their cluster."""
+
+Reuse = Literal["auto", "weights", "pattern"]
+"""What a state keeps for later layers."""
 
 _HINT = "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
 
@@ -64,6 +67,10 @@ class LSP(nn.Module):
         num_rounds: patterns from different seeds, >= 1; a token attends in each, and they are merged by how much
             similar each finds. Time and memory grow with it.
         seed: of the first centroids, which are random unit vectors.
+        reuse: what later layers get: "weights", which cost memory; "pattern", with the query and the key, of which each
+            computes the weights again; "auto": weights on the CPU, where that is faster, else the pattern.
+        half_weights: keep weights as bfloat16, and let later layers gather their values in it too: half the memory,
+            and faster where the machine multiplies bfloat16; relative error 4e-3.
 
     Raises:
         ConfigError: an option breaks its rule; all that do are named.
@@ -99,6 +106,8 @@ class LSP(nn.Module):
         routing: Routing = "kmeans",
         num_rounds: PositiveInt = 1,
         seed: int = 0,
+        reuse: Reuse = "auto",
+        half_weights: bool = False,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -108,6 +117,8 @@ class LSP(nn.Module):
         self.reseed_threshold = reseed_threshold
         self.exact_keys = exact_keys
         self.routing = routing
+        self.reuse = reuse
+        self.half_weights = half_weights
         query_dim = max(1, embed_dim // reduction)
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
         # The first round's state stands here, under the names that files have; the others' in modules of their own.
@@ -124,7 +135,7 @@ class LSP(nn.Module):
         return (
             f"num_clusters={len(self.centroids)}, chunk_size={self.chunk_size}, num_adjacent={self.num_adjacent}, "
             f"ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, exact_keys={self.exact_keys}, "
-            f"routing={self.routing!r}"
+            f"routing={self.routing!r}, reuse={self.reuse!r}, half_weights={self.half_weights}"
         )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> ClusterAttention:
@@ -133,35 +144,32 @@ class LSP(nn.Module):
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        query, key, pattern = self.route(x)
-        weights = cluster_weights(query, key, pattern)
-        if self.num_rounds > 1:
-            weights = merge_rounds(weights, query, key, pattern, self.num_rounds)
-        height, width = x.shape[-2:]
-        return ClusterAttention(pattern, weights, height, width, self.num_rounds)
+        embedding, pattern = self.route(x)
+        (height, width), num_rounds = x.shape[-2:], self.num_rounds
+        if self.reuse == "pattern" or (self.reuse == "auto" and x.device.type != "cpu"):
+            return ClusterAttention(pattern, height, width, num_rounds, embedding=embedding)
+        dtype = torch.bfloat16 if self.half_weights else None
+        return ClusterAttention(pattern, height, width, num_rounds, _weights(embedding, pattern, num_rounds, dtype))
 
     @property
     def num_rounds(self) -> int:
         """Patterns of each sample."""
         return 1 + len(self.further_rounds)
 
-    def route(
-        self, x: Float[Tensor, "b c h w"]
-    ) -> tuple[Float[Tensor, "br n d"], Float[Tensor, "br n d"], ClusterPattern]:
-        """Return (query, key, pattern) of `x`, a sample's rounds in turn; in training this moves the centroids once.
+    def route(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], ClusterPattern]:
+        """Return the embedding of `x`, in float32 at least, and its pattern; in training the centroids move once.
 
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         check_map(x, self.embed_dim)
-        embedding = tokens(self.embed(x))
-        query = embedding.to(working_precision(embedding))
-        assignment = torch.stack([self._assign(query, module) for module in self._rounds()], dim=1).flatten(0, 1)
+        embedding = tokens(self.embed(x)).contiguous()
+        embedding = embedding.to(working_precision(embedding))
+        assignment = torch.stack([self._assign(embedding, module) for module in self._rounds()], dim=1).flatten(0, 1)
         pattern = cluster_pattern(
             assignment, chunk_size=self.chunk_size, num_adjacent=self.num_adjacent, exact_keys=self.exact_keys
         )
-        query = _each_round(query, self.num_rounds)
-        return query, unit_keys(query), pattern
+        return embedding, pattern
 
     def _rounds(self) -> list[nn.Module]:
         return [self, *self.further_rounds]
@@ -214,19 +222,19 @@ class CoA(AttentionLayer):
         """
         check_map(x, self.embed_dim)
         state = fitting(state, ClusterAttention, x, _HINT)
-        values = _each_round(self.values(x), state.num_rounds)
-        attended = apply_cluster_weights(state.weights, values, state.pattern)
-        if state.num_rounds > 1:
-            attended = attended.unflatten(0, (-1, state.num_rounds)).sum(dim=1)
-        return self.add(x, attended)
+        values, num_rounds = self.values(x), state.num_rounds
+        if state.weights is None:
+            return self.add(x, _attend(cast(Tensor, state.embedding), values, state.pattern, num_rounds))
+        attended = apply_cluster_weights(state.weights, _each_round(values, num_rounds), state.pattern)
+        return self.add(x, attended if num_rounds == 1 else attended.unflatten(0, (-1, num_rounds)).sum(dim=1))
 
     def values(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         """Return the value of each token."""
-        return tokens(self.value(x))
+        return projected_tokens(x, self.value)
 
     def add(self, x: Float[Tensor, "b c h w"], attended: Float[Tensor, "b n c"]) -> Float[Tensor, "b c h w"]:
         """Return the residual sum."""
-        return x + self.res_scale * feature_map(attended, x)
+        return torch.add(x, feature_map(attended, x), alpha=self.res_scale)
 
 
 @LAYERS.register("LCoA", kind="layer", source=_SOURCE)
@@ -248,6 +256,8 @@ class LCoA(AttentionLayer):
         routing: as in `LSP`.
         num_rounds: as in `LSP`.
         seed: as in `LSP`.
+        reuse: as in `LSP`.
+        half_weights: as in `LSP`.
         res_scale: as in `CoA`.
         zero_init: as in `CoA`.
 
@@ -278,6 +288,8 @@ class LCoA(AttentionLayer):
         routing: Routing = "kmeans",
         num_rounds: PositiveInt = 1,
         seed: int = 0,
+        reuse: Reuse = "auto",
+        half_weights: bool = False,
         res_scale: Finite = 0.1,
         zero_init: bool = False,
     ) -> None:
@@ -294,6 +306,8 @@ class LCoA(AttentionLayer):
             routing=routing,
             num_rounds=num_rounds,
             seed=seed,
+            reuse=reuse,
+            half_weights=half_weights,
         )
         self.coa = CoA(embed_dim, res_scale=res_scale, zero_init=zero_init)
         self.zero_init = zero_init
@@ -310,17 +324,35 @@ class LCoA(AttentionLayer):
             SharingError: `state` is no ClusterAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
         """
-        if state is None and self.lsp.num_rounds > 1:
-            state = self.attend(x)
         if state is not None:
             output: Tensor = self.coa(x, state)
             return output
-        query, key, pattern = self.lsp.route(x)
-        return self.coa.add(x, cluster_attention(query, key, self.coa.values(x), pattern))
+        embedding, pattern = self.lsp.route(x)
+        return self.coa.add(x, _attend(embedding, self.coa.values(x), pattern, self.lsp.num_rounds))
 
     def make_consumer(self) -> CoA:
         """Return a fresh `CoA` of this width, `res_scale` and `zero_init`."""
         return CoA(self.coa.embed_dim, res_scale=self.coa.res_scale, zero_init=self.zero_init)
+
+
+def weights_of(state: ClusterAttention) -> Float[Tensor, "br k i j"]:
+    """Return the weights of a state, computed if it does not hold them."""
+    if state.weights is not None:
+        return state.weights
+    return _weights(cast(Tensor, state.embedding), state.pattern, state.num_rounds)
+
+
+def _weights(embedding: Tensor, pattern: ClusterPattern, num_rounds: int, dtype: torch.dtype | None = None) -> Tensor:
+    rows = _each_round(embedding, num_rounds)
+    if num_rounds == 1:
+        return cluster_weights(rows, rows, pattern, normalize_keys=True, dtype=dtype)
+    weights = cluster_weights(rows, rows, pattern, normalize_keys=True)
+    weights = merge_rounds(weights, rows, rows, pattern, num_rounds, normalize_keys=True)
+    return weights if dtype is None else weights.to(dtype)
+
+
+def _attend(embedding: Tensor, values: Tensor, pattern: ClusterPattern, num_rounds: int) -> Tensor:
+    return cluster_attention_rounds(embedding, embedding, values, pattern, num_rounds, normalize_keys=True)
 
 
 def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "br n c"]:
