@@ -19,6 +19,7 @@ from sparse_sr_attn.functional.unit_keys import unit_keys, unit_keys_backward
 from sparse_sr_attn.states import ClusterPattern
 
 _SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
+_WEIGHTS_PER_TILE = 2**21  # where weights are only read, once: what counts is that few rows of values are read twice
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class _Sorted:
         self._token = order[layout.rank(slot)]
         self._slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
-    def tiles(self) -> Iterator[_Tile]:
-        """Yield all tiles."""
+    def tiles(self, scores: int | None = None) -> Iterator[_Tile]:
+        """Yield all tiles, of about so many scores each."""
         layout = self.layout
-        step = max(1, _SCORES_PER_TILE // (layout.num_offsets * layout.chunk_size**2))
+        step = max(1, (scores or _SCORES_PER_TILE) // (layout.num_offsets * layout.chunk_size**2))
         for start in range(0, layout.num_chunks, step):
             stop = min(start + step, layout.num_chunks)
             yield _Tile(start, stop, [(t - start, keys) for t in range(start, stop) for keys in layout.hidden(t)])
@@ -91,7 +92,10 @@ class _Sorted:
 
     def to_tokens(self, slots: Float[Tensor, "s c"], out: Float[Tensor, "n c"]) -> None:
         """Write the row at the slot of each token to `out`."""
-        torch.index_select(slots.to(out.dtype), 0, self._slot, out=out)
+        if slots.dtype == out.dtype:
+            torch.index_select(slots, 0, self._slot, out=out)
+        else:
+            out.copy_(slots.index_select(0, self._slot))
 
     def halo(self, rows: Tensor) -> Float[Tensor, "h c"]:
         """Return a sum, still 0, for each place of the halo, like `rows`."""
@@ -350,7 +354,7 @@ def apply_op(
         for sample, tokens in _samples(order, layout):
             v = value[sample].to(lower_precision(weights, value)).contiguous()
             slots = tokens.slots(v)
-            for tile in tokens.tiles():
+            for tile in tokens.tiles(_WEIGHTS_PER_TILE):
                 part = weights[sample, tile.chunks].to(v.dtype)
                 torch.bmm(part, tokens.windows(v, tile), out=tokens.at(slots, tile))
             out = _space(out, value)
