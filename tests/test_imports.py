@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
+    "bench": {"errors", "config", "registry", "states", "layers", "blocks", "backbones", "reference"},
     "commands": {
         *("errors", "states", "config", "layers", "backbones", "checkpoints", "conversion", "export", "images"),
         *("inference", "visualize"),
