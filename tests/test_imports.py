@@ -33,10 +33,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
-    "bench": {"errors", "config", "registry", "states", "layers", "blocks", "backbones", "reference"},
+    "bench": {"errors", "registry", "config", "files", "layers", "blocks", "backbones", "reference"},
     "commands": {
         *("errors", "states", "config", "layers", "backbones", "checkpoints", "conversion", "export", "images"),
-        *("inference", "visualize"),
+        *("inference", "visualize", "bench"),
     },
     "cli": {"errors", "commands"},  # and the integrations, lazily
     "__main__": {"cli"},

@@ -8,12 +8,15 @@ is, so tests may assert them:
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+if TYPE_CHECKING:
+    from torch._C._profiler import _ProfilerEvent as _Event
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,13 @@ class NewMemory:
         peak: most that it held at once, beyond what was held before; its result included.
         kept: what it still held when it returned: its result, a graph, gradients, caches.
         largest: its largest single allocation, which is its largest tensor.
+        operators: names of torch operators that ran, each once.
     """
 
     peak: int
     kept: int
     largest: int
+    operators: tuple[str, ...] = field(default=(), compare=False)
 
 
 def new_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> NewMemory:
@@ -53,10 +58,12 @@ def new_memory(call: Callable[[], object], device: torch.device | str = "cpu") -
         result = call()
         if on_gpu:
             torch.cuda.synchronize(device)
-    memory = _walked(_allocations(seen, device))
+    recorded: Any = seen.profiler
+    events = list(_flat(recorded.kineto_results.experimental_event_tree()))
+    memory = replace(_walked(_allocations(events, device)), operators=_operators(events))
     if on_gpu:
         peak = torch.cuda.max_memory_allocated(device) - before
-        memory = NewMemory(peak, torch.cuda.memory_allocated(device) - before, memory.largest)
+        memory = replace(memory, peak=peak, kept=torch.cuda.memory_allocated(device) - before)
     del result  # not before: what is returned counts
     return memory
 
@@ -66,19 +73,23 @@ def in_maps(num_bytes: int, x: Tensor) -> float:
     return num_bytes / (4 * x.numel())
 
 
-def _allocations(seen: profile, device: torch.device) -> list[tuple[int, int]]:
+def _allocations(events: "list[_Event]", device: torch.device) -> list[tuple[int, int]]:
     """Return (address, bytes) of each allocation in turn, and (address, minus bytes) where it is freed."""
-    recorded: Any = seen.profiler
     found = [
         (event.start_time_ns, fields.ptr, fields.alloc_size)
-        for event in _flat(recorded.kineto_results.experimental_event_tree())
+        for event in events
         if isinstance(fields := event.extra_fields, torch._C._profiler._ExtraFields_Allocation)
         and fields.device.type == device.type
     ]
     return [(address, size) for _, address, size in sorted(found, key=lambda item: item[0])]
 
 
-def _flat(events: "list[torch._C._profiler._ProfilerEvent]") -> "Iterator[torch._C._profiler._ProfilerEvent]":
+def _operators(events: "list[_Event]") -> tuple[str, ...]:
+    operator = torch._C._profiler._EventType.TorchOp
+    return tuple(sorted({event.name for event in events if event.tag == operator}))
+
+
+def _flat(events: "list[_Event]") -> "Iterator[_Event]":
     waiting = list(events)
     while waiting:
         event = waiting.pop()

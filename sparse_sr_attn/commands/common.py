@@ -104,11 +104,16 @@ def load(arguments: argparse.Namespace) -> Network:
         CheckpointError: the weights cannot be read.
         ConfigError: an option is wrong.
     """
-    device = _device(getattr(arguments, "device", "cpu"))
+    device = find_device(getattr(arguments, "device", "cpu"))
     return load_model(arguments.weights, **options(arguments)).to(device)
 
 
-def _device(asked: str | None) -> torch.device:
+def find_device(asked: str | None) -> torch.device:
+    """Return a device by its name; without one, the GPU if torch can use one.
+
+    Raises:
+        UsageError: torch cannot use it here.
+    """
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
