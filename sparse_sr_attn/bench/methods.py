@@ -18,6 +18,7 @@ from sparse_sr_attn.layers.base import LAYERS, build_layer
 from sparse_sr_attn.layers.gmsa import GMSA, group_widths
 from sparse_sr_attn.layers.lcoa import CoA, LCoA
 from sparse_sr_attn.layers.nlsa import NLSA
+from sparse_sr_attn.reference import lsh
 
 Kind = Literal["ours", "peer", "stand-in", "outside"]
 """Ours; a peer of the registry; a stand-in for released code; code given by `--peer`."""
@@ -252,7 +253,8 @@ def _stack_cost(settings: Settings, n: int) -> Cost:
 
 
 def _nlsa_cost(settings: Settings, n: int) -> Cost:
-    c, d, rounds, w, directions = settings.embed_dim, settings.embed_dim // 4, 4, 3 * 144, 64
+    c, d, rounds, w = settings.embed_dim, settings.embed_dim // 4, 4, 3 * 144
+    directions = lsh.bucket_count(n, 144, 128) // 2
     return _cost(
         n,
         products=9 * c * d + c * c + rounds * (directions * d + w * (c + d)),

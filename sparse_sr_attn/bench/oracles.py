@@ -28,8 +28,12 @@ from sparse_sr_attn.layers.nlsa import NLSA
 from sparse_sr_attn.layers.shift_conv import ShiftConv2d
 from sparse_sr_attn.reference import cluster, dense, kernel, lsh, shift, sparsemax, window
 
-ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
-"""Error of an output or gradient, as a fraction of what attention adds, up to which it counts as correct."""
+ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.04, torch.bfloat16: 0.25}
+"""Error of an output or gradient, as a fraction of what attention adds, up to which it counts as correct.
+
+Attention adds a twentieth, so in half precision the roundings of the sums alone come near to these fractions; dense
+attention has half of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -119,50 +123,60 @@ def _added(x: Tensor, scale: float, attended: Tensor) -> Tensor:
     return x + scale * attended.mT.reshape(x.shape)
 
 
-def _pattern(layer: Any, given: Given, *, exact_keys: bool, num_adjacent: int = 1) -> cluster.ClusterPattern:
-    assert given.assignment is not None  # noqa: S101  of these layers there always is one
-    return cluster.cluster_pattern(
-        given.assignment, chunk_size=layer.chunk_size, num_adjacent=num_adjacent, exact_keys=exact_keys
+def seen(assignment: Tensor, chunk_size: int, *, num_adjacent: int = 1, exact_keys: bool = True) -> Tensor:
+    """Return how often each token sees each other one: `reference.cluster.multiplicity`, a chunk at a time."""
+    pattern = cluster.cluster_pattern(
+        assignment, chunk_size=chunk_size, num_adjacent=num_adjacent, exact_keys=exact_keys
     )
+    samples, num_tokens = assignment.shape
+    counts = torch.zeros(samples, num_tokens, num_tokens, dtype=torch.float64)
+    for sample, order in zip(counts, pattern.order.tolist(), strict=True):
+        chunks = cluster.slot_tokens(order, chunk_size, exact_keys)
+        visible = cluster.seen_tokens(chunks, num_adjacent, exact_keys)
+        for start, keys in zip(range(0, num_tokens, len(chunks[0])), visible, strict=True):
+            own = torch.tensor(order[start : start + len(chunks[0])])
+            others = torch.tensor([key for key in keys if key is not None])
+            sample.index_put_((own[:, None], others), torch.ones(()).double(), accumulate=True)
+    return counts
+
+
+def _attended(layer: Any, given: Given, query: Tensor, key: Tensor, value: Tensor, *, rounds: int = 1) -> Tensor:
+    """Return cluster attention as dense attention, by the chunks and the counting of a layer."""
+    assert given.assignment is not None  # noqa: S101  of these layers there always is one
+    counts = seen(
+        given.assignment,
+        layer.chunk_size,
+        num_adjacent=getattr(layer, "num_adjacent", 1),
+        exact_keys=getattr(layer, "exact_keys", isinstance(layer, CategoryAttention)),  # stand-ins count as published
+    )
+    return cluster.dense_attention(query, key, value, counts.unflatten(0, (-1, rounds)).sum(dim=1))
 
 
 def _lcoa(twin: LCoA, given: Given, x: Tensor) -> Tensor:
-    pattern = _pattern(twin.lsp, given, exact_keys=twin.lsp.exact_keys, num_adjacent=twin.lsp.num_adjacent)
     query = _rows(twin.lsp.embed(x))
-    attended = cluster.cluster_attention(query, _unit(query), _rows(twin.coa.value(x)), pattern)
-    return _added(x, twin.coa.res_scale, attended)
+    return _added(x, twin.coa.res_scale, _attended(twin.lsp, given, query, _unit(query), _rows(twin.coa.value(x))))
 
 
 def _coa(twin: CoA, given: Given, x: Tensor) -> Tensor:
     lsp = given.provider.lsp
-    pattern = _pattern(lsp, given, exact_keys=lsp.exact_keys, num_adjacent=lsp.num_adjacent)
     query = _rows(lsp.embed(x.detach()))
-    return _added(x, twin.res_scale, cluster.cluster_attention(query, _unit(query), _rows(twin.value(x)), pattern))
+    return _added(x, twin.res_scale, _attended(lsp, given, query, _unit(query), _rows(twin.value(x))))
 
 
 def _plain_lcoa(twin: standins.PlainLCoA, given: Given, x: Tensor) -> Tensor:
     query = _rows(twin.embed(x))
-    values = _rows(twin.coa.value(x))
-    attended = cluster.cluster_attention(query, _unit(query), values, _pattern(twin, given, exact_keys=False))
-    return _added(x, twin.coa.res_scale, attended)
+    return _added(x, twin.coa.res_scale, _attended(twin, given, query, _unit(query), _rows(twin.coa.value(x))))
 
 
 def _plain_coa(twin: standins.PlainCoA, given: Given, x: Tensor) -> Tensor:
     query = _rows(given.provider.embed(x.detach()))
-    pattern = _pattern(given.provider, given, exact_keys=False)
-    return _added(x, twin.res_scale, cluster.cluster_attention(query, _unit(query), _rows(twin.value(x)), pattern))
+    return _added(x, twin.res_scale, _attended(given.provider, given, query, _unit(query), _rows(twin.value(x))))
 
 
 def _nlsa(twin: Any, given: Given, x: Tensor) -> Tensor:
     query = _rows(twin.embed(x))
-    pattern = _pattern(
-        twin,
-        given,
-        exact_keys=getattr(twin, "exact_keys", False),  # a stand-in counts as published
-        num_adjacent=getattr(twin, "num_adjacent", 1),
-    )
-    rows = query, _unit(query), _rows(twin.value(x))
-    return _added(x, twin.res_scale, cluster.cluster_attention_rounds(*rows, pattern, twin.rotations.shape[0]))
+    rounds = twin.rotations.shape[0]
+    return _added(x, twin.res_scale, _attended(twin, given, query, _unit(query), _rows(twin.value(x)), rounds=rounds))
 
 
 def _dense(twin: Any, given: Given, x: Tensor) -> Tensor:
@@ -184,8 +198,7 @@ def _enla(twin: ENLA, given: Given, x: Tensor) -> Tensor:
 
 def _category(twin: CategoryAttention, given: Given, x: Tensor) -> Tensor:
     query, key, value = _rows(twin.query(x)), _unit(_rows(twin.key(x))), _rows(twin.value(x))
-    pattern = _pattern(twin, given, exact_keys=True, num_adjacent=twin.num_adjacent)
-    within = cluster.cluster_attention(query, key, value, pattern)
+    within = _attended(twin, given, query, key, value)
     categories = _unit(twin.centroids).expand(len(x), -1, -1)
     among = dense.dense_attention(query, categories, categories @ twin.category_value.weight.T)
     branch: Tensor = twin.output((within + among).mT.reshape(x.shape))
@@ -336,9 +349,7 @@ def check(
         )
         errors["gradient of the map"] = _error(mine[0], others[0], probe)
         if len(mine) > 1:
-            ours, theirs = (
-                torch.cat([grad.flatten().cpu().double() for grad in grads[1:]]) for grads in (mine, others)
-            )
+            ours, theirs = (torch.cat([grad.flatten() for grad in grads[1:]]) for grads in (mine, others))
             errors["gradient of parameters"] = _error(ours, theirs, torch.zeros_like(theirs))
     worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     if errors[worst] <= allowed:
@@ -351,12 +362,18 @@ def _trained(module: nn.Module | None) -> list[nn.Parameter]:
 
 
 def _error(actual: Tensor, expected: Tensor, residual: Tensor) -> float:
-    """Return the error as a fraction of what attention adds to the residual, or of an image of another size."""
-    actual, expected = actual.detach().cpu().double(), expected.detach()
+    """Return the error as a fraction of what attention adds to the residual, or of an image of another size.
+
+    What the last rounding to the precision of `actual` takes from a perfect result is no error.
+    """
+    expected = expected.detach()
+    rounding = (expected.to(actual.dtype).double() - expected).norm().item()
+    actual = actual.detach().cpu().double()
     scale = expected.norm().item()
     if residual.shape == expected.shape:
         scale = min(scale, (expected - residual.detach()).norm().item())
-    error: float = (actual - expected).norm().item() / max(scale, 1e-30)
+    distance = (actual - expected).norm().item()
+    error: float = distance if math.isnan(distance) else max(0.0, distance - rounding) / max(scale, 1e-30)
     return error
 
 

@@ -60,10 +60,11 @@ def _log_softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _embedding(layer: nn.Conv2d) -> nn.Conv2d:
-    """Return a convolution with a copy of the weights."""
-    copy = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)  # type: ignore[arg-type]
-    copy.load_state_dict(layer.state_dict())
-    return copy
+    """Return a convolution with a copy of the weights, which is none of our classes."""
+    _, width, *size = layer.weight.shape
+    conv = nn.Conv2d(width, len(layer.weight), size, padding=[side // 2 for side in size]).to(layer.weight)  # type: ignore[arg-type]
+    conv.load_state_dict(layer.state_dict())
+    return conv
 
 
 # --- dense attention --------------------------------------------------------------------------------------------------
@@ -269,6 +270,7 @@ def _project(layers: Sequence[ConvNorm], channels: Tensor) -> nn.Sequential:
     """Return one convolution and normalisation for the output channels of several, in the order of `channels`."""
     width = layers[0].conv.in_channels
     conv, norm = nn.Conv2d(width, len(channels), 1), nn.BatchNorm2d(len(channels))
+    both = nn.Sequential(conv, norm).to(layers[0].conv.weight)
 
     def joined(values: Sequence[Tensor]) -> Tensor:
         return torch.cat([value.detach() for value in values])[channels]
@@ -286,7 +288,7 @@ def _project(layers: Sequence[ConvNorm], channels: Tensor) -> nn.Sequential:
             "num_batches_tracked": layers[0].norm.num_batches_tracked,
         }
     )
-    return nn.Sequential(conv, norm)
+    return both
 
 
 def _to_windows(x: Tensor, size: int, shift: bool) -> Tensor:

@@ -1,0 +1,130 @@
+"""The comparison with the slow twins: it passes what is right and refuses what is wrong, values and gradients."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_sr_attn.bench.methods import LAYER_METHODS
+from sparse_sr_attn.bench.oracles import ALLOWED, TWINS, Check, check, seen
+from sparse_sr_attn.bench.run import _built, _check_size, _input
+from sparse_sr_attn.bench.settings import Settings
+from sparse_sr_attn.reference import cluster
+
+SMALL = Settings(embed_dim=12, chunk_size=20, num_clusters=6, reduction=3, sizes=(16,), threads=1)
+KNOWN = [name for name in LAYER_METHODS if "x10" not in name]
+CPU = torch.device("cpu")
+
+
+def checked(name: str, settings: Settings = SMALL, change: Callable[[Any], object] | None = None) -> Check:
+    method = LAYER_METHODS[name]
+    subject = _built(method, settings, CPU)
+    if change:
+        change(subject.module)
+    height, width = _check_size(method, settings)
+    x = _input(settings, CPU, width, batch=1, height=height)
+    return check(subject.module, subject.provider, subject.apply, x, backward="forward+backward" in settings.passes)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_layer_is_known_and_correct(name: str) -> None:
+    assert checked(name, replace(SMALL, dtype="float64", passes=("forward+backward",))).status == "correct"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["LCoA", "CoA", "GMSA", "NLSA", "plain-LCoA", "plain-CoA", "plain-NLSA"])
+def test_in_other_precisions(name: str, dtype: Any) -> None:
+    result = checked(name, replace(SMALL, dtype=dtype, passes=("forward+backward",)))
+    assert result.status == "correct", result
+
+
+@pytest.mark.parametrize("name", ["LCoA", "CoA", "ENLA", "SharedGMSA", "plain-NLSA"])
+def test_a_small_error_is_wrong(name: str) -> None:
+    def change(module: Any) -> None:
+        forward = module.forward
+        module.forward = lambda x, *state: x + 1.001 * (forward(x, *state) - x)
+
+    result = checked(name, change=change)
+    assert result.status == "wrong"
+    assert result.error == pytest.approx(1e-3, rel=0.01)
+    assert "its output is not what the reference returns" in result.reason
+
+
+def test_a_wrong_gradient_is_wrong() -> None:
+    def change(module: Any) -> None:
+        forward = module.forward
+
+        def halved(x: Tensor) -> Tensor:
+            y = forward(x)
+            return y.detach() + 0.5 * (y - y.detach())
+
+        module.forward = halved
+
+    assert checked("LCoA", change=change).status == "correct"  # the value is
+    result = checked("LCoA", replace(SMALL, passes=("forward+backward",)), change)
+    assert result.status == "wrong"
+    assert "its gradient of" in result.reason
+
+
+def test_a_missing_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_sr_attn.layers import nlsa
+
+    unit_keys = nlsa.unit_keys
+    monkeypatch.setattr(nlsa, "unit_keys", lambda rows: unit_keys(rows).detach())
+    assert checked("NLSA").status == "correct"  # the value is
+    assert checked("NLSA", replace(SMALL, passes=("forward+backward",))).status == "wrong"
+
+
+def test_tokens_in_a_cluster_that_is_not_the_nearest_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is consistent with the assignment, which is wrong itself."""
+    from sparse_sr_attn.layers import lcoa
+
+    nearest = lcoa.assign
+    monkeypatch.setattr(lcoa, "assign", lambda points, centroids: nearest(-points, centroids))
+    result = checked("LCoA")
+    assert result.status == "wrong"
+    assert "not the nearest" in result.reason
+
+
+def test_not_finite_is_wrong() -> None:
+    result = checked("ENLA", change=lambda module: torch.nn.init.constant_(module.value.bias, float("nan")))
+    assert result.status == "wrong"
+
+
+def test_another_shape_is_wrong() -> None:
+    def change(module: Any) -> None:
+        module.forward = lambda x: x[..., :-1]
+
+    assert "its shape is" in checked("ENLA", change=change).reason
+
+
+def test_what_nobody_knows_is_not_checked() -> None:
+    x = torch.rand(1, 3, 4, 4)
+    assert check(torch.nn.Conv2d(3, 3, 1), None, lambda x: x, x, backward=False).status == "not checked"
+
+
+def test_the_layer_is_as_it_was_afterwards() -> None:
+    subject = _built(LAYER_METHODS["plain-NLSA"], SMALL, CPU)
+    module: Any = subject.module.train()
+    check(module, None, subject.apply, _input(SMALL, CPU, 12, batch=1), backward=False)
+    assert module.training
+    assert module.redraw
+
+
+@pytest.mark.parametrize(
+    "case", [(7, 3, 1, True), (7, 3, 1, False), (6, 3, 1, False), (4, 9, 2, True), (11, 2, 0, True)]
+)
+def test_counting_is_that_of_the_reference(case: tuple[int, int, int, bool]) -> None:
+    num_tokens, chunk_size, num_adjacent, exact_keys = case
+    where = torch.randint(3, (2, num_tokens), generator=torch.Generator().manual_seed(0))
+    options = {"chunk_size": chunk_size, "num_adjacent": num_adjacent, "exact_keys": exact_keys}
+    expected = cluster.multiplicity(cluster.cluster_pattern(where, **options))
+    assert torch.equal(seen(where, **options).long(), expected)
+
+
+def test_allowed_errors_are_small() -> None:
+    assert ALLOWED[torch.float32] <= 1e-4
+    assert len(TWINS) >= len(KNOWN) - 1
