@@ -9,14 +9,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.backbones.elan import ELAN
+from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.bench import standins
+from sparse_sr_attn.bench.methods import Stack
 from sparse_sr_attn.layers.base import tokens, unit_keys
 from sparse_sr_attn.layers.category import CategoryAttention
 from sparse_sr_attn.layers.enla import ENLA
@@ -69,9 +71,14 @@ class Given:
 # --- who is where -----------------------------------------------------------------------------------------------------
 
 
-def assignment(module: nn.Module, provider: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Return the clusters into which a layer puts the tokens of `x`, `(b * rounds, n)`; `None` if it has none."""
-    source = module if provider is None else provider
+def assignment(module: nn.Module, provider: nn.Module | None, x: Tensor) -> Tensor | None:  # noqa: PLR0911
+    """Return the clusters into which a layer puts the tokens of `x`, `(b * rounds, n)`; `None` if it has none.
+
+    Of a stack they are those of the first layer, of a network those of the first group.
+    """
+    if isinstance(module, LCoAN):
+        return assignment(cast(Any, module.body)[0].attention, None, _entering(module, x))
+    source: Any = _source(module, provider)
     if isinstance(source, LCoA):
         return source.attend(x).pattern.assignment
     if isinstance(source, standins.PlainLCoA):
@@ -86,9 +93,25 @@ def assignment(module: nn.Module, provider: nn.Module | None, x: Tensor) -> Tens
     return None
 
 
+def _source(module: nn.Module, provider: nn.Module | None) -> nn.Module:
+    """Return the layer that puts tokens into clusters."""
+    if isinstance(module, Stack):
+        return module.layers[0]
+    return module if provider is None else provider
+
+
+def _entering(network: LCoAN, x: Tensor) -> Tensor:
+    """Return the map that the attention of the first group is given."""
+    first = network.conv_first((x - network.mean) * network.img_range)
+    entering: Tensor = cast(Any, network.body)[0].blocks(first)
+    return entering
+
+
 def misplaced(twin: Any, given: Given, x: Tensor) -> float:
     """Return how much nearer, at most, another cluster is than that of a token: a difference of cosines."""
-    source = twin if given.provider is None else given.provider
+    if isinstance(twin, LCoAN):
+        x, twin = _entering(twin, x), cast(Any, twin.body)[0].attention
+    source: Any = _source(twin, given.provider)
     if given.assignment is None:
         return 0.0
     if isinstance(source, NLSA | standins.PlainNLSA):
@@ -152,25 +175,47 @@ def _attended(layer: Any, given: Given, query: Tensor, key: Tensor, value: Tenso
     return cluster.dense_attention(query, key, value, counts.unflatten(0, (-1, rounds)).sum(dim=1))
 
 
-def _lcoa(twin: LCoA, given: Given, x: Tensor) -> Tensor:
-    query = _rows(twin.lsp.embed(x))
-    return _added(x, twin.coa.res_scale, _attended(twin.lsp, given, query, _unit(query), _rows(twin.coa.value(x))))
+class _Dense(nn.Module):
+    """LCoA, CoA or a stand-in for one, as dense attention; it stands in a network where they stood.
+
+    Args:
+        layer: in float64.
+        given: the clusters of the layer that makes the state.
+    """
+
+    def __init__(self, layer: Any, given: Given) -> None:
+        super().__init__()
+        self.layer = layer
+        self.given = given
+
+    def attend(self, x: Tensor) -> tuple[Any, Tensor]:
+        """Return the layer with the chunks, and the queries."""
+        lsp = getattr(self.layer, "lsp", self.layer)
+        return lsp, _rows(lsp.embed(x))
+
+    def forward(self, x: Tensor, state: tuple[Any, Tensor] | None = None) -> Tensor:
+        """Return `x` plus what it attends to."""
+        lsp, query = self.attend(x) if state is None else state
+        coa = getattr(self.layer, "coa", self.layer)
+        return _added(x, coa.res_scale, _attended(lsp, self.given, query, _unit(query), _rows(coa.value(x))))
 
 
-def _coa(twin: CoA, given: Given, x: Tensor) -> Tensor:
-    lsp = given.provider.lsp
-    query = _rows(lsp.embed(x.detach()))
-    return _added(x, twin.res_scale, _attended(lsp, given, query, _unit(query), _rows(twin.value(x))))
+def _collaborative(twin: Any, given: Given, x: Tensor) -> Tensor:
+    state = None if given.provider is None else _Dense(given.provider, given).attend(x.detach())
+    output: Tensor = _Dense(twin, given)(x, state)
+    return output
 
 
-def _plain_lcoa(twin: standins.PlainLCoA, given: Given, x: Tensor) -> Tensor:
-    query = _rows(twin.embed(x))
-    return _added(x, twin.coa.res_scale, _attended(twin, given, query, _unit(query), _rows(twin.coa.value(x))))
+def _stack(twin: Stack, given: Given, x: Tensor) -> Tensor:
+    twin.layers = nn.ModuleList(_Dense(layer, given) for layer in twin.layers)
+    return twin.forward(x)
 
 
-def _plain_coa(twin: standins.PlainCoA, given: Given, x: Tensor) -> Tensor:
-    query = _rows(given.provider.embed(x.detach()))
-    return _added(x, twin.res_scale, _attended(given.provider, given, query, _unit(query), _rows(twin.value(x))))
+def _lcoan(twin: LCoAN, given: Given, x: Tensor) -> Tensor:
+    for group in cast(Any, twin.body):
+        group.attention = _Dense(group.attention, given)
+    output: Tensor = twin(x)
+    return output
 
 
 def _nlsa(twin: Any, given: Given, x: Tensor) -> Tensor:
@@ -270,9 +315,14 @@ def _elan(twin: ELAN, given: Given, x: Tensor) -> Tensor:
     return plain
 
 
+def _plain_elan(twin: standins.PlainELAN, given: Given, x: Tensor) -> Tensor:
+    output: Tensor = twin(x)  # ours, next to it in the table, is held against it
+    return output
+
+
 TWINS: dict[type, Callable[[Any, Given, Tensor], Tensor]] = {
-    LCoA: _lcoa,
-    CoA: _coa,
+    LCoA: _collaborative,
+    CoA: _collaborative,
     NLSA: _nlsa,
     NLA: _dense,
     HSPA: _hspa,
@@ -281,10 +331,13 @@ TWINS: dict[type, Callable[[Any, Given, Tensor], Tensor]] = {
     GMSA: _gmsa,
     SharedGMSA: _shared_gmsa,
     ShiftConv2d: _shift_conv,
+    Stack: _stack,
+    LCoAN: _lcoan,
     ELAN: _elan,
+    standins.PlainELAN: _plain_elan,
     standins.DenseSDPA: _dense,
-    standins.PlainLCoA: _plain_lcoa,
-    standins.PlainCoA: _plain_coa,
+    standins.PlainLCoA: _collaborative,
+    standins.PlainCoA: _collaborative,
     standins.PlainNLSA: _nlsa,
     standins.PlainGMSA: _plain_gmsa,
     standins.PlainSharedGMSA: _plain_shared_gmsa,
@@ -317,7 +370,7 @@ def check(
         "not checked" for a type that nobody knows here.
     """
     twin_of = TWINS.get(type(module))
-    if twin_of is None:
+    if twin_of is None or not _one_pattern(module):
         return Check("not checked", reason="no reference is known for it")
     modules = [m for m in (module, provider) if m is not None]
     with _evaluating(modules):
@@ -328,13 +381,13 @@ def check(
         twin, twin_provider = (copy.deepcopy(m).to("cpu", torch.float64) if m else None for m in (module, provider))
         x64 = x.detach().to("cpu", torch.float64).requires_grad_(backward)
         given = Given(twin_provider, None if where is None else where.cpu())
+        with torch.no_grad():
+            gap = misplaced(twin, given, x64)
         with torch.set_grad_enabled(backward):
             expected = twin_of(twin, given, x64)
     allowed = ALLOWED[x.dtype]
     if actual.shape != expected.shape:
         return Check("wrong", reason=f"its shape is {tuple(actual.shape)}, not {tuple(expected.shape)}")
-    with torch.no_grad():
-        gap = misplaced(twin, given, x64)
     if gap > allowed:
         return Check("wrong", gap, allowed, "tokens are in clusters that are not the nearest")
     errors = {"output": _error(actual, expected, x64)}
@@ -357,8 +410,22 @@ def check(
     return Check("wrong", errors[worst], allowed, f"its {worst} is not what the reference returns")
 
 
+def _one_pattern(module: nn.Module) -> bool:
+    """Return whether all attention of a stack or a network reads the state of its first layer."""
+    if isinstance(module, LCoAN):
+        first, *others = (group.attention for group in cast(Any, module.body))
+    elif isinstance(module, Stack):
+        first, *others = module.layers
+    else:
+        return True
+    return isinstance(first, LCoA | standins.PlainLCoA) and all(isinstance(o, CoA | standins.PlainCoA) for o in others)
+
+
 def _trained(module: nn.Module | None) -> list[nn.Parameter]:
-    return [] if module is None else [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """Return the parameters whose gradients are compared; of ELAN, whose twin has copies, none."""
+    if module is None or isinstance(module, ELAN | standins.PlainELAN):
+        return []
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _error(actual: Tensor, expected: Tensor, residual: Tensor) -> float:

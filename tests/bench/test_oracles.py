@@ -1,6 +1,6 @@
 """The comparison with the slow twins: it passes what is right and refuses what is wrong, values and gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.bench.methods import LAYER_METHODS
+from sparse_sr_attn.bench.methods import LAYER_METHODS, NETWORK_METHODS, Method
 from sparse_sr_attn.bench.oracles import ALLOWED, TWINS, Check, check, seen
 from sparse_sr_attn.bench.run import _built, _check_size, _input
 from sparse_sr_attn.bench.settings import Settings
@@ -19,8 +19,13 @@ KNOWN = [name for name in LAYER_METHODS if "x10" not in name]
 CPU = torch.device("cpu")
 
 
-def checked(name: str, settings: Settings = SMALL, change: Callable[[Any], object] | None = None) -> Check:
-    method = LAYER_METHODS[name]
+def checked(
+    name: str,
+    settings: Settings = SMALL,
+    change: Callable[[Any], object] | None = None,
+    methods: Mapping[str, Method] = LAYER_METHODS,
+) -> Check:
+    method = methods[name]
     subject = _built(method, settings, CPU)
     if change:
         change(subject.module)
@@ -32,6 +37,33 @@ def checked(name: str, settings: Settings = SMALL, change: Callable[[Any], objec
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_layer_is_known_and_correct(name: str) -> None:
     assert checked(name, replace(SMALL, dtype="float64", passes=("forward+backward",))).status == "correct"
+
+
+@pytest.mark.parametrize("name", ["LCoA-x10", "plain-LCoA-x10"])
+def test_stacks(name: str) -> None:
+    assert checked(name, replace(SMALL, dtype="float64", passes=("forward+backward",))).status == "correct"
+
+
+@pytest.mark.parametrize("name", ["LCoAN-light", "plain-LCoAN-light", "ELAN-light", "plain-ELAN-light"])
+def test_networks(name: str) -> None:
+    settings = replace(SMALL, what="networks", passes=("forward+backward",))
+    assert checked(name, settings, methods=NETWORK_METHODS).status == "correct"
+
+
+@pytest.mark.parametrize(("name", "layer"), [("LCoAN-light", "body.2.attention"), ("ELAN-light", "body.3.lfe.0")])
+def test_a_layer_deep_in_a_network_that_is_wrong(name: str, layer: str) -> None:
+    def change(module: Any) -> None:
+        wrong = module.get_submodule(layer)
+        forward = wrong.forward
+        wrong.forward = lambda *inputs: 1.5 * forward(*inputs)
+
+    result = checked(name, replace(SMALL, what="networks"), change, NETWORK_METHODS)
+    assert result.status == "wrong", result
+
+
+def test_networks_of_nlsa_are_not_checked() -> None:
+    result = checked("plain-NLSA-LCoAN-light", replace(SMALL, what="networks"), methods=NETWORK_METHODS)
+    assert result.status == "not checked"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
