@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs clean
+.PHONY: help setup demo bench test test-all lint docs clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,13 @@ demo: setup  ## Train LCoAN-light x2 through BasicSR on real photographs, and sh
 	cd demo && ../$(BIN)/sparse-sr train -opt train.yml
 	$(BIN)/python demo/report.py
 
+# More in docs/benchmarks.md; for the other allocator, too: make bench BENCH=--allocators
+BENCH ?=
+bench: setup  ## Measure time and memory of layers, training and networks; figures and plots come to lie in bench/.
+	$(BIN)/sparse-sr bench $(BENCH) --json bench/layers.json --plot bench/layers.png
+	$(BIN)/sparse-sr bench $(BENCH) --passes forward+backward --sizes 48 96 128 --json bench/training.json --plot bench/training.png
+	$(BIN)/sparse-sr bench $(BENCH) --networks --json bench/networks.json --plot bench/networks.png
+
 test: setup  ## Run the tests (under 20 minutes on two cores).
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
@@ -46,4 +53,4 @@ docs: setup  ## Build the documentation into site/.
 	$(BIN)/mkdocs build --strict
 
 clean:  ## Remove what the targets made, .venv excepted.
-	rm -rf site build dist demo/data demo/experiments demo/results demo/tb_logger demo/*.json demo/*.png
+	rm -rf site build dist bench demo/data demo/experiments demo/results demo/tb_logger demo/*.json demo/*.png

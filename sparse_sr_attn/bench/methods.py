@@ -1,5 +1,7 @@
 """What can be measured: our layers and networks, the peers of the registry, stand-ins for the released codes."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -31,10 +33,17 @@ class Subject:
     Attributes:
         module: what is timed.
         provider: makes the state that the module reads, which is not timed; `None` where there is none.
+        compiled: whether the module is called as `torch.compile` makes it.
     """
 
     module: nn.Module
     provider: nn.Module | None = None
+    compiled: bool = False
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Tensor]:
+        """What is timed."""
+        return torch.compile(self.module, fullgraph=True) if self.compiled else self.module
 
     def modules(self) -> list[nn.Module]:
         """Return the module, and the provider if there is one."""
@@ -51,8 +60,7 @@ class Subject:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return the output, state and all."""
-        output: Tensor = self.module(x, *self.state(x))
-        return output
+        return self.function(x, *self.state(x))
 
 
 @dataclass(frozen=True)
@@ -358,6 +366,15 @@ NETWORK_METHODS: Mapping[str, Method] = {
     "plain-ELAN-light": Method("stand-in", _plain_elan("ELAN-light")),
 }
 """Networks by name; `plain-NLSA-LCoAN` is LCoAN with an NLSA in each group."""
+
+
+def compiled(name: str, method: Method) -> Method:
+    """Return a method of ours as `torch.compile` makes it, to be held against the plain one."""
+
+    def build(settings: Settings) -> Subject:
+        return dataclasses.replace(method.build(settings), compiled=True)
+
+    return dataclasses.replace(method, build=build, rivals=(name,))
 
 
 def methods_of(settings: Settings) -> dict[str, Method]:

@@ -17,7 +17,7 @@ import sparse_sr_attn
 from sparse_sr_attn.bench import oracles
 from sparse_sr_attn.bench.floor import Cost, Rates, measured_rates
 from sparse_sr_attn.bench.memory import NewMemory, in_maps, new_memory
-from sparse_sr_attn.bench.methods import Method, Subject, methods_of
+from sparse_sr_attn.bench.methods import Method, Subject, compiled, methods_of
 from sparse_sr_attn.bench.oracles import Check
 from sparse_sr_attn.bench.peers import FACTORS, WIDTHS, build_peer, label
 from sparse_sr_attn.bench.settings import DTYPES, Pass, Settings
@@ -244,6 +244,10 @@ def _chosen(settings: Settings) -> dict[str, Method]:
     if problems:
         raise ConfigError(problems)
     chosen = {name: known[name] for name in settings.methods}
+    if settings.compile:
+        chosen |= {
+            f"{name} compiled": compiled(name, method) for name, method in chosen.items() if method.kind == "ours"
+        }
     for spec in settings.peers:
         name, count = label(spec), 1
         while name in chosen:
@@ -274,31 +278,26 @@ def _call(subject: Subject, x: Tensor, passed: Pass, output_shape: Sequence[int]
     training = passed == "forward+backward"
     for module in subject.modules():
         module.train(training)
-    state = subject.state(x)
-    module = subject.module
+    state, function = subject.state(x), subject.function
     if not training:
 
         def infer() -> Tensor:
             with torch.no_grad():
-                output: Tensor = module(x, *state)
-                return output
+                return function(x, *state)
 
         return infer
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    leaves = [x, *module.parameters(), *_leaves(state)]
+    leaves = [x, *subject.module.parameters(), *_leaves(state)]
     probe = torch.randn(*output_shape, device=x.device, dtype=x.dtype)
 
     def step() -> Tensor:
-        output: Tensor = module(x, *state)
+        for leaf in leaves:
+            leaf.grad = None
+        output = function(x, *state)
         output.backward(probe)
         return output
 
-    def fresh() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        return step()
-
-    return fresh
+    return step
 
 
 def _leaves(state: tuple[Any, ...]) -> list[Tensor]:
@@ -398,6 +397,8 @@ def _measure(
                 continue
             try:
                 call = _call(subject, x, passed, wanted)
+                if subject.compiled:
+                    call()  # compiles
                 memory, seconds = _first(call, device)
             except Exception as error:
                 if methods[name].kind not in ("stand-in", "outside"):

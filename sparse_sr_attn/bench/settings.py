@@ -44,6 +44,7 @@ class Settings:
         rounds: samples of each method.
         limit: seconds; a method whose call takes longer takes no part at this size and larger ones.
         shortest: seconds of a sample at least; faster calls are repeated.
+        compile: whether ours are measured compiled by `torch.compile`, too.
         validity: whether stand-ins are held against their authors' figures.
     """
 
@@ -65,6 +66,7 @@ class Settings:
     rounds: PositiveInt = 9
     limit: Positive = 10.0
     shortest: NonNegative = 0.02
+    compile: bool = False
     validity: bool = True
 
     @property

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--upscale", type=int, metavar="N", help=f"factor of networks ({_DEFAULT.upscale})")
     add("--rounds", type=int, metavar="N", help=f"samples of each method ({_DEFAULT.rounds})")
     add("--limit", type=float, metavar="S", help=f"leave out what takes more seconds a call ({_DEFAULT.limit:g})")
+    add("--compile", action="store_true", help="measure ours compiled by torch.compile, too")
     add("--no-validity", dest="validity", action="store_false", help="do not hold stand-ins against authors' figures")
     add("--allocators", action="store_true", help="measure again, in a process with THP_MEM_ALLOC_ENABLE=1")
     add("--json", type=Path, metavar="FILE", help="keep all figures")

@@ -259,6 +259,17 @@ def test_networks() -> None:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.unhooked
+def test_compiled() -> None:
+    found = run(replace(SMALL, methods=("LCoA",), rounds=1, compile=True))
+    assert found.checks["LCoA compiled"].status == "correct"
+    assert {(row.method, row.passed, row.side) for row in found.rows} == {
+        (name, passed, side) for name in ("LCoA", "LCoA compiled") for passed in SMALL.passes for side in SMALL.sizes
+    }
+    assert {(s.ours, s.rival) for s in found.speedups} == {("LCoA compiled", "LCoA")}
+
+
 def test_ten_layers() -> None:
     methods = ("LCoA-x10", "plain-LCoA-x10", "plain-NLSA-x10")
     found = run(replace(SMALL, methods=methods, sizes=(16,), passes=("forward",), rounds=1))

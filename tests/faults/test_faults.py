@@ -61,6 +61,13 @@ ENLA = "sparse_sr_attn/layers/enla.py"
 NLSA = "sparse_sr_attn/layers/nlsa.py"
 CATEGORY = "sparse_sr_attn/layers/category.py"
 TIMM = "sparse_sr_attn/layers/timm_layers.py"
+BENCH_MEMORY = "sparse_sr_attn/bench/memory.py"
+BENCH_ORACLES = "sparse_sr_attn/bench/oracles.py"
+BENCH_PEERS = "sparse_sr_attn/bench/peers.py"
+BENCH_REPORT = "sparse_sr_attn/bench/report.py"
+BENCH_RUN = "sparse_sr_attn/bench/run.py"
+BENCH_STANDINS = "sparse_sr_attn/bench/standins.py"
+BENCH_TIMING = "sparse_sr_attn/bench/timing.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
@@ -91,6 +98,13 @@ IN_KERNEL = "tests/functional/test_kernel.py"
 IN_LSH = "tests/functional/test_lsh.py"
 IN_PEERS = "tests/layers/test_peers.py"
 IN_TIMM = "tests/layers/test_timm_layers.py"
+IN_BENCH_CLI = "tests/test_cli_bench.py"
+IN_BENCH_MEMORY = "tests/bench/test_memory.py"
+IN_BENCH_ORACLES = "tests/bench/test_oracles.py"
+IN_BENCH_PEERS = "tests/bench/test_peers.py"
+IN_BENCH_RUN = "tests/bench/test_run.py"
+IN_BENCH_STANDINS = "tests/bench/test_standins.py"
+IN_BENCH_TIMING = "tests/bench/test_timing.py"
 
 
 @dataclass(frozen=True)
@@ -1979,6 +1993,154 @@ FAULTS = [
         "if short in REFUSED:",
         "if not short:",
         f"{IN_TIMM}::test_a_wrong_option_is_explained",
+    ),
+    # --- benchmarks
+    Fault(
+        "freed memory counts on",
+        BENCH_MEMORY,
+        "now -= held.pop(address, 0)",
+        "held.pop(address, 0)",
+        f"{IN_BENCH_MEMORY}::test_a_case_counted_by_hand",
+    ),
+    Fault(
+        "freeing what was there before lowers the peak",
+        BENCH_MEMORY,
+        "now -= held.pop(address, 0)",
+        "now -= held.pop(address, -size)",
+        f"{IN_BENCH_MEMORY}::test_what_an_earlier_measurement_has_seen_is_not_counted_either",
+    ),
+    Fault(
+        "the result is dropped before memory is read",
+        BENCH_MEMORY,
+        "        result = call()\n",
+        "        result = None\n        call()\n",
+        f"{IN_BENCH_MEMORY}::test_a_case_counted_by_hand",
+    ),
+    Fault(
+        "a speed-up is a ratio of medians of its own rounds",
+        BENCH_TIMING,
+        "zip(slow, fast, strict=True)])",
+        "zip(sorted(slow, key=lambda s: s.busy), fast, strict=True)])",
+        f"{IN_BENCH_TIMING}::test_ratios_are_of_the_same_round",
+    ),
+    Fault(
+        "rounds do not begin with another method each",
+        BENCH_TIMING,
+        "start = turn % max(1, len(names))",
+        "start = 0",
+        f"{IN_BENCH_TIMING}::test_calls_alternate_and_each_comes_first_in_turn",
+    ),
+    Fault(
+        "growth is in sides, not in tokens",
+        BENCH_RUN,
+        "times = {r.side**2: r.busy.median for r in found.rows",
+        "times = {r.side**2: r.busy.median**2 for r in found.rows",
+        f"{IN_BENCH_RUN}::test_growth_is_between_the_first_and_the_last_size",
+    ),
+    Fault(
+        "what is wrong gets a speed-up",
+        BENCH_RUN,
+        'if check.status == "wrong":\n        return f"{name} is wrong',
+        'if check.status == "never":\n        return f"{name} is wrong',
+        f"{IN_BENCH_RUN}::test_no_speed_up_for_an_output_that_is_wrong",
+    ),
+    Fault(
+        "a rival that is wrong gives a speed-up",
+        BENCH_RUN,
+        "refusal(found, name, methods) or refusal(found, rival, methods)",
+        "refusal(found, name, methods)",
+        f"{IN_BENCH_RUN}::test_no_speed_up_for_an_output_that_is_wrong",
+    ),
+    Fault(
+        "a slow stand-in is valid",
+        BENCH_RUN,
+        "return self.ratio <= self.allowed",
+        "return self.ratio > 0",
+        f"{IN_BENCH_RUN}::test_a_stand_in_must_be_as_fast_as_its_original",
+    ),
+    Fault(
+        "outputs at the timed size are not looked at",
+        BENCH_RUN,
+        "bad = _plausible(call(), wanted)",
+        "bad = None",
+        f"{IN_BENCH_RUN}::test_an_output_that_is_wrong_at_the_size_that_is_timed",
+    ),
+    Fault(
+        "code from outside may return another shape",
+        BENCH_RUN,
+        'return _plausible(output, wanted) or Check("not checked"',
+        'return Check("not checked"',
+        f"{IN_BENCH_CLI}::test_a_peer_of_another_shape_is_wrong",
+    ),
+    Fault(
+        "gradients are not compared",
+        BENCH_ORACLES,
+        'errors["gradient of the map"] = _error(mine[0], others[0], probe)',
+        'errors["gradient of the map"] = 0.0',
+        f"{IN_BENCH_ORACLES}::test_a_wrong_gradient_is_wrong",
+    ),
+    Fault(
+        "an error counts as a fraction of the map, not of what attention adds",
+        BENCH_ORACLES,
+        "if residual.shape == expected.shape:",
+        "if residual.shape != expected.shape:",
+        f"{IN_BENCH_ORACLES}::test_a_small_error_is_wrong",
+    ),
+    Fault(
+        "not a number is a small error",
+        BENCH_ORACLES,
+        "if errors[worst] <= allowed:",
+        "if not errors[worst] > allowed:",
+        f"{IN_BENCH_ORACLES}::test_not_finite_is_wrong",
+    ),
+    Fault(
+        "any assignment will do",
+        BENCH_ORACLES,
+        "if gap > allowed:",
+        "if gap > 2:",
+        f"{IN_BENCH_ORACLES}::test_tokens_in_a_cluster_that_is_not_the_nearest_are_wrong",
+    ),
+    Fault(
+        "a stand-in pads with zeros",
+        BENCH_STANDINS,
+        "rows = torch.cat([rows, rows[..., -padding:, :]], dim=-2)",
+        "rows = torch.cat([rows, 0 * rows[..., -padding:, :]], dim=-2)",
+        f"{IN_BENCH_STANDINS}::test_lcoa_counts_keys_as_published",
+    ),
+    Fault(
+        "a stand-in's hash rounds mix",
+        BENCH_STANDINS,
+        "merged: Tensor = (each * share.softmax(dim=1)).sum(dim=1)",
+        "merged: Tensor = each.mean(dim=1)",
+        f"{IN_BENCH_STANDINS}::test_nlsa_with_given_rotations",
+    ),
+    Fault(
+        "a stand-in does not roll back",
+        BENCH_STANDINS,
+        "shifts=(size // 2, size // 2), dims=(2, 3)) if shift else x",
+        "shifts=(0, 0), dims=(2, 3)) if shift else x",
+        f"{IN_BENCH_STANDINS}::test_gmsa",
+    ),
+    Fault(
+        "a stand-in's one-hot kernels look the other way",
+        BENCH_STANDINS,
+        "((1, 2), (1, 0), (2, 1), (0, 1))",
+        "((1, 0), (1, 2), (2, 1), (0, 1))",
+        f"{IN_BENCH_STANDINS}::test_shift_convolutions",
+    ),
+    Fault(
+        "arguments of code from outside go before the width that is given",
+        BENCH_PEERS,
+        "if name in parameters and not arguments.keys() & set(names):",
+        "if name in parameters:",
+        f"{IN_BENCH_PEERS}::test_arguments",
+    ),
+    Fault(
+        "the table shows no refusal",
+        BENCH_REPORT,
+        'cell = "refused" if speedup.ratio is None',
+        'cell = "–" if speedup.ratio is None',
+        f"{IN_BENCH_RUN}::test_no_speed_up_for_an_output_that_is_wrong",
     ),
 ]
 
