@@ -22,6 +22,9 @@ from sparse_sr_attn.layers.lcoa import CoA, LCoA
 from sparse_sr_attn.layers.nlsa import NLSA
 from sparse_sr_attn.reference import lsh
 
+ALLOWED_HALF = 0.02
+"""Error allowed to weights and values in bfloat16, which have 8 bits."""
+
 Kind = Literal["ours", "peer", "stand-in", "outside"]
 """Ours; a peer of the registry; a stand-in for released code; code given by `--peer`."""
 
@@ -75,6 +78,7 @@ class Method:
         author_ratio: of a stand-in: time of the authors' code over dense SDPA at 96x96 (`docs/benchmarks.md`).
         valid_as: stand-ins it is made of, which must be valid.
         whole_windows: whether a map must consist of whole windows.
+        allowed: error that it is allowed by what it is, as a fraction of what attention adds.
     """
 
     kind: Kind
@@ -84,6 +88,7 @@ class Method:
     author_ratio: float | None = None
     valid_as: tuple[str, ...] = ()
     whole_windows: bool = False
+    allowed: float = 0.0
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -96,9 +101,9 @@ def _seeded(build: Callable[[], Any]) -> Any:
         return build()
 
 
-def _lcoa(settings: Settings) -> LCoA:
-    options = {name: getattr(settings, name) for name in ("chunk_size", "num_clusters", "reduction")}
-    layer: LCoA = _seeded(lambda: LCoA(settings.embed_dim, **options))
+def _lcoa(settings: Settings, **options: Any) -> LCoA:
+    chunks = {name: getattr(settings, name) for name in ("chunk_size", "num_clusters", "reduction")}
+    layer: LCoA = _seeded(lambda: LCoA(settings.embed_dim, **chunks, **options))
     return layer
 
 
@@ -155,8 +160,8 @@ class Stack(nn.Module):
 _STACKED = 10
 
 
-def _stack(settings: Settings) -> Subject:
-    return Subject(Stack([_lcoa(settings), *(_coa(settings) for _ in range(_STACKED - 1))], sharing=True))
+def _stack(settings: Settings, **options: Any) -> Subject:
+    return Subject(Stack([_lcoa(settings, **options), *(_coa(settings) for _ in range(_STACKED - 1))], sharing=True))
 
 
 def _plain_stack(settings: Settings) -> Subject:
@@ -254,6 +259,17 @@ def _coa_cost(settings: Settings, n: int) -> Cost:
     return _cost(n, products=c * c + w * c, exp=0, numbers=w + 2 * c + 2 * c + 2 * c + c)
 
 
+def _half_coa_cost(settings: Settings, n: int) -> Cost:
+    c, w = settings.embed_dim, 3 * settings.chunk_size
+    cost = _cost(n, products=c * c, exp=0, numbers=w / 2 + 2 * c + 2 * c + 2 * c + c)
+    return dataclasses.replace(cost, half_flop=2.0 * n * w * c)
+
+
+def _pattern_coa_cost(settings: Settings, n: int) -> Cost:
+    c, d, w = settings.embed_dim, settings.query_dim, 3 * settings.chunk_size
+    return _cost(n, products=c * c + w * (c + d), exp=w, numbers=2 * d + 2 * c + 2 * c + 2 * c + c)
+
+
 def _stack_cost(settings: Settings, n: int) -> Cost:
     first, later = _lcoa_cost(settings, n), _coa_cost(settings, n).times(_STACKED - 1)
     stored = 4.0 * n * 3 * settings.chunk_size
@@ -331,11 +347,27 @@ _OTHERS = ("plain-NLSA", "plain-LCoA", "SDPA", "NLSA", "ENLA", "CategoryAttentio
 
 LAYER_METHODS: Mapping[str, Method] = {
     "LCoA": Method("ours", lambda s: Subject(_lcoa(s)), _lcoa_cost, _OTHERS),
-    "CoA": Method("ours", lambda s: Subject(_coa(s), _lcoa(s)), _coa_cost, ("plain-CoA", "LCoA")),
+    "CoA": Method("ours", lambda s: Subject(_coa(s), _lcoa(s, reuse="weights")), _coa_cost, ("plain-CoA", "LCoA")),
+    "CoA-bf16": Method(
+        "ours",
+        lambda s: Subject(_coa(s), _lcoa(s, reuse="weights", half_weights=True)),
+        _half_coa_cost,
+        ("plain-CoA", "CoA"),
+        allowed=ALLOWED_HALF,
+    ),
+    "CoA-pattern": Method(
+        "ours", lambda s: Subject(_coa(s), _lcoa(s, reuse="pattern")), _pattern_coa_cost, ("plain-CoA", "CoA")
+    ),
     "GMSA": Method("ours", _registered("GMSA"), _gmsa_cost, ("plain-GMSA",)),
     "SharedGMSA": Method("ours", _shared_gmsa, _shared_gmsa_cost, ("plain-SharedGMSA",)),
     "ShiftConv2d": Method("ours", _registered("ShiftConv2d"), _shift_cost, ("plain-ShiftConv2d",)),
     "LCoA-x10": Method("ours", _stack, _stack_cost, ("plain-NLSA-x10", "plain-LCoA-x10")),
+    "LCoA-x10-bf16": Method(
+        "ours",
+        lambda s: _stack(s, reuse="weights", half_weights=True),
+        rivals=("plain-NLSA-x10", "plain-LCoA-x10"),
+        allowed=ALLOWED_HALF,
+    ),
     "NLA": Method("peer", _registered("NLA"), _dense_cost),
     "NLSA": Method("peer", _registered("NLSA"), _nlsa_cost),
     "ENLA": Method("peer", _registered("ENLA"), _enla_cost),

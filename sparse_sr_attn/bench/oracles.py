@@ -19,7 +19,7 @@ from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.bench import standins
 from sparse_sr_attn.bench.methods import Stack
-from sparse_sr_attn.layers.base import tokens, unit_keys
+from sparse_sr_attn.layers.base import tokens
 from sparse_sr_attn.layers.category import CategoryAttention
 from sparse_sr_attn.layers.enla import ENLA
 from sparse_sr_attn.layers.gmsa import GMSA, SharedGMSA, group_widths, window_shifts
@@ -89,7 +89,8 @@ def assignment(module: nn.Module, provider: nn.Module | None, x: Tensor) -> Tens
         hashes = source.hashes(tokens(source.embed(x)))
         return (hashes % _num_buckets(source, hashes.shape[-1])).flatten(0, 1)
     if isinstance(source, CategoryAttention):
-        return source._assign(unit_keys(tokens(source.key(x))))
+        keys = tokens(source.key(x))
+        return source._assign(_unit(keys.to(torch.promote_types(keys.dtype, torch.float32))))
     return None
 
 
@@ -356,6 +357,7 @@ def check(
     x: Tensor,
     *,
     backward: bool,
+    allowed: float = 0.0,
 ) -> Check:
     """Compare what a layer returns, and its gradients, with what it should return; in evaluation mode.
 
@@ -365,6 +367,7 @@ def check(
         call: from the map to the output, as it will be timed.
         x: the map, in the dtype that is timed.
         backward: whether gradients of the map and of all parameters are compared, too.
+        allowed: error that the layer may have beyond that of the precision of `x`.
 
     Returns:
         "not checked" for a type that nobody knows here.
@@ -385,7 +388,7 @@ def check(
             gap = misplaced(twin, given, x64)
         with torch.set_grad_enabled(backward):
             expected = twin_of(twin, given, x64)
-    allowed = ALLOWED[x.dtype]
+    allowed = max(allowed, ALLOWED[x.dtype])
     if actual.shape != expected.shape:
         return Check("wrong", reason=f"its shape is {tuple(actual.shape)}, not {tuple(expected.shape)}")
     if gap > allowed:

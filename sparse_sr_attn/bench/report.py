@@ -79,7 +79,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def _where(found: Run) -> str:
-    settings, rates = found.settings, found.rates
+    settings = found.settings
     size = (
         f"images for x{settings.upscale}" if settings.what == "networks" else f"maps of {settings.embed_dim} channels"
     )
@@ -93,10 +93,16 @@ def _where(found: Run) -> str:
     lines += [
         f"- {settings.batch} x {size}{chunks}; {settings.dtype}{layout} on {settings.device}; "
         f"medians of {settings.rounds} alternating rounds (quartiles in brackets)",
-        f"- rates of the floor, in a second of {_clock(found, short=True)}: {rates.flop / 1e9:.0f} GFLOP, "
-        f"{rates.exp / 1e9:.2f} G exponentials, {rates.bytes / 1e9:.1f} GB copied",
+        f"- rates of the floor, in a second of {_clock(found, short=True)}, medians over sizes: "
+        f"{_rate(found, 'flop'):.0f} GFLOP ({_rate(found, 'half_flop'):.0f} of bfloat16), "
+        f"{_rate(found, 'exp'):.2f} G exponentials, {_rate(found, 'bytes'):.1f} GB read and written",
     ]
     return "\n".join(lines)
+
+
+def _rate(found: Run, name: str) -> float:
+    """Return a rate in billions a second."""
+    return Spread.of([getattr(rates, name) for rates in found.rates]).median / 1e9
 
 
 def _clock(found: Run, *, short: bool = False) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sparse_sr_attn
 from sparse_sr_attn.bench import oracles
-from sparse_sr_attn.bench.floor import Cost, Rates, measured_rates
+from sparse_sr_attn.bench.floor import Cost, Rates, Yardstick, rates_of, yardsticks
 from sparse_sr_attn.bench.memory import NewMemory, in_maps, new_memory
 from sparse_sr_attn.bench.methods import Method, Subject, compiled, methods_of
 from sparse_sr_attn.bench.oracles import Check
@@ -125,10 +125,10 @@ class Run:
     Attributes:
         settings: what was asked.
         environment: where and with what it ran.
-        rates: of which the floor is made.
         kinds: of the methods, by name.
         checks: of outputs, by name.
         validity: of stand-ins that could be held against their authors' figures, by name.
+        rates: of which floors are made, from the same rounds as the times: of each pass and size in turn.
         rows: methods, passes and sizes.
         speedups: of ours over others.
         exponents: growth of the time with the number of tokens, by pass and name, and between which sides.
@@ -137,10 +137,10 @@ class Run:
 
     settings: Settings
     environment: dict[str, str]
-    rates: Rates
     kinds: dict[str, str]
     checks: dict[str, Check]
     validity: dict[str, Validity]
+    rates: list[Rates] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     speedups: list[Speedup] = field(default_factory=list)
     exponents: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -181,15 +181,11 @@ def run(settings: Settings, progress: Progress = lambda text: None) -> Run:
         for name, subject in subjects.items():
             progress(f"checking {name}")
             checks[name] = _checked(name, methods[name], subject, settings, device)
-        progress("measuring the floor")
-        rates = measured_rates(
-            device, DTYPES[settings.dtype], chunk_size=settings.chunk_size, width=settings.embed_dim,
-            rounds=settings.rounds, shortest=settings.shortest,
-        )  # fmt: skip
+        sticks = yardsticks(device, DTYPES[settings.dtype], chunk_size=settings.chunk_size, width=settings.embed_dim)
         validity = _validity(methods, settings, progress)
-        found = Run(settings, environment(device), rates, {n: m.kind for n, m in methods.items()}, checks, validity)
+        found = Run(settings, environment(device), {n: m.kind for n, m in methods.items()}, checks, validity)
         for passed in settings.passes:
-            _measure(found, methods, subjects, passed, device, progress)
+            _measure(found, methods, subjects, sticks, passed, device, progress)
     found.speedups.extend(_speedups(found, methods))
     return _with_exponents(found)
 
@@ -315,7 +311,7 @@ def _checked(name: str, method: Method, subject: Subject, settings: Settings, de
     if method.kind == "outside":
         return _shaped(subject, x, settings)
     # A state is made from the same map, and no gradient goes into it, as in what is timed.
-    return oracles.check(subject.module, subject.provider, subject.apply, x, backward=backward)
+    return oracles.check(subject.module, subject.provider, subject.apply, x, backward=backward, allowed=method.allowed)
 
 
 def _check_size(method: Method, settings: Settings) -> tuple[int, int]:
@@ -380,6 +376,7 @@ def _measure(
     found: Run,
     methods: dict[str, Method],
     subjects: dict[str, Subject],
+    sticks: dict[str, Yardstick],
     passed: Pass,
     device: torch.device,
     progress: Progress,
@@ -414,9 +411,15 @@ def _measure(
                 found.checks[name] = replace(bad, reason=f"at {side}x{side}, {bad.reason}")
             calls[name], memories[name] = call, memory
         progress(f"{passed}, {side}x{side}: timing")
-        samples = alternate(calls, device, rounds=settings.rounds, shortest=settings.shortest)
-        for name, taken in samples.items():
-            found.rows.append(_row(found, name, methods[name], passed, side, x, taken, memories[name]))
+        sticks_by_call = {f"rate of {name}": stick for name, stick in sticks.items()}
+        everything = {**calls, **{name: stick.call for name, stick in sticks_by_call.items()}}
+        samples = alternate(everything, device, rounds=settings.rounds, shortest=settings.shortest)
+        rates = rates_of(sticks_by_call, samples)
+        found.rates.append(rates)
+        for name in calls:
+            found.rows.append(
+                _row(settings, rates, name, methods[name], passed, side, x, samples[name], memories[name])
+            )
 
 
 def _expected(found: Run, name: str, passed: Pass, side: int) -> float:
@@ -446,12 +449,20 @@ def _first(call: Callable[[], Tensor], device: torch.device) -> tuple[NewMemory,
 
 
 def _row(
-    found: Run, name: str, method: Method, passed: Pass, side: int, x: Tensor, samples: list[Sample], memory: NewMemory
+    settings: Settings,
+    rates: Rates,
+    name: str,
+    method: Method,
+    passed: Pass,
+    side: int,
+    x: Tensor,
+    samples: list[Sample],
+    memory: NewMemory,
 ) -> Row:
     tokens = x.shape[0] * side * side
-    cost = None if method.cost is None else method.cost(found.settings, side * side).times(x.shape[0])
+    cost = None if method.cost is None else method.cost(settings, side * side).times(x.shape[0])
     if cost is not None and passed == "forward+backward":
-        cost = Cost(3 * cost.flop, cost.exp, 3 * cost.bytes)
+        cost = replace(cost.times(3), exp=cost.exp)
     return Row(
         name,
         passed,
@@ -464,7 +475,7 @@ def _row(
         in_maps(memory.peak, x),
         in_maps(memory.largest, x),
         cost,
-        None if cost is None else 1000 * found.rates.floor(cost),
+        None if cost is None else 1000 * rates.floor(cost),
         tuple(operator for operator in memory.operators if _telling(operator)),
     )
 

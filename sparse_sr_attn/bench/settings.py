@@ -15,7 +15,19 @@ Pass = Literal["forward", "forward+backward"]
 """What is timed: inference without gradients, or a step of training but for the optimiser."""
 
 DEFAULT_LAYERS = (
-    *("LCoA", "CoA", "GMSA", "SharedGMSA", "ShiftConv2d", "NLSA", "ENLA", "HSPA", "CategoryAttention", "SDPA"),
+    *(
+        "LCoA",
+        "CoA",
+        "CoA-bf16",
+        "GMSA",
+        "SharedGMSA",
+        "ShiftConv2d",
+        "NLSA",
+        "ENLA",
+        "HSPA",
+        "CategoryAttention",
+        "SDPA",
+    ),
     *("plain-NLSA", "plain-LCoA", "plain-CoA", "plain-GMSA", "plain-SharedGMSA", "plain-ShiftConv2d"),
 )
 DEFAULT_NETWORKS = ("LCoAN-light", "plain-LCoAN-light", "plain-NLSA-LCoAN-light", "ELAN-light", "plain-ELAN-light")

@@ -31,7 +31,8 @@ def checked(
         change(subject.module)
     height, width = _check_size(method, settings)
     x = _input(settings, CPU, width, batch=1, height=height)
-    return check(subject.module, subject.provider, subject.apply, x, backward="forward+backward" in settings.passes)
+    backward = "forward+backward" in settings.passes
+    return check(subject.module, subject.provider, subject.apply, x, backward=backward, allowed=method.allowed)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -102,12 +103,12 @@ def test_a_wrong_gradient_is_wrong() -> None:
 
 
 def test_a_missing_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_sr_attn.layers import nlsa
+    from sparse_sr_attn.layers import enla
 
-    unit_keys = nlsa.unit_keys
-    monkeypatch.setattr(nlsa, "unit_keys", lambda rows: unit_keys(rows).detach())
-    assert checked("NLSA").status == "correct"  # the value is
-    assert checked("NLSA", replace(SMALL, passes=("forward+backward",))).status == "wrong"
+    unit_keys = enla.unit_keys
+    monkeypatch.setattr(enla, "unit_keys", lambda rows: unit_keys(rows).detach())
+    assert checked("ENLA").status == "correct"  # the value is
+    assert checked("ENLA", replace(SMALL, passes=("forward+backward",))).status == "wrong"
 
 
 def test_tokens_in_a_cluster_that_is_not_the_nearest_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

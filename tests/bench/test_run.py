@@ -56,7 +56,8 @@ def test_memory_is_in_maps(found: Run) -> None:
 
 def test_which_form_ran_is_seen(found: Run) -> None:
     (row,) = [row for row in found.rows if (row.method, row.passed, row.side) == ("LCoA", "forward", 16)]
-    assert row.operators == ("sparse_sr_attn::cluster_attention",)
+    assert "sparse_sr_attn::cluster_attention" in row.operators
+    assert all("::" in operator and not operator.startswith("aten::m") for operator in row.operators)
     assert "`sparse_sr_attn::cluster_attention`" in markdown(found)
 
 
@@ -81,7 +82,8 @@ def test_growth_is_between_the_first_and_the_last_size(found: Run) -> None:
 def test_the_floor(found: Run) -> None:
     for row in found.rows:
         assert row.cost is not None
-        assert row.floor == pytest.approx(1000 * found.rates.floor(row.cost))
+        rates = found.rates[SMALL.passes.index(row.passed) * 2 + (8, 16).index(row.side)]
+        assert row.floor == pytest.approx(1000 * rates.floor(row.cost))
         assert row.share == pytest.approx(row.floor / row.busy.median)
     forward, both = (
         next(row.cost for row in found.rows if (row.method, row.passed, row.side) == ("LCoA", passed, 16))

@@ -1,11 +1,9 @@
 """What is made of times; never the times themselves."""
 
-import math
-
 import pytest
 import torch
 
-from sparse_sr_attn.bench.floor import Cost, Rates, measured_rates
+from sparse_sr_attn.bench.floor import Cost, Rates, Yardstick, rates_of, yardsticks
 from sparse_sr_attn.bench.methods import LAYER_METHODS
 from sparse_sr_attn.bench.settings import Settings
 from sparse_sr_attn.bench.timing import Sample, Spread, alternate, exponent, ratio, sample
@@ -50,12 +48,34 @@ def test_short_calls_are_repeated() -> None:
 
 
 def test_the_floor_is_a_sum() -> None:
-    assert Rates(flop=10.0, exp=2.0, bytes=5.0).floor(Cost(20.0, 3.0, 10.0)) == 2.0 + 1.5 + 2.0
+    rates = Rates(flop=10.0, exp=2.0, bytes=5.0, half_flop=40.0)
+    assert rates.floor(Cost(20.0, 3.0, 10.0)) == 2.0 + 1.5 + 2.0
+    assert rates.floor(Cost(20.0, 3.0, 10.0, half_flop=20.0)) == 2.0 + 1.5 + 2.0 + 0.5
 
 
-def test_rates_are_measured() -> None:
-    rates = measured_rates(CPU, torch.float32, chunk_size=8, width=8, rounds=1, shortest=0.0)
-    assert all(math.isfinite(rate) and rate > 0 for rate in (rates.flop, rates.exp, rates.bytes))
+def test_rates_are_medians_and_the_faster_product_counts() -> None:
+    def nothing() -> None: ...
+
+    sticks = {
+        "a": Yardstick("flop", 6.0, nothing),
+        "b": Yardstick("flop", 100.0, nothing),
+        "c": Yardstick("exp", 8.0, nothing),
+        "d": Yardstick("bytes", 10.0, nothing),
+        "e": Yardstick("half_flop", 1.0, nothing),
+    }
+    samples = {name: [Sample(busy, 1.0) for busy in (9.0, 2.0, 0.1)] for name in sticks}
+    assert rates_of(sticks, samples) == Rates(flop=50.0, exp=4.0, bytes=5.0, half_flop=0.5)
+
+
+def test_yardsticks_do_what_they_count() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sticks = yardsticks(CPU, torch.float32, chunk_size=8, width=6)
+    assert {stick.rate for stick in sticks.values()} == {"flop", "exp", "bytes", "half_flop"}
+    for name, stick in sticks.items():
+        with FlopCounterMode(display=False) as counter:
+            stick.call()
+        assert counter.get_total_flops() == (stick.amount if "flop" in name else 0)
 
 
 def test_the_arithmetic_of_lcoa_by_hand() -> None:

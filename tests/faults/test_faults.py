@@ -2017,7 +2017,7 @@ FAULTS = [
         f"{IN_BENCH_MEMORY}::test_a_case_counted_by_hand",
     ),
     Fault(
-        "a speed-up is a ratio of medians of its own rounds",
+        "a speed-up pairs times of different rounds",
         BENCH_TIMING,
         "zip(slow, fast, strict=True)])",
         "zip(sorted(slow, key=lambda s: s.busy), fast, strict=True)])",
