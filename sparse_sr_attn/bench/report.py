@@ -102,7 +102,8 @@ def _where(found: Run) -> str:
 
 def _rate(found: Run, name: str) -> float:
     """Return a rate in billions a second."""
-    return Spread.of([getattr(rates, name) for rates in found.rates]).median / 1e9
+    each = [getattr(rates, name) for by_side in found.rates.values() for rates in by_side.values()]
+    return Spread.of(each).median / 1e9
 
 
 def _clock(found: Run, *, short: bool = False) -> str:
@@ -148,7 +149,8 @@ def _passes(found: Run) -> Iterator[str]:
         yield f"### {passed}: {_clock(found)}\n\n" + _table(["", *heads, ends], times)
         if speedups := _speedups(found, passed, sides):
             yield f"### {passed}: how many times longer the other takes\n\n" + _table(["", *heads], speedups)
-        yield f"### {passed}: peak new memory in feature maps (largest tensor)\n\n" + _table(["", *heads], maps)
+        unit = "input images" if found.settings.what == "networks" else "feature maps"
+        yield f"### {passed}: peak new memory in {unit} (largest tensor)\n\n" + _table(["", *heads], maps)
         if shares:
             yield f"### {passed}: share of the floor reached, and the floor in ms\n\n" + _table(["", *heads], shares)
         yield f"### {passed}: by the clock (ms)\n\n" + _table(["", *heads], walls)

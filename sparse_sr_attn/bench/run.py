@@ -128,7 +128,7 @@ class Run:
         kinds: of the methods, by name.
         checks: of outputs, by name.
         validity: of stand-ins that could be held against their authors' figures, by name.
-        rates: of which floors are made, from the same rounds as the times: of each pass and size in turn.
+        rates: of which floors are made, from the same rounds as the times, by pass and side.
         rows: methods, passes and sizes.
         speedups: of ours over others.
         exponents: growth of the time with the number of tokens, by pass and name, and between which sides.
@@ -140,7 +140,7 @@ class Run:
     kinds: dict[str, str]
     checks: dict[str, Check]
     validity: dict[str, Validity]
-    rates: list[Rates] = field(default_factory=list)
+    rates: dict[str, dict[int, Rates]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     speedups: list[Speedup] = field(default_factory=list)
     exponents: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -415,7 +415,7 @@ def _measure(
         everything = {**calls, **{name: stick.call for name, stick in sticks_by_call.items()}}
         samples = alternate(everything, device, rounds=settings.rounds, shortest=settings.shortest)
         rates = rates_of(sticks_by_call, samples)
-        found.rates.append(rates)
+        found.rates.setdefault(passed, {})[side] = rates
         for name in calls:
             found.rows.append(
                 _row(settings, rates, name, methods[name], passed, side, x, samples[name], memories[name])

@@ -82,7 +82,7 @@ def test_growth_is_between_the_first_and_the_last_size(found: Run) -> None:
 def test_the_floor(found: Run) -> None:
     for row in found.rows:
         assert row.cost is not None
-        rates = found.rates[SMALL.passes.index(row.passed) * 2 + (8, 16).index(row.side)]
+        rates = found.rates[row.passed][row.side]
         assert row.floor == pytest.approx(1000 * rates.floor(row.cost))
         assert row.share == pytest.approx(row.floor / row.busy.median)
     forward, both = (

@@ -2207,7 +2207,7 @@ def problem_with(fault: Fault, root: Path = ROOT) -> str:
 def copied(root: Path) -> Path:
     """Copy the package and what its tests need into `root`."""
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
-    tests = ("backbones", "faults", "functional", "golden", "integrations", "layers")
+    tests = ("backbones", "bench", "faults", "functional", "golden", "integrations", "layers")
     for folder in ("sparse_sr_attn", "integrations", *(f"tests/{name}" for name in tests)):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
     files = ("pyproject.toml", "docs/hosts.md", "tests/conftest.py")
