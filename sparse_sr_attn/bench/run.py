@@ -482,7 +482,7 @@ def _row(
 
 def _telling(operator: str) -> bool:
     """Return whether the name of an operator tells which form or backend ran."""
-    return "sparse_sr_attn::" in operator or "attention" in operator or operator.startswith("triton")
+    return operator.startswith(("sparse_sr_attn::", "triton")) or ("::" in operator and "attention" in operator)
 
 
 # --- what follows from it ---------------------------------------------------------------------------------------------

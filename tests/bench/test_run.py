@@ -57,7 +57,7 @@ def test_memory_is_in_maps(found: Run) -> None:
 def test_which_form_ran_is_seen(found: Run) -> None:
     (row,) = [row for row in found.rows if (row.method, row.passed, row.side) == ("LCoA", "forward", 16)]
     assert "sparse_sr_attn::cluster_attention" in row.operators
-    assert all("::" in operator and not operator.startswith("aten::m") for operator in row.operators)
+    assert all(operator.startswith("sparse_sr_attn::") for operator in row.operators)
     assert "`sparse_sr_attn::cluster_attention`" in markdown(found)
 
 
@@ -263,13 +263,12 @@ def test_networks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.unhooked
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when it compiles
 def test_compiled() -> None:
-    found = run(replace(SMALL, methods=("LCoA",), rounds=1, compile=True))
+    found = run(replace(SMALL, methods=("LCoA",), sizes=(8,), passes=("forward",), rounds=1, compile=True))
     assert found.checks["LCoA compiled"].status == "correct"
-    assert {(row.method, row.passed, row.side) for row in found.rows} == {
-        (name, passed, side) for name in ("LCoA", "LCoA compiled") for passed in SMALL.passes for side in SMALL.sizes
-    }
-    assert {(s.ours, s.rival) for s in found.speedups} == {("LCoA compiled", "LCoA")}
+    assert [row.method for row in found.rows] == ["LCoA", "LCoA compiled"]
+    assert [(s.ours, s.rival) for s in found.speedups] == [("LCoA compiled", "LCoA")]
 
 
 def test_ten_layers() -> None:
