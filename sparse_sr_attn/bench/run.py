@@ -28,6 +28,11 @@ from sparse_sr_attn.registry import suggestion
 SCHEMA = 1
 """Version of the JSON that a run becomes."""
 
+ALLOWED_AT_SIZE = 0.1
+"""How far a method of ours may lie from its stand-in at a size that is timed, as a fraction of what attention adds,
+where both count keys in the same way.
+"""
+
 VALID_SIDE = 96
 """Side of the map at which stand-ins are held against their authors' figures."""
 
@@ -410,6 +415,10 @@ def _measure(
             if bad and found.checks[name].status != "wrong":
                 found.checks[name] = replace(bad, reason=f"at {side}x{side}, {bad.reason}")
             calls[name], memories[name] = call, memory
+        for name, call in calls.items():
+            other = calls.get(f"plain-{name}")
+            if other is not None and methods[name].kind == "ours" and passed == "forward":
+                _compare(found, name, call(), other(), x)
         progress(f"{passed}, {side}x{side}: timing")
         sticks_by_call = {f"rate of {name}": stick for name, stick in sticks.items()}
         everything = {**calls, **{name: stick.call for name, stick in sticks_by_call.items()}}
@@ -420,6 +429,21 @@ def _measure(
             found.rows.append(
                 _row(settings, rates, name, methods[name], passed, side, x, samples[name], memories[name])
             )
+
+
+def _compare(found: Run, name: str, output: Tensor, other: Tensor, x: Tensor) -> None:
+    """Note a method as wrong that is another function than its stand-in at a size that is timed.
+
+    Both may be right and differ: in the first chunk and the last two they count keys differently, and between clusters
+    that are equally near rounding decides.
+    """
+    residual = x if x.shape == other.shape else torch.zeros_like(other)
+    error = ((output - other).double().norm() / (other - residual).double().norm()).item()
+    counted_differently = 3 * found.settings.chunk_size / (x.shape[-2] * x.shape[-1])
+    allowed = max(ALLOWED_AT_SIZE, 2 * oracles.ALLOWED[x.dtype]) + math.sqrt(counted_differently)
+    if not error <= allowed and found.checks[name].status != "wrong":
+        reason = f"at {x.shape[-2]}x{x.shape[-1]}, it differs from plain-{name}"
+        found.checks[name] = Check("wrong", error, allowed, reason)
 
 
 def _expected(found: Run, name: str, passed: Pass, side: int) -> float:

@@ -195,6 +195,23 @@ def test_an_output_that_is_wrong_at_the_size_that_is_timed(monkeypatch: pytest.M
     assert all(speedup.ratio is None for speedup in found.speedups)
 
 
+def test_a_wrong_number_at_the_size_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(settings: Settings) -> Subject:
+        subject = LAYER_METHODS["LCoA"].build(settings)
+        module: Any = subject.module
+        forward = module.forward
+        module.forward = lambda x: forward(x) + (x.shape[-1] == 16) * 0.8 * (forward(x) - x)
+        return subject
+
+    wrong = replace(LAYER_METHODS["LCoA"], build=build)
+    monkeypatch.setattr(bench, "methods_of", lambda settings: {**LAYER_METHODS, "LCoA": wrong})
+    found = run(replace(SMALL, methods=("LCoA", "plain-LCoA"), passes=("forward",)))
+    assert found.checks["LCoA"].status == "wrong"
+    assert found.checks["LCoA"].reason == "at 16x16, it differs from plain-LCoA"
+    assert found.checks["LCoA"].error == pytest.approx(0.8, abs=0.1)
+    assert all(speedup.ratio is None for speedup in found.speedups)
+
+
 @pytest.mark.parametrize("allowed", [1e-6, 1e6])
 def test_a_stand_in_must_be_as_fast_as_its_original(allowed: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "VALID_SIDE", 16)

@@ -2066,6 +2066,13 @@ FAULTS = [
         f"{IN_BENCH_RUN}::test_an_output_that_is_wrong_at_the_size_that_is_timed",
     ),
     Fault(
+        "outputs at the timed size are not compared",
+        BENCH_RUN,
+        "if not error <= allowed and found",
+        "if error < 0 and found",
+        f"{IN_BENCH_RUN}::test_a_wrong_number_at_the_size_that_is_timed",
+    ),
+    Fault(
         "code from outside may return another shape",
         BENCH_RUN,
         'return _plausible(output, wanted) or Check("not checked"',
