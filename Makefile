@@ -34,7 +34,7 @@ demo: setup  ## Train LCoAN-light x2 through BasicSR on real photographs, and sh
 BENCH ?=
 bench: setup  ## Measure time and memory of layers, training and networks; figures and plots come to lie in bench/.
 	$(BIN)/sparse-sr bench $(BENCH) --json bench/layers.json --plot bench/layers.png
-	$(BIN)/sparse-sr bench $(BENCH) --passes forward+backward --sizes 48 96 128 --json bench/training.json --plot bench/training.png
+	$(BIN)/sparse-sr bench $(BENCH) --passes forward+backward --sizes 48 96 128 --limit 3 --json bench/training.json --plot bench/training.png
 	$(BIN)/sparse-sr bench $(BENCH) --networks --json bench/networks.json --plot bench/networks.png
 
 test: setup  ## Run the tests (under 20 minutes on two cores).
