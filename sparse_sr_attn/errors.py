@@ -19,6 +19,10 @@ class SharingError(SparseSRError, ValueError):
     """A layer that reads a shared state was given none, or one of another type."""
 
 
+class FormError(SparseSRError, ValueError):
+    """A form of an operation was asked for by name and cannot run there."""
+
+
 class UnknownNameError(SparseSRError, KeyError):
     """A name is not in the registry."""
 

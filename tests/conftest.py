@@ -13,6 +13,10 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from sparse_sr_attn.backbones.base import Network
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, which it must know when it is imported; nothing else here looks at this.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_RELAXED)
 settings.register_profile(

@@ -1,30 +1,45 @@
 r"""Attention over chunks of tokens sorted by cluster: the pattern, its weights, and their application.
 
 LSP of LCoAN is `cluster_weights`; CoA is `apply_cluster_weights`; `cluster_attention` is one after the other without
-storing the weights. Each has two forms, equal to each other:
+storing the weights. Each has two forms, equal to each other, and what stores no weights has four:
 
 - *oneshot*: index masks and whole tensors, no branch and no loop; for export and for devices that like large batches;
 - *tiles*: a loop over a few chunks at a time, so that scores stay in cache, inside an operator that compilers do not
-  look into; for the CPU.
+  look into; for the CPU;
+- *triton*: kernels that read and write rows by token, for GPUs;
+- *flex*: torch's FlexAttention, compiled; on request.
+
+`resolve_form` tells which one runs on a device.
 
 Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chunks of $i$ slots. Chunk $t$ sees the
 chunks $t-a, \dots, t+a$ (mod $k$), in this order.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.errors import FormError, ShapeError
+from sparse_sr_attn.functional import cluster_flex as flex
 from sparse_sr_attn.functional import cluster_tiles as tiles
+from sparse_sr_attn.functional import cluster_triton as triton
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.forms import Form, resolve_form
 from sparse_sr_attn.functional.precision import lower_precision, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.states import ClusterPattern
 
-Form = Literal["auto", "oneshot", "tiles"]
+__all__ = [
+    "Form",
+    "apply_cluster_weights",
+    "cluster_attention",
+    "cluster_attention_rounds",
+    "cluster_lse",
+    "cluster_pattern",
+    "cluster_weights",
+    "merge_rounds",
+    "resolve_form",
+]
 
 
 def cluster_pattern(
@@ -85,6 +100,7 @@ def cluster_weights(
         the last token mean nothing.
 
     Raises:
+        FormError: `form` was asked for by name and stores no weights.
         ShapeError: `pattern` orders another number of tokens than `query` has.
 
     Note:
@@ -126,6 +142,7 @@ def apply_cluster_weights(
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
+        FormError: `form` was asked for by name and stores no weights.
         ShapeError: `pattern`, `weights` and `value` are not of one size.
 
     Note:
@@ -165,21 +182,28 @@ def cluster_attention(
         pattern: from `cluster_pattern`, of as many tokens.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
-        form: as in `cluster_weights`; only tiles save the memory of the weights.
+        form: as `resolve_form` takes it; all but oneshot save the memory of the weights.
 
     Returns:
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
+        FormError: `form` was asked for by name and cannot run here.
         ShapeError: `pattern` orders another number of tokens than there are.
 
     Note:
-        Differentiable in `query`, `key` and `value`; tiles recompute the weights in the backward.
+        Differentiable in `query`, `key` and `value` (flex: on GPUs); the backward recomputes the weights.
     """
     _check(pattern, query, key, value)
-    if _tiled(form, query):
+    form = _form(form, query)
+    if form == "tiles":
         return tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys)  # type: ignore[no-any-return]
-    weights = cluster_weights(query, key, pattern, scale=scale, normalize_keys=normalize_keys, form="oneshot")
+    key = unit_keys(key) if normalize_keys else key
+    if form == "triton":
+        return triton.attention_op(query, key, value, *_unpack(pattern), scale)[0]  # type: ignore[no-any-return]
+    if form == "flex":
+        return flex.cluster_attention(query, key, value, pattern, scale=scale)
+    weights = cluster_weights(query, key, pattern, scale=scale, form="oneshot")
     return apply_cluster_weights(weights, value, pattern, form="oneshot")
 
 
@@ -200,24 +224,29 @@ def cluster_lse(
         pattern: from `cluster_pattern`, of as many tokens.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
-        form: as in `cluster_weights`.
+        form: as in `cluster_attention`.
 
     Returns:
         One number per token, in image order, in float32 at least: how much similar the pattern shows to a token.
 
     Raises:
+        FormError: `form` was asked for by name and cannot run here.
         ShapeError: `pattern` orders another number of tokens than `query` has.
 
     Note:
         Differentiable in `query` and `key`.
     """
     _check(pattern, query, key)
-    if _tiled(form, query):
+    form = _form(form, query)
+    if form == "tiles":
         return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)  # type: ignore[no-any-return]
-    query, key = (
-        query.to(working_precision(query)),
-        unit_keys(key) if normalize_keys else key.to(working_precision(key)),
-    )
+    key = unit_keys(key) if normalize_keys else key
+    if form == "triton":
+        nothing = query.new_zeros(*query.shape[:2], 1)
+        return triton.attention_op(query, key, nothing, *_unpack(pattern), scale)[1]  # type: ignore[no-any-return]
+    if form == "flex":
+        return flex.cluster_lse(query, key, pattern, scale=scale)
+    query, key = query.to(working_precision(query)), key.to(working_precision(key))
     with torch.autocast(query.device.type, enabled=False):
         oneshot = _Oneshot(pattern)
         return oneshot.to_tokens(oneshot.scores(query, key, scale).logsumexp(dim=-1)[..., None])[..., 0]
@@ -247,12 +276,13 @@ def cluster_attention_rounds(
         num_rounds: patterns of each sample, >= 1.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
-        form: as in `cluster_weights`; only tiles save the memory of the weights.
+        form: as in `cluster_attention`.
 
     Returns:
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
+        FormError: `form` was asked for by name and cannot run here.
         ShapeError: `pattern` orders another number of samples or tokens.
 
     Source:
@@ -313,10 +343,18 @@ def _check(pattern: ClusterPattern, *rows: Tensor) -> None:
             )
 
 
+def _form(form: Form, query: Tensor) -> Form:
+    chosen = resolve_form(form, query.device)
+    if form == "auto" and chosen == "triton" and query.shape[-1] > triton.MAX_QUERY_DIM:
+        return "oneshot"
+    return chosen
+
+
 def _tiled(form: Form, rows: Tensor) -> bool:
-    if form not in ("auto", "oneshot", "tiles"):
-        raise ValueError(f"form must be 'auto', 'oneshot' or 'tiles', got {form!r}")
-    return form == "tiles" or (form == "auto" and rows.device.type == "cpu" and not torch.compiler.is_exporting())
+    """Whether weights that are stored are made or applied by tiles."""
+    if form in ("flex", "triton"):
+        raise FormError(f"form {form!r} stores no weights, and weights were asked for; 'oneshot' works on any device")
+    return resolve_form(form, rows.device) == "tiles"
 
 
 def _unpack(pattern: ClusterPattern) -> tuple[Tensor, int, int, bool]:

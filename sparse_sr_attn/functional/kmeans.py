@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional.cluster_triton import MAX_QUERY_DIM, nearest_op
+from sparse_sr_attn.functional.forms import resolve_form
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.recomputation import backward_is_running
 
@@ -241,6 +243,8 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the best dot product of each point, and of which centroid it is."""
     points = points.detach()
     points = points.to(working_precision(points))
+    if points.shape[-1] <= MAX_QUERY_DIM and resolve_form("auto", points.device) == "triton":
+        return nearest_op(points, centroids.to(points.dtype))  # type: ignore[no-any-return]
     with torch.autocast(points.device.type, enabled=False):
         if points.device.type == "cpu" and not torch.compiler.is_exporting():
             return _nearest_by_blocks(points, centroids.to(points.dtype))  # type: ignore[no-any-return]

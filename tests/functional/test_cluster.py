@@ -467,7 +467,9 @@ def test_weights_of_another_pattern_are_refused() -> None:
 @pytest.mark.unhooked
 def test_an_unknown_form_is_refused() -> None:
     query, key, _ = inputs_of(PADDED_TAIL, torch.device("cpu"))
-    with pytest.raises(ValueError, match="form must be 'auto', 'oneshot' or 'tiles', got 'tile'"):
+    with pytest.raises(
+        ValueError, match="form must be one of 'auto', 'oneshot', 'tiles', 'flex', 'triton', got 'tile'"
+    ):
         fast.cluster_weights(query, key, pattern_of(PADDED_TAIL, torch.device("cpu")), form="tile")
 
 

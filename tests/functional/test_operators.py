@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing._internal.optests import OpCheckError
 
 from sparse_sr_attn.functional import batch_norm, cluster, kmeans, lsh, sparsemax, window  # noqa: F401  registers the operators
+from sparse_sr_attn.functional.forms import HAS_TRITON
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case
 
@@ -20,6 +21,7 @@ CASES = {
     "one token": Case(num_tokens=1, chunk_size=4),
     "many chunks": Case(num_tokens=17, num_clusters=5, chunk_size=2, num_adjacent=2),
 }
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 cases = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
 
 
@@ -92,6 +94,24 @@ def test_cluster_lse(device: torch.device, case: Case) -> None:
     check(operator("cluster_lse_backward"), (grad, *(row.detach() for row in rows), *layout, 0.5, True))
 
 
+@needs_triton
+@cases
+def test_cluster_attention_triton(device: torch.device, case: Case) -> None:
+    rows, layout = rows_of(case, ("query", "key", "value"), device), layout_of(case, device)
+    check(operator("cluster_attention_triton"), (*rows, *layout, 0.5))
+    query, key, value, grad = (row.detach() for row in (*rows, *rows_of(case, ("grad",), device)))
+    _, lse = operator("cluster_attention_triton")(query, key, value, *layout, 0.5)
+    args = (grad, torch.ones_like(lse), query, key, value, layout[0], lse, *layout[1:], 0.5)
+    check(operator("cluster_attention_triton_backward"), args)
+
+
+@needs_triton
+@cases
+def test_nearest_centroid_triton(device: torch.device, case: Case) -> None:
+    points = case.tokens("points", 4, dtype=torch.float32, device=device)
+    check(operator("nearest_centroid_triton"), (points, case.centroids(4, device=device).float()))
+
+
 @cases
 def test_sparsemax_attention(device: torch.device, case: Case) -> None:
     rows = rows_of(case, ("query", "key", "value"), device)
@@ -154,6 +174,11 @@ def test_strides(device: torch.device, batch: int) -> None:
         ("cluster_lse_backward", (grad[..., 0], query, key), (0.5, True)),
     ):
         check(operator(name), (*rows, *layout, *scale), test_utils=utils)
+    if HAS_TRITON:
+        check(operator("cluster_attention_triton"), (query, key, value, *layout, 0.5), test_utils=utils)
+        inputs = (grad, torch.ones_like(grad[..., 0]), query, key, value, layout[0], torch.ones_like(grad[..., 0]))
+        check(operator("cluster_attention_triton_backward"), (*inputs, *layout[1:], 0.5), test_utils=utils)
+        check(operator("nearest_centroid_triton"), (query, key[0]), test_utils=utils)
     check(operator("sparsemax_attention"), (query, key, value, 0.5), test_utils=utils)
     check(operator("sparsemax_attention_backward"), (grad, query, key, value, 0.5), test_utils=utils)
     hashed = [tensor.to(device) for tensor in lsh.initial_hash(2, 8, 4)]
@@ -190,12 +215,15 @@ def test_every_operator_is_checked_here() -> None:
         "apply_cluster_weights_backward",
         "cluster_attention",
         "cluster_attention_backward",
+        "cluster_attention_triton",
+        "cluster_attention_triton_backward",
         "cluster_lse",
         "cluster_lse_backward",
         "hash_step",
         "kmeans_step",
         "move_running_statistics",
         "nearest",
+        "nearest_centroid_triton",
         "sparsemax_attention",
         "sparsemax_attention_backward",
         "window_weights",

@@ -1,0 +1,253 @@
+"""Cluster attention and the assignment to centroids by Triton kernels, as operators that compilers see whole.
+
+Attention reads rows by token, keeps a running softmax and writes rows by token: no copy in slot order, no stored
+weights. Besides the inputs, the backward keeps one number a token. The kernels are in `triton_kernels`,
+which is imported when one of them is to run.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.forms import interpreting
+from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.states import ClusterPattern
+
+MAX_QUERY_DIM = 256
+"""Channels of queries and keys that the kernels take; of values, any number."""
+
+_VALUE_COLUMNS = 128  # that one kernel gathers; wider values go in several
+_SLOTS = 64  # that a block has at most
+_NUMBERS = 2**13  # of queries and values that a block has at most (16 slots always): on-chip memory is short
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What all kernels of one attention are called with.
+
+    Attributes:
+        grid: blocks of a chunk, chunks, samples.
+        sizes: tokens, slots in a chunk, slots.
+        fill: takes a slot past the last token to the slot whose token it repeats.
+        sees: the first slot that chunk 0 sees, and how many there are.
+        seen_by: the first slot from which chunk 0 is seen, and how many there are.
+        num_repeats: how often a token may stand in slots past the last token.
+        options: compile-time constants.
+    """
+
+    grid: tuple[int, int, int]
+    sizes: tuple[int, int, int]
+    fill: int
+    sees: tuple[int, int]
+    seen_by: tuple[int, int]
+    num_repeats: int
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, query: Tensor, value: Tensor, pattern: ClusterPattern, scale: float) -> "_Launch":
+        layout = ClusterLayout.of(pattern)
+        n, i, k, a = layout.num_tokens, layout.chunk_size, layout.num_chunks, layout.num_adjacent
+        # Of the offsets that lead to the same chunk one counts (`ClusterLayout.visible`).
+        behind, ahead = (min(a, (k - 1) // 2), min(a, k // 2)) if layout.exact_keys else (a, a)
+        num_seen = (behind + 1 + ahead) * i
+        padding = layout.num_slots - n
+        block_d, block_e = _padded(query.shape[-1]), min(_padded(value.shape[-1]), _VALUE_COLUMNS)
+        most = _most_slots(block_d + block_e)
+        block_i = _block_of_chunk(i, most)
+        return cls(
+            grid=(-(-i // block_i), k, len(query)),
+            sizes=(n, i, layout.num_slots),
+            fill=-padding % n,
+            sees=(-behind * i % layout.num_slots, num_seen),
+            seen_by=(-ahead * i % layout.num_slots, num_seen),
+            num_repeats=0 if layout.exact_keys else -(-padding // n),
+            options={
+                "SCALE": scale,
+                "EXACT": layout.exact_keys,
+                "QUERY_DIM": query.shape[-1],
+                "VALUE_DIM": value.shape[-1],
+                "BLOCK_D": block_d,
+                "BLOCK_E": block_e,
+                "BLOCK_I": block_i,
+                "BLOCK_J": min(_padded(num_seen), most),
+                **_precision(query, value),
+            },
+        )
+
+    def column_blocks(self) -> range:
+        """Return the first columns of the parts in which values are gathered."""
+        return range(0, self.options["VALUE_DIM"], self.options["BLOCK_E"])
+
+
+def _padded(size: int) -> int:
+    """Return the side of a block that holds `size`: a power of two that matrix units take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _most_slots(columns: int) -> int:
+    """Return how many slots a block has at most, whose rows have so many columns: a power of two."""
+    return max(16, min(_SLOTS, 1 << (_NUMBERS // columns).bit_length() - 1))
+
+
+def _block_of_chunk(chunk_size: int, most: int) -> int:
+    """Return how many slots of a chunk a program takes: as many as leave at most an eighth of its work idle."""
+    block = min(_padded(chunk_size), most)
+    while block > 16 and -chunk_size % block * 8 > chunk_size:
+        block //= 2
+    return block
+
+
+def _precision(query: Tensor, value: Tensor) -> dict[str, Any]:
+    import triton.language as tl  # noqa: PLC0415
+
+    names = {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }
+    # The interpreter takes bits of bfloat16 for numbers. Products of two are exact in float32, so nothing else changes.
+    exact = torch.float32 if interpreting() and value.dtype == torch.bfloat16 else value.dtype
+    return {
+        "WORK": names[working_precision(query)],
+        "DOT": names[exact],
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+    }
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, scale: float
+) -> tuple[Tensor, Tensor]:
+    from sparse_sr_attn.functional import triton_kernels as kernels  # noqa: PLC0415
+
+    if query.shape[-1] > MAX_QUERY_DIM:
+        raise FormError(
+            f"form 'triton' takes queries of at most {MAX_QUERY_DIM} channels, got {query.shape[-1]}; "
+            "'oneshot' works for any"
+        )
+    launch = _Launch.of(query, value, pattern, scale)
+    output = value.new_empty(value.shape)
+    lse = query.new_empty(query.shape[:2], dtype=working_precision(query))
+    arguments = (query, key, value, pattern.order, output, lse, *launch.sizes, *launch.sees, launch.fill)
+    with torch.cuda.device_of(query):
+        for start in launch.column_blocks():
+            kernels.forward[launch.grid](*arguments, START=start, **launch.options)
+    return output, lse
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_attention_triton", mutates_args=())
+def attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return `cluster.cluster_attention` and `cluster.cluster_lse`."""
+    pattern = ClusterPattern(order.contiguous(), order, chunk_size, num_adjacent, exact_keys)
+    return _attention(query.contiguous(), key.contiguous(), value.contiguous(), pattern, scale)
+
+
+@attention_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:2], dtype=working_precision(query))
+    return value.new_empty(value.shape), lse
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_attention_triton_backward", mutates_args=())
+def _attention_backward_op(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    lse: Tensor,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from sparse_sr_attn.functional import triton_kernels as kernels  # noqa: PLC0415
+
+    grad_output, grad_lse, query, key, value, order = (
+        tensor.contiguous() for tensor in (grad_output, grad_lse, query, key, value, order)
+    )
+    launch = _Launch.of(query, value, ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys), scale)
+    grad_query, grad_key, grad_value = (torch.empty_like(rows) for rows in (query, key, value))
+    delta = torch.empty_like(lse)
+    to_query = (grad_output, grad_lse, query, key, value, order, lse)
+    to_key = (grad_output, query, key, value, order, lse, delta)
+    sees = (*launch.sizes, *launch.sees, launch.fill)
+    seen_by = (*launch.sizes, *launch.seen_by, launch.fill, launch.num_repeats)
+    with torch.cuda.device_of(query):
+        for start in launch.column_blocks():
+            # Attention is linear in the values, hence a sum over parts of their columns.
+            parts = (grad_query, grad_key) if start == 0 else (torch.empty_like(query), torch.empty_like(key))
+            kernels.backward_query[launch.grid](*to_query, parts[0], delta, *sees, START=start, **launch.options)
+            kernels.backward_key[launch.grid](*to_key, parts[1], grad_value, *seen_by, START=start, **launch.options)
+            if start > 0:
+                grad_query += parts[0]
+                grad_key += parts[1]
+    return grad_query, grad_key, grad_value
+
+
+@_attention_backward_op.register_fake
+def _(
+    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, order, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, order, output[1])
+
+
+def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward_op(grad_output, grad_lse, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, None, None, None, None)
+
+
+attention_op.register_autograd(_backward, setup_context=_context)
+
+
+@torch.library.custom_op("sparse_sr_attn::nearest_centroid_triton", mutates_args=())
+def nearest_op(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest dot product of each point (b, n, d) with a centroid (k, d), and which that is.
+
+    The lowest index wins a tie. Of a point whose every product is NaN, the centroid is 0.
+    """
+    import triton.language as tl  # noqa: PLC0415
+
+    from sparse_sr_attn.functional import triton_kernels as kernels  # noqa: PLC0415
+
+    points, centroids = points.contiguous(), centroids.contiguous()
+    best = points.new_empty(points.shape[:2], dtype=working_precision(points))
+    index = torch.empty_like(best, dtype=torch.int64)
+    num_points, width = best.numel(), points.shape[-1]
+    most = _most_slots(_padded(width))
+    with torch.cuda.device_of(points):
+        kernels.nearest[(-(-num_points // most),)](
+            *(points, centroids, best, index, num_points, len(centroids)),
+            WIDTH=width,
+            BLOCK_D=_padded(width),
+            BLOCK_I=most,
+            BLOCK_J=min(_padded(len(centroids)), most),
+            WORK=tl.float64 if best.dtype == torch.float64 else tl.float32,
+            PRECISION="ieee",
+        )
+    return best, index
+
+
+@nearest_op.register_fake
+def _(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    best = points.new_empty(points.shape[:2], dtype=working_precision(points))
+    return best, torch.empty_like(best, dtype=torch.int64)

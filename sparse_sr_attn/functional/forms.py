@@ -1,0 +1,61 @@
+"""Which form of an operation runs where."""
+
+import importlib.util
+import os
+from typing import Literal, get_args
+
+import torch
+
+from sparse_sr_attn.errors import FormError
+
+Form = Literal["auto", "oneshot", "tiles", "flex", "triton"]
+"""How cluster attention is carried out."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def resolve_form(form: Form, device: torch.device | str) -> Form:
+    """Return the form of cluster attention that runs on a device.
+
+    Args:
+        form: "oneshot", "tiles", "flex" or "triton", which stay as they are if the device can run them, or "auto":
+            tiles on the CPU; triton on CUDA devices of compute capability 8.0 and more, if triton is installed;
+            oneshot everywhere else and for export.
+        device: where the tensors are.
+
+    Returns:
+        Any form but "auto".
+
+    Raises:
+        FormError: `form` is none of these, or was asked for by name and cannot run there.
+    """
+    if form not in get_args(Form):
+        raise FormError(f"form must be one of {', '.join(map(repr, get_args(Form)))}, got {form!r}")
+    device = torch.device(device)
+    if form == "auto":
+        return _best_form(device)
+    if form == "triton" and not HAS_TRITON:
+        raise FormError("form 'triton' needs the package triton, which is not installed; 'oneshot' works on any device")
+    if form == "triton" and device.type != "cuda" and not interpreting():
+        raise FormError(
+            f"form 'triton' runs on GPUs, got tensors on {device.type!r}; 'oneshot' works on any device, 'tiles' is "
+            "made for the CPU (and TRITON_INTERPRET=1, set before Python starts, runs the kernels there, slowly)"
+        )
+    if form == "flex" and device.type not in ("cpu", "cuda"):
+        raise FormError(f"form 'flex' runs on 'cpu' and 'cuda', got tensors on {device.type!r}; 'oneshot' works there")
+    return form
+
+
+def _best_form(device: torch.device) -> Form:
+    if torch.compiler.is_exporting():
+        return "oneshot"
+    if device.type == "cpu":
+        return "tiles"
+    if device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "triton"
+    return "oneshot"
+
+
+def interpreting() -> bool:
+    """Return whether triton, as the process was started, runs kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

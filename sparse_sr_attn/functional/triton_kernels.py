@@ -1,0 +1,283 @@
+"""Triton kernels of cluster attention and of the assignment to centroids; this module needs triton.
+
+Chunks stand on a ring of slots, so the keys that a chunk sees are one run of slots from `first` on, around the end of
+the ring if need be; a run longer than the ring meets keys twice, as the published counting has it. The same is true of
+the queries that see a key. Rows are read by token: nothing is copied into slot order. Each row of each result is
+written by one program, without atomics, so results are the same in every run.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rows(pointer, token, mask, width: tl.constexpr, start: tl.constexpr, BLOCK: tl.constexpr):
+    """Return BLOCK columns from `start` of the rows of tokens; 0 where `mask` is off or a row ends."""
+    column = start + tl.arange(0, BLOCK)
+    return tl.load(
+        pointer + token[:, None] * width + column[None, :], mask=mask[:, None] & (column < width)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _put(pointer, token, mask, rows, width: tl.constexpr, start: tl.constexpr, BLOCK: tl.constexpr):
+    """Write BLOCK columns from `start` of the rows of tokens."""
+    column = start + tl.arange(0, BLOCK)
+    at = pointer + token[:, None] * width + column[None, :]
+    tl.store(at, rows.to(pointer.dtype.element_ty), mask=mask[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def _tokens(order, slot, mask, num_tokens, fill, EXACT: tl.constexpr):
+    """Return the row of the token at a slot of this sample, whose tokens `order` lists."""
+    if not EXACT:
+        slot = tl.where(slot < num_tokens, slot, (slot + fill) % num_tokens)
+    return tl.program_id(2).to(tl.int64) * num_tokens + tl.load(order + slot, mask=mask, other=0)
+
+
+@triton.jit
+def forward(
+    query,
+    key,
+    value,
+    order,
+    output,
+    lse,
+    num_tokens,
+    chunk_size,
+    num_slots,
+    first,
+    num_seen,
+    fill,
+    SCALE: tl.constexpr,
+    EXACT: tl.constexpr,
+    QUERY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend from BLOCK_I queries of a chunk; program ids are (block of queries, chunk, sample).
+
+    `first` is the first slot that chunk 0 sees, in [0, num_slots), and `num_seen` how many there are from there on;
+    `fill` takes a slot past the last token to the slot whose token it repeats. SCALE multiplies scores. BLOCK_E columns
+    of the values are gathered, from column START on.
+    """
+    order += tl.program_id(2).to(tl.int64) * num_tokens
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    query_slot = tl.program_id(1) * chunk_size + i
+    is_query = (i < chunk_size) & (query_slot < num_tokens)
+    query_token = _tokens(order, query_slot, is_query, num_tokens, fill, True)
+    q = _rows(query, query_token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
+
+    largest = tl.full([BLOCK_I], float("-inf"), WORK)
+    total = tl.zeros([BLOCK_I], WORK)
+    gathered = tl.zeros([BLOCK_I, BLOCK_E], WORK)
+    first = first + tl.program_id(1) * chunk_size
+    for begin in range(0, num_seen, BLOCK_J):
+        j = begin + tl.arange(0, BLOCK_J)
+        slot = (first + j) % num_slots
+        is_key = j < num_seen
+        if EXACT:
+            is_key = is_key & (slot < num_tokens)
+        token = _tokens(order, slot, is_key, num_tokens, fill, EXACT)
+        k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+        v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
+        scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        # The first block holds a key, as every chunk does: from then on `largest` is finite.
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        rescale = tl.exp(largest - larger)
+        powers = tl.exp(scores - larger[:, None])
+        total = total * rescale + tl.sum(powers, 1)
+        gathered = gathered * rescale[:, None]
+        gathered += tl.dot(powers.to(v.dtype).to(DOT), v.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+        largest = larger
+    _put(output, query_token, is_query, gathered / total[:, None], VALUE_DIM, START, BLOCK_E)
+    tl.store(lse + query_token, largest + tl.log(total), mask=is_query)
+
+
+@triton.jit
+def backward_query(
+    grad_output,
+    grad_lse,
+    query,
+    key,
+    value,
+    order,
+    lse,
+    grad_query,
+    delta,
+    num_tokens,
+    chunk_size,
+    num_slots,
+    first,
+    num_seen,
+    fill,
+    SCALE: tl.constexpr,
+    EXACT: tl.constexpr,
+    QUERY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Send gradients to BLOCK_I queries of a chunk; programs and sizes are those of `forward`.
+
+    Also writes `delta`, what is taken from the gradient of each weight of a query: the mean of these gradients under
+    the weights, less the gradient of the lse (which counts once, with the first columns). It is known only when all
+    keys have been met, so the mean key, of which `delta` times is taken from the result, is gathered on its own.
+    """
+    order += tl.program_id(2).to(tl.int64) * num_tokens
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    query_slot = tl.program_id(1) * chunk_size + i
+    is_query = (i < chunk_size) & (query_slot < num_tokens)
+    query_token = _tokens(order, query_slot, is_query, num_tokens, fill, True)
+    q = _rows(query, query_token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
+    grad = _rows(grad_output, query_token, is_query, VALUE_DIM, START, BLOCK_E)
+    log_total = tl.load(lse + query_token, mask=is_query, other=0.0)
+
+    less = tl.zeros([BLOCK_I], WORK)
+    result = tl.zeros([BLOCK_I, BLOCK_D], WORK)
+    mean_key = tl.zeros([BLOCK_I, BLOCK_D], WORK)
+    first = first + tl.program_id(1) * chunk_size
+    for begin in range(0, num_seen, BLOCK_J):
+        j = begin + tl.arange(0, BLOCK_J)
+        slot = (first + j) % num_slots
+        is_key = j < num_seen
+        if EXACT:
+            is_key = is_key & (slot < num_tokens)
+        token = _tokens(order, slot, is_key, num_tokens, fill, EXACT)
+        k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+        v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
+        scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
+        weights = tl.where(is_key[None, :], tl.exp(scores - log_total[:, None]), 0.0)
+        grad_weights = tl.dot(grad.to(DOT), tl.trans(v.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
+        shares = weights * grad_weights
+        less += tl.sum(shares, 1)
+        result += tl.dot(shares, k, out_dtype=WORK, input_precision=PRECISION)
+        mean_key += tl.dot(weights, k, out_dtype=WORK, input_precision=PRECISION)
+    if START == 0:
+        less -= tl.load(grad_lse + query_token, mask=is_query, other=0.0)
+    tl.store(delta + query_token, less, mask=is_query)
+    _put(grad_query, query_token, is_query, SCALE * (result - less[:, None] * mean_key), QUERY_DIM, 0, BLOCK_D)
+
+
+@triton.jit
+def backward_key(
+    grad_output,
+    query,
+    key,
+    value,
+    order,
+    lse,
+    delta,
+    grad_key,
+    grad_value,
+    num_tokens,
+    chunk_size,
+    num_slots,
+    first,
+    num_seen,
+    fill,
+    num_repeats,
+    SCALE: tl.constexpr,
+    EXACT: tl.constexpr,
+    QUERY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Send gradients to BLOCK_I keys and values of a chunk; program ids are (block of keys, chunk, sample).
+
+    `first` is the first slot from which chunk 0 is seen, and `num_seen` how many slots see it from there on. The token
+    of a slot may be repeated in up to `num_repeats` slots past the last token, all in the last chunk: queries that see
+    that chunk see it there as well.
+    """
+    order += tl.program_id(2).to(tl.int64) * num_tokens
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    key_slot = tl.program_id(1) * chunk_size + i
+    is_key = (i < chunk_size) & (key_slot < num_tokens)
+    key_token = _tokens(order, key_slot, is_key, num_tokens, fill, True)
+    k = _rows(key, key_token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+    v = _rows(value, key_token, is_key, VALUE_DIM, START, BLOCK_E)
+
+    to_key = tl.zeros([BLOCK_I, BLOCK_D], WORK)
+    to_value = tl.zeros([BLOCK_I, BLOCK_E], WORK)
+    # The first slot past the last token that repeats this one: `fill` takes it back to `key_slot`.
+    repeat = num_tokens + (key_slot + num_tokens - fill) % num_tokens
+    if tl.max((is_key & (repeat < num_slots)).to(tl.int32), 0) == 0:
+        num_repeats = 0
+    for turn in range(0, 1 + num_repeats):
+        is_shown = is_key & ((turn == 0) | (repeat + (turn - 1) * num_tokens < num_slots))
+        chunk = tl.where(turn == 0, tl.program_id(1), tl.num_programs(1) - 1)
+        start = first + chunk * chunk_size
+        for begin in range(0, num_seen, BLOCK_J):
+            j = begin + tl.arange(0, BLOCK_J)
+            slot = (start + j) % num_slots
+            is_query = (j < num_seen) & (slot < num_tokens)
+            token = _tokens(order, slot, is_query, num_tokens, fill, True)
+            q = _rows(query, token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
+            grad = _rows(grad_output, token, is_query, VALUE_DIM, START, BLOCK_E)
+            log_total = tl.load(lse + token, mask=is_query, other=0.0)
+            less = tl.load(delta + token, mask=is_query, other=0.0)
+            scores = SCALE * tl.dot(k, tl.trans(q), out_dtype=WORK, input_precision=PRECISION)
+            shown = is_shown[:, None] & is_query[None, :]
+            weights = tl.where(shown, tl.exp(scores - log_total[None, :]), 0.0)
+            grad_weights = tl.dot(v.to(DOT), tl.trans(grad.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
+            grad_scores = weights * (grad_weights - less[None, :])
+            to_value += tl.dot(weights.to(grad.dtype).to(DOT), grad.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+            to_key += tl.dot(grad_scores, q, out_dtype=WORK, input_precision=PRECISION)
+    _put(grad_key, key_token, is_key, SCALE * to_key, QUERY_DIM, 0, BLOCK_D)
+    _put(grad_value, key_token, is_key, to_value, VALUE_DIM, START, BLOCK_E)
+
+
+@triton.jit
+def nearest(
+    points,
+    centroids,
+    best,
+    index,
+    num_points,
+    num_clusters,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    WORK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Find the centroid of largest dot product for BLOCK_I points; the lowest index wins a tie."""
+    point = tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    is_point = point < num_points
+    p = _rows(points, point, is_point, WIDTH, 0, BLOCK_D).to(WORK)
+    largest = tl.full([BLOCK_I], float("-inf"), WORK)
+    winner = tl.zeros([BLOCK_I], tl.int32)
+    for begin in range(0, num_clusters, BLOCK_J):
+        cluster = begin + tl.arange(0, BLOCK_J)
+        is_cluster = cluster < num_clusters
+        c = _rows(centroids, cluster, is_cluster, WIDTH, 0, BLOCK_D).to(WORK)
+        scores = tl.dot(p, tl.trans(c), out_dtype=WORK, input_precision=PRECISION)
+        scores = tl.where(is_cluster[None, :], scores, float("-inf"))
+        larger = tl.max(scores, 1)
+        lowest = tl.min(tl.where(scores == larger[:, None], cluster[None, :], num_clusters), 1)
+        winner = tl.where(larger > largest, lowest, winner)
+        largest = tl.maximum(largest, larger)
+    tl.store(best + point, largest, mask=is_point)
+    tl.store(index + point, winner, mask=is_point)

@@ -1,0 +1,285 @@
+"""Triton kernels against the slow twins; without a GPU by triton's interpreter, which `conftest.py` switches on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.functional import cluster as fast
+from sparse_sr_attn.functional import cluster_triton
+from sparse_sr_attn.reference import cluster as slow
+from sparse_sr_attn.states import ClusterPattern
+from sparse_sr_attn.testing.strategies import Case, cases
+from sparse_sr_attn.testing.tolerances import (
+    LOW_PRECISION,
+    assert_bit_equal,
+    assert_derivatives,
+    assert_gradients_close,
+    assert_no_worse,
+    assert_values_close,
+    gradients,
+)
+
+pytest.importorskip("triton", reason="needs triton")
+
+WIDTH, VALUE_WIDTH = 5, 3  # no powers of two
+small = cases(max_batch=2, max_tokens=9, max_chunk_size=5)
+few = settings(max_examples=8)  # a kernel takes the interpreter a few milliseconds a block
+
+NEIGHBOURS_COINCIDE = Case(num_tokens=5, num_clusters=1, chunk_size=3, seed=1)
+TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, exact_keys=False, seed=2)
+PADDED_TAIL = Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3)
+PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4)
+REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, exact_keys=False, seed=6)
+FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
+LONELY_TAIL = Case(num_tokens=4, num_clusters=1, chunk_size=3, num_adjacent=0, seed=1)
+SEVERAL_BLOCKS = Case(num_tokens=45, num_clusters=5, chunk_size=18, seed=10)  # of 16 slots
+SEVERAL_BLOCKS_PUBLISHED = SEVERAL_BLOCKS.but(exact_keys=False)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small chunks have several."""
+    monkeypatch.setattr(cluster_triton, "_SLOTS", 16)
+
+
+def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
+    return fast.cluster_pattern(
+        case.assignment(device=device),
+        chunk_size=case.chunk_size,
+        num_adjacent=case.num_adjacent,
+        exact_keys=case.exact_keys,
+    )
+
+
+def inputs_of(
+    case: Case, device: torch.device, dtype: torch.dtype = torch.float64, value_width: int = VALUE_WIDTH
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key = (case.tokens(name, WIDTH, dtype=dtype, device=device).requires_grad_() for name in ("query", "key"))
+    return query, key, case.tokens("value", value_width, dtype=dtype, device=device).requires_grad_()
+
+
+@few
+@given(case=small, scale=st.sampled_from((1.0, 0.3)))
+@example(case=Case(num_tokens=1, num_clusters=1, chunk_size=1), scale=1.0)
+@example(case=NEIGHBOURS_COINCIDE, scale=1.0)
+@example(case=TWO_CHUNKS_PUBLISHED, scale=1.0)
+@example(case=PADDED_TAIL, scale=0.3)
+@example(case=PADDED_TAIL_PUBLISHED, scale=0.3)
+@example(case=REPEATED_TWICE_OVER, scale=1.0)
+@example(case=FOUR_CHUNKS_TWO_SIDES, scale=1.0)
+@example(case=LONELY_TAIL, scale=1.0)
+@example(case=SEVERAL_BLOCKS, scale=1.0)
+@example(case=SEVERAL_BLOCKS_PUBLISHED, scale=1.0)
+def test_attention_equals_masked_dense_attention(device: torch.device, case: Case, scale: float) -> None:
+    leaves = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    actual = fast.cluster_attention(*leaves, pattern, scale=scale, form="triton")
+    expected = slow.cluster_attention(*leaves, pattern, scale=scale)
+    assert_values_close(actual, expected)
+    probe = case.tokens("probe", VALUE_WIDTH, device=device)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@few
+@given(case=small, scale=st.sampled_from((1.0, 0.3)))
+@example(case=PADDED_TAIL, scale=0.3)
+@example(case=PADDED_TAIL_PUBLISHED, scale=0.3)
+@example(case=SEVERAL_BLOCKS, scale=1.0)
+def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> None:
+    leaves = inputs_of(case, device)[:2]
+    pattern = pattern_of(case, device)
+    actual = fast.cluster_lse(*leaves, pattern, scale=scale, form="triton")
+    expected = slow.cluster_lse(*leaves, pattern, scale=scale)
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", case.batch, case.num_tokens, device=device)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED], ids=["exact", "published"])
+def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
+    leaves = inputs_of(case, device)
+    pattern = pattern_of(case.but(batch=2 * case.batch), device)
+    actual = fast.cluster_attention_rounds(*leaves, pattern, 2, form="triton")
+    expected = slow.cluster_attention_rounds(*leaves, pattern, 2)
+    assert_values_close(actual, expected)
+    probe = case.tokens("probe", VALUE_WIDTH, device=device)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+def test_gradcheck_of_both_outputs(device: torch.device) -> None:
+    """Numerical derivatives; the output and the lse of one call send gradients back together."""
+    case = Case(num_tokens=3, chunk_size=2, exact_keys=False)
+    pattern = pattern_of(case, device)
+    layout = (pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
+
+    def both(*leaves: Tensor) -> Tensor:
+        output, lse = cluster_triton.attention_op(*leaves, *layout, 0.7)
+        return torch.cat([output, lse[..., None]], dim=-1)
+
+    assert_derivatives(both, inputs_of(case, device))
+
+
+@pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED], ids=["exact", "published"])
+def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_triton, "_VALUE_COLUMNS", 16)
+    leaves = inputs_of(case, device, value_width=35)
+    pattern = pattern_of(case, device)
+    actual = fast.cluster_attention(*leaves, pattern, form="triton")
+    expected = slow.cluster_attention(*leaves, pattern)
+    assert_values_close(actual, expected)
+    probe = case.tokens("probe", 35, device=device)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's in the interpreter, of who sees the NaN
+@pytest.mark.parametrize("filling", [1e4, float("nan")])
+@pytest.mark.parametrize("case", [FOUR_CHUNKS_TWO_SIDES.but(num_adjacent=1), LONELY_TAIL], ids=["ring", "tail"])
+def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, filling: float) -> None:
+    query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
+    pattern = pattern_of(case, device)
+    before = fast.cluster_attention(query, key, value, pattern, form="triton")
+    token = int(pattern.order[0, -1])
+    blind = ~slow.visible_pairs(pattern)[:, :, token]
+    assert blind.any()
+    key[:, token], value[:, token] = filling, filling
+    assert_bit_equal(fast.cluster_attention(query, key, value, pattern, form="triton")[blind], before[blind])
+
+
+def test_large_scores_do_not_overflow(device: torch.device) -> None:
+    """Rising along the keys, so that the running maximum moves with every block."""
+    case = SEVERAL_BLOCKS.but(num_clusters=1)
+    query, key, value = (leaf.detach() for leaf in inputs_of(case, device, torch.float32))
+    key = key * torch.linspace(0, 300, case.num_tokens, device=device)[:, None]
+    pattern = pattern_of(case, device)
+    actual = fast.cluster_attention(query, key, value, pattern, form="triton")
+    expected = slow.cluster_attention(query.double(), key.double(), value.double(), pattern)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [PADDED_TAIL, SEVERAL_BLOCKS_PUBLISHED], ids=["tail", "blocks"])
+def test_low_precision_is_no_worse_than_dense_attention(device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    """Values in `dtype` under queries and keys in float32, as LSP gives them."""
+    wide = inputs_of(case, device, value_width=40)
+    kinds = (torch.float32, torch.float32, dtype)
+    rows = [leaf.detach().to(kind).requires_grad_() for leaf, kind in zip(wide, kinds, strict=True)]
+    exact = [row.detach().double().requires_grad_() for row in rows]
+    pattern = pattern_of(case, device)
+    actual = fast.cluster_attention(*rows, pattern, form="triton")
+    peer = slow.cluster_attention(*rows, pattern)
+    oracle = slow.cluster_attention(*exact, pattern)
+    assert actual.dtype == dtype
+    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
+    probe = case.tokens("probe", 40, dtype=dtype, device=device)
+    results = (gradients(actual, rows, probe), gradients(peer, rows, probe), gradients(oracle, exact, probe))
+    for mine, dense, true in zip(*results, strict=True):
+        assert mine.dtype == dense.dtype
+        assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+
+
+def test_results_are_the_same_in_every_run(device: torch.device) -> None:
+    leaves = inputs_of(SEVERAL_BLOCKS_PUBLISHED, device, torch.float32)
+    pattern = pattern_of(SEVERAL_BLOCKS_PUBLISHED, device)
+    probe = SEVERAL_BLOCKS_PUBLISHED.tokens("probe", VALUE_WIDTH, dtype=torch.float32, device=device)
+
+    def run() -> list[Tensor]:
+        output = fast.cluster_attention(*leaves, pattern, form="triton")
+        return [output, *gradients(output, leaves, probe)]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert_bit_equal(first, second)
+
+
+@few
+@given(case=small, width=st.integers(1, 20), num_clusters=st.integers(1, 40))
+@example(case=SEVERAL_BLOCKS, width=4, num_clusters=33)
+def test_nearest_centroid(device: torch.device, case: Case, width: int, num_clusters: int) -> None:
+    points = case.tokens("points", width, device=device)
+    centroids = case.but(num_clusters=num_clusters).centroids(width, device=device)
+    best, index = cluster_triton.nearest_op(points, centroids)
+    scores = torch.einsum("bnd,kd->bnk", points, centroids)
+    assert_values_close(best, scores.amax(dim=-1))
+    assert_bit_equal(index, scores.argmax(dim=-1))
+
+
+def test_the_lowest_index_wins_a_tie(device: torch.device) -> None:
+    """Within a block of centroids, and between blocks."""
+    points = PADDED_TAIL.integers("points", 5, 2, 7, 3, device=device).double() - 2
+    some = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, -1]], dtype=torch.float64, device=device)
+    centroids = some.repeat(15, 1)  # 45: two whole blocks of 16 and a part
+    _, index = cluster_triton.nearest_op(points, centroids)
+    scores = points @ some.T
+    lowest = torch.where(scores == scores.amax(dim=-1, keepdim=True), torch.arange(3, device=device), 3).amin(dim=-1)
+    assert_bit_equal(index, lowest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_points_are_assigned_in_float32(device: torch.device, dtype: torch.dtype) -> None:
+    points = SEVERAL_BLOCKS.tokens("points", 6, dtype=dtype, device=device)
+    centroids = SEVERAL_BLOCKS.centroids(6, device=device).float()
+    best, index = cluster_triton.nearest_op(points, centroids)
+    wide_best, wide_index = cluster_triton.nearest_op(points.float(), centroids)
+    assert best.dtype == torch.float32
+    assert_bit_equal(best, wide_best)
+    assert_bit_equal(index, wide_index)
+
+
+def test_too_wide_queries_are_refused(device: torch.device) -> None:
+    rows = torch.zeros(1, 2, 257, device=device)
+    pattern = pattern_of(Case(num_tokens=2), device)
+    with pytest.raises(FormError, match="at most 256 channels, got 257; 'oneshot' works"):
+        fast.cluster_attention(rows, rows, rows, pattern, form="triton")
+
+
+COMPILE = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sparse_sr_attn.functional import cluster, cluster_triton, triton_kernels
+
+SIZES = {"num_tokens", "chunk_size", "num_slots", "first", "num_seen", "fill", "num_repeats"}
+NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+def shared_memory(kernel, options, work, value):
+    kinds = {"order": "i64", "index": "i64"} | dict.fromkeys(("value", "output", "grad_output", "grad_value"), value)
+    signature, constants = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in options:
+            signature[name], constants[(place,)] = "constexpr", options[name]
+        else:
+            signature[name] = "i32" if name in SIZES else "*" + kinds.get(name, work)
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    return triton.compile(ASTSource(kernel, signature, constants), target=target).metadata.shared
+
+for dtype, query_dim, value_dim in (
+    (torch.float32, 16, 64), (torch.bfloat16, 16, 64), (torch.float16, 16, 180), (torch.float32, 256, 128),
+    (torch.float64, 16, 64),
+):
+    query = torch.empty(1, 1000, query_dim, dtype=torch.promote_types(dtype, torch.float32))
+    value = torch.empty(1, 1000, value_dim, dtype=dtype)
+    for exact_keys in (True, False):
+        pattern = cluster.cluster_pattern(torch.zeros(1, 1000).long(), chunk_size=144, exact_keys=exact_keys)
+        options = cluster_triton._Launch.of(query, value, pattern, 1.0).options | {"START": 0}
+        for kernel in (triton_kernels.forward, triton_kernels.backward_query, triton_kernels.backward_key):
+            used = shared_memory(kernel, options, NAMES[query.dtype], NAMES[dtype])
+            print(dtype, query_dim, value_dim, exact_keys, kernel.__name__, used, flush=True)
+            assert used <= 99 * 1024, "more shared memory than a multiprocessor of the smallest GPUs gives a program"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_kernels_compile_for_gpus(capability: str, tmp_path: os.PathLike[str]) -> None:
+    """Down to machine code, which needs no GPU: the interpreter forgives types and sizes that a GPU does not."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, capability]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
