@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"errors", "states", "registry", "config", "functional", "layers", "blocks"},
     "files": set(),
     "inference": set(),
+    "graphs": {"errors"},
     "images": {"errors", "files", "inference"},
     "checkpoints": {"errors", "config", "functional", "layers", "backbones"},
     "conversion": {"errors", "files", "backbones", "checkpoints"},

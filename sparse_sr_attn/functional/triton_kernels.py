@@ -36,6 +36,26 @@ def _tokens(order, slot, mask, num_tokens, fill, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _own(order, chunk_size, num_tokens, BLOCK: tl.constexpr):
+    """Return the slots of a program, the rows of their tokens, and which hold one."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.program_id(1) * chunk_size + i
+    mask = (i < chunk_size) & (slot < num_tokens)
+    return slot, _tokens(order, slot, mask, num_tokens, 0, True), mask
+
+
+@triton.jit
+def _seen(order, start, begin, num_seen, num_tokens, num_slots, fill, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the rows of BLOCK tokens that are seen from `start` on, those from `begin`, and which of them count."""
+    j = begin + tl.arange(0, BLOCK)
+    slot = (start + j) % num_slots
+    mask = j < num_seen
+    if EXACT:
+        mask = mask & (slot < num_tokens)
+    return _tokens(order, slot, mask, num_tokens, fill, EXACT), mask
+
+
+@triton.jit
 def forward(
     query,
     key,
@@ -69,10 +89,7 @@ def forward(
     of the values are gathered, from column START on.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    query_slot = tl.program_id(1) * chunk_size + i
-    is_query = (i < chunk_size) & (query_slot < num_tokens)
-    query_token = _tokens(order, query_slot, is_query, num_tokens, fill, True)
+    _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
     q = _rows(query, query_token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
 
     largest = tl.full([BLOCK_I], float("-inf"), WORK)
@@ -80,12 +97,7 @@ def forward(
     gathered = tl.zeros([BLOCK_I, BLOCK_E], WORK)
     first = first + tl.program_id(1) * chunk_size
     for begin in range(0, num_seen, BLOCK_J):
-        j = begin + tl.arange(0, BLOCK_J)
-        slot = (first + j) % num_slots
-        is_key = j < num_seen
-        if EXACT:
-            is_key = is_key & (slot < num_tokens)
-        token = _tokens(order, slot, is_key, num_tokens, fill, EXACT)
+        token, is_key = _seen(order, first, begin, num_seen, num_tokens, num_slots, fill, EXACT, BLOCK_J)
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
@@ -139,10 +151,7 @@ def backward_query(
     keys have been met, so the mean key, of which `delta` times is taken from the result, is gathered on its own.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    query_slot = tl.program_id(1) * chunk_size + i
-    is_query = (i < chunk_size) & (query_slot < num_tokens)
-    query_token = _tokens(order, query_slot, is_query, num_tokens, fill, True)
+    _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
     q = _rows(query, query_token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
     grad = _rows(grad_output, query_token, is_query, VALUE_DIM, START, BLOCK_E)
     log_total = tl.load(lse + query_token, mask=is_query, other=0.0)
@@ -152,12 +161,7 @@ def backward_query(
     mean_key = tl.zeros([BLOCK_I, BLOCK_D], WORK)
     first = first + tl.program_id(1) * chunk_size
     for begin in range(0, num_seen, BLOCK_J):
-        j = begin + tl.arange(0, BLOCK_J)
-        slot = (first + j) % num_slots
-        is_key = j < num_seen
-        if EXACT:
-            is_key = is_key & (slot < num_tokens)
-        token = _tokens(order, slot, is_key, num_tokens, fill, EXACT)
+        token, is_key = _seen(order, first, begin, num_seen, num_tokens, num_slots, fill, EXACT, BLOCK_J)
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
@@ -211,10 +215,7 @@ def backward_key(
     that chunk see it there as well.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    key_slot = tl.program_id(1) * chunk_size + i
-    is_key = (i < chunk_size) & (key_slot < num_tokens)
-    key_token = _tokens(order, key_slot, is_key, num_tokens, fill, True)
+    key_slot, key_token, is_key = _own(order, chunk_size, num_tokens, BLOCK_I)
     k = _rows(key, key_token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
     v = _rows(value, key_token, is_key, VALUE_DIM, START, BLOCK_E)
 
@@ -229,10 +230,7 @@ def backward_key(
         chunk = tl.where(turn == 0, tl.program_id(1), tl.num_programs(1) - 1)
         start = first + chunk * chunk_size
         for begin in range(0, num_seen, BLOCK_J):
-            j = begin + tl.arange(0, BLOCK_J)
-            slot = (start + j) % num_slots
-            is_query = (j < num_seen) & (slot < num_tokens)
-            token = _tokens(order, slot, is_query, num_tokens, fill, True)
+            token, is_query = _seen(order, start, begin, num_seen, num_tokens, num_slots, fill, True, BLOCK_J)
             q = _rows(query, token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
             grad = _rows(grad_output, token, is_query, VALUE_DIM, START, BLOCK_E)
             log_total = tl.load(lse + token, mask=is_query, other=0.0)

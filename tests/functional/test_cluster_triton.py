@@ -128,13 +128,17 @@ def test_gradcheck_of_both_outputs(device: torch.device) -> None:
 
 @pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED], ids=["exact", "published"])
 def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the gradient of the lse counts once, not with every part."""
     monkeypatch.setattr(cluster_triton, "_VALUE_COLUMNS", 16)
     leaves = inputs_of(case, device, value_width=35)
     pattern = pattern_of(case, device)
-    actual = fast.cluster_attention(*leaves, pattern, form="triton")
-    expected = slow.cluster_attention(*leaves, pattern)
+    layout = (pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
+    output, lse = cluster_triton.attention_op(*leaves, *layout, 1.0)
+    actual = torch.cat([output, lse[..., None]], dim=-1)
+    output, lse = slow.cluster_attention(*leaves, pattern), slow.cluster_lse(*leaves[:2], pattern)
+    expected = torch.cat([output, lse[..., None]], dim=-1)
     assert_values_close(actual, expected)
-    probe = case.tokens("probe", 35, device=device)
+    probe = case.tokens("probe", 36, device=device)
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 

@@ -1,0 +1,93 @@
+"""CUDA graphs, and what makes them possible: in evaluation nothing asks the GPU for a value."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from sparse_sr_attn import CoA, LCoA
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.errors import FormError, ShapeError
+from sparse_sr_attn.functional import forms
+from sparse_sr_attn.functional.forms import Form
+from sparse_sr_attn.graphs import capture
+
+IMAGES = torch.rand(1, 3, 12, 10)
+gpu_forms = pytest.mark.parametrize("form", ["oneshot", "triton"])
+
+
+@pytest.fixture
+def form(form: Form, monkeypatch: pytest.MonkeyPatch) -> Form:
+    """The form that attention takes, as on a GPU."""
+    monkeypatch.setattr(forms, "_best_form", lambda _: form)
+    return form
+
+
+@contextmanager
+def without_values() -> Iterator[FakeTensorMode]:
+    """Tensors that have a shape and no numbers: to ask for one, or for a shape that depends on one, is a failure."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    except (DataDependentOutputException, DynamicOutputShapeException) as problem:
+        raise AssertionError(f"a value is asked for: {problem}") from problem
+
+
+@gpu_forms
+@pytest.mark.usefixtures("form")
+def test_networks_ask_for_no_value(trained: Network) -> None:
+    with without_values() as mode, torch.no_grad():
+        output = trained(mode.from_tensor(IMAGES))
+    assert output.shape == (1, 3, *(trained.upscale * side for side in IMAGES.shape[-2:]))
+
+
+@gpu_forms
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("num_rounds", [1, 2])
+def test_layers_ask_for_no_value(num_rounds: int) -> None:
+    first, later = LCoA(6, chunk_size=7, num_rounds=num_rounds).eval(), CoA(6).eval()
+    with without_values() as mode, torch.no_grad():
+        x = mode.from_tensor(torch.rand(1, 6, 5, 4))
+        assert first(x).shape == x.shape
+        assert later(x, first.attend(x)).shape == x.shape
+
+
+def test_to_ask_for_a_value_is_noticed() -> None:
+    """What the tests above rest on."""
+    for ask in (lambda x: x.max().item(), lambda x: x[x > 0.5], lambda x: x.nonzero(), lambda x: bool(x.sum() > 0)):
+        with pytest.raises(AssertionError, match="a value is asked for"), without_values() as mode:
+            ask(mode.from_tensor(IMAGES))
+
+
+def test_without_a_gpu_it_is_refused() -> None:
+    with pytest.raises(FormError, match="needs a network and images on a CUDA device, got images on 'cpu'"):
+        capture(LCoA(3).eval(), IMAGES)
+
+
+@pytest.mark.cuda
+def test_a_graph_computes_what_the_network_computes(trained: Network) -> None:
+    trained.cuda()
+    run = capture(trained, IMAGES.cuda())
+    for seed in range(2):
+        images = torch.rand(IMAGES.shape, generator=torch.Generator().manual_seed(seed)).cuda()
+        with torch.no_grad():
+            torch.testing.assert_close(run(images), trained(images))
+    first = run(IMAGES.cuda())
+    kept = first.clone()
+    run(images)
+    assert torch.equal(first, kept), "a later run writes over an earlier result"
+
+
+@pytest.mark.cuda
+def test_a_graph_takes_one_size_and_weights_that_stay(trained: Network) -> None:
+    trained.cuda()
+    with pytest.raises(FormError, match=r"got one in training mode; call net.eval\(\)"):
+        capture(trained.train(), IMAGES.cuda())
+    run = capture(trained.eval(), IMAGES.cuda())
+    with pytest.raises(ShapeError, match=r"takes images of .*\(1, 3, 12, 10\).*, got .*\(1, 3, 12, 9\)"):
+        run(IMAGES[..., :9].cuda())
+    trained.cpu()
+    with pytest.raises(RuntimeError, match="weights have been moved since the CUDA graph was captured"):
+        run(IMAGES.cuda())
