@@ -25,13 +25,13 @@ def capture(net: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         A function of images of that shape, dtype and device, without gradient. It returns memory of its own.
 
     Raises:
-        FormError: `images` is not on a CUDA device, or `net` is in training mode (its state would move in every replay).
+        FormError: `images` is not on a CUDA device, or `net` is in training mode (its state would move in each replay).
         ShapeError: (when called) the images are not as `images` was.
         RuntimeError: (when called) a weight is no longer where it was.
 
     Note:
-        LCoA, CoA and the networks never wait for the GPU in evaluation mode, which capturing requires. Tiles of one size
-        are a use of it: `upscale_tiled(capture(net, tile), image, ...)` for images no smaller than a tile.
+        LCoA, CoA and the networks never wait for the GPU in evaluation mode, which capturing requires. Tiles of one
+        size are a use of it: `upscale_tiled(capture(net, tile), image, ...)` for images no smaller than a tile.
     """
     if not images.is_cuda:
         raise FormError(

@@ -9,6 +9,10 @@ written by one program, without atomics, so results are the same in every run.
 import triton
 import triton.language as tl
 
+# Sizes that change from image to image: no kernel is compiled anew because one can be divided by 16.
+_SIZES = ["num_tokens", "chunk_size", "num_slots", "first", "num_seen", "fill", "num_repeats", "num_points"]
+_kernel = triton.jit(do_not_specialize=_SIZES)
+
 
 @triton.jit
 def _rows(pointer, token, mask, width: tl.constexpr, start: tl.constexpr, BLOCK: tl.constexpr):
@@ -55,7 +59,7 @@ def _seen(order, start, begin, num_seen, num_tokens, num_slots, fill, EXACT: tl.
     return _tokens(order, slot, mask, num_tokens, fill, EXACT), mask
 
 
-@triton.jit
+@_kernel
 def forward(
     query,
     key,
@@ -114,7 +118,7 @@ def forward(
     tl.store(lse + query_token, largest + tl.log(total), mask=is_query)
 
 
-@triton.jit
+@_kernel
 def backward_query(
     grad_output,
     grad_lse,
@@ -177,7 +181,7 @@ def backward_query(
     _put(grad_query, query_token, is_query, SCALE * (result - less[:, None] * mean_key), QUERY_DIM, 0, BLOCK_D)
 
 
-@triton.jit
+@_kernel
 def backward_key(
     grad_output,
     query,
@@ -246,7 +250,7 @@ def backward_key(
     _put(grad_value, key_token, is_key, to_value, VALUE_DIM, START, BLOCK_E)
 
 
-@triton.jit
+@_kernel
 def nearest(
     points,
     centroids,

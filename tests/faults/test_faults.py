@@ -25,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = "sparse_sr_attn/functional/cluster.py"
 LAYOUT = "sparse_sr_attn/functional/cluster_layout.py"
 TILES = "sparse_sr_attn/functional/cluster_tiles.py"
+KERNELS = "sparse_sr_attn/functional/triton_kernels.py"
+TRITON = "sparse_sr_attn/functional/cluster_triton.py"
+FLEX = "sparse_sr_attn/functional/cluster_flex.py"
+FORMS = "sparse_sr_attn/functional/forms.py"
 PRECISION = "sparse_sr_attn/functional/precision.py"
 KMEANS = "sparse_sr_attn/functional/kmeans.py"
 RECOMPUTATION = "sparse_sr_attn/functional/recomputation.py"
@@ -70,6 +74,10 @@ BENCH_STANDINS = "sparse_sr_attn/bench/standins.py"
 BENCH_TIMING = "sparse_sr_attn/bench/timing.py"
 
 IN_CLUSTER = "tests/functional/test_cluster.py"
+IN_TRITON = "tests/functional/test_cluster_triton.py"
+IN_FLEX = "tests/functional/test_cluster_flex.py"
+IN_FORMS = "tests/functional/test_forms.py"
+IN_GRAPHS = "tests/test_graphs.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
 IN_SIZES = "tests/functional/test_sizes.py"
 IN_ROUNDS = "tests/functional/test_rounds.py"
@@ -2148,6 +2156,167 @@ FAULTS = [
         'cell = "refused" if speedup.ratio is None',
         'cell = "–" if speedup.ratio is None',
         f"{IN_BENCH_RUN}::test_no_speed_up_for_an_output_that_is_wrong",
+    # --- other forms
+    Fault(
+        "the running sum is not rescaled",
+        KERNELS,
+        "total = total * rescale + tl.sum(powers, 1)",
+        "total = total + tl.sum(powers, 1)",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "what is gathered is not rescaled",
+        KERNELS,
+        "gathered = gathered * rescale[:, None]",
+        "gathered = gathered * 1.0",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the kernel does not follow the largest score",
+        KERNELS,
+        "larger = tl.maximum(largest, tl.max(scores, 1))",
+        "larger = tl.where(largest == float('-inf'), tl.max(scores, 1), largest)",
+        f"{IN_TRITON}::test_large_scores_do_not_overflow",
+    ),
+    Fault(
+        "kernels see the tail",
+        KERNELS,
+        "return _tokens(order, slot, mask, num_tokens, fill, EXACT), mask",
+        "return _tokens(order, slot, mask, num_tokens, fill, EXACT), j < num_seen",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the kernel sees the chunks before the neighbours",
+        TRITON,
+        "sees=(-behind * i",
+        "sees=(-(behind + 1) * i",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "keys take gradients from the chunks behind them only",
+        TRITON,
+        "seen_by=(-ahead * i",
+        "seen_by=(0 * i",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "a repeated key takes its gradient once",
+        KERNELS,
+        "for turn in range(0, 1 + num_repeats):",
+        "for turn in range(0, 1):",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "a key repeated twice takes its gradient in the first place twice",
+        KERNELS,
+        "(repeat + (turn - 1) * num_tokens < num_slots)",
+        "(repeat < num_slots)",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the slots past the last token repeat the first tokens",
+        TRITON,
+        "fill=-padding % n",
+        "fill=0",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "the gradient of the lse gets lost",
+        KERNELS,
+        "        less -= tl.load(grad_lse",
+        "        less -= 0 * tl.load(grad_lse",
+        f"{IN_TRITON}::test_lse_equals_dense",
+    ),
+    Fault(
+        "the gradient of the lse counts with every part of the values",
+        KERNELS,
+        "    if START == 0:",
+        "    if START >= 0:",
+        f"{IN_TRITON}::test_wide_values_go_in_parts",
+    ),
+    Fault(
+        "only the first part of wide values sends gradients to queries",
+        TRITON,
+        "                grad_query += parts[0]\n",
+        "",
+        f"{IN_TRITON}::test_wide_values_go_in_parts",
+    ),
+    Fault(
+        "the centroid of the last block wins a tie",
+        KERNELS,
+        "winner = tl.where(larger > largest,",
+        "winner = tl.where(larger >= largest,",
+        f"{IN_TRITON}::test_the_lowest_index_wins_a_tie",
+    ),
+    Fault(
+        "the highest index of a block wins a tie",
+        KERNELS,
+        "tl.min(tl.where(scores == larger[:, None], cluster[None, :], num_clusters), 1)",
+        "tl.max(tl.where(scores == larger[:, None], cluster[None, :], -1), 1)",
+        f"{IN_TRITON}::test_the_lowest_index_wins_a_tie",
+    ),
+    Fault(
+        "centroids that do not exist win",
+        KERNELS,
+        'scores = tl.where(is_cluster[None, :], scores, float("-inf"))',
+        "scores = tl.where(is_cluster[None, :], scores, 0.0)",
+        f"{IN_TRITON}::test_nearest_centroid",
+    ),
+    Fault(
+        "half points are compared in half precision",
+        KERNELS,
+        "c = _rows(centroids, cluster, is_cluster, WIDTH, 0, BLOCK_D).to(WORK)",
+        "c = _rows(centroids, cluster, is_cluster, WIDTH, 0, BLOCK_D).to(points.dtype.element_ty).to(WORK)",
+        f"{IN_TRITON}::test_half_points_are_assigned_in_float32",
+    ),
+    Fault(
+        "flex takes blocks that only some see for whole",
+        FLEX,
+        "(stop <= ((first + ahead + 1) * i)[:, None])",
+        "(stop <= ((last + ahead + 1) * i)[:, None])",
+        f"{IN_FLEX}::test_block_masks_show_what_the_pattern_shows",
+    ),
+    Fault(
+        "flex takes the tail for whole",
+        FLEX,
+        "hidden = torch.nn.functional.pad(seen >= num_real",
+        "hidden = torch.nn.functional.pad(seen >= layout.num_slots",
+        f"{IN_FLEX}::test_block_masks_show_what_the_pattern_shows",
+    ),
+    Fault(
+        "flex lists too few blocks",
+        FLEX,
+        "(block - 2) // i + 2 + ahead",
+        "(block - 2) // i + 1 + ahead",
+        f"{IN_FLEX}::test_block_masks_show_what_the_pattern_shows",
+    ),
+    Fault(
+        "flex counts a chunk met twice twice",
+        FLEX,
+        "(a - min(a, (k - 1) // 2), a + min(a, k // 2))",
+        "(a - min(a, k // 2), a + min(a, k // 2))",
+        f"{IN_FLEX}::test_block_masks_show_what_the_pattern_shows",
+    ),
+    Fault(
+        "kernels are exported",
+        FORMS,
+        '    if torch.compiler.is_exporting():\n        return "oneshot"\n',
+        "",
+        f"{IN_FORMS}::test_auto_exports_oneshot",
+    ),
+    Fault(
+        "auto takes triton where it is not installed",
+        FORMS,
+        'device.type == "cuda" and HAS_TRITON and',
+        'device.type == "cuda" and',
+        f"{IN_FORMS}::test_auto_does_without_triton",
+    ),
+    Fault(
+        "the pattern asks the GPU for the number of clusters",
+        CLUSTER,
+        "    position = torch.arange(num_tokens, device=assignment.device)\n",
+        "    position = torch.arange(num_tokens, device=assignment.device)\n    int(assignment.max())\n",
+        f"{IN_GRAPHS}::test_layers_ask_for_no_value",
     ),
 ]
 

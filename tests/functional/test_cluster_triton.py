@@ -156,6 +156,7 @@ def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, filling
     assert_bit_equal(fast.cluster_attention(query, key, value, pattern, form="triton")[blind], before[blind])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter; what comes of it is checked
 def test_large_scores_do_not_overflow(device: torch.device) -> None:
     """Rising along the keys, so that the running maximum moves with every block."""
     case = SEVERAL_BLOCKS.but(num_clusters=1)
