@@ -2156,6 +2156,7 @@ FAULTS = [
         'cell = "refused" if speedup.ratio is None',
         'cell = "–" if speedup.ratio is None',
         f"{IN_BENCH_RUN}::test_no_speed_up_for_an_output_that_is_wrong",
+    ),
     # --- other forms
     Fault(
         "the running sum is not rescaled",
