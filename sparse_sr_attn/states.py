@@ -1,6 +1,7 @@
 """What attention layers share: frozen values that travel by argument, never by attribute."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -60,7 +61,9 @@ class WindowAttention:
 
     Attributes:
         weights: of each group, from every pixel of `k` windows to the `i` pixels of its window; rows of pixels that
-            exist sum to 1. Carries gradient to the provider.
+            exist sum to 1. `None` where making them again from `queries` costs less than to keep them. Carries
+            gradient to the provider.
+        queries: of each group without weights, which are the softmax of their products; else `None`.
         window_sizes: of each group, in pixels.
         shift: whether the windows are moved by half their size.
         exact_shift: whether what is moved goes back to where it was; `False` is published (`docs/deviations.md`).
@@ -68,7 +71,8 @@ class WindowAttention:
         width: of the map, in pixels.
     """
 
-    weights: tuple[Float[Tensor, "b _ _ _"], ...]
+    weights: tuple[Float[Tensor, "b _ _ _"] | None, ...]
+    queries: tuple[Float[Tensor, "b _ h w"] | None, ...]
     window_sizes: tuple[int, ...]
     shift: bool
     exact_shift: bool
@@ -77,7 +81,8 @@ class WindowAttention:
 
     def made_for(self) -> tuple[int, int, int]:
         """Return the number of maps, their height and width."""
-        return self.weights[0].shape[0], self.height, self.width
+        first = cast(Tensor, self.queries[0] if self.weights[0] is None else self.weights[0])
+        return first.shape[0], self.height, self.width
 
 
 for _state in (ClusterPattern, ClusterAttention, WindowAttention):

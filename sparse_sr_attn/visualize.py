@@ -3,15 +3,17 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
 from sparse_sr_attn.functional.kmeans import assign
+from sparse_sr_attn.functional.window import window_weights
 from sparse_sr_attn.functional.window_grid import WindowGrid
 from sparse_sr_attn.layers.base import AttentionLayer
 from sparse_sr_attn.layers.gmsa import window_shifts
@@ -143,15 +145,17 @@ def _in_clusters(state: ClusterAttention, tokens: Tensor) -> Tensor:
 
 
 def _in_windows(state: WindowAttention, tokens: Tensor) -> Tensor:
-    maps = state.weights[0].new_zeros(len(tokens), state.height * state.width + 1)  # the last one is for pads
-    for weights, size in zip(state.weights, state.window_sizes, strict=True):
+    total = torch.zeros((), device=tokens.device)
+    for kept, query, size in zip(state.weights, state.queries, state.window_sizes, strict=True):
         grid = WindowGrid(state.height, state.width, size)
         shift, _ = window_shifts(size, state.shift, state.exact_shift)
+        weights = window_weights(cast(Tensor, query), window_size=size, shift=shift) if kept is None else kept
         slot = grid.slots(shift, weights.device)[tokens]
         window, row = slot // size**2, slot % size**2
         keys = grid.pixels(shift, weights.device).view(-1, size**2)[window]
-        maps.scatter_add_(1, keys, weights[0, window, row])
-    return maps[:, :-1] / len(state.weights)
+        maps = weights.new_zeros(len(tokens), state.height * state.width + 1)  # the last one is for pads
+        total = total + maps.scatter_(1, keys, weights[0, window, row])[:, :-1]
+    return total / len(state.weights)
 
 
 def attention_overlap(
@@ -182,8 +186,7 @@ def attention_overlap(
     ((height, width),) = sizes
     tokens = torch.linspace(0, height * width - 1, min(num_tokens, height * width), dtype=torch.float64).round().long()
     total = torch.zeros(len(states), len(states), dtype=torch.float64)
-    first = states[0]
-    device = (first.pattern.order if isinstance(first, ClusterAttention) else first.weights[0]).device
+    device = next(leaf.device for leaf in tree_leaves(states[0]) if isinstance(leaf, Tensor))
     for some in tokens.to(device).split(_ROWS_AT_A_TIME):
         maps = [attended(state, some) for state in states]
         for a, one in enumerate(maps):

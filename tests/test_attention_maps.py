@@ -77,6 +77,21 @@ def test_in_windows_is_the_mean_row_of_dense_attention(shift: bool) -> None:
     torch.testing.assert_close(maps, sum(groups)[0].flatten(1).T / 3, rtol=1e-10, atol=1e-10)
 
 
+@torch.no_grad()
+def test_in_windows_whose_weights_are_made_again() -> None:
+    """Of windows so large that a state keeps their queries."""
+    torch.manual_seed(0)
+    layer = GMSA(8, window_sizes=(9,), shift=True).double().eval()
+    state = layer.attend(features())
+    assert state.weights == (None,)
+    with torch.enable_grad():
+        kept = layer.attend(features())
+    torch.testing.assert_close(
+        attended(state, torch.arange(54)), attended(kept, torch.arange(54)).detach(), rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(attention_overlap([state, state]), torch.ones(2, 2, dtype=torch.float64))
+
+
 def test_of_several_rounds_is_their_sum() -> None:
     pattern = lsp(num_rounds=2)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from sparse_sr_attn.backbones.base import Network, remembered
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+from sparse_sr_attn.functional.layout import channels_last
 from sparse_sr_attn.functional.modulo import modulo
 
 
@@ -83,7 +84,7 @@ class ELAN(Network):
 
     def upscaled(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Return what the network makes of an image whose mean is 0, in its own range."""
-        first = self.conv_first(_reflected(_reflected(x, 2, self.multiple), 3, self.multiple))
+        first = self.conv_first(channels_last(_reflected(_reflected(x, 2, self.multiple), 3, self.multiple)))
         output = F.pixel_shuffle(self.conv_last(self.features(first) + first), self.upscale)
         # Copied, not cut: for a compiler the strides of a slice would tell whether there was padding.
         for dim in (2, 3):

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, PositiveInt, checked
+from sparse_sr_attn.functional.layout import channels_last
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_alone
 from sparse_sr_attn.layers.gmsa import GMSA
 from sparse_sr_attn.layers.shift_conv import LFE
@@ -77,10 +79,11 @@ class ELAB(AttentionLayer):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         check_alone(self, state)
+        x = channels_last(x)
         shared = None
         for lfe, attention in zip(self.lfe, self.attention, strict=True):
-            x = x + self.res_scale * lfe(x)
-            if shared is None:
+            x = torch.add(x, lfe(x), alpha=self.res_scale)
+            if shared is None and len(self.attention) > 1:
                 shared = cast(GMSA, attention).attend(x)
             x = attention(x, shared)
         return x

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional.layout import pointwise_conv2d
+
 Form = Literal["slices", "masked"]
 """How a shift convolution is carried out: by moved slices, or as a 3x3 convolution with five taps."""
 
@@ -23,15 +25,28 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
     Zeros come in from outside.
 
+    Note:
+        Carried out by moving slices; on a CPU, for a map in channels-last memory, whose slices are in small pieces, by
+        a depthwise 3x3 convolution with one-hot kernels. They are the same to the bit.
+
     Source:
-        ELAN (arXiv 2203.06697), which spells it as a depthwise 3x3 convolution with one-hot kernels: the same bits.
+        ELAN (arXiv 2203.06697), which spells it as such a convolution.
     """
+    if _is_faster_depthwise(x):
+        kernels = taps(x).unsqueeze(1).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, kernels, padding=1, groups=x.shape[1])
     share = x.shape[1] // _SHARES
     moved = [
         F.pad(x[:, index * share : (index + 1) * share], (1 - column, column - 1, 1 - row, row - 1))
         for index, (row, column) in enumerate(_TAPS)
     ]
     return torch.cat([*moved, x[:, len(_TAPS) * share :]], dim=1)
+
+
+def _is_faster_depthwise(x: Tensor) -> bool:
+    if not x.is_cpu or torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def shift_conv2d(
@@ -60,7 +75,7 @@ def shift_conv2d(
         return F.conv2d(x, spread(weight), bias, padding=1)
     if form != "slices":
         raise ValueError(f"form must be 'slices' or 'masked', got {form!r}")
-    return F.conv2d(shift2d(x), weight, bias)
+    return pointwise_conv2d(shift2d(x), weight, bias)
 
 
 def spread(weight: Float[Tensor, "o c 1 1"]) -> Float[Tensor, "o c 3 3"]:

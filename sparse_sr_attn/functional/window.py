@@ -44,7 +44,7 @@ def merge(windows: Float[Tensor, "b k i c"], height: int, width: int, shift: int
 
 def window_weights(
     query: Float[Tensor, "b d h w"],
-    key: Float[Tensor, "b d h w"],
+    key: Float[Tensor, "b d h w"] | None = None,
     *,
     window_size: int,
     shift: int = 0,
@@ -55,7 +55,7 @@ def window_weights(
 
     Args:
         query: any h, w >= 1.
-        key: of the same size.
+        key: of the same size; `None` where the queries are the keys, which saves work.
         window_size: side of a window in pixels, >= 1; may exceed the map.
         shift: pixels that the windows are moved by to the right and down, >= 0.
         scale: factor on the dot products, dimensionless.
@@ -71,8 +71,7 @@ def window_weights(
     Note:
         Differentiable. Oracle: `reference.window`. A window that holds the whole map is dense attention.
     """
-    if query.shape != key.shape:
-        raise ShapeError(f"query and key must be of one size, got {tuple(query.shape)} and {tuple(key.shape)}")
+    _check_key(query, key)
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
     if _as_operator(form):
         return operators.weights_op(query, key, window_size, shift, scale)  # type: ignore[no-any-return]
@@ -122,7 +121,7 @@ def apply_window_weights(
 
 def window_attention(
     query: Float[Tensor, "b d h w"],
-    key: Float[Tensor, "b d h w"],
+    key: Float[Tensor, "b d h w"] | None,
     value: Float[Tensor, "b e h w"],
     *,
     window_size: int,
@@ -131,7 +130,7 @@ def window_attention(
     scale: float = 1.0,
     form: Form = "auto",
 ) -> Float[Tensor, "b e h w"]:
-    """Return `apply_window_weights(window_weights(query, key, ...), value, ...)`.
+    """Return `apply_window_weights(window_weights(query, key, ...), value, ...)`, without keeping the weights.
 
     Args:
         query: as in `window_weights`.
@@ -148,9 +147,24 @@ def window_attention(
 
     Raises:
         ShapeError: the maps differ in size.
+
+    Note:
+        Differentiable. The backward computes the weights again.
     """
-    weights = window_weights(query, key, window_size=window_size, shift=shift, scale=scale, form=form)
-    return apply_window_weights(weights, value, window_size=window_size, shift=shift, unshift=unshift, form=form)
+    _check_key(query, key)
+    if query.shape[0] != value.shape[0] or query.shape[2:] != value.shape[2:]:
+        raise ShapeError(f"query and value must be of one size, got {tuple(query.shape)} and {tuple(value.shape)}")
+    unshift = shift if unshift is None else unshift
+    grid = WindowGrid(value.shape[2], value.shape[3], window_size)
+    if _as_operator(form):
+        return operators.attention_op(query, key, value, window_size, shift, unshift, scale)  # type: ignore[no-any-return]
+    with torch.autocast(value.device.type, enabled=False):
+        return operators.apply(operators.weights(query, key, grid, shift, scale), value, grid, shift, unshift)
+
+
+def _check_key(query: Tensor, key: Tensor | None) -> None:
+    if key is not None and query.shape != key.shape:
+        raise ShapeError(f"query and key must be of one size, got {tuple(query.shape)} and {tuple(key.shape)}")
 
 
 def _as_operator(form: Form) -> bool:

@@ -10,17 +10,21 @@ from typing import ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparse_sr_attn.config import Finite, PositiveInt, checked
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional.batch_norm import batch_norm
+from sparse_sr_attn.functional.layout import channels_last, pointwise_conv2d
 from sparse_sr_attn.functional.precision import working_precision
-from sparse_sr_attn.functional.window import apply_window_weights, window_weights
+from sparse_sr_attn.functional.window import apply_window_weights, window_attention, window_weights
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting, last_conv
 from sparse_sr_attn.states import WindowAttention
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
+_LARGEST_KEPT = 8
+"""Side of the largest windows whose weights a state keeps where nothing learns: those of 16x16 pixels are 256 numbers a
+pixel, which cost more to write into fresh memory and to read again than to make again."""
+
 _HINT = "call shared = GMSA(...).attend(x) and pass it: later(x, shared)"
 
 
@@ -69,8 +73,8 @@ class ConvNorm(nn.Module):
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         """Return the normalised map."""
         if not self.training:
-            return F.conv2d(x, *self.folded())
-        normalised: Tensor = self.norm(self.conv(x))
+            return pointwise_conv2d(x, *self.folded())
+        normalised: Tensor = self.norm(pointwise_conv2d(x, self.conv.weight, self.conv.bias))
         return normalised
 
     def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
@@ -127,13 +131,26 @@ class SharedGMSA(AttentionLayer):
         """
         check_map(x, self.embed_dim)
         state = fitting(state, WindowAttention, x, _HINT)
-        values = split_groups(self.value(x), len(state.weights))
+        x = channels_last(x)
         attended = []
-        for weights, size, value in zip(state.weights, state.window_sizes, values, strict=False):
+        values = split_groups(self.value(x), len(state.weights))
+        for weights, query, size, value in zip(state.weights, state.queries, state.window_sizes, values, strict=False):
             shift, unshift = window_shifts(size, state.shift, state.exact_shift)
-            attended.append(apply_window_weights(weights, value, window_size=size, shift=shift, unshift=unshift))
-        branch: Tensor = self.output(torch.cat(attended, dim=1))
-        return x + self.res_scale * branch
+            if weights is not None:
+                output = apply_window_weights(weights, value, window_size=size, shift=shift, unshift=unshift)
+            else:
+                output = window_attention(
+                    cast(Tensor, query), None, value, window_size=size, shift=shift, unshift=unshift
+                )
+            attended.append(output)
+        return self.add(x, attended)
+
+    def add(
+        self, x: Float[Tensor, "b c h w"], attended: Sequence[Float[Tensor, "b _ h w"]]
+    ) -> Float[Tensor, "b c h w"]:
+        """Return the residual sum with what the groups have gathered."""
+        branch = pointwise_conv2d(torch.cat(tuple(attended), dim=1), self.output.weight, self.output.bias)
+        return torch.add(x, branch, alpha=self.res_scale)
 
 
 @LAYERS.register("GMSA", kind="layer", source=_SOURCE)
@@ -200,13 +217,25 @@ class GMSA(AttentionLayer):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         check_map(x, self.embed_dim)
-        queries = split_groups(self.query(x), len(self.window_sizes))
-        weights = tuple(
-            window_weights(query, query, window_size=size, shift=window_shifts(size, self.shift, self.exact_shift)[0])
-            for query, size in zip(queries, self.window_sizes, strict=True)
-        )
+        weights: list[Tensor | None] = []
+        queries: list[Tensor | None] = []
+        keeps_all = torch.is_grad_enabled() or torch.compiler.is_exporting()
+        for query, size in zip(self.queries(channels_last(x)), self.window_sizes, strict=True):
+            if keeps_all or size <= _LARGEST_KEPT:
+                shift, _ = window_shifts(size, self.shift, self.exact_shift)
+                weights.append(window_weights(query, window_size=size, shift=shift))
+                queries.append(None)
+            else:
+                weights.append(None)
+                queries.append(query.to(working_precision(query)))
         height, width = x.shape[-2:]
-        return WindowAttention(weights, self.window_sizes, self.shift, self.exact_shift, height, width)
+        return WindowAttention(
+            tuple(weights), tuple(queries), self.window_sizes, self.shift, self.exact_shift, height, width
+        )
+
+    def queries(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b _ h w"], ...]:
+        """Return the queries of each group."""
+        return split_groups(self.query(x), len(self.window_sizes))
 
     def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
         """Return `x` plus what it attends to: by `state` if given, else by its own weights.
@@ -215,8 +244,17 @@ class GMSA(AttentionLayer):
             SharingError: `state` is no WindowAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
         """
-        output: Tensor = self.shared(x, self.attend(x) if state is None else state)
-        return output
+        if state is not None:
+            output: Tensor = self.shared(x, state)
+            return output
+        check_map(x, self.embed_dim)
+        x = channels_last(x)
+        attended = []
+        values = split_groups(self.shared.value(x), len(self.window_sizes))
+        for query, value, size in zip(self.queries(x), values, self.window_sizes, strict=True):
+            shift, unshift = window_shifts(size, self.shift, self.exact_shift)
+            attended.append(window_attention(query, None, value, window_size=size, shift=shift, unshift=unshift))
+        return self.shared.add(x, attended)
 
     def make_consumer(self) -> SharedGMSA:
         """Return a fresh `SharedGMSA` of this width, `res_scale` and `zero_init`."""

@@ -3,13 +3,18 @@
 Zhang et al., "Efficient Long-Range Attention Network for Image Super-resolution", ECCV 2022, arXiv 2203.06697.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.config import PositiveInt, checked
+from sparse_sr_attn.functional.layout import channels_last
 from sparse_sr_attn.functional.shift import Form, shift_conv2d
 from sparse_sr_attn.layers.base import LAYERS, check_map
+
+_STRIP = 2**19
+"""Numbers between the two convolutions of an LFE that are made at a time where nothing learns: they stay in cache."""
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
 
@@ -51,7 +56,7 @@ class ShiftConv2d(nn.Conv2d):
             ShapeError: `x` is not a map of `in_channels` channels.
         """
         check_map(x, self.in_channels, "in_channels")
-        return shift_conv2d(x, self.weight, self.bias, form=self.form)
+        return shift_conv2d(channels_last(x), self.weight, self.bias, form=self.form)
 
 
 @LAYERS.register("LFE", kind="operator", source=_SOURCE)
@@ -82,5 +87,19 @@ class LFE(nn.Module):
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
+        step = max(1, _STRIP // (self.conv1.out_channels * x.shape[3]))
+        learns = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if learns or not x.is_cpu or x.dtype != torch.float32 or step >= x.shape[2]:
+            return self._whole(x)
+        x = channels_last(x)
+        return torch.cat([self._lines(x, start, start + step) for start in range(0, x.shape[2], step)], dim=2)
+
+    def _whole(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         output: Tensor = self.conv2(F.relu(self.conv1(x)))
         return output
+
+    def _lines(self, x: Float[Tensor, "b c h w"], start: int, stop: int) -> Float[Tensor, "b c _ w"]:
+        """Return some lines of the result, from no more of the map than they depend on."""
+        above = min(start, 2)
+        lines: Tensor = self._whole(x[:, :, start - above : stop + 2])[:, :, above:]
+        return lines[:, :, : stop - start]

@@ -136,6 +136,25 @@ def test_window_attention(device: torch.device, size: tuple[int, int]) -> None:
     check(operator("apply_window_weights_backward"), (grad, weights.detach(), value.detach(), 2, 1))
 
 
+@pytest.mark.parametrize("size", [(4, 8), (5, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize("keyed", [False, True])
+def test_fused_window_attention(device: torch.device, size: tuple[int, int], keyed: bool) -> None:
+    """With keys of their own and with queries that are the keys, from maps in either memory."""
+    for memory in (torch.contiguous_format, torch.channels_last):
+        query, key, value, grad = (
+            Case().tensor(name, 2, width, *size, device=device).contiguous(memory_format=memory)
+            for name, width in (("query", 3), ("key", 3), ("value", 5), ("grad", 5))
+        )
+        leaves = (query.requires_grad_(), key.requires_grad_() if keyed else None, value.requires_grad_())
+        check(operator("window_attention"), (*leaves, 4, 2, 1, 0.5))
+        maps = (query.detach(), key.detach() if keyed else None, value.detach())
+        check(operator("window_attention_backward"), (grad, *maps, 4, 2, 1, 0.5))
+        check(operator("window_weights"), (query, leaves[1], 4, 2, 0.5))
+        weights = operator("window_weights")(query, leaves[1], 4, 2, 0.5).detach()
+        grad = Case().tensor("grad", *weights.shape, device=device)
+        check(operator("window_weights_backward"), (grad, weights, *maps[:2], 2, 0.5))
+
+
 def test_move_running_statistics(device: torch.device) -> None:
     mean, var, running_mean, running_var = (
         Case().tensor(name, 5, dtype=torch.float32, device=device)
@@ -226,6 +245,8 @@ def test_every_operator_is_checked_here() -> None:
         "nearest_centroid_triton",
         "sparsemax_attention",
         "sparsemax_attention_backward",
+        "window_attention",
+        "window_attention_backward",
         "window_weights",
         "window_weights_backward",
         "apply_window_weights",

@@ -117,6 +117,20 @@ def test_shift_is_a_convolution_with_one_hot_kernels(device: torch.device, case:
     assert_bit_equal(*(gradients(output, (x,), probe)[0] for output in (actual, expected)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@given(case=maps())
+@example(case=ONE_PIXEL)
+@example(case=WITH_A_REST)
+def test_shift_in_channels_last_memory_equals_loops(device: torch.device, dtype: torch.dtype, case: Map) -> None:
+    """To the bit, forward and backward, though it is carried out in another way."""
+    x = case.x(device, dtype)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    actual, expected = fast.shift2d(last), slow.shift2d(x)
+    assert_bit_equal(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device).to(dtype)
+    assert_bit_equal(gradients(actual, (last,), probe)[0], gradients(expected, (x,), probe)[0])
+
+
 @forms
 @given(case=maps())
 @example(case=TOO_FEW_TO_SHARE)

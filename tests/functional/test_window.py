@@ -315,6 +315,28 @@ def test_a_window_of_the_whole_map_is_plain_attention(device: torch.device, case
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@given(case=maps(max_batch=2, longest=9, largest=10, displaced=True), scale=st.sampled_from((1.0, 0.5)))
+@example(case=WHOLE, scale=0.5)
+@example(case=PUBLISHED_PADDED, scale=1.0)
+def test_queries_may_be_the_keys(device: torch.device, form: fast.Form, case: Map, scale: float) -> None:
+    """One map given once is as good as given twice: weights, attention and both gradients."""
+    query, _, value = case.inputs(device)
+    weights = fast.window_weights(query, **case.windows, scale=scale, form=form)
+    rows = case.real(device)
+    actual = weights[:, rows]
+    expected = slow.window_weights(query, query, **case.windows, scale=scale)[:, rows]
+    assert_values_close(actual, expected)
+    probe = case.tensor("probe", *actual.shape, device=device)
+    assert_gradients_close(gradients(actual, (query,), probe), gradients(expected, (query,), probe))
+    pixels = case.meant(device)
+    output = fast.window_attention(query, None, value, **case.displaced, scale=scale, form=form)[:, :, pixels]
+    wanted = slow.window_attention(query, query, value, **case.displaced, scale=scale)[:, :, pixels]
+    assert_values_close(output, wanted)
+    probe = case.tensor("probe", *output.shape, device=device)
+    assert_gradients_close(gradients(output, (query, value), probe), gradients(wanted, (query, value), probe))
+
+
 @given(case=maps(max_batch=2), scale=st.sampled_from((0.25, 2.0)))
 def test_scale_is_a_factor_on_the_query(device: torch.device, case: Map, scale: float) -> None:
     query, key, value = case.inputs(device)

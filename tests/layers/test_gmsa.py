@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d
+from sparse_sr_attn.layers import shift_conv
 from sparse_sr_attn.layers.gmsa import BatchNorm2d, ConvNorm, group_widths
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
@@ -180,6 +181,41 @@ def test_lfe_by_hand() -> None:
     assert lfe.conv1.weight.shape == (21, 7, 1, 1)
     x = features(2, 7, 4, 6)
     assert_values_close(lfe(x), lfe.conv2(lfe.conv1(x).clamp(min=0)))
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 5, 8, 11])
+@pytest.mark.parametrize("lines", [1, 2, 3])
+@torch.no_grad()
+def test_lfe_in_strips_is_the_whole(monkeypatch: pytest.MonkeyPatch, height: int, lines: int) -> None:
+    """A line depends on two above and two below; where strips meet, nobody can tell."""
+    torch.manual_seed(0)
+    lfe = LFE(10)
+    x = features(2, 10, height, 6, dtype=torch.float32)
+    whole = lfe(x)
+    monkeypatch.setattr(shift_conv, "_STRIP", lines * 20 * 6)
+    shapes: list[int] = []
+    handle = lfe.conv1.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[2]))
+    torch.testing.assert_close(lfe(x), whole, rtol=1e-5, atol=1e-6)
+    handle.remove()
+    assert len(shapes) == -(-height // lines)
+    assert max(shapes) <= lines + 4
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_what_is_kept_of_large_windows_is_enough(shift: bool) -> None:
+    """Where nothing learns, a state keeps queries in place of weights that are many; readers get the same."""
+    first = layer(window_sizes=(2, 9, 16), shift=shift).eval()
+    x = features(2, 8, 20, 18)
+    reader = trained(SharedGMSA(8).double()).eval()
+    kept = first.attend(x)
+    assert all(weights is not None for weights in kept.weights)
+    with torch.no_grad():
+        state = first.attend(x)
+        assert [weights is None for weights in state.weights] == [False, True, True]
+        assert [query is None for query in state.queries] == [True, False, False]
+        assert state.made_for() == kept.made_for()
+        assert_values_close(reader(x, state), reader(x, kept))
+        assert_values_close(first(x, state), first(x))
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5, 11])
