@@ -9,6 +9,8 @@ from torch import Tensor
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional import cluster_tiles
+from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
@@ -90,6 +92,24 @@ def test_names_of_clusters_do_not_matter(device: torch.device, case: Case, shift
     """Only the order of the clusters does."""
     renamed = fast.cluster_pattern(case.assignment(device=device) * 3 + shift, chunk_size=case.chunk_size)
     assert_bit_equal(renamed.order, pattern_of(case, device).order)
+
+
+def test_hidden_is_what_is_not_visible() -> None:
+    """Each key that does not count is in one run, none that counts is in any: all layouts of up to 13 tokens."""
+    for num_tokens in range(1, 14):
+        for chunk_size in range(1, 8):
+            for num_adjacent in range(4):
+                for exact_keys in (True, False):
+                    order = torch.arange(num_tokens)[None]
+                    layout = ClusterLayout.of(ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys))
+                    slots = torch.arange(layout.num_slots).view(layout.num_chunks, -1)
+                    around = [slots.roll(-offset, dims=0) for offset in range(-num_adjacent, num_adjacent + 1)]
+                    visible = layout.visible(torch.cat(around, dim=1))
+                    times = torch.zeros(visible.shape, dtype=torch.int64)
+                    for chunk in range(layout.num_chunks):
+                        for run in layout.hidden(chunk):
+                            times[chunk, run] += 1
+                    assert torch.equal(times, (~visible).long()), layout
 
 
 @given(case=cases(), form=forms, scale=st.sampled_from((1.0, 0.5, 3.0)))
@@ -406,6 +426,144 @@ def test_gradcheck(device: torch.device, form: str, case: Case) -> None:
         lambda weights, value: fast.apply_cluster_weights(weights, value, pattern, form=form), (weights, value)
     )
     assert_derivatives(lambda *leaves: fast.cluster_attention(*leaves, pattern, form=form), (query, key, value))
+
+
+LENGTHS = (0.0, 1e-9, 1e-5, 4.9e-5, 5.1e-5, 1e-3, 1.0, 30.0)
+"""Of keys: none, below the floor of 5e-5, about it, and above."""
+
+
+def keys_of_all_lengths(case: Case, device: torch.device) -> Tensor:
+    rows = case.tokens("key", WIDTH, device=device)
+    length = torch.tensor(LENGTHS, dtype=torch.float64, device=device)
+    length = length[case.integers("length", len(LENGTHS), case.batch, case.num_tokens, 1, device=device)]
+    return (length * rows / rows.norm(dim=-1, keepdim=True)).requires_grad_()
+
+
+@given(case=cases(), form=forms, scale=st.sampled_from((1.0, 0.5)))
+@example(case=ONE_TOKEN, form="tiles", scale=1.0)
+@example(case=PADDED_TAIL, form="oneshot", scale=0.5)
+@example(case=PADDED_TAIL, form="tiles", scale=0.5)
+@example(case=PADDED_TAIL_PUBLISHED, form="tiles", scale=1.0)
+@example(case=WIDE_RING, form="tiles", scale=1.0)
+def test_normalised_keys_are_unit_keys(device: torch.device, case: Case, form: str, scale: float) -> None:
+    """What brings keys to unit length itself, against keys that are given so: zeros and short ones, too.
+
+    Gradients are compared times the length or the floor, so that those of short keys are of the size of others.
+    """
+    query, _, value = inputs_of(case, device)
+    key = keys_of_all_lengths(case, device)
+    length = key.norm(dim=-1, keepdim=True).clamp(min=5e-5)
+    unit, size = key / length, length.detach()
+    assert_values_close(unit_keys(key), unit)
+    pattern = pattern_of(case, device)
+    options = {"scale": scale, "form": form}
+    for actual, expected in (
+        (
+            fast.cluster_attention(query, key, value, pattern, normalize_keys=True, **options),
+            slow.cluster_attention(query, unit, value, pattern, scale=scale),
+        ),
+        (
+            real_rows(pattern, fast.cluster_weights(query, key, pattern, normalize_keys=True, **options)),
+            real_rows(pattern, slow.cluster_weights(query, unit, pattern, scale=scale)),
+        ),
+        (
+            fast.cluster_lse(query, key, pattern, normalize_keys=True, **options),
+            slow.cluster_lse(query, unit, pattern, scale=scale),
+        ),
+    ):
+        assert_values_close(actual, expected)
+        probe = case.tensor("probe", *actual.shape, device=device)
+        mine, other = (gradients(output, (query, key), probe) for output in (actual, expected))
+        assert_gradients_close((mine[0], size * mine[1]), (other[0], size * other[1]))
+
+
+@pytest.mark.parametrize("case", [ONE_TOKEN, PADDED_TAIL_PUBLISHED.but(batch=1)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_of_normalised_keys(device: torch.device, form: str, case: Case) -> None:
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    options = {"normalize_keys": True, "form": form}
+    assert_derivatives(lambda q, k: real_rows(pattern, fast.cluster_weights(q, k, pattern, **options)), (query, key))
+    assert_derivatives(lambda q, k: fast.cluster_lse(q, k, pattern, **options), (query, key))
+    assert_derivatives(lambda *leaves: fast.cluster_attention(*leaves, pattern, **options), (query, key, value))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@given(case=cases(), form=forms)
+@example(case=PADDED_TAIL, form="oneshot")
+@example(case=PADDED_TAIL, form="tiles")
+def test_weights_of_lower_precision_are_rounded(
+    device: torch.device, dtype: torch.dtype, case: Case, form: str
+) -> None:
+    """To the bit; what they gather is in the dtype of the values, and off by no more than both roundings."""
+    query, key, value = inputs_of(case, device, torch.float32)
+    pattern = pattern_of(case, device)
+    whole = fast.cluster_weights(query, key, pattern, form=form)
+    weights = fast.cluster_weights(query, key, pattern, dtype=dtype, form=form)
+    assert whole.dtype == torch.float32
+    assert weights.dtype == dtype
+    assert_bit_equal(real_rows(pattern, weights), real_rows(pattern, whole).to(dtype))
+
+    applied = fast.apply_cluster_weights(weights, value, pattern, form=form)
+    assert applied.dtype == value.dtype
+    exact = [leaf.detach().double() for leaf in (query, key, value)]
+    expected = slow.cluster_attention(*exact, pattern)
+    # A weight and a value are off by 2**-9 of themselves in bfloat16, their sum once more.
+    loud = slow.cluster_attention(exact[0], exact[1], exact[2].abs(), pattern)
+    assert ((applied - expected).abs() <= 8e-3 * loud + 1e-6).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(case=cases(max_batch=2, min_tokens=12, max_tokens=40, max_chunk_size=16))
+@example(case=Case(num_tokens=40, num_clusters=6, chunk_size=7))
+def test_bfloat16_weights_err_no_more_than_dense_attention(device: torch.device, form: str, case: Case) -> None:
+    """All else in float32: allowed is what dense attention in bfloat16 errs with the same numbers."""
+    pattern = pattern_of(case, device)
+    leaves = [case.tokens(name, 16, dtype=torch.float32, device=device) for name in ("query", "key", "value")]
+    leaves[1] = torch.nn.functional.normalize(leaves[1], dim=-1)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    low, exact = ([leaf.detach().to(to).requires_grad_() for leaf in leaves] for to in (torch.bfloat16, torch.float64))
+    weights = fast.cluster_weights(leaves[0], leaves[1], pattern, dtype=torch.bfloat16, form=form)
+    actual = fast.apply_cluster_weights(weights, leaves[2], pattern, form=form)
+    peer, oracle = (slow.cluster_attention(*inputs, pattern) for inputs in (low, exact))
+    assert_no_worse(actual, peer, oracle, factor=1.0)
+    probe = case.tensor("probe", *actual.shape, dtype=torch.bfloat16, device=device)
+    results = (gradients(actual, leaves, probe), gradients(peer, low, probe), gradients(oracle, exact, probe))
+    for mine, dense, true in zip(*results, strict=True):
+        assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+
+
+@pytest.mark.parametrize(
+    ("of_weights", "of_value", "lower"),
+    [
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float64, torch.bfloat16),
+        (torch.float64, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_and_values_meet_in_the_lower_precision(
+    device: torch.device, form: str, of_weights: torch.dtype, of_value: torch.dtype, lower: torch.dtype
+) -> None:
+    """The result is that of both in the lower one, to the bit, in the dtype of the values; gradients keep dtypes."""
+    case = PADDED_TAIL
+    query, key, value = inputs_of(case, device)
+    pattern = pattern_of(case, device)
+    weights = fast.cluster_weights(query, key, pattern, dtype=of_weights).detach().requires_grad_()
+    value = value.detach().to(of_value).requires_grad_()
+    actual = fast.apply_cluster_weights(weights, value, pattern, form=form)
+    assert actual.dtype == of_value
+    expected = fast.apply_cluster_weights(weights.to(lower), value.to(lower), pattern, form=form)
+    assert_bit_equal(actual, expected.to(of_value))
+    finer = slow.apply_cluster_weights(weights.detach().double(), value.detach().double(), pattern)
+    assert (actual != finer).any(), "the case shows no difference"
+    grads = gradients(actual, (weights, value), case.tensor("probe", *actual.shape, device=device))
+    assert [grad.dtype for grad in grads] == [of_weights, of_value]
+    assert all(grad.any() for grad in grads)
 
 
 @given(case=cases(), form=forms)

@@ -82,6 +82,51 @@ def test_lowest_index_wins_a_tie(device: torch.device, case: Case) -> None:
     assert_bit_equal(fast.assign(points, centroids), slow.assign(points, centroids))
 
 
+@pytest.mark.parametrize(
+    "products", [1, 7, 2**17, None], ids=["a point a block", "several blocks", "one block", "as exported"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@given(case=cases(), copies=st.integers(1, 3))
+@example(case=ONE_TOKEN, copies=1)
+@example(case=CROWDED, copies=3)
+@example(case=MORE_CLUSTERS_THAN_TOKENS, copies=2)
+def test_nearest_is_argmax(
+    device: torch.device, products: int | None, dtype: torch.dtype, case: Case, copies: int
+) -> None:
+    """The first of equals, whole duplicates and -0.0 included; more clusters than fit a block, too."""
+    points = case.integers("points", 5, case.batch, case.num_tokens, WIDTH, device=device) - 2
+    points = torch.where(points == 0, -0.0, points.to(dtype))
+    axes = torch.eye(WIDTH, dtype=torch.float32, device=device)
+    centroids = torch.cat([axes, -axes])[case.integers("axes", 2 * WIDTH, case.num_clusters, device=device)]
+    centroids = centroids.repeat(copies, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if products is None:
+            patch.setattr(torch.compiler, "is_exporting", lambda: True)
+        else:
+            patch.setattr(fast, "_PRODUCTS_PER_BLOCK", products)
+        best, index = fast._nearest(points, centroids)
+    expected = slow.assign(points.double(), centroids.double())
+    assert index.dtype == torch.int64
+    assert best.dtype == torch.promote_types(dtype, torch.float32)
+    assert_bit_equal(index, expected)
+    assert_bit_equal(best.double(), (points.double() * centroids.double()[expected]).sum(dim=-1))
+
+
+@pytest.mark.parametrize("num_clusters", [1, 2, 9])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_a_point_that_is_no_number_goes_somewhere(device: torch.device, odd: float, num_clusters: int) -> None:
+    """To a cluster that is there; and others go where they would without it."""
+    case = Case(num_tokens=11, num_clusters=num_clusters)
+    points, centroids = case.tokens("points", WIDTH, device=device), case.centroids(WIDTH, device=device)
+    expected = fast.assign(points, centroids)
+    points[0, 4] = odd
+    points[0, 5, 1] = odd
+    actual = fast.assign(points, centroids)
+    assert ((actual >= 0) & (actual < num_clusters)).all()
+    others = [t for t in range(11) if t not in (4, 5)]
+    assert_bit_equal(actual[:, others], expected[:, others])
+
+
 @given(case=cases(), factor=st.sampled_from((1e-3, 0.5, 7.0, 1e4)))
 def test_length_of_a_token_does_not_matter(device: torch.device, case: Case, factor: float) -> None:
     points, centroids = case.tokens("points", WIDTH, device=device), case.centroids(WIDTH, device=device)

@@ -1,0 +1,179 @@
+"""What a state keeps for later layers, weights or what they are made of, changes memory and time and no result."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_sr_attn import EDSR, LSP, CoA, ConfigError, LCoA, LCoAN
+from sparse_sr_attn.states import ClusterAttention
+from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_gradients_close, assert_values_close, rms
+from sparse_sr_attn.visualize import attended, attention_overlap
+
+SMALL: dict[str, Any] = {"num_clusters": 6, "chunk_size": 7, "reduction": 2, "res_scale": 1.0}
+KINDS = [
+    {"routing": routing, "num_rounds": num_rounds, "exact_keys": exact_keys}
+    for routing in ("kmeans", "lsh")
+    for num_rounds in (1, 3)
+    for exact_keys in (True, False)
+]
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
+rounds = pytest.mark.parametrize("num_rounds", [1, 3])
+
+
+def features(name: int = 0, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+    numbers = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(name), dtype=torch.float64)
+    return numbers.to(device, dtype)
+
+
+def layer(**options: Any) -> LCoA:
+    torch.manual_seed(0)
+    return LCoA(8, **{**SMALL, **options})
+
+
+def consumer() -> CoA:
+    torch.manual_seed(1)
+    return CoA(8, res_scale=0.7)
+
+
+@kinds
+@pytest.mark.parametrize("training", [False, True])
+def test_the_pattern_is_as_good_as_the_weights(device: torch.device, kind: dict[str, Any], training: bool) -> None:
+    """Two readers of one state: outputs, gradients of all parameters and inputs, and buffers, after two steps."""
+
+    def results(reuse: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        first, later = layer(reuse=reuse, **kind), consumer()
+        both = nn.ModuleList([first, later]).double().to(device).train(training)
+        outputs, grads = [], []
+        for step in (0, 2):
+            x, y = (features(step + i, device=device).requires_grad_() for i in (0, 1))
+            shared = first.attend(x)
+            outputs += [first(x, shared), later(y, shared)]
+            probe = features(9, device=device)
+            leaves = (x, y, *both.parameters())
+            grads += torch.autograd.grad(((outputs[-2] + outputs[-1]) * probe).sum(), leaves)
+        return outputs, grads, list(both.buffers())
+
+    mine, other = results("pattern"), results("weights")
+    for one, two in zip(mine[0] + mine[2], other[0] + other[2], strict=True):
+        assert_values_close(one.detach(), two.detach())
+    assert_gradients_close(mine[1], other[1])
+    assert all(grad.any() for grad in mine[1])
+
+
+@rounds
+@pytest.mark.parametrize(("reuse", "place", "expected"), [
+    ("weights", "cpu", "weights"),
+    ("pattern", "cpu", "embedding"),
+    ("pattern", "meta", "embedding"),
+    ("auto", "cpu", "weights"),
+    ("auto", "meta", "embedding"),
+])  # fmt: skip
+def test_what_a_state_holds(reuse: str, place: str, expected: str, num_rounds: int) -> None:
+    """One of the two, never both."""
+    state = layer(reuse=reuse, num_rounds=num_rounds).to(place).lsp(features(dtype=torch.float32, device=place))
+    assert isinstance(state, ClusterAttention)
+    assert [name for name in ("weights", "embedding") if getattr(state, name) is not None] == [expected]
+    assert getattr(state, expected).requires_grad
+    shapes = {"weights": (2 * num_rounds, 5, 7, 21), "embedding": (2, 30, 4)}
+    assert getattr(state, expected).shape == shapes[expected]
+
+
+@rounds
+def test_half_weights_are_the_rounded_weights(device: torch.device, num_rounds: int) -> None:
+    x = features(dtype=torch.float32, device=device)
+    whole = layer(reuse="weights", num_rounds=num_rounds).to(device).lsp(x)
+    half = layer(reuse="weights", num_rounds=num_rounds, half_weights=True).to(device).lsp(x)
+    assert whole.weights.dtype == torch.float32
+    assert half.weights.dtype == torch.bfloat16
+    rows = [weights.flatten(1, 2)[:, :30] for weights in (half.weights, whole.weights)]  # the other slots hold no token
+    assert_bit_equal(rows[0], rows[1].to(torch.bfloat16))
+
+
+@rounds
+def test_half_weights_err_little(device: torch.device, num_rounds: int) -> None:
+    """What a later layer reads is off by 4e-3 of itself at most, and so are gradients by 1e-2; alone nothing is."""
+    x, y = (features(i, dtype=torch.float32, device=device) for i in (0, 1))
+    later = consumer().to(device)
+    branches, grads, alone = [], [], []
+    for half_weights in (False, True):
+        first = layer(reuse="weights", num_rounds=num_rounds, half_weights=half_weights).to(device)
+        output = later(y, first.attend(x))
+        assert output.dtype == torch.float32
+        branches.append(output - y)
+        leaves = (*first.lsp.embed.parameters(), *later.parameters())
+        grads.append(torch.autograd.grad((output * features(9, device=device).float()).sum(), leaves))
+        alone.append(first(x))
+    assert 0 < rms(branches[1] - branches[0]) <= 4e-3 * rms(branches[0])
+    for whole, half in zip(*grads, strict=True):
+        assert half.any()
+        assert rms(half - whole) <= 1e-2 * rms(whole)
+    assert_bit_equal(alone[1], alone[0])
+
+
+@kinds
+def test_pictures_of_a_pattern_are_those_of_its_weights(kind: dict[str, Any]) -> None:
+    with torch.no_grad():
+        states = [layer(reuse=reuse, **kind).double().lsp(features()[:1]) for reuse in ("pattern", "weights")]
+        other = layer(reuse="pattern", seed=5, **kind).double().lsp(features(1)[:1])
+    tokens = torch.arange(30)
+    maps = [attended(state, tokens) for state in states]
+    assert_values_close(maps[0], maps[1])
+    assert_values_close(maps[0].flatten(1).sum(dim=1), torch.ones(30, dtype=torch.float64))
+    overlaps = [attention_overlap([state, other], num_tokens=30) for state in states]
+    torch.testing.assert_close(overlaps[0], overlaps[1])
+    assert overlaps[0][0, 1] < 0.99
+
+
+def test_a_network_passes_both_on() -> None:
+    x = features(dtype=torch.float32)
+    options: dict[str, Any] = {"num_feat": 8, "num_group": 3, "num_block": 1, "chunk_size": 7, "share": 2}
+    held = []
+    for change in ({}, {"reuse": "pattern"}, {"half_weights": True}):
+        patterns = [module for module in LCoAN(**options, **change).modules() if isinstance(module, LSP)]
+        assert len(patterns) == 2
+        states = [pattern(x) for pattern in patterns]
+        held.append({None if state.weights is None else state.weights.dtype for state in states})
+    assert held == [{torch.float32}, {None}, {torch.bfloat16}]
+
+
+@pytest.mark.parametrize("build", [
+    lambda **options: EDSR(
+        num_feat=8, num_block=4, upscale=2, img_range=1.0,
+        attention={"type": "LCoA", "every": 1, "share": 2, "zero_init": False, **SMALL, **options},
+    ),
+    lambda **options: LCoAN(num_feat=8, num_group=4, num_block=1, share=2, chunk_size=7, num_clusters=6, **options),
+], ids=["EDSR", "LCoAN"])  # fmt: skip
+def test_networks_train_alike(build: Callable[..., nn.Module]) -> None:
+    """Losses of a few steps agree, and fall."""
+    low, high = (torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) for size in ((6, 5), (12, 10)))
+    runs = []
+    for reuse in ("pattern", "weights"):
+        torch.manual_seed(0)
+        network = build(reuse=reuse).double()
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(5):
+            loss = (network(low.double()) - high.double()).abs().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        runs.append(losses)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-7)
+    assert runs[0][-1] < 0.95 * runs[0][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reuse": "embedding"}, "reuse must be one of 'auto', 'weights', 'pattern', got 'embedding'"),
+        ({"half_weights": "yes"}, "half_weights must be true or false, got 'yes'"),
+    ],
+)
+def test_other_values_are_explained(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        layer(**options)
