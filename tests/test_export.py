@@ -228,6 +228,7 @@ NETWORKS = {
     ),
     "rounds of hashes": lambda: attending(num_rounds=2, routing="lsh", share=1),
     "no neighbours": lambda: attending(num_adjacent=0),
+    "states of patterns": lambda: attending(reuse="pattern"),
     "ELAN": lambda: ELAN(num_feat=12, num_block=2, upscale=2, window_sizes=(2, 4, 8), img_range=1.0),
     "RCAN x8": lambda: RCAN(num_feat=8, num_group=2, num_block=1, squeeze_factor=4, upscale=8),
 }

@@ -139,7 +139,7 @@ class LSP(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> ClusterAttention:
-        """Return the pattern of `x` and its weights, for any h, w >= 1.
+        """Return the pattern of `x` with its weights or, as `reuse` chooses, what they are made of, for any h, w >= 1.
 
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
@@ -265,7 +265,8 @@ class LCoA(AttentionLayer):
         ConfigError: an option breaks its rule; all that do are named.
 
     Note:
-        Alone it stores no weights: memory stays at a few feature maps. A state keeps `3 * chunk_size` numbers a token.
+        Alone, on the CPU, it stores no weights: memory stays at a few feature maps. A state keeps `3 * chunk_size`
+        numbers a token and round (with `num_adjacent` 1), or `embed_dim / reduction` a token if it keeps the pattern.
 
     Source:
         arXiv 2404.04922; see `LSP` and `CoA`.
@@ -313,7 +314,7 @@ class LCoA(AttentionLayer):
         self.zero_init = zero_init
 
     def attend(self, x: Float[Tensor, "b c h w"]) -> ClusterAttention:
-        """Return the pattern and weights of `x`; in training this moves the centroids once."""
+        """Return the pattern of `x` with what `reuse` chooses; in training this moves the centroids once."""
         state: ClusterAttention = self.lsp(x)
         return state
 
