@@ -57,9 +57,9 @@ def test_alone(side: int) -> None:
 
 @sides
 def test_forward_and_backward(side: int) -> None:
-    x, lcoa = picture(side).requires_grad_(), layer()
-    memory = new_memory(lambda: lcoa(x).sum().backward())
-    assert 3 < in_maps(memory.peak, x) <= 7
+    x, lcoa, probe = picture(side).requires_grad_(), layer(), torch.ones(1, 64, side, side)
+    memory = new_memory(lambda: lcoa(x).backward(probe))
+    assert 4 < in_maps(memory.peak, x) <= 7
     assert memory.largest < 1.1 * map_of(x)  # and those around the ring
 
 
@@ -67,8 +67,8 @@ def test_forward_and_backward(side: int) -> None:
 def test_several_rounds_alone_store_no_weights(side: int) -> None:
     x, lcoa = picture(side), layer(num_rounds=3)
     memory = memory_of(lambda: lcoa(x))
-    assert memory.largest < weights_of(x)
-    assert memory.peak < 3 * weights_of(x)
+    assert memory.largest <= 3.1 * map_of(x)  # the values of three rounds; their weights would be 20 maps
+    assert in_maps(memory.peak, x) <= 13.5
 
 
 @sides
