@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, LSP, CoA, ConfigError, LCoA, LCoAN
 from sparse_sr_attn.states import ClusterAttention
-from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_gradients_close, assert_values_close, rms
+from sparse_sr_attn.testing.tolerances import (
+    assert_bit_equal,
+    assert_gradients_close,
+    assert_values_close,
+    gradients,
+    rms,
+)
 from sparse_sr_attn.visualize import attended, attention_overlap
 
 SMALL: dict[str, Any] = {"num_clusters": 6, "chunk_size": 7, "reduction": 2, "res_scale": 1.0}
@@ -53,8 +59,7 @@ def test_the_pattern_is_as_good_as_the_weights(device: torch.device, kind: dict[
             shared = first.attend(x)
             outputs += [first(x, shared), later(y, shared)]
             probe = features(9, device=device)
-            leaves = (x, y, *both.parameters())
-            grads += torch.autograd.grad(((outputs[-2] + outputs[-1]) * probe).sum(), leaves)
+            grads += gradients(outputs[-2] + outputs[-1], (x, y, *both.parameters()), probe)
         return outputs, grads, list(both.buffers())
 
     mine, other = results("pattern"), results("weights")
