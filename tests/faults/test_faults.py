@@ -297,7 +297,7 @@ FAULTS = [
     Fault(
         "results stay in sorted order (tiles)",
         TILES,
-        "torch.index_select(slots.to(out.dtype), 0, self._slot, out=out)",
+        "torch.index_select(slots, 0, self._slot, out=out)",
         "out.copy_(slots[: len(out)])",
         f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
     ),
@@ -767,8 +767,8 @@ FAULTS = [
     Fault(
         "rows of empty slots overwrite a token (tiles)",
         TILES,
-        "torch.index_select(slots.to(out.dtype), 0, self._slot, out=out)",
-        "out.index_copy_(0, self._token[self.margin : self.margin + len(slots)], slots.to(out.dtype))",
+        "torch.index_select(slots, 0, self._slot, out=out)",
+        "out.index_copy_(0, self._token[self.margin : self.margin + len(slots)], slots)",
         f"{IN_CLUSTER}::test_padding_is_neutral",
     ),
     Fault(
