@@ -1,5 +1,7 @@
 """Maps in channels-last memory: pixels are rows, and what happens to each of them alone is a plain matrix product."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,10 +23,60 @@ def pointwise_conv2d(
     """Return a 1x1 convolution.
 
     With one thread torch hands 1x1 convolutions of fewer than 16 images in float32 to a slower routine than otherwise.
-    A pixel does not care in which image it is; so the lines of a map are images here.
+    A pixel does not care in which image it is; so the lines of a map are images here, inside an operator, because a
+    graph of them would be a graph for some numbers of lines only.
     """
-    if torch.compiler.is_exporting() or not x.is_cpu or x.dtype != torch.float32:
+    plain = not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if plain or bias is None or torch.compiler.is_exporting():
         return F.conv2d(x, weight, bias)
-    lines = channels_last(x).permute(0, 2, 3, 1).flatten(0, 1)[:, None].permute(0, 3, 1, 2)
-    rows = F.conv2d(lines, weight, bias).permute(0, 2, 3, 1)
-    return rows.reshape(x.shape[0], x.shape[2], x.shape[3], weight.shape[0]).permute(0, 3, 1, 2)
+    return _pointwise_conv2d(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def _lines(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "bh c 1 w"]:
+    return channels_last(x).permute(0, 2, 3, 1).flatten(0, 1)[:, None].permute(0, 3, 1, 2)
+
+
+def _map(lines: Float[Tensor, "bh c 1 w"], batch: int) -> Float[Tensor, "b c h w"]:
+    rows = lines.permute(0, 2, 3, 1).contiguous()
+    return rows.view(batch, -1, rows.shape[2], rows.shape[3]).permute(0, 3, 1, 2)
+
+
+def _new_map(like: Tensor, channels: int) -> Tensor:
+    b, _, h, w = like.shape
+    return like.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("sparse_sr_attn::pointwise_conv2d", mutates_args=())
+def _pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _map(F.conv2d(_lines(x), weight, bias), x.shape[0])
+
+
+@_pointwise_conv2d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _new_map(x, weight.shape[0])
+
+
+@torch.library.custom_op("sparse_sr_attn::pointwise_conv2d_backward", mutates_args=())
+def _pointwise_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    back = torch.ops.aten.convolution_backward
+    lines = back(_lines(grad), _lines(x), weight, [len(weight)], *geometry, [True, True, True])
+    return _map(lines[0], x.shape[0]), lines[1].contiguous(), lines[2]
+
+
+@_pointwise_conv2d_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_map(x, x.shape[1]), weight.new_empty(weight.shape), weight.new_empty(len(weight))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    sent: tuple[Tensor, ...] = _pointwise_conv2d_backward(grad, *ctx.saved_tensors)
+    return sent
+
+
+_pointwise_conv2d.register_autograd(_backward, setup_context=_keep)

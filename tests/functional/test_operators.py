@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.optests import OpCheckError
 
-from sparse_sr_attn.functional import batch_norm, cluster, kmeans, lsh, sparsemax, window  # noqa: F401  registers the operators
+from sparse_sr_attn.functional import batch_norm, cluster, kmeans, lsh, shift, sparsemax, window  # noqa: F401  registers the operators
 from sparse_sr_attn.functional.forms import HAS_TRITON
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case
@@ -155,6 +155,21 @@ def test_fused_window_attention(device: torch.device, size: tuple[int, int], key
         check(operator("window_weights_backward"), (grad, weights, *maps[:2], 2, 0.5))
 
 
+@pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 5, 1, 1)], ids=str)
+def test_pointwise_conv2d(device: torch.device, size: tuple[int, ...]) -> None:
+    x, weight, bias, grad = (
+        Case().tensor(name, *shape, dtype=torch.float32, device=device)
+        for name, shape in (
+            ("x", size),
+            ("weight", (4, size[1], 1, 1)),
+            ("bias", (4,)),
+            ("grad", (size[0], 4, *size[2:])),
+        )
+    )
+    check(operator("pointwise_conv2d"), (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()))
+    check(operator("pointwise_conv2d_backward"), (grad, x.detach(), weight.detach()))
+
+
 def test_move_running_statistics(device: torch.device) -> None:
     mean, var, running_mean, running_var = (
         Case().tensor(name, 5, dtype=torch.float32, device=device)
@@ -242,6 +257,8 @@ def test_every_operator_is_checked_here() -> None:
         "kmeans_step",
         "move_running_statistics",
         "nearest",
+        "pointwise_conv2d",
+        "pointwise_conv2d_backward",
         "nearest_centroid_triton",
         "sparsemax_attention",
         "sparsemax_attention_backward",
