@@ -14,7 +14,7 @@ from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_cl
 
 WIDTH = 3
 DECAYS = st.sampled_from((0.0, 0.05, 0.5, 0.9, 0.999))
-THRESHOLDS = st.sampled_from((0.0, 0.1, 0.5, 0.9))
+THRESHOLDS = st.sampled_from((0.0, 0.11, 0.53, 0.87))  # no share of a few tokens, which rounding would decide
 
 MORE_CLUSTERS_THAN_TOKENS = Case(num_tokens=2, num_clusters=9)
 ONE_TOKEN = Case(num_tokens=1, num_clusters=1)
