@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -95,6 +95,22 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "RCAN": ("RCAN", {"num_feat": 9, "num_group": 2, "num_block": 1, "squeeze_factor": 3, "attention": [LCOA]}),
 }
 """Each of our networks with attention, tiny."""
+
+
+@pytest.fixture(params=NETWORKS)
+def build_tiny(request: pytest.FixtureRequest) -> "Callable[[], Network]":
+    """Build one of our networks, tiny, with the same weights each time."""
+    import sparse_sr_attn
+
+    name, options = NETWORKS[request.param]
+
+    def build() -> "Network":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network: Network = getattr(sparse_sr_attn, name)(**options)
+        return network
+
+    return build
 
 
 @pytest.fixture(params=NETWORKS)

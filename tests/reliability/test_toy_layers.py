@@ -34,7 +34,8 @@ class Gate(AttentionLayer):
         return x + self.gate(x) * self.value(x)
 
     def gate(self, x: Tensor) -> Tensor:
-        scores = self.key(x).flatten(2).float()
+        scores = self.key(x).flatten(2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return scores.softmax(dim=-1).to(x.dtype).unflatten(2, x.shape[2:])
 
 
