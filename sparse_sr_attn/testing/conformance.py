@@ -9,8 +9,9 @@
     def test_contract(subject, clause):
         clause.check(subject, torch.device("cpu"))
 
-A layer is built with small options (`SMALL`, as far as its signature has them, unless you give your own), and a consumer
-or provider is joined with the first partner in the registry that fits. A clause returns the figures that it measured.
+A layer is built with small options (`SMALL`, as far as its signature has them, unless you give your own), and a
+consumer or provider is joined with the first partner in the registry that fits. A clause returns the figures that it
+measured.
 """
 
 import copy
@@ -561,7 +562,7 @@ def _whole_numbers(state: object) -> list[Tensor]:
 
 @_clause()
 def check_degenerate_maps_are_finite_and_repeatable(subject: Subject, device: torch.device) -> None:
-    """One pixel, all equal, all zero, one outlier of 1e4, pixels that repeat; more clusters than pixels: in training."""
+    """One pixel, all equal, all zero, an outlier of 1e4, pixels that repeat, more clusters than pixels: in training."""
     noise = feature_map("x", device=device)
     outlier = noise.clone()
     outlier[:, :, 2, 3] = 1e4
@@ -624,7 +625,7 @@ def check_repeated_runs_are_bit_equal(subject: Subject, device: torch.device) ->
 
 @_clause()
 def check_deterministic_mode_changes_nothing(subject: Subject, device: torch.device) -> None:
-    """Three training steps and an evaluation under PyTorch's deterministic algorithms, unwritten memory filled with NaN.
+    """Training and evaluation under PyTorch's deterministic algorithms, with unwritten memory filled with NaN.
 
     What they may change on a GPU is left open: there they must be accepted, and give finite numbers.
     """
@@ -644,14 +645,15 @@ def check_deterministic_mode_changes_nothing(subject: Subject, device: torch.dev
 @contextmanager
 def _deterministic(switch: bool) -> Iterator[None]:
     """Set PyTorch's switch for deterministic algorithms, with unwritten memory filled, and set it back."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(switch)
-    torch.utils.deterministic.fill_uninitialized_memory = switch  # type: ignore[assignment]
+    memory.fill_uninitialized_memory = switch
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[assignment]
+        memory.fill_uninitialized_memory = before[1]
 
 
 @_clause()

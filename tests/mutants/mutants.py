@@ -1,7 +1,7 @@
 """Mutation testing: change the code in one small place, and see whether a test turns red.
 
     python tests/mutants/mutants.py run [--jobs 2] [--minutes 60]     goes on where it stopped
-    python tests/mutants/mutants.py report > docs/mutants.md
+    python tests/mutants/mutants.py report                            writes docs/mutants.json and docs/mutants.md
 
 The changes are cosmic-ray's operators. Its runner is not used: it knows one test command for all mutants, while the
 whole suite takes minutes a mutant; mutmut, which does select tests, leaves out all that is decorated, here the
@@ -35,9 +35,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "docs" / "mutants.json"
+PAGE = ROOT / "docs" / "mutants.md"
 PACKAGES = ("sparse_sr_attn", "sparse_sr_attn_basicsr", "sparse_sr_attn_spandrel")
 STRATA = {"functional and layers": 85.0, "elsewhere": 70.0}
 """Parts of the code, and the share of mutants in percent that must be killed in each."""
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
+"""Mutants that no test can kill, by file and changed line, each with the reason; they count as neither."""
 
 SAMPLE = 200
 SEED = 7
@@ -192,15 +197,12 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def copied(root: Path, folder: Path) -> Path:
-    """Copy what git knows of a repository."""
+    """Copy what git knows of a repository, or all of a folder that is none."""
     shutil.rmtree(folder, ignore_errors=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=root,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    if not (root / ".git").exists():
+        return Path(shutil.copytree(root, folder))
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     for name in listed.stdout.splitlines():
         if (root / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +248,7 @@ class Reach:
         for report in reports:
             data = json.loads(report.read_text())
             names = [name for name, _ in data["tests"]]
-            self.seconds.update({name: seconds for name, seconds in data["tests"]})
+            self.seconds.update(dict(data["tests"]))
             for file, lines in data["lines"].items():
                 for line, numbers in lines.items():
                     self.lines[file][int(line)] |= {names[n] for n in numbers}
@@ -329,8 +331,8 @@ def map_all(tree: Path, folder: Path, jobs: int, strata: Sequence[str]) -> list[
     return [report for report in reports.values() if report.exists()]
 
 
-def meet(mutant: Mutant, tests: list[str], tree: Path, outcome: Path) -> None:
-    """Run the tests against the mutant; in a fork, which ends here."""
+def meet(tests: list[str], tree: Path, outcome: Path) -> None:
+    """Run the tests in a tree; in a fork, which ends here."""
     os.setsid()
     os.chdir(tree)
     os.environ.update(environment(tree))
@@ -346,6 +348,41 @@ def meet(mutant: Mutant, tests: list[str], tree: Path, outcome: Path) -> None:
     os._exit(0)
 
 
+class Fork:
+    """A mutant that is being met, in a process of its own and a copy of the repository."""
+
+    def __init__(self, mutant: Mutant, tests: list[str], tree: Path, worker: Path, allowed: float) -> None:
+        self.mutant, self.worker, self.allowed = mutant, worker, allowed
+        self.source = (tree / mutant.file).read_text(encoding="utf-8")
+        self.changed = mutated(self.source, mutant)
+        self.outcome = worker / "outcome.json"
+        self.outcome.unlink(missing_ok=True)
+        (worker / mutant.file).write_text(self.changed, encoding="utf-8")
+        self.start = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                meet(tests, worker, self.outcome)
+            finally:
+                os._exit(1)
+
+    def answer(self) -> dict[str, Any] | None:
+        """Return what came of it, and undo the change; `None` while it runs."""
+        answer: dict[str, Any]
+        if os.waitpid(self.pid, os.WNOHANG)[0]:
+            answer = json.loads(self.outcome.read_text()) if self.outcome.exists() else {"kind": "crash"}
+        elif time.monotonic() - self.start > self.allowed:
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            answer = {"kind": "timeout"}
+        else:
+            return None
+        (self.worker / self.mutant.file).write_text(self.source, encoding="utf-8")
+        answer["status"] = "killed" if "kind" in answer else "survived"
+        answer["seconds"] = round(time.monotonic() - self.start, 1)
+        return answer | {"change": change(self.source, self.changed)}
+
+
 def run(folder: Path, jobs: int, minutes: float, size: int, strata: Sequence[str]) -> None:
     """Meet all mutants of the sample that have no result yet."""
     tree = folder / "tree"
@@ -354,71 +391,46 @@ def run(folder: Path, jobs: int, minutes: float, size: int, strata: Sequence[str
     mutants = [mutant for mutant in sample(tree, size) if mutant.stratum in strata]
     results = folder / "results.jsonl"
     done = {json.dumps(line["mutant"]) for line in read_results(results)}
-    reach = Reach(tree, map_all(tree, folder / "map", jobs, strata))
     todo = [mutant for mutant in mutants if json.dumps(asdict(mutant)) not in done]
+    reach = Reach(tree, map_all(tree, folder / "map", jobs, strata))
     print(f"{len(mutants)} mutants, {len(todo)} to do", flush=True)
 
     import hypothesis  # noqa: F401
-    import numpy  # noqa: F401  ICN001: imported once, before the forks
     import torch
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * minutes
-    free = [copied(ROOT, folder / f"worker{n}") if not (folder / f"worker{n}").exists() else folder / f"worker{n}" for n in range(jobs)]
-    for worker in free:
-        for file in sources(tree):
-            shutil.copy2(tree / file, worker / file)
-    running: dict[int, tuple[Mutant, Path, float, float]] = {}
+    free = [copied(tree, folder / f"worker{number}") for number in range(jobs)]
+    running: list[Fork] = []
     while running or (todo and time.monotonic() < end):
         while todo and free and time.monotonic() < end:
             mutant = todo.pop(0)
             tests = reach.tests(mutant)
-            source = (tree / mutant.file).read_text(encoding="utf-8")
-            changed = mutated(source, mutant)
-            if not tests:
-                note(results, mutant, {"status": "survived", "ran": 0, "change": change(source, changed)})
-                continue
-            worker = free.pop()
-            (worker / mutant.file).write_text(changed, encoding="utf-8")
-            (worker / "outcome.json").unlink(missing_ok=True)
-            allowed = 60 + 5 * sum(reach.seconds[test] for test in tests)
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    meet(mutant, tests, worker, worker / "outcome.json")
-                finally:
-                    os._exit(1)
-            running[pid] = (mutant, worker, time.monotonic(), allowed)
+            if tests:
+                allowed = 60 + 5 * sum(reach.seconds[test] for test in tests)
+                running.append(Fork(mutant, tests, tree, free.pop(), allowed))
+            else:
+                source = (tree / mutant.file).read_text(encoding="utf-8")
+                note(
+                    results, mutant, {"status": "survived", "ran": 0, "change": change(source, mutated(source, mutant))}
+                )
         time.sleep(0.1)
-        for pid, (mutant, worker, start, allowed) in list(running.items()):
-            ended, _ = os.waitpid(pid, os.WNOHANG)
-            late = not ended and time.monotonic() - start > allowed
-            if late:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            if not ended and not late:
-                continue
-            del running[pid]
-            source = (tree / mutant.file).read_text(encoding="utf-8")
-            outcome = worker / "outcome.json"
-            answer: dict[str, Any] = json.loads(outcome.read_text()) if outcome.exists() else {}
-            if late:
-                answer = {"kind": "timeout"}
-            elif not answer:
-                answer = {"kind": "crash"}
-            answer["status"] = "killed" if "kind" in answer else "survived"
-            answer["change"] = change(source, (worker / mutant.file).read_text(encoding="utf-8"))
-            answer["seconds"] = round(time.monotonic() - start, 1)
-            (worker / mutant.file).write_text(source, encoding="utf-8")
-            note(results, mutant, answer)
-            free.append(worker)
+        for fork in list(running):
+            answer = fork.answer()
+            if answer is not None:
+                running.remove(fork)
+                free.append(fork.worker)
+                note(results, fork.mutant, answer)
 
 
 def note(results: Path, mutant: Mutant, answer: Mapping[str, Any]) -> None:
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"mutant": asdict(mutant), **answer}) + "\n")
-    print(f"{answer['status']:8}  {answer.get('kind', ''):9}  {mutant.file}:{mutant.line}  {family(mutant.operator)}", flush=True)
+    print(
+        f"{answer['status']:8}  {answer.get('kind', ''):9}  {mutant.file}:{mutant.line}  {family(mutant.operator)}",
+        flush=True,
+    )
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -444,6 +456,49 @@ def wilson(killed: int, total: int, z: float = 1.96) -> tuple[float, float]:
     return 100 * (middle - half), 100 * (middle + half)
 
 
+def excuse(result: Mapping[str, Any]) -> str | None:
+    """Return why a mutant that survived is no mistake, if it is none."""
+    return EQUIVALENT.get((result["mutant"]["file"], result["change"][1])) if result["status"] == "survived" else None
+
+
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page made of the results."""
+    lines = [
+        "# Mutation testing",
+        "",
+        "The code is changed in one small place, and a test must turn red. Made by `make mutants`, not by hand; the",
+        f"sample (seed {SEED}), the operators (cosmic-ray's) and the choice of tests are explained in",
+        "`tests/mutants/mutants.py`.",
+        "A mutant is met by the tests that reach its statement, those of up to a minute together, properties with ten",
+        "examples: the whole suite would kill more.",
+        "",
+        "| part of the code | mutants | killed | by an assertion | by another error | at import | by time | equivalent "
+        "| share killed | 95 % interval | promised |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stratum, promised in STRATA.items():
+        own = [result for result in results if result["mutant"]["stratum"] == stratum]
+        kinds = [result.get("kind") for result in own if result["status"] == "killed"]
+        equivalent = sum(excuse(result) is not None for result in own)
+        total = len(own) - equivalent
+        low, high = wilson(len(kinds), total)
+        cells = [
+            stratum, len(own), len(kinds), kinds.count("assertion"), kinds.count("error") + kinds.count("crash"),
+            kinds.count("import"), kinds.count("timeout"), equivalent,
+            f"{100 * len(kinds) / total:.1f} %" if total else "-", f"{low:.1f} to {high:.1f} %", f"{promised:g} %",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if len(results) < 300:
+        lines += ["", f"*The sample promised has at least 300 mutants; {len(results)} were met so far.*"]
+    survivors = [result for result in results if result["status"] == "survived"]
+    lines += ["", "## Survivors", "", "| where | before | after | tests | excused |", "|---|---|---|---|---|"]
+    for result in sorted(survivors, key=lambda result: (result["mutant"]["file"], result["mutant"]["line"])):
+        where = f"{result['mutant']['file']}:{result['mutant']['line']}"
+        before, after = (f"`{text}`".replace("|", "\\|") for text in result["change"])
+        lines.append(f"| {where} | {before} | {after} | {result['ran']} | {excuse(result) or ''} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -453,6 +508,8 @@ def main() -> int:
     runner.add_argument("--minutes", type=float, default=1e6, help="start no mutant after so many")
     runner.add_argument("--size", type=int, default=SAMPLE, help="mutants of each part of the code")
     runner.add_argument("--only", choices=STRATA, help="mutants of this part of the code")
+    reporter = commands.add_parser("report", help="write docs/mutants.json and docs/mutants.md")
+    reporter.add_argument("--folder", type=Path, default=ROOT / "build" / "mutants")
     mapper = commands.add_parser("map-file", help="(for run)")
     mapper.add_argument("tree", type=Path)
     mapper.add_argument("test")
@@ -463,6 +520,10 @@ def main() -> int:
     elif arguments.command == "run":
         strata = [arguments.only] if arguments.only else list(STRATA)
         run(arguments.folder.resolve(), arguments.jobs, arguments.minutes, arguments.size, strata)
+    else:
+        results = read_results(arguments.folder / "results.jsonl")
+        RECORD.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(page(results), encoding="utf-8")
     return 0
 
 

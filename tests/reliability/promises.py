@@ -4,8 +4,8 @@
     python tests/reliability/promises.py page                                  writes docs/reliability.md from the notes
 
 Tests report figures by pytest's own `record_property(name, number)`: of the numbers of one name the page shows the
-largest, of one that begins with "least" the smallest, of one that begins with "total" the sum. Runs may be partial: each
-replaces the notes of the tests that it ran.
+largest, of one that begins with "least" the smallest, of one that begins with "total" the sum. Runs may be partial:
+each replaces the notes of the tests that it ran.
 """
 
 import argparse
@@ -136,8 +136,8 @@ ROWS = [
     Row(
         "R8",
         "non-finite input",
-        "eval: only its own sample is affected; training: no buffer ever becomes non-finite; skipped updates are counted "
-        "in a buffer and reported by SparseSRModel at its log step",
+        "eval: only its own sample is affected; training: no buffer ever becomes non-finite; skipped updates are "
+        "counted in a buffer and reported by SparseSRModel at its log step",
         {
             "layers": clause("a sample that is not finite spoils no other"),
             "k-means counts": "tests/functional/test_kmeans.py::test_a_token_that_is_not_finite_spoils_nothing",
@@ -232,8 +232,9 @@ ROWS = [
         "DataParallel",
         "eval equals plain; what is lost in training is documented and warned of",
         {"replicas": "tests/reliability/test_data_parallel.py"},
-        "PyTorch's DataParallel itself needs GPUs: here its replicas are made by hand, on the CPU. Training gives no "
-        "warning of ours.",
+        "In training k-means and BatchNorm learn from the first device's part of a batch only; use "
+        "DistributedDataParallel, which joins the parts. There is no warning of ours yet. PyTorch's DataParallel "
+        "itself needs GPUs: here its replicas are made by hand, on the CPU.",
     ),
     Row(
         "R18",
@@ -282,7 +283,7 @@ ROWS = [
             "folders of the hub": "tests/test_hub.py::test_bad_folders_give_one_clear_error",
             "another upscale": f"{CHECKPOINTS}::test_another_upscale_keeps_the_body_only_on_request",
             "in spandrel": "tests/integrations/test_spandrel.py::test_code_in_a_file_does_not_run",
-            "training states": "tests/reliability/test_hostile_states.py",
+            "training states": f"{RESUME}::test_a_named_state_that_is_none_is_refused",
         },
     ),
     Row(
@@ -317,7 +318,8 @@ ROWS = [
         "tiling",
         "local layers: tiled = full within 1e-5; global layers: the deviation is measured and said",
         {
-            "local": "tests/test_inference.py::test_a_local_network_gives_the_whole_image_when_the_overlap_covers_its_reach",
+            "local": "tests/test_inference.py::"
+            "test_a_local_network_gives_the_whole_image_when_the_overlap_covers_its_reach",
             "without attention": "tests/test_inference.py::test_a_network_without_attention_is_the_same_in_tiles",
             "global": "tests/test_inference.py::test_attention_sees_its_tile_only_and_blending_keeps_close",
         },
@@ -332,23 +334,27 @@ ROWS = [
         "R26",
         "metric and degradation",
         "bicubic's published PSNR within 0.01 dB; MATLAB LR files to the last bit",
-        {"degradation": "tests/test_degradation.py", "demo": "tests/test_demo.py::test_low_resolution_is_what_matlab_would_make"},
-        "The published PSNR needs Set5's images, which cannot be shipped or fetched by a test; no file that MATLAB wrote "
-        "is at hand either, so the formulae are held to BasicSR's (one grey level) and to taps worked out by hand.",
+        {
+            "degradation": "tests/test_degradation.py",
+            "demo": "tests/test_demo.py::test_low_resolution_is_what_matlab_would_make",
+        },
+        "The published PSNR needs Set5's images, which cannot be shipped or fetched by a test; no file that MATLAB "
+        "wrote is at hand either, so the formulae are held to BasicSR's (one grey level) and to taps worked out by "
+        "hand.",
     ),
     Row(
         "R28",
         "mutation testing",
-        "a seeded sample of at least 300 mutants: 85 % killed in functional and layers, 70 % elsewhere, with the interval; "
-        "at most 5 % excused as equivalent, each with its reason",
+        "a seeded sample of at least 300 mutants: 85 % killed in functional and layers, 70 % elsewhere, with the "
+        "interval; at most 5 % excused as equivalent, each with its reason",
         {"the sample and its figures": "tests/mutants/test_mutants.py"},
         "See [the report](mutants.md).",
     ),
     Row(
         "R29",
         "platforms",
-        "what can be installed here is run here; the rest (Python 3.10-3.13, oldest torch, numpy 1.26) stands in the CI "
-        "workflow and is marked unverified",
+        "what can be installed here is run here; the rest (Python 3.10-3.13, oldest torch, numpy 1.26) stands in the "
+        "CI workflow and is marked unverified",
         {"the workflow": "tests/reliability/test_workflow.py"},
         "Unverified: all of `.github/workflows/ci.yml`. Verified is the environment named below.",
     ),
@@ -381,9 +387,11 @@ def unknown(patterns: Iterable[str]) -> list[str]:
         path = ROOT / file
         if path.is_dir() and not test:
             continue
-        names = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)} if (
-            path.is_file()
-        ) else set()
+        names = (
+            {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+            if (path.is_file())
+            else set()
+        )
         if not path.is_file() or (test and test not in names):
             missing.append(pattern)
     return missing
@@ -465,8 +473,8 @@ def page(notes: Mapping[str, Any]) -> str:
     lines = [
         "# Reliability",
         "",
-        "What the library promises, and what the tests reached: made by `make promises` from a run of the tests (written",
-        "to `reliability.json`), not by hand. A count is of cases that passed. Environment of the run:",
+        "What the library promises, and what the tests reached: made by `make promises` from a run of the tests,",
+        "noted in `reliability.json`, not by hand. A count is of cases that passed. Environment of the run:",
         f"{environment}.",
         "",
         "| # | promise | promised | reached | tests |",
@@ -488,7 +496,9 @@ def _reached(name: str, note: Mapping[str, Any] | None) -> str:
     if note is None:
         return f"{name}: not run"
     passed, failed, skipped = (note.get(kind, 0) for kind in ("passed", "failed", "skipped"))
-    text = f"{name}: {passed}" + (f", **{failed} failed**" if failed else "") + (f", {skipped} skipped" if skipped else "")
+    text = (
+        f"{name}: {passed}" + (f", **{failed} failed**" if failed else "") + (f", {skipped} skipped" if skipped else "")
+    )
     figures = ", ".join(f"{figure} {value:.3g}" for figure, value in note["figures"].items())
     return f"{text} ({figures})" if figures else text
 

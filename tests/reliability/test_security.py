@@ -41,20 +41,19 @@ def findings(source: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Call):
             called = written(node.func, known)
             keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-            if called in FORBIDDEN_CALLS:
-                yield node.lineno, ast.unparse(node)
-            elif called == "torch.load" and not is_true(keywords.get("weights_only")):
-                yield node.lineno, ast.unparse(node)
-            elif called in ("yaml.load", "yaml.load_all") and not safe_loader(node, tree):
-                yield node.lineno, ast.unparse(node)
-            elif "shell" in keywords and not is_false(keywords["shell"]):
-                yield node.lineno, ast.unparse(node)
-            elif is_true(keywords.get("allow_pickle")) or is_true(keywords.get("trust_remote_code")):
+            if (
+                called in FORBIDDEN_CALLS
+                or (called == "torch.load" and not is_true(keywords.get("weights_only")))
+                or (called in ("yaml.load", "yaml.load_all") and not safe_loader(node, tree))
+                or ("shell" in keywords and not is_false(keywords["shell"]))
+                or is_true(keywords.get("allow_pickle"))
+                or is_true(keywords.get("trust_remote_code"))
+            ):
                 yield node.lineno, ast.unparse(node)
 
 
 def top(module: str) -> str:
-    return module.split(".")[0]
+    return module.partition(".")[0]
 
 
 def names(tree: ast.AST) -> dict[str, str]:
