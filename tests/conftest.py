@@ -73,7 +73,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     hooked = pytest.mark.skip(
         reason="compiles, watches random state or passes wrong types, which jaxtyping's hook disturbs"
     )
+    properties: set[str] = set()
     for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):  # counted for docs/reliability.md
+            item.user_properties.append(("least examples", settings.default.max_examples))
+            if item.nodeid.partition("[")[0] not in properties:
+                item.user_properties.append(("total properties", 1))
+            properties.add(item.nodeid.partition("[")[0])
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if config.getoption("--jaxtyping") and item.get_closest_marker("unhooked"):
