@@ -356,7 +356,7 @@ ROWS = [
         "what can be installed here is run here; the rest (Python 3.10-3.13, oldest torch, numpy 1.26) stands in the "
         "CI workflow and is marked unverified",
         {"the workflow": "tests/reliability/test_workflow.py"},
-        "Unverified: all of `.github/workflows/ci.yml`. Verified is the environment named below.",
+        "Unverified: all of `.github/workflows/ci.yml`. Verified is the environment named above.",
     ),
     Row(
         "R30",
