@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -338,8 +339,8 @@ def meet(tests: list[str], tree: Path, outcome: Path) -> None:
     os.environ.update(environment(tree))
     sys.path[:0] = [str(tree), str(tree / "integrations")]
     sys.dont_write_bytecode = True
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1), os.dup2(null, 2)
+    log = os.open(outcome.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
     recorder = Recorder()
     code = pytest.main([*tests, *PYTEST], plugins=[recorder])
     if code not in (0, 1) and not recorder.failure:
@@ -349,38 +350,63 @@ def meet(tests: list[str], tree: Path, outcome: Path) -> None:
 
 
 class Fork:
-    """A mutant that is being met, in a process of its own and a copy of the repository."""
+    """A mutant that is being met, in a process of its own and a copy of the repository; `None` is the code as it is."""
 
-    def __init__(self, mutant: Mutant, tests: list[str], tree: Path, worker: Path, allowed: float) -> None:
+    def __init__(self, mutant: Mutant | None, tests: list[str], tree: Path, worker: Path, allowed: float) -> None:
         self.mutant, self.worker, self.allowed = mutant, worker, allowed
-        self.source = (tree / mutant.file).read_text(encoding="utf-8")
-        self.changed = mutated(self.source, mutant)
+        self.source = self.changed = ""
+        if mutant is not None:
+            self.source = (tree / mutant.file).read_text(encoding="utf-8")
+            self.changed = mutated(self.source, mutant)
+            (worker / mutant.file).write_text(self.changed, encoding="utf-8")
         self.outcome = worker / "outcome.json"
         self.outcome.unlink(missing_ok=True)
-        (worker / mutant.file).write_text(self.changed, encoding="utf-8")
         self.start = time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 meet(tests, worker, self.outcome)
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(1)
 
     def answer(self) -> dict[str, Any] | None:
         """Return what came of it, and undo the change; `None` while it runs."""
         answer: dict[str, Any]
-        if os.waitpid(self.pid, os.WNOHANG)[0]:
-            answer = json.loads(self.outcome.read_text()) if self.outcome.exists() else {"kind": "crash"}
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        if ended and os.WIFSIGNALED(status):
+            answer = {"kind": "crash"}
+        elif ended and not self.outcome.exists():
+            raise RuntimeError(f"pytest could not run; see {self.outcome.with_suffix('.log')}")
+        elif ended:
+            answer = json.loads(self.outcome.read_text())
         elif time.monotonic() - self.start > self.allowed:
             os.killpg(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             answer = {"kind": "timeout"}
         else:
             return None
-        (self.worker / self.mutant.file).write_text(self.source, encoding="utf-8")
+        if self.mutant is not None:
+            (self.worker / self.mutant.file).write_text(self.source, encoding="utf-8")
         answer["status"] = "killed" if "kind" in answer else "survived"
         answer["seconds"] = round(time.monotonic() - self.start, 1)
         return answer | {"change": change(self.source, self.changed)}
+
+
+def control(reach: Reach, tree: Path, worker: Path) -> None:
+    """Run fast tests on code that is not changed: a runner under which they fail would kill everything.
+
+    Raises:
+        RuntimeError: they fail.
+    """
+    tests = sorted(reach.seconds, key=lambda name: (reach.seconds[name], name))[:200]
+    fork = Fork(None, tests, tree, worker, allowed=600)
+    while (answer := fork.answer()) is None:
+        time.sleep(0.1)
+    if answer["status"] != "survived" or answer["ran"] != len(tests):
+        raise RuntimeError(f"tests fail without a mutant: {answer}; see {fork.outcome.with_suffix('.log')}")
 
 
 def run(folder: Path, jobs: int, minutes: float, size: int, strata: Sequence[str]) -> None:
@@ -395,13 +421,13 @@ def run(folder: Path, jobs: int, minutes: float, size: int, strata: Sequence[str
     reach = Reach(tree, map_all(tree, folder / "map", jobs, strata))
     print(f"{len(mutants)} mutants, {len(todo)} to do", flush=True)
 
-    import hypothesis  # noqa: F401
-    import torch
+    import torch  # before the forks; nothing that pytest wants to be the first to import
     import torch._dynamo
 
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * minutes
     free = [copied(tree, folder / f"worker{number}") for number in range(jobs)]
+    control(reach, tree, free[0])
     running: list[Fork] = []
     while running or (todo and time.monotonic() < end):
         while todo and free and time.monotonic() < end:
