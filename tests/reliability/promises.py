@@ -412,23 +412,39 @@ class Notes:
             self.tests[report.nodeid] = report.outcome
             self.figures[report.nodeid] = [(str(name), float(value)) for name, value in report.user_properties]
 
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Return, for each pattern of which a test ran, how many passed and the figures."""
+    def reached(self) -> dict[str, dict[str, Any]]:
+        """Return, for each test (of the contract for each clause), how many cases passed and the figures."""
         found: dict[str, dict[str, Any]] = {}
-        for pattern in {pattern for row in ROWS for pattern in row.tests.values()}:
-            ran = [name for name in self.tests if matches(pattern, name)]
-            if not ran:
-                continue
-            outcomes = [self.tests[name] for name in ran]
-            figures: dict[str, list[float]] = {}
-            for name in ran:
-                for figure, value in self.figures[name]:
-                    figures.setdefault(figure, []).append(value)
-            found[pattern] = {
-                **{kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped") if kind in outcomes},
-                "figures": {name: _summary(name, values) for name, values in sorted(figures.items())},
-            }
+        for nodeid, outcome in sorted(self.tests.items()):
+            note = found.setdefault(_name(nodeid), {})
+            note[outcome] = note.get(outcome, 0) + 1
+            for figure, value in self.figures[nodeid]:
+                note.setdefault("figures", {}).setdefault(figure, []).append(value)
+        for note in found.values():
+            if "figures" in note:
+                note["figures"] = {figure: _summary(figure, values) for figure, values in note["figures"].items()}
         return found
+
+
+def _name(nodeid: str) -> str:
+    test, _, case = nodeid.partition("[")
+    return f"{test}[: {case.rpartition(': ')[2]}" if test == CONTRACT else test
+
+
+def gathered(tests: Mapping[str, Mapping[str, Any]], pattern: str) -> dict[str, Any]:
+    """Return what all tests meant by a pattern reached together; empty if none ran."""
+    notes = [note for name, note in tests.items() if matches(pattern, name)]
+    total: dict[str, Any] = {}
+    figures: dict[str, list[float]] = {}
+    for note in notes:
+        for kind in ("passed", "failed", "skipped"):
+            if kind in note:
+                total[kind] = total.get(kind, 0) + note[kind]
+        for figure, value in note.get("figures", {}).items():
+            figures.setdefault(figure, []).append(value)
+    if total:
+        total["figures"] = {figure: _summary(figure, values) for figure, values in sorted(figures.items())}
+    return total
 
 
 def _summary(name: str, values: Sequence[float]) -> float:
@@ -449,9 +465,13 @@ def run(arguments: Sequence[str]) -> int:
     import numpy
     import torch
 
-    before = json.loads(NOTES.read_text()) if NOTES.exists() else {"patterns": {}}
+    before = json.loads(NOTES.read_text())["tests"] if NOTES.exists() else {}
     wanted = {pattern for row in ROWS for pattern in row.tests.values()}
-    patterns = {name: value for name, value in before["patterns"].items() if name in wanted} | notes.rows()
+    tests = {
+        name: note
+        for name, note in sorted({**before, **notes.reached()}.items())
+        if any(matches(pattern, name) for pattern in wanted) and not unknown([name])
+    }
     environment = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -459,7 +479,7 @@ def run(arguments: Sequence[str]) -> int:
         "machine": platform.machine(),
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-    content = {"environment": environment, "patterns": dict(sorted(patterns.items()))}
+    content = {"environment": environment, "tests": tests}
     NOTES.write_text(json.dumps(content, indent=1) + "\n")
     return int(code)
 
@@ -483,7 +503,7 @@ def page(notes: Mapping[str, Any]) -> str:
     for row in ROWS:
         reached, tests = [], []
         for name, pattern in row.tests.items():
-            reached.append(_reached(name, notes["patterns"].get(pattern)))
+            reached.append(_reached(name, gathered(notes["tests"], pattern)))
             tests.append(f"`{_short(pattern)}`")
         if row.missing:
             reached.append(f"*{row.missing}*")
@@ -492,8 +512,8 @@ def page(notes: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _reached(name: str, note: Mapping[str, Any] | None) -> str:
-    if note is None:
+def _reached(name: str, note: Mapping[str, Any]) -> str:
+    if not note:
         return f"{name}: not run"
     passed, failed, skipped = (note.get(kind, 0) for kind in ("passed", "failed", "skipped"))
     text = (
