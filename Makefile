@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-all lint docs clean
+.PHONY: help setup demo bench test test-all lint docs promises mutants clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,15 @@ lint: setup  ## Check style and types.
 
 docs: setup  ## Build the documentation into site/.
 	$(BIN)/mkdocs build --strict
+
+promises: setup  ## Run the tests of all promises and write docs/reliability.md (about half an hour).
+	$(BIN)/python tests/reliability/promises.py run $(PARALLEL)
+	$(BIN)/python tests/reliability/promises.py page
+
+mutants: setup  ## Break the code in 400 small places, see which go unnoticed, write docs/mutants.md (hours; resumes).
+	$(PIP) -e ".[mutants]"
+	$(BIN)/python tests/mutants/mutants.py run
+	$(BIN)/python tests/mutants/mutants.py report
 
 clean:  ## Remove what the targets made, .venv excepted.
 	rm -rf site build dist bench demo/data demo/experiments demo/results demo/tb_logger demo/*.json demo/*.png

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +28,14 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=_RELAXED,
 )
+settings.register_profile(
+    "brief",
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=_RELAXED,
+)  # for mutants
 settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=_RELAXED)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
@@ -65,7 +73,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     hooked = pytest.mark.skip(
         reason="compiles, watches random state or passes wrong types, which jaxtyping's hook disturbs"
     )
+    properties: set[str] = set()
     for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):  # counted for docs/reliability.md
+            item.user_properties.append(("least examples", settings.default.max_examples))
+            if item.nodeid.partition("[")[0] not in properties:
+                item.user_properties.append(("total properties", 1))
+            properties.add(item.nodeid.partition("[")[0])
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if config.getoption("--jaxtyping") and item.get_closest_marker("unhooked"):
@@ -87,6 +101,22 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "RCAN": ("RCAN", {"num_feat": 9, "num_group": 2, "num_block": 1, "squeeze_factor": 3, "attention": [LCOA]}),
 }
 """Each of our networks with attention, tiny."""
+
+
+@pytest.fixture(params=NETWORKS)
+def build_tiny(request: pytest.FixtureRequest) -> "Callable[[], Network]":
+    """Build one of our networks, tiny, with the same weights each time."""
+    import sparse_sr_attn
+
+    name, options = NETWORKS[request.param]
+
+    def build() -> "Network":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network: Network = getattr(sparse_sr_attn, name)(**options)
+        return network
+
+    return build
 
 
 @pytest.fixture(params=NETWORKS)

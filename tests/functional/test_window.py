@@ -409,7 +409,8 @@ def test_pads_have_no_weight(device: torch.device, case: Map) -> None:
 @example(case=WINDOW_OVER_THE_MAP, filling=1e4)
 @example(case=FULL_OF_PADS, filling=-1e300)
 def test_the_values_of_pads_cannot_matter(device: torch.device, case: Map, filling: float) -> None:
-    """The application by hand, on a map whose pads hold something, gives the same bits."""
+    """The application by hand, on a map whose pads hold something, gives the same bits; the operation, which multiplies
+    a few windows at a time, gives the same but for rounding."""
     query, key, value = (leaf.detach() for leaf in case.inputs(device))
     weights = fast.window_weights(query, key, **case.windows)
 
@@ -420,7 +421,7 @@ def test_the_values_of_pads_cannot_matter(device: torch.device, case: Map, filli
         return joined[:, :, : case.height, : case.width]
 
     assert_bit_equal(by_hand(filling), by_hand(0.0))
-    assert_bit_equal(by_hand(filling), fast.apply_window_weights(weights, value, **case.windows))
+    assert_values_close(by_hand(filling), fast.apply_window_weights(weights, value, **case.windows))
 
 
 @given(case=maps(), filling=st.sampled_from((0.0, 1e4, float("nan"))))

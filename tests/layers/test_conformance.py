@@ -1,5 +1,7 @@
 """Every registered layer against every clause of the layer contract."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -19,8 +21,11 @@ def _param(subject: Subject, clause: Clause) -> object:
 
 
 @pytest.mark.parametrize(("subject", "clause"), [_param(*pair) for pair in conformance.matrix(LAYERS)])
-def test_contract(device: torch.device, subject: Subject, clause: Clause) -> None:
-    clause.check(subject, device)
+def test_contract(
+    device: torch.device, subject: Subject, clause: Clause, record_property: Callable[[str, object], None]
+) -> None:
+    for name, value in (clause.check(subject, device) or {}).items():
+        record_property(name, value)
 
 
 def test_every_layer_is_held_to_the_contract() -> None:
