@@ -36,11 +36,25 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         kernels = taps(x).unsqueeze(1).contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, kernels, padding=1, groups=x.shape[1])
     share = x.shape[1] // _SHARES
-    moved = [
-        F.pad(x[:, index * share : (index + 1) * share], (1 - column, column - 1, 1 - row, row - 1))
-        for index, (row, column) in enumerate(_TAPS)
-    ]
-    return torch.cat([*moved, x[:, len(_TAPS) * share :]], dim=1)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        moved = [
+            F.pad(x[:, index * share : (index + 1) * share], (1 - column, column - 1, 1 - row, row - 1))
+            for index, (row, column) in enumerate(_TAPS)
+        ]
+        return torch.cat([*moved, x[:, len(_TAPS) * share :]], dim=1)
+    # Where nothing learns: written in place, so that all is copied once.
+    result = torch.zeros_like(x)
+    for index, (row, column) in enumerate(_TAPS):
+        channels = slice(index * share, (index + 1) * share)
+        (here_y, there_y), (here_x, there_x) = _moved(row - 1), _moved(column - 1)
+        result[:, channels, there_y, there_x] = x[:, channels, here_y, here_x]
+    result[:, len(_TAPS) * share :] = x[:, len(_TAPS) * share :]
+    return result
+
+
+def _moved(step: int) -> tuple[slice, slice]:
+    """Return what of a side is read, and where it goes, if each place takes what stands `step` further."""
+    return slice(max(step, 0), min(step, 0) or None), slice(max(-step, 0), min(-step, 0) or None)
 
 
 def _is_faster_depthwise(x: Tensor) -> bool:
@@ -75,7 +89,10 @@ def shift_conv2d(
         return F.conv2d(x, spread(weight), bias, padding=1)
     if form != "slices":
         raise ValueError(f"form must be 'slices' or 'masked', got {form!r}")
-    return pointwise_conv2d(shift2d(x), weight, bias)
+    shifted = shift2d(x)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return pointwise_conv2d(shifted, weight, bias)
+    return F.conv2d(shifted, weight, bias)
 
 
 def spread(weight: Float[Tensor, "o c 1 1"]) -> Float[Tensor, "o c 3 3"]:

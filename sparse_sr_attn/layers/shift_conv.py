@@ -56,7 +56,7 @@ class ShiftConv2d(nn.Conv2d):
             ShapeError: `x` is not a map of `in_channels` channels.
         """
         check_map(x, self.in_channels, "in_channels")
-        return shift_conv2d(channels_last(x), self.weight, self.bias, form=self.form)
+        return shift_conv2d(x, self.weight, self.bias, form=self.form)
 
 
 @LAYERS.register("LFE", kind="operator", source=_SOURCE)

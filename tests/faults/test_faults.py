@@ -1714,9 +1714,16 @@ FAULTS = [
     Fault(
         "the first channels take what is left over",
         SHIFT,
-        "share = x.shape[1] // _SHARES\n    moved",
-        "share = -(-x.shape[1] // _SHARES)\n    moved",
+        "share = x.shape[1] // _SHARES\n    if",
+        "share = -(-x.shape[1] // _SHARES)\n    if",
         f"{IN_SHIFT}::test_each_fifth_reads_the_neighbour_it_should",
+    ),
+    Fault(
+        "a shift in place goes the wrong way",
+        SHIFT,
+        "slice(max(-step, 0), min(-step, 0) or None)",
+        "slice(max(step, 0), min(step, 0) or None)",
+        f"{IN_SHIFT}::test_shift_equals_loops",
     ),
     Fault(
         "statistics move in a recomputation",
