@@ -33,7 +33,7 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         ELAN (arXiv 2203.06697), which spells it as such a convolution.
     """
     if _is_faster_depthwise(x):
-        kernels = taps(x).unsqueeze(1).contiguous(memory_format=torch.channels_last)
+        kernels = _kernels(x)
         return F.conv2d(x, kernels, padding=1, groups=x.shape[1])
     share = x.shape[1] // _SHARES
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -50,6 +50,16 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         result[:, channels, there_y, there_x] = x[:, channels, here_y, here_x]
     result[:, len(_TAPS) * share :] = x[:, len(_TAPS) * share :]
     return result
+
+
+def _kernels(x: Tensor) -> Float[Tensor, "c 1 3 3"]:
+    """Return the one-hot kernels of a depthwise convolution that shifts `x`."""
+    share = x.shape[1] // _SHARES
+    kernels = x.new_zeros(x.shape[1], 1, 3, 3)
+    for index, (row, column) in enumerate(_TAPS):
+        kernels[index * share : (index + 1) * share, 0, row, column] = 1
+    kernels[len(_TAPS) * share :, 0, 1, 1] = 1
+    return kernels
 
 
 def _moved(step: int) -> tuple[slice, slice]:
