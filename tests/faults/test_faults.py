@@ -1533,7 +1533,7 @@ FAULTS = [
         SHIFT,
         "        F.pad(x[:, index * share : (index + 1) * share], (1 - column, column - 1, 1 - row, row - 1))",
         "        x[:, index * share : (index + 1) * share].roll((1 - row, 1 - column), dims=(2, 3))",
-        f"{IN_ELAN}::test_equals_released_code",
+        f"{IN_SHIFT}::test_shift_equals_loops",
     ),
     Fault(
         "the picture is padded by its border",
