@@ -17,6 +17,12 @@ def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     return rows.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
+def new_map(like: Float[Tensor, "b _ h w"], channels: int) -> Float[Tensor, "b c h w"]:
+    """Return an empty map of the size of `like`, in channels-last memory."""
+    b, _, h, w = like.shape
+    return like.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
+
+
 def pointwise_conv2d(
     x: Float[Tensor, "b c h w"], weight: Float[Tensor, "o c 1 1"], bias: Float[Tensor, "o"] | None
 ) -> Float[Tensor, "b o h w"]:
@@ -41,11 +47,6 @@ def _map(lines: Float[Tensor, "bh c 1 w"], batch: int) -> Float[Tensor, "b c h w
     return rows.view(batch, -1, rows.shape[2], rows.shape[3]).permute(0, 3, 1, 2)
 
 
-def _new_map(like: Tensor, channels: int) -> Tensor:
-    b, _, h, w = like.shape
-    return like.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
-
-
 @torch.library.custom_op("sparse_sr_attn::pointwise_conv2d", mutates_args=())
 def _pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _map(F.conv2d(_lines(x), weight, bias), x.shape[0])
@@ -53,7 +54,7 @@ def _pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @_pointwise_conv2d.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _new_map(x, weight.shape[0])
+    return new_map(x, weight.shape[0])
 
 
 @torch.library.custom_op("sparse_sr_attn::pointwise_conv2d_backward", mutates_args=())
@@ -66,7 +67,7 @@ def _pointwise_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple
 
 @_pointwise_conv2d_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_map(x, x.shape[1]), weight.new_empty(weight.shape), weight.new_empty(len(weight))
+    return new_map(x, x.shape[1]), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -33,8 +33,7 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         ELAN (arXiv 2203.06697), which spells it as such a convolution.
     """
     if _is_faster_depthwise(x):
-        kernels = _kernels(x)
-        return F.conv2d(x, kernels, padding=1, groups=x.shape[1])
+        return F.conv2d(x, taps(x)[:, None], padding=1, groups=x.shape[1])
     share = x.shape[1] // _SHARES
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         moved = [
@@ -50,16 +49,6 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         result[:, channels, there_y, there_x] = x[:, channels, here_y, here_x]
     result[:, len(_TAPS) * share :] = x[:, len(_TAPS) * share :]
     return result
-
-
-def _kernels(x: Tensor) -> Float[Tensor, "c 1 3 3"]:
-    """Return the one-hot kernels of a depthwise convolution that shifts `x`."""
-    share = x.shape[1] // _SHARES
-    kernels = x.new_zeros(x.shape[1], 1, 3, 3)
-    for index, (row, column) in enumerate(_TAPS):
-        kernels[index * share : (index + 1) * share, 0, row, column] = 1
-    kernels[len(_TAPS) * share :, 0, 1, 1] = 1
-    return kernels
 
 
 def _moved(step: int) -> tuple[slice, slice]:
@@ -112,10 +101,9 @@ def spread(weight: Float[Tensor, "o c 1 1"]) -> Float[Tensor, "o c 3 3"]:
 
 def taps(weight: Float[Tensor, "o c _ _"]) -> Float[Tensor, "c 3 3"]:
     """Return where each input channel of a kernel is read from, as ones among zeros."""
-    channels = weight.shape[1]
-    rows, columns = zip(*_TAPS, strict=True)
-    share = channels // _SHARES
-    repeats = torch.tensor([share] * len(_TAPS) + [channels - len(_TAPS) * share], device=weight.device)
-    row = torch.tensor([*rows, 1], device=weight.device).repeat_interleave(repeats, output_size=channels)
-    column = torch.tensor([*columns, 1], device=weight.device).repeat_interleave(repeats, output_size=channels)
-    return F.one_hot(3 * row + column, 9).to(weight.dtype).view(channels, 3, 3)
+    share = weight.shape[1] // _SHARES
+    kernels = weight.new_zeros(weight.shape[1], 3, 3)
+    for index, (row, column) in enumerate(_TAPS):
+        kernels[index * share : (index + 1) * share, row, column] = 1
+    kernels[len(_TAPS) * share :, 1, 1] = 1
+    return kernels

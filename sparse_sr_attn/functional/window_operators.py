@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sparse_sr_attn.functional.layout import new_map
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.window_grid import WindowGrid
 
@@ -152,14 +153,8 @@ def _cut_both(
     return queries, queries if key is None else windows.cut(key, shift, queries.dtype)
 
 
-def _new_map(like: Tensor) -> Tensor:
-    """Return an empty map in channels-last memory."""
-    b, c, h, w = like.shape
-    return like.new_empty(b, h, w, c).permute(0, 3, 1, 2)
-
-
 def _new_maps(query: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _new_map(query), query.new_empty(0) if key is None else _new_map(key)
+    return new_map(query, query.shape[1]), query.new_empty(0) if key is None else new_map(key, key.shape[1])
 
 
 def _sent_back(
@@ -255,7 +250,7 @@ def apply_op(weights: Tensor, value: Tensor, window_size: int, shift: int, unshi
 
 @apply_op.register_fake
 def _(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int) -> Tensor:
-    return _new_map(value)
+    return new_map(value, value.shape[1])
 
 
 @torch.library.custom_op("sparse_sr_attn::apply_window_weights_backward", mutates_args=())
@@ -273,7 +268,7 @@ def _apply_backward(grad: Tensor, weights: Tensor, value: Tensor, shift: int, un
 
 @_apply_backward.register_fake
 def _(grad: Tensor, weights: Tensor, value: Tensor, shift: int, unshift: int) -> tuple[Tensor, Tensor]:
-    return weights.new_empty(weights.shape), _new_map(value)
+    return weights.new_empty(weights.shape), new_map(value, value.shape[1])
 
 
 def _keep_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -310,7 +305,7 @@ def attention_op(
 def _(
     query: Tensor, key: Tensor | None, value: Tensor, window_size: int, shift: int, unshift: int, scale: float
 ) -> Tensor:
-    return _new_map(value)
+    return new_map(value, value.shape[1])
 
 
 @torch.library.custom_op("sparse_sr_attn::window_attention_backward", mutates_args=())
@@ -342,7 +337,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor | None, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_new_maps(query, key), _new_map(value))
+    return (*_new_maps(query, key), new_map(value, value.shape[1]))
 
 
 def _keep_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

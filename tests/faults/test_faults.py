@@ -1707,8 +1707,8 @@ FAULTS = [
     Fault(
         "the masked form has the taps of another form",
         SHIFT,
-        "return F.one_hot(3 * row + column, 9)",
-        "return F.one_hot(3 * column + row, 9)",
+        "(index + 1) * share, row, column] = 1",
+        "(index + 1) * share, column, row] = 1",
         f"{IN_GMSA}::test_both_forms_of_a_shift_convolution_are_one_layer",
     ),
     Fault(
