@@ -106,8 +106,8 @@ def test_grey_photographs_have_three_equal_channels(data: Path) -> None:
 
 
 def test_preparing_again_replaces_what_was_there(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "data/train").mkdir(parents=True)
-    (tmp_path / "data/train/leftover.txt").write_text("of an interrupted run")
+    (tmp_path / "data/train/HR").mkdir(parents=True)
+    (tmp_path / "data/train/HR/leftover.png").write_text("of another run")
     run(DEMO / "prepare.py", "--out", "data", cwd=tmp_path)
     assert names(tmp_path / "data") == ["train", "val"]
     for folder in ("train/HR", "train/LR_x2", "val/HR", "val/LR_x2"):

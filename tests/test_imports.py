@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attachment": {"errors", "registry", "config", "layers", "blocks"},
     "backbones": {"errors", "states", "registry", "config", "functional", "layers", "blocks"},
     "files": set(),
+    "pairs": {"errors", "files", "degradation"},
     "inference": set(),
     "graphs": {"errors"},
     "images": {"errors", "files", "inference"},
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"errors", "registry", "config", "files", "layers", "blocks", "backbones", "reference"},
     "commands": {
         *("errors", "states", "config", "layers", "backbones", "checkpoints", "conversion", "export", "images"),
-        *("inference", "visualize", "bench"),
+        *("inference", "visualize", "bench", "pairs"),
     },
     "cli": {"errors", "commands"},  # and the integrations, lazily
     "__main__": {"cli"},

@@ -13,6 +13,7 @@ import torch
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints import load_model
 from sparse_sr_attn.errors import SparseSRError
+from sparse_sr_attn.images import looks_like_image
 
 _PACKAGES = {"PIL": "pillow"}
 """What a module's package is called, where it is called otherwise."""
@@ -49,6 +50,26 @@ def require(*modules: str) -> None:
     missing = [_PACKAGES.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise SparseSRError(f"{', '.join(missing)} must be installed: python -m pip install {' '.join(missing)}")
+
+
+def images_in(path: Path) -> list[Path]:
+    """Return the images of a folder, sorted, without hidden ones; an image alone is one.
+
+    Raises:
+        UsageError: there is no such path, or no image in the folder.
+    """
+    if not os.path.lexists(path):
+        raise UsageError(f"{name(path)}: no such image or folder")
+    if not os.path.isdir(path):
+        return [path]
+    try:
+        files = sorted(file for file in path.iterdir() if not file.is_dir())
+    except OSError as error:
+        raise UsageError(f"{name(path)}: {error.strerror}") from error
+    images = [file for file in files if looks_like_image(file) and not file.name.startswith(".")]
+    if not images:
+        raise UsageError(f"{name(path)} must hold images, and none of its {len(files)} files has the suffix of one")
+    return images
 
 
 def add_weights(parser: argparse.ArgumentParser, *, device: bool = True) -> None:

@@ -7,13 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.commands.common import UsageError, add_weights, load, name, require, say, show
+from sparse_sr_attn.commands.common import UsageError, add_weights, images_in, load, name, require, say, show
 from sparse_sr_attn.errors import ImageError, ShapeError
 from sparse_sr_attn.images import (
     MAX_PIXELS,
     Picture,
     format_of,
-    looks_like_image,
     read_image,
     upscale_image,
     write_image,
@@ -81,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require("PIL", "numpy", "tqdm")
     _check(arguments)
-    found = _images(arguments.input)
+    found = images_in(arguments.input)
     model = load(arguments)
     failed = 0
     jobs = _targets(arguments, found, model.upscale)
@@ -107,8 +106,6 @@ def _check(arguments: argparse.Namespace) -> None:
     overlap = arguments.overlap
     if overlap is not None and (overlap < 0 or 0 < arguments.tile <= overlap):
         raise UsageError(f"--overlap must be >= 0 and smaller than the tile, {arguments.tile}, got {overlap}")
-    if not os.path.lexists(arguments.input):
-        raise UsageError(f"{name(arguments.input)}: no such image or folder")
     output = arguments.output
     if output is not None and os.path.isdir(arguments.input) and os.path.isfile(output):
         raise UsageError(f"--output must be a folder for a folder of images, and {name(output)} is a file")
@@ -117,19 +114,6 @@ def _check(arguments: argparse.Namespace) -> None:
             format_of(output)
         except ImageError as error:
             raise UsageError(f"--output {error}") from error
-
-
-def _images(path: Path) -> list[Path]:
-    if not os.path.isdir(path):
-        return [path]
-    try:
-        files = sorted(file for file in path.iterdir() if not file.is_dir())
-    except OSError as error:
-        raise UsageError(f"{name(path)}: {error.strerror}") from error
-    images = [file for file in files if looks_like_image(file) and not file.name.startswith(".")]
-    if not images:
-        raise UsageError(f"{name(path)} must hold images, and none of its {len(files)} files has the suffix of one")
-    return images
 
 
 def _is_folder(output: Path) -> bool:

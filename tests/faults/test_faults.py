@@ -2616,6 +2616,27 @@ FAULTS = [
         "    position = torch.arange(num_tokens, device=assignment.device)\n    int(assignment.max())\n",
         f"{IN_GRAPHS}::test_layers_ask_for_no_value",
     ),
+    Fault(
+        "the tiles of training pairs do not overlap by a crop",
+        "sparse_sr_attn/pairs.py",
+        "range(0, last, tile - crop)",
+        "range(0, last, tile)",
+        "tests/test_pairs.py::test_every_crop_lies_in_a_tile",
+    ),
+    Fault(
+        "the low resolution is cut at the place of the high one",
+        "sparse_sr_attn/pairs.py",
+        "top // upscale, left // upscale, tile // upscale",
+        "top, left, tile // upscale",
+        "tests/test_pairs.py::test_every_crop_lies_in_a_tile",
+    ),
+    Fault(
+        "pairs that failed half-way leave what they wrote",
+        "sparse_sr_attn/pairs.py",
+        "    finally:\n        shutil.rmtree(partial, ignore_errors=True)",
+        "    finally:\n        pass",
+        "tests/test_pairs.py::test_files_replace_what_was_there_only_when_all_are_written",
+    ),
 ]
 
 

@@ -1,0 +1,81 @@
+"""`sparse-sr prepare`, as it is typed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.degradation import matlab_bicubic
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a colour, a grey and a small photograph, a hidden file and a text."""
+    dice = np.random.default_rng(0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(dice.integers(0, 256, (41, 50, 3), dtype=np.uint8)).save(folder / "colour.png")
+    Image.fromarray(dice.integers(0, 256, (40, 40), dtype=np.uint8)).save(folder / "grey.png")
+    Image.fromarray(dice.integers(0, 256, (9, 60, 3), dtype=np.uint8)).save(folder / "small.png")
+    (folder / ".hidden.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pixels(file: Path) -> torch.Tensor:
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image))
+
+
+def test_whole_images(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "photos", "--scale", "2", "-o", "out"]) == 0
+    assert capsys.readouterr().out == "3 pairs from 3 images -> out\n"
+    colour = pixels(here / "photos/colour.png")
+    assert torch.equal(pixels(here / "out/HR/colour.png"), colour[:40])
+    assert torch.equal(pixels(here / "out/LR_x2/colour.png"), matlab_bicubic(colour, 2))
+    grey = pixels(here / "photos/grey.png")
+    assert torch.equal(pixels(here / "out/HR/grey.png"), grey[..., None].expand(-1, -1, 3))
+
+
+def test_tiles_leave_out_what_is_smaller_than_a_crop(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prepare", "photos", "--scale", "2", "--tile", "32", "--crop", "16", "-o", "out"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert "from 2 images" in out
+    assert "photos/small.png is left out: a side is shorter than 16" in err
+    files = sorted((here / "out/HR").iterdir())
+    assert [file.name for file in files] == sorted(file.name for file in (here / "out/LR_x2").iterdir())
+    assert {tuple(pixels(file).shape) for file in files} == {(32, 32, 3)}
+    assert main(command) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--scale", "0"], 2, "--scale must be >= 1, got 0"),
+        (["--scale", "2", "--tile", "33"], 2, "--tile must be a multiple of the scale, 2, got 33"),
+        (["--scale", "2", "--tile", "32", "--crop", "32"], 2, "smaller than --tile, 32, got 32"),
+        (["--scale", "2", "--crop", "16"], 2, "smaller than --tile, 0, got 16"),
+        (["nowhere", "--scale", "2"], 2, "nowhere: no such image or folder"),
+        (["photos/notes.txt", "--scale", "2"], 1, "photos/notes.txt: is not an image"),
+        (["photos/grey.png", "--scale", "2"], 1, "grey is the name of two pictures"),
+    ],
+)
+def test_what_cannot_be_is_said_and_nothing_is_written(
+    arguments: list[str], status: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", "photos", *arguments, "-o", "out"]) == status
+    assert message in capsys.readouterr().err
+    assert not list(here.glob("out/*"))
+
+
+def test_sixteen_bits_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.full((16, 16), 40000, dtype=np.uint16)).save(here / "deep.png")
+    assert main(["prepare", "deep.png", "--scale", "2", "-o", "out"]) == 1
+    assert "deep.png: must have 8 bits, got 16" in capsys.readouterr().err
