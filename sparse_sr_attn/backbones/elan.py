@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn.backbones.base import Network, remembered
+from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
@@ -94,10 +94,7 @@ class ELAN(Network):
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return what the ELABs make of the first features."""
         for block in self.body:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = recomputed(block, x, again=self.activation_checkpointing and self.training)
         return x
 
 

@@ -1,14 +1,13 @@
 """LCoAN: one sparse pattern, learnt in the first group and reused by all."""
 
 from collections.abc import Sequence
-from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
 from sparse_sr_attn.blocks import ResidualBlock
+from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.layers.base import AttentionLayer
@@ -140,14 +139,9 @@ class LCoAN(ResidualNetwork):
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return what the groups make of the first features."""
-        state = None
+        state: ClusterAttention | None = None
+        again = self.activation_checkpointing and self.training
         for index, group in enumerate(self.body):
             sharing = index + 1 < len(self.body) and (index + 1) % self.share != 0
-            if self.activation_checkpointing and self.training:
-                x, state = cast(
-                    tuple[Tensor, ClusterAttention | None],
-                    checkpoint(group, x, state, sharing=sharing, use_reentrant=False),
-                )
-            else:
-                x, state = group(x, state, sharing=sharing)
+            x, state = recomputed(group, x, state, sharing=sharing, again=again)
         return x

@@ -232,6 +232,18 @@ class _Step:
     last: bool
 
 
+def recomputed(part: Callable[..., Any], *inputs: Any, again: bool, **options: Any) -> Any:
+    """Return `part(*inputs, **options)`, a part of a network.
+
+    Args:
+        part: of the network.
+        inputs: all that gradients flow into.
+        again: keep only the inputs, and let the backward compute the part once more (activation checkpointing).
+        options: what is no tensor.
+    """
+    return checkpoint(part, *inputs, use_reentrant=False, **options) if again else part(*inputs, **options)
+
+
 class SiteAttention(nn.ModuleList):
     """The attention layers of a trunk; they stand after its blocks and pass states on.
 
@@ -284,11 +296,9 @@ class SiteAttention(nn.ModuleList):
                 again in the backward.
         """
         states: dict[int, Any] = {}
+        again = activation_checkpointing and self.training
         for number, block in enumerate(trunk):
-            if activation_checkpointing and self.training:
-                x, states = checkpoint(self._segment, number, block, x, states, use_reentrant=False)
-            else:
-                x, states = self._segment(number, block, x, states)
+            x, states = recomputed(self._segment, number, block, x, states, again=again)
         return x
 
     def _segment(
