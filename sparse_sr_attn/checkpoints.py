@@ -311,22 +311,36 @@ def _check(model: Network, state: State, fresh: str) -> None:
         for key, (ours, value) in common.items()
         if ours.shape != value.shape
     ]
+    faults = _lines({"missing": missing, "unexpected": unexpected, "of wrong size": sizes}) + unusable(expected, state)
+    if faults:
+        raise CheckpointError(f"does not fit {type(model).__name__} (our names):{faults}")
+
+
+def unusable(expected: State, state: Mapping[str, Any]) -> str:
+    """Return what of `state` PyTorch would copy into a network although it is not such as `expected`.
+
+    That is what is no dense tensor, of another type or not finite; as lines that begin a new one, empty if all is fine.
+    """
+    common = {key: (expected[key], value) for key, value in state.items() if key in expected}
     types = [
-        f"{key} must be {str(ours.dtype).removeprefix('torch.')}, got {str(value.dtype).removeprefix('torch.')}"
+        f"{key} must be {_kind(ours)}, got {_kind(value)}"
         for key, (ours, value) in common.items()
-        if value.dtype not in (_FLOATS if ours.dtype in _FLOATS else (ours.dtype,))
+        if not _is_plain(key, value) or value.dtype not in (_FLOATS if ours.dtype in _FLOATS else (ours.dtype,))
     ]
     infinite = [] if types else [key for key, (_, value) in common.items() if not value.isfinite().all()]
-    faults = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of wrong size": sizes,
-        "of wrong type": types,
-        "not finite": infinite,
-    }
-    lines = [f"\n  {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys]
-    if lines:
-        raise CheckpointError(f"does not fit {type(model).__name__} (our names):{''.join(lines)}")
+    return _lines({"of wrong type": types, "not finite": infinite})
+
+
+def _kind(value: object) -> str:
+    """Return the type of a tensor's numbers; of what is no dense tensor, what it is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    dtype = str(value.dtype).removeprefix("torch.")
+    return dtype if _is_plain("", value) else f"{'meta' if value.is_meta else value.layout} {dtype}"
+
+
+def _lines(faults: Mapping[str, list[str]]) -> str:
+    return "".join(f"\n  {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
 
 
 def _listed(items: list[str]) -> str:

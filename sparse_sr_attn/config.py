@@ -21,6 +21,8 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.registry import suggestion
 
+_SHOWN = 200  # characters of a value that a message shows
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -76,6 +78,12 @@ class ProblemList:
             raise ConfigError(self._found)
 
 
+def shown(value: object) -> str:
+    """Return a value as messages show it: whole, or its beginning."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+
+
 def join_path(path: str, name: object) -> str:
     """Return `path.name`, or the name alone at the top."""
     return f"{path}.{name}" if path else str(name)
@@ -115,7 +123,7 @@ def read(
         try:
             values[name] = _fit(value, options[name].annotation)
         except _Unfit as unfit:
-            problems.add(join_path(path, name), f"must be {unfit}, got {value!r}")
+            problems.add(join_path(path, name), f"must be {unfit}, got {shown(value)}")
     for name, field in options.items():
         if field.default is field.empty and name not in mapping:
             problems.add(join_path(path, name), "missing; it has no default")
@@ -143,7 +151,7 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
                 try:
                     bound.arguments[name] = _fit(value, hints[name])
                 except _Unfit as unfit:
-                    problems.add("", f"{name} must be {unfit}, got {value!r}")
+                    problems.add("", f"{name} must be {unfit}, got {shown(value)}")
         problems.raise_if_any()
         return init(*bound.args, **bound.kwargs)
 

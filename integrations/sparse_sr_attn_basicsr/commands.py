@@ -6,24 +6,51 @@ import importlib
 import logging
 import math
 import os
-import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 
-from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem, TrainingError
+from sparse_sr_attn.config import Rule, fields, read
+from sparse_sr_attn.errors import CheckpointError, ConfigError, ImageError, Problem, SparseSRError, TrainingError
+from sparse_sr_attn.files import replacing
 from sparse_sr_attn_basicsr import extensions, preflight
 from sparse_sr_attn_basicsr import options as option_files
-from sparse_sr_attn_basicsr.loading import PortableDataset, SeededSampler
+from sparse_sr_attn_basicsr.loading import PortableDataset, Prefetcher, SeededSampler
 from sparse_sr_attn_basicsr.registration import register
+from sparse_sr_attn_basicsr.saving import write_image
 
 _LOG = logging.getLogger(__name__)
+
+_Number = Annotated[int, Rule("in [0, 2**62]", lambda value: 0 <= value <= 2**62)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Exact:
+    """What `SparseSRModel` saves beside BasicSR's state."""
+
+    optimizer: str
+    scaler: Mapping[str, Any]
+    manual_seed: preflight.Seed | None
+    place: Annotated[Sequence[_Number], Rule("of two numbers", lambda value: len(value) == 2)] | None
+    random: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What a training state must hold."""
+
+    iter: _Number
+    epoch: _Number
+    optimizers: Sequence[Mapping[str, Any]]
+    schedulers: Sequence[Mapping[str, Any]]
+    exact: Mapping[str, Any] | None = None
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -34,24 +61,26 @@ def train(arguments: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: options are wrong; nothing was loaded or written.
-        TrainingError: a number is not finite; the last good state has been saved, and the message says where.
+        TrainingError: a number is not finite, an image or the disk cannot be used; the last good state has been saved
+            if that is possible, and the message says where.
         CheckpointError: weights or a state cannot be read.
     """
     options = _checked_options(arguments, training=True)
     pipeline = importlib.import_module("basicsr.train")
-    build_dataset = pipeline.build_dataset
     run = _Run(options)
     with _session(arguments, options) as patch:
         patch(pipeline, "load_resume_state", run.resume)
         patch(pipeline, "copy_opt_file", lambda file, folder: _record_options(file, folder, arguments))
-        patch(pipeline, "build_dataset", lambda opt: PortableDataset(build_dataset(opt)))
+        _read_samples_safely(pipeline, patch)
         patch(pipeline, "EnlargedSampler", run.seed_sampler(pipeline.EnlargedSampler))
         patch(pipeline, "create_train_val_dataloader", run.count_epochs(pipeline.create_train_val_dataloader))
         patch(pipeline, "build_model", run.watch_model(pipeline.build_model))
         try:
             pipeline.train_pipeline(str(Path.cwd()))
-        except TrainingError as error:
-            raise TrainingError(f"{error}\n{run.save()}") from error
+        except BrokenPipeError:
+            raise
+        except (ImageError, OSError, TrainingError) as error:
+            raise TrainingError(f"{_told(error)}\n{run.save(together=isinstance(error, TrainingError))}") from error
 
 
 def test(arguments: argparse.Namespace) -> None:
@@ -63,10 +92,29 @@ def test(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: options are wrong; nothing was loaded or written.
         CheckpointError: weights cannot be read.
+        SparseSRError: an image or the disk cannot be used.
     """
     options = _checked_options(arguments, training=False)
-    with _session(arguments, options):
-        importlib.import_module("basicsr.test").test_pipeline(str(Path.cwd()))
+    pipeline = importlib.import_module("basicsr.test")
+    with _session(arguments, options) as patch:
+        _read_samples_safely(pipeline, patch)
+        try:
+            pipeline.test_pipeline(str(Path.cwd()))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise SparseSRError(_told(error)) from error
+
+
+def _read_samples_safely(pipeline: Any, patch: Callable[[Any, str, Any], None]) -> None:
+    """Have samples that cannot be read end the run with an error that names the file."""
+    build_dataset = pipeline.build_dataset
+    patch(pipeline, "build_dataset", lambda opt: PortableDataset(build_dataset(opt)))
+    patch(importlib.import_module("basicsr.data.prefetch_dataloader"), "PrefetchGenerator", Prefetcher)
+
+
+def _told(error: Exception) -> str:
+    return f"cannot read or write: {error}" if isinstance(error, OSError) else str(error)
 
 
 class _Run:
@@ -94,7 +142,7 @@ class _Run:
             return None
         self.start_iteration, self.start_epoch = int(state["iter"]), int(state["epoch"])
         exact = state.get("exact") or {}
-        if self.options.get("manual_seed") is None and exact:
+        if self.options.get("manual_seed") is None and exact.get("manual_seed") is not None:
             opt["manual_seed"] = exact["manual_seed"]
         if exact.get("place"):
             self.place = tuple(exact["place"])
@@ -128,6 +176,7 @@ class _Run:
             loader.generator = torch.Generator()
             epoch, used = self.place
             done = used // self.opt["world_size"] // loader.batch_size if epoch == self.start_epoch else 0
+            done = min(done, len(loader))  # there may be fewer images now
             num_epochs = math.ceil((total_iters - self.start_iteration + done) / len(loader))
             last_epoch = self.start_epoch + num_epochs - 1  # BasicSR goes up to this one, and through it
             return loader, sampler, val_loaders, last_epoch, total_iters
@@ -141,9 +190,17 @@ class _Run:
 
         return watched
 
-    def save(self) -> str:
-        """Save the state as it is and return a sentence on where."""
+    def save(self, *, together: bool) -> str:
+        """Save the state as it is and return a sentence on where.
+
+        Args:
+            together: whether all processes do so; one alone would wait for the others.
+        """
         model = self.model
+        if model is None:
+            return "Nothing was trained."
+        if not hasattr(model, "saved_iteration") or (model.opt["dist"] and not together):
+            return f"What was saved before is in {model.opt['path']['training_states']}."
         states = Path(model.opt["path"]["training_states"])
         if not model.is_healthy():
             return f"It is not saved; the states before it are in {states}."
@@ -190,6 +247,7 @@ def _session(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Itera
 
         patch(sys, "argv", command_line)
         patch(basicsr_options, "ordered_yaml", lambda: (_loader_of(options), None))
+        patch(importlib.import_module("basicsr.models.sr_model"), "imwrite", write_image)
         patch(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
         stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         stack.enter_context(own_log())
@@ -220,17 +278,31 @@ def _loader_of(options: Mapping[str, Any]) -> type:
 def own_log() -> Iterator[None]:
     """Give BasicSR a log of its own inside, closed at the end.
 
-    BasicSR opens one log per process; the file of a first run would take the lines of all later ones.
+    BasicSR opens one log per process; the file of a first run would take the lines of all later ones. If that file
+    cannot be written, this is said once, and not with a traceback for each line.
     """
     initialized = importlib.import_module("basicsr.utils.logger").initialized_logger
     logger = logging.getLogger("basicsr")
     handlers, known = list(logger.handlers), initialized.pop("basicsr", None)
     logger.handlers.clear()
+    handle_error, failed = logging.FileHandler.handleError, set()
+
+    def tell_once(handler: logging.FileHandler, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            handle_error(handler, record)
+        elif handler not in failed:
+            failed.add(handler)
+            _LOG.warning("note: the log %s is not whole (%s); the run goes on", handler.baseFilename, error)
+
+    logging.FileHandler.handleError = tell_once  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
+        logging.FileHandler.handleError = handle_error  # type: ignore[method-assign]
         for handler in logger.handlers:
-            handler.close()
+            with suppress(OSError):  # what is left of a log that could not be written
+                handler.close()
         logger.handlers[:] = handlers
         initialized.pop("basicsr", None)
         if known is not None:
@@ -251,8 +323,7 @@ def _load_resume_state(opt: dict[str, Any]) -> Any:
     for _, file in candidates:
         try:
             state = _read(file)
-            if not state.keys() >= {"iter", "epoch", "optimizers", "schedulers"}:
-                raise CheckpointError(f"{file} must hold a training state; got a map of {', '.join(map(str, state))}")
+            _check_state(state, file)
             _read(Path(opt["path"]["models"]) / f"net_g_{state['iter']}.pth")
         except CheckpointError as error:
             if not opt["auto_resume"]:
@@ -268,6 +339,21 @@ def _load_resume_state(opt: dict[str, Any]) -> Any:
     return None
 
 
+def _check_state(state: Mapping[Any, Any], file: Path) -> None:
+    """Refuse a map that is no training state.
+
+    Raises:
+        CheckpointError: it is none; with all that is wrong.
+    """
+    try:
+        read(_State, {name: state[name] for name in fields(_State) if name in state})
+        if state.get("exact"):
+            exact = state["exact"]
+            read(_Exact, {name: exact[name] for name in fields(_Exact) if name in exact}, "exact")
+    except ConfigError as error:
+        raise CheckpointError(f"{file} must hold a training state; {'; '.join(map(str, error.problems))}") from error
+
+
 def _read(file: Path) -> Any:
     """Return the map that `torch.save` wrote into `file`.
 
@@ -276,7 +362,7 @@ def _read(file: Path) -> Any:
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a malformed file can make the reader raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
         raise CheckpointError(f"cannot read {file}: {reason}") from error
     if not isinstance(content, dict):
@@ -314,4 +400,5 @@ def _record_options(file: str, folder: str, arguments: argparse.Namespace) -> No
     command += ["--force_yml", *arguments.force_yml] if arguments.force_yml else []
     text = Path(file).read_bytes()
     header = f"# {time.asctime()}\n# {' '.join(command)}\n\n".encode()
-    (Path(folder) / Path(file).name).write_bytes(header + text)
+    with replacing(Path(folder) / Path(file).name) as stream:  # it may be the very file, when a run is resumed with it
+        stream.write(header + text)

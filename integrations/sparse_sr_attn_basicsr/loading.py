@@ -5,17 +5,31 @@ are and on all that was drawn before. Here a sample brings its own seed along, a
 that were used before, unread.
 """
 
+import queue
+import threading
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from sparse_sr_attn.errors import ImageError
+from sparse_sr_attn.images import read_image
 from sparse_sr_attn_basicsr.randomness import seeded
 from sparse_sr_attn_basicsr.registration import register
 
 PLACE = "place_in_epoch"
 """Key of a training sample: (epoch, samples of the epoch used by all processes once this one is), as a tensor."""
+
+
+class SampleError(ImageError):
+    """A sample of a data set cannot be read."""
+
+    def __init__(self, text: str) -> None:
+        # PyTorch raises an error of a loader process again with a whole traceback as its text, and ours at the end.
+        super().__init__(text.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class Draw(NamedTuple):
@@ -74,6 +88,8 @@ class SeededSampler(Sampler[Draw]):
 class PortableDataset(Dataset[Any]):
     """A data set that knows `Draw`, and that repairs BasicSR's imports in the process to which it is sent.
 
+    A sample that cannot be read raises `SampleError`, which names the file.
+
     Loader processes are forked or spawned, as the system and BasicSR's launcher have it. A spawned one imports BasicSR
     afresh when it unpickles the data set, and there nobody else has made the repairs.
 
@@ -92,10 +108,16 @@ class PortableDataset(Dataset[Any]):
 
     def __getitem__(self, index: int | Draw) -> Any:
         if not isinstance(index, Draw):
-            return self.dataset[index]
+            return self._read(index)
         with seeded(index.entropy):
-            sample = self.dataset[index.number]
+            sample = self._read(index.number)
         return {**sample, PLACE: torch.tensor([index.epoch, index.used])}
+
+    def _read(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:  # decoders and other people's data sets raise anything
+            raise SampleError(_why_unreadable(self.dataset, index, error)) from error
 
     def __getattr__(self, name: str) -> Any:
         """Pass on what BasicSR asks of its data sets."""
@@ -106,11 +128,59 @@ class PortableDataset(Dataset[Any]):
         return _unpacked, (_Repairs(), self.dataset)
 
 
+class Prefetcher:
+    """What another iterator yields, read ahead by a thread; what that raises is raised here.
+
+    In place of BasicSR's, whose reader waits forever after an error.
+
+    Args:
+        iterator: of batches.
+        num_ahead: how many may be waiting, >= 1.
+    """
+
+    def __init__(self, iterator: Iterator[Any], num_ahead: int) -> None:
+        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(num_ahead)
+        threading.Thread(target=self._read, args=(iterator,), daemon=True).start()
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Any:
+        item, error = self._queue.get()
+        if error is not None:
+            raise error
+        return item
+
+    def _read(self, iterator: Iterator[Any]) -> None:
+        try:
+            for item in iterator:
+                self._queue.put((item, None))
+            self._queue.put((None, StopIteration()))
+        except Exception as error:
+            self._queue.put((None, error))
+
+
 class _Repairs:
     """Makes the repairs where it is unpacked."""
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return register, ()
+
+
+def _why_unreadable(dataset: Any, index: int, error: Exception) -> str:
+    """Return which file of a sample is broken, as far as can be found out, and what was said of it."""
+    paths = getattr(dataset, "paths", None)  # as BasicSR's data sets have them
+    entry = paths[index] if isinstance(paths, list) and index < len(paths) else {}
+    files = [str(file) for file in (entry.values() if isinstance(entry, dict) else [entry])]
+    for file in files:
+        try:
+            read_image(Path(file))
+        except ImageError as reason:
+            return f"{file}: {reason}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())
+    names = " and ".join(files) or f"sample {index}"
+    return f"{names}: {type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def _unpacked(_: None, dataset: Any) -> PortableDataset:

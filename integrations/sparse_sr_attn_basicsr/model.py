@@ -1,8 +1,10 @@
 """BasicSR's `SRModel`, made safe for layers that keep a state of their own, and for runs that are stopped."""
 
+import copy
 import math
 import os
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +19,7 @@ from basicsr.utils.dist_util import get_dist_info, master_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_sr_attn.checkpoints import unusable
 from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers.lcoa import LSP
@@ -28,6 +31,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `train.autocast` may be."""
 
 _HEARTBEAT_SECONDS = 15.0
+_DETAILS = 6  # lines on what does not fit that a message shows before it counts the rest
 _UNHARMED = "Weights, buffers and optimizer are finite and as they were before this step."
 
 
@@ -90,17 +94,23 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         """Load weights as BasicSR does, and remember which entries the file did not have.
 
         Raises:
-            CheckpointError: the file does not fit; with what to do about it.
+            CheckpointError: the file cannot be read or does not fit; with what to do about it.
         """
         bare = self.get_bare_model(net)
         missing: list[str] = []
-        handle = bare.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
+        handles = [
+            bare.register_load_state_dict_pre_hook(_refuse_unusable),
+            bare.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys)),
+        ]
         try:
             super().load_network(net, load_path, strict, param_key)
-        except (RuntimeError, KeyError) as error:
+        except CheckpointError as error:
+            raise CheckpointError(f"{load_path}: {error}") from error
+        except Exception as error:  # a malformed file can make the reader raise anything
             raise CheckpointError(_why_not_loaded(load_path, error, strict, param_key)) from error
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         self._missing[id(bare)] = missing
         if self._pretrain_img_range is not None:
             _change_img_range(bare, self._pretrain_img_range, missing)
@@ -310,8 +320,11 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 rank, num_processes = get_dist_info()
                 if len(exact["random"]) == num_processes:
                     set_random_state(exact["random"][rank])
-        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{where}: does not fit this network and these options: {error}") from error
+            for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+                _try_step(optimizer, scheduler)
+        except Exception as error:  # whatever is wrong in it shows by what is done with it
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
         if self._state_file(self.iteration).is_file():
             self.saved_iteration = self.iteration
 
@@ -419,6 +432,29 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         get_root_logger().info(message)
 
 
+def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Make a step with copies of both, so that what is wrong in their states shows before anything is trained.
+
+    Raises:
+        ValueError: weights or the learning rate would not be finite.
+        Exception: whatever a step with numbers of wrong size or type leads to.
+    """
+    trial = copy.deepcopy(optimizer)
+    weights = [weight for group in trial.param_groups for weight in group["params"]]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    schedule = copy.copy(scheduler)
+    vars(schedule).update(
+        {name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "optimizer"}, optimizer=trial
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the copies do not know of each other
+        schedule.step()
+        trial.step()
+    if not (_finite(weights) and all(math.isfinite(group["lr"]) for group in trial.param_groups)):
+        raise ValueError("a step of the optimizer must leave finite weights and a finite learning rate")
+
+
 def _change_img_range(net: nn.Module, was: float, missing: Iterable[str]) -> None:
     """Make weights that were trained at another factor on the image give the same image at that of `net`.
 
@@ -453,14 +489,26 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+def _refuse_unusable(net: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
+    """Refuse values that PyTorch would copy into the network all the same."""
+    faults = unusable(net.state_dict(), state)
+    if faults:
+        raise CheckpointError(f"does not fit the network.{faults}")
+
+
 def _why_not_loaded(path: str, error: Exception, strict: bool, param_key: str | None) -> str:
     if isinstance(error, KeyError):
         return (
             f"{path}: must hold the weights under {param_key!r} (path: param_key_g), but has no such entry; "
             "for a file that is a bare state dict write param_key_g: ~"
         )
-    text = f"{path}: does not fit the network. {error}"
-    if strict and "Missing key(s)" in str(error):
+    reason, *details = str(error).strip().split("\n")
+    if not reason.startswith("Error(s) in loading state_dict"):
+        return f"{path}: must be a map of weights that can be read as data; got {type(error).__name__}: {reason}"
+    if len(details) > _DETAILS:
+        details[_DETAILS:] = [f"\t... ({len(details)})"]
+    text = "\n".join([f"{path}: does not fit the network. {reason}", *details])
+    if strict and "Missing key(s)" in text:
         text += (
             "\nIf these are attention layers that the checkpoint was trained without, write strict_load_g: false "
             "under path: they then start fresh."

@@ -64,6 +64,7 @@ _OPTIMIZERS = {
 
 # BasicSR's own option files write `val_freq: !!float 5e3`.
 Count = Annotated[float, Rule("whole and >= 1", lambda value: value >= 1 and float(value).is_integer())]
+Seed = Annotated[int, Rule("in [0, 2**32)", lambda value: 0 <= value < 2**32)]  # as NumPy has it
 WholeNumber = Annotated[float, Rule("whole", lambda value: float(value).is_integer())]
 
 
@@ -76,7 +77,7 @@ class _General:
     datasets: Mapping[str, Any]
     network_g: Mapping[str, Any]
     path: Mapping[str, Any] | None = None
-    manual_seed: NonNegativeInt | None = None
+    manual_seed: Seed | None = None
     dist_params: Mapping[str, Any] | None = None
     find_unused_parameters: bool = False
     custom_imports: Sequence[str] | None = None
