@@ -40,6 +40,7 @@ NonNegativeInt = Annotated[int, Rule(">= 0", lambda value: value >= 0)]
 NonNegative = Annotated[float, Rule(">= 0 and finite", lambda value: 0 <= value < float("inf"))]
 Positive = Annotated[float, Rule("> 0 and finite", lambda value: 0 < value < float("inf"))]
 Finite = Annotated[float, Rule("other than inf and nan", lambda value: abs(value) < float("inf"))]
+WindowSize = Annotated[int, Rule("in [1, 1024]", lambda value: 1 <= value <= 1024)]  # padded to, whatever the map
 UnitInterval = Annotated[float, Rule("in [0, 1]", lambda value: 0 <= value <= 1)]
 
 
@@ -212,7 +213,9 @@ def _fit_plain(value: object, base: Any, arguments: tuple[Any, ...]) -> Any:  # 
         raise _Unfit("true or false")
     if base is int:
         if isinstance(value, Integral) and not isinstance(value, bool):
-            return int(value)
+            if -(2**63) <= value < 2**63:
+                return int(value)
+            raise _Unfit("an integer of 64 bits")
         raise _Unfit("an integer")
     if base is float:
         return _fit_float(value)

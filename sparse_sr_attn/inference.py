@@ -120,7 +120,7 @@ def with_smaller_tiles(
         try:
             return attempt(tile)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
         # Out of the handler: the error's traceback holds what filled the memory.
@@ -133,7 +133,8 @@ def with_smaller_tiles(
             notice(tile)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether this is how memory runs out, on any device."""
     # On the CPU, torch says it in words only.
     words = ("can't allocate memory", "not enough memory", "could not create a primitive")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

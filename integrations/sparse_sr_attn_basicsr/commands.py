@@ -20,6 +20,7 @@ import torch.distributed as dist
 from sparse_sr_attn.config import Rule, fields, read
 from sparse_sr_attn.errors import CheckpointError, ConfigError, ImageError, Problem, SparseSRError, TrainingError
 from sparse_sr_attn.files import replacing
+from sparse_sr_attn.inference import is_out_of_memory
 from sparse_sr_attn_basicsr import extensions, preflight
 from sparse_sr_attn_basicsr import options as option_files
 from sparse_sr_attn_basicsr.loading import PortableDataset, Prefetcher, SeededSampler
@@ -81,6 +82,14 @@ def train(arguments: argparse.Namespace) -> None:
             raise
         except (ImageError, OSError, TrainingError) as error:
             raise TrainingError(f"{_told(error)}\n{run.save(together=isinstance(error, TrainingError))}") from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Not saved: buffers may have moved in a step that did not end.
+            raise TrainingError(
+                f"{_told(error)}\nSmaller datasets.train.gt_size or batch_size_per_gpu, or train.accumulate, need less; "
+                f"what was saved before is in experiments/{options['name']}."
+            ) from error
 
 
 def test(arguments: argparse.Namespace) -> None:
@@ -104,6 +113,10 @@ def test(arguments: argparse.Namespace) -> None:
             raise
         except OSError as error:
             raise SparseSRError(_told(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SparseSRError(f"{_told(error)}\nval.tile, in pixels of the input, needs less.") from error
 
 
 def _read_samples_safely(pipeline: Any, patch: Callable[[Any, str, Any], None]) -> None:
@@ -114,7 +127,11 @@ def _read_samples_safely(pipeline: Any, patch: Callable[[Any, str, Any], None]) 
 
 
 def _told(error: Exception) -> str:
-    return f"cannot read or write: {error}" if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError):
+        return f"cannot read or write: {error}"
+    if isinstance(error, MemoryError | RuntimeError):
+        return " ".join(f"memory does not suffice: {error}".partition("\n")[0].split())
+    return str(error)
 
 
 class _Run:

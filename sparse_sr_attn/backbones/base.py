@@ -132,6 +132,9 @@ class Network(nn.Module):
         Raises:
             ShapeError: `x` is not a batch of images of `num_in_ch` channels.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ShapeError(f"x must be a tensor of images of floating point, in about 0..1, got {got}")
         if x.ndim != 4 or x.shape[1] != self.num_in_ch or 0 in x.shape[2:]:
             raise ShapeError(
                 f"x must be images (b, {self.num_in_ch}, h >= 1, w >= 1), because num_in_ch is {self.num_in_ch}; "

@@ -12,7 +12,7 @@ from sparse_sr_attn.backbones.base import Network, remembered
 from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.upsample import Upscale
-from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+from sparse_sr_attn.config import Finite, Positive, PositiveInt, WindowSize, checked
 from sparse_sr_attn.functional.layout import channels_last
 from sparse_sr_attn.functional.modulo import modulo
 
@@ -56,7 +56,7 @@ class ELAN(Network):
         num_block: PositiveInt = 36,
         share: PositiveInt = 1,
         upscale: Upscale = 2,
-        window_sizes: Sequence[PositiveInt] = (4, 8, 16),
+        window_sizes: Sequence[WindowSize] = (4, 8, 16),
         exact_shift: bool = True,
         expansion: PositiveInt = 2,
         img_range: Positive = 255.0,

@@ -194,7 +194,8 @@ def _drop_in(name: str, path: str) -> Entry[nn.Module]:
         required = getattr(entry.build, "requires", None)
         drop_ins = [LAYERS.get(other) for other in LAYERS if LAYERS.get(other).kind == "layer"]
         names = [e.name for e in drop_ins if required is None or getattr(e.build, "provides", None) is required]
-        hint = "with share: n, whose later sites use it" if entry.kind == "consumer" else "instead"
+        at_sites = entry.kind == "consumer" and not path.endswith("block.type")
+        hint = "with share: n, whose later sites use it" if at_sites else "instead"
         kind = f"an {entry.kind}" if entry.kind == "operator" else f"a {entry.kind}"
         message = f"must be a drop-in layer, got {name!r}, {kind}; use {' or '.join(names)} {hint}"
         raise ConfigError([Problem(path, message)])

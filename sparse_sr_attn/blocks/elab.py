@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.config import Finite, PositiveInt, checked
+from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.functional.layout import channels_last
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_alone
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_alone, check_map
 from sparse_sr_attn.layers.gmsa import GMSA
 from sparse_sr_attn.layers.shift_conv import LFE
 
@@ -43,7 +43,7 @@ class ELAB(AttentionLayer):
         embed_dim: PositiveInt,
         *,
         share: PositiveInt = 1,
-        window_sizes: Sequence[PositiveInt] = (4, 8, 16),
+        window_sizes: Sequence[WindowSize] = (4, 8, 16),
         shift: bool = False,
         exact_shift: bool = True,
         expansion: PositiveInt = 2,
@@ -79,6 +79,7 @@ class ELAB(AttentionLayer):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         check_alone(self, state)
+        check_map(x, cast(GMSA, self.attention[0]).embed_dim)
         x = channels_last(x)
         shared = None
         for lfe, attention in zip(self.lfe, self.attention, strict=True):

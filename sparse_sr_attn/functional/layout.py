@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Return the same map in channels-last memory."""
-    if torch.compiler.is_compiling() or x.is_contiguous(memory_format=torch.channels_last):
+    if torch.compiler.is_compiling() or not len(x) or x.is_contiguous(memory_format=torch.channels_last):
         return x.contiguous(memory_format=torch.channels_last)
     # Matrix by matrix: torch transposes a single one in blocks, five times as fast.
     rows = torch.stack([sample.flatten(1).t().contiguous() for sample in x])

@@ -63,7 +63,7 @@ class _Windows:
             x = rolled
         size = self.grid.window_size
         windows: Tensor = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
-        return windows.reshape(-1, size**2, x.shape[-1]).to(dtype or x.dtype)
+        return windows.reshape(self.batch * self.grid.rows * self.grid.columns, size**2, x.shape[-1]).to(dtype or x.dtype)
 
     def join(self, windows: Float[Tensor, "bk i c"], shift: int) -> Float[Tensor, "b c h w"]:
         """Return the map of windows, in channels-last memory: the inverse of `cut`."""
@@ -72,7 +72,7 @@ class _Windows:
         whole = shift == 0 and grid.is_whole
         rolled = x if whole else windows.new_empty(self.batch, *self.padded, windows.shape[-1])
         rolled.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).copy_(
-            windows.view(self.batch, grid.rows, grid.columns, size, size, -1)
+            windows.view(self.batch, grid.rows, grid.columns, size, size, windows.shape[-1])
         )
         if not whole:
             for here, there in self._blocks(shift):
@@ -181,7 +181,7 @@ def weights_op(query: Tensor, key: Tensor | None, window_size: int, shift: int, 
         weights = queries.new_empty(*queries.shape[:2], queries.shape[1])
         for tile in _tiles(queries):
             _weights_of(queries, keys, real, tile, scale, out=weights[tile])
-    return weights.view(query.shape[0], -1, *weights.shape[1:])
+    return weights.view(query.shape[0], windows.grid.rows * windows.grid.columns, *weights.shape[1:])
 
 
 @weights_op.register_fake

@@ -100,11 +100,12 @@ def check_map(x: Tensor, embed_dim: int, name: str = "embed_dim") -> None:
     Raises:
         ShapeError: it is none; `name` is what the number is called.
     """
+    wanted = f"x must be a feature map (b, {embed_dim}, h >= 1, w >= 1)"
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
+        got = f"a {x.layout} tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ShapeError(f"{wanted}, a dense tensor of floating point, got {got}")
     if x.ndim != 4 or x.shape[1] != embed_dim or 0 in x.shape[2:]:
-        raise ShapeError(
-            f"x must be a feature map (b, {embed_dim}, h >= 1, w >= 1), because {name} is {embed_dim}; "
-            f"got shape {tuple(x.shape)}"
-        )
+        raise ShapeError(f"{wanted}, because {name} is {embed_dim}; got shape {tuple(x.shape)}")
 
 
 def fitting(state: object, wanted: type[S], x: Tensor, hint: str) -> S:

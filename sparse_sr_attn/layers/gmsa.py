@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.config import Finite, PositiveInt, checked
+from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional.batch_norm import batch_norm
 from sparse_sr_attn.functional.layout import channels_last, pointwise_conv2d
@@ -164,7 +164,7 @@ class GMSA(AttentionLayer):
     Args:
         embed_dim: channels of the feature map, >= 1, split as evenly as possible, larger groups first (64 = 22 + 21 +
             21); groups without a channel are left out.
-        window_sizes: side of the windows of each group in pixels, each >= 1. Windows may be larger than the map.
+        window_sizes: side of the windows of each group in pixels, each in [1, 1024]. Windows may be larger than the map.
         shift: move all windows by half their size, rounded down. Opposite borders meet then.
         exact_shift: move the result back by as much. `False` is published: windows of odd size are moved by a pixel
             more than they are moved back, so what they see ends up displaced.
@@ -189,7 +189,7 @@ class GMSA(AttentionLayer):
         self,
         embed_dim: PositiveInt,
         *,
-        window_sizes: Sequence[PositiveInt] = (4, 8, 16),
+        window_sizes: Sequence[WindowSize] = (4, 8, 16),
         shift: bool = False,
         exact_shift: bool = True,
         res_scale: Finite = 1.0,

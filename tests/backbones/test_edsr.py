@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_sr_attn import EDSR, ELAB, GMSA, LAYERS, AttentionLayer, CoA, ConfigError, LCoA, SharedGMSA
+from sparse_sr_attn.errors import ShapeError
 
 SMALL: dict[str, Any] = {"num_feat": 8, "upscale": 2, "img_range": 1.0}
 GMSA_MAP: dict[str, Any] = {"type": "GMSA", "window_sizes": [2, 3], "zero_init": False}
@@ -337,3 +338,10 @@ def test_sharing_needs_something_to_share() -> None:
         assert torch.equal(model.features(x), 2 * model.body[0](x))
     finally:
         del LAYERS._entries["Doubled"]
+
+
+@pytest.mark.parametrize("image", [torch.zeros(1, 3, 4, 4, dtype=torch.uint8), None, [0.5]])
+def test_an_image_that_is_no_tensor_of_floating_point_is_refused(image: object) -> None:
+    """Bytes in 0..255 would pass for an image in 0..1 and give garbage."""
+    with pytest.raises(ShapeError, match=r"^x must be a tensor of images of floating point, in about 0\.\.1, got "):
+        EDSR(num_feat=4, num_block=1)(image)

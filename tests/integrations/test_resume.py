@@ -1,5 +1,6 @@
 """A run that was stopped and resumed ends bit-equal to one that was not."""
 
+import copy
 import random
 import re
 import shutil
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from sparse_sr_attn import PRESETS
 from sparse_sr_attn.cli import main
 from sparse_sr_attn_basicsr import SparseEDSR
+from sparse_sr_attn_basicsr.commands import _Run as Run
 from sparse_sr_attn_basicsr.loading import Draw, PortableDataset, SeededSampler
+from sparse_sr_attn_basicsr.options import load
 from sparse_sr_attn_basicsr.randomness import random_state, seeded, set_random_state, undisturbed
 
 Write = Callable[..., str]
@@ -317,7 +320,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "no map": (lambda state, _: torch.save([1], state), ".*4.state must hold a map, got a list"),
     "weights": (
         lambda state, weights: shutil.copy(weights, state),
-        ".*4.state must hold a training state; got a map of params, params_ema",
+        ".*4.state must hold a training state; iter: missing; it has no default; epoch: missing",
     ),
     "without weights": (lambda _, weights: weights.unlink(), "cannot read .*net_g_4.pth: No such file"),
     "code": (lambda state, _: torch.save({"iter": Path}, state), "cannot read .*4.state: Weights only load failed"),
@@ -339,6 +342,72 @@ def test_a_named_state_that_is_none_is_refused(
     assert train(file, total=4) == 0  # with --auto_resume the one before serves
     assert re.search(f"note: .*4.state cannot be resumed \\({message}.*; trying the one before", caplog.text)
     assert iterations_logged(logs(here)[-1]) == [4]
+
+
+HOSTILE: dict[str, tuple[object, str]] = {
+    "iter": ("../../4", "iter: must be an integer in [0, 2**62], got '../../4'"),
+    "iter ": (-4, "iter: must be in [0, 2**62], got -4"),
+    "iter  ": (float("nan"), "iter: must be an integer in [0, 2**62], got nan"),
+    "iter   ": (torch.ones(1000), "iter: must be an integer in [0, 2**62], got tensor([1., "),
+    "epoch": (2**70, f"epoch: must be in [0, 2**62], got {2**70}"),
+    "optimizers": ("Adam", "optimizers: must be a list, got 'Adam'"),
+    "schedulers": ([None], "schedulers: must be a mapping, got [None]"),
+    "exact": (5, "exact: must be a mapping or ~ (nothing), got 5"),
+    "exact ": ({"place": [0, 1]}, "exact.optimizer: missing"),
+    "exact/manual_seed": (-1, "exact.manual_seed: must be in [0, 2**32) or ~ (nothing), got -1"),
+    "exact/manual_seed ": (2**40, "exact.manual_seed: must be in [0, 2**32)"),
+    "exact/place": ([1, 2, 3], "exact.place: must be of two numbers"),
+    "exact/place ": ([0, -8], "exact.place: must be in [0, 2**62]"),
+    "exact/random": ("abc", "exact.random: must be a list, got 'abc'"),
+    "exact/random/0/torch": (torch.zeros(3), "does not fit this network and these options: "),
+    "optimizers/0/param_groups/0/lr": (float("nan"), "a step of the optimizer must leave finite weights"),
+    "optimizers/0/param_groups/0/lr ": ("fast", "does not fit this network and these options: "),
+    "optimizers/0/param_groups/0/betas": (None, "does not fit this network and these options: "),
+    "optimizers/0/state/0/exp_avg": (torch.zeros(3), "does not fit this network and these options: "),
+    "optimizers/0/state/0/exp_avg ": ("abc", "does not fit this network and these options: "),
+    "optimizers/0/state/0/exp_avg  ": (torch.full((8, 3, 3, 3), float("nan")), "a step of the optimizer must leave"),
+    "schedulers/0": ({"get_lr": 3}, "does not fit this network and these options: "),
+    "schedulers/0/last_epoch": ("abc", "does not fit this network and these options: "),
+}
+
+
+def test_a_state_with_a_hostile_value_is_refused_before_anything_is_trained(
+    training: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each value stands in a file that PyTorch reads as data; none may be taken up, or end in a traceback."""
+    file = training({"val": ...})
+    assert train(file, total=4) == 0
+    good = saved(here, "tiny", 4)
+    wrong = {}
+    for place, (value, message) in HOSTILE.items():
+        state = copy.deepcopy(good["state"])
+        *outer, last = (int(name) if name.isdecimal() else name for name in place.strip().split("/"))
+        target: Any = state
+        for name in outer:
+            target = target[name]
+        target[last] = value
+        torch.save(state, here / "hostile.state")
+        code = main(["train", "-opt", file, "--force_yml", "path:resume_state=hostile.state", "train:total_iter=6"])
+        *_, told = capsys.readouterr().err.partition("sparse-sr: ")
+        if code != 1 or message not in told or len(told) > 1000:
+            wrong[place] = (code, told)
+    assert wrong == {}
+    assert list(differences(saved(here, "tiny", 4), good)) == []
+
+
+def test_fewer_images_than_the_state_has_seen_are_no_endless_run(training: Write, here: Path) -> None:
+    file = training({"val": ..., "train.total_iter": 4})
+    assert train(file, total=4) == 0
+    target = here / "experiments/tiny/training_states/4.state"
+    state = torch.load(target, weights_only=True)
+    state["exact"]["place"] = [0, 10**9]
+    torch.save(state, target)
+    loaders = Run({**load(file)})  # what BasicSR is told: so many epochs it goes through, one by one
+    loaders.opt, loaders.place, loaders.start_iteration = {"world_size": 1}, (0, 10**9), 4
+    loader = torch.utils.data.DataLoader(range(60), batch_size=2)
+    *_, last_epoch, _ = loaders.count_epochs(lambda: (loader, range(60), [], None, 8))()
+    assert last_epoch == 1
+    assert train(file, total=6) == 0
 
 
 def test_another_optimizer_is_refused(training: Write, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

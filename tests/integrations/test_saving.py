@@ -181,29 +181,46 @@ def newest(here: Path) -> int:
     return max((int(file.stem) for file in here.glob("experiments/tiny/training_states/*.state")), default=0)
 
 
-def kill_and_go_on(file: str, here: Path, rng: random.Random) -> None:
-    """Train in a process of its own, with --auto_resume, and kill it at some moment after it has saved something."""
+def kill_and_go_on(file: str, here: Path, seed: int) -> bool:
+    """Train in a process of its own, with --auto_resume, and kill it; return whether a file was being written.
+
+    With an odd seed that is as soon as a file is being written after something has been saved, with an even one at a
+    random moment after that. Every fourth is killed at a random moment of its first seconds instead, saved or not.
+    """
+    rng = random.Random(seed)  # noqa: S311
     command = [sys.executable, "-m", "sparse_sr_attn", "train", "-opt", file, "--auto_resume"]
     before = newest(here)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while newest(here) == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.2))
+        if seed % 4 == 2:
+            time.sleep(rng.uniform(0, 6))
+        else:
+            while newest(here) == before and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if seed % 2:
+                while not half_written(here) and process.poll() is None and time.monotonic() < deadline:
+                    pass
+            else:
+                time.sleep(rng.uniform(0, 0.2))
     finally:
         process.kill()
     error = process.communicate()[1]
     assert process.returncode == -signal.SIGKILL, error
-    assert newest(here) > before, error
+    assert newest(here) > before or seed % 4 == 2, error
+    return bool(half_written(here))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def half_written(here: Path) -> list[Path]:
+    return list(here.glob("experiments/tiny/*/*.tmp"))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_while_saving_and_resumed_is_bit_equal(kills: int, training: Write, here: Path) -> None:
     # Most of its time goes into saving, so that is where it is hit.
     file = training({"train.total_iter": 100_000, "logger.save_checkpoint_freq": 1, "val": ...})
-    for seed in range(kills):
-        kill_and_go_on(file, here, random.Random(seed))  # noqa: S311
+    torn = sum(kill_and_go_on(file, here, seed) for seed in range(kills))
+    assert torn >= kills // 4, f"only {torn} of {kills} kills came while a file was being written"
     last = newest(here) + 3
     for name, resume in (("tiny", ["--auto_resume"]), ("whole", [])):
         options = [f"name={name}", f"train:total_iter={last}", f"logger:save_checkpoint_freq={1 if resume else last}"]

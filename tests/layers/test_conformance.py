@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparse_sr_attn import LAYERS, LSP, CoA, LCoA
-from sparse_sr_attn.errors import SharingError
-from sparse_sr_attn.layers import AttentionLayer
+from sparse_sr_attn.errors import ShapeError, SharingError
+from sparse_sr_attn.layers import AttentionLayer, build_layer
 from sparse_sr_attn.testing import conformance
 from sparse_sr_attn.testing.conformance import Clause, Subject
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
@@ -107,3 +107,15 @@ def test_make_consumer_passes_the_options_on() -> None:
     assert reader.value.weight.shape == (6, 6, 1, 1)
     assert not reader.value.weight.any()
     assert LCoA(6, zero_init=False).make_consumer().value.weight.any()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if LAYERS.get(name).kind == "layer"])
+def test_what_is_no_dense_map_of_floating_point_is_refused(name: str) -> None:
+    layer = build_layer(name, 6)
+    x = torch.rand(1, 6, 4, 4)
+    for wrong in (x.long(), x.bool(), x.to(torch.complex64), x.to_sparse(), None, [1], "x", x.numpy()):
+        with pytest.raises(ShapeError, match=r"^x must be a feature map \(b, 6, h >= 1, w >= 1\), a dense tensor of floating"):
+            layer(wrong)
+    for wrong in (torch.tensor(1.0), x[0, :, 0, 0], x[0], x[None], x[:, 1:], x[:, :, :0]):
+        with pytest.raises(ShapeError, match=r"^x must be a feature map .*because embed_dim is 6; got shape \("):
+            layer(wrong)

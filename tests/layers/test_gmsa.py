@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d
+from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d, build_layer
 from sparse_sr_attn.layers import shift_conv
 from sparse_sr_attn.layers.gmsa import BatchNorm2d, ConvNorm, group_widths
 from sparse_sr_attn.reference import window as slow
@@ -147,7 +147,7 @@ def test_a_foreign_state_is_refused() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"window_sizes": []}, "^window_sizes: must name at least one window size, got none$"),
-    ({"window_sizes": [4, 0]}, r"^window_sizes must be >= 1, got \[4, 0\]$"),
+    ({"window_sizes": [4, 0]}, r"^window_sizes must be in \[1, 1024\], got \[4, 0\]$"),
     ({"window_sizes": 8}, "^window_sizes must be a list, got 8$"),
     ({"shift": 2}, "^shift must be true or false, got 2$"),
     ({"window_size": 8}, "^window_size: unknown; did you mean 'window_sizes'?"),
@@ -238,3 +238,14 @@ def test_wrong_channels_and_forms_are_explained() -> None:
         ShiftConv2d(5)(torch.rand(1, 6, 3, 3))
     with pytest.raises(ConfigError, match="form must be one of 'slices', 'masked', got 'fast'"):
         ShiftConv2d(5, form="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["GMSA", "ELAB"])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_batch_of_no_maps_gives_none(name: str, train: bool) -> None:
+    layer = build_layer(name, 6, window_sizes=[2, 3]).train(train)
+    for size in ((4, 6), (5, 7)):
+        assert layer(torch.rand(0, 6, *size)).shape == (0, 6, *size)
+    if name == "GMSA":
+        state = layer.attend(torch.rand(0, 6, 5, 7))
+        assert layer.make_consumer()(torch.rand(0, 6, 5, 7), state).shape == (0, 6, 5, 7)

@@ -1,0 +1,338 @@
+"""Broken images, full disks, read-only folders and files that are no weights: one clear error, and nothing is lost."""
+
+import argparse
+import ctypes
+import io
+import logging
+import os
+import pickle
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from basicsr.models import build_model
+from skimage import io as images
+
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn_basicsr import preflight
+from sparse_sr_attn_basicsr.commands import _record_options
+from sparse_sr_attn_basicsr.loading import PortableDataset, Prefetcher, SampleError
+from sparse_sr_attn_basicsr.options import load
+
+Write = Callable[..., str]
+
+# mount(2) and unshare(2)
+NEW_NAMESPACE, READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 0x20000, 1, 32, 4096, 16384, 1 << 18
+NOT_ALLOWED = 77
+
+
+def on_a_disk_of_its_own(folder: Path, action: Callable[[], int], *, size: int | None = None) -> tuple[int, str]:
+    """Run `action` where `folder` holds so many bytes, or is read-only; return its value and what it told.
+
+    The disk is seen by a process of its own only, and goes with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    told = folder.parent / "told.txt"
+    child = os.fork()
+    if child == 0:
+        code = 99
+        with told.open("w") as sys.stderr:
+            try:
+                if not mounted(str(folder).encode(), size):
+                    os._exit(NOT_ALLOWED)
+                logging.getLogger("sparse_sr_attn_basicsr").addHandler(logging.StreamHandler(sys.stderr))
+                torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+                code = action()
+            except BaseException:
+                traceback.print_exc()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == NOT_ALLOWED:
+        pytest.skip("only root may mount a disk here")
+    return code, told.read_text()
+
+
+def mounted(folder: bytes, size: int | None) -> bool:
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or libc.unshare(NEW_NAMESPACE) or libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None):
+        return False
+    if size is not None:
+        return not libc.mount(b"tmpfs", folder, b"tmpfs", 0, f"size={size}".encode())
+    return not (
+        libc.mount(folder, folder, None, BIND, None) or libc.mount(None, folder, None, REMOUNT | BIND | READ_ONLY, None)
+    )
+
+
+@pytest.fixture
+def data(here: Path) -> Path:
+    """A copy of the photographs, to be broken."""
+    source = (here / "datasets").resolve()
+    (here / "datasets").unlink()
+    shutil.copytree(source, here / "datasets")
+    return here / "datasets"
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def told_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.rpartition("sparse-sr: ")[2]
+
+
+BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut off": (cut_off, "cannot be read: image file is truncated"),
+    "empty": (lambda file: file.write_bytes(b""), "is not an image that Pillow knows"),
+    "text": (lambda file: file.write_text("not an image"), "is not an image that Pillow knows"),
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+@pytest.mark.parametrize("part", ["train/HR", "train/LR", "val/HR"])
+def test_a_broken_image_ends_training_with_its_name_and_the_state(
+    part: str, how: str, training: Write, data: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = training({"val.val_freq": 3})
+    image = data / part / "0.png"
+    if part == "train/HR":
+        assert main(["train", "-opt", file, "--force_yml", "name=whole"]) == 0
+    whole = image.read_bytes()
+    change, message = BREAK[how]
+    change(image)
+    capsys.readouterr()
+    assert main(["train", "-opt", file]) == 1
+    told = told_at_the_end(capsys)
+    assert told.startswith(f"datasets/{part}/0.png: {message}")
+    assert ".state\nPut the cause right and go on from there with --auto_resume." in told
+    image.write_bytes(whole)
+    assert main(["train", "-opt", file, "--auto_resume"]) == 0
+    if part == "train/HR":
+        ends = [here / f"experiments/{run}/models/net_g_4.pth" for run in ("tiny", "whole")]
+        one, other = (torch.load(end, weights_only=True) for end in ends)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reading", [{"num_worker_per_gpu": 2}, {"num_worker_per_gpu": 1, "prefetch_mode": "cpu"}])
+def test_a_broken_image_ends_training_however_it_is_read(
+    reading: dict[str, Any], training: Write, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_off(data / "train/HR/0.png")
+    assert main(["train", "-opt", training({f"datasets.train.{name}": v for name, v in reading.items()})]) == 1
+    assert told_at_the_end(capsys).startswith("datasets/train/HR/0.png: cannot be read: image file is truncated\n")
+
+
+def test_a_broken_image_ends_testing_with_its_name(
+    training: Write, testing: Write, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-opt", training({"val": ...})]) == 0
+    cut_off(data / "val/LR/1.png")
+    assert main(["test", "-opt", testing()]) == 1
+    assert told_at_the_end(capsys) == "datasets/val/LR/1.png: cannot be read: image file is truncated\n"
+
+
+class Broken(torch.utils.data.Dataset[Any]):
+    """A data set whose file is fine and whose code is not."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        raise KeyError("what\nelse")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_data_set_raises_is_one_line_that_names_sample_and_place(workers: int, tmp_path: Path) -> None:
+    images.imsave(tmp_path / "fine.png", np.zeros((4, 4, 3), np.uint8), check_contrast=False)
+    for paths, name in (([], "sample 0"), ([str(tmp_path / "fine.png")], f"{tmp_path}/fine.png")):
+        loader = torch.utils.data.DataLoader(PortableDataset(Broken(paths)), num_workers=workers)
+        with pytest.raises(SampleError) as caught:
+            next(iter(loader))
+        beginning, _, line = str(caught.value).partition(", line ")
+        assert beginning == f"{name}: KeyError: 'what\\nelse' (test_broken_files.py"
+        assert line.removesuffix(")").isdecimal()
+
+
+def test_an_error_of_a_thread_that_reads_ahead_comes_out() -> None:
+    def batches(error: Exception | None) -> Iterator[int]:
+        yield from (1, 2)
+        if error:
+            raise error
+
+    assert list(Prefetcher(batches(None), 1)) == [1, 2]
+    ended = []
+    try:
+        for number in Prefetcher(batches(ValueError("broken")), 1):
+            ended.append(number)
+    except ValueError as error:
+        ended.append(str(error))
+    assert ended == [1, 2, "broken"]
+
+
+# --- disks
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_full_disk_keeps_what_was_saved_and_is_told_without_a_traceback(training: Write, here: Path) -> None:
+    """Room for the first save, not for the second; the log has none left either."""
+    file = training({"logger.save_checkpoint_freq": 1, "val": ..., "train.total_iter": 6})
+
+    def run() -> int:
+        code = main(["train", "-opt", file])
+        folder = here / "experiments/tiny"
+        assert not list(folder.rglob("*.tmp"))
+        (state,) = folder.glob("training_states/*.state")
+        for kind in (state, folder / f"models/net_g_{state.stem}.pth"):
+            torch.load(kind, weights_only=True)
+        return code
+
+    code, told = on_a_disk_of_its_own(here / "experiments", run, size=300_000)
+    assert "Traceback" not in told
+    assert code == 1, told
+    assert told.count("is not whole ([Errno 28] No space left on device); the run goes on") <= 1
+    assert told.splitlines()[-1].startswith("sparse-sr: cannot save iteration 6 in ")
+    code, told = on_a_disk_of_its_own(here / "experiments", lambda: main(["train", "-opt", file]), size=8192)
+    assert "Traceback" not in told
+    assert code == 1, told
+    assert told.count("is not whole ([Errno 28] No space left on device); the run goes on") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_folder_that_cannot_be_written_is_told(training: Write, testing: Write, here: Path) -> None:
+    file = training({"val": ...})
+    code, told = on_a_disk_of_its_own(here / "experiments", lambda: main(["train", "-opt", file]))
+    assert (code, told.partition("sparse-sr: ")[2]) == (
+        1,
+        f"cannot read or write: [Errno 30] Read-only file system: '{here}/experiments/tiny'\nNothing was trained.\n",
+    )
+    assert main(["train", "-opt", file]) == 0
+    more = ["train", "-opt", file, "--auto_resume", "--force_yml", "train:total_iter=6"]
+    before = {path: path.read_bytes() for path in (here / "experiments").rglob("*") if path.is_file()}
+    code, told = on_a_disk_of_its_own(here / "experiments", lambda: main(more))
+    assert code == 1, told
+    assert "Traceback" not in told
+    assert {path: path.read_bytes() for path in (here / "experiments").rglob("*") if path.is_file()} == before
+    for size in (None, 8192):
+        code, told = on_a_disk_of_its_own(here / "results", lambda: main(["test", "-opt", testing()]), size=size)
+        assert code == 1, told
+        assert "Traceback" not in told
+        reason = "[Errno 28] No space left on device" if size else "[Errno 30] Read-only file system"
+        assert told.rpartition("sparse-sr: ")[2].startswith(f"cannot read or write: {reason}")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_an_option_file_is_whole_when_its_copy_finds_no_room(here: Path) -> None:
+    """A run that is resumed with the copy in its own folder writes over the very file it was started with."""
+    arguments = argparse.Namespace(opt="train.yml", auto_resume=True, debug=False, force_yml=None)
+
+    def record() -> int:
+        file = here / "small/train.yml"
+        file.write_text("name: tiny\n")
+        (here / "small/rest").write_bytes(bytes(8192 - 4096))
+        try:
+            _record_options(str(file), str(file.parent), arguments)
+        except OSError:
+            return 1 if file.read_text() == "name: tiny\n" and not list(file.parent.glob("*.tmp")) else 2
+        return 0
+
+    assert on_a_disk_of_its_own(here / "small", record, size=8192) == (1, "")
+
+
+# --- weights
+
+
+class Evil:
+    """Makes a file if it is unpacked."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, ("evil",)
+
+
+def packed(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def each(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, Any]], bytes]:
+    """Return what changes every weight of floating point."""
+
+    def changed(weights: dict[str, Any]) -> bytes:
+        return packed({"params": {k: change(v) if v.is_floating_point() else v for k, v in weights.items()}})
+
+    return changed
+
+
+DATA = "must be a map of weights that can be read as data; got "
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
+    "empty": (lambda _: b"", DATA + "EOFError"),
+    "one byte": (lambda _: b"\x80", DATA + "IndexError: index out of range"),
+    "half": (lambda weights: packed({"params": weights})[:30000], DATA),
+    "but the last byte": (lambda weights: packed({"params": weights})[:-1], DATA),
+    "code": (lambda _: packed({"params": Evil()}), DATA + "UnpicklingError: Weights only load failed"),
+    "old code": (lambda _: pickle.dumps({"params": Evil()}, protocol=2), DATA + "UnpicklingError"),
+    "a list": (lambda _: packed([1, 2]), DATA + "TypeError"),
+    "nothing": (lambda _: packed(None), DATA + "TypeError"),
+    "a tensor": (lambda _: packed(torch.zeros(3)), DATA + "RuntimeError"),
+    "text": (lambda _: packed({"params": "abc"}), DATA + "AttributeError"),
+    "numbered": (lambda _: packed({"params": {1: torch.zeros(1)}}), DATA + "AttributeError"),
+    "other entries": (lambda weights: packed({"weights": weights}), "must hold the weights under 'params'"),
+    "NaN": (each(lambda v: v * float("nan")), "does not fit the network.\n  not finite: "),
+    "infinity": (each(lambda v: v + float("inf")), "does not fit the network.\n  not finite: "),
+    "integers": (each(lambda v: v.long()), "does not fit the network.\n  of wrong type: .*must be float32, got int64"),
+    "complex": (each(lambda v: v.to(torch.complex64)), "does not fit the network.\n  of wrong type: "),
+    "meta": (each(lambda v: v.to("meta")), "does not fit the network.\n  of wrong type: .* got meta float32"),
+    "sparse": (each(lambda v: v.to_sparse()), "does not fit the network.\n  of wrong type: .* got torch.sparse_coo"),
+    "numbers": (each(lambda v: 1.0), "does not fit the network.\n  of wrong type: .* must be float32, got float"),
+    "no sizes": (each(lambda v: torch.zeros(())), "does not fit the network. Error.s. in loading state_dict"),
+    "too few": (lambda w: packed({"params": dict(list(w.items())[3:])}), "does not fit the network. Error.*strict_load"),
+}
+
+
+def test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up(training: Write, here: Path) -> None:
+    opt, _ = preflight.check(load(training()), training=True)
+    model = build_model({**opt, "path": {**opt["path"], "models": "."}, "is_train": True, "dist": False})
+    before = {name: value.clone() for name, value in model.net_g.state_dict().items()}
+    file = here / "weights.pth"
+    for name, (content, message) in HOSTILE.items():
+        file.write_bytes(content(before))
+        with pytest.raises(CheckpointError, match=rf"(?s)^{file}: {message}") as caught:
+            model.load_network(model.net_g, str(file))
+        told = str(caught.value)
+        assert len(told.splitlines()) <= 10, name
+        assert "PosixPath" not in told
+        torch.testing.assert_close(dict(model.net_g.state_dict()), before, rtol=0, atol=0, msg=name)
+    assert not (here / "evil").exists()
+    file.write_bytes(each(lambda v: v.half())(before))  # which is what it was, but for rounding
+    model.load_network(model.net_g, str(file))
+
+
+def test_weights_that_are_none_end_the_command(
+    training: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "weights.pth").write_bytes(b"\x80")
+    assert main(["train", "-opt", training({"path.pretrain_network_g": "weights.pth"})]) == 1
+    assert told_at_the_end(capsys) == f"weights.pth: {DATA}IndexError: index out of range\n"
+
+
+@pytest.mark.parametrize("command", ["train", "test"])
+def test_a_network_that_memory_cannot_hold_is_told(
+    command: str, training: Write, testing: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = training if command == "train" else testing
+    assert main([command, "-opt", write({"network_g.num_feat": 10**8, "path.pretrain_network_g": None})]) == 1
+    told = told_at_the_end(capsys)
+    assert told.startswith("memory does not suffice: ")
+    assert told.splitlines()[1].startswith("Smaller " if command == "train" else "val.tile")
