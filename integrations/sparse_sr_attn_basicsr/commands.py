@@ -87,8 +87,8 @@ def train(arguments: argparse.Namespace) -> None:
                 raise
             # Not saved: buffers may have moved in a step that did not end.
             raise TrainingError(
-                f"{_told(error)}\nSmaller datasets.train.gt_size or batch_size_per_gpu, or train.accumulate, need less; "
-                f"what was saved before is in experiments/{options['name']}."
+                f"{_told(error)}\nSmaller datasets.train.gt_size or batch_size_per_gpu, or train.accumulate, need less. "
+                f"What was saved before is in experiments/{options['name']}."
             ) from error
 
 

@@ -42,14 +42,14 @@ def _lines(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "bh c 1 w"]:
     return channels_last(x).permute(0, 2, 3, 1).flatten(0, 1)[:, None].permute(0, 3, 1, 2)
 
 
-def _map(lines: Float[Tensor, "bh c 1 w"], batch: int) -> Float[Tensor, "b c h w"]:
+def _map(lines: Float[Tensor, "bh c 1 w"], like: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
     rows = lines.permute(0, 2, 3, 1).contiguous()
-    return rows.view(batch, -1, rows.shape[2], rows.shape[3]).permute(0, 3, 1, 2)
+    return rows.view(like.shape[0], like.shape[2], rows.shape[2], rows.shape[3]).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("sparse_sr_attn::pointwise_conv2d", mutates_args=())
 def _pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _map(F.conv2d(_lines(x), weight, bias), x.shape[0])
+    return _map(F.conv2d(_lines(x), weight, bias), x)
 
 
 @_pointwise_conv2d.register_fake
@@ -62,7 +62,7 @@ def _pointwise_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple
     geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
     back = torch.ops.aten.convolution_backward
     lines = back(_lines(grad), _lines(x), weight, [len(weight)], *geometry, [True, True, True])
-    return _map(lines[0], x.shape[0]), lines[1].contiguous(), lines[2]
+    return _map(lines[0], x), lines[1].contiguous(), lines[2]
 
 
 @_pointwise_conv2d_backward.register_fake

@@ -63,7 +63,9 @@ class _Windows:
             x = rolled
         size = self.grid.window_size
         windows: Tensor = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
-        return windows.reshape(self.batch * self.grid.rows * self.grid.columns, size**2, x.shape[-1]).to(dtype or x.dtype)
+        return windows.reshape(self.batch * self.grid.rows * self.grid.columns, size**2, x.shape[-1]).to(
+            dtype or x.dtype
+        )
 
     def join(self, windows: Float[Tensor, "bk i c"], shift: int) -> Float[Tensor, "b c h w"]:
         """Return the map of windows, in channels-last memory: the inverse of `cut`."""

@@ -164,7 +164,7 @@ class GMSA(AttentionLayer):
     Args:
         embed_dim: channels of the feature map, >= 1, split as evenly as possible, larger groups first (64 = 22 + 21 +
             21); groups without a channel are left out.
-        window_sizes: side of the windows of each group in pixels, each in [1, 1024]. Windows may be larger than the map.
+        window_sizes: side of the windows of each group in pixels, in [1, 1024]. Windows may be larger than the map.
         shift: move all windows by half their size, rounded down. Opposite borders meet then.
         exact_shift: move the result back by as much. `False` is published: windows of odd size are moved by a pixel
             more than they are moved back, so what they see ends up displaced.

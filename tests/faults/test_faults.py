@@ -75,6 +75,12 @@ BENCH_RUN = "sparse_sr_attn/bench/run.py"
 BENCH_STANDINS = "sparse_sr_attn/bench/standins.py"
 BENCH_TIMING = "sparse_sr_attn/bench/timing.py"
 
+COMMANDS = "integrations/sparse_sr_attn_basicsr/commands.py"
+LOADING = "integrations/sparse_sr_attn_basicsr/loading.py"
+MODEL = "integrations/sparse_sr_attn_basicsr/model.py"
+
+IN_BROKEN = "tests/integrations/test_broken_files.py"
+IN_RESUME = "tests/integrations/test_resume.py"
 IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_TRITON = "tests/functional/test_cluster_triton.py"
 IN_FLEX = "tests/functional/test_cluster_flex.py"
@@ -2636,6 +2642,63 @@ FAULTS = [
         "    finally:\n        shutil.rmtree(partial, ignore_errors=True)",
         "    finally:\n        pass",
         "tests/test_pairs.py::test_files_replace_what_was_there_only_when_all_are_written",
+    ),
+    # --- broken files and full disks
+    Fault(
+        "a broken image has no name",
+        LOADING,
+        'return f"{file}: {reason}"',
+        "return str(reason)",
+        f"{IN_BROKEN}::test_a_broken_image_ends_testing_with_its_name",
+    ),
+    Fault(
+        "an error of a thread that reads ahead is the end of the data",
+        LOADING,
+        "self._queue.put((None, error))",
+        "self._queue.put((None, StopIteration()))",
+        f"{IN_BROKEN}::test_an_error_of_a_thread_that_reads_ahead_comes_out",
+    ),
+    Fault(
+        "a state is of a negative iteration",
+        COMMANDS,
+        "lambda value: 0 <= value <= 2**62",
+        "lambda value: value <= 2**62",
+        f"{IN_RESUME}::test_a_state_with_a_hostile_value_is_refused_before_anything_is_trained",
+    ),
+    Fault(
+        "an optimizer that spoils the weights is taken up",
+        MODEL,
+        "if not (_finite(weights) and all(",
+        "if not (weights and all(",
+        f"{IN_RESUME}::test_a_state_with_a_hostile_value_is_refused_before_anything_is_trained",
+    ),
+    Fault(
+        "weights that are not finite are taken up",
+        CHECKPOINTS,
+        'return _lines({"of wrong type": types, "not finite": infinite})',
+        'return _lines({"of wrong type": types})',
+        f"{IN_BROKEN}::test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up",
+    ),
+    Fault(
+        "an option file is written over piece by piece",
+        COMMANDS,
+        "with replacing(Path(folder) / Path(file).name) as stream:",
+        'with (Path(folder) / Path(file).name).open("wb") as stream:',
+        f"{IN_BROKEN}::test_an_option_file_is_whole_when_its_copy_finds_no_room",
+    ),
+    Fault(
+        "a log without room complains at each line",
+        COMMANDS,
+        "elif handler not in failed:",
+        "else:",
+        f"{IN_BROKEN}::test_a_full_disk_keeps_what_was_saved_and_is_told_without_a_traceback",
+    ),
+    Fault(
+        "bytes pass for an image",
+        NETWORK,
+        "if not isinstance(x, Tensor) or not x.is_floating_point():",
+        "if not isinstance(x, Tensor):",
+        f"{IN_EDSR}::test_an_image_that_is_no_tensor_of_floating_point_is_refused",
     ),
 ]
 

@@ -52,7 +52,7 @@ MALFORMED = [
         r"network_g\.window_sizes: must be in \[1, 1024\], got \[4, 100000000\]",
     ),
     ({f"{NET}.attention.seed": 2**64}, r"network_g\.attention\.seed: must be an integer of 64 bits, got 18446744073"),
-    ({f"{NET}.block": {"type": "SharedGMSA"}}, r"network_g\.block\.type: .*'SharedGMSA', a consumer; use GMSA instead$"),
+    ({f"{NET}.block": {"type": "SharedGMSA"}}, r"network_g\.block\.type: .*, a consumer; use GMSA instead$"),
     ({"manual_seed": 2**32}, r"manual_seed: must be in \[0, 2\*\*32\) or ~ \(nothing\), got 4294967296"),
     ({"name": ["x" * 10_000]}, r"name: must be a string, got \['x{198}\.\.\. \(10004 characters\)$"),
     ({NET: {"type": "ELAN", "share": 0}}, r"network_g\.share: must be >= 1, got 0"),

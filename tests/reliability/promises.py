@@ -28,6 +28,7 @@ CONTRACT = "tests/layers/test_conformance.py::test_contract"
 NETWORKS = "tests/reliability/test_networks.py"
 TRAINING = "tests/integrations/test_training.py"
 RESUME = "tests/integrations/test_resume.py"
+BROKEN = "tests/integrations/test_broken_files.py"
 MODEL = "tests/integrations/test_model.py"
 CHECKPOINTS = "tests/test_checkpoints.py"
 
@@ -188,6 +189,9 @@ ROWS = [
         "10 + 10 steps through save and load = 20 steps, bit-equal on CPU, through our BasicSR command too",
         {
             "our command": f"{RESUME}::test_stopped_at_10_of_20_and_resumed_is_bit_equal",
+            "killed 2 and 20 times": (
+                "tests/integrations/test_saving.py::test_killed_while_saving_and_resumed_is_bit_equal"
+            ),
             "twice": f"{RESUME}::test_stopped_twice_and_resumed_twice_is_bit_equal",
             "layers": clause("copies go on alike"),
         },
@@ -284,6 +288,10 @@ ROWS = [
             "another upscale": f"{CHECKPOINTS}::test_another_upscale_keeps_the_body_only_on_request",
             "in spandrel": "tests/integrations/test_spandrel.py::test_code_in_a_file_does_not_run",
             "training states": f"{RESUME}::test_a_named_state_that_is_none_is_refused",
+            "values in training states": (
+                f"{RESUME}::test_a_state_with_a_hostile_value_is_refused_before_anything_is_trained"
+            ),
+            "weights of a run": f"{BROKEN}::test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up",
         },
     ),
     Row(
