@@ -87,7 +87,7 @@ def train(arguments: argparse.Namespace) -> None:
                 raise
             # Not saved: buffers may have moved in a step that did not end.
             raise TrainingError(
-                f"{_told(error)}\nSmaller datasets.train.gt_size or batch_size_per_gpu, or train.accumulate, need less. "
+                f"{_told(error)}\nSmaller gt_size or batch_size_per_gpu, or train.accumulate, need less.\n"
                 f"What was saved before is in experiments/{options['name']}."
             ) from error
 
