@@ -213,7 +213,7 @@ def _fit_plain(value: object, base: Any, arguments: tuple[Any, ...]) -> Any:  # 
         raise _Unfit("true or false")
     if base is int:
         if isinstance(value, Integral) and not isinstance(value, bool):
-            if -(2**63) <= value < 2**63:
+            if -(2**63) <= int(value) < 2**63:
                 return int(value)
             raise _Unfit("an integer of 64 bits")
         raise _Unfit("an integer")
