@@ -51,6 +51,10 @@ class TrainingError(SparseSRError):
     """Training cannot go on; nothing that was learnt is lost."""
 
 
+class ProcessError(TrainingError):
+    """Another process of distributed training ended, or no longer takes part."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with an option: where it stands, and the rule it breaks."""

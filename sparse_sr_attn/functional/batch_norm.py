@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional.processes import gathered, several_processes
 from sparse_sr_attn.functional.recomputation import backward_is_running
 
 
@@ -35,16 +36,21 @@ def batch_norm(
         A map in the dtype of `x`.
 
     Note:
-        As `torch.nn.BatchNorm2d`, with three differences. Nothing moves in a recomputation (activation checkpointing
+        As `torch.nn.BatchNorm2d`, with four differences. Nothing moves in a recomputation (activation checkpointing
         would move the statistics twice). Statistics that are not finite are not taken over. With one value per channel,
-        which has no variance, the running statistics normalise, and nothing moves.
+        which has no variance, the running statistics normalise, and nothing moves. With several processes each
+        normalises its batch by itself, and the running statistics are those of all batches joined.
     """
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if count == 1:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training=False, eps=eps)
-    output, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, momentum, eps)
-    variance = (inverse_std.detach() ** -2 - eps).clamp(min=0) * (count / (count - 1))
-    _move(mean.detach(), variance, running_mean, running_var, num_batches_tracked, momentum)
+        # Copies: the backward needs them as they are, and other processes may have values that move them.
+        output = F.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, training=False, eps=eps)
+        mean = x.flatten()
+        variance = torch.zeros_like(mean)
+    else:
+        output, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, momentum, eps)
+        variance = (inverse_std.detach() ** -2 - eps).clamp(min=0) * (count / (count - 1))
+    _move(mean.detach(), variance, count, running_mean, running_var, num_batches_tracked, momentum)
     return output
 
 
@@ -54,12 +60,17 @@ def batch_norm(
 def _move(
     mean: Tensor,
     variance: Tensor,
+    count: int,
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor,
     momentum: float,
 ) -> None:
     if backward_is_running():
+        return
+    if several_processes():
+        mean, variance, count = _join(mean, variance, count)
+    if count == 1:
         return
     moved = [
         (running, (running + momentum * (new.to(running.dtype) - running)))
@@ -73,3 +84,14 @@ def _move(
 
 @_move.register_fake
 def _(*_: object) -> None: ...
+
+
+def _join(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+    """Make the statistics of all processes those of one batch, the same on each."""
+    mean = mean.double()  # a count may be more than a half can hold
+    rows = torch.stack([mean, variance.double(), torch.full_like(mean, count)])
+    means, variances, counts = gathered(rows, "batch normalisation").unbind(dim=1)
+    total = counts.sum(dim=0)
+    joined = (counts * means).sum(dim=0) / total
+    squares = ((counts - 1) * variances + counts * (means - joined).square()).sum(dim=0)
+    return joined, squares / (total - 1), int(total[0])
