@@ -14,6 +14,7 @@ from sparse_sr_attn.errors import (
     DuplicateNameError,
     ExportError,
     ImageError,
+    ProcessError,
     ShapeError,
     SharingError,
     SparseSRError,
@@ -37,6 +38,7 @@ from sparse_sr_attn.layers import (
     SharedGMSA,
     ShiftConv2d,
     build_layer,
+    one_kmeans_update,
 )
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern, WindowAttention
 
@@ -68,6 +70,7 @@ __all__ = [
     "ImageError",
     "LCoA",
     "LCoAN",
+    "ProcessError",
     "ShapeError",
     "SharedGMSA",
     "SharingError",
@@ -82,5 +85,6 @@ __all__ = [
     "create_model",
     "detach",
     "load_model",
+    "one_kmeans_update",
     "upscale_tiled",
 ]

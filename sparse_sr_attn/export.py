@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.errors import ExportError
 from sparse_sr_attn.files import replacing
+from sparse_sr_attn.functional.kmeans import KMeansState
 from sparse_sr_attn.layers.lcoa import LSP
 
 if TYPE_CHECKING:
@@ -153,12 +154,12 @@ class _Watch:
         self.margin = 0.0
         self._given = given
 
-    def assign(self, pattern: LSP, points: Tensor, module: nn.Module) -> Tensor:
+    def assign(self, pattern: LSP, points: Tensor, state: KMeansState) -> Tensor:
         if self._given is None:
-            found = LSP._assign(pattern, points, module)
+            found = LSP.assign_points(pattern, points, state)
         else:
             found = self._given[len(self.clusters)]
-            scores = points @ module.centroids.T  # type: ignore[operator]
+            scores = points @ state.centroids.T
             short = scores.amax(dim=-1) - scores.gather(-1, found[..., None])[..., 0]
             self.margin = max(self.margin, float((short / points.norm(dim=-1).clamp(min=1e-12)).max()))
         self.clusters.append(found)
@@ -172,13 +173,13 @@ def _watched(model: nn.Module, given: Sequence[Tensor] | None = None) -> Iterato
     for pattern in patterns:
         # An attribute of the instance goes before the method of the class.
         object.__setattr__(
-            pattern, "_assign", lambda points, module, pattern=pattern: watch.assign(pattern, points, module)
+            pattern, "assign_points", lambda points, state, pattern=pattern: watch.assign(pattern, points, state)
         )
     try:
         yield watch
     finally:
         for pattern in patterns:
-            object.__delattr__(pattern, "_assign")
+            object.__delattr__(pattern, "assign_points")
 
 
 class _WithClusters(nn.Module):

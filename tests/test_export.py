@@ -98,7 +98,7 @@ def test_the_check_leaves_the_network_alone(exported: tuple[EDSR, onnx.ModelProt
     model, proto, _ = exported
     before = {key: value.clone() for key, value in model.state_dict().items()}
     compare(model, proto, (9, 9))
-    assert "_assign" not in vars(model.attention[0].lsp)
+    assert "assign_points" not in vars(model.attention[0].lsp)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
 

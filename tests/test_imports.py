@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": {"errors", "files", "inference"},
     "checkpoints": {"errors", "config", "functional", "layers", "backbones"},
     "conversion": {"errors", "files", "backbones", "checkpoints"},
-    "export": {"errors", "files", "layers", "backbones"},
+    "export": {"errors", "files", "functional", "layers", "backbones"},
     "hub": {"errors", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},

@@ -8,7 +8,6 @@ checkpointing see the same thing; the pure pieces stand beside it.
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from sparse_sr_attn.functional.cluster_triton import MAX_QUERY_DIM, nearest_op
 from sparse_sr_attn.functional.forms import resolve_form
 from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.processes import gathered, several_processes
 from sparse_sr_attn.functional.recomputation import backward_is_running
 
 _EPS = 1e-12
@@ -117,8 +117,26 @@ def least_similar(points: Float[Tensor, "b n d"], similarity: Float[Tensor, "b n
     return _least_similar(points, similarity, num)[0]
 
 
+def apply_pending(state: KMeansState, *, ema_decay: float, reseed_threshold: float) -> None:
+    """Let what is pending move the centroids, in place, and leave nothing pending.
+
+    Args:
+        state: moved in place.
+        ema_decay: as in `kmeans_step`.
+        reseed_threshold: as in `kmeans_step`.
+    """
+    _apply_pending(state, ema_decay, reseed_threshold)
+    for pending in (state.pending_sums, state.pending_counts, state.pending_seeds):
+        pending.zero_()
+
+
 def kmeans_step(
-    points: Float[Tensor, "b n d"], state: KMeansState, *, ema_decay: float, reseed_threshold: float
+    points: Float[Tensor, "b n d"],
+    state: KMeansState,
+    *,
+    ema_decay: float,
+    reseed_threshold: float,
+    accumulate: bool = False,
 ) -> Int[Tensor, "b n"]:
     r"""Assign the points, in training: moves `state` in place, once.
 
@@ -135,11 +153,13 @@ def kmeans_step(
         ema_decay: share of the old centroid kept by an update, in [0, 1].
         reseed_threshold: a cluster whose usage falls below this fraction of the mean is dead and takes the direction
             of one of the least similar tokens; 0 switches this off.
+        accumulate: leave out (1), and add to what is pending in (3): several steps make one update, that of their
+            points together. `apply_pending` begins such a series.
 
     Returns:
         The cluster of each point. A step with a non-finite point moves no centroid; `num_skipped` counts it.
     """
-    return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold)  # type: ignore[no-any-return]
+    return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold, accumulate)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op(
@@ -165,14 +185,16 @@ def _kmeans_step(
     num_skipped: Tensor,
     ema_decay: float,
     reseed_threshold: float,
+    accumulate: bool,
 ) -> Tensor:
     state = KMeansState(centroids, usage, pending_sums, pending_counts, pending_seeds, num_updates, num_skipped)
     with torch.autocast(points.device.type, enabled=False):
         if backward_is_running():
             return assign(points, centroids)
-        _apply_pending(state, ema_decay, reseed_threshold)
+        if not accumulate:
+            _apply_pending(state, ema_decay, reseed_threshold)
         best, assignment = _nearest(points, centroids)
-        _store_pending(state, points, best, assignment)
+        _store_pending(state, points, best, assignment, accumulate)
         return assignment
 
 
@@ -202,33 +224,39 @@ def _apply_pending(state: KMeansState, ema_decay: float, reseed_threshold: float
     state.num_updates.add_(pending)
 
 
-def _store_pending(state: KMeansState, points: Tensor, best: Tensor, assignment: Tensor) -> None:
+def _store_pending(state: KMeansState, points: Tensor, best: Tensor, assignment: Tensor, accumulate: bool) -> None:
     num_clusters = len(state.usage)
     sums, counts = cluster_sums(points, assignment, num_clusters)
     # A point without direction is no seed: it comes last.
     length = points.to(best.dtype).norm(dim=-1)
     similarity = torch.where(length > _EPS, best / length, float("inf"))
     seeds, rank = _least_similar(points, similarity, num_clusters)
-    if dist.is_available() and dist.is_initialized():
+    if several_processes():
         sums, counts, seeds = _join(sums, counts, seeds, rank)
     # Sums see every point, so they tell for the seeds too.
     finite = sums.isfinite().all()
-    state.pending_sums.copy_(torch.where(finite, sums, 0))
-    state.pending_counts.copy_(torch.where(finite, counts, 0))
-    state.pending_seeds.copy_(torch.where(finite, seeds, 0))
+    sums, counts, seeds = (torch.where(finite, new, 0) for new in (sums, counts, seeds))
+    if accumulate:
+        sums, counts = state.pending_sums + sums, state.pending_counts + counts
+        seeds = _least_similar_of(torch.cat([state.pending_seeds, seeds]), state.centroids)
+    state.pending_sums.copy_(sums)
+    state.pending_counts.copy_(counts)
+    state.pending_seeds.copy_(seeds)
     state.num_skipped.add_(~finite)
+
+
+def _least_similar_of(seeds: Tensor, centroids: Tensor) -> Tensor:
+    """Return as many of the seeds as there are centroids, the least similar first, and 0 where none."""
+    similarity = torch.where(seeds.norm(dim=-1) > 0.5, _nearest(seeds[None], centroids)[0][0], float("inf"))
+    return seeds[similarity.argsort(stable=True)[: len(centroids)]]
 
 
 def _join(sums: Tensor, counts: Tensor, seeds: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make the statistics of all processes one, the same on each."""
-    dist.all_reduce(sums)
-    dist.all_reduce(counts)
-    rows = torch.cat([seeds, rank[:, None]], dim=1)
-    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, rows)
-    everywhere = torch.cat(gathered)
-    worst = everywhere[:, -1].argsort(stable=True)[: len(seeds)]
-    return sums, counts, everywhere[worst, :-1].contiguous()
+    everywhere = gathered(torch.cat([sums, counts[:, None], seeds, rank[:, None]], dim=1), "k-means")
+    all_sums, all_counts, all_seeds, all_ranks = everywhere.split([sums.shape[1], 1, seeds.shape[1], 1], dim=-1)
+    worst = all_ranks.flatten().argsort(stable=True)[: len(seeds)]
+    return all_sums.sum(dim=0), all_counts.sum(dim=0)[:, 0], all_seeds.flatten(0, 1)[worst]
 
 
 def _least_similar(points: Tensor, similarity: Tensor, num: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from sparse_sr_attn.layers.enla import ENLA
 from sparse_sr_attn.layers.gmsa import GMSA, SharedGMSA
 from sparse_sr_attn.layers.hspa import HSPA
 from sparse_sr_attn.layers.lcoa import LSP, CoA, LCoA
+from sparse_sr_attn.layers.learners import one_kmeans_update
 from sparse_sr_attn.layers.nla import NLA
 from sparse_sr_attn.layers.nlsa import NLSA
 from sparse_sr_attn.layers.shift_conv import LFE, ShiftConv2d
@@ -27,4 +28,5 @@ __all__ = [
     "ShiftConv2d",
     "build_layer",
     "find_layer",
+    "one_kmeans_update",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.functional.cluster import cluster_attention, cluster_pattern
 from sparse_sr_attn.functional.dense import dense_attention
-from sparse_sr_attn.functional.kmeans import KMeansState, assign, initial_state, kmeans_step
+from sparse_sr_attn.functional.kmeans import assign, initial_state
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
@@ -24,13 +24,14 @@ from sparse_sr_attn.layers.base import (
     last_conv,
     tokens,
 )
+from sparse_sr_attn.layers.learners import KMeansLearner, state_of
 
 Categories = Literal["kmeans", "learnt"]
 """How categories are found."""
 
 
 @LAYERS.register("CategoryAttention", kind="layer", source="Liu et al., arXiv 2503.06896; Zhang et al., 2401.08209")
-class CategoryAttention(AttentionLayer):
+class CategoryAttention(KMeansLearner, AttentionLayer):
     r"""Attention within categories of tokens (long range, detailed), and to the categories themselves (global, coarse).
 
     $$c_i = \arg\max_j \langle \hat k_i, \mu_j \rangle, \quad y = x + \rho\,\mathrm{conv}(P V +
@@ -131,8 +132,11 @@ class CategoryAttention(AttentionLayer):
         branch: Tensor = self.output(feature_map(within + among, x))
         return x + self.res_scale * branch
 
+    def learns(self) -> bool:
+        """Return whether a forward would move the centroids now."""
+        return self.categories == "kmeans" and self.training and self.ema_decay < 1
+
     def _assign(self, points: Float[Tensor, "b n d"]) -> Int[Tensor, "b n"]:
-        if self.categories == "kmeans" and self.training and self.ema_decay < 1:
-            state = KMeansState(*(getattr(self, name) for name in KMeansState._fields))
-            return kmeans_step(points, state, ema_decay=self.ema_decay, reseed_threshold=self.reseed_threshold)
+        if self.learns():
+            return self.assign_points(points, state_of(self))
         return assign(points, unit_keys(self.centroids.detach()))

@@ -18,6 +18,7 @@ from sparse_sr_attn.functional.layout import channels_last, pointwise_conv2d
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.window import apply_window_weights, window_attention, window_weights
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting, last_conv
+from sparse_sr_attn.layers.learners import Learner
 from sparse_sr_attn.states import WindowAttention
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
@@ -28,7 +29,7 @@ pixel, which cost more to write into fresh memory and to read again than to make
 _HINT = "call shared = GMSA(...).attend(x) and pass it: later(x, shared)"
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(Learner, nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose running statistics move once a forward, and only to finite values.
 
     See `functional.batch_norm` for what differs in training.

@@ -18,7 +18,7 @@ from sparse_sr_attn.functional.cluster import (
     cluster_weights,
     merge_rounds,
 )
-from sparse_sr_attn.functional.kmeans import KMeansState, assign, hash_directions, initial_state, kmeans_step
+from sparse_sr_attn.functional.kmeans import KMeansState, hash_directions, initial_state
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.layers.base import (
     LAYERS,
@@ -30,6 +30,7 @@ from sparse_sr_attn.layers.base import (
     projected_tokens,
     tokens,
 )
+from sparse_sr_attn.layers.learners import KMeansLearner, state_of
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
@@ -43,7 +44,7 @@ _HINT = "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
 
 
 @LAYERS.register("LSP", kind="provider", source=_SOURCE)
-class LSP(nn.Module):
+class LSP(KMeansLearner):
     r"""Learnable sparse pattern: cluster the tokens of a map, and attend within chunks of similar ones.
 
     $$E = \mathrm{conv}_{3\times3}(x), \quad c_i = \arg\max_k \langle e_i, \mu_k \rangle, \quad
@@ -165,7 +166,7 @@ class LSP(nn.Module):
         check_map(x, self.embed_dim)
         embedding = tokens(self.embed(x)).contiguous()
         embedding = embedding.to(working_precision(embedding))
-        assignment = torch.stack([self._assign(embedding, module) for module in self._rounds()], dim=1).flatten(0, 1)
+        assignment = torch.stack([self.assign_points(embedding, state) for state in self.states()], dim=1).flatten(0, 1)
         pattern = cluster_pattern(
             assignment, chunk_size=self.chunk_size, num_adjacent=self.num_adjacent, exact_keys=self.exact_keys
         )
@@ -174,11 +175,13 @@ class LSP(nn.Module):
     def _rounds(self) -> list[nn.Module]:
         return [self, *self.further_rounds]
 
-    def _assign(self, points: Tensor, module: nn.Module) -> Tensor:
-        state = KMeansState(*(getattr(module, name) for name in KMeansState._fields))
-        if self.training and self.routing == "kmeans" and self.ema_decay < 1:
-            return kmeans_step(points, state, ema_decay=self.ema_decay, reseed_threshold=self.reseed_threshold)
-        return assign(points, state.centroids)
+    def learns(self) -> bool:
+        """Return whether a forward would move the centroids now."""
+        return self.training and self.routing == "kmeans" and self.ema_decay < 1
+
+    def states(self) -> list[KMeansState]:
+        """Return the state of k-means of each round, the buffers themselves."""
+        return [state_of(module) for module in self._rounds()]
 
 
 @LAYERS.register("CoA", kind="consumer", source=_SOURCE)

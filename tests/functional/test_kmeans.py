@@ -210,6 +210,40 @@ def test_steps_equal_the_twin(
         assert_agrees(state, twin)
 
 
+@given(case=cases(), ema_decay=DECAYS, reseed_threshold=THRESHOLDS, num_parts=st.integers(1, 4))
+@example(case=MORE_CLUSTERS_THAN_TOKENS, ema_decay=0.05, reseed_threshold=0.87, num_parts=3)
+@example(case=CROWDED.but(num_clusters=9), ema_decay=0.05, reseed_threshold=0.87, num_parts=2)
+@example(case=Case(num_tokens=40, num_clusters=3), ema_decay=0.5, reseed_threshold=0.87, num_parts=4)
+def test_accumulated_steps_are_one_step_on_all_their_tokens(
+    device: torch.device, case: Case, ema_decay: float, reseed_threshold: float, num_parts: int
+) -> None:
+    """As the twin makes it; a part that is not finite is left out and counted, and the others are not."""
+    state = state_of(case, device)
+    twin = twin_of(state)
+    options = {"ema_decay": ema_decay, "reseed_threshold": reseed_threshold}
+    for update in range(3):
+        parts = [case.tokens(f"points {update} {part}", WIDTH, device=device) + 2 for part in range(num_parts)]
+        parts[0][0, 0] = 0
+        fast.apply_pending(state, **options)
+        assert not any(pending.any() for pending in state[2:5])
+        begun = state.centroids.clone()
+        if update == 1:
+            fast.kmeans_step(torch.full_like(parts[0], float("nan")), state, accumulate=True, **options)
+        codes = [fast.kmeans_step(part, state, accumulate=True, **options) for part in parts]
+        assert_bit_equal(state.centroids, begun)
+        twin, expected = slow.kmeans_step(torch.cat(parts), twin, **options)
+        assert int(state.num_updates) == twin.num_updates == update
+        assert int(state.num_skipped) == (update >= 1)
+        assert_values_close(state.centroids, twin.centroids)
+        assert_values_close(state.usage, twin.usage)
+        if tied(torch.cat(parts), twin.centroids):
+            return
+        assert_bit_equal(torch.cat(codes), expected)
+        assert_values_close(state.pending_sums, twin.pending_sums)
+        assert_bit_equal(state.pending_counts, twin.pending_counts)
+        assert_values_close(state.pending_seeds, twin.pending_seeds)
+
+
 def test_dead_clusters_come_back_to_life(device: torch.device) -> None:
     """Two clusters far from all tokens take the directions of the least similar ones."""
     axes = torch.eye(4, dtype=torch.float64, device=device)

@@ -175,8 +175,10 @@ def test_move_running_statistics(device: torch.device) -> None:
         Case().tensor(name, 5, dtype=torch.float32, device=device)
         for name in ("mean", "var", "running_mean", "running_var")
     )
-    count = torch.zeros((), dtype=torch.int64, device=device)
-    check(operator("move_running_statistics"), (mean, var.abs(), running_mean, running_var.abs(), count, 0.1))
+    num_batches = torch.zeros((), dtype=torch.int64, device=device)
+    for count in (12, 1):
+        running = (running_mean, running_var.abs(), num_batches)
+        check(operator("move_running_statistics"), (mean, var.abs(), count, *running, 0.1))
 
 
 @cases
@@ -218,7 +220,7 @@ def test_strides(device: torch.device, batch: int) -> None:
     hashed = [tensor.to(device) for tensor in lsh.initial_hash(2, 8, 4)]
     check(operator("hash_step"), (query.float(), *hashed, 6, 0), test_utils=utils)
     state = kmeans.KMeansState(*(tensor.to(device) for tensor in kmeans.initial_state(case.num_clusters, 4)))
-    check(operator("kmeans_step"), (query.float(), *state, 0.9, 0.5), test_utils=utils)
+    check(operator("kmeans_step"), (query.float(), *state, 0.9, 0.5, False), test_utils=utils)
 
 
 @cases
@@ -234,7 +236,8 @@ def test_kmeans_step(device: torch.device, case: Case, dtype: torch.dtype) -> No
     state = kmeans.KMeansState(*(tensor.to(device) for tensor in state))
     points = case.tokens("points", 4, dtype=dtype, device=device)
     kmeans.kmeans_step(points, state, ema_decay=0.9, reseed_threshold=0.5)  # so that something is pending
-    check(operator("kmeans_step"), (points, *state, 0.9, 0.5))
+    for accumulate in (False, True):
+        check(operator("kmeans_step"), (points, *state, 0.9, 0.5, accumulate))
 
 
 def test_every_operator_is_checked_here() -> None:

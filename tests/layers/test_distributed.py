@@ -1,47 +1,204 @@
-"""k-means over two processes: the same on both, and that of one process on the joined batch."""
+"""Two processes: what learns in a forward is the same on both, and that of one process on the joined batch."""
 
+import datetime
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn import LSP
+from sparse_sr_attn import ELAB, LSP, ProcessError, one_kmeans_update
+from sparse_sr_attn.layers.category import CategoryAttention
+from sparse_sr_attn.layers.gmsa import BatchNorm2d
+from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 STEPS = 6
+CHANNELS = 8
+KMEANS: dict[str, Any] = {"num_clusters": 7, "chunk_size": 9, "reduction": 2, "ema_decay": 0.6, "reseed_threshold": 0.5}
+
+ONE_UPDATE = "LSP, one update of two forwards"
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "LSP": lambda: LSP(CHANNELS, **KMEANS),
+    "LSP, two rounds": lambda: LSP(CHANNELS, num_rounds=2, **KMEANS),
+    ONE_UPDATE: lambda: LSP(CHANNELS, **KMEANS),
+    "CategoryAttention": lambda: CategoryAttention(CHANNELS, categories="kmeans", **KMEANS),
+    "BatchNorm2d": lambda: BatchNorm2d(CHANNELS),
+}
+PARTS = {"4 and 6 pictures": (4, 6), "2 and 8 pictures": (2, 8)}
 
 
-def make_lsp() -> LSP:
+def made(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return LSP(8, num_clusters=7, chunk_size=9, reduction=2, ema_decay=0.6, reseed_threshold=0.5).train()
+    return LAYERS[name]().train()
 
 
-def batch(step: int) -> torch.Tensor:
-    return torch.randn(5, 8, 4, 6, generator=torch.Generator().manual_seed(step))
+def batch(step: int, size: tuple[int, int] = (4, 6)) -> Tensor:
+    return torch.randn(10, CHANNELS, *size, generator=torch.Generator().manual_seed(step))
 
 
-def train(rank: int, world_size: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    lsp = make_lsp()
-    for step in range(STEPS):
-        lsp(batch(step)[:2] if rank == 0 else batch(step)[2:])  # uneven: 2 and 3 pictures
-    torch.save(lsp.state_dict(), f"{folder}/{rank}.pth")
-    dist.barrier()  # nobody leaves while another still receives
+def joined(rank: int, folder: str, seconds: float = 60) -> None:
+    """Join the other process, which has so many seconds to come to each meeting."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=seconds)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timeout)
+
+
+def left() -> None:
+    """Leave together: nobody goes while another still receives."""
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    mp.spawn(train, args=(2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+def train(rank: int, folder: str) -> None:
+    joined(rank, folder)
+    for name in LAYERS:
+        for parts, numbers in PARTS.items():
+            layer = made(name)
+            for step in range(STEPS):
+                if name == ONE_UPDATE:
+                    with one_kmeans_update(layer):
+                        for half in batch(step).split(numbers)[rank].tensor_split(2):
+                            layer(half)
+                else:
+                    layer(batch(step).split(numbers)[rank])
+            torch.save(layer.state_dict(), f"{folder}/{name} {parts} {rank}.pth")
+    # One value per channel has no variance of its own.
+    layer = made("BatchNorm2d")
+    for step in range(STEPS):
+        x = batch(step, (1, 1)).split((1, 9))[rank].requires_grad_()
+        layer(x).sum().backward()
+    torch.save(layer.state_dict(), f"{folder}/one value {rank}.pth")
+    left()
 
-    alone = make_lsp()
-    initial = alone.centroids.clone()
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    mp.spawn(train, args=(str(folder),), nprocs=2)
+    return folder
+
+
+def saved(folder: Path, name: str) -> list[dict[str, Tensor]]:
+    return [torch.load(folder / f"{name} {rank}.pth", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_two_processes_are_one(trained: Path, name: str, parts: str) -> None:
+    first, second = saved(trained, f"{name} {parts}")
+    alone = made(name)
+    before = {key: value.clone() for key, value in alone.named_buffers()}
     for step in range(STEPS):
         alone(batch(step))
-    assert (alone.centroids - initial).abs().max() > 0.1
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(
-            first[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    for key, value in alone.state_dict().items():
+        assert_bit_equal(first[key], second[key])
+        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    for key in ("centroids", "running_mean", "running_var"):
+        if key in before:
+            assert (first[key] - before[key]).abs().max() > 1e-2, key
+
+
+def test_one_value_in_one_process_counts_with_those_of_the_other(trained: Path) -> None:
+    first, second = saved(trained, "one value")
+    alone = made("BatchNorm2d")
+    for step in range(STEPS):
+        alone(batch(step, (1, 1)))
+    for key, value in alone.state_dict().items():
+        assert_bit_equal(first[key], second[key])
+        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-6)
+    assert first["num_batches_tracked"] == STEPS
+
+
+# --- one runs out of batches ------------------------------------------------------------------------------------------
+
+SECONDS = 10.0
+"""What the process group allows, where a test has to wait for it."""
+
+
+class Weighing(nn.Module):
+    """An LSP whose weights reach the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lsp = LSP(CHANNELS, **KMEANS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = x * self.lsp(x).weights.square().sum()
+        return output
+
+
+def step_through(model: nn.Module, rank: int) -> None:
+    """Go through the batches: the second process has one, the first three."""
+    for step in range(1 if rank else 3):
+        model(batch(step)).sum().backward()
+
+
+def leaves(network: nn.Module, rank: int) -> None:
+    """The other one ends."""
+    step_through(network, rank)
+
+
+def waits(network: nn.Module, rank: int) -> None:
+    """The other one waits elsewhere."""
+    step_through(network, rank)
+    if rank:
+        dist.barrier()
+
+
+def asks(network: nn.Module, rank: int) -> None:
+    """Both ask before each step whether the other has one."""
+    model = DistributedDataParallel(network)
+    with model.join(throw_on_early_termination=True):
+        step_through(model, rank)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, int], None]]] = {
+    "k-means": (Weighing, leaves),
+    "batch normalisation": (lambda: ELAB(CHANNELS, window_sizes=(2, 4)), leaves),
+    "k-means, the other waits": (Weighing, waits),
+    "k-means, both ask": (Weighing, asks),
+}
+
+
+def out_of_batches(rank: int, folder: str) -> None:
+    """Note how each case ends, and after how many seconds."""
+    for name, (network, end) in CASES.items():
+        case = f"{folder}/{name}"
+        Path(case).mkdir(exist_ok=True)
+        joined(rank, case, SECONDS if end is waits else 60)
+        start, message = time.monotonic(), "no error"
+        try:
+            end(network().train(), rank)
+        except (ProcessError, RuntimeError) as error:
+            message = f"{type(error).__name__}: {error}"
+        dist.destroy_process_group()
+        Path(f"{case}/{rank}.txt").write_text(f"{time.monotonic() - start}\n{message}")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ended")
+    mp.spawn(out_of_batches, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_uneven_numbers_of_batches_end_in_an_error(ended: Path, name: str) -> None:
+    """On the process that goes on, and in bounded time; with `join`, on all at once."""
+    (seconds, first), (_, second) = ((ended / name / f"{rank}.txt").read_text().split("\n", 1) for rank in (0, 1))
+    assert float(seconds) < SECONDS + 20
+    if name.endswith("both ask"):
+        for message in (first, second):
+            assert message.startswith("RuntimeError: Detected at least one rank that exhausted inputs.")
+    else:
+        what = name.partition(",")[0]
+        assert first.startswith(f"ProcessError: process 0 of 2: {what} joins the statistics of all processes")
+        assert "must make the same number of forwards" in first
+        assert "model.join(throw_on_early_termination=True)" in first

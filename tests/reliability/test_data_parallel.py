@@ -1,16 +1,19 @@
-"""Under DataParallel evaluation is that of one device, and only the first part of a batch teaches k-means.
+"""Under DataParallel evaluation is that of one device, and only the first part of a batch teaches, with a warning.
 
 PyTorch makes replicas on GPUs only. They are made here as it makes them: what is not a parameter or a buffer is shared,
 parameters are non-leaf copies, and buffers are copies on all devices but the first, where they are the module's own.
 """
 
 import copy
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_sr_attn import EDSR, LSP, LCoA
+from sparse_sr_attn import EDSR, GMSA, LSP, CategoryAttention, CoA, LCoA
+from sparse_sr_attn.layers import learners
 
 ATTENTION = {"type": "LCoA", "every": 1, "share": 2, "num_clusters": 5, "chunk_size": 7, "zero_init": False}
 
@@ -65,7 +68,9 @@ def test_in_training_k_means_learns_from_the_first_part_of_a_batch() -> None:
     """As `docs/reliability.md` says: use DistributedDataParallel, which joins the parts."""
     network, first_part_only = built().train(), built().train()
     for step in range(4):
-        data_parallel(network, images(step))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data_parallel(network, images(step))
         first_part_only(images(step)[:2])
     moved, expected = (next(m for m in n.modules() if isinstance(m, LSP)) for n in (network, first_part_only))
     assert int(moved.num_updates) == 3
@@ -74,6 +79,43 @@ def test_in_training_k_means_learns_from_the_first_part_of_a_batch() -> None:
     for step in range(4):
         whole(images(step))
     assert (next(m for m in whole.modules() if isinstance(m, LSP)).centroids - moved.centroids).abs().max() > 1e-3
+
+
+@pytest.fixture
+def unwarned() -> Iterator[None]:
+    """As in a process that has not warned yet; and the next test finds it so, too."""
+    learners._warn_of_replicas.cache_clear()
+    yield
+    learners._warn_of_replicas.cache_clear()
+
+
+LEARNING: dict[str, Callable[[], nn.Module]] = {
+    "LSP": lambda: LSP(8),
+    "CategoryAttention": lambda: CategoryAttention(8, categories="kmeans"),
+    "GMSA": lambda: GMSA(8, window_sizes=(2, 4)),
+    "EDSR": built,
+}
+STILL: dict[str, Callable[[], nn.Module]] = {
+    "in evaluation": lambda: built().eval(),
+    "frozen k-means": lambda: LSP(8, ema_decay=1.0),
+    "a hash": lambda: LSP(8, routing="lsh"),
+    "learnt categories": lambda: CategoryAttention(8, categories="learnt"),
+    "no state": lambda: CoA(8),
+}
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("build", LEARNING.values(), ids=LEARNING)
+def test_what_is_lost_in_training_is_warned_of_once(build: Callable[[], nn.Module]) -> None:
+    with pytest.warns(UserWarning, match="first device's part of each batch only; .*DistributedDataParallel joins"):
+        replicas(build().train(), 2)
+    replicas(build().train(), 2)  # a second warning would be an error
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("build", STILL.values(), ids=STILL)
+def test_where_nothing_is_lost_nothing_is_said(build: Callable[[], nn.Module]) -> None:
+    replicas(build(), 2)
 
 
 @pytest.mark.cuda
