@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +18,18 @@ import torch
 import torch.distributed as dist
 
 from sparse_sr_attn.config import Rule, fields, read
-from sparse_sr_attn.errors import CheckpointError, ConfigError, ImageError, Problem, SparseSRError, TrainingError
+from sparse_sr_attn.errors import (
+    CheckpointError,
+    ConfigError,
+    ImageError,
+    Problem,
+    ProcessError,
+    SparseSRError,
+    TrainingError,
+)
 from sparse_sr_attn.files import replacing
 from sparse_sr_attn.inference import is_out_of_memory
-from sparse_sr_attn_basicsr import extensions, preflight
+from sparse_sr_attn_basicsr import extensions, preflight, processes
 from sparse_sr_attn_basicsr import options as option_files
 from sparse_sr_attn_basicsr.loading import PortableDataset, Prefetcher, SeededSampler
 from sparse_sr_attn_basicsr.registration import register
@@ -64,6 +72,7 @@ def train(arguments: argparse.Namespace) -> None:
         ConfigError: options are wrong; nothing was loaded or written.
         TrainingError: a number is not finite, an image or the disk cannot be used; the last good state has been saved
             if that is possible, and the message says where.
+        ProcessError: another process ended; the message says from which state training can go on.
         CheckpointError: weights or a state cannot be read.
     """
     options = _checked_options(arguments, training=True)
@@ -77,7 +86,10 @@ def train(arguments: argparse.Namespace) -> None:
         patch(pipeline, "create_train_val_dataloader", run.count_epochs(pipeline.create_train_val_dataloader))
         patch(pipeline, "build_model", run.watch_model(pipeline.build_model))
         try:
-            pipeline.train_pipeline(str(Path.cwd()))
+            with processes.together() if arguments.launcher != "none" else nullcontext():
+                pipeline.train_pipeline(str(Path.cwd()))
+        except ProcessError as error:
+            raise ProcessError(f"{error}\n{run.newest()}") from error
         except BrokenPipeError:
             raise
         except (ImageError, OSError, TrainingError) as error:
@@ -231,6 +243,14 @@ class _Run:
             "Put the cause right and go on from there with --auto_resume."
         )
 
+    def newest(self) -> str:
+        """Return a sentence on the newest state saved."""
+        folder = self.opt.get("path", {}).get("training_states")
+        states = sorted(_states(Path(folder))) if folder else []
+        if not states:
+            return "No state was saved yet."
+        return f"The newest state is {states[-1][1]}; go on from there with --auto_resume."
+
 
 def _checked_options(arguments: argparse.Namespace, *, training: bool) -> dict[str, Any]:
     """Return the options of the file, overridden and checked."""
@@ -265,6 +285,7 @@ def _session(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Itera
         patch(sys, "argv", command_line)
         patch(basicsr_options, "ordered_yaml", lambda: (_loader_of(options), None))
         patch(importlib.import_module("basicsr.models.sr_model"), "imwrite", write_image)
+        patch(basicsr_options, "init_dist", processes.initialiser(basicsr_options.init_dist, options))
         patch(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
         stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         stack.enter_context(own_log())

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_sr_attn.checkpoints import unusable
 from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.inference import upscale_tiled
+from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
 from sparse_sr_attn_basicsr import saving
 from sparse_sr_attn_basicsr.loading import PLACE
@@ -52,6 +53,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     - `train.optim_g.type`: the optimizers of `torch.optim`.
     - `train.grad_clip`: the longest that the gradient may be (2-norm over all weights).
     - `train.accumulate`: in how many parts a batch goes through the network, before one step of the optimizer.
+    - `train.one_kmeans_update`: the parts of a batch move the centroids once, as the whole batch would.
     - `train.autocast`: `bf16` or `fp16`, the precision in which the network is trained; losses, weights and validation
       stay in float32.
     - `train.deterministic`: let PyTorch use algorithms only that give the same bits every time.
@@ -78,6 +80,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         train = opt.get("train") or {}
         self._grad_clip: float | None = train.get("grad_clip")
         self._num_parts: int = train.get("accumulate") or 1
+        self._one_kmeans_update: bool = train.get("one_kmeans_update") or False
         # Of weights to start from: those of a run that goes on, or is tested, have the network's own range.
         starts = opt.get("is_train") and not opt["path"].get("resume_state")
         self._pretrain_img_range: float | None = train.get("pretrain_img_range") if starts else None
@@ -87,6 +90,13 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True)
         super().__init__(opt)
+
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        """Bring `net` to its device and, with a launcher, to all processes; on the CPU too, which BasicSR cannot."""
+        if not (self.opt["dist"] and self.device.type == "cpu"):
+            wrapped: nn.Module = super().model_to_device(net)
+            return wrapped
+        return DistributedDataParallel(net, find_unused_parameters=self.opt.get("find_unused_parameters", False))
 
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params"
@@ -169,7 +179,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         net = self.get_bare_model(self.net_g)
         buffers = [buffer.clone() for buffer in net.buffers()]
         self.optimizer_g.zero_grad()
-        losses = self._backward()
+        with one_kmeans_update(net) if self._one_kmeans_update else nullcontext():
+            losses = self._backward()
         value = float(torch.stack(list(losses.values())).sum())
         self._scaler.unscale_(self.optimizer_g)
         largest = float(nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None], float("inf")))
@@ -193,14 +204,15 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def test(self) -> None:
         """Upscale the images that were fed, with the EMA network if there is one; in tiles if `val.tile` is given."""
         val = self.opt.get("val") or {}
-        if not val.get("tile"):
-            super().test()
-            return
-        net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net_g
+        # Bare: only one process is here, and what distributes the network would wait for the others.
+        net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
         was_training = net.training
         net.eval()
         with torch.no_grad():
-            self.output = upscale_tiled(net, self.lq, val["tile"], val.get("tile_overlap") or 0)
+            if val.get("tile"):
+                self.output = upscale_tiled(net, self.lq, val["tile"], val.get("tile_overlap") or 0)
+            else:
+                self.output = net(self.lq)
         net.train(was_training)
 
     def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:

@@ -37,6 +37,7 @@ from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import registration
 from sparse_sr_attn_basicsr.attended import Attended
+from sparse_sr_attn_basicsr.processes import on_cpu
 
 _MODEL = "SparseSRModel"
 _PAIRED = "PairedImageDataset"
@@ -45,7 +46,7 @@ _NUM_IMAGES_MEASURED = 10
 
 # Options that BasicSR's own `SRModel` ignores.
 _OF_OUR_MODEL = {
-    "train": ("grad_clip", "accumulate", "autocast", "deterministic", "pretrain_img_range"),
+    "train": ("grad_clip", "accumulate", "one_kmeans_update", "autocast", "deterministic", "pretrain_img_range"),
     "val": ("tile", "tile_overlap"),
 }
 
@@ -98,6 +99,12 @@ class _Testing(_General):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Processes:
+    backend: Literal["nccl", "gloo"] = "nccl"
+    port: PositiveInt | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Path:
     pretrain_network_g: str | None = None
     param_key_g: str | None = "params"
@@ -115,6 +122,7 @@ class _Train:
     ema_decay: UnitInterval = 0.0
     grad_clip: Positive | None = None
     accumulate: PositiveInt = 1
+    one_kmeans_update: bool = False
     autocast: Literal["bf16", "fp16"] | None = None
     deterministic: bool = False
     pretrain_img_range: Positive | None = None
@@ -303,13 +311,32 @@ class _Preflight:
                 f"must be at most the number of CUDA GPUs, of which this PyTorch sees {gpus}, got {num_gpu}; 'auto' "
                 "takes what there is, 0 is the CPU",
             )
-        if launcher != "none" and not gpus:
-            self.problems.add(f"--launcher {launcher}", "needs CUDA GPUs, and this PyTorch sees none; leave it away")
-        if launcher != "none" and self.training and self.options.get("manual_seed") is None:
+        if launcher != "none":
+            self.processes(launcher)
+
+    def processes(self, launcher: str) -> None:
+        """Check what several processes need."""
+        path = f"--launcher {launcher}"
+        if launcher == "pytorch" and "RANK" not in os.environ:
+            self.problems.add(
+                path, "needs what torchrun tells each process: torchrun --nproc_per_node 2 -m sparse_sr_attn train ..."
+            )
+        if self.training and self.options.get("manual_seed") is None:
             self.remarks.append(
                 "manual_seed: with --launcher each process draws its own if none is given, and a resumed run will not "
                 "be exact"
             )
+        params = self.options.get("dist_params")
+        if isinstance(params, Mapping):
+            self.section(_Processes, dict(params), "dist_params")
+        if not on_cpu(self.options):
+            return
+        if launcher == "slurm":
+            self.problems.add(path, "needs CUDA GPUs; on the CPU start torchrun with --launcher pytorch")
+        model = self.registries.MODEL_REGISTRY
+        name = self.options.get("model_type")
+        if name in model and not issubclass(model.get(name), model.get(_MODEL)):
+            self.problems.add("model_type", f"must be {_MODEL} for several processes on the CPU, got {name!r}")
 
     def network(self, path: str, options: object) -> None:
         if not isinstance(options, Mapping):
@@ -519,8 +546,7 @@ class _Preflight:
             self.problems.add(path, f"{options['type']} refuses these options: {error} (known: {', '.join(names)})")
 
     def precision(self, train: Mapping[str, Any]) -> None:
-        on_gpu = torch.cuda.is_available() and self.options.get("num_gpu") != 0
-        if train.get("autocast") == "fp16" and not on_gpu:
+        if train.get("autocast") == "fp16" and on_cpu(self.options):
             self.problems.add("train.autocast", "must be bf16 or ~ on the CPU, got 'fp16', which needs a CUDA GPU")
 
     def parts(self, train: Mapping[str, Any]) -> None:

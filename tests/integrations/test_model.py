@@ -352,6 +352,22 @@ def test_under_accumulation_kmeans_moves_once_a_forward(options: Options) -> Non
     assert next(m for m in model.net_g.modules() if isinstance(m, LSP)).num_updates == 5  # the sixth is pending
 
 
+def test_under_accumulation_kmeans_moves_once_a_step_when_asked(options: Options) -> None:
+    """And as it does by the whole batch."""
+    changes = {"train.optim_g": {"type": "SGD", "lr": 0.1}}
+    whole = build_model(options(changes))
+    parts = build_model(options({**changes, "train.accumulate": 2, "train.one_kmeans_update": True}))
+    parts.net_g.load_state_dict(whole.net_g.state_dict())
+    start = moving(whole.net_g).clone()
+    for iteration in (1, 2, 3):
+        step(whole, iteration)
+        step(parts, iteration)
+    assert next(m for m in parts.net_g.modules() if isinstance(m, LSP)).num_updates == 2  # the third is pending
+    assert (moving(whole.net_g) - start).abs().max() > 0.01
+    for name, buffer in whole.net_g.named_buffers():
+        torch.testing.assert_close(parts.net_g.get_buffer(name), buffer, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_under_accumulation_batch_norm_sees_each_part_by_itself(options: Options, elan: dict[str, Any]) -> None:
     """So statistics move once a part, and the step is that of a network which gets the parts one by one."""
     torch.manual_seed(0)
@@ -369,8 +385,12 @@ def test_under_accumulation_batch_norm_sees_each_part_by_itself(options: Options
     assert {int(value) for name, value in model.net_g.named_buffers() if name.endswith("num_batches_tracked")} == {4}
 
 
-def test_an_accumulated_step_that_fails_is_undone_whole(options: Options, network: dict[str, Any]) -> None:
-    model = build_model(options({"network_g": network, "train.accumulate": 2}))
+@pytest.mark.parametrize("one_update", [False, True])
+def test_an_accumulated_step_that_fails_is_undone_whole(
+    options: Options, network: dict[str, Any], one_update: bool
+) -> None:
+    changes = {"network_g": network, "train.accumulate": 2, "train.one_kmeans_update": one_update}
+    model = build_model(options(changes))
     step(model, 1)
     before = snapshot(model)
     data = batch(2)

@@ -428,15 +428,38 @@ def test_a_remark_is_printed_and_training_goes_on(
 def test_processes_without_a_common_seed_are_remarked_on(training: Callable[..., str]) -> None:
     for changes, number in (({}, 0), ({"manual_seed": ...}, 1)):
         check = preflight._Preflight(load(training(changes)), training=True)
-        check.machine(0, "pytorch")
+        check.processes("pytorch")
         assert len(check.remarks) == number
     assert check.remarks[0].startswith("manual_seed: with --launcher each process draws its own")
 
 
-@no_gpu
-def test_a_launcher_needs_gpus(training: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "-opt", training(), "--launcher", "pytorch"]) == 2
-    assert "--launcher pytorch: needs CUDA GPUs" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("launcher", "changes", "message"),
+    [
+        ("slurm", {}, "--launcher slurm: needs CUDA GPUs; on the CPU start torchrun with --launcher pytorch"),
+        ("pytorch", {"model_type": "SRModel"}, "model_type: must be SparseSRModel for several processes on the CPU"),
+        (
+            "pytorch",
+            {"dist_params": {"backend": "ncc"}},
+            "dist_params.backend: must be one of 'nccl', 'gloo', got 'ncc'",
+        ),
+        ("pytorch", None, "--launcher pytorch: needs what torchrun tells each process"),
+    ],
+)
+def test_what_a_launcher_needs(
+    launcher: str,
+    changes: dict[str, Any] | None,
+    message: str,
+    training: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if changes is not None:
+        monkeypatch.setenv("RANK", "0")
+    assert main(["train", "-opt", training(changes), "--launcher", launcher]) == 2
+    errors = capsys.readouterr().err
+    assert "1 problem in" in errors
+    assert message in errors
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""`torchrun ... -m sparse_sr_attn train --launcher pytorch` on the CPU, and what happens when a process is killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_sr_attn import PRESETS
+from sparse_sr_attn.cli import main
+
+Write = Callable[..., str]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+SECONDS = 120
+"""More than any of these runs takes: a run that hangs fails."""
+
+# Plain steps on the mean gradient: so two processes make those of one on the batch of both, to rounding.
+STEPS = {"train.optim_g": {"type": "SGD", "lr": 0.05}, "train.total_iter": 3, "val": ...}
+HALF = {"datasets.train.batch_size_per_gpu": 1}
+NOTING = """\
+import os
+from pathlib import Path
+import torch
+from sparse_sr_attn_basicsr.model import SparseSRModel
+
+rank = os.environ["RANK"]
+Path("pid" + rank).write_text(str(os.getpid()))
+save = SparseSRModel.save
+
+def noting(self, epoch, current_iter):
+    torch.save(self.get_bare_model(self.net_g).state_dict(), f"rank{rank}.pth")
+    save(self, epoch, current_iter)
+
+SparseSRModel.save = noting
+"""
+"""Imported by both processes: notes their ids and, when the first one saves, the weights of each."""
+
+
+@pytest.fixture
+def noting(training: Write, here: Path) -> Write:
+    """Write an option file of a run that notes."""
+    (here / "noting.py").write_text(NOTING)
+
+    def write(changes: dict[str, Any], name: str = "noting.yml") -> str:
+        return training({**changes, "custom_imports": ["noting.py"]}, name)
+
+    return write
+
+
+@contextmanager
+def launched(*arguments: str, command: str = "train") -> Iterator[subprocess.Popen[str]]:
+    """Start two processes as a user would; end with them all dead."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line += ["-m", "sparse_sr_attn", command, "-opt", *arguments, "--launcher", "pytorch"]
+    process = subprocess.Popen(
+        line,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+def run(*arguments: str, command: str = "train") -> str:
+    """Run two processes to their end; return what they wrote."""
+    with launched(*arguments, command=command) as process:
+        output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, errors
+    return output + errors
+
+
+def loaded(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def assert_alike(here: Path) -> dict[str, Tensor]:
+    """Hold the two processes to the same bits, and return these."""
+    first, second = (loaded(here / f"rank{rank}.pth") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    weights: dict[str, Tensor] = first
+    return weights
+
+
+LCOAN = {"type": "LCoAN", "num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16}
+ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 2, "share": 2, "window_sizes": [2, 4, 8]}
+LIGHT = {name: {"type": name.removesuffix("-light"), **PRESETS[name].options} for name in ("LCoAN-light", "ELAN-light")}
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(LCOAN, id="LCoAN"),
+        pytest.param(ELAN, id="ELAN", marks=pytest.mark.slow),
+        *(pytest.param(options, id=name, marks=pytest.mark.slow) for name, options in LIGHT.items()),
+    ],
+)
+def test_two_processes_train_as_one_does_on_the_batch_of_both(
+    network: dict[str, Any], noting: Write, training: Write, here: Path
+) -> None:
+    """Except that BatchNorm normalises the batch of each process by itself."""
+    network = {**network, "upscale": 2}
+    run(noting({**STEPS, **HALF, "network_g": network}))
+    both = assert_alike(here)
+    assert main(["train", "-opt", training({**STEPS, "network_g": network, "name": "alone"})]) == 0
+    alone = loaded(here / "experiments/alone/models/net_g_latest.pth")["params"]
+    counters = [name for name in both if name.endswith(("num_updates", "num_batches_tracked"))]
+    assert counters
+    for name in counters:
+        assert torch.equal(both[name], alone[name]), name
+    if not any("running_mean" in name for name in both):
+        for name, value in alone.items():
+            torch.testing.assert_close(both[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    short = {**STEPS, "network_g": network, "name": "less", "train.total_iter": 1}
+    assert main(["train", "-opt", training(short)]) == 0
+    less = loaded(here / "experiments/less/models/net_g_latest.pth")["params"]
+    learnt = [name for name in both if name.endswith(("conv_first.weight", "centroids", "running_mean"))]
+    assert all((both[name] - less[name]).abs().max() > 1e-5 for name in learnt), "the runs show no difference"
+
+
+@pytest.mark.slow
+def test_validation_and_testing_go_through_a_launcher_too(training: Write, testing: Write, here: Path) -> None:
+    """On the first process; the other one waits. The file asks for nccl, as ours do, and gets gloo."""
+    changes = {"train.total_iter": 2, "train.ema_decay": 0, "val.val_freq": 1}
+    file = training({**changes, "dist_params": {"backend": "nccl", "port": 29500}})
+    assert run(file).count("# psnr") == 3  # after each iteration, and at the end
+    assert run(testing({"path.param_key_g": "params"}), command="test").count("# psnr") == 1
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+KILLED = {**HALF, "train.total_iter": 12, "logger.save_checkpoint_freq": 2, "val": ..., "path.resume_state": None}
+"""Adam, EMA and augmentation: all that a state has to hold."""
+
+
+def states(here: Path) -> list[int]:
+    return sorted(int(file.stem) for file in here.glob("experiments/tiny/training_states/*.state"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_process_ends_the_run_which_can_be_resumed_exactly(noting: Write, here: Path, victim: int) -> None:
+    file = noting(KILLED)
+    with launched(file, "--force_yml", "train:total_iter=1000000") as process:
+        deadline = time.monotonic() + SECONDS
+        while not states(here):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no state was saved"
+            time.sleep(0.05)
+        os.kill(int((here / f"pid{victim}").read_text()), signal.SIGKILL)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    told = re.search(rf"sparse-sr: process {1 - victim} of 2: .*\n(.*)", errors)
+    assert told is not None, errors
+    assert "Traceback" not in errors[: told.end()]
+    newest = states(here)[-1]
+    assert told[1] == (
+        f"The newest state is {here}/experiments/tiny/training_states/{newest}.state; "
+        "go on from there with --auto_resume."
+    )
+
+    total = newest + 3
+    run(file, "--auto_resume", "--force_yml", f"train:total_iter={total}")
+    resumed = assert_alike(here)
+    run(file, "--force_yml", "name=whole", f"train:total_iter={total}")
+    for name, value in assert_alike(here).items():
+        assert torch.equal(value, resumed[name]), name
