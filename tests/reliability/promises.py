@@ -224,12 +224,19 @@ ROWS = [
         "gloo, 2 processes: centroids bit-equal on ranks, within 1e-6 of one process on the joined batch; no unused "
         "parameters; uneven batch sizes work, uneven batch counts end in a clear error, never a hang",
         {
-            "k-means, uneven batches": "tests/layers/test_distributed.py::test_two_processes_are_one",
+            "layers, uneven batches": "tests/layers/test_distributed.py::test_two_processes_are_one",
+            "uneven batch counts": "tests/layers/test_distributed.py::test_uneven_numbers_of_batches_end_in_an_error",
+            "torchrun and our command": "tests/integrations/test_launcher.py::"
+            "test_two_processes_train_as_one_does_on_the_batch_of_both",
+            "one is killed": "tests/integrations/test_launcher.py::"
+            "test_a_killed_process_ends_the_run_which_can_be_resumed_exactly",
             "attached": "tests/test_attachment.py::test_two_processes_are_one",
             "BasicSR's networks": "tests/integrations/test_attached.py::test_two_processes_train_them_alike",
             "trainers stop together": "tests/integrations/test_processes.py::test_all_trainers_stop_together",
         },
-        "Uneven batch counts have no test yet. nccl needs GPUs.",
+        "Running statistics of BatchNorm are joined as well; it normalises by the batch of its own process. Uneven "
+        "batch counts: on all processes at once with `model.join(throw_on_early_termination=True)`; without it, on the "
+        "one that goes on when the other ends, or else at the timeout of the process group. nccl needs GPUs.",
     ),
     Row(
         "R17",
@@ -237,7 +244,7 @@ ROWS = [
         "eval equals plain; what is lost in training is documented and warned of",
         {"replicas": "tests/reliability/test_data_parallel.py"},
         "In training k-means and BatchNorm learn from the first device's part of a batch only; use "
-        "DistributedDataParallel, which joins the parts. There is no warning of ours yet. PyTorch's DataParallel "
+        "DistributedDataParallel, which joins the parts. A warning says so once. PyTorch's DataParallel "
         "itself needs GPUs: here its replicas are made by hand, on the CPU.",
     ),
     Row(
@@ -271,10 +278,13 @@ ROWS = [
         {
             "once a forward": clause("training moves state once a forward"),
             "k-means": f"{MODEL}::test_under_accumulation_kmeans_moves_once_a_forward",
+            "k-means when asked, layers": "tests/layers/test_one_update.py",
+            "k-means when asked, our model": f"{MODEL}::test_under_accumulation_kmeans_moves_once_a_step_when_asked",
+            "k-means when asked, operation": "tests/functional/test_kmeans.py::"
+            "test_accumulated_steps_are_one_step_on_all_their_tokens",
             "batch normalisation": f"{MODEL}::test_under_accumulation_batch_norm_sees_each_part_by_itself",
             "one mean gradient": f"{MODEL}::test_accumulation_is_one_step_on_the_mean_gradient",
         },
-        "There is no option yet for one k-means update an optimizer step.",
     ),
     Row(
         "R21",
