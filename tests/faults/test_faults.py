@@ -34,6 +34,10 @@ KMEANS = "sparse_sr_attn/functional/kmeans.py"
 RECOMPUTATION = "sparse_sr_attn/functional/recomputation.py"
 BASE = "sparse_sr_attn/layers/base.py"
 LCOA = "sparse_sr_attn/layers/lcoa.py"
+LEARNERS = "sparse_sr_attn/layers/learners.py"
+PROCESSES = "sparse_sr_attn/functional/processes.py"
+BASICSR_MODEL = "integrations/sparse_sr_attn_basicsr/model.py"
+BASICSR_COMMANDS = "integrations/sparse_sr_attn_basicsr/commands.py"
 LCOAN = "sparse_sr_attn/backbones/lcoan.py"
 UNIT_KEYS = "sparse_sr_attn/functional/unit_keys.py"
 SHIFT = "sparse_sr_attn/functional/shift.py"
@@ -98,6 +102,11 @@ IN_EDSR = "tests/backbones/test_edsr.py"
 IN_ELAN = "tests/backbones/test_elan.py"
 IN_ABLATIONS = "tests/layers/test_ablations.py"
 IN_REUSE = "tests/layers/test_reuse.py"
+IN_ONE_UPDATE = "tests/layers/test_one_update.py"
+IN_DISTRIBUTED = "tests/layers/test_distributed.py"
+IN_DATA_PARALLEL = "tests/reliability/test_data_parallel.py"
+IN_LAUNCHER = "tests/integrations/test_launcher.py"
+IN_BASICSR_MODEL = "tests/integrations/test_model.py"
 IN_MEMORY = "tests/layers/test_memory.py"
 IN_RCAN = "tests/backbones/test_rcan.py"
 IN_LCOAN = "tests/backbones/test_lcoan.py"
@@ -579,8 +588,8 @@ FAULTS = [
     Fault(
         "sums of all steps pile up",
         KMEANS,
-        "state.pending_sums.copy_(torch.where(finite, sums, 0))",
-        "state.pending_sums.add_(torch.where(finite, sums, 0))",
+        "state.pending_sums.copy_(sums)",
+        "state.pending_sums.add_(sums)",
         f"{IN_KMEANS}::test_steps_equal_the_twin",
     ),
     Fault(
@@ -611,6 +620,98 @@ FAULTS = [
         "directions = torch.randn(num_clusters, dim, ",
         f"{IN_KMEANS}::test_first_centroids_are_unit_vectors_set_by_the_seed",
     ),
+    # --- several forwards, several processes
+    Fault(
+        "of accumulated steps only the last counts",
+        KMEANS,
+        "sums, counts = state.pending_sums + sums, state.pending_counts + counts",
+        "pass",
+        f"{IN_KMEANS}::test_accumulated_steps_are_one_step_on_all_their_tokens",
+    ),
+    Fault(
+        "accumulated steps forget earlier seeds",
+        KMEANS,
+        "_least_similar_of(torch.cat([state.pending_seeds, seeds]), state.centroids)",
+        "_least_similar_of(seeds, state.centroids)",
+        f"{IN_KMEANS}::test_accumulated_steps_are_one_step_on_all_their_tokens",
+    ),
+    Fault(
+        "centroids move between accumulated steps",
+        KMEANS,
+        "        if not accumulate:\n            _apply_pending(",
+        "        if True:\n            _apply_pending(",
+        f"{IN_ONE_UPDATE}::test_parts_teach_what_the_whole_batch_does",
+    ),
+    Fault(
+        "one update goes on for ever",
+        LEARNERS,
+        "            learner._accumulates = False\n",
+        "            pass\n",
+        f"{IN_ONE_UPDATE}::test_outside_each_forward_makes_its_own",
+    ),
+    Fault(
+        "one update moves what does not learn",
+        LEARNERS,
+        "if isinstance(m, KMeansLearner) and m.learns() and not m._accumulates",
+        "if isinstance(m, KMeansLearner) and not m._accumulates",
+        f"{IN_ONE_UPDATE}::test_what_does_not_learn_does_not_move[None]",
+    ),
+    Fault(
+        "the model does not pass on one update",
+        BASICSR_MODEL,
+        "with one_kmeans_update(net) if self._one_kmeans_update else nullcontext():",
+        "with nullcontext():",
+        f"{IN_BASICSR_MODEL}::test_under_accumulation_kmeans_moves_once_a_step_when_asked",
+    ),
+    Fault(
+        "k-means counts the tokens of the first process only",
+        KMEANS,
+        "all_counts.sum(dim=0)[:, 0]",
+        "all_counts[0, :, 0]",
+        f"{IN_DISTRIBUTED}::test_two_processes_are_one[LSP-4 and 6 pictures]",
+    ),
+    Fault(
+        "the variance of several batches leaves out how far they are apart",
+        BATCH_NORM,
+        "((counts - 1) * variances + counts * (means - joined).square())",
+        "((counts - 1) * variances)",
+        f"{IN_DISTRIBUTED}::test_two_processes_are_one[BatchNorm2d-4 and 6 pictures]",
+    ),
+    Fault(
+        "a process that is gone is not spoken of",
+        PROCESSES,
+        "    except RuntimeError as error:\n",
+        "    except LookupError as error:\n",
+        f"{IN_DISTRIBUTED}::test_uneven_numbers_of_batches_end_in_an_error[k-means, the other leaves]",
+    ),
+    Fault(
+        "DataParallel is warned of where it loses nothing, and only there",
+        LEARNERS,
+        "        if self.learns():\n            _warn_of_replicas()",
+        "        if not self.learns():\n            _warn_of_replicas()",
+        f"{IN_DATA_PARALLEL}::test_what_is_lost_in_training_is_warned_of_once[LSP]",
+    ),
+    Fault(
+        "processes on the CPU do not share gradients",
+        BASICSR_MODEL,
+        'return DistributedDataParallel(net, find_unused_parameters=self.opt.get("find_unused_parameters", False))',
+        "return net",
+        f"{IN_LAUNCHER}::test_two_processes_train_as_one_does_on_the_batch_of_both[LCoAN]",
+    ),
+    Fault(
+        "validation waits for the other processes",
+        BASICSR_MODEL,
+        'net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)',
+        'net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net_g',
+        f"{IN_LAUNCHER}::test_validation_and_testing_go_through_a_launcher_too",
+    ),
+    Fault(
+        "a killed process is not spoken of",
+        BASICSR_COMMANDS,
+        'with processes.together() if arguments.launcher != "none" else nullcontext():',
+        "with nullcontext():",
+        f"{IN_LAUNCHER}::test_a_killed_process_ends_the_run_which_can_be_resumed_exactly[1]",
+    ),
     # --- the layers
     Fault(
         "keys are not normalised",
@@ -636,22 +737,22 @@ FAULTS = [
     Fault(
         "k-means moves in evaluation",
         LCOA,
-        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
-        'if self.routing == "kmeans" and self.ema_decay < 1:',
+        'return self.training and self.routing == "kmeans" and self.ema_decay < 1',
+        'return self.routing == "kmeans" and self.ema_decay < 1',
         contract("evaluation moves nothing", "LSP"),
     ),
     Fault(
         "k-means does not move in training",
         LCOA,
-        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
-        'if not self.training and self.routing == "kmeans" and self.ema_decay < 0:',
+        'return self.training and self.routing == "kmeans" and self.ema_decay < 1',
+        "return False",
         f"{IN_CONTRACT}::test_centroids_move_in_training[LCoA]",
     ),
     Fault(
         "a decay of one does not freeze",
         LCOA,
-        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
-        'if self.training and self.routing == "kmeans":',
+        'return self.training and self.routing == "kmeans" and self.ema_decay < 1',
+        'return self.training and self.routing == "kmeans"',
         f"{IN_CONTRACT}::test_a_decay_of_one_freezes_the_centroids[LSP]",
     ),
     Fault(
@@ -955,7 +1056,7 @@ FAULTS = [
     ),
     Fault(
         "tokens are centred over the batch",
-        LCOA,
+        LEARNERS,
         "return assign(points, state.centroids)",
         "return assign(points - points.mean(dim=(0, 1)), state.centroids)",
         contract("evaluation does not mix samples"),
@@ -1160,8 +1261,8 @@ FAULTS = [
     Fault(
         "k-means stands still when compiled",
         LCOA,
-        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
-        'if self.training and self.routing == "kmeans" and self.ema_decay < 1 and not torch.compiler.is_compiling():',
+        'return self.training and self.routing == "kmeans" and self.ema_decay < 1',
+        "return self.training and self.ema_decay < 1 and not torch.compiler.is_compiling()",
         contract("compiled is eager"),
     ),
     Fault(
@@ -1261,8 +1362,8 @@ FAULTS = [
     Fault(
         "a hash learns",
         LCOA,
-        'if self.training and self.routing == "kmeans" and self.ema_decay < 1:',
-        "if self.training and self.ema_decay < 1:",
+        'return self.training and self.routing == "kmeans" and self.ema_decay < 1',
+        "return self.training and self.ema_decay < 1",
         f"{IN_ABLATIONS}::test_a_hash_never_learns",
     ),
     Fault(
@@ -1748,7 +1849,7 @@ FAULTS = [
     Fault(
         "one value is normalised to its bias",
         BATCH_NORM,
-        "F.batch_norm(x, running_mean,",
+        "F.batch_norm(x, running_mean.clone(),",
         "F.batch_norm(x, x.detach().mean((0, 2, 3)),",
         f"{IN_GMSA}::test_one_pixel_is_normalised_by_what_was_learnt",
     ),
@@ -2245,15 +2346,15 @@ FAULTS = [
     Fault(
         "category attention: evaluation moves centroids",
         CATEGORY,
-        'if self.categories == "kmeans" and self.training and',
-        'if self.categories == "kmeans" and',
+        'return self.categories == "kmeans" and self.training and',
+        'return self.categories == "kmeans" and',
         contract("evaluation moves nothing", "CategoryAttention"),
     ),
     Fault(
         "category attention: a decay of one does not freeze",
         CATEGORY,
-        "self.training and self.ema_decay < 1:",
-        "self.training:",
+        "self.training and self.ema_decay < 1",
+        "self.training",
         f"{IN_PEERS}::test_categories_of_kmeans_move_in_training_only",
     ),
     Fault(
@@ -2765,7 +2866,7 @@ def problem_with(fault: Fault, root: Path = ROOT) -> str:
 def copied(root: Path) -> Path:
     """Copy the package and what its tests need into `root`."""
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
-    tests = ("backbones", "bench", "faults", "functional", "golden", "integrations", "layers")
+    tests = ("backbones", "bench", "faults", "functional", "golden", "integrations", "layers", "reliability")
     for folder in ("sparse_sr_attn", "integrations", *(f"tests/{name}" for name in tests)):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
     files = ("pyproject.toml", "docs/hosts.md", "tests/conftest.py")

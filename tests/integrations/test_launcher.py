@@ -129,7 +129,8 @@ def test_two_processes_train_as_one_does_on_the_batch_of_both(
         assert torch.equal(both[name], alone[name]), name
     if not any("running_mean" in name for name in both):
         for name, value in alone.items():
-            torch.testing.assert_close(both[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+            close = 1e-5 if "pending" in name else 1e-6  # sums over hundreds of tokens
+            torch.testing.assert_close(both[name], value, rtol=close, atol=close, msg=lambda t, n=name: f"{n}: {t}")
     short = {**STEPS, "network_g": network, "name": "less", "train.total_iter": 1}
     assert main(["train", "-opt", training(short)]) == 0
     less = loaded(here / "experiments/less/models/net_g_latest.pth")["params"]
