@@ -42,26 +42,32 @@ def initialiser(theirs: Callable[..., None], options: Mapping[str, Any]) -> Call
 def together() -> Iterator[None]:
     """Have the end of another process, and the signal by which a launcher then ends this one, raise `ProcessError`.
 
+    After that the signal is ignored: it may come while this process still says what happened, and then it ends anyway.
+
     Raises:
         ProcessError: another process ended or did not answer in time, or this one was told to end.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise ProcessError(f"{_who()}: told to end ({signal.Signals(number).name}), as torchrun does when one ends")
 
     in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main else None
+    after = signal.signal(signal.SIGTERM, stop) if in_main else None
     try:
         yield
-    except RuntimeError as error:
-        if not _from_another_process(error):
+    except (RuntimeError, ProcessError) as error:
+        if isinstance(error, RuntimeError) and not _from_another_process(error):
+            raise
+        after = signal.SIG_IGN
+        if isinstance(error, ProcessError):
             raise
         raise ProcessError(
             f"{_who()}: another process of this run ended, or did not answer in time; see what it says itself ({error})"
         ) from error
     finally:
         if in_main:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, after)
 
 
 def _from_another_process(error: RuntimeError) -> bool:
