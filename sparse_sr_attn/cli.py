@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from sparse_sr_attn.commands.common import UsageError, say
-from sparse_sr_attn.errors import ConfigError, SparseSRError
+from sparse_sr_attn.errors import ConfigError, ProcessError, SparseSRError
 
 _INSTALL = (
     "BasicSR is not installed, and `sparse-sr {command}` runs it. After torch and torchvision:\n"
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{_count(len(problems))} in {where}; nothing was run\n  " + "\n  ".join(problems))
         return 2
     except SparseSRError as error:
-        say(str(error))
+        say(str(error), everywhere=isinstance(error, ProcessError))  # the first may be the one that is gone
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         say(

@@ -23,9 +23,9 @@ class UsageError(SparseSRError):
     """The command line asks for what cannot be; nothing was done."""
 
 
-def say(text: str) -> None:
-    """Print an error or a note, of the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+def say(text: str, *, everywhere: bool = False) -> None:
+    """Print an error or a note, of the first process only unless `everywhere`."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
         show(f"sparse-sr: {text}", sys.stderr)
 
 
