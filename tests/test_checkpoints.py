@@ -626,6 +626,13 @@ CONTENTS: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("extra", "listed"), [(6, "extra.5$"), (7, r"extra.5, \.\.\. \(7\)$")])
+def test_long_lists_of_keys_are_cut_and_counted(extra: int, listed: str) -> None:
+    state = EDSR(num_feat=4, num_block=1).state_dict()
+    with pytest.raises(CheckpointError, match=rf"unexpected: extra\.0, .*{listed}"):
+        load_model({**state, **{f"extra.{index}": torch.zeros(1) for index in range(extra)}}, img_range=1.0)
+
+
 @pytest.mark.parametrize("content", CONTENTS)
 def test_bad_contents_give_one_clear_error(content: str, tmp_path: Path) -> None:
     found, message = CONTENTS[content]
