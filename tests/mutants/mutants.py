@@ -523,8 +523,8 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         f"sample (seed {SEED}), the operators (cosmic-ray's) and the choice of tests are explained in",
         "`tests/mutants/mutants.py`.",
         "A mutant is met by the tests that reach its statement, those of up to a minute together, properties with ten",
-        "examples, without those that compile or export: the whole suite would kill more. Survivors stay listed when a test",
-        "was written for them later, so that the share stays an estimate of what the tests would notice.",
+        "examples, without those that compile or export: the whole suite would kill more. Survivors stay listed when a",
+        "test was written for them later, so that the share stays an estimate of what the tests would notice.",
         "",
         "| part of the code | mutants | killed | by an assertion | by another error | at import | by time | equivalent "
         "| share killed | 95 % interval | promised |",
