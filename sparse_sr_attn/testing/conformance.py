@@ -455,7 +455,7 @@ def check_state_of_another_size_is_refused(subject: Subject, device: torch.devic
 
 @_clause(_alone)
 def check_another_number_of_channels_is_refused(subject: Subject, device: torch.device) -> None:
-    """The message names both numbers."""
+    """The message names both numbers, as that of `layers.base.check_map` does."""
     chain = subject.chain().to(device).eval()
     x = feature_map("x", channels=CHANNELS + 1, device=device)
     if subject.kind == "consumer":
@@ -483,7 +483,10 @@ def _message(error: type[Exception], call: Callable[..., object], *args: object)
     except error as problem:
         return str(problem)
     except Exception as problem:
-        raise AssertionError(f"{error.__name__} must be raised, got {type(problem).__name__}: {problem}") from problem
+        hint = "; sparse_sr_attn.layers.base.check_map raises it" if error is ShapeError else ""
+        raise AssertionError(
+            f"{error.__name__} must be raised{hint}, got {type(problem).__name__}: {problem}"
+        ) from problem
     raise AssertionError(f"{error.__name__} must be raised, got none")
 
 
