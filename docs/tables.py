@@ -1,0 +1,98 @@
+"""Write the tables of docs/modules.md from the registry, as `sparse-sr list` tells it.
+
+python docs/tables.py
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparse_sr_attn import LAYERS
+from sparse_sr_attn.cli import main as sparse_sr
+
+PAGE = Path(__file__).parent / "modules.md"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def listed() -> dict[str, list[dict[str, Any]]]:
+    """What `sparse-sr list --json` prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        sparse_sr(["list", "--json"])
+    tables: dict[str, list[dict[str, Any]]] = json.loads(printed.getvalue())
+    return tables
+
+
+def linked(source: str) -> str:
+    """The source with its arXiv numbers as links."""
+    one_line = " ".join(source.split())
+    return re.sub(r"(?:arXiv )?(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", one_line)
+
+
+def count(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}"
+
+
+def sharing(name: str) -> str:
+    """Which state a layer makes or reads."""
+    build: Any = LAYERS.get(name).build
+    made, read = getattr(build, "provides", None), getattr(build, "requires", None)
+    return f"makes `{made.__name__}`" if made else f"reads `{read.__name__}`" if read else ""
+
+
+def reference(name: str) -> str:
+    """The place of the layer's docstring."""
+    build: Any = LAYERS.get(name).build
+    return f"reference/layers.md#{build.__module__}.{build.__qualname__}"
+
+
+def tables() -> str:
+    found = listed()
+    text = ["## Layers", "", "| layer | kind | paper | parameters at 64 channels |", "|---|---|---|---|"]
+    for row in found["layers"]:
+        link = f"[`{row['name']}`](#{row['name'].lower()})"
+        text.append(f"| {link} | {row['kind']} | {linked(row['source'])} | {count(row['parameters'])} |")
+    for row in found["layers"]:
+        options = ", ".join(f"`{option}`" for option in row["options"]) or "none"
+        state = f"It {sharing(row['name'])}. " if sharing(row["name"]) else ""
+        text += ["", f"### {row['name']}", "", row["about"], ""]
+        text += [f"{state}Options, explained in the [reference]({reference(row['name'])}): {options}."]
+    text += ["", "## Networks", "", "| network | parameters | source |", "|---|---|---|"]
+    text += [f"| `{row['name']}` | {count(row['parameters'])} | {linked(row['source'])} |" for row in found["networks"]]
+    text += [
+        "",
+        "## Presets",
+        "",
+        "For `create_model`.",
+        "",
+        "| preset | parameters | what differs from the defaults | source |",
+    ]
+    text += ["|---|---|---|---|"]
+    for row in found["presets"]:
+        differs = ", ".join(f"`{name}={value}`" for name, value in row["options"].items()) or "nothing"
+        text.append(
+            f"| `{row['name']}` | {count(row['parameters'])} | {row['about']}: {differs} | {linked(row['source'])} |"
+        )
+    return "\n".join(text)
+
+
+def page(old: str) -> str:
+    """The page with new tables."""
+    before, _, rest = old.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    old = PAGE.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
+        sys.exit(f"{PAGE} must have the lines {BEGIN} and {END}")
+    PAGE.write_text(page(old), encoding="utf-8")
+    print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
