@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-all lint docs promises mutants clean
+.PHONY: help setup demo bench test test-all lint docs pictures promises mutants clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ lint: setup  ## Check style and types.
 
 docs: setup  ## Build the documentation into site/.
 	$(BIN)/mkdocs build --strict
+
+pictures: setup  ## Draw the pictures of docs/concepts.md.
+	$(BIN)/python docs/draw.py
 
 promises: setup  ## Run the tests of all promises and write docs/reliability.md (about half an hour).
 	$(BIN)/python tests/reliability/promises.py run $(PARALLEL)

@@ -98,8 +98,8 @@ def draw_chunks() -> Figure:
     figure, axes = plt.subplots(3, 1, figsize=(12, 5.2), layout="constrained", height_ratios=(1, 1, 1.15))
     for axis, (title, pixels, cluster) in zip(axes, rows, strict=False):
         axis.imshow(torch.stack([pixels, cluster]).numpy(), aspect="auto", interpolation="nearest")
-        axis.set_title(title, fontsize=16, loc="left")
-        axis.set_yticks([0, 1], ["pixel", "cluster"], fontsize=13)
+        axis.set_title(title, fontsize=21, loc="left")
+        axis.set_yticks([0, 1], ["pixel", "cluster"], fontsize=18)
         axis.set_xticks([])
     draw_ring(axes[2], colours[assignment[order]], layout, chunk=3)
     return figure
@@ -122,7 +122,7 @@ def draw_ring(axis: Axes, cluster: Tensor, layout: ClusterLayout, chunk: int) ->
             )  # fmt: skip
             axis.add_artist(arrow)
     axis.set(xlim=(-gap, layout.num_chunks * (size + gap)), ylim=(-0.1, 1.75))
-    axis.set_title(f"chunks of {size} slots: each sees its own and the two beside it", fontsize=16, loc="left")
+    axis.set_title(f"chunks of {size} slots: each sees its own and the two beside it", fontsize=21, loc="left")
     axis.set_axis_off()
 
 
@@ -140,7 +140,7 @@ def draw_matrix() -> Figure:
     for axis, matrix, title in zip(axes, (dense, sparse, sparse[order][:, order]), titles, strict=True):
         show(axis, heat(matrix.clamp(max=float(sparse.quantile(0.98))) ** 0.6 + 0.12 * (matrix > 0)), title)
     share = float((sparse > 0).float().mean())
-    figure.supxlabel(f"{n} by {n} pairs of tokens; the pattern keeps {share:.0%} of them", fontsize=14)
+    figure.supxlabel(f"{n} by {n} pairs of tokens; the pattern keeps {share:.0%} of them", fontsize=19)
     return figure
 
 
@@ -200,7 +200,7 @@ def draw_sharing() -> Figure:
                 mutation_scale=20, connectionstyle="arc3,rad=-0.25", color=BLUE, linewidth=2,
             )
         )  # fmt: skip
-    axis.text(left / 2 - 1, 2.75, "the state: pattern and weights", fontsize=16, color=BLUE, ha="center", va="center")
+    axis.text(left / 2 - 1, 2.75, "the state: pattern, weights", fontsize=21, color=BLUE, ha="center", va="center")
     axis.plot((-0.9, left), (0.5, 0.5), color=GREY, zorder=0)
     axis.set(xlim=(-1, left + 0.2), ylim=(-0.1, 3.1))
     axis.set_axis_off()
@@ -210,7 +210,7 @@ def draw_sharing() -> Figure:
 def box(axis: Axes, left: float, width: float, colour: str, text: str) -> None:
     style = "round,pad=0,rounding_size=0.15"
     axis.add_patch(FancyBboxPatch((left, 0), width, 1, boxstyle=style, facecolor=colour, edgecolor="#495057"))
-    axis.text(left + width / 2, 0.5, text, ha="center", va="center", fontsize=16)
+    axis.text(left + width / 2, 0.5, text, ha="center", va="center", fontsize=20)
 
 
 def draw_windows() -> Figure:
@@ -228,7 +228,7 @@ def draw_windows() -> Figure:
             rows, columns = (weights > 0).nonzero(as_tuple=True)
             low, left = float(rows.min()) - 0.5, float(columns.min()) - 0.5
             axis.add_patch(Rectangle((left, low), size, size, fill=False, edgecolor=colour, linewidth=4))
-            axis.text(left + size - 0.6, low + 0.4, str(size), color=colour, fontsize=16, ha="right", va="top")
+            axis.text(left + size - 0.6, low + 0.4, str(size), color=colour, fontsize=20, ha="right", va="top")
         axis.plot(*reversed(pixel), marker="o", markersize=9, color="white", markeredgecolor="black")
     return figure
 
@@ -247,7 +247,7 @@ def draw_shift() -> Figure:
         axis.grid(color="#ced4da")
         axis.tick_params(length=0)
         axis.add_patch(Rectangle((1.5, 1.5), 1, 1, fill=False, edgecolor=RED, linewidth=2.5))
-        axis.set_title(name, fontsize=16)
+        axis.set_title(name, fontsize=21)
     return figure
 
 
@@ -257,7 +257,7 @@ def as_picture(image: Tensor) -> Tensor:
 
 def show(axis: Axes, picture: Tensor, title: str) -> None:
     axis.imshow(picture.numpy(), interpolation="nearest")
-    axis.set_title(title, fontsize=17)
+    axis.set_title(title, fontsize=22)
     axis.set_axis_off()
 
 

@@ -249,7 +249,7 @@ print(ModelLoader().load_from_file(sys.argv[2]).architecture.name)
 
 
 def test_a_program_without_plugins_knows_ours_by_a_line_in_its_python(tmp_path: Path) -> None:
-    (line,) = re.findall(r"^    (import sparse_sr_attn_spandrel; .*)$", DOCS, flags=re.MULTILINE)
+    (line,) = re.findall(r"^import sparse_sr_attn_spandrel; .*$", DOCS, flags=re.MULTILINE)
     repair = "import sparse_sr_attn_basicsr; sparse_sr_attn_basicsr.apply()"  # a torchvision for CUDA without CUDA
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sparse_sr_attn.pth").write_text(f"{repair}\n{line}\n")
@@ -264,8 +264,8 @@ def test_a_program_without_plugins_knows_ours_by_a_line_in_its_python(tmp_path: 
 
 
 def test_a_custom_node_knows_ours(tmp_path: Path) -> None:
-    (node,) = re.findall(r"^    (import sparse_sr_attn_spandrel\n.*?NODE_CLASS_MAPPINGS.*?)$", DOCS, flags=re.M | re.S)
+    (node,) = re.findall(r'^```python title="custom_nodes/.*?"\n(.*?)^```', DOCS, flags=re.M | re.S)
     scope: dict[str, Any] = {}
-    exec(compile(node.replace("\n    ", "\n"), "docs/hosts.md", "exec"), scope)  # noqa: S102  (the documentation is ours)
+    exec(compile(node, "docs/hosts.md", "exec"), scope)  # noqa: S102  (the documentation is ours)
     assert scope["NODE_CLASS_MAPPINGS"] == {}
     assert ids()[-len(ARCHITECTURES) :] == [f"sparse_sr_attn.{name}" for name in NAMES.values()]

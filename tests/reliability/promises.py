@@ -15,6 +15,7 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -512,22 +513,18 @@ def page(notes: Mapping[str, Any]) -> str:
         "# Reliability",
         "",
         "What the library promises, and what the tests reached: made by `make promises` from a run of the tests,",
-        "noted in `reliability.json`, not by hand. A count is of cases that passed. Environment of the run:",
+        "noted in `docs/reliability.json`, not by hand. A count is of cases that passed. Environment of the run:",
         f"{environment}.",
         "",
-        "| # | promise | promised | reached | tests |",
-        "|---|---|---|---|---|",
     ]
     for row in ROWS:
-        reached, tests = [], []
-        for name, pattern in row.tests.items():
-            reached.append(_reached(name, gathered(notes["tests"], pattern)))
-            tests.append(f"`{_short(pattern)}`")
+        lines += [f"## {row.number}: {row.promise}", "", f"Promised: {row.promised}.", ""]
+        lines += [f"- {_reached(name, gathered(notes['tests'], pattern))}" for name, pattern in row.tests.items()]
         if row.missing:
-            reached.append(f"*{row.missing}*")
-        cells = [row.number, row.promise, row.promised, "<br>".join(reached), "<br>".join(dict.fromkeys(tests))]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+            lines += ["", f"*{row.missing}*"]
+        tests = dict.fromkeys(f"<code>{escape(_short(pattern))}</code>" for pattern in row.tests.values())
+        lines += ["", "<details><summary>the tests</summary>", "<br>\n".join(tests), "</details>", ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _reached(name: str, note: Mapping[str, Any]) -> str:

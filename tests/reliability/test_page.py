@@ -34,7 +34,7 @@ def test_every_row_is_there() -> None:
     text = promises.PAGE.read_text(encoding="utf-8")
     assert sorted(row.number for row in promises.ROWS) == sorted(promises.NUMBERS)
     for row in promises.ROWS:
-        assert f"| {row.number} | {row.promise} |" in text
+        assert f"## {row.number}: {row.promise}\n" in text
 
 
 def test_every_row_is_kept_by_tests_that_exist() -> None:

@@ -1,0 +1,370 @@
+"""What the README and the documentation tell readers to type works.
+
+A page is a session in a new folder: its blocks run from top to bottom, Python in one scope, a block with `title="..."` is
+a file of that name, and `sparse-sr` is run. What a reader brings along (weights, a photograph) is there. Commands that would
+take hours are parsed, or run for a few iterations. A block under `<!-- not run: REASON -->` is compiled only.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from skimage import data
+
+import sparse_sr_attn.cli as cli
+from sparse_sr_attn import EDSR, LAYERS, LCoAN
+from sparse_sr_attn.conversion import convert_weights
+from sparse_sr_attn_basicsr import preflight, register
+from sparse_sr_attn_basicsr.commands import own_log
+from sparse_sr_attn_basicsr.options import OPTIONS, parse
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+ELSEWHERE = {"recipes.md"}  # tests/integrations/test_recipes.py runs these blocks, inside their hosts
+PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name not in ELSEWHERE)]
+LANGUAGES = {"python", "bash", "yaml", "text", "json", "toml"}
+TINY = {"num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16, "reduction": 2}
+SHORT = ("train:total_iter=2", "num_gpu=0", "datasets:train:gt_size=32", "datasets:train:batch_size_per_gpu=2")
+
+register()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: where it stands, in which language, and what was said about it."""
+
+    page: str
+    line: int
+    language: str
+    title: str | None
+    left_out: str | None
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in re.finditer(
+        r"^(?:<!-- not run: ([^\n]*) -->\n\n?)?```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE
+    ):
+        reason, language, title, code = match.groups()
+        line = text.count("\n", 0, match.start(4)) + 1
+        found.append(Block(page.name, line, language, title, reason, code))
+    return found
+
+
+def paths(pages: list[Path]) -> list[Any]:
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
+
+
+# ---------------------------------------------------------------------------------------------------- what a reader has
+
+
+@pytest.fixture(scope="module")
+def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs and weights under the names that pages use, all small."""
+    home = tmp_path_factory.mktemp("belongings")
+    cat = data.chelsea()
+    (home / "photos").mkdir()
+    for index in range(6):
+        crop = np.ascontiguousarray(cat[40 * index : 40 * index + 50, 60 * index : 60 * index + 50])
+        Image.fromarray(crop).save(home / "photos" / f"{index}.png")
+    Image.fromarray(cat[:60, :80]).save(home / "photo.jpg")
+    Image.fromarray(cat[:60, :80]).save(home / "photo.png")
+    for part, count in (("train", 4), ("val", 1)):
+        for folder, side in (("HR", 48), ("LR", 24)):
+            (home / "datasets" / part / folder).mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(cat[:side, index : index + side]).save(home / "datasets" / part / folder / f"{index}.png")
+
+    torch.manual_seed(0)
+    network = LCoAN(upscale=2, **TINY)
+    lcoan = network.state_dict()
+    torch.save({"params": lcoan, "params_ema": lcoan}, home / "net_g_latest.pth")
+    torch.save({"params": lcoan}, home / "lcoan_x2.pth")
+    torch.save(convert_weights(network, "released"), home / "lcoan_x2.pt")
+    for name, upscale, changes in (
+        ("EDSR_Mx2.pth", 2, {"num_feat": 64, "num_block": 16}),
+        ("EDSR_Mx4.pth", 4, {}),
+        ("my_edsr.pth", 2, {}),
+    ):
+        edsr = EDSR(upscale=upscale, **{"num_feat": 8, "num_block": 4, **changes})
+        torch.save({"params": edsr.state_dict()}, home / name)
+    torch.save(convert_weights(edsr, "released"), home / "edsr_baseline_x2.pt")
+    return home
+
+
+@pytest.fixture
+def here(belongings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the reader stands."""
+    for item in belongings.iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    (tmp_path / "options").symlink_to(OPTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+# --------------------------------------------------------------------------------------------------------- how it is run
+
+
+def run_python(block: Block, scope: dict[str, Any]) -> None:
+    # Padded, so that a traceback shows the line of the page.
+    exec(compile("\n" * (block.line - 1) + block.code, block.page, "exec"), scope)  # noqa: S102  (the pages are ours)
+
+
+def commands(block: Block) -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for line in block.code.replace("\\\n", " ").splitlines()]
+    return [part for line in lines for part in split(line, "&&") if part]
+
+
+def split(words: list[str], at: str) -> list[list[str]]:
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == at:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
+
+
+def run_command(words: list[str], here: Path) -> None:
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # settings of the environment
+        words = words[1:]
+    RUNNERS[words[0]](words, here)
+
+
+def run_sparse_sr(words: list[str], here: Path) -> None:
+    name, arguments = words[1], words[1:]
+    if name == "bench":  # minutes: tests/test_cli_bench.py runs it
+        cli._parser().parse_args(arguments)
+    elif name in {"train", "test"}:
+        run_basicsr(arguments, here)
+    else:
+        assert cli.main(arguments) == 0, words
+
+
+def run_basicsr(arguments: list[str], here: Path) -> None:
+    """A file of the package is only looked for (tests/integrations/test_option_files.py); one of the page is run."""
+    parsed = cli._parser().parse_args(arguments)
+    file = here / parsed.opt if (here / parsed.opt).exists() else ROOT / parsed.opt
+    assert file.is_file(), parsed.opt
+    if file.resolve().is_relative_to(OPTIONS):
+        return
+    short = SHORT if arguments[0] == "train" else ("num_gpu=0",)
+    with own_log():
+        assert cli.main([*arguments, "--force_yml", *short]) == 0, arguments
+
+
+def run_python_command(words: list[str], here: Path) -> None:
+    subprocess.run([sys.executable, *words[1:]], cwd=here, check=True, env=environment(), stdout=subprocess.DEVNULL)
+
+
+def run_torchrun(words: list[str], here: Path) -> None:
+    """Of a training only the arguments are looked at; tests/integrations/test_processes.py trains."""
+    if "-m" in words:
+        module = words.index("-m") + 1
+        assert words[module] == "sparse_sr_attn"
+        run_basicsr(words[module + 1 :], here)
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+        subprocess.run(launcher, cwd=here, check=True, env=environment(), stderr=subprocess.DEVNULL)
+
+
+def environment() -> dict[str, str]:
+    packages = os.pathsep.join([str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": packages}
+
+
+def check_pip(words: list[str], here: Path) -> None:
+    """What is to be installed is a dependency, or this package with extras that it has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    known = {re.match(r"[\w-]+", need)[0] for needs in (*extras.values(), project["dependencies"]) for need in needs}  # type: ignore[index]
+    known |= {"torchvision", "setuptools", "wheel"}
+    assert words[1] == "install"
+    wanted = [word for before, word in zip(words[1:], words[2:], strict=False) if word[0] != "-" and before not in {"-c"}]
+    for word in wanted:
+        if word.startswith(("http", "PATH")):
+            continue
+        name, _, asked = word.removesuffix("]").partition("[")
+        assert name == "." or re.split("[=<>]", name)[0] in known, word
+        assert set(asked.split(",")) - {""} <= set(extras), word
+
+
+def check_make(words: list[str], here: Path) -> None:
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), words
+
+
+def nothing(words: list[str], here: Path) -> None:
+    """A clone cannot be made here."""
+
+
+RUNNERS: dict[str, Callable[[list[str], Path], None]] = {
+    "sparse-sr": run_sparse_sr,
+    "python": run_python_command,
+    "torchrun": run_torchrun,
+    "pip": check_pip,
+    "make": check_make,
+    "git": nothing,
+    "cd": nothing,
+}
+
+BASE: dict[str, Any] = yaml.safe_load((OPTIONS / "train/LCoAN/train_LCoAN_light_x2.yml").read_text().replace("!!float ", ""))
+
+
+def check_options(block: Block) -> None:
+    """A part of an option file, put into a whole one, is what BasicSR and our networks take."""
+    part = parse(block.code, block.page)
+    if {"attention", "block"} & part.keys():  # of a network
+        part = {"network_g": {"type": "SparseEDSR", "num_feat": 64, "num_block": 16, "upscale": 2, "img_range": 1.0, **part}}
+    options = merged(BASE, part)
+    for data_set in options["datasets"].values():
+        folder = "val" if data_set["name"] == "Set5" else "train"
+        data_set |= {"dataroot_gt": f"datasets/{folder}/HR", "dataroot_lq": f"datasets/{folder}/LR", "gt_size": 32}
+    options["num_gpu"] = 0
+    network = options["network_g"]
+    options["scale"] = network["network"]["scale"] if "network" in network else network["upscale"]
+    if options["scale"] == 4:  # the pairs at hand are of x2
+        del options["datasets"]["val"]
+        options["datasets"]["train"] |= {"dataroot_gt": "x4/HR", "dataroot_lq": "x4/LR"}
+    for name in ("pretrain_network_g",):
+        if options["path"].get(name):
+            Path(options["path"][name]).parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"params": {}}, options["path"][name])
+    preflight.check(options, training=True)
+
+
+def merged(base: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """`part` over `base`; a map that names its type replaces the one before."""
+    both = dict(base)
+    for key, value in part.items():
+        inside = isinstance(value, dict) and isinstance(base.get(key), dict) and "type" not in value
+        both[key] = merged(base[key], value) if inside else value
+    return both
+
+
+# ------------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("page", paths([page for page in PAGES if blocks(page)]))
+def test_every_block_works(page: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scope: dict[str, Any] = {}
+    for block in blocks(page):
+        where = f"{block.page}:{block.line}"
+        if block.left_out is not None:
+            if block.language == "python":
+                ast.parse(block.code, where)
+            continue
+        if block.title is not None:
+            file = here / block.title
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.code, encoding="utf-8")
+        elif block.language == "python":
+            if page.name == "README.md":  # there each stands for itself
+                scope = {}
+            run_python(block, scope)
+        elif block.language == "bash":
+            for words in commands(block):
+                run_command(words, here)
+        elif block.language == "yaml":
+            check_options(block)
+    for name in set(sys.modules) & {Path(block.title).stem for block in blocks(page) if block.title}:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("page", paths([*PAGES, DOCS / "recipes.md"]))
+def test_every_block_says_its_language(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n```") % 2 == 0
+    assert {block.language for block in blocks(page)} <= LANGUAGES
+    without = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    if page.name != "CONTRIBUTING.md":
+        assert not re.search(r"\n\n    \S", re.sub(r"^( *[-*\d].*\n)(.+\n)*", "", without, flags=re.MULTILINE)), "indented code"
+
+
+@pytest.mark.parametrize("page", paths([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]))
+def test_links_and_files_of_the_repository_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(r"-opt (\S+)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_pages_are_in_the_navigation() -> None:
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_every_command_has_its_place() -> None:
+    page = (DOCS / "commands.md").read_text()
+    for name in (*cli._BASICSR, *cli._OWN):
+        assert f"| `sparse-sr {name}` |" in page
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_registry() -> None:
+    page = (DOCS / "modules.md").read_text(encoding="utf-8")
+    assert script("tables").page(page) == page, "run: python docs/tables.py"
+    reference = (DOCS / "reference" / "layers.md").read_text(encoding="utf-8")
+    for name in LAYERS:
+        assert f"| [`{name}`](#{name.lower()}) | {LAYERS.get(name).kind} |" in page
+        assert re.search(rf"\b{name}\b", reference), f"docs/reference/layers.md lacks {name}"
+
+
+@pytest.mark.slow
+def test_the_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = script("draw")
+    monkeypatch.setattr(sys, "argv", ["draw.py", "--out", str(tmp_path)])
+    draw.main()
+    drawn = {file.name for file in tmp_path.iterdir()}
+    assert drawn == {file.name for file in (DOCS / "assets" / "concepts").iterdir()}
+    used = set(re.findall(r"assets/concepts/(\S+?)\)", (DOCS / "concepts.md").read_text()))
+    assert drawn == used
+
+
+def test_the_first_layer_keeps_the_size() -> None:
+    scope: dict[str, Any] = {}
+    run_python(next(block for block in blocks(ROOT / "README.md") if block.language == "python"), scope)
+    assert scope["y"].shape == scope["x"].shape
+    assert not torch.equal(scope["y"], scope["x"])
+
+
+def test_a_wrong_block_is_noticed(here: Path) -> None:
+    """The machinery above can fail."""
+    wrong = {
+        "python": "assert 1 == 2",
+        "yaml": "network_g: {type: SparseEDSR, upscale: 2, attention: {type: LCoA, evry: 4}}",
+        "bash": "sparse-sr upscale nothing.png --weights net_g_latest.pth",
+    }
+    with pytest.raises(AssertionError):
+        run_python(Block("page", 1, "python", None, None, wrong["python"]), {})
+    with pytest.raises(Exception, match="evry"):
+        check_options(Block("page", 1, "yaml", None, None, wrong["yaml"]))
+    with pytest.raises(AssertionError):
+        run_command(commands(Block("page", 1, "bash", None, None, wrong["bash"]))[0], here)
+    with pytest.raises(AssertionError):
+        run_command(["pip", "install", ".[nothing]"], here)
+    with pytest.raises(AssertionError):
+        run_command(["make", "nothing"], here)
