@@ -1,20 +1,23 @@
 """What the README and the documentation tell readers to type works.
 
-A page is a session in a new folder: its blocks run from top to bottom, Python in one scope, a block with `title="..."` is
-a file of that name, and `sparse-sr` is run. What a reader brings along (weights, a photograph) is there. Commands that would
-take hours are parsed, or run for a few iterations. A block under `<!-- not run: REASON -->` is compiled only.
+A page is a session in a new folder: its blocks run from top to bottom, Python in one scope, a block with a title is a
+file of that name, and `sparse-sr` is run. What a reader brings along (weights, a photograph) is there. Commands that
+would take hours are parsed, or run for a few iterations. A block under `<!-- not run: REASON -->` is compiled only.
 """
 
 import ast
+import copy
 import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,7 @@ import yaml
 from PIL import Image
 from skimage import data
 
-import sparse_sr_attn.cli as cli
-from sparse_sr_attn import EDSR, LAYERS, LCoAN
+from sparse_sr_attn import EDSR, LAYERS, LCoAN, cli
 from sparse_sr_attn.conversion import convert_weights
 from sparse_sr_attn_basicsr import preflight, register
 from sparse_sr_attn_basicsr.commands import own_log
@@ -59,7 +61,9 @@ def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = []
     for match in re.finditer(
-        r"^(?:<!-- not run: ([^\n]*) -->\n\n?)?```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE
+        r"^(?:<!-- not run: ([^\n]*) -->\n\n?)?```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$",
+        text,
+        re.DOTALL | re.MULTILINE,
     ):
         reason, language, title, code = match.groups()
         line = text.count("\n", 0, match.start(4)) + 1
@@ -85,11 +89,13 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(crop).save(home / "photos" / f"{index}.png")
     Image.fromarray(cat[:60, :80]).save(home / "photo.jpg")
     Image.fromarray(cat[:60, :80]).save(home / "photo.png")
-    for part, count in (("train", 4), ("val", 1)):
-        for folder, side in (("HR", 48), ("LR", 24)):
+    for part, upscale, count in (("train", 2, 4), ("val", 2, 1), ("train_x4", 4, 4), ("val_x4", 4, 1)):
+        for folder, side in (("HR", 48), ("LR", 48 // upscale)):
             (home / "datasets" / part / folder).mkdir(parents=True)
             for index in range(count):
-                Image.fromarray(cat[:side, index : index + side]).save(home / "datasets" / part / folder / f"{index}.png")
+                Image.fromarray(cat[:side, index : index + side]).save(
+                    home / "datasets" / part / folder / f"{index}.png"
+                )
 
     torch.manual_seed(0)
     network = LCoAN(upscale=2, **TINY)
@@ -111,15 +117,15 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(belongings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which the reader stands."""
-    for item in belongings.iterdir():
-        (tmp_path / item.name).symlink_to(item)
+    shutil.copytree(belongings, tmp_path, copy_function=os.link, dirs_exist_ok=True)
     (tmp_path / "options").symlink_to(OPTIONS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(LAYERS, "_entries", dict(LAYERS._entries))  # a page may register layers
     return tmp_path
 
 
-# --------------------------------------------------------------------------------------------------------- how it is run
+# -------------------------------------------------------------------------------------------------------- how it is run
 
 
 def run_python(block: Block, scope: dict[str, Any]) -> None:
@@ -192,18 +198,18 @@ def environment() -> dict[str, str]:
 
 def check_pip(words: list[str], here: Path) -> None:
     """What is to be installed is a dependency, or this package with extras that it has."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    known = {re.match(r"[\w-]+", need)[0] for needs in (*extras.values(), project["dependencies"]) for need in needs}  # type: ignore[index]
+    package = metadata("sparse-sr-attn")
+    extras = set(package.get_all("Provides-Extra"))
+    known = {re.split(r"[^\w-]", need)[0] for need in package.get_all("Requires-Dist")}
     known |= {"torchvision", "setuptools", "wheel"}
     assert words[1] == "install"
-    wanted = [word for before, word in zip(words[1:], words[2:], strict=False) if word[0] != "-" and before not in {"-c"}]
+    wanted = [word for before, word in pairwise(words[1:]) if word[0] != "-" and before != "-c"]
     for word in wanted:
         if word.startswith(("http", "PATH")):
             continue
         name, _, asked = word.removesuffix("]").partition("[")
         assert name == "." or re.split("[=<>]", name)[0] in known, word
-        assert set(asked.split(",")) - {""} <= set(extras), word
+        assert set(asked.split(",")) - {""} <= extras, word
 
 
 def check_make(words: list[str], here: Path) -> None:
@@ -224,41 +230,41 @@ RUNNERS: dict[str, Callable[[list[str], Path], None]] = {
     "cd": nothing,
 }
 
-BASE: dict[str, Any] = yaml.safe_load((OPTIONS / "train/LCoAN/train_LCoAN_light_x2.yml").read_text().replace("!!float ", ""))
+BASE: dict[str, Any] = yaml.safe_load(
+    (OPTIONS / "train/LCoAN/train_LCoAN_light_x2.yml").read_text().replace("!!float ", "")
+)
 
 
 def check_options(block: Block) -> None:
     """A part of an option file, put into a whole one, is what BasicSR and our networks take."""
     part = parse(block.code, block.page)
     if {"attention", "block"} & part.keys():  # of a network
-        part = {"network_g": {"type": "SparseEDSR", "num_feat": 64, "num_block": 16, "upscale": 2, "img_range": 1.0, **part}}
+        part = {
+            "network_g": {"type": "SparseEDSR", "num_feat": 64, "num_block": 16, "upscale": 2, "img_range": 1.0, **part}
+        }
     options = merged(BASE, part)
-    for data_set in options["datasets"].values():
-        folder = "val" if data_set["name"] == "Set5" else "train"
-        data_set |= {"dataroot_gt": f"datasets/{folder}/HR", "dataroot_lq": f"datasets/{folder}/LR", "gt_size": 32}
-    options["num_gpu"] = 0
     network = options["network_g"]
-    options["scale"] = network["network"]["scale"] if "network" in network else network["upscale"]
-    if options["scale"] == 4:  # the pairs at hand are of x2
-        del options["datasets"]["val"]
-        options["datasets"]["train"] |= {"dataroot_gt": "x4/HR", "dataroot_lq": "x4/LR"}
-    for name in ("pretrain_network_g",):
-        if options["path"].get(name):
-            Path(options["path"][name]).parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"params": {}}, options["path"][name])
+    options |= {"num_gpu": 0, "scale": network["network"]["scale"] if "network" in network else network["upscale"]}
+    for part, data_set in options["datasets"].items():
+        folder = part if options["scale"] == 2 else f"{part}_x{options['scale']}"
+        data_set |= {"dataroot_gt": f"datasets/{folder}/HR", "dataroot_lq": f"datasets/{folder}/LR"}
+    options["datasets"]["train"]["gt_size"] = 32
+    if weights := options["path"].get("pretrain_network_g"):
+        Path(weights).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"params": {}}, weights)
     preflight.check(options, training=True)
 
 
 def merged(base: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     """`part` over `base`; a map that names its type replaces the one before."""
-    both = dict(base)
+    both = copy.deepcopy(base)
     for key, value in part.items():
         inside = isinstance(value, dict) and isinstance(base.get(key), dict) and "type" not in value
         both[key] = merged(base[key], value) if inside else value
     return both
 
 
-# ------------------------------------------------------------------------------------------------------------- the tests
+# ------------------------------------------------------------------------------------------------------------ the tests
 
 
 @pytest.mark.parametrize("page", paths([page for page in PAGES if blocks(page)]))
@@ -294,7 +300,9 @@ def test_every_block_says_its_language(page: Path) -> None:
     assert {block.language for block in blocks(page)} <= LANGUAGES
     without = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     if page.name != "CONTRIBUTING.md":
-        assert not re.search(r"\n\n    \S", re.sub(r"^( *[-*\d].*\n)(.+\n)*", "", without, flags=re.MULTILINE)), "indented code"
+        assert not re.search(r"\n\n    \S", re.sub(r"^( *[-*\d].*\n)(.+\n)*", "", without, flags=re.MULTILINE)), (
+            "indented code"
+        )
 
 
 @pytest.mark.parametrize("page", paths([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]))
@@ -368,3 +376,15 @@ def test_a_wrong_block_is_noticed(here: Path) -> None:
         run_command(["pip", "install", ".[nothing]"], here)
     with pytest.raises(AssertionError):
         run_command(["make", "nothing"], here)
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Every link and every anchor leads somewhere, and every name of the reference is there."""
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        build, cwd=ROOT, env=environment() | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "concepts" / "index.html").is_file()
