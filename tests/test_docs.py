@@ -14,9 +14,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
-from importlib.metadata import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ELSEWHERE = {"recipes.md"}  # tests/integrations/test_recipes.py runs these blocks, inside their hosts
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name not in ELSEWHERE)]
+SLOW = {"own-layer.md"}  # it runs the whole contract
 LANGUAGES = {"python", "bash", "yaml", "text", "json", "toml"}
 TINY = {"num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16, "reduction": 2}
 SHORT = ("train:total_iter=2", "num_gpu=0", "datasets:train:gt_size=32", "datasets:train:batch_size_per_gpu=2")
@@ -71,8 +71,11 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def paths(pages: list[Path]) -> list[Any]:
-    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
+def paths(pages: list[Path], slow: Set[str] = frozenset()) -> list[Any]:
+    return [
+        pytest.param(page, id=str(page.relative_to(ROOT)), marks=pytest.mark.slow if page.name in slow else ())
+        for page in pages
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- what a reader has
@@ -83,14 +86,15 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photographs and weights under the names that pages use, all small."""
     home = tmp_path_factory.mktemp("belongings")
     cat = data.chelsea()
-    (home / "photos").mkdir()
-    for index in range(6):
-        crop = np.ascontiguousarray(cat[40 * index : 40 * index + 50, 60 * index : 60 * index + 50])
-        Image.fromarray(crop).save(home / "photos" / f"{index}.png")
+    for folder, count in (("photos", 3), ("photos_held_out", 1), ("DIV2K_train_HR", 1), ("Set5", 1)):
+        (home / folder).mkdir()
+        for index in range(count):
+            crop = cat[60 * index : 60 * index + 100, 90 * index : 90 * index + 100]
+            Image.fromarray(np.ascontiguousarray(crop)).save(home / folder / f"{index}.png")
     Image.fromarray(cat[:60, :80]).save(home / "photo.jpg")
     Image.fromarray(cat[:60, :80]).save(home / "photo.png")
     for part, upscale, count in (("train", 2, 4), ("val", 2, 1), ("train_x4", 4, 4), ("val_x4", 4, 1)):
-        for folder, side in (("HR", 48), ("LR", 48 // upscale)):
+        for folder, side in (("HR", 48), (f"LR_x{upscale}", 48 // upscale)):
             (home / "datasets" / part / folder).mkdir(parents=True)
             for index in range(count):
                 Image.fromarray(cat[:side, index : index + side]).save(
@@ -198,9 +202,10 @@ def environment() -> dict[str, str]:
 
 def check_pip(words: list[str], here: Path) -> None:
     """What is to be installed is a dependency, or this package with extras that it has."""
-    package = metadata("sparse-sr-attn")
-    extras = set(package.get_all("Provides-Extra"))
-    known = {re.split(r"[^\w-]", need)[0] for need in package.get_all("Requires-Dist")}
+    project = (ROOT / "pyproject.toml").read_text()
+    optional = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", optional, flags=re.MULTILINE))
+    known = set(re.findall(r'"([\w-]+)', optional)) | {"torch"}
     known |= {"torchvision", "setuptools", "wheel"}
     assert words[1] == "install"
     wanted = [word for before, word in pairwise(words[1:]) if word[0] != "-" and before != "-c"]
@@ -247,7 +252,8 @@ def check_options(block: Block) -> None:
     options |= {"num_gpu": 0, "scale": network["network"]["scale"] if "network" in network else network["upscale"]}
     for part, data_set in options["datasets"].items():
         folder = part if options["scale"] == 2 else f"{part}_x{options['scale']}"
-        data_set |= {"dataroot_gt": f"datasets/{folder}/HR", "dataroot_lq": f"datasets/{folder}/LR"}
+        low = f"datasets/{folder}/LR_x{options['scale']}"
+        data_set |= {"dataroot_gt": f"datasets/{folder}/HR", "dataroot_lq": low}
     options["datasets"]["train"]["gt_size"] = 32
     if weights := options["path"].get("pretrain_network_g"):
         Path(weights).parent.mkdir(parents=True, exist_ok=True)
@@ -267,8 +273,10 @@ def merged(base: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ the tests
 
 
-@pytest.mark.parametrize("page", paths([page for page in PAGES if blocks(page)]))
+@pytest.mark.parametrize("page", paths([page for page in PAGES if blocks(page)], SLOW))
 def test_every_block_works(page: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name == "train.md":  # it makes them
+        shutil.rmtree(here / "datasets")
     scope: dict[str, Any] = {}
     for block in blocks(page):
         where = f"{block.page}:{block.line}"
