@@ -215,8 +215,8 @@ def box(axis: Axes, left: float, width: float, colour: str, text: str) -> None:
 
 def draw_windows() -> Figure:
     """What a pixel sees through windows of 4, 8 and 16 pixels, as they stand and moved by half their size."""
-    image = photograph()[..., 20:68, 40:88]
-    sizes, pixel = (4, 8, 16), (15, 17)
+    image = photograph()[..., 24:60, 44:80]
+    sizes, pixel = (4, 8, 16), (15, 16)
     figure, axes = plt.subplots(1, 2, figsize=(12, 6.2), layout="constrained")
     token = torch.tensor([pixel[0] * image.shape[-1] + pixel[1]])
     for axis, shift in zip(axes, (False, True), strict=True):
