@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ELSEWHERE = {"recipes.md"}  # tests/integrations/test_recipes.py runs these blocks, inside their hosts
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name not in ELSEWHERE)]
+LONG = {"bench"}  # commands that take minutes; tests/test_cli_bench.py runs them
 SLOW = {"own-layer.md"}  # it runs the whole contract
 LANGUAGES = {"python", "bash", "yaml", "text", "json", "toml"}
 TINY = {"num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16, "reduction": 2}
@@ -160,7 +161,7 @@ def run_command(words: list[str], here: Path) -> None:
 
 def run_sparse_sr(words: list[str], here: Path) -> None:
     name, arguments = words[1], words[1:]
-    if name == "bench":  # minutes: tests/test_cli_bench.py runs it
+    if name in LONG:
         cli._parser().parse_args(arguments)
     elif name in {"train", "test"}:
         run_basicsr(arguments, here)
