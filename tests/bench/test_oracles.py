@@ -113,10 +113,10 @@ def test_a_missing_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tokens_in_a_cluster_that_is_not_the_nearest_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is consistent with the assignment, which is wrong itself."""
-    from sparse_sr_attn.layers import lcoa
+    from sparse_sr_attn.layers import learners
 
-    nearest = lcoa.assign
-    monkeypatch.setattr(lcoa, "assign", lambda points, centroids: nearest(-points, centroids))
+    nearest = learners.assign
+    monkeypatch.setattr(learners, "assign", lambda points, centroids: nearest(-points, centroids))
     result = checked("LCoA")
     assert result.status == "wrong"
     assert "not the nearest" in result.reason

@@ -349,7 +349,7 @@ HOSTILE: dict[str, tuple[object, str]] = {
     "iter ": (-4, "iter: must be in [0, 2**62], got -4"),
     "iter  ": (float("nan"), "iter: must be an integer in [0, 2**62], got nan"),
     "iter   ": (torch.ones(1000), "iter: must be an integer in [0, 2**62], got tensor([1., "),
-    "epoch": (2**70, f"epoch: must be in [0, 2**62], got {2**70}"),
+    "epoch": (2**70, f"epoch: must be an integer of 64 bits in [0, 2**62], got {2**70}"),
     "optimizers": ("Adam", "optimizers: must be a list, got 'Adam'"),
     "schedulers": ([None], "schedulers: must be a mapping, got [None]"),
     "exact": (5, "exact: must be a mapping or ~ (nothing), got 5"),

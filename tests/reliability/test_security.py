@@ -25,8 +25,6 @@ ALLOWED = {
     ("sparse_sr_attn/testing/conformance.py", "import pickle"),
     # Starts our own module, with a list of words and no shell, in a process with another allocator.
     ("sparse_sr_attn/commands/bench.py", "import subprocess"),
-    # The name of the error that torch.load raises.
-    ("integrations/sparse_sr_attn_basicsr/commands.py", "import pickle"),
 }
 """What is no danger, and why: file, and how the statement begins."""
 
