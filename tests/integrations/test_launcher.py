@@ -58,6 +58,14 @@ def noting(training: Write, here: Path) -> Write:
     return write
 
 
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Return what a process printed until it ended, which it must do in time."""
+    try:
+        return process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"still running after {SECONDS} seconds", pytrace=False)
+
+
 @contextmanager
 def launched(*arguments: str, command: str = "train") -> Iterator[subprocess.Popen[str]]:
     """Start two processes as a user would; end with them all dead."""
@@ -82,7 +90,7 @@ def launched(*arguments: str, command: str = "train") -> Iterator[subprocess.Pop
 def run(*arguments: str, command: str = "train") -> str:
     """Run two processes to their end; return what they wrote."""
     with launched(*arguments, command=command) as process:
-        output, errors = process.communicate(timeout=SECONDS)
+        output, errors = ended(process)
     assert process.returncode == 0, errors
     return output + errors
 
@@ -168,7 +176,7 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed_exactly(noting: Writ
             assert time.monotonic() < deadline, "no state was saved"
             time.sleep(0.05)
         os.kill(int((here / f"pid{victim}").read_text()), signal.SIGKILL)
-        _, errors = process.communicate(timeout=SECONDS)
+        _, errors = ended(process)
     assert process.returncode != 0
     told = re.search(rf"sparse-sr: process {1 - victim} of 2: .*\n(.*)", errors)
     assert told is not None, errors
