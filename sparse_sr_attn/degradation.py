@@ -7,7 +7,7 @@ Only the resampling itself is here; reading and writing pictures is left to the 
 import math
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
@@ -15,7 +15,7 @@ from sparse_sr_attn.errors import ShapeError
 _SUPPORT = 4  # the cubic kernel is zero beyond two samples on each side
 
 
-def crop_to_multiple(image: UInt8[Tensor, "h w *c"], multiple: int) -> UInt8[Tensor, "h2 w2 *c"]:
+def crop_to_multiple(image: Shaped[Tensor, "h w *c"], multiple: int) -> Shaped[Tensor, "h2 w2 *c"]:
     """Drop the last rows and columns, so that both sides divide by `multiple`.
 
     Args:
@@ -57,43 +57,43 @@ def matlab_bicubic(image: UInt8[Tensor, "h w *c"], upscale: int) -> UInt8[Tensor
     """
     if upscale < 1:
         raise ValueError(f"upscale must be >= 1, got {upscale}")
-    image = crop_to_multiple(_checked(image), upscale)
+    image = crop_to_multiple(_checked(image, torch.uint8), upscale)
     return imresize(image, size=(image.shape[0] // upscale, image.shape[1] // upscale))
 
 
 def imresize(
-    image: UInt8[Tensor, "h w *c"], *, scale: float | None = None, size: tuple[int, int] | None = None
-) -> UInt8[Tensor, "h2 w2 *c"]:
-    r"""MATLAB's `imresize` of a uint8 picture, bicubic, to the last bit.
+    image: Shaped[Tensor, "h w *c"], *, scale: float | None = None, size: tuple[int, int] | None = None
+) -> Shaped[Tensor, "h2 w2 *c"]:
+    r"""MATLAB's `imresize` of a picture, bicubic; of uint8 to the last bit.
 
     Each axis is resampled on its own, $y_o = \sum_i w_{oi} x_i$ with
     $w_{oi} \propto k(s\,(u_o - i))$, where $s = \min(1, \text{factor})$ widens the kernel when the picture
     shrinks (antialiasing), $u_o$ is the place of output pixel $o$ on the input's axis (pixel centres
     at half-integers), and $k$ is Keys' cubic with $a = -1/2$. Beyond the border the picture is mirrored,
     border pixel included. The axis with the smaller factor comes first, rows before columns when they are
-    equal, and the result is rounded (halves up) and clipped to 0..255 *after each axis*.
+    equal. A result of uint8 is rounded (halves up) and clipped to 0..255 *after each axis*; one of float64 is neither.
 
     Args:
-        image: grey `(h, w)` or with channels last `(h, w, c)`, uint8.
+        image: grey `(h, w)` or with channels last `(h, w, c)`, uint8 or float64.
         scale: the factor on both sides, `> 0`; the new sides are rounded up.
         size: the new height and width in pixels, `>= 1`; instead of `scale`.
 
     Returns:
-        A uint8 picture with the channels of `image`.
+        A picture with the channels and the dtype of `image`.
 
     Raises:
         ValueError: both or neither of `scale` and `size` are given, or one is not positive.
         ShapeError: the picture is empty, or has neither 2 nor 3 axes.
-        TypeError: the picture is not uint8.
+        TypeError: the picture is neither uint8 nor float64.
 
     Note:
-        Computed in float64, on the device of `image`. Not differentiable: the result is uint8.
+        Computed in float64, on the device of `image`. Differentiable in a picture of float64.
 
     Source:
         R. Keys, "Cubic convolution interpolation for digital image processing", 1981; the documented
         behaviour of MATLAB's `imresize` (antialiasing on, method bicubic).
     """
-    _checked(image)
+    _checked(image, torch.uint8, torch.float64)
     sides = (image.shape[0], image.shape[1])
     if (scale is None) == (size is None):
         raise ValueError(f"give either scale or size, got {scale=} and {size=}")
@@ -112,7 +112,7 @@ def imresize(
 
 
 def _resample(image: Tensor, axis: int, size: int, factor: float) -> Tensor:
-    """One axis, with rounding and clipping."""
+    """One axis, with rounding and clipping where the picture is uint8."""
     taps, weights = _contributions(image.shape[axis], size, factor)
     taps, weights = taps.to(image.device), weights.to(image.device)
     samples = image.to(torch.float64)
@@ -121,7 +121,7 @@ def _resample(image: Tensor, axis: int, size: int, factor: float) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=image.device)
     for tap, weight in zip(taps.unbind(1), weights.unbind(1), strict=True):  # a dozen taps at most, always in one order
         total = total + weight.view(shape) * samples.index_select(axis, tap)
-    return (total + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    return total if image.dtype == torch.float64 else (total + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 def _contributions(length: int, size: int, factor: float) -> tuple[Int[Tensor, "o t"], Float[Tensor, "o t"]]:
@@ -146,9 +146,10 @@ def _cubic(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return torch.where(x <= 1, near, torch.where(x <= 2, far, torch.zeros_like(x)))
 
 
-def _checked(image: Tensor) -> Tensor:
-    if image.dtype != torch.uint8:
-        raise TypeError(f"the picture must be uint8 (0..255), got {image.dtype}; round and clip it first")
+def _checked(image: Tensor, *dtypes: torch.dtype) -> Tensor:
+    if image.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"the picture must be {wanted} (0..255), got {image.dtype}; round and clip it first")
     if image.dim() not in (2, 3) or 0 in image.shape:
         raise ShapeError(f"the picture must be (h, w) or (h, w, c) with no empty axis, got {tuple(image.shape)}")
     return image

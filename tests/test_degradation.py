@@ -49,6 +49,23 @@ def test_agrees_with_basicsr_within_one_grey_level(upscale: int) -> None:
         assert (actual.double() != levels.double()).float().mean() < 0.4
 
 
+@pytest.mark.parametrize("factor", [0.5, 1 / 3, 4.0])
+def test_floating_point_is_not_rounded(factor: float) -> None:
+    """As MATLAB has it, and BasicSR, which computes in float32."""
+    from sparse_sr_attn_basicsr import shims
+
+    shims.apply()
+    from basicsr.utils.matlab_functions import imresize as basicsr_imresize
+
+    image = noise(24, 30, 3).double()
+    expected = torch.from_numpy(basicsr_imresize(image.numpy().astype("float32"), factor)).double()
+    actual = imresize(image, scale=factor)
+    assert actual.dtype == torch.float64
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-3
+    assert (actual < 0).any() or (actual > 255).any() or factor < 1  # nor clipped
+
+
 def test_halving_uses_the_eight_taps_of_the_widened_kernel() -> None:
     """Distances 1/4, 3/4, 5/4, 7/4 of Keys' cubic: 111/128, 29/128, -9/128, -3/128; halved, as they sum to 2."""
     taps = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3], dtype=torch.float64) / 256

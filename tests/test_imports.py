@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "states": {"errors"},
     "reference": set(),
     "degradation": {"errors"},
+    "evaluation": {"errors", "degradation"},
     "functional": {"errors", "states"},
     "layers": {"errors", "states", "registry", "config", "functional"},
     "blocks": {"errors", "states", "registry", "config", "functional", "layers"},
@@ -37,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
     "bench": {"errors", "registry", "config", "files", "layers", "blocks", "backbones", "reference"},
     "commands": {
-        *("errors", "states", "config", "layers", "backbones", "checkpoints", "conversion", "export", "images"),
-        *("inference", "visualize", "bench", "pairs"),
+        *("errors", "states", "config", "files", "layers", "backbones", "checkpoints", "conversion", "export"),
+        *("images", "inference", "visualize", "degradation", "evaluation", "bench", "pairs"),
     },
     "cli": {"errors", "commands"},  # and the integrations, lazily
     "__main__": {"cli"},
