@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-all lint docs pictures promises mutants clean
+.PHONY: help setup demo bench paper test test-all lint docs pictures promises mutants clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,11 @@ bench: setup  ## Measure time and memory of layers, training and networks; figur
 	$(BIN)/sparse-sr bench $(BENCH) --json bench/layers.json --plot bench/layers.png
 	$(BIN)/sparse-sr bench $(BENCH) --passes forward+backward --sizes 48 96 128 --limit 3 --json bench/training.json --plot bench/training.png
 	$(BIN)/sparse-sr bench $(BENCH) --networks --json bench/networks.json --plot bench/networks.png
+
+# More in docs/paper.md; for example: make paper DATA="DIV2K/HR" VAL="Set5/HR" PAPER="--device cuda --scale full"
+PAPER ?=
+paper: setup  ## Repeat the papers' experiments on the folders DATA and VAL; tables and plots come to lie in paper/.
+	$(BIN)/sparse-sr paper all --data $(DATA) --val $(VAL) $(PAPER)
 
 test: setup  ## Run the tests (under 20 minutes on two cores).
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)

@@ -24,7 +24,7 @@ _BASICSR = {
     "train": "train a network as an option file says",
     "test": "test a trained network as an option file says",
 }
-_OWN = ("prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "bench")
+_OWN = ("prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "bench", "paper")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,6 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
     "bench": {"errors", "registry", "config", "files", "layers", "blocks", "backbones", "reference"},
+    "paper": {
+        *("errors", "config", "files", "functional", "layers", "blocks", "backbones", "visualize", "images"),
+        *("degradation", "evaluation", "bench"),
+    },
     "commands": {
         *("errors", "states", "config", "files", "layers", "backbones", "checkpoints", "conversion", "export"),
         *("images", "inference", "visualize", "degradation", "evaluation", "bench", "pairs"),

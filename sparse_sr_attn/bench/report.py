@@ -73,7 +73,8 @@ def _draw(time: Any, memory: Any, rows: list[Row], index: int, kind: str) -> Non
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
 
@@ -120,7 +121,7 @@ def _method_table(found: Run) -> str:
         status = f"**WRONG**{reason}{error}" if check.status == "wrong" else f"{check.status}{reason}{error}"
         ran = sorted({operator for row in found.rows if row.method == name for operator in row.operators})
         body.append([name, kind, status, _valid(found, name, kind), ", ".join(f"`{one}`" for one in ran) or "–"])
-    return _table(["method", "is", "output", "stand-in: time over dense SDPA at 96²", "operators that ran"], body)
+    return table(["method", "is", "output", "stand-in: time over dense SDPA at 96²", "operators that ran"], body)
 
 
 def _valid(found: Run, name: str, kind: str) -> str:
@@ -146,14 +147,14 @@ def _passes(found: Run) -> Iterator[str]:
             maps.append([name, *_cells(rows, lambda r: f"{r.maps:.2f} ({r.largest_maps:.2f})")])
             if any(row and row.share for row in rows):
                 shares.append([name, *_cells(rows, lambda r: f"{r.share:.0%}, {_figures(r.floor or 0)}")])
-        yield f"### {passed}: {_clock(found)}\n\n" + _table(["", *heads, ends], times)
+        yield f"### {passed}: {_clock(found)}\n\n" + table(["", *heads, ends], times)
         if speedups := _speedups(found, passed, sides):
-            yield f"### {passed}: how many times longer the other takes\n\n" + _table(["", *heads], speedups)
+            yield f"### {passed}: how many times longer the other takes\n\n" + table(["", *heads], speedups)
         unit = "input images" if found.settings.what == "networks" else "feature maps"
-        yield f"### {passed}: peak new memory in {unit} (largest tensor)\n\n" + _table(["", *heads], maps)
+        yield f"### {passed}: peak new memory in {unit} (largest tensor)\n\n" + table(["", *heads], maps)
         if shares:
-            yield f"### {passed}: share of the floor reached, and the floor in ms\n\n" + _table(["", *heads], shares)
-        yield f"### {passed}: by the clock (ms)\n\n" + _table(["", *heads], walls)
+            yield f"### {passed}: share of the floor reached, and the floor in ms\n\n" + table(["", *heads], shares)
+        yield f"### {passed}: by the clock (ms)\n\n" + table(["", *heads], walls)
 
 
 def _speedups(found: Run, passed: Pass, sides: Sequence[int]) -> list[list[str]]:

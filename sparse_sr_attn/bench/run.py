@@ -221,13 +221,14 @@ def features(batch: int, channels: int, side: int, *, seed: int = 0, height: int
     return (mixed - mixed.mean()) / mixed.std()
 
 
-def _images(batch: int, side: int, *, height: int | None = None) -> Tensor:
+def images(batch: int, side: int, *, height: int | None = None) -> Tensor:
+    """Return images in 0..1, like natural ones in their frequencies."""
     return (0.5 + 0.2 * features(batch, 3, side, height=height)).clamp(0, 1)
 
 
 def _input(settings: Settings, device: torch.device, side: int, *, batch: int, height: int | None = None) -> Tensor:
     if settings.what == "networks":
-        x = _images(batch, side, height=height)
+        x = images(batch, side, height=height)
     else:
         x = features(batch, settings.embed_dim, side, height=height)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format

@@ -62,6 +62,8 @@ HUB = "sparse_sr_attn/hub.py"
 SPANDREL = "integrations/sparse_sr_attn_spandrel/architectures.py"
 ATTACHMENT = "sparse_sr_attn/attachment.py"
 DENSE = "sparse_sr_attn/functional/dense.py"
+EVALUATION = "sparse_sr_attn/evaluation.py"
+PAPER = "sparse_sr_attn/paper"
 SPARSEMAX = "sparse_sr_attn/functional/sparsemax.py"
 KERNEL = "sparse_sr_attn/functional/kernel.py"
 LSH = "sparse_sr_attn/functional/lsh.py"
@@ -126,6 +128,8 @@ IN_LSH = "tests/functional/test_lsh.py"
 IN_PEERS = "tests/layers/test_peers.py"
 IN_TIMM = "tests/layers/test_timm_layers.py"
 IN_BENCH_CLI = "tests/test_cli_bench.py"
+IN_EVALUATION = "tests/test_evaluation.py"
+IN_PAPER = "tests/test_paper.py"
 IN_BENCH_MEMORY = "tests/bench/test_memory.py"
 IN_BENCH_ORACLES = "tests/bench/test_oracles.py"
 IN_BENCH_PEERS = "tests/bench/test_peers.py"
@@ -2800,6 +2804,118 @@ FAULTS = [
         "if not isinstance(x, Tensor) or not x.is_floating_point():",
         "if not isinstance(x, Tensor):",
         f"{IN_EDSR}::test_an_image_that_is_no_tensor_of_floating_point_is_refused",
+    ),
+    Fault(
+        "patches are drawn from torch's own numbers",
+        f"{PAPER}/pictures.py",
+        "generator = torch.Generator().manual_seed(seed)",
+        "generator = torch.Generator().manual_seed(int(torch.randint(10**9, ())))",
+        f"{IN_PAPER}::test_all_variants_get_the_same_patches",
+    ),
+    Fault(
+        "the patch of the high resolution is elsewhere",
+        f"{PAPER}/pictures.py",
+        "top, left, length = top * upscale, left * upscale, side * upscale",
+        "length = side * upscale",
+        f"{IN_PAPER}::test_patches_show_the_same_place_in_both_sizes",
+    ),
+    Fault(
+        "a crop is the corner",
+        f"{PAPER}/pictures.py",
+        "(picture.shape[axis] - length) // 2, length)",
+        "0, length)",
+        f"{IN_PAPER}::test_a_crop_is_the_middle",
+    ),
+    Fault(
+        "variants start from different networks",
+        f"{PAPER}/training.py",
+        "            torch.manual_seed(seed)\n",
+        "            torch.seed()\n",
+        f"{IN_PAPER}::test_all_variants_start_from_the_same_network",
+    ),
+    Fault(
+        "results of another budget are taken for these",
+        f"{PAPER}/training.py",
+        'return {"budget": asdict(self.budget), **self._digests}',
+        "return dict(self._digests)",
+        f"{IN_PAPER}::test_a_result_is_kept_and_another_budget_is_another_result",
+    ),
+    Fault(
+        "results on other pictures are taken for these",
+        f"{PAPER}/training.py",
+        'return {"budget": asdict(self.budget), **self._digests}',
+        'return {"budget": asdict(self.budget)}',
+        f"{IN_PAPER}::test_a_result_is_kept_and_another_budget_is_another_result",
+    ),
+    Fault(
+        "validation leaves no border out",
+        f"{PAPER}/training.py",
+        "evaluation.luma(pair.high), border=upscale",
+        "evaluation.luma(pair.high), border=0",
+        f"{IN_PAPER}::test_validation_is_psnr_on_luma_without_a_border_of_the_factor",
+    ),
+    Fault(
+        "standard attention is not scaled",
+        f"{PAPER}/variants.py",
+        "scale = query.shape[1] ** -0.5",
+        "scale = 1.0",
+        f"{IN_PAPER}::test_standard_attention_is_scaled_dot_product_attention",
+    ),
+    Fault(
+        "seeds are not paired",
+        f"{PAPER}/report.py",
+        'results[name][seed]["psnr"] - results[baseline][seed]["psnr"]',
+        'results[name][seed]["psnr"] - results[baseline][min(results[name])]["psnr"]',
+        f"{IN_PAPER}::test_differences_are_of_the_same_seed",
+    ),
+    Fault(
+        "two standard errors are enough for three seeds",
+        f"{PAPER}/report.py",
+        "quantile = _STUDENT[min(len(numbers) - 2, len(_STUDENT) - 1)]",
+        "quantile = 2.0",
+        f"{IN_PAPER}::test_student_t_as_scipy_has_it",
+    ),
+    Fault(
+        "growth is counted over sides",
+        f"{PAPER}/cost.py",
+        "math.log((last / first) ** 2)",
+        "math.log(last / first)",
+        f"{IN_PAPER}::test_growth_is_the_exponent_over_pixels",
+    ),
+    Fault(
+        "luma as MATLAB has it is not rounded",
+        EVALUATION,
+        'return _rounded(y) if protocol == "matlab" else y',
+        "return y",
+        f"{IN_EVALUATION}::test_luma_of_known_colours",
+    ),
+    Fault(
+        "grey counts as luma for everybody",
+        EVALUATION,
+        'return values if protocol == "matlab" else 16 + values * (sum(_WEIGHTS) / 255)',
+        "return values",
+        f"{IN_EVALUATION}::test_grey_is_three_equal_channels_or_luma_already",
+    ),
+    Fault(
+        "a border is left out on two sides only",
+        EVALUATION,
+        "return one[border : one.shape[0] - border, border : one.shape[1] - border]",
+        "return one[border:, border:]",
+        f"{IN_EVALUATION}::test_agrees_with_basicsr",
+    ),
+    Fault(
+        "structural similarity takes another constant",
+        EVALUATION,
+        "(0.03 * 255) ** 2",
+        "(0.01 * 255) ** 2",
+        f"{IN_EVALUATION}::test_agrees_with_basicsr",
+    ),
+    Fault(
+        "the row bicubic rounds the small picture",
+        EVALUATION,
+        "small = imresize(y, size=(y.shape[0] // upscale, y.shape[1] // upscale))",
+        "small = _rounded(imresize(y, size=(y.shape[0] // upscale, y.shape[1] // upscale)))",
+        f"{IN_EVALUATION}::test_the_row_bicubic_rounds_luma_first_and_the_result_last",
     ),
 ]
 

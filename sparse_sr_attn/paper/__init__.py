@@ -1,0 +1,1 @@
+"""The experiments of the LCoA and ELAN papers, repeated: `sparse-sr paper`."""

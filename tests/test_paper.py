@@ -1,0 +1,486 @@
+"""The papers' experiments: fair comparisons, results that are kept, figures that are what they say."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_sr_attn import EDSR, ELAN, LFE
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.commands import paper as command
+from sparse_sr_attn.degradation import matlab_bicubic
+from sparse_sr_attn.errors import ImageError, SparseSRError, TrainingError
+from sparse_sr_attn.evaluation import luma, psnr
+from sparse_sr_attn.layers.base import AttentionLayer
+from sparse_sr_attn.paper import training
+from sparse_sr_attn.paper.cost import costs, growth
+from sparse_sr_attn.paper.figures import FIGURES, SCALES, SMALL, overlap
+from sparse_sr_attn.paper.pictures import Pair, as_input, as_picture, patches, read_pairs
+from sparse_sr_attn.paper.report import differences, fill, markdown, stands_out
+from sparse_sr_attn.paper.training import Budget, Trainer, Variant, count_parameters, fit, rate, validate
+from sparse_sr_attn.paper.variants import StandardWindowAttention, with_plain_convolutions, with_standard_attention
+
+CPU = torch.device("cpu")
+BUDGET = Budget(iterations=2, batch=2, patch=8, crop=None)
+PLAIN = {"num_feat": 6, "num_block": 2, "img_range": 1.0}
+ATTENTION = {"type": "LCoA", "every": 1, "share": 2, "num_clusters": 4, "chunk_size": 8, "reduction": 2}
+TINY = replace(
+    SMALL,
+    budget=Budget(iterations=1, batch=1, patch=8, crop=16),
+    width=5,
+    blocks=2,
+    every=1,
+    clusters=3,
+    chunk=8,
+    all_clusters=(2, 3),
+    all_chunks=(4, 8),
+    elan_width=6,
+    elan_pairs=2,
+    elan_shares=(1, 2),
+    cost_side=8,
+    sides=(8, 12),
+    step_sides=(8,),
+    stack=2,
+)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(height: int = 16, width: int = 20, seed: int = 0) -> Pair:
+    high = noise(2 * height, 2 * width, 3, seed=seed)
+    return Pair(f"picture{seed}", high, matlab_bicubic(high, 2))
+
+
+def saved(folder: Path, name: str, picture: Tensor) -> None:
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(picture.numpy()).save(folder / name)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_pictures_and_what_shrinking_leaves(tmp_path: Path) -> None:
+    saved(tmp_path / "a", "colour.png", noise(33, 50, 3))
+    saved(tmp_path / "a", "small.png", noise(15, 50, 3))
+    saved(tmp_path / "b", "grey.png", noise(40, 32))
+    (tmp_path / "b" / "notes.txt").write_text("no picture")
+    colour, grey = read_pairs([tmp_path / "a", tmp_path / "b"], 2, smallest=8)
+    assert (colour.name, grey.name) == ("colour", "grey")
+    assert torch.equal(colour.high, noise(33, 50, 3)[:32])
+    assert torch.equal(colour.low, matlab_bicubic(noise(33, 50, 3), 2))
+    assert torch.equal(grey.high, noise(40, 32)[..., None].expand(-1, -1, 3))
+
+
+def test_a_crop_is_the_middle(tmp_path: Path) -> None:
+    saved(tmp_path / "a", "colour.png", noise(40, 26, 3))
+    (one,) = read_pairs([tmp_path / "a"], 2, smallest=8, crop=15)
+    assert torch.equal(one.high, noise(40, 26, 3)[5:35])
+    assert one.low.shape == (15, 13, 3)
+
+
+def test_pictures_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="absent must be a folder of pictures"):
+        read_pairs([tmp_path / "absent"], 2, smallest=8)
+    saved(tmp_path / "a", "colour.png", noise(20, 20, 3))
+    with pytest.raises(ImageError, match="at least 24 pixels a side, and none in .*a has"):
+        read_pairs([tmp_path / "a"], 2, smallest=12)
+    Image.fromarray(np.zeros((30, 30), np.uint16)).save(tmp_path / "a" / "deep.png")
+    with pytest.raises(ImageError, match="deep.png must have 8 bits a channel"):
+        read_pairs([tmp_path / "a"], 2, smallest=8)
+
+
+def test_patches_show_the_same_place_in_both_sizes() -> None:
+    """Each pixel of these pictures is its own place, so that a patch tells where it comes from."""
+    places = torch.stack(torch.meshgrid(torch.arange(13), torch.arange(11), indexing="ij"), dim=-1)
+    low = torch.cat([places, torch.full((13, 11, 1), 3)], dim=-1).to(torch.uint8)
+    high = low.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    stream = patches([Pair("places", high, low)], side=4, batch=64, seed=0)
+    lows, highs = next(stream)
+    assert torch.equal(F.interpolate(lows, scale_factor=2.0, mode="nearest"), highs)
+    rows, columns = (lows[:, channel] * 255 for channel in (0, 1))
+    slopes = torch.stack([one[:, i, j] - one[:, 0, 0] for one in (rows, columns) for i, j in ((1, 0), (0, 1))], dim=1)
+    assert len({tuple(slope) for slope in slopes.round().tolist()}) == 8  # turned and mirrored in all ways
+    assert int(rows.max()) == 12  # the last row and column take part
+    assert int(columns.max()) == 10
+    assert int(rows.min()) == int(columns.min()) == 0
+
+
+def test_pictures_pass_through_a_network_unchanged() -> None:
+    picture = noise(5, 7, 3)
+    assert torch.equal(as_picture(as_input(picture)), picture)
+    assert as_picture(torch.tensor([[[-1.0]], [[2.0]], [[0.501 / 255]]])).flatten().tolist() == [0, 255, 1]
+
+
+# --- fairness ---------------------------------------------------------------------------------------------------------
+
+
+def seen_by(variant: Variant, seed: int) -> list[Tensor]:
+    model = variant.build(2, seed)
+    inputs: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    fit(model, [pair(seed=0), pair(seed=1)], BUDGET, seed, CPU)
+    return inputs
+
+
+def test_all_variants_get_the_same_patches() -> None:
+    """Also where a network draws random numbers of its own while it trains."""
+    hashing = {"type": "NLSA", "every": 1, "chunk_size": 8}
+    first, *others = (
+        seen_by(Variant(EDSR, {**PLAIN, "attention": attention}), seed=3) for attention in (None, ATTENTION, hashing)
+    )
+    assert len(first) == BUDGET.iterations
+    for other in others:
+        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], seen_by(Variant(EDSR, PLAIN), seed=4)[0])
+
+
+def test_all_variants_start_from_the_same_network() -> None:
+    plain = Variant(EDSR, PLAIN).build(2, 5).state_dict()
+    attended = Variant(EDSR, {**PLAIN, "attention": ATTENTION}).build(2, 5)
+    assert all(torch.equal(value, attended.state_dict()[name]) for name, value in plain.items())
+    x = torch.rand(1, 3, 8, 8)
+    model = Variant(EDSR, PLAIN).build(2, 5)
+    assert torch.allclose(model(x), attended(x), atol=1e-6)  # attention starts as the identity
+    other = Variant(EDSR, PLAIN).build(2, 6).state_dict()
+    assert not torch.equal(plain["conv_first.weight"], other["conv_first.weight"])
+
+
+def test_building_a_variant_leaves_the_random_numbers_alone() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    Variant(EDSR, PLAIN).build(2, 5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
+    budget = Budget(iterations=100, warmup=0.05)
+    rates = [rate(step, budget) for step in range(101)]
+    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[100] == pytest.approx(0.0)
+
+
+def test_training_lowers_the_loss() -> None:
+    model = Variant(EDSR, PLAIN).build(2)
+    high = torch.full((32, 40, 3), 200, dtype=torch.uint8)
+    pairs = [Pair("plain", high, matlab_bicubic(high, 2))]
+    low, high = as_input(pairs[0].low)[None], as_input(pairs[0].high)[None]
+    before = F.l1_loss(model(low), high).item()
+    fit(model, pairs, replace(BUDGET, iterations=20, learning_rate=1e-2), 0, CPU)
+    assert not model.training
+    assert F.l1_loss(model(low), high).item() < 0.5 * before
+
+
+class Nearest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def test_validation_is_psnr_on_luma_without_a_border_of_the_factor() -> None:
+    one = pair()
+    enlarged = one.low.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    expected = psnr(luma(enlarged), luma(one.high), border=2)
+    assert validate(Nearest(), [one], 2, CPU) == {"picture0": pytest.approx(expected, abs=1e-12)}
+
+
+# --- results that are kept --------------------------------------------------------------------------------------------
+
+
+def trainer(folder: Path, budget: Budget = BUDGET, *, seed: int = 0) -> Trainer:
+    return Trainer(budget, [pair(seed=seed)], [pair(seed=7)], folder)
+
+
+def test_a_result_is_kept_and_another_budget_is_another_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = Variant(EDSR, PLAIN)
+    first = trainer(tmp_path).result(variant, 0)
+    assert first.psnr == pytest.approx(first.each["picture7"])
+    trained: list[int] = []
+    monkeypatch.setattr(training, "fit", lambda *arguments: trained.append(arguments[3]))
+    assert trainer(tmp_path).result(variant, 0) == first
+    assert trained == []
+    trainer(tmp_path).result(variant, 1)
+    trainer(tmp_path, replace(BUDGET, iterations=3)).result(variant, 2)
+    trainer(tmp_path, seed=1).result(variant, 3)
+    trainer(tmp_path).result(Variant(EDSR, {**PLAIN, "num_feat": 4}), 4)
+    trainer(tmp_path).result(replace(variant, look=overlap, options={**PLAIN, "attention": ATTENTION}), 5)
+    assert trained == [1, 2, 3, 4, 5]
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_an_interrupted_training_leaves_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, other = Variant(EDSR, PLAIN), Variant(EDSR, {**PLAIN, "num_feat": 4})
+    kept = trainer(tmp_path).result(whole, 0)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path).result(other, 0)
+    assert trainer(tmp_path).result(whole, 0) == kept
+    assert trainer(tmp_path).kept(other, 0) is None
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="the loss is (nan|inf) at step .*; a smaller learning rate may help"):
+        trainer(tmp_path, replace(BUDGET, iterations=50, learning_rate=1e30)).result(Variant(EDSR, PLAIN), 0)
+    assert not list(tmp_path.iterdir())
+
+
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def elan(**options: Any) -> Network:
+    torch.manual_seed(0)
+    return ELAN(num_feat=10, num_block=2, **options)
+
+
+def reach(lfe: nn.Module) -> set[tuple[int, int]]:
+    """Return the offsets of the pixels that an LFE sees."""
+    x = torch.rand(1, 10, 9, 9, requires_grad=True)
+    lfe(x)[0, :, 4, 4].abs().sum().backward()
+    return {(int(i) - 4, int(j) - 4) for i, j in x.grad.abs().sum(dim=(0, 1)).nonzero()}
+
+
+@pytest.mark.parametrize(("kernel_size", "farthest"), [(1, 0), (3, 2)])
+def test_plain_convolutions(kernel_size: int, farthest: int) -> None:
+    model, shifted = elan(share=2), elan(share=2)
+    with_plain_convolutions(model, kernel_size=kernel_size)
+    (first, *_), (ours, *_) = ([m for m in net.modules() if isinstance(m, LFE)] for net in (model, shifted))
+    assert reach(first) == {(i, j) for i in range(-farthest, farthest + 1) for j in range(-farthest, farthest + 1)}
+    assert reach(ours) == {(i, j) for i in range(-2, 3) for j in range(-2, 3) if abs(i) + abs(j) <= 2}
+    weights = 4 * 2 * 10 * 20  # four LFEs, of two convolutions each
+    assert count_parameters(model) - count_parameters(shifted) == weights * (kernel_size**2 - 1)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_standard_attention_is_scaled_dot_product_attention(norm: Any) -> None:
+    """One group whose window holds the whole map."""
+    torch.manual_seed(0)
+    layer = StandardWindowAttention(6, window_sizes=(8,), norm=norm).double().eval()
+    x = torch.rand(2, 6, 5, 7, dtype=torch.float64)
+    entering = x if layer.norm is None else F.layer_norm(x.movedim(1, -1), (6,)).movedim(-1, 1)
+    q, k, v = (
+        project(entering).flatten(2).transpose(1, 2)[:, None] for project in (layer.query, layer.key, layer.value)
+    )
+    attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, (5, 7))
+    expected = x + layer.output(attended)
+    assert (layer(x) - expected).abs().max() <= 1e-10
+
+
+def test_standard_attention_takes_the_place_of_each_gmsa() -> None:
+    model = elan(share=1, window_sizes=(2, 4))
+    with_standard_attention(model, norm="layer")
+    layers = [module for module in model.modules() if isinstance(module, StandardWindowAttention)]
+    assert [layer.shift for layer in layers] == [False, True]
+    assert all(layer.window_sizes == (2, 4) for layer in layers)
+    assert model(torch.rand(1, 3, 9, 10)).shape == (1, 3, 18, 20)
+    with pytest.raises(ValueError, match="unpack"):
+        with_standard_attention(elan(share=2), norm="layer")
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def sites(model: nn.Module) -> int:
+    return sum(isinstance(layer, AttentionLayer) for layer in getattr(model, "attention", ()))
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_networks_of_a_figure_differ_in_what_is_asked_only(scale: Any) -> None:
+    for label in ("lcoa-2", "lcoa-3", "lcoa-4"):
+        figure = FIGURES[label](scale)
+        numbers = {name: sites(variant.build(2)) for name, variant in figure.variants.items()}
+        wanted = scale.stack if label == "lcoa-2" else scale.sites
+        assert {number for name, number in numbers.items() if name != "no attention"} == {wanted}
+        assert numbers.get("no attention", 0) == 0
+        assert figure.baseline in figure.variants
+    for label in ("elan-lfe", "elan-windows", "elan-share", "elan-asa"):
+        figure = FIGURES[label](scale)
+        assert figure.baseline in figure.variants
+        for variant in figure.variants.values():
+            if label == "elan-share" and scale.elan_pairs % variant.options["share"]:
+                pytest.fail(f"{variant.options['share']} does not divide {scale.elan_pairs}")
+            model = variant.build(2)
+            assert sum(isinstance(module, LFE) for module in model.modules()) == scale.elan_pairs
+
+
+def test_figures_name_each_network_once_and_share_trainings() -> None:
+    """What stands in several figures is trained once: the same variant, whatever a figure calls it."""
+    ours = FIGURES["lcoa-3"](SMALL).variants["LCoA, k-means"].described()
+    assert ours == FIGURES["lcoa-4"](SMALL).variants[FIGURES["lcoa-4"](SMALL).baseline].described()
+    whole = FIGURES["elan-lfe"](SMALL).variants["shift-conv"].described()
+    assert whole == FIGURES["elan-windows"](SMALL).variants["4 8 16"].described()
+    assert whole == FIGURES["elan-asa"](SMALL).variants["2 share: accelerated"].described()
+    for build in FIGURES.values():
+        described = [json.dumps(variant.described()) for variant in build(SMALL).variants.values()]
+        assert len(set(described)) == len(described)
+
+
+def test_layers_that_share_overlap_whole_and_other_pictures_less() -> None:
+    model = Variant(EDSR, {**PLAIN, "attention": {**ATTENTION, "zero_init": False}}).build(2)
+    for parameter in model.attention[0].lsp.parameters():
+        parameter.data.mul_(20)  # sharp attention
+    seen = overlap(model, [pair(seed=1), pair(seed=2)])
+    assert torch.tensor(seen["same"]) == pytest.approx(torch.ones(2, 2).numpy(), abs=1e-5)
+    assert 0 <= max(max(row) for row in seen["other"]) < 0.9
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def test_costs_of_training_hold_the_activations() -> None:
+    models = {"one": Variant(EDSR, PLAIN).build(2), "deep": Variant(EDSR, {**PLAIN, "num_block": 12}).build(2)}
+    options = {"side": 16, "batch": 1, "device": CPU, "rounds": 2, "limit": 60.0}
+    infers = costs(models, passed="forward", times=True, **options)
+    learns = costs(models, passed="forward+backward", times=False, **options)
+    kept = 10 * 2 * 4 * PLAIN["num_feat"] * 16**2  # of 10 blocks more, the maps that their two convolutions read
+    assert learns["deep"].bytes - learns["one"].bytes >= kept
+    assert infers["deep"].bytes == infers["one"].bytes
+    assert infers["one"].milliseconds is not None
+    assert infers["one"].milliseconds.median > 0
+    assert learns["one"].milliseconds is None
+    assert costs(models, passed="forward", times=False, **{**options, "limit": 0.0}) == {}
+
+
+def test_growth_is_the_exponent_over_pixels() -> None:
+    assert growth({10: 5.0, 20: 20.0}) == pytest.approx(1.0)
+    assert growth({10: 1.0, 20: 7.0, 30: 81.0}) == pytest.approx(2.0)
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_student_t_as_scipy_has_it() -> None:
+    from scipy import stats
+
+    generator = np.random.default_rng(0)
+    told = 0
+    for _ in range(300):
+        numbers = generator.normal(0.5, 1, generator.integers(2, 11)).tolist()
+        p = stats.ttest_1samp(numbers, 0.0).pvalue
+        if abs(p - 0.05) > 1e-3:  # our quantiles have three figures
+            assert stands_out(numbers) == (p < 0.05)
+            told += stands_out(numbers)
+    assert 10 < told < 290
+    assert not stands_out([5.0])
+
+
+def document(psnrs: dict[str, Sequence[float]]) -> dict[str, Any]:
+    number = len(next(iter(psnrs.values())))
+    return {
+        "budget": {"upscale": 2, "iterations": 300, "batch": 4, "patch": 24, "learning_rate": 1e-3},
+        "seeds": list(range(number)),
+        "pictures": {"train": 10, "validation": 2},
+        "bicubic": 30.125,
+        "results": {
+            name: {str(seed): {"psnr": value} for seed, value in enumerate(values)} for name, values in psnrs.items()
+        },
+    }
+
+
+def test_differences_are_of_the_same_seed() -> None:
+    """Two networks that differ by less than seeds do, and yet always."""
+    figure = FIGURES["elan-lfe"](SMALL)
+    found = document({"1×1": [30.0, 31.0, 32.0], "shift-conv": [30.1, 31.11, 32.09], "3×3": [30.5, 30.6, 32.3]})
+    assert differences(found, "shift-conv", "1×1") == pytest.approx([0.1, 0.11, 0.09])
+    text = markdown(figure, found)
+    assert "| shift-conv | 31.100 ± 0.995 | +0.100 ± 0.010 |" in text
+    assert "| 1×1 | 31.000 ± 1.000 | – |" in text
+    assert "| bicubic interpolation | 30.12 |" in text
+    assert "(Student's t of the differences, 5 %): shift-conv. The others are not" in text
+    assert "3 seeds, the same start, patches and steps for all" in text
+    alone = markdown(figure, document({"1×1": [30.0], "shift-conv": [30.1], "3×3": [30.5]}))
+    assert "With one seed no difference can be told from chance." in alone
+
+
+def test_a_page_is_filled_between_its_marks() -> None:
+    page = "# A\n\n<!-- paper x -->\nold\n<!-- end x -->\n\n<!-- paper y -->\n<!-- end y -->\n"
+    once = fill(page, "x", r"new \1 text")
+    assert once == "# A\n\n<!-- paper x -->\n\nnew \\1 text\n\n<!-- end x -->\n\n<!-- paper y -->\n<!-- end y -->\n"
+    assert fill(once, "x", r"new \1 text") == once
+    with pytest.raises(SparseSRError, match="must have one `<!-- paper z -->` and after it `<!-- end z -->`"):
+        fill(page, "z", "text")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    for index in range(2):
+        saved(tmp_path / "train", f"{index}.png", noise(40, 36, 3, seed=index))
+        saved(tmp_path / "val", f"{index}.png", noise(36, 40, 3, seed=9 + index))
+    monkeypatch.setitem(command.SCALES, "small", TINY)
+    monkeypatch.setattr("sparse_sr_attn.paper.experiment._ROUNDS", 1)
+    return ["--data", str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / "out")]
+
+
+def test_all_figures_from_pictures_to_page(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["paper", "all", *folders, "--seeds", "0", "1", "--costs", "memory"]) == 0
+    text = capsys.readouterr().out
+    for build in FIGURES.values():
+        assert f"## {build(TINY).title}\n" in text
+    monkeypatch.setattr(training, "fit", lambda *_: pytest.fail("what is there is trained again"))
+    assert main(["paper", "lcoa-3", *folders, "--seeds", "1", "0", "--costs", "none"]) == 0
+    again = capsys.readouterr().out
+    assert " MiB |" in again  # costs of the run before are kept
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- paper {label} -->\n<!-- end {label} -->\n" for label in FIGURES))
+    assert main(["paper", "page", "--out", folders[-1], "--page", str(page)]) == 0
+    filled = page.read_text()
+    for label in FIGURES:
+        assert f"](assets/paper-{label}.png)" in filled
+        assert (tmp_path / "assets" / f"paper-{label}.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "out" / "lcoa-3.json").read_text())
+    mean = sum(one["psnr"] for one in found["results"]["no attention"].values()) / 2
+    assert f"| no attention | {mean:.3f} ± " in filled
+    assert main(["paper", "page", "--out", folders[-1], "--page", str(page)]) == 0
+    assert page.read_text() == filled
+
+
+def test_growth_needs_no_pictures(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paper", "lcoa-2", *folders[-2:]]) == 0
+    text = capsys.readouterr().out
+    assert "| inference, ms | 8² | 12² | growth |" in text
+    assert "| training step, MiB | 8² | growth |" in text
+    assert text.count("| LSP and CoA |") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lcoa-3"], "--data must name a folder of pictures, for all figures but lcoa-2"),
+        (["lcoa-3", "--data", "."], "--val must name a folder of pictures"),
+        (["lcoa-9"], "invalid choice: 'lcoa-9'"),
+        (["lcoa-2", "--iterations", "0"], "--iterations: must be >= 1, got 0"),
+        (["lcoa-2", "--threads", "0"], "--threads must be >= 1, got 0"),
+        (["lcoa-2", "--costs", "none"], "lcoa-2 measures costs, and --costs none forbids it"),
+        (["page"], "needs --page FILE"),
+        (["page", "lcoa-2", "--page", "a.md"], "needs --page FILE, and no figure beside it"),
+        (["page", "--page", "absent.md"], "--page must be a file that is there, got absent.md"),
+    ],
+)
+def test_a_wrong_command_line_does_nothing(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["paper", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
