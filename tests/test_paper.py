@@ -349,16 +349,17 @@ def test_layers_that_share_overlap_whole_and_other_pictures_less() -> None:
 
 def test_costs_of_training_hold_the_activations() -> None:
     models = {"one": Variant(EDSR, PLAIN).build(2), "deep": Variant(EDSR, {**PLAIN, "num_block": 12}).build(2)}
-    options = {"side": 16, "batch": 1, "device": CPU, "rounds": 2, "limit": 60.0}
-    infers = costs(models, passed="forward", times=True, **options)
-    learns = costs(models, passed="forward+backward", times=False, **options)
+    x = torch.rand(1, 3, 16, 16)
+    options = {"device": CPU, "rounds": 2, "limit": 60.0}
+    infers = costs(models, x, passed="forward", times=True, **options)
+    learns = costs(models, x, passed="forward+backward", times=False, **options)
     kept = 10 * 2 * 4 * PLAIN["num_feat"] * 16**2  # of 10 blocks more, the maps that their two convolutions read
     assert learns["deep"].bytes - learns["one"].bytes >= kept
     assert infers["deep"].bytes == infers["one"].bytes
     assert infers["one"].milliseconds is not None
     assert infers["one"].milliseconds.median > 0
     assert learns["one"].milliseconds is None
-    assert costs(models, passed="forward", times=False, **{**options, "limit": 0.0}) == {}
+    assert costs(models, x, passed="forward", times=False, **{**options, "limit": 0.0}) == {}
 
 
 def test_growth_is_the_exponent_over_pixels() -> None:

@@ -1,6 +1,7 @@
 """`sparse-sr paper`: the figures and ablations of the LCoA and ELAN papers, on pictures that the user points to."""
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -92,6 +93,7 @@ def _figures(arguments: argparse.Namespace, scale: Scale) -> int:
     if arguments.costs == "none" and (idle := [label for label in chosen if figures[label].kind == _NO_TRAINING]):
         raise UsageError(f"{idle[0]} measures costs, and --costs none forbids it")
     torch.set_num_threads(arguments.threads)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else some builds of torch tell of each start of its profiler
     device = find_device(arguments.device)
     trainer = None
     if any(figure.kind != _NO_TRAINING for figure in figures.values()):

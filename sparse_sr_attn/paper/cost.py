@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from sparse_sr_attn.backbones.base import ResidualNetwork
 from sparse_sr_attn.bench.memory import new_memory
-from sparse_sr_attn.bench.run import images
 from sparse_sr_attn.bench.settings import Pass
 from sparse_sr_attn.bench.timing import Spread, alternate, sample
 
@@ -31,42 +31,55 @@ class Cost:
 
 def costs(
     models: Mapping[str, nn.Module],
+    x: Tensor,
     *,
-    side: int,
-    batch: int,
     passed: Pass,
     device: torch.device,
     rounds: int,
     limit: float,
     times: bool = True,
 ) -> dict[str, Cost]:
-    """Measure networks on the same images, in turn.
+    """Measure networks on the same input, in turn.
 
     Args:
         models: by name; they are left in training mode, or not, as `passed` needs it.
-        side: of the images, in pixels.
-        batch: images.
+        x: what they are given.
         passed: what is measured.
-        device: where the networks are.
+        device: where networks and input are.
         rounds: samples of the time of each.
-        limit: seconds; a network whose call takes longer is left out.
+        limit: seconds of processor time; a network whose call takes longer is left out.
         times: whether time is measured, too.
 
     Returns:
         The cost of each network that was not left out.
     """
-    x = images(batch, side).to(device)
     calls, found = {}, {}
     for name, model in models.items():
         call = _call(model.train(passed != "forward"), x, training=passed != "forward")
         call()
-        if sample(call, device).wall > limit:
+        if sample(call, device).busy > limit:
             continue
         calls[name], found[name] = call, Cost(None, new_memory(call, device).peak)
     if times:
         for name, samples in alternate(calls, device, rounds=rounds, shortest=0.05).items():
             found[name] = Cost(Spread.of([1000 * one.busy for one in samples]), found[name].bytes)
     return found
+
+
+class Body(nn.Module):
+    """The body of a network, which maps features to features: what comes after it hides what attention costs.
+
+    Args:
+        network: one with `features`.
+    """
+
+    def __init__(self, network: ResidualNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the body makes of a feature map."""
+        return self.network.features(x)
 
 
 def growth(by_side: Mapping[int, float]) -> float:

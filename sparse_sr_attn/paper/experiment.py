@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from sparse_sr_attn import evaluation
-from sparse_sr_attn.bench.run import environment
+from sparse_sr_attn.bench.run import environment, features, images
 from sparse_sr_attn.degradation import imresize
 from sparse_sr_attn.files import replacing
-from sparse_sr_attn.paper.cost import PASSES, costs
+from sparse_sr_attn.paper.cost import PASSES, Body, costs
 from sparse_sr_attn.paper.figures import Figure, Scale
 from sparse_sr_attn.paper.pictures import Pair
 from sparse_sr_attn.paper.training import Budget, Trainer, count_parameters
 
 Progress = Callable[[str], None]
 
-_ROUNDS = 7
+_ROUNDS = 5
 _LIMIT = 20.0
 
 
@@ -60,38 +60,43 @@ def trained(
 
 
 def costed(figure: Figure, scale: Scale, costing: Costing, progress: Progress) -> dict[str, Any]:
-    """Measure all variants in inference and in a step of training, at one size or, for growth, at several."""
+    """Measure all variants in inference and in a step of training: networks on images, or bodies on maps of all sizes."""
     growing = figure.kind == "growth"
-    upscale = scale.budget.upscale
-    models = {name: variant.build(upscale).to(costing.device) for name, variant in figure.variants.items()}
-    found: dict[str, Any] = {}
+    budget = scale.budget
+    models: dict[str, Any] = {name: variant.build(budget.upscale) for name, variant in figure.variants.items()}
+    parameters = {name: count_parameters(model) for name, model in models.items()}
+    measured: dict[str, Any] = {}
     for passed in PASSES:
         infers = passed == "forward"
-        sides = (scale.sides if infers else scale.step_sides) if growing else (scale.cost_side if infers else None,)
-        left = dict(models)
+        batch = 1 if infers or growing else budget.batch
+        if growing:
+            sides = scale.sides if infers else scale.step_sides
+        else:
+            sides = (scale.cost_side if infers else budget.patch,)
+        left = {name: (Body(model) if growing else model).to(costing.device) for name, model in models.items()}
+        measured[passed] = {}
         for side in sides:
-            progress(f"measuring {passed} at {side or scale.budget.patch}")
-            batch = 1 if infers or growing else scale.budget.batch
-            measured = costs(
+            progress(f"measuring {passed} at {side}x{side}")
+            x = features(batch, figure.channels, side) if growing else images(batch, side)
+            found = costs(
                 left,
-                side=side or scale.budget.patch,
-                batch=batch,
+                x.to(costing.device),
                 passed=passed,
                 device=costing.device,
                 rounds=_ROUNDS,
                 limit=_LIMIT,
                 times=costing.times,
             )
-            left = {name: left[name] for name in measured}  # who takes too long here does so at larger sizes
-            found.setdefault(passed, {})[str(side or scale.budget.patch)] = {
+            left = {name: left[name] for name in found}  # who takes too long here does so at larger sizes
+            measured[passed][str(side)] = {
                 "batch": batch,
-                "costs": {name: asdict(cost) for name, cost in measured.items()},
+                "costs": {name: asdict(cost) for name, cost in found.items()},
             }
     return {
         "environment": environment(costing.device),
-        "upscale": upscale,
-        "parameters": {name: count_parameters(model) for name, model in models.items()},
-        "passes": found,
+        "upscale": budget.upscale,
+        "parameters": parameters,
+        "passes": measured,
     }
 
 

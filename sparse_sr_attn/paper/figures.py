@@ -114,7 +114,9 @@ class Figure:
         variants: what is compared, by the name that tables give it.
         baseline: against whom differences are counted.
         caution: what this figure cannot show here.
-        kind: what is drawn: quality with cost; growth of cost with the image, without training; overlap of attention.
+        kind: what is drawn: quality with cost; growth of the cost of bodies with the map, without training; overlap of
+            attention.
+        channels: of the maps that bodies are given.
     """
 
     title: str
@@ -123,13 +125,14 @@ class Figure:
     baseline: str
     caution: str = ""
     kind: Literal["quality", "growth", "overlap"] = "quality"
+    channels: int = FULL.width
 
 
 def lcoa_2(scale: Scale) -> Figure:
     """Memory and time with and without LSP and CoA."""
-    options = {"num_feat": scale.width, "num_block": scale.stack, "img_range": 1.0}
+    options = {"num_feat": FULL.width, "num_block": scale.stack, "img_range": 1.0}
     dense = {"type": "LCoA", "num_clusters": 1, "chunk_size": WHOLE, "reuse": "weights"}
-    sparse = {"type": "LCoA", "num_clusters": scale.clusters, "chunk_size": scale.chunk, "reuse": "weights"}
+    sparse = {"type": "LCoA", "num_clusters": FULL.clusters, "chunk_size": FULL.chunk, "reuse": "weights"}
 
     def network(attention: Mapping[str, Any] | None, **more: Any) -> Variant:
         return Variant(EDSR, {**options, "attention": attention and {**attention, "every": 1, **more}})
@@ -146,9 +149,10 @@ def lcoa_2(scale: Scale) -> Figure:
             "LSP and CoA": network(sparse, share=scale.stack),
         },
         "no attention",
-        f"An EDSR of {scale.stack} blocks and {scale.width} channels with attention after every block. Dense attention "
-        "is computed as fused kernels do, which keep no weights; with CoA alone the weights must be kept. The paper's "
-        "own figures are of its authors' code on a GPU.",
+        f"The body of an EDSR of {scale.stack} blocks and {FULL.width} channels with attention after every block, on "
+        f"maps of features; {FULL.clusters} clusters, chunks of {FULL.chunk}. Dense attention is computed as fused "
+        "kernels do, which keep no weights; with CoA alone the weights must be kept. The paper's own figures are of its "
+        "authors' code on a GPU.",
         "growth",
     )
 

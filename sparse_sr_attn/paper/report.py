@@ -28,7 +28,7 @@ def markdown(figure: Figure, document: Mapping[str, Any]) -> str:
         parts.append(_budget(document))
         parts.append(_overlap_table(document) if figure.kind == "overlap" else _quality_table(figure, document))
     if "passes" in document and figure.kind != "overlap":
-        parts += [_cost_line(document), *(_growth_tables(figure, document) if figure.kind == "growth" else [])]
+        parts += [_cost_line(figure, document), *(_growth_tables(figure, document) if figure.kind == "growth" else [])]
     if "results" in document and figure.kind == "quality":
         parts.append(_told_apart(figure, document))
     return "\n\n".join([*parts, *([figure.caution] if figure.caution else [])])
@@ -98,14 +98,15 @@ def _told_apart(figure: Figure, document: Mapping[str, Any]) -> str:
     )
 
 
-def _cost_line(document: Mapping[str, Any]) -> str:
+def _cost_line(figure: Figure, document: Mapping[str, Any]) -> str:
     where = document["environment"]
     machine = where.get("gpu", where["processor"])
     sizes = []
     for passed, by_side in document["passes"].items():
         sides = "/".join(f"{side}²" for side in by_side)
         batch = next(iter(by_side.values()))["batch"]
-        sizes.append(f"{_NAMES[passed]} on {'an image' if batch == 1 else f'{batch} images'} of {sides} pixels")
+        what = "a map" if figure.kind == "growth" else "an image" if batch == 1 else f"{batch} images"
+        sizes.append(f"{_NAMES[passed]} on {what} of {sides} pixels")
     return (
         f"Costs: {', '.join(sizes)}; process time as the median of alternating rounds (quartiles in brackets) where it "
         f"was measured, and peak new memory. {machine}, threads: {where['threads']}, torch {where['torch']}, "
@@ -246,7 +247,7 @@ def _draw_growth(canvas: Any, figure: Figure, document: Mapping[str, Any]) -> No
                 values = _series(by_side, name, what)
                 axis.plot(list(values), list(values.values()), "o-", color=f"C{index}", label=name, markersize=4)
             sides = [int(side) for side in by_side]
-            axis.set(xscale="log", yscale="log", title=f"{_NAMES[passed]}, {unit}", xlabel="side of the image (pixels)")
+            axis.set(xscale="log", yscale="log", title=f"{_NAMES[passed]}, {unit}", xlabel="side of the map (pixels)")
             axis.set_xticks(sides, [str(side) for side in sides])
             axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
