@@ -9,11 +9,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.commands.common import UsageError, name, require, show
+from sparse_sr_attn.commands.common import UsageError, images_in, name, require, show
 from sparse_sr_attn.degradation import crop_to_multiple
 from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
 from sparse_sr_attn.evaluation import Protocol, bicubic_luma, luma, psnr, ssim
-from sparse_sr_attn.images import looks_like_image, read_image
+from sparse_sr_attn.images import read_image
 
 HELP = "PSNR and SSIM of upscaled pictures, as papers count them, and their row “bicubic”"
 DESCRIPTION = """\
@@ -123,12 +123,10 @@ def _score(arguments: argparse.Namespace, label: str, result: Tensor, truth: Ten
 
 def _pictures(folder: Path, template: str) -> dict[str, Path]:
     """Return the pictures of a folder by what stands for {} in their names."""
-    if not folder.is_dir():
-        raise UsageError(f"{name(folder)} must be a folder of pictures")
     before, after = template.split("{}")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if looks_like_image(path) and path.stem.startswith(before) and path.stem.endswith(after):
+    for path in images_in(folder):
+        if path.stem.startswith(before) and path.stem.endswith(after):
             label = path.stem[len(before) : len(path.stem) - len(after)]
             if label in found:
                 raise UsageError(f"{name(path)} and {name(found[label].name)} have one name, and must have two")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparse_sr_attn.commands.common import UsageError, find_device, name, require, say, show
+from sparse_sr_attn.commands.common import UsageError, find_device, images_in, name, require, say, show
 from sparse_sr_attn.config import read
 from sparse_sr_attn.errors import ConfigError, SparseSRError
 from sparse_sr_attn.files import replacing
@@ -125,11 +125,15 @@ def _trainer(arguments: argparse.Namespace, scale: Scale, device: torch.device) 
     _progress("pictures", "reading")
     return Trainer(
         budget,
-        read_pairs(arguments.data, budget.upscale, smallest=budget.patch),
-        read_pairs(arguments.val, budget.upscale, smallest=16, crop=budget.crop),
+        read_pairs(_images(arguments.data), budget.upscale, smallest=budget.patch),
+        read_pairs(_images(arguments.val), budget.upscale, smallest=16, crop=budget.crop),
         arguments.out / "trainings",
         device,
     )
+
+
+def _images(folders: list[Path]) -> list[Path]:
+    return [path for folder in folders for path in images_in(folder)]
 
 
 def _scale(arguments: argparse.Namespace) -> Scale:

@@ -60,7 +60,7 @@ def trained(
 
 
 def costed(figure: Figure, scale: Scale, costing: Costing, progress: Progress) -> dict[str, Any]:
-    """Measure all variants in inference and in a step of training: networks on images, or bodies on maps of all sizes."""
+    """Measure all variants in inference and a step of training: networks on images, or bodies on maps of all sizes."""
     growing = figure.kind == "growth"
     budget = scale.budget
     models: dict[str, Any] = {name: variant.build(budget.upscale) for name, variant in figure.variants.items()}

@@ -151,8 +151,8 @@ def lcoa_2(scale: Scale) -> Figure:
         "no attention",
         f"The body of an EDSR of {scale.stack} blocks and {FULL.width} channels with attention after every block, on "
         f"maps of features; {FULL.clusters} clusters, chunks of {FULL.chunk}. Dense attention is computed as fused "
-        "kernels do, which keep no weights; with CoA alone the weights must be kept. The paper's own figures are of its "
-        "authors' code on a GPU.",
+        "kernels do, which keep no weights; with CoA alone the weights must be kept. The paper's own figures are of "
+        "its authors' code on a GPU.",
         "growth",
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_sr_attn.degradation import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.errors import ImageError
-from sparse_sr_attn.images import looks_like_image, read_image
+from sparse_sr_attn.images import read_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,38 +29,34 @@ class Pair:
     low: UInt8[Tensor, "h w 3"]
 
 
-def read_pairs(folders: Sequence[Path], upscale: int, *, smallest: int, crop: int | None = None) -> list[Pair]:
-    """Read the pictures of some folders, grey ones as RGB, and shrink them by `upscale`.
+def read_pairs(paths: Sequence[Path], upscale: int, *, smallest: int, crop: int | None = None) -> list[Pair]:
+    """Read pictures, grey ones as RGB, and shrink them by `upscale`.
 
     Args:
-        folders: with high-resolution pictures, which lie in them directly.
+        paths: of pictures of high resolution.
         upscale: the factor.
         smallest: pictures whose shrunk sides are shorter are left out.
         crop: shrunk pictures are no larger than this: the middle of larger ones is taken, before shrinking.
 
     Raises:
-        ImageError: a folder or a picture cannot be read, or there is no picture that is large enough.
+        ImageError: a picture cannot be read, or none is large enough.
     """
     pairs = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise ImageError(f"{folder} must be a folder of pictures")
-        for path in sorted(folder.iterdir()):
-            if not looks_like_image(path):
-                continue
-            try:
-                high = _rgb(path)
-            except ImageError as error:
-                raise ImageError(f"{path} {error}") from error
-            if min(high.shape[:2]) < smallest * upscale:
-                continue
-            if crop is not None:
-                high = _middle(high, crop * upscale)
-            high = crop_to_multiple(high, upscale).contiguous()
-            pairs.append(Pair(path.stem, high, matlab_bicubic(high, upscale)))
+    for path in paths:
+        try:
+            high = _rgb(path)
+        except ImageError as error:
+            raise ImageError(f"{path} {error}") from error
+        if min(high.shape[:2]) < smallest * upscale:
+            continue
+        if crop is not None:
+            high = _middle(high, crop * upscale)
+        high = crop_to_multiple(high, upscale).contiguous()
+        pairs.append(Pair(path.stem, high, matlab_bicubic(high, upscale)))
     if not pairs:
-        where = ", ".join(map(str, folders)) or "no folder"
-        raise ImageError(f"a picture must have at least {smallest * upscale} pixels a side, and none in {where} has")
+        raise ImageError(
+            f"a picture must have at least {smallest * upscale} pixels a side, and none of {len(paths)} has"
+        )
     return pairs
 
 
