@@ -37,7 +37,7 @@ bench: setup  ## Measure time and memory of layers, training and networks; figur
 	$(BIN)/sparse-sr bench $(BENCH) --passes forward+backward --sizes 48 96 128 --limit 3 --json bench/training.json --plot bench/training.png
 	$(BIN)/sparse-sr bench $(BENCH) --networks --json bench/networks.json --plot bench/networks.png
 
-# More in docs/paper.md; for example: make paper DATA="DIV2K/HR" VAL="Set5/HR" PAPER="--device cuda --scale full"
+# More in docs/paper.md; for example: make paper DATA="DIV2K_train_HR" VAL="Set5" PAPER="--device cuda --scale full"
 PAPER ?=
 paper: setup  ## Repeat the papers' experiments on the folders DATA and VAL; tables and plots come to lie in paper/.
 	$(BIN)/sparse-sr paper all --data $(DATA) --val $(VAL) $(PAPER)
