@@ -66,7 +66,7 @@ class Scale:
 
 
 SMALL = Scale(
-    budget=Budget(iterations=500, batch=4, patch=24, learning_rate=2e-3),
+    budget=Budget(iterations=500, batch=2, patch=32, learning_rate=2e-3),
     width=24,
     blocks=4,
     every=2,
