@@ -181,7 +181,7 @@ def lcoa_4(scale: Scale) -> Figure:
     """Numbers of clusters, and sizes of chunks."""
     ours = _lcoa(scale)
     clusters = {
-        f"{number} clusters, chunks of {scale.chunk}": _edsr(scale, {**ours, "num_clusters": number})
+        f"{number} cluster{'s' * (number > 1)}, chunks of {scale.chunk}": _edsr(scale, {**ours, "num_clusters": number})
         for number in scale.all_clusters
     }
     chunks = {
