@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "commands": {
         *("errors", "states", "config", "files", "layers", "backbones", "checkpoints", "conversion", "export"),
-        *("images", "inference", "visualize", "degradation", "evaluation", "bench", "pairs"),
+        *("images", "inference", "visualize", "degradation", "evaluation", "bench", "paper", "pairs"),
     },
     "cli": {"errors", "commands"},  # and the integrations, lazily
     "__main__": {"cli"},
