@@ -49,7 +49,9 @@ def luma(picture: UInt8[Tensor, "h w *c"], protocol: Protocol = "basicsr") -> Fl
         raise ValueError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
     values = picture.to(torch.float64)
     if picture.dim() == 2:
-        return values if protocol == "matlab" else 16 + values * (sum(_WEIGHTS) / 255)
+        if protocol == "matlab":
+            return values
+        values = values[..., None].expand(-1, -1, 3)
     y = 16 + (values * values.new_tensor(_WEIGHTS)).sum(dim=2) / 255
     return _rounded(y) if protocol == "matlab" else y
 

@@ -182,8 +182,24 @@ def test_grey_files_meet_rgb_files(tmp_path: Path, capsys: pytest.CaptureFixture
         (tmp_path / form).mkdir()
         Image.fromarray(picture.numpy()).save(tmp_path / form / "a.png")
     for result, truth in (("one", "three"), ("three", "one")):
-        assert main(["evaluate", str(tmp_path / result), str(tmp_path / truth), "--upscale", "2"]) == 0
-        assert lines(capsys.readouterr().out)["a"] == [math.inf, 1.0]
+        for protocol in ("basicsr", "matlab"):
+            command = ["evaluate", str(tmp_path / result), str(tmp_path / truth), "--upscale", "2"]
+            assert main([*command, "--protocol", protocol]) == 0
+            assert lines(capsys.readouterr().out)["a"] == [math.inf, 1.0]
+
+
+def test_colours_of_a_grey_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Networks give grey pictures a little colour: BasicSR's way takes its luma, MATLAB's has no word for it."""
+    grey = noise(30, 30)
+    coloured = disturbed(grey[..., None].expand(-1, -1, 3).contiguous(), 3)
+    for folder, picture in (("result", coloured), ("truth", grey)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(picture.numpy()).save(tmp_path / folder / "a.png")
+    command = ["evaluate", str(tmp_path / "result"), str(tmp_path / "truth"), "--upscale", "2"]
+    assert main(command) == 0
+    assert lines(capsys.readouterr().out)["a"][0] == pytest.approx(psnr(luma(coloured), luma(grey), border=2), abs=6e-4)
+    assert main([*command, "--protocol", "matlab"]) == 1
+    assert "a.png: must be grey, like the true picture or as --grey says, and has colours" in capsys.readouterr().err
 
 
 def test_bicubic(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,9 +249,11 @@ def test_pictures_that_do_not_fit(folders: tuple[Path, Path], capsys: pytest.Cap
     results, truths = folders
     command = ["evaluate", str(results), str(truths), "--names", "{}_ours", "{}_HR"]
     assert main([*command, "--upscale", "4"]) == 1  # 31 lines are cut to 28, and the result has 30
-    assert "bird_HR.png: pictures must be of one size, got (30, 40) and (28, 40)" in capsys.readouterr().err
+    assert "bird_ours.png: pictures must be of one size, got (30, 40) and (28, 40)" in capsys.readouterr().err
     assert main([*command, "--upscale", "2", "--grey", "bird"]) == 1
-    assert "bird_HR.png: has colours, and --grey says it has none" in capsys.readouterr().err
+    assert (
+        "bird_HR.png: must be grey, like the true picture or as --grey says, and has colours" in capsys.readouterr().err
+    )
     (results / "bird_ours.png").write_bytes(b"nothing")
     assert main([*command, "--upscale", "2"]) == 1
     assert "bird_ours.png: is not an image that Pillow knows" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -111,8 +112,9 @@ def _results(arguments: argparse.Namespace) -> Iterator[_Score]:
             result = _read(results[label], grey=grey)
         with _about(path):
             truth = crop_to_multiple(_read(path, grey=grey), arguments.upscale)
-            if truth.dim() != result.dim():  # one was saved as RGB, the other not: what it is, the true one says
-                result = result[..., 0] if truth.dim() == 2 else result[..., None].expand_as(truth)
+        with _about(results[label]):
+            if protocol == "matlab" and truth.dim() != result.dim():  # what a picture is, the true one says
+                result = _grey(result) if truth.dim() == 2 else result[..., None].expand(-1, -1, 3)
             yield _score(arguments, label, luma(result, protocol), luma(truth, protocol))
 
 
@@ -145,22 +147,20 @@ def _read(path: Path, *, grey: bool) -> Tensor:
     pixels = torch.from_numpy(read_image(path).pixels.copy())
     if pixels.dtype != torch.uint8:
         raise ImageError("must have 8 bits a channel")
-    if grey and pixels.dim() == 3:
-        if not bool((pixels == pixels[..., :1]).all()):
-            raise ImageError("has colours, and --grey says it has none")
-        pixels = pixels[..., 0]
-    return pixels
+    return _grey(pixels) if grey and pixels.dim() == 3 else pixels
 
 
-class _about:  # noqa: N801  (reads as a statement)
-    """Says of which file an error is."""
+def _grey(pixels: Tensor) -> Tensor:
+    """Return the one channel of an RGB picture without colours."""
+    if not bool((pixels == pixels[..., :1]).all()):
+        raise ImageError("must be grey, like the true picture or as --grey says, and has colours")
+    return pixels[..., 0]
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ImageError, ShapeError)):
-            raise SparseSRError(f"{name(self.path)}: {error}") from error
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Say of which file an error is."""
+    try:
+        yield
+    except (ImageError, ShapeError) as error:
+        raise SparseSRError(f"{name(path)}: {error}") from error
