@@ -25,11 +25,12 @@ from sparse_sr_attn.paper import training
 from sparse_sr_attn.paper.cost import costs, growth
 from sparse_sr_attn.paper.figures import FIGURES, SCALES, SMALL, overlap
 from sparse_sr_attn.paper.pictures import Pair, as_input, as_picture, patches, read_pairs
-from sparse_sr_attn.paper.report import differences, fill, markdown, stands_out
+from sparse_sr_attn.paper.report import differences, fill, markdown, section, stands_out
 from sparse_sr_attn.paper.training import Budget, Trainer, Variant, count_parameters, fit, rate, validate
 from sparse_sr_attn.paper.variants import StandardWindowAttention, with_plain_convolutions, with_standard_attention
 
 CPU = torch.device("cpu")
+DOCS = Path(__file__).parents[1] / "docs"
 BUDGET = Budget(iterations=2, batch=2, patch=8, crop=None)
 PLAIN = {"num_feat": 6, "num_block": 2, "img_range": 1.0}
 ATTENTION = {"type": "LCoA", "every": 1, "share": 2, "num_clusters": 4, "chunk_size": 8, "reduction": 2}
@@ -421,6 +422,17 @@ def test_a_page_is_filled_between_its_marks() -> None:
         fill(page, "z", "text")
 
 
+@pytest.mark.parametrize("label", FIGURES)
+def test_the_page_says_what_is_on_record(label: str) -> None:
+    """`sparse-sr paper page --page docs/paper.md` writes both."""
+    page = (DOCS / "paper.md").read_text(encoding="utf-8")
+    record = DOCS / "assets" / f"paper-{label}.json"
+    figure = FIGURES[label](SMALL)
+    assert f": {figure.title}\n\n<!-- paper {label} -->\n" in page
+    said = section(figure, label, json.loads(record.read_text())) if record.exists() else ""
+    assert fill(page, label, said) == page
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +469,8 @@ def test_figures_from_pictures_to_page(
     for label in SOME:
         assert f"](assets/paper-{label}.png)" in filled
         assert (tmp_path / "assets" / f"paper-{label}.png").read_bytes().startswith(b"\x89PNG")
+        kept = (tmp_path / "assets" / f"paper-{label}.json").read_bytes()
+        assert kept == (tmp_path / "out" / f"{label}.json").read_bytes()
     found = json.loads((tmp_path / "out" / "lcoa-3.json").read_text())
     mean = sum(one["psnr"] for one in found["results"]["no attention"].values()) / 2
     assert f"| no attention | {mean:.3f} ± " in filled

@@ -17,7 +17,7 @@ from sparse_sr_attn.files import replacing
 from sparse_sr_attn.paper.experiment import Costing, costed, keep, kept, trained
 from sparse_sr_attn.paper.figures import FIGURES, SCALES, Figure, Scale
 from sparse_sr_attn.paper.pictures import read_pairs
-from sparse_sr_attn.paper.report import fill, markdown, write_plot
+from sparse_sr_attn.paper.report import fill, markdown, section, write_plot
 from sparse_sr_attn.paper.training import Budget, Trainer
 
 HELP = "repeat the figures and ablations of the LCoA and ELAN papers, in small or in full"
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--page",
         type=Path,
         metavar="FILE",
-        help="page to fill; plots go to assets/ beside it",
+        help="page to fill; plots and records go to assets/ beside it",
     )
 
 
@@ -150,7 +150,7 @@ def _scale(arguments: argparse.Namespace) -> Scale:
 
 
 def _page(arguments: argparse.Namespace, scale: Scale) -> int:
-    """Put what is kept of each figure between its marks in the page, and its plot beside it."""
+    """Put what is kept of each figure between its marks in the page, and its plot and its record beside it."""
     page = arguments.page
     if arguments.figures != ["page"] or page is None:
         raise UsageError("`sparse-sr paper page` needs --page FILE, and no figure beside it")
@@ -163,10 +163,10 @@ def _page(arguments: argparse.Namespace, scale: Scale) -> int:
             say(f"{label}: nothing in {name(arguments.out)}, left as it was")
             continue
         figure: Figure = build(scale)
-        plot = page.parent / "assets" / f"paper-{label}.png"
-        write_plot(figure, document, plot)
-        picture = f"![{figure.title}](assets/{plot.name})"
-        text = fill(text, label, f"{markdown(figure, document)}\n\n{picture}")
+        beside = page.parent / "assets" / f"paper-{label}"
+        write_plot(figure, document, beside.with_suffix(".png"))
+        keep(document, beside.with_suffix(".json"))
+        text = fill(text, label, section(figure, label, document))
     with replacing(page) as stream:
         stream.write(text.encode())
     show(name(page))

@@ -34,6 +34,11 @@ def markdown(figure: Figure, document: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *([figure.caution] if figure.caution else [])])
 
 
+def section(figure: Figure, label: str, document: Mapping[str, Any]) -> str:
+    """Return what a page says of a figure: tables, sentences, and the plot that lies in its folder assets/."""
+    return f"{markdown(figure, document)}\n\n![{figure.title}](assets/paper-{label}.png)"
+
+
 def differences(document: Mapping[str, Any], name: str, baseline: str) -> list[float]:
     """Return by how much a network is better than the baseline, in dB, seed by seed."""
     results = document["results"]
@@ -57,7 +62,8 @@ def fill(page: str, name: str, text: str) -> str:
     marks = re.compile(rf"(<!-- paper {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
     if len(marks.findall(page)) != 1:
         raise SparseSRError(f"the page must have one `<!-- paper {name} -->` and after it `<!-- end {name} -->`")
-    return marks.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)
+    inside = f"\n{text}\n\n" if text else ""
+    return marks.sub(lambda found: f"{found[1]}{inside}{found[2]}", page)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
