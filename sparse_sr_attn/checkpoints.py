@@ -38,6 +38,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
 _DEPTH = 4  # wrappers around a wrapper
 _MOST_OPTIONS = 2**20  # bytes
+_TRAINED = Path(__file__).with_name("weights")
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
 
 
@@ -93,13 +94,22 @@ def key_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"<(\w)>", r"(?P<\1>\\d+)", re.escape(pattern).replace(r"\*", r"(?P<rest>\w+)")))
 
 
+def trained_weights() -> dict[str, Path]:
+    """Return the files of the trained weights that come with the library, by name: `{"LCoAN-light_x2": ..., ...}`.
+
+    `docs/weights.md` tells how they were trained and how good they are.
+    """
+    return {file.stem: file for file in sorted(_TRAINED.glob("*.safetensors"))}
+
+
 def load_model(
     source: str | os.PathLike[str] | Mapping[str, Any], *, allow_tail_reinit: bool = False, **overrides: Any
 ) -> Network:
     """Return the network that weights belong to, with these weights, in evaluation mode.
 
     Args:
-        source: a file (`.safetensors`, or what `torch.save` wrote) or a state dict. The weights may lie under
+        source: a file (`.safetensors`, or what `torch.save` wrote), a state dict, or the name of weights that come with
+            the library (see `trained_weights`). The weights may lie under
             `params_ema`, `params`, `state_dict` or `model`, the averaged ones going first, and their keys may begin
             with `module.`. Half precision becomes float32.
         allow_tail_reinit: let `upscale` differ from that of the weights: the body is kept, `upsample` and `conv_last`
@@ -117,7 +127,7 @@ def load_model(
         dict. For all others, `docs/checkpoints.md` says what is assumed.
 
     Example:
-        `load_model("EDSR_Lx4.pth", img_range=255.0)`
+        `load_model("EDSR_Lx4.pth", img_range=255.0)`, `load_model("LCoAN-light_x2")`
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     try:
@@ -132,7 +142,10 @@ def _read_file(source: object) -> object:
         raise CheckpointError(f"source must be a file or a state dict, got a {type(source).__name__}")
     path = Path(source).expanduser()
     if not path.is_file():
-        raise CheckpointError("there is no such file")
+        known = trained_weights()
+        if str(source) not in known:
+            raise CheckpointError(f"there is no such file, nor are they weights of the library: {', '.join(known)}")
+        path = known[str(source)]
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # noqa: PLC0415  (only here is it needed)

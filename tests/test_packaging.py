@@ -29,7 +29,7 @@ def test_wheel(tmp_path: Path) -> None:
         expected = {
             str(path.relative_to(home))
             for path in (home / folder).rglob("*")
-            if path.suffix in {".py", ".yml", ".typed"}
+            if path.suffix in {".py", ".yml", ".typed", ".safetensors"}
         }
         assert expected == {name for name in names if name.startswith(f"{folder}/")}
 

@@ -19,6 +19,10 @@ _PACKAGES = {"PIL": "pillow"}
 """What a module's package is called, where it is called otherwise."""
 
 
+NETWORK = "LCoAN-light"
+"""What a command works with that is told no weights."""
+
+
 class UsageError(SparseSRError):
     """The command line asks for what cannot be; nothing was done."""
 
@@ -72,19 +76,19 @@ def images_in(path: Path) -> list[Path]:
     return images
 
 
-def add_weights(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
-    """Add the arguments that `load` and `to_device` read."""
-    parser.add_argument(
+def add_weights(parser: argparse.ArgumentParser, group: argparse._MutuallyExclusiveGroup | None = None) -> None:
+    """Add the arguments that `load` reads; `--weights` to a group, if there is one."""
+    (group or parser).add_argument(
         "-w",
         "--weights",
-        required=True,
+        default=f"{NETWORK}_x2",
         type=Path,
-        metavar="FILE",
-        help=".pth or .safetensors, ours or of another code base (docs/checkpoints.md); they tell the network",
+        metavar="FILE|NAME",
+        help=".pth or .safetensors, ours or of another code base (docs/checkpoints.md), or weights that come with the "
+        "library (`sparse-sr list`); they tell the network (default: %(default)s)",
     )
     add_options(parser)
-    if device:
-        parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the GPU if there is one")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 from torch import nn
 
 from sparse_sr_attn.backbones.presets import PRESETS
-from sparse_sr_attn.checkpoints import LAYOUTS
+from sparse_sr_attn.checkpoints import LAYOUTS, load_model, trained_weights
 from sparse_sr_attn.commands.common import UsageError, show
 from sparse_sr_attn.config import fields
 from sparse_sr_attn.errors import SparseSRError
 from sparse_sr_attn.layers.base import LAYERS
 
-HELP = "show the layers, networks and presets, with source and parameters"
+HELP = "show the layers, networks, presets and trained weights, with source and parameters"
 DESCRIPTION = """\
-Show what can be named: attention layers (in `attention: {type: NAME}`), networks, and presets (networks with options).
+Show what can be named: attention layers (in `attention: {type: NAME}`), networks, presets (networks with options), and
+trained weights that come with the library (for --weights and load_model).
 
   sparse-sr list                  one line each
   sparse-sr list LCoA EDSR        these in full, with their options and defaults
@@ -38,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables; return the exit status."""
-    tables = {"layers": _layers(), "networks": _networks(), "presets": _presets()}
+    tables = {"layers": _layers(), "networks": _networks(), "presets": _presets(), "weights": _weights()}
     if arguments.names:
         known = {row["name"] for table in tables.values() for row in table}
         if unknown := [name for name in arguments.names if name not in known]:
             raise UsageError(
-                f"no layer, network or preset named {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+                f"no layer, network, preset or weights named {', '.join(unknown)} (known: {', '.join(sorted(known))})"
             )
         tables = {title: [row for row in table if row["name"] in arguments.names] for title, table in tables.items()}
     if arguments.json:
@@ -95,6 +96,19 @@ def _presets() -> list[dict[str, Any]]:
             "options": dict(preset.options),
         }
         for name, preset in PRESETS.items()
+    ]
+
+
+def _weights() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "source": "trained on T91 and BSD400, see docs/weights.md",
+            "about": f"load_model({name!r}), --weights {name}",
+            "parameters": _num_parameters(partial(load_model, name)),
+            "options": {},
+        }
+        for name in trained_weights()
     ]
 
 

@@ -7,7 +7,18 @@ from collections import Counter
 from pathlib import Path
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.commands.common import UsageError, add_weights, images_in, load, name, require, say, show
+from sparse_sr_attn.checkpoints import trained_weights
+from sparse_sr_attn.commands.common import (
+    NETWORK,
+    UsageError,
+    add_weights,
+    images_in,
+    load,
+    name,
+    require,
+    say,
+    show,
+)
 from sparse_sr_attn.errors import ImageError, ShapeError
 from sparse_sr_attn.images import (
     MAX_PIXELS,
@@ -23,7 +34,8 @@ HELP = "enlarge an image, or all images of a folder"
 DESCRIPTION = """\
 Enlarge an image, or all images of a folder, with the network that the weights belong to.
 
-  sparse-sr upscale photo.jpg --weights net_g_latest.pth                writes photo_x2.png beside it
+  sparse-sr upscale photo.jpg                                           writes photo_x2.png beside it
+  sparse-sr upscale photo.jpg --scale 4                                 likewise photo_x4.png
   sparse-sr upscale photos/ --weights net_g_latest.pth                  writes photos_x2/*.png
   sparse-sr upscale scan.tif --weights w.pth --output big.tif --tile 256
 
@@ -40,7 +52,9 @@ Exit status: 0 all images are done; 1 some are not; 2 the command line is wrong,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("input", type=Path, metavar="IMAGE|FOLDER", help="what to enlarge; folders are not descended")
-    add_weights(parser)
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("-s", "--scale", type=int, metavar="N", help=f"take the library's weights {NETWORK}_xN")
+    add_weights(parser, weights)
     parser.add_argument(
         "-o",
         "--output",
@@ -101,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.tile < 0:
         raise UsageError(f"--tile must be >= 1, or 0 for the whole image, got {arguments.tile}")
+    if arguments.scale is not None:
+        _choose(arguments)
     if arguments.max_pixels < 1:
         raise UsageError(f"--max-pixels must be >= 1, got {arguments.max_pixels}")
     overlap = arguments.overlap
@@ -114,6 +130,15 @@ def _check(arguments: argparse.Namespace) -> None:
             format_of(output)
         except ImageError as error:
             raise UsageError(f"--output {error}") from error
+
+
+def _choose(arguments: argparse.Namespace) -> None:
+    """Take the weights of `--scale`."""
+    known = trained_weights()
+    scales = [scale for scale in range(1, 17) if f"{NETWORK}_x{scale}" in known]
+    if arguments.scale not in scales:
+        raise UsageError(f"--scale must be one of {scales}, got {arguments.scale}")
+    arguments.weights = Path(f"{NETWORK}_x{arguments.scale}")
 
 
 def _is_folder(output: Path) -> bool:

@@ -1,0 +1,126 @@
+"""Trained weights that come with the library: they load by name, are small, and are better than interpolation."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from sparse_sr_attn import PRESETS, CheckpointError, load_model
+from sparse_sr_attn.backbones.base import options_of
+from sparse_sr_attn.checkpoints import trained_weights
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.degradation import crop_to_multiple, imresize, matlab_bicubic
+from sparse_sr_attn.evaluation import luma, psnr
+from sparse_sr_attn.images import Picture, upscale_image
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = list(trained_weights())
+
+
+def parts(name: str) -> tuple[str, int]:
+    preset, _, upscale = name.rpartition("_x")
+    return preset, int(upscale)
+
+
+def test_the_default_is_there() -> None:
+    assert "LCoAN-light_x2" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_a_preset_and_small(name: str) -> None:
+    preset, upscale = parts(name)
+    model = load_model(name)
+    assert not model.training
+    assert model.upscale == upscale
+    assert isinstance(model, PRESETS[preset].build)  # type: ignore[arg-type]
+    options = json.loads(json.dumps(options_of(model)))
+    assert {key: options[key] for key in PRESETS[preset].options} == PRESETS[preset].options
+    assert trained_weights()[name].stat().st_size < 4e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_better_than_interpolation(name: str) -> None:
+    """On photographs that none of them was trained on."""
+    _, upscale = parts(name)
+    model = load_model(name)
+    gains = []
+    for photograph in (data.chelsea()[60:252, 100:292], data.astronaut()[:192, 130:322]):
+        high = crop_to_multiple(torch.from_numpy(photograph.copy()), upscale)
+        low = matlab_bicubic(high, upscale)
+        ours = torch.from_numpy(upscale_image(model, Picture(low.numpy()), tile=512, overlap=0).pixels)
+        bicubic = imresize(low, size=(high.shape[0], high.shape[1]))
+        found = [psnr(luma(picture), luma(high), border=upscale) for picture in (ours, bicubic)]
+        gains.append(found[0] - found[1])
+    assert min(gains) > 0.5, gains
+
+
+def test_an_unknown_name_is_told_the_known_ones() -> None:
+    with pytest.raises(CheckpointError, match=r"^LCoAN_x2: there is no such file, nor .*LCoAN-light_x2"):
+        load_model("LCoAN_x2")
+
+
+def test_a_file_of_that_name_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("LCoAN-light_x2").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match="must be weights that can be read"):
+        load_model("LCoAN-light_x2")
+
+
+@pytest.fixture
+def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """photo.png, where we stand."""
+    monkeypatch.chdir(tmp_path)
+    pixels = data.chelsea()[60:92, 100:140].copy()
+    Image.fromarray(pixels).save("photo.png")
+    return pixels
+
+
+def test_upscale_takes_them_unasked(photo: np.ndarray) -> None:
+    assert main(["upscale", "photo.png", "--device", "cpu"]) == 0
+    with Image.open("photo_x2.png") as image:
+        found = np.asarray(image)
+    expected = upscale_image(load_model("LCoAN-light_x2"), Picture(photo), tile=512, overlap=0)
+    assert np.array_equal(found, expected.pixels)
+
+
+@pytest.mark.parametrize("upscale", [parts(name)[1] for name in NAMES if name.startswith("LCoAN-light")])
+def test_upscale_by_a_scale(upscale: int, photo: np.ndarray) -> None:
+    assert main(["upscale", "photo.png", "--scale", str(upscale), "--device", "cpu"]) == 0
+    with Image.open(f"photo_x{upscale}.png") as image:
+        assert image.size == (40 * upscale, 32 * upscale)
+
+
+@pytest.mark.usefixtures("photo")
+def test_a_scale_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["upscale", "photo.png", "--scale", "7"]) == 2
+    scales = sorted(parts(name)[1] for name in NAMES if name.startswith("LCoAN-light"))
+    assert f"--scale must be one of {scales}, got 7" in capsys.readouterr().err
+    assert main(["upscale", "photo.png", "--scale", "2", "--weights", "w.pth"]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_list_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", *NAMES]) == 0
+    out = capsys.readouterr().out
+    for name in NAMES:
+        parameters = sum(parameter.numel() for parameter in load_model(name).parameters())
+        assert f"{name}" in out
+        assert f"{parameters:,}" in out
+
+
+def test_the_page_has_the_figures_on_record() -> None:
+    spec = importlib.util.spec_from_file_location("recipe", ROOT / "weights" / "recipe.py")
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    figures = [recipe.Figure(**figure) for figure in json.loads(recipe.RECORD.read_text())]
+    page = recipe.PAGE.read_text()
+    assert recipe.BEGIN + recipe.table(figures) + recipe.END in page
+    measured = {f"{figure.network}_x{figure.upscale}" for figure in figures}
+    assert set(NAMES) <= measured

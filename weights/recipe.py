@@ -1,0 +1,252 @@
+"""Train the weights that come with the library, and measure them.
+
+    python weights/recipe.py train LCoAN-light 2 --data T91/ BSD400/ --val Set5/      one network, one factor
+    python weights/recipe.py train LCoAN-light 4 --data ... --val ... --start 2       its body goes on from that of x2
+    python weights/recipe.py ship LCoAN-light 2                                       into sparse_sr_attn/weights
+    python weights/recipe.py report --test Set5/ Set14/                               figures into docs/weights.md
+
+Folders hold photographs of high resolution; low resolution is made of them (`sparse-sr prepare`). Everything else comes
+to lie in build/weights, and a training that was stopped goes on. All networks see the same patches in the same order.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sparse_sr_attn import PRESETS, load_model
+from sparse_sr_attn.commands.common import images_in
+from sparse_sr_attn.conversion import convert_weights, write_weights
+from sparse_sr_attn.degradation import crop_to_multiple, matlab_bicubic
+from sparse_sr_attn.evaluation import bicubic_luma, luma, psnr, ssim
+from sparse_sr_attn.images import Picture, read_image, upscale_image
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "weights"
+PAGE = ROOT / "docs" / "weights.md"
+RECORD = Path(__file__).with_name("figures.json")
+BEGIN, END = "<!-- figures of weights/recipe.py -->\n", "<!-- end of figures -->"
+
+PATCH = 32  # side of a training patch in low resolution
+BASELINE = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 48, "num_block": 10, "res_scale": 1, "img_range": 1.0}
+"""An EDSR of as many parameters as LCoAN-light."""
+NETWORKS: dict[str, dict[str, Any]] = {
+    "LCoAN-light": {"type": "LCoAN", **PRESETS["LCoAN-light"].options},
+    "ELAN-light": {"type": "ELAN", **PRESETS["ELAN-light"].options},
+    "EDSR": {"type": "SparseEDSR", **BASELINE},
+}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def options(
+    network: str, upscale: int, *, pairs: Path, val: Path, iterations: int, learning_rate: float, start: Path | None
+) -> dict[str, Any]:
+    """Return the option file of a training."""
+
+    def dataset(name: str, folder: Path) -> dict[str, Any]:
+        return {
+            "name": name,
+            "type": "PairedImageDataset",
+            "dataroot_gt": str(folder / "HR"),
+            "dataroot_lq": str(folder / f"LR_x{upscale}"),
+            "filename_tmpl": "{}",
+            "io_backend": {"type": "disk"},
+        }
+
+    luma_only = {"crop_border": upscale, "test_y_channel": True}
+    return {
+        "name": f"{network}_x{upscale}",
+        "model_type": "SparseSRModel",
+        "scale": upscale,
+        "num_gpu": "auto",
+        "manual_seed": 0,
+        "datasets": {
+            "train": {
+                **dataset("train", pairs),
+                "gt_size": PATCH * upscale,
+                "use_hflip": True,
+                "use_rot": True,
+                "num_worker_per_gpu": 0,
+                "batch_size_per_gpu": 8,
+                "dataset_enlarge_ratio": 1,
+                "prefetch_mode": None,
+            },
+            "val": dataset("val", val),
+        },
+        "network_g": {**NETWORKS[network], "upscale": upscale},
+        "path": {
+            "pretrain_network_g": start and str(start),
+            "param_key_g": "params_ema",
+            "strict_load_g": start is None,
+            "resume_state": None,
+        },
+        "train": {
+            "ema_decay": 0.998 if start is None else 0.995,
+            "autocast": "bf16",
+            "optim_g": {"type": "Adam", "lr": learning_rate, "weight_decay": 0, "betas": [0.9, 0.99]},
+            "scheduler": {"type": "CosineAnnealingRestartLR", "periods": [iterations], "eta_min": 1e-6},
+            "total_iter": iterations,
+            "warmup_iter": -1,
+            "pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"},
+        },
+        "val": {
+            "val_freq": 1000,
+            "save_img": False,
+            "metrics": {
+                "psnr": {"type": "calculate_psnr", **luma_only},
+                "ssim": {"type": "calculate_ssim", **luma_only},
+            },
+        },
+        "logger": {
+            "print_freq": 100,
+            "save_checkpoint_freq": 1000,
+            "use_tb_logger": False,
+            "wandb": {"project": None, "resume_id": None},
+        },
+        "dist_params": {"backend": "gloo", "port": 29500},
+    }
+
+
+def trained(network: str, upscale: int) -> Path:
+    return BUILD / "experiments" / f"{network}_x{upscale}" / "models" / "net_g_latest.pth"
+
+
+def command(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "sparse_sr_attn", *map(str, arguments)], cwd=BUILD, check=True)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    upscale, crop = arguments.upscale, PATCH * arguments.upscale
+    BUILD.mkdir(parents=True, exist_ok=True)
+    pairs, val = BUILD / f"train_x{upscale}", BUILD / f"val_x{upscale}"
+    data = [path.resolve() for path in arguments.data]
+    if not pairs.exists():
+        command("prepare", *data, "--scale", upscale, "--tile", 2 * crop, "--crop", crop, "-o", pairs)
+    if not val.exists():
+        command("prepare", arguments.val.resolve(), "--scale", upscale, "-o", val)
+    start = trained(arguments.network, arguments.start) if arguments.start else None
+    asked = options(
+        arguments.network,
+        upscale,
+        pairs=pairs,
+        val=val,
+        iterations=arguments.iterations,
+        learning_rate=arguments.learning_rate,
+        start=start,
+    )
+    file = BUILD / f"{asked['name']}.yml"
+    file.write_text(yaml.safe_dump(asked, sort_keys=False))
+    command("train", "-opt", file, "--auto_resume")
+
+
+def ship(arguments: argparse.Namespace) -> None:
+    model = load_model(trained(arguments.network, arguments.upscale))
+    file = ROOT / "sparse_sr_attn" / "weights" / f"{arguments.network}_x{arguments.upscale}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    write_weights(convert_weights(model, "ours"), file, nested=False, overwrite=True)
+    print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How good a network is on a set of photographs: means over them, of luma, as BasicSR counts."""
+
+    network: str
+    upscale: int
+    photographs: str
+    psnr: float
+    ssim: float
+    parameters: int | None
+
+
+def measure(name: str, model: Any, upscale: int, folder: Path) -> Figure:
+    """Measure a network, or, without one, bicubic interpolation as papers do."""
+    values: list[tuple[float, float]] = []
+    for file in images_in(folder):
+        pixels = torch.from_numpy(read_image(file).pixels.copy())
+        if model is None:
+            truth, image = bicubic_luma(pixels, upscale)
+        else:
+            colours = pixels if pixels.dim() == 3 else pixels[..., None].expand(-1, -1, 3)  # grey, as BasicSR has it
+            high = crop_to_multiple(colours, upscale)
+            low = Picture(matlab_bicubic(high, upscale).numpy())
+            large = upscale_image(model, low, tile=max(low.pixels.shape), overlap=0).pixels
+            truth, image = luma(high), luma(torch.from_numpy(large))
+        values.append((psnr(truth, image, border=upscale), ssim(truth, image, border=upscale)))
+    means = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+    size = None if model is None else sum(parameter.numel() for parameter in model.parameters())
+    return Figure(name, upscale, folder.name, *means, size)
+
+
+PUBLISHED = {
+    ("ELAN-light", 2): {"Set5": (38.17, 0.9611), "Set14": (33.94, 0.9207)},
+    ("ELAN-light", 3): {"Set5": (34.61, 0.9288), "Set14": (30.55, 0.8463)},
+    ("ELAN-light", 4): {"Set5": (32.43, 0.8975), "Set14": (28.78, 0.7858)},
+}
+"""Of arXiv 2203.06697, trained on DIV2K. LCoAN-light has none, being ours."""
+
+
+def report(arguments: argparse.Namespace) -> None:
+    figures = []
+    for upscale in (2, 3, 4):
+        models = {name: trained(name, upscale) for name in NETWORKS}
+        models = {name: load_model(file) for name, file in models.items() if file.exists()}
+        for name, model in {"bicubic": None, **models}.items() if models else ():
+            for folder in arguments.test:
+                figures.append(asdict(measure(name, model, upscale, folder)))
+                print(figures[-1], flush=True)
+    RECORD.write_text(json.dumps(figures, indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table([Figure(**figure) for figure in figures]) + END + rest.partition(END)[2])
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Return the figures as Markdown, PSNR in dB and SSIM of each set of photographs."""
+    sets = list(dict.fromkeys(figure.photographs for figure in figures))
+    lines = [f"| | parameters | {' | '.join(sets)} |", f"|---|---|{'---|' * len(sets)}"]
+    for upscale, name in dict.fromkeys((figure.upscale, figure.network) for figure in figures):
+        own = {f.photographs: f for f in figures if (f.upscale, f.network) == (upscale, name)}
+        size = next(iter(own.values())).parameters
+        cells = [f"{own[photographs].psnr:.2f} / {own[photographs].ssim:.4f}" for photographs in sets]
+        lines.append(f"| ×{upscale} {name} | {f'{size:,}' if size else ''} | {' | '.join(cells)} |")
+        if published := PUBLISHED.get((name, upscale)):
+            cells = [f"{published[p][0]:.2f} / {published[p][1]:.4f}" if p in published else "" for p in sets]
+            lines.append(f"| ×{upscale} {name}, published | {size:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    trainer = commands.add_parser("train", help="train one network for one factor; go on if it was stopped")
+    trainer.add_argument("--data", type=Path, nargs="+", required=True, help="folders of photographs to train on")
+    trainer.add_argument("--val", type=Path, required=True, help="folder of photographs to look at meanwhile")
+    trainer.add_argument("--iterations", type=int, default=3000)
+    trainer.add_argument("--learning-rate", type=float, default=8e-4)
+    trainer.add_argument("--start", type=int, metavar="N", help="begin with the weights trained for this factor")
+    shipper = commands.add_parser("ship", help="put trained weights into the package")
+    for command in (trainer, shipper):
+        command.add_argument("network", choices=NETWORKS)
+        command.add_argument("upscale", type=int, choices=(2, 3, 4))
+    reporter = commands.add_parser("report", help="measure all that is trained")
+    reporter.add_argument("--test", type=Path, nargs="+", required=True, help="folders of photographs to measure on")
+    for command, function in ((trainer, train), (shipper, ship), (reporter, report)):
+        command.set_defaults(function=function)
+    arguments = parser.parse_args()
+    arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    main()
