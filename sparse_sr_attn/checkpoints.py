@@ -144,7 +144,8 @@ def _read_file(source: object) -> object:
     if not path.is_file():
         known = trained_weights()
         if str(source) not in known:
-            raise CheckpointError(f"there is no such file, nor are they weights of the library: {', '.join(known)}")
+            names = "" if path.suffix else f", nor are they weights of the library: {', '.join(known)}"
+            raise CheckpointError(f"there is no such file{names}")
         path = known[str(source)]
     try:
         if path.suffix == ".safetensors":

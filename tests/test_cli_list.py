@@ -19,7 +19,7 @@ def tables(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, lis
 
 def test_json_has_all(capsys: pytest.CaptureFixture[str]) -> None:
     found = tables(capsys)
-    assert set(found) == {"layers", "networks", "presets"}
+    assert set(found) == {"layers", "networks", "presets", "weights"}
     assert {row["name"] for row in found["layers"]} == set(LAYERS)
     assert {row["name"] for row in found["presets"]} == set(PRESETS)
     assert {"EDSR", "LCoAN", "RCAN"} <= {row["name"] for row in found["networks"]}
@@ -54,7 +54,7 @@ def test_options_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
 def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line and not line.startswith(" ")] == ["layers", "networks", "presets"]
+    assert [line for line in lines if line and not line.startswith(" ")] == ["layers", "networks", "presets", "weights"]
     assert any(line.split()[:2] == ["LCoAN", "14,340,227"] and "arXiv 2404.04922 and" in line for line in lines)
     assert max(map(len, lines)) <= 120
     assert main(["list", "EDSR"]) == 0
@@ -66,7 +66,7 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "LCoB"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("sparse-sr: no layer, network or preset named LCoB (known: ")
+    assert err.startswith("sparse-sr: no layer, network, preset or weights named LCoB (known: ")
     assert {"CoA", "EDSR", "LCoAN-light"} <= set(err.rstrip(")\n").partition("known: ")[2].split(", "))
 
 
