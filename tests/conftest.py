@@ -145,3 +145,12 @@ def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.use_deterministic_algorithms(bool(strict) or before)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def spandrel_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what a test adds to spandrel's registry, which cannot be taken out again, gone after it."""
+    from spandrel import MAIN_REGISTRY
+
+    for name, value in vars(MAIN_REGISTRY).items():
+        monkeypatch.setattr(MAIN_REGISTRY, name, value)

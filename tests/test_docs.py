@@ -274,6 +274,7 @@ def merged(base: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ the tests
 
 
+@pytest.mark.usefixtures("spandrel_registry")
 @pytest.mark.parametrize("page", paths([page for page in PAGES if blocks(page)], SLOW))
 def test_every_block_works(page: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name == "train.md":  # it makes them

@@ -36,11 +36,7 @@ from sparse_sr_attn_spandrel import ARCHITECTURES, install
 LCOA = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "every": 1}
 
 
-@pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test adds to spandrel's registry, which cannot be taken out again, is gone after it."""
-    for name, value in vars(MAIN_REGISTRY).items():
-        monkeypatch.setattr(MAIN_REGISTRY, name, value)
+pytestmark = pytest.mark.usefixtures("spandrel_registry")
 
 
 def image(channels: int = 3, height: int = 9, width: int = 10) -> Tensor:
