@@ -202,7 +202,8 @@ def report(arguments: argparse.Namespace) -> None:
     figures = []
     for upscale in (2, 3, 4):
         models = {name: trained(name, upscale) for name in NETWORKS}
-        models = {name: load_model(file) for name, file in models.items() if file.exists()}
+        untold = {"EDSR": {"img_range": BASELINE["img_range"]}}  # weights without attention carry no options
+        models = {name: load_model(file, **untold.get(name, {})) for name, file in models.items() if file.exists()}
         for name, model in {"bicubic": None, **models}.items() if models else ():
             for folder in arguments.test:
                 figures.append(asdict(measure(name, model, upscale, folder)))
