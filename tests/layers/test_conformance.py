@@ -109,6 +109,7 @@ def test_make_consumer_passes_the_options_on() -> None:
     assert LCoA(6, zero_init=False).make_consumer().value.weight.any()
 
 
+@pytest.mark.unhooked
 @pytest.mark.parametrize("name", [name for name in LAYERS if LAYERS.get(name).kind == "layer"])
 def test_what_is_no_dense_map_of_floating_point_is_refused(name: str) -> None:
     layer = build_layer(name, 6)

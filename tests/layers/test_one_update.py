@@ -140,6 +140,7 @@ FORMS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
 }
 
 
+@pytest.mark.unhooked
 @pytest.mark.parametrize("together", [False, True], ids=["a backward each", "one backward"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["LCoA, two rounds", "CategoryAttention"])
