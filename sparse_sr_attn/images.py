@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from sparse_sr_attn.errors import ImageError
@@ -128,6 +128,29 @@ def _picture(image: "Image.Image", *, grey_alpha: bool) -> Picture:
         return Picture(pixels, None, profile)
     colours = pixels[..., 0] if grey else pixels[..., :3]
     return Picture(colours, pixels[..., -1], profile)
+
+
+def read_pixels(path: Path) -> UInt8[Tensor, "h w *c"]:
+    """Return the image in a file, without alpha, as `degradation` and `evaluation` take it.
+
+    Args:
+        path: as in `read_image`.
+
+    Returns:
+        Grey `(h, w)` or RGB `(h, w, 3)`, uint8.
+
+    Raises:
+        ImageError: `read_image` refuses the file, or it has 16 bits a channel.
+    """
+    pixels = torch.from_numpy(read_image(path).pixels.copy())  # Pillow's memory is read-only
+    if pixels.dtype != torch.uint8:
+        raise ImageError("must have 8 bits a channel, got 16; save it with 8 bits")
+    return pixels
+
+
+def as_rgb(pixels: UInt8[Tensor, "h w *c"]) -> UInt8[Tensor, "h w 3"]:
+    """Return grey `(h, w)` as three equal channels, which share its memory, and RGB `(h, w, 3)` as it is."""
+    return pixels[..., None].expand(-1, -1, 3) if pixels.dim() == 2 else pixels
 
 
 def network_input(picture: Picture, num_channels: int) -> Float[Tensor, "1 c h w"]:

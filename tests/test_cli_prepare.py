@@ -78,4 +78,4 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
 def test_sixteen_bits_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.full((16, 16), 40000, dtype=np.uint16)).save(here / "deep.png")
     assert main(["prepare", "deep.png", "--scale", "2", "-o", "out"]) == 1
-    assert "deep.png: must have 8 bits, got 16" in capsys.readouterr().err
+    assert "deep.png: must have 8 bits a channel, got 16; save it with 8 bits" in capsys.readouterr().err

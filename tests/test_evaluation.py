@@ -254,6 +254,9 @@ def test_pictures_that_do_not_fit(folders: tuple[Path, Path], capsys: pytest.Cap
     assert (
         "bird_HR.png: must be grey, like the true picture or as --grey says, and has colours" in capsys.readouterr().err
     )
+    Image.fromarray(np.zeros((30, 40), np.uint16)).save(results / "bird_ours.png")
+    assert main([*command, "--upscale", "2"]) == 1
+    assert "bird_ours.png: must have 8 bits a channel, got 16" in capsys.readouterr().err
     (results / "bird_ours.png").write_bytes(b"nothing")
     assert main([*command, "--upscale", "2"]) == 1
     assert "bird_ours.png: is not an image that Pillow knows" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from sparse_sr_attn.commands.common import images_in
 from sparse_sr_attn.conversion import convert_weights, write_weights
 from sparse_sr_attn.degradation import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.evaluation import bicubic_luma, luma, psnr, ssim
-from sparse_sr_attn.images import Picture, read_image, upscale_image
+from sparse_sr_attn.images import Picture, as_rgb, read_pixels, upscale_image
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "weights"
@@ -175,12 +175,11 @@ def measure(name: str, model: Any, upscale: int, folder: Path) -> Figure:
     """Measure a network, or, without one, bicubic interpolation as papers do."""
     values: list[tuple[float, float]] = []
     for file in images_in(folder):
-        pixels = torch.from_numpy(read_image(file).pixels.copy())
+        pixels = read_pixels(file)
         if model is None:
             truth, image = bicubic_luma(pixels, upscale)
         else:
-            colours = pixels if pixels.dim() == 3 else pixels[..., None].expand(-1, -1, 3)  # grey, as BasicSR has it
-            high = crop_to_multiple(colours, upscale)
+            high = crop_to_multiple(as_rgb(pixels), upscale)  # grey, too, as BasicSR has it
             low = Picture(matlab_bicubic(high, upscale).numpy())
             large = upscale_image(model, low, tile=max(low.pixels.shape), overlap=0).pixels
             truth, image = luma(high), luma(torch.from_numpy(large))

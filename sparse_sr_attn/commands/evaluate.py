@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from sparse_sr_attn.commands.common import UsageError, images_in, name, require, show
 from sparse_sr_attn.degradation import crop_to_multiple
 from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
 from sparse_sr_attn.evaluation import Protocol, bicubic_luma, luma, psnr, ssim
-from sparse_sr_attn.images import read_image
+from sparse_sr_attn.images import as_rgb, read_pixels
 
 HELP = "PSNR and SSIM of upscaled pictures, as papers count them, and their row “bicubic”"
 DESCRIPTION = """\
@@ -114,7 +113,7 @@ def _results(arguments: argparse.Namespace) -> Iterator[_Score]:
             truth = crop_to_multiple(_read(path, grey=grey), arguments.upscale)
         with _about(results[label]):
             if protocol == "matlab" and truth.dim() != result.dim():  # what a picture is, the true one says
-                result = _grey(result) if truth.dim() == 2 else result[..., None].expand(-1, -1, 3)
+                result = _grey(result) if truth.dim() == 2 else as_rgb(result)
             yield _score(arguments, label, luma(result, protocol), luma(truth, protocol))
 
 
@@ -144,9 +143,7 @@ def _check_grey(arguments: argparse.Namespace, truths: dict[str, Path]) -> None:
 
 
 def _read(path: Path, *, grey: bool) -> Tensor:
-    pixels = torch.from_numpy(read_image(path).pixels.copy())
-    if pixels.dtype != torch.uint8:
-        raise ImageError("must have 8 bits a channel")
+    pixels = read_pixels(path)
     return _grey(pixels) if grey and pixels.dim() == 3 else pixels
 
 

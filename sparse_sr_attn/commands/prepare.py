@@ -5,12 +5,11 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sparse_sr_attn.commands.common import UsageError, images_in, name, require, say, show
 from sparse_sr_attn.errors import ImageError
-from sparse_sr_attn.images import read_image
+from sparse_sr_attn.images import as_rgb, read_pixels
 from sparse_sr_attn.pairs import write_pairs
 
 HELP = "make pairs of high and low resolution to train and validate on"
@@ -86,12 +85,10 @@ def _read(files: Sequence[Path], smallest: int, small: list[Path]) -> Iterator[t
     """Yield names and pictures, and remember those that are too small."""
     for file in files:
         try:
-            pixels = torch.from_numpy(read_image(file).pixels.copy())
+            pixels = read_pixels(file)
         except ImageError as error:
             raise ImageError(f"{name(file)}: {error}") from error
-        if pixels.dtype != torch.uint8:
-            raise ImageError(f"{name(file)}: must have 8 bits, got 16")
         if min(pixels.shape[:2]) < smallest:
             small.append(file)
             continue
-        yield file.stem, pixels if pixels.dim() == 3 else pixels[..., None].expand(-1, -1, 3)
+        yield file.stem, as_rgb(pixels)

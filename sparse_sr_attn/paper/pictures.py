@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_sr_attn.degradation import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.errors import ImageError
-from sparse_sr_attn.images import read_image
+from sparse_sr_attn.images import as_rgb, read_pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def read_pairs(paths: Sequence[Path], upscale: int, *, smallest: int, crop: int 
     pairs = []
     for path in paths:
         try:
-            high = _rgb(path)
+            high = as_rgb(read_pixels(path))
         except ImageError as error:
             raise ImageError(f"{path} {error}") from error
         if min(high.shape[:2]) < smallest * upscale:
@@ -112,13 +112,6 @@ def _turned(picture: Tensor, turn: int) -> Tensor:
     """Return one of the eight pictures that flips and a transposition make."""
     picture = picture.flip([axis for axis in (0, 1) if turn >> axis & 1])
     return picture.transpose(0, 1) if turn & 4 else picture
-
-
-def _rgb(path: Path) -> Tensor:
-    pixels = torch.from_numpy(read_image(path).pixels.copy())
-    if pixels.dtype != torch.uint8:
-        raise ImageError("must have 8 bits a channel")
-    return pixels[..., None].expand(-1, -1, 3) if pixels.dim() == 2 else pixels
 
 
 def _middle(picture: Tensor, side: int) -> Tensor:
