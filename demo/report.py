@@ -24,13 +24,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from sparse_sr_attn import LSP, CoA, LCoAN
+from sparse_sr_attn import LSP, CoA, LCoAN, evaluation
 from sparse_sr_attn.degradation import imresize
 from sparse_sr_attn.visualize import cluster_map, colour_map, kinship_palette
-from sparse_sr_attn_basicsr import register
-
-register()  # repairs what keeps BasicSR from importing beside today's libraries
-from basicsr.metrics import calculate_psnr, calculate_ssim  # noqa: E402
 
 UPSCALE = 2
 REQUIRED_GAIN = 0.5  # dB
@@ -67,16 +63,8 @@ def upscale(model: LCoAN, low: Tensor) -> Tensor:
     return output.permute(1, 2, 0).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
-def psnr(picture: Tensor, truth: Tensor) -> float:
-    return float(calculate_psnr(bgr(picture), bgr(truth), crop_border=UPSCALE, test_y_channel=True))
-
-
-def ssim(picture: Tensor, truth: Tensor) -> float:
-    return float(calculate_ssim(bgr(picture), bgr(truth), crop_border=UPSCALE, test_y_channel=True))
-
-
-def bgr(picture: Tensor) -> np.ndarray:
-    return picture.flip(2).numpy()
+def score(picture: Tensor, truth: Tensor) -> evaluation.Score:
+    return evaluation.score(evaluation.luma(picture), evaluation.luma(truth), border=UPSCALE)
 
 
 def load_trained(options: dict, experiment: Path) -> LCoAN:
@@ -125,16 +113,16 @@ def results(model: LCoAN, data: Path) -> list[Result]:
 
 def table(pictures: Sequence[Result]) -> dict[str, float]:
     """Print one line a photograph and return the means."""
-    rows = {
-        result.name: {
-            "psnr_bicubic": psnr(result.bicubic, result.high),
-            "psnr": psnr(result.ours, result.high),
-            "ssim_bicubic": ssim(result.bicubic, result.high),
-            "ssim": ssim(result.ours, result.high),
-            "psnr_without_attention": psnr(result.without_attention, result.high),
+    rows = {}
+    for result in pictures:
+        bicubic, ours = score(result.bicubic, result.high), score(result.ours, result.high)
+        rows[result.name] = {
+            "psnr_bicubic": bicubic.psnr,
+            "psnr": ours.psnr,
+            "ssim_bicubic": bicubic.ssim,
+            "ssim": ours.ssim,
+            "psnr_without_attention": score(result.without_attention, result.high).psnr,
         }
-        for result in pictures
-    }
     means = {key: float(np.mean([row[key] for row in rows.values()])) for key in next(iter(rows.values()))}
     width = max(map(len, [*rows, "photograph"]))
     print(f"x{UPSCALE}, Y channel, {UPSCALE} pixels of border shaved; photographs that training has not seen\n")
@@ -196,8 +184,8 @@ def draw_detail(axes: Sequence[Axes], result: Result, detail: Detail) -> None:
     whole.add_patch(Rectangle(corner, detail.size, detail.size, fill=False, edgecolor="#ff2d2d", linewidth=2.5))
     pictures = {
         "low resolution": detail.of(result.low, UPSCALE),
-        f"bicubic  {psnr(result.bicubic, result.high):.2f} dB": detail.of(result.bicubic),
-        f"LCoAN-light  {psnr(result.ours, result.high):.2f} dB": detail.of(result.ours),
+        f"bicubic  {score(result.bicubic, result.high).psnr:.2f} dB": detail.of(result.bicubic),
+        f"LCoAN-light  {score(result.ours, result.high).psnr:.2f} dB": detail.of(result.ours),
         "high resolution": detail.of(result.high),
     }
     for axis, (title, picture) in zip(parts, pictures.items(), strict=True):

@@ -5,7 +5,7 @@ figure can be had again from his pictures (`Protocol`).
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, UInt8
@@ -23,6 +23,19 @@ Protocol = Literal["basicsr", "matlab"]
 - "matlab": as `rgb2ycbcr` does with uint8, rounded; a grey picture is luma already and counts as 0..255. Its PSNR is
   1.3 dB lower for the same picture.
 """
+
+
+class Score(NamedTuple):
+    """How alike two pictures are, or the pictures of a set in the mean.
+
+    Attributes:
+        psnr: in dB.
+        ssim: at most 1.
+    """
+
+    psnr: float
+    ssim: float
+
 
 _WEIGHTS = (65.481, 128.553, 24.966)  # ITU-R BT.601, to 16..235
 _WINDOW, _SIGMA = 11, 1.5
@@ -100,6 +113,21 @@ def ssim(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int)
     variances = square_a - mean_a.square() + square_b - mean_b.square()
     similarity = (2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)
     return float((similarity / ((mean_a.square() + mean_b.square() + _C1) * (variances + _C2))).mean())
+
+
+def score(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int) -> Score:
+    """Return what papers' tables have of two pictures: `psnr` and `ssim`.
+
+    Args:
+        one: as in `psnr`.
+        other: as in `psnr`.
+        border: as in `psnr`.
+
+    Raises:
+        ShapeError: as in `ssim`.
+        ValueError: `border < 0`.
+    """
+    return Score(psnr(one, other, border=border), ssim(one, other, border=border))
 
 
 def bicubic_luma(picture: UInt8[Tensor, "h w *c"], upscale: int) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:

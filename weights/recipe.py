@@ -25,7 +25,7 @@ from sparse_sr_attn import PRESETS, load_model
 from sparse_sr_attn.commands.common import images_in
 from sparse_sr_attn.conversion import convert_weights, write_weights
 from sparse_sr_attn.degradation import crop_to_multiple, matlab_bicubic
-from sparse_sr_attn.evaluation import bicubic_luma, luma, psnr, ssim
+from sparse_sr_attn.evaluation import Score, bicubic_luma, luma, score
 from sparse_sr_attn.images import Picture, as_rgb, read_pixels, upscale_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,7 +173,7 @@ class Figure:
 
 def measure(name: str, model: Any, upscale: int, folder: Path) -> Figure:
     """Measure a network, or, without one, bicubic interpolation as papers do."""
-    values: list[tuple[float, float]] = []
+    scores: list[Score] = []
     for file in images_in(folder):
         pixels = read_pixels(file)
         if model is None:
@@ -183,8 +183,8 @@ def measure(name: str, model: Any, upscale: int, folder: Path) -> Figure:
             low = Picture(matlab_bicubic(high, upscale).numpy())
             large = upscale_image(model, low, tile=max(low.pixels.shape), overlap=0).pixels
             truth, image = luma(high), luma(torch.from_numpy(large))
-        values.append((psnr(truth, image, border=upscale), ssim(truth, image, border=upscale)))
-    means = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
+        scores.append(score(truth, image, border=upscale))
+    means = torch.tensor(scores, dtype=torch.float64).mean(0).tolist()
     size = None if model is None else sum(parameter.numel() for parameter in model.parameters())
     return Figure(name, upscale, folder.name, *means, size)
 

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from sparse_sr_attn.commands.common import UsageError, images_in, name, require, show
 from sparse_sr_attn.degradation import crop_to_multiple
 from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
-from sparse_sr_attn.evaluation import Protocol, bicubic_luma, luma, psnr, ssim
+from sparse_sr_attn.evaluation import Protocol, Score, bicubic_luma, luma, score
 from sparse_sr_attn.images import as_rgb, read_pixels
 
 HELP = "PSNR and SSIM of upscaled pictures, as papers count them, and their row “bicubic”"
@@ -29,13 +28,6 @@ Protocols: basicsr (BasicSR, EDSR and most networks since): luma in floating poi
 and who copied its figures): luma rounded to 8 bits, grey pictures as they are, whose PSNR is 1.3 dB lower. Set14 has
 two grey pictures; published figures of bicubic take one of them (bridge) as grey and the other as RGB. Where both are
 stored as RGB, --grey says so."""
-
-
-@dataclass(frozen=True)
-class _Score:
-    name: str
-    psnr: float
-    ssim: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,12 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require("PIL", "numpy")
     _check(arguments)
-    scores = list(_bicubic(arguments) if arguments.bicubic else _results(arguments))
-    width = max(len(score.name) for score in scores)
-    number = len(scores)
-    mean = _Score("mean", sum(one.psnr for one in scores) / number, sum(one.ssim for one in scores) / number)
-    for score in [*scores, mean]:
-        show(f"{score.name:<{max(width, 4)}}  {score.psnr:6.3f} dB  {score.ssim:.4f}")
+    scores = dict(_bicubic(arguments) if arguments.bicubic else _results(arguments))
+    values = scores.values()
+    mean = Score(sum(one.psnr for one in values) / len(values), sum(one.ssim for one in values) / len(values))
+    rows = [(name(label), one) for label, one in [*scores.items(), ("mean", mean)]]
+    width = max(len(label) for label, _ in rows)
+    for label, one in rows:
+        show(f"{label:<{width}}  {one.psnr:6.3f} dB  {one.ssim:.4f}")
     return 0
 
 
@@ -84,16 +77,16 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--names must each have one {{}}, got {template}")
 
 
-def _bicubic(arguments: argparse.Namespace) -> Iterator[_Score]:
+def _bicubic(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
     pictures = _pictures(arguments.folders[0], arguments.names[1])
     _check_grey(arguments, pictures)
     for label, path in pictures.items():
         with _about(path):
             truth, enlarged = bicubic_luma(_read(path, grey=label in arguments.grey), arguments.upscale)
-            yield _score(arguments, label, enlarged, truth)
+            yield label, score(enlarged, truth, border=_border(arguments))
 
 
-def _results(arguments: argparse.Namespace) -> Iterator[_Score]:
+def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
     results, truths = (
         _pictures(folder, template) for folder, template in zip(arguments.folders, arguments.names, strict=True)
     )
@@ -114,12 +107,11 @@ def _results(arguments: argparse.Namespace) -> Iterator[_Score]:
         with _about(results[label]):
             if protocol == "matlab" and truth.dim() != result.dim():  # what a picture is, the true one says
                 result = _grey(result) if truth.dim() == 2 else as_rgb(result)
-            yield _score(arguments, label, luma(result, protocol), luma(truth, protocol))
+            yield label, score(luma(result, protocol), luma(truth, protocol), border=_border(arguments))
 
 
-def _score(arguments: argparse.Namespace, label: str, result: Tensor, truth: Tensor) -> _Score:
-    border = arguments.upscale if arguments.border is None else arguments.border
-    return _Score(name(label), psnr(result, truth, border=border), ssim(result, truth, border=border))
+def _border(arguments: argparse.Namespace) -> int:
+    return int(arguments.upscale if arguments.border is None else arguments.border)
 
 
 def _pictures(folder: Path, template: str) -> dict[str, Path]:
