@@ -13,6 +13,7 @@ from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, WindowSize, checked
+from sparse_sr_attn.functional.exporting import larger
 from sparse_sr_attn.functional.layout import channels_last
 from sparse_sr_attn.functional.modulo import modulo
 
@@ -101,7 +102,7 @@ class ELAN(Network):
 def _reflected(x: Tensor, dim: int, multiple: int) -> Tensor:
     """Return the map whose side `dim` goes on by reflection, to and fro, up to a multiple."""
     side = x.shape[dim]
-    period = torch.sym_max(2 * (side - 1), 1)  # there and back; a side of 1 stays where it is
+    period = larger(2 * (side - 1), 1)  # there and back; a side of 1 stays where it is
     padded = (side + multiple - 1) // multiple * multiple
     place = modulo(torch.arange(padded, device=x.device), period)
     return x.index_select(dim, torch.minimum(place, period - place))

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sparse_sr_attn.functional.exporting import smaller
 from sparse_sr_attn.functional.modulo import modulo
 from sparse_sr_attn.states import ClusterPattern
 
@@ -34,7 +35,7 @@ class ClusterLayout:
         num_tokens = pattern.order.shape[1]
         chunk_size = pattern.chunk_size
         if pattern.exact_keys:
-            chunk_size = torch.sym_min(chunk_size, num_tokens)
+            chunk_size = smaller(chunk_size, num_tokens)
         num_chunks = (num_tokens + chunk_size - 1) // chunk_size
         return cls(num_tokens, chunk_size, num_chunks, pattern.num_adjacent, pattern.exact_keys)
 

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.functional.exporting import is_exporting
 
 Form = Literal["auto", "oneshot", "tiles", "flex", "triton"]
 """How cluster attention is carried out."""
@@ -47,7 +48,7 @@ def resolve_form(form: Form, device: torch.device | str) -> Form:
 
 
 def _best_form(device: torch.device) -> Form:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "oneshot"
     if device.type == "cpu":
         return "tiles"

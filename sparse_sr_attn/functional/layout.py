@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional.exporting import is_exporting
+
 
 def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Return the same map in channels-last memory."""
@@ -33,7 +35,7 @@ def pointwise_conv2d(
     graph of them would be a graph for some numbers of lines only.
     """
     plain = not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    if plain or bias is None or torch.compiler.is_exporting():
+    if plain or bias is None or is_exporting():
         return F.conv2d(x, weight, bias)
     return _pointwise_conv2d(x, weight, bias)  # type: ignore[no-any-return]
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_sr_attn.functional.exporting import larger, smaller
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.recomputation import backward_is_running
 
@@ -39,7 +40,7 @@ def bucket_count(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
         NLSA. Deviation: it has none for maps smaller than a chunk, and fails.
     """
     chunks = num_tokens // chunk_size
-    return torch.sym_max(2, torch.sym_min(chunks + chunks % 2, max_buckets))  # type: ignore[no-any-return]
+    return larger(2, smaller(chunks + chunks % 2, max_buckets))
 
 
 def hash_tokens(

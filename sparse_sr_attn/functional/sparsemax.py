@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_sr_attn.functional.exporting import is_exporting
 from sparse_sr_attn.functional.precision import working_precision
 
 Form = Literal["auto", "oneshot", "tiles"]
@@ -67,7 +68,7 @@ def sparsemax_attention(
     """
     if form not in ("auto", "oneshot", "tiles"):
         raise ValueError(f"form must be 'auto', 'oneshot' or 'tiles', got {form!r}")
-    if form == "tiles" or (form == "auto" and not torch.compiler.is_exporting()):
+    if form == "tiles" or (form == "auto" and not is_exporting()):
         return _attention_op(query, key, value, scale)  # type: ignore[no-any-return]
     dtype = working_precision(query)
     with torch.autocast(query.device.type, enabled=False):

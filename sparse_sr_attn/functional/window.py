@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import window_operators as operators
+from sparse_sr_attn.functional.exporting import is_exporting
 from sparse_sr_attn.functional.window_grid import WindowGrid
 
 Form = Literal["auto", "oneshot", "operator"]
@@ -170,4 +171,4 @@ def _check_key(query: Tensor, key: Tensor | None) -> None:
 def _as_operator(form: Form) -> bool:
     if form not in ("auto", "oneshot", "operator"):
         raise ValueError(f"form must be 'auto', 'oneshot' or 'operator', got {form!r}")
-    return form == "operator" or (form == "auto" and not torch.compiler.is_exporting())
+    return form == "operator" or (form == "auto" and not is_exporting())

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional.exporting import is_exporting
 from sparse_sr_attn.functional.modulo import modulo
 
 
@@ -42,12 +43,12 @@ class WindowGrid:
 
         A dimension of 1 is another program for export. So there are two of them at least.
         """
-        return self.rows * self.columns + torch.compiler.is_exporting()
+        return self.rows * self.columns + int(is_exporting())
 
     @property
     def is_whole(self) -> bool:
         """Whether the map is known to have no pads; a program that is exported for all sizes is not asked."""
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return False
         return self.height % self.window_size == 0 and self.width % self.window_size == 0
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional.batch_norm import batch_norm
+from sparse_sr_attn.functional.exporting import is_exporting
 from sparse_sr_attn.functional.layout import channels_last, pointwise_conv2d
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.window import apply_window_weights, window_attention, window_weights
@@ -220,7 +221,7 @@ class GMSA(AttentionLayer):
         check_map(x, self.embed_dim)
         weights: list[Tensor | None] = []
         queries: list[Tensor | None] = []
-        keeps_all = torch.is_grad_enabled() or torch.compiler.is_exporting()
+        keeps_all = torch.is_grad_enabled() or is_exporting()
         for query, size in zip(self.queries(channels_last(x)), self.window_sizes, strict=True):
             if keeps_all or size <= _LARGEST_KEPT:
                 shift, _ = window_shifts(size, self.shift, self.exact_shift)

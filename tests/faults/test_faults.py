@@ -989,8 +989,8 @@ FAULTS = [
         "autocast reaches k-means",
         KMEANS,
         "    with torch.autocast(points.device.type, enabled=False):\n"
-        '        if points.device.type == "cpu" and not torch.compiler.is_exporting():\n',
-        "    if True:\n        if torch.compiler.is_exporting():\n",
+        '        if points.device.type == "cpu" and not is_exporting():\n',
+        "    if True:\n        if is_exporting():\n",
         f"{IN_KMEANS}::test_autocast_does_not_reach_k_means",
     ),
     Fault(
@@ -1804,14 +1804,14 @@ FAULTS = [
     Fault(
         "the program for export trusts that there are no pads",
         GRID,
-        "        if torch.compiler.is_exporting():\n            return False\n",
+        "        if is_exporting():\n            return False\n",
         "",
         contract("export with dynamic sizes", "GMSA"),
     ),
     Fault(
         "an exported program has no spare window",
         GRID,
-        "self.rows * self.columns + torch.compiler.is_exporting()",
+        "self.rows * self.columns + int(is_exporting())",
         "self.rows * self.columns",
         contract("export with dynamic sizes", "GMSA"),
     ),
@@ -2709,7 +2709,7 @@ FAULTS = [
     Fault(
         "kernels are exported",
         FORMS,
-        '    if torch.compiler.is_exporting():\n        return "oneshot"\n',
+        '    if is_exporting():\n        return "oneshot"\n',
         "",
         f"{IN_FORMS}::test_auto_exports_oneshot",
     ),

@@ -38,7 +38,7 @@ def test_auto_does_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.usefixtures("gpu")
 def test_auto_exports_oneshot(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
     assert resolve_form("auto", device) == "oneshot"
 
 
@@ -82,7 +82,7 @@ def test_forms_that_store_no_weights_say_so(form: Form) -> None:
 
 
 @pytest.mark.unhooked  # triton reads the source of what it compiles
-def test_auto_takes_what_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_what_is_called(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Attention, its lse and the assignment go where `resolve_form` says; too wide for triton is left to oneshot."""
     pytest.importorskip("triton", reason="needs triton")
     called = []
@@ -95,13 +95,13 @@ def test_auto_takes_what_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded(kmeans, "nearest_op")
     monkeypatch.setattr(forms, "_best_form", lambda _: "triton")
     case = Case(num_tokens=5)
-    rows, wide = (case.tokens("rows", width, dtype=torch.float32) for width in (3, 257))
-    pattern = cluster.cluster_pattern(case.assignment(), chunk_size=2)
+    rows, wide = (case.tokens("rows", width, dtype=torch.float32, device=device) for width in (3, 257))
+    pattern = cluster.cluster_pattern(case.assignment(device=device), chunk_size=2)
     cluster.cluster_attention(rows, rows, rows, pattern)
     cluster.cluster_lse(rows, rows, pattern)
-    kmeans.assign(rows, case.centroids(3).float())
+    kmeans.assign(rows, case.centroids(3, device=device).float())
     assert called == ["attention_op", "attention_op", "nearest_op"]
     cluster.cluster_attention(wide, wide, rows, pattern)
     cluster.cluster_lse(wide, wide, pattern)
-    kmeans.assign(wide, case.centroids(257).float())
+    kmeans.assign(wide, case.centroids(257, device=device).float())
     assert len(called) == 3
