@@ -1,8 +1,8 @@
 """Window attention as operators that compilers see whole: what they would trace depends on the size of the map.
 
-Scores are made a few windows at a time, so that they stay in cache; only `weights_op` keeps them. The backward of
-`attention_op` computes them again, and all backwards cut the maps again instead of keeping their windows. Maps that
-come out are in channels-last memory.
+On the CPU scores are made a few windows at a time, so that they stay in cache; only `weights_op` keeps them. The
+backward of `attention_op` computes them again, and all backwards cut the maps again instead of keeping their windows.
+Maps that come out are in channels-last memory.
 """
 
 import math
@@ -17,7 +17,8 @@ from sparse_sr_attn.functional.layout import new_map
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.window_grid import WindowGrid
 
-_SCORES_PER_TILE = 2**18  # 1 MiB in float32: they stay in cache, and few tiles cost little to set up
+_SCORES_PER_TILE = 2**18  # on the CPU, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
+_SCORES_PER_LAUNCH = 2**27  # elsewhere, 512 MiB: a GPU waits for each launch, and fills itself with large ones only
 
 
 def weights(query: Tensor, key: Tensor | None, grid: WindowGrid, shift: int, scale: float) -> Tensor:
@@ -110,7 +111,8 @@ def _pieces(side: int, padded: int, shift: int) -> list[tuple[slice, slice]]:
 
 def _tiles(windows: Tensor) -> Iterator[slice]:
     """Yield which windows to do at a time."""
-    step = max(1, _SCORES_PER_TILE // windows.shape[1] ** 2)
+    scores = _SCORES_PER_TILE if windows.device.type == "cpu" else _SCORES_PER_LAUNCH
+    step = max(1, scores // windows.shape[1] ** 2)
     for start in range(0, len(windows), step):
         yield slice(start, start + step)
 
