@@ -53,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unhooked: does what jaxtyping's import hook disturbs (see --jaxtyping)")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a GPU that torch can use; this torch sees none")
+    # float32 shall be float32: cuDNN's convolutions round to TF32 unless told not to.
+    torch.backends.cudnn.allow_tf32 = False
     if config.getoption("--jaxtyping"):
         if importlib.util.find_spec("beartype") is None:
             raise pytest.UsageError("--jaxtyping needs beartype (pip install beartype)")

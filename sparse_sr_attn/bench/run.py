@@ -180,7 +180,7 @@ def run(settings: Settings, progress: Progress = lambda text: None) -> Run:
     """
     methods = _chosen(settings)
     device = torch.device(settings.device)
-    with _threads(settings.threads):
+    with _threads(settings.threads), _whole_float32():
         subjects = {name: _built(method, settings, device) for name, method in methods.items()}
         checks = {}
         for name, subject in subjects.items():
@@ -594,6 +594,17 @@ def _processor() -> str:
     detail = ", ".join(f"{name} {stripped[name]}" for name in ("cpu family", "model") if name in stripped)
     model = stripped.get("model name", platform.processor() or platform.machine())
     return f"{model} ({detail}), {os.cpu_count()} cores"
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Have convolutions of float32 not rounded to TF32 on GPUs, as products are not by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager
