@@ -14,7 +14,6 @@ from sparse_sr_attn.functional.modulo import modulo
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import gradients
 
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 
@@ -126,7 +125,10 @@ def test_gradients_and_lse_on_a_gpu() -> None:
     actual = fast.cluster_attention(*rows, pattern, form="flex")
     expected = fast.cluster_attention(*rows, pattern, form="oneshot")
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-    for mine, other in zip(gradients(actual, rows, probe), gradients(expected, rows, probe), strict=True):
+    # Compiled backwards give their memory away, so `gradients`, which keeps the graph, cannot be used.
+    for mine, other in zip(
+        *(torch.autograd.grad((output * probe).sum(), rows) for output in (actual, expected)), strict=True
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
     lse = fast.cluster_lse(*rows[:2], pattern, form="flex")
     torch.testing.assert_close(lse, fast.cluster_lse(*rows[:2], pattern, form="oneshot"), rtol=1e-4, atol=1e-4)
