@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--iterations", type=int, metavar="N", help=f"steps of each training (small: {_DEFAULT.iterations})")
     add("--batch", type=int, metavar="N", help=f"patches a step (small: {_DEFAULT.batch})")
     add("--patch", type=int, metavar="N", help=f"side of a patch, in pixels of the input (small: {_DEFAULT.patch})")
+    add("--learning-rate", type=float, metavar="X", help=f"of Adam, at first (small: {_DEFAULT.learning_rate:g})")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
     add("--threads", type=int, default=1, metavar="N", help="of torch, on the CPU (1)")
     add("--costs", choices=["all", "memory", "none"], default="all", help="time and memory, memory alone, or neither")
@@ -139,11 +140,11 @@ def _images(folders: list[Path]) -> list[Path]:
 def _scale(arguments: argparse.Namespace) -> Scale:
     """Return the scale that is asked for, with what the arguments change in its budget."""
     scale = SCALES[arguments.scale]
-    given = {key: getattr(arguments, key) for key in ("iterations", "batch", "patch")}
+    given = {key: getattr(arguments, key) for key in ("iterations", "batch", "patch", "learning_rate")}
     try:
         budget = read(Budget, {**asdict(scale.budget), **{k: v for k, v in given.items() if v is not None}})
     except ConfigError as error:
-        raise UsageError("\n".join(f"--{problem}" for problem in error.problems)) from error
+        raise UsageError("\n".join(f"--{problem}".replace("_", "-", 1) for problem in error.problems)) from error
     if arguments.threads < 1:
         raise UsageError(f"--threads must be >= 1, got {arguments.threads}")
     return replace(scale, budget=Budget(**budget))

@@ -1,4 +1,4 @@
-"""The figures and ablations of the two papers: which networks are compared, and what the comparison can show."""
+"""The figures and ablations of the two papers, and one of ours: which networks are compared, and what that can show."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,15 +7,29 @@ from typing import Any, Literal
 
 import torch
 
-from sparse_sr_attn.backbones import EDSR, ELAN
+from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, LCoAN
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.paper.pictures import Pair, as_input
 from sparse_sr_attn.paper.training import Budget, Variant
-from sparse_sr_attn.paper.variants import with_plain_convolutions, with_standard_attention
+from sparse_sr_attn.paper.variants import with_plain_convolutions, with_standard_attention, without_attention
 from sparse_sr_attn.visualize import attention_overlap, attention_states
 
 WHOLE = 10**9
 """A chunk that holds all tokens of any map: then cluster attention is dense attention."""
+
+LIGHT_EDSR: Mapping[str, Any] = {"num_feat": 48, "num_block": 10, "res_scale": 1, "img_range": 1.0}
+"""Options of an EDSR with about as many parameters as LCoAN-light."""
+
+LIGHT_LCOA: Mapping[str, Any] = {
+    "type": "LCoA",
+    "every": 2,
+    "share": 5,
+    "num_clusters": 64,
+    "chunk_size": 64,
+    "reduction": 3,
+    "ema_decay": 0.99,
+}
+"""The attention of LCoAN-light, for that EDSR: it starts as the identity."""
 
 _LOOKS = 3
 _LOOK_SIDE = 32
@@ -273,6 +287,28 @@ def elan_asa(scale: Scale) -> Figure:
     )
 
 
+def light(scale: Scale) -> Figure:
+    """The light networks with and without their attention."""
+    lcoan, elan = (
+        Variant(network, PRESETS[name].options) for network, name in ((LCoAN, "LCoAN-light"), (ELAN, "ELAN-light"))
+    )
+    return Figure(
+        "The light networks with and without their attention",
+        "An ablation of the networks whose trained weights come with the library: what is their attention's doing, and "
+        "what that of the network around it?",
+        {
+            "EDSR": Variant(EDSR, LIGHT_EDSR),
+            "EDSR with LCoA": Variant(EDSR, {**LIGHT_EDSR, "attention": LIGHT_LCOA}),
+            "LCoAN-light": lcoan,
+            "LCoAN-light without attention": replace(lcoan, changes=without_attention),
+            "ELAN-light": elan,
+            "ELAN-light without attention": replace(elan, changes=without_attention),
+        },
+        "EDSR",
+        "The networks have the same sizes at every scale; the EDSR has 10 blocks of 48 channels.",
+    )
+
+
 FIGURES: Mapping[str, Callable[[Scale], Figure]] = {
     "lcoa-2": lcoa_2,
     "lcoa-3": lcoa_3,
@@ -282,6 +318,7 @@ FIGURES: Mapping[str, Callable[[Scale], Figure]] = {
     "elan-windows": elan_windows,
     "elan-share": elan_share,
     "elan-asa": elan_asa,
+    "light": light,
 }
 """By the name that the command line gives them."""
 

@@ -100,7 +100,7 @@ def _told_apart(figure: Figure, document: Mapping[str, Any]) -> str:
     listed = "; ".join(clear) if clear else "none"
     return (
         f"± is the standard deviation over seeds, of the PSNR and of its difference with the same seed. Told from "
-        f"“{figure.baseline}” (Student's t of the differences, 5 %): {listed}. The others are not, with so few seeds."
+        f"“{figure.baseline}” (Student's t of the differences, 5 %): {listed}. With so few seeds, no more can be."
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparse_sr_attn import evaluation
-from sparse_sr_attn.backbones import EDSR, ELAN
+from sparse_sr_attn.backbones import EDSR, ELAN, LCoAN
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import NonNegative, Positive, PositiveInt
@@ -59,7 +59,7 @@ class Variant:
         look: what else is recorded of the trained network, from the validation pictures.
     """
 
-    network: type[EDSR] | type[ELAN]
+    network: type[EDSR] | type[ELAN] | type[LCoAN]
     options: Mapping[str, Any] = field(default_factory=dict)
     changes: Callable[[Network], None] | None = None
     look: Callable[[Network, Sequence[Pair]], Any] | None = None

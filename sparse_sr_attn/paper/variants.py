@@ -1,13 +1,14 @@
 """What the papers compare with and the library has no option for, made of the library's parts."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.backbones.lcoan import CollaborativeGroup
 from sparse_sr_attn.blocks import ELAB
 from sparse_sr_attn.functional.window import window_attention
 from sparse_sr_attn.layers.base import AttentionLayer, check_alone, check_map, last_conv
@@ -46,6 +47,34 @@ def with_standard_attention(model: Network, *, norm: Norm) -> None:
             module.attention[0] = StandardWindowAttention(
                 gmsa.embed_dim, window_sizes=gmsa.window_sizes, shift=gmsa.shift, norm=norm
             )
+
+
+def without_attention(model: Network) -> None:
+    """Take the attention out of an ELAN or an LCoAN, and leave all else as it is."""
+    for module in list(model.modules()):
+        if isinstance(module, ELAB):
+            module.attention = nn.ModuleList(NoAttention(cast(GMSA, old).embed_dim) for old in module.attention)
+        elif isinstance(module, CollaborativeGroup):
+            module.attention = NoAttention(module.conv.in_channels)
+
+
+class NoAttention(AttentionLayer):
+    """Stands where attention stood: returns the map as it is.
+
+    Args:
+        embed_dim: channels of the map that stood there.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+
+    def attend(self, x: Float[Tensor, "b c h w"]) -> None:
+        """Return no state."""
+
+    def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
+        """Return `x`."""
+        return x
 
 
 class StandardWindowAttention(AttentionLayer):
