@@ -1,7 +1,7 @@
 """Train the weights that come with the library, and measure them.
 
-    python weights/recipe.py train LCoAN-light 2 --data T91/ BSD400/ --val Set5/      one network, one factor
-    python weights/recipe.py train LCoAN-light 4 --data ... --val ... --start 2       its body goes on from that of x2
+    python weights/recipe.py train LCoAN-light 2 --data T91/ BSD400/                  one network, one factor
+    python weights/recipe.py train LCoAN-light 4 --data ... --start 2                 its body goes on from that of x2
     python weights/recipe.py ship LCoAN-light 2                                       into sparse_sr_attn/weights
     python weights/recipe.py report --test Set5/ Set14/                               figures into docs/weights.md
 
@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sparse_sr_attn.conversion import convert_weights, write_weights
 from sparse_sr_attn.degradation import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.evaluation import Score, bicubic_luma, luma, score
 from sparse_sr_attn.images import Picture, as_rgb, read_pixels, upscale_image
+from sparse_sr_attn.paper.figures import LIGHT_EDSR, LIGHT_LCOA
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "weights"
@@ -34,53 +35,53 @@ PAGE = ROOT / "docs" / "weights.md"
 RECORD = Path(__file__).with_name("figures.json")
 BEGIN, END = "<!-- figures of weights/recipe.py -->\n", "<!-- end of figures -->"
 
-PATCH = 32  # side of a training patch in low resolution
-BASELINE = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 48, "num_block": 10, "res_scale": 1, "img_range": 1.0}
-"""An EDSR of as many parameters as LCoAN-light."""
 NETWORKS: dict[str, dict[str, Any]] = {
     "LCoAN-light": {"type": "LCoAN", **PRESETS["LCoAN-light"].options},
     "ELAN-light": {"type": "ELAN", **PRESETS["ELAN-light"].options},
-    "EDSR": {"type": "SparseEDSR", **BASELINE},
+    "EDSR": {"type": "SparseEDSR", **LIGHT_EDSR},
+    "EDSR-LCoA": {"type": "SparseEDSR", **LIGHT_EDSR, "attention": dict(LIGHT_LCOA)},
 }
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def options(
-    network: str, upscale: int, *, pairs: Path, val: Path, iterations: int, learning_rate: float, start: Path | None
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Budget:
+    """How long a network is trained: `batch` patches a step, of `patch` pixels a side in low resolution."""
+
+    iterations: int = 3000
+    batch: int = 8
+    patch: int = 32
+    learning_rate: float = 8e-4
+    seed: int = 0
+    workers: int = 0
+
+
+def options(network: str, upscale: int, budget: Budget, *, pairs: Path, start: Path | None) -> dict[str, Any]:
     """Return the option file of a training."""
-
-    def dataset(name: str, folder: Path) -> dict[str, Any]:
-        return {
-            "name": name,
-            "type": "PairedImageDataset",
-            "dataroot_gt": str(folder / "HR"),
-            "dataroot_lq": str(folder / f"LR_x{upscale}"),
-            "filename_tmpl": "{}",
-            "io_backend": {"type": "disk"},
-        }
-
-    luma_only = {"crop_border": upscale, "test_y_channel": True}
     return {
-        "name": f"{network}_x{upscale}",
+        "name": named(network, upscale, budget.seed),
         "model_type": "SparseSRModel",
         "scale": upscale,
         "num_gpu": "auto",
-        "manual_seed": 0,
+        "manual_seed": budget.seed,
         "datasets": {
             "train": {
-                **dataset("train", pairs),
-                "gt_size": PATCH * upscale,
+                "name": pairs.name,
+                "type": "PairedImageDataset",
+                "dataroot_gt": str(pairs / "HR"),
+                "dataroot_lq": str(pairs / f"LR_x{upscale}"),
+                "filename_tmpl": "{}",
+                "io_backend": {"type": "disk"},
+                "gt_size": budget.patch * upscale,
                 "use_hflip": True,
                 "use_rot": True,
-                "num_worker_per_gpu": 0,
-                "batch_size_per_gpu": 8,
+                "num_worker_per_gpu": budget.workers,
+                "batch_size_per_gpu": budget.batch,
                 "dataset_enlarge_ratio": 1,
                 "prefetch_mode": None,
             },
-            "val": dataset("val", val),
         },
         "network_g": {**NETWORKS[network], "upscale": upscale},
         "path": {
@@ -92,23 +93,15 @@ def options(
         "train": {
             "ema_decay": 0.998 if start is None else 0.995,
             "autocast": "bf16",
-            "optim_g": {"type": "Adam", "lr": learning_rate, "weight_decay": 0, "betas": [0.9, 0.99]},
-            "scheduler": {"type": "CosineAnnealingRestartLR", "periods": [iterations], "eta_min": 1e-6},
-            "total_iter": iterations,
+            "optim_g": {"type": "Adam", "lr": budget.learning_rate, "weight_decay": 0, "betas": [0.9, 0.99]},
+            "scheduler": {"type": "CosineAnnealingRestartLR", "periods": [budget.iterations], "eta_min": 1e-6},
+            "total_iter": budget.iterations,
             "warmup_iter": -1,
             "pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"},
         },
-        "val": {
-            "val_freq": 1000,
-            "save_img": False,
-            "metrics": {
-                "psnr": {"type": "calculate_psnr", **luma_only},
-                "ssim": {"type": "calculate_ssim", **luma_only},
-            },
-        },
         "logger": {
             "print_freq": 100,
-            "save_checkpoint_freq": 1000,
+            "save_checkpoint_freq": 500,
             "use_tb_logger": False,
             "wandb": {"project": None, "resume_id": None},
         },
@@ -116,8 +109,12 @@ def options(
     }
 
 
-def trained(network: str, upscale: int) -> Path:
-    return BUILD / "experiments" / f"{network}_x{upscale}" / "models" / "net_g_latest.pth"
+def named(network: str, upscale: int, seed: int = 0) -> str:
+    return f"{network}_x{upscale}" + (f"_seed{seed}" if seed else "")
+
+
+def trained(network: str, upscale: int, seed: int = 0) -> Path:
+    return BUILD / "experiments" / named(network, upscale, seed) / "models" / "net_g_latest.pth"
 
 
 def command(*arguments: object) -> None:
@@ -125,24 +122,16 @@ def command(*arguments: object) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    upscale, crop = arguments.upscale, PATCH * arguments.upscale
+    upscale = arguments.upscale
+    budget = Budget(**{option.name: getattr(arguments, option.name) for option in fields(Budget)})
+    crop = budget.patch * upscale
     BUILD.mkdir(parents=True, exist_ok=True)
-    pairs, val = BUILD / f"train_x{upscale}", BUILD / f"val_x{upscale}"
-    data = [path.resolve() for path in arguments.data]
+    pairs = BUILD / f"pairs_x{upscale}_{crop}"
     if not pairs.exists():
+        data = [path.resolve() for path in arguments.data]
         command("prepare", *data, "--scale", upscale, "--tile", 2 * crop, "--crop", crop, "-o", pairs)
-    if not val.exists():
-        command("prepare", arguments.val.resolve(), "--scale", upscale, "-o", val)
-    start = trained(arguments.network, arguments.start) if arguments.start else None
-    asked = options(
-        arguments.network,
-        upscale,
-        pairs=pairs,
-        val=val,
-        iterations=arguments.iterations,
-        learning_rate=arguments.learning_rate,
-        start=start,
-    )
+    start = trained(arguments.network, arguments.start, budget.seed) if arguments.start else None
+    asked = options(arguments.network, upscale, budget, pairs=pairs, start=start)
     file = BUILD / f"{asked['name']}.yml"
     file.write_text(yaml.safe_dump(asked, sort_keys=False))
     command("train", "-opt", file, "--auto_resume")
@@ -201,7 +190,7 @@ def report(arguments: argparse.Namespace) -> None:
     figures = []
     for upscale in (2, 3, 4):
         models = {name: trained(name, upscale) for name in NETWORKS}
-        untold = {"EDSR": {"img_range": BASELINE["img_range"]}}  # weights without attention carry no options
+        untold = {"EDSR": {"img_range": LIGHT_EDSR["img_range"]}}  # weights without attention carry no options
         models = {name: load_model(file, **untold.get(name, {})) for name, file in models.items() if file.exists()}
         for name, model in {"bicubic": None, **models}.items() if models else ():
             for folder in arguments.test:
@@ -232,9 +221,9 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="command")
     trainer = commands.add_parser("train", help="train one network for one factor; go on if it was stopped")
     trainer.add_argument("--data", type=Path, nargs="+", required=True, help="folders of photographs to train on")
-    trainer.add_argument("--val", type=Path, required=True, help="folder of photographs to look at meanwhile")
-    trainer.add_argument("--iterations", type=int, default=3000)
-    trainer.add_argument("--learning-rate", type=float, default=8e-4)
+    for option in fields(Budget):
+        flag = f"--{option.name.replace('_', '-')}"
+        trainer.add_argument(flag, type=type(option.default), default=option.default, help="default: %(default)s")
     trainer.add_argument("--start", type=int, metavar="N", help="begin with the weights trained for this factor")
     shipper = commands.add_parser("ship", help="put trained weights into the package")
     for command in (trainer, shipper):
