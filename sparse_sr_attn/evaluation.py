@@ -110,7 +110,7 @@ def ssim(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int)
     maps = F.conv2d(F.conv2d(maps, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))[:, 0]
     mean_a, mean_b, square_a, square_b, product = maps
     covariance = product - mean_a * mean_b
-    variances = square_a - mean_a.square() + square_b - mean_b.square()
+    variances = (square_a - mean_a.square()) + (square_b - mean_b.square())  # so that equal pictures have 1 to the bit
     similarity = (2 * mean_a * mean_b + _C1) * (2 * covariance + _C2)
     return float((similarity / ((mean_a.square() + mean_b.square() + _C1) * (variances + _C2))).mean())
 
