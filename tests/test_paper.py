@@ -1,5 +1,6 @@
 """The papers' experiments: fair comparisons, results that are kept, figures that are what they say."""
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn import EDSR, ELAN, LFE
+from sparse_sr_attn import EDSR, ELAN, LFE, CoA, LCoAN, SharedGMSA
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.commands import paper as command
@@ -27,7 +28,12 @@ from sparse_sr_attn.paper.figures import FIGURES, SCALES, SMALL, overlap
 from sparse_sr_attn.paper.pictures import Pair, as_input, as_picture, patches, read_pairs
 from sparse_sr_attn.paper.report import differences, fill, markdown, section, stands_out
 from sparse_sr_attn.paper.training import Budget, Trainer, Variant, count_parameters, fit, rate, validate
-from sparse_sr_attn.paper.variants import StandardWindowAttention, with_plain_convolutions, with_standard_attention
+from sparse_sr_attn.paper.variants import (
+    StandardWindowAttention,
+    with_plain_convolutions,
+    with_standard_attention,
+    without_attention,
+)
 
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -297,6 +303,32 @@ def test_standard_attention_takes_the_place_of_each_gmsa() -> None:
         with_standard_attention(elan(share=2), norm="layer")
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (LCoAN, {"num_feat": 8, "num_group": 3, "num_block": 1, "share": 2, "chunk_size": 9}),
+        (ELAN, {"num_feat": 10, "num_block": 2, "share": 2, "window_sizes": (2, 4)}),
+    ],
+)
+def test_without_attention_is_attention_that_adds_nothing(
+    kind: type[ELAN] | type[LCoAN], options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model = kind(**options).double().eval()
+    silent = copy.deepcopy(model)
+    for module in silent.modules():
+        if isinstance(module, CoA):
+            module.res_scale = 0.0
+        elif isinstance(module, SharedGMSA):
+            for parameter in module.output.parameters():
+                nn.init.zeros_(parameter)
+    x = torch.rand(1, 3, 9, 8, dtype=torch.float64)
+    assert (silent(x) - model(x)).abs().max() > 1e-6
+    without_attention(model)
+    assert (silent(x) - model(x)).abs().max() <= 1e-12
+    assert not [key for key, _ in model.named_parameters() if ".attention." in key]
+
+
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +439,7 @@ def test_differences_are_of_the_same_seed() -> None:
     assert "| shift-conv | 31.100 ± 0.995 | +0.100 ± 0.010 |" in text
     assert "| 1×1 | 31.000 ± 1.000 | – |" in text
     assert "| bicubic interpolation | 30.12 |" in text
-    assert "(Student's t of the differences, 5 %): shift-conv. The others are not" in text
+    assert "(Student's t of the differences, 5 %): shift-conv. With so few seeds, no more can be." in text
     assert "3 seeds, the same start, patches and steps for all" in text
     alone = markdown(figure, document({"1×1": [30.0], "shift-conv": [30.1], "3×3": [30.5]}))
     assert "With one seed no difference can be told from chance." in alone
@@ -494,6 +526,7 @@ def test_growth_needs_no_pictures(folders: list[str], capsys: pytest.CaptureFixt
         (["lcoa-3", "--data", "absent", "--val", "."], "absent: no such image or folder"),
         (["lcoa-9"], "invalid choice: 'lcoa-9'"),
         (["lcoa-2", "--iterations", "0"], "--iterations: must be >= 1, got 0"),
+        (["lcoa-2", "--learning-rate", "0"], "--learning-rate: must be > 0, got 0"),
         (["lcoa-2", "--threads", "0"], "--threads must be >= 1, got 0"),
         (["lcoa-2", "--costs", "none"], "lcoa-2 measures costs, and --costs none forbids it"),
         (["page"], "needs --page FILE"),
