@@ -13,8 +13,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,15 @@ class Figure:
     psnr: float
     ssim: float
     parameters: int | None
+    trained_on: str
+
+    @property
+    def key(self) -> tuple[str, int, str, str]:
+        """Return what tells it from others."""
+        return self.network, self.upscale, self.trained_on, self.photographs
 
 
-def measure(name: str, model: Any, upscale: int, folder: Path) -> Figure:
+def measure(name: str, model: Any, upscale: int, folder: Path, trained_on: str) -> Figure:
     """Measure a network, or, without one, bicubic interpolation as papers do."""
     scores: list[Score] = []
     for file in images_in(folder):
@@ -175,7 +182,7 @@ def measure(name: str, model: Any, upscale: int, folder: Path) -> Figure:
         scores.append(score(truth, image, border=upscale))
     means = torch.tensor(scores, dtype=torch.float64).mean(0).tolist()
     size = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-    return Figure(name, upscale, folder.name, *means, size)
+    return Figure(name, upscale, folder.name, *means, size, trained_on)
 
 
 PUBLISHED = {
@@ -187,32 +194,47 @@ PUBLISHED = {
 
 
 def report(arguments: argparse.Namespace) -> None:
-    figures = []
+    """Measure what is trained here; figures of other trainings stay on record."""
+    found = [Figure(**figure) for figure in json.loads(RECORD.read_text())]
+    untold = {"EDSR": {"img_range": LIGHT_EDSR["img_range"]}}  # weights without attention carry no options
     for upscale in (2, 3, 4):
-        models = {name: trained(name, upscale) for name in NETWORKS}
-        untold = {"EDSR": {"img_range": LIGHT_EDSR["img_range"]}}  # weights without attention carry no options
-        models = {name: load_model(file, **untold.get(name, {})) for name, file in models.items() if file.exists()}
-        for name, model in {"bicubic": None, **models}.items() if models else ():
+        models: dict[str, tuple[Any, str]] = {"bicubic": (None, "")}
+        for network, seed in product(NETWORKS, range(arguments.seeds)):
+            if (file := trained(network, upscale, seed)).exists():
+                option_file = yaml.safe_load((BUILD / f"{named(network, upscale, seed)}.yml").read_text())
+                label = network + (f", seed {seed}" if seed else "")
+                models[label] = load_model(file, **untold.get(network, {})), described(option_file)
+        for label, (model, trained_on) in models.items() if len(models) > 1 else ():
             for folder in arguments.test:
-                figures.append(asdict(measure(name, model, upscale, folder)))
-                print(figures[-1], flush=True)
-    RECORD.write_text(json.dumps(figures, indent=1) + "\n")
+                figure = measure(label, model, upscale, folder, trained_on)
+                print(figure, flush=True)
+                found = [one for one in found if one.key != figure.key] + [figure]
+    found.sort(key=lambda figure: (figure.upscale, figure.trained_on, figure.parameters or 0, figure.network))
+    RECORD.write_text(json.dumps([asdict(figure) for figure in found], indent=1, ensure_ascii=False) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table([Figure(**figure) for figure in figures]) + END + rest.partition(END)[2])
+    PAGE.write_text(before + BEGIN + table(found) + END + rest.partition(END)[2])
+
+
+def described(option_file: Mapping[str, Any]) -> str:
+    """Return in words what a training saw."""
+    data, upscale = option_file["datasets"]["train"], option_file["scale"]
+    steps, side = option_file["train"]["total_iter"], data["gt_size"] // upscale
+    return f"{steps:,} steps of {data['batch_size_per_gpu']} patches of {side}×{side}"
 
 
 def table(figures: Sequence[Figure]) -> str:
     """Return the figures as Markdown, PSNR in dB and SSIM of each set of photographs."""
     sets = list(dict.fromkeys(figure.photographs for figure in figures))
-    lines = [f"| | parameters | {' | '.join(sets)} |", f"|---|---|{'---|' * len(sets)}"]
-    for upscale, name in dict.fromkeys((figure.upscale, figure.network) for figure in figures):
-        own = {f.photographs: f for f in figures if (f.upscale, f.network) == (upscale, name)}
-        size = next(iter(own.values())).parameters
+    lines = [f"| | parameters | trained on | {' | '.join(sets)} |", f"|---|---|---|{'---|' * len(sets)}"]
+    for key in dict.fromkeys(figure.key[:3] for figure in figures):
+        own = {figure.photographs: figure for figure in figures if figure.key[:3] == key}
+        one = next(iter(own.values()))
+        size = f"{one.parameters:,}" if one.parameters else ""
         cells = [f"{own[photographs].psnr:.2f} / {own[photographs].ssim:.4f}" for photographs in sets]
-        lines.append(f"| ×{upscale} {name} | {f'{size:,}' if size else ''} | {' | '.join(cells)} |")
-        if published := PUBLISHED.get((name, upscale)):
+        lines.append(f"| ×{one.upscale} {one.network} | {size} | {one.trained_on} | {' | '.join(cells)} |")
+        if published := PUBLISHED.get((one.network, one.upscale)):
             cells = [f"{published[p][0]:.2f} / {published[p][1]:.4f}" if p in published else "" for p in sets]
-            lines.append(f"| ×{upscale} {name}, published | {size:,} | {' | '.join(cells)} |")
+            lines.append(f"| ×{one.upscale} {one.network}, published | {size} | DIV2K | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -230,6 +252,7 @@ def main() -> None:
         command.add_argument("network", choices=NETWORKS)
         command.add_argument("upscale", type=int, choices=(2, 3, 4))
     reporter = commands.add_parser("report", help="measure all that is trained")
+    reporter.add_argument("--seeds", type=int, default=2, metavar="N", help="trainings with seeds below this")
     reporter.add_argument("--test", type=Path, nargs="+", required=True, help="folders of photographs to measure on")
     for command, function in ((trainer, train), (shipper, ship), (reporter, report)):
         command.set_defaults(function=function)
