@@ -375,7 +375,8 @@ ROWS = [
         "what can be installed here is run here; the rest (Python 3.10-3.13, oldest torch, numpy 1.26) stands in the "
         "CI workflow and is marked unverified",
         {"the workflow": "tests/reliability/test_workflow.py"},
-        "Unverified: all of `.github/workflows/ci.yml`. Verified is the environment named above.",
+        "Unverified: all of `.github/workflows/ci.yml`. Verified is the environment named above. Besides, layers were "
+        "compiled and exported with torch 2.11 on the CPU, and most tests ran with it on an H100 (docs/backends.md).",
     ),
     Row(
         "R30",
