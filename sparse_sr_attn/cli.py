@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         say(
-            "interrupted; `--auto_resume` goes on from the last saved state"
+            "interrupted; `--auto_resume` goes on from the last saved state, or begins anew if none was saved"
             if arguments.command == "train"
             else "interrupted"
         )

@@ -232,6 +232,10 @@ def test_bicubic(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
             ["results", "truths", "--upscale", "2"],
             "no result for bird_HR, bridge_HR in .*like bird_ours.png, bird_HR.png",
         ),
+        (
+            ["results", "truths", "--upscale", "2", "--names", "{}", "{}_HR"],
+            "no result for bird, bridge in .*; try --names {}_ours {}_HR",
+        ),
         (["results", "absent", "--upscale", "2"], "absent: no such image or folder"),
         (["results", "truths", "--upscale", "2", "--names", "{}", "{}x"], "called like {}x, and holds none"),
         (

@@ -92,9 +92,11 @@ def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
     )
     if missing := sorted(truths.keys() - results.keys()):
         some = f"{name(next(iter(results.values())).name)}, {name(truths[missing[0]].name)}"
+        near = [path.stem.replace(missing[0], "{}", 1) for path in results.values() if missing[0] in path.stem]
+        remedy = f"; try --names {name(near[0])} {name(arguments.names[1])}" if near else ""
         raise UsageError(
             f"no result for {', '.join(map(name, missing))} in {name(arguments.folders[0])}; --names says what files "
-            f"are called, which are like {some}"
+            f"are called, which are like {some}{remedy}"
         )
     _check_grey(arguments, truths)
     protocol: Protocol = arguments.protocol or "basicsr"

@@ -346,7 +346,7 @@ ROWS = [
     Row(
         "R25",
         "memory",
-        "sparse path at 256x256x64: at most 8 feature maps, no tensor over 4*N*3w bytes",
+        "sparse path at 256x256x64: at most 8 feature maps, no tensor over 4·N·3w bytes",
         {"LCoA alone": "tests/reliability/test_memory.py"},
     ),
     Row(
