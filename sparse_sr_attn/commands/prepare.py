@@ -27,6 +27,8 @@ before everything does.
 
 Exit status: 0 done; 1 an image cannot be read, or nothing could be written; 2 the command line is wrong."""
 
+_NAMED = 3  # images left out that are named
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
@@ -75,8 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     files = [file for path in arguments.input for file in images_in(path)]
     small: list[Path] = []
     count = write_pairs(_read(files, max(crop, scale), small), output, scale, tile=tile, crop=crop)
-    for file in small:
-        say(f"note: {name(file)} is left out: a side is shorter than {max(crop, scale)}")
+    if small:
+        some = ", ".join(map(name, small[:_NAMED])) + (", ..." if len(small) > _NAMED else "")
+        say(f"note: left out, because a side is shorter than {max(crop, scale)}: {len(small)} of {len(files)}, {some}")
     show(f"{count} pairs from {len(files) - len(small)} images -> {name(output)}")
     return 0
 

@@ -249,20 +249,20 @@ class LCoA(AttentionLayer):
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        num_clusters: as in `LSP`.
-        chunk_size: as in `LSP`.
-        reduction: as in `LSP`.
-        num_adjacent: as in `LSP`.
-        ema_decay: as in `LSP`.
-        reseed_threshold: as in `LSP`.
-        exact_keys: as in `LSP`.
-        routing: as in `LSP`.
-        num_rounds: as in `LSP`.
-        seed: as in `LSP`.
-        reuse: as in `LSP`.
-        half_weights: as in `LSP`.
-        res_scale: as in `CoA`.
-        zero_init: as in `CoA`.
+        num_clusters: centroids of k-means, >= 1; more of them are finer.
+        chunk_size: sorted tokens that attend to each other, >= 1; cut to the number of tokens.
+        reduction: `embed_dim` over the length of queries and keys, >= 1.
+        num_adjacent: neighbouring chunks seen on each side, >= 0.
+        ema_decay: share of the old centroid that an update keeps, in [0, 1]; 1 freezes the centroids, as published.
+        reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 switches that off.
+        exact_keys: count every key once; `False` is the published counting.
+        routing: "kmeans", or "lsh" for a hash that never learns.
+        num_rounds: patterns from different seeds, merged, >= 1.
+        seed: of the first centroids.
+        reuse: what later layers get: "weights", "pattern" (less memory, computed again), or "auto": weights on the CPU.
+        half_weights: keep weights as bfloat16.
+        res_scale: factor on the attention; 0 switches it off.
+        zero_init: start as the identity.
 
     Raises:
         ConfigError: an option breaks its rule; all that do are named.
