@@ -223,14 +223,15 @@ def _draw_quality(canvas: Any, figure: Figure, document: Mapping[str, Any]) -> N
             series = {name: values[0] for name in names if (values := _series({"0": {"costs": costs}}, name, what))}
             if series:
                 panels.append((f"{_NAMES[passed]}, {unit}", series))
-    canvas.set_size_inches(5.6 + 1.8 * len(panels), 1.3 + 0.36 * len(names))
+    canvas.set_size_inches(5.6 + 1.8 * len(panels), 1.5 + 0.36 * len(names))
     axes = canvas.subplots(1, 1 + len(panels), width_ratios=[2.6, *[1] * len(panels)], squeeze=False)[0]
     for place, name in zip(places, names, strict=True):
         each = differences(document, name, figure.baseline)
         axes[0].plot(each, [place] * len(each), "o", color="C0", alpha=0.6, markersize=5)
         axes[0].plot(statistics.mean(each), place, "|", color="black", markersize=16, markeredgewidth=2)
     axes[0].axvline(0, color="grey", linewidth=0.8, linestyle=":")
-    axes[0].set(yticks=places, yticklabels=names, xlabel=f"dB against “{figure.baseline}”: each seed, and the mean")
+    label = f"dB against “{figure.baseline}”\neach seed, and the mean"
+    axes[0].set(yticks=places, yticklabels=names, xlabel=label)
     axes[0].grid(axis="x", alpha=0.3)
     axes[0].margins(y=0.12)
     for axis, (label, series) in zip(axes[1:], panels, strict=True):
