@@ -29,6 +29,7 @@ KERNELS = "sparse_sr_attn/functional/triton_kernels.py"
 TRITON = "sparse_sr_attn/functional/cluster_triton.py"
 FLEX = "sparse_sr_attn/functional/cluster_flex.py"
 FORMS = "sparse_sr_attn/functional/forms.py"
+EXPORTING = "sparse_sr_attn/functional/exporting.py"
 PRECISION = "sparse_sr_attn/functional/precision.py"
 KMEANS = "sparse_sr_attn/functional/kmeans.py"
 RECOMPUTATION = "sparse_sr_attn/functional/recomputation.py"
@@ -91,6 +92,7 @@ IN_CLUSTER = "tests/functional/test_cluster.py"
 IN_TRITON = "tests/functional/test_cluster_triton.py"
 IN_FLEX = "tests/functional/test_cluster_flex.py"
 IN_FORMS = "tests/functional/test_forms.py"
+IN_EXPORTING = "tests/functional/test_exporting.py"
 IN_GRAPHS = "tests/test_graphs.py"
 IN_KMEANS = "tests/functional/test_kmeans.py"
 IN_SIZES = "tests/functional/test_sizes.py"
@@ -244,7 +246,7 @@ FAULTS = [
     Fault(
         "a chunk is not cut to the sample",
         LAYOUT,
-        "        if pattern.exact_keys:\n            chunk_size = torch.sym_min(chunk_size, num_tokens)\n",
+        "        if pattern.exact_keys:\n            chunk_size = smaller(chunk_size, num_tokens)\n",
         "",
         f"{IN_CLUSTER}::test_weights_equal_loops",
     ),
@@ -2182,22 +2184,22 @@ FAULTS = [
     Fault(
         "ENLA: the length of keys is forgotten",
         KERNEL,
-        " - key.square().sum(dim=-1, keepdim=True) / 2",
+        " - key.square().sum(dim=-1)[:, None] / 2",
         "",
         f"{IN_KERNEL}::test_it_equals_its_twin",
     ),
     Fault(
         "ENLA: features that no key excites count as much",
         KERNEL,
-        " + of_keys.logsumexp(dim=1, keepdim=True)",
+        " + of_keys.logsumexp(dim=-1)[:, None]",
         "",
         f"{IN_KERNEL}::test_it_equals_its_twin",
     ),
     Fault(
         "ENLA: keys share out features instead of features keys",
         KERNEL,
-        "of_keys.softmax(dim=1)",
         "of_keys.softmax(dim=-1)",
+        "of_keys.softmax(dim=1)",
         f"{IN_KERNEL}::test_it_equals_its_twin",
     ),
     Fault(
@@ -2322,8 +2324,8 @@ FAULTS = [
     Fault(
         "NLSA: maps smaller than a chunk have no bucket, as published",
         LSH,
-        "torch.sym_max(2, ",
-        "torch.sym_max(0, ",
+        "larger(2, ",
+        "larger(0, ",
         f"{IN_LSH}::test_number_of_buckets",
     ),
     Fault(
@@ -2705,6 +2707,27 @@ FAULTS = [
         "(a - min(a, (k - 1) // 2), a + min(a, k // 2))",
         "(a - min(a, k // 2), a + min(a, k // 2))",
         f"{IN_FLEX}::test_block_masks_show_what_the_pattern_shows",
+    ),
+    Fault(
+        "a compiler counts as export",
+        EXPORTING,
+        "return torch.compiler._is_exporting_flag",
+        "return torch.compiler.is_compiling() or torch.compiler._is_exporting_flag",
+        f"{IN_EXPORTING}::test_only_export_is_exporting",
+    ),
+    Fault(
+        "an exported program holds for the smaller size of its example only",
+        EXPORTING,
+        "return torch.sym_min(one, other) if is_exporting() else min(one, other)",
+        "return min(one, other)",
+        f"{IN_EXPORTING}::test_sizes_stay_symbolic",
+    ),
+    Fault(
+        "networks without attention keep it",
+        f"{PAPER}/variants.py",
+        "            module.attention = NoAttention(module.conv.in_channels)\n",
+        "            pass\n",
+        f"{IN_PAPER}::test_without_attention_is_attention_that_adds_nothing",
     ),
     Fault(
         "kernels are exported",
