@@ -216,16 +216,16 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def described(option_file: Mapping[str, Any]) -> str:
-    """Return in words what a training saw."""
+    """Return what a training saw: steps, patches a step, pixels of a patch in low resolution."""
     data, upscale = option_file["datasets"]["train"], option_file["scale"]
     steps, side = option_file["train"]["total_iter"], data["gt_size"] // upscale
-    return f"{steps:,} steps of {data['batch_size_per_gpu']} patches of {side}×{side}"
+    return f"{steps:,} × {data['batch_size_per_gpu']} × {side}²"
 
 
 def table(figures: Sequence[Figure]) -> str:
     """Return the figures as Markdown, PSNR in dB and SSIM of each set of photographs."""
     sets = list(dict.fromkeys(figure.photographs for figure in figures))
-    lines = [f"| | parameters | trained on | {' | '.join(sets)} |", f"|---|---|---|{'---|' * len(sets)}"]
+    lines = [f"| | parameters | steps × patches × pixels | {' | '.join(sets)} |", f"|---|---|---|{'---|' * len(sets)}"]
     for key in dict.fromkeys(figure.key[:3] for figure in figures):
         own = {figure.photographs: figure for figure in figures if figure.key[:3] == key}
         one = next(iter(own.values()))
