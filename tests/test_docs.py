@@ -193,7 +193,8 @@ def run_torchrun(words: list[str], here: Path) -> None:
         run_basicsr(words[module + 1 :], here)
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
-        subprocess.run(launcher, cwd=here, check=True, env=environment(), stderr=subprocess.DEVNULL)
+        done = subprocess.run(launcher, cwd=here, check=False, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def environment() -> dict[str, str]:

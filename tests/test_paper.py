@@ -526,7 +526,7 @@ def test_growth_needs_no_pictures(folders: list[str], capsys: pytest.CaptureFixt
         (["lcoa-3", "--data", "absent", "--val", "."], "absent: no such image or folder"),
         (["lcoa-9"], "invalid choice: 'lcoa-9'"),
         (["lcoa-2", "--iterations", "0"], "--iterations: must be >= 1, got 0"),
-        (["lcoa-2", "--learning-rate", "0"], "--learning-rate: must be > 0, got 0"),
+        (["lcoa-2", "--learning-rate", "0"], "--learning-rate: must be > 0 and finite, got 0.0"),
         (["lcoa-2", "--threads", "0"], "--threads must be >= 1, got 0"),
         (["lcoa-2", "--costs", "none"], "lcoa-2 measures costs, and --costs none forbids it"),
         (["page"], "needs --page FILE"),
