@@ -219,7 +219,8 @@ def described(option_file: Mapping[str, Any]) -> str:
     """Return what a training saw: steps, patches a step, pixels of a patch in low resolution."""
     data, upscale = option_file["datasets"]["train"], option_file["scale"]
     steps, side = option_file["train"]["total_iter"], data["gt_size"] // upscale
-    return f"{steps:,} × {data['batch_size_per_gpu']} × {side}²"
+    start = option_file["path"]["pretrain_network_g"]
+    return f"{steps:,} × {data['batch_size_per_gpu']} × {side}²" + (f", after {Path(start).parts[-3]}" if start else "")
 
 
 def table(figures: Sequence[Figure]) -> str:
