@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import sparse_sr_attn
 from sparse_sr_attn.commands.common import UsageError, say
 from sparse_sr_attn.errors import ConfigError, ProcessError, SparseSRError
 
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`sparse-sr COMMAND --help` teaches each. Of train and test, which run BasicSR, experiments/, results/ "
         "and tb_logger/ come to lie in the working directory.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {sparse_sr_attn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in _BASICSR.items():
         _add_basicsr_arguments(

@@ -1,5 +1,6 @@
 """The command `sparse-sr`: what it says before any work begins."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ from sparse_sr_attn.cli import main
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert "usage: sparse-sr" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sparse-sr {importlib.metadata.version('sparse-sr-attn')}\n"
 
 
 def test_help_names_the_commands_and_where_results_go(capsys: pytest.CaptureFixture[str]) -> None:
