@@ -548,7 +548,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     lines += ["", "## Survivors", "", "| where | before | after | tests | excused |", "|---|---|---|---|---|"]
     for result in sorted(survivors, key=lambda result: (result["mutant"]["file"], result["mutant"]["line"])):
         where = f"{result['mutant']['file']}:{result['mutant']['line']}"
-        before, after = (f"`{text}`".replace("|", "\\|") for text in result["change"])
+        before, after = (f"`{text}`".replace("|", "\\|") if text else "–" for text in result["change"])
         lines.append(f"| {where} | {before} | {after} | {result['ran']} | {excuse(result) or ''} |")
     return "\n".join(lines) + "\n"
 
