@@ -576,6 +576,8 @@ def main() -> int:
         run(arguments.folder.resolve(), arguments.jobs, arguments.minutes, arguments.size, strata)
     else:
         results = read_results(arguments.folder / "results.jsonl")
+        if not results:
+            reporter.error(f"{arguments.folder} must hold the results of a run, and holds none; the record stays")
         RECORD.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(results), encoding="utf-8")
     return 0

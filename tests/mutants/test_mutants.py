@@ -134,3 +134,18 @@ def test_the_page_counts() -> None:
     assert "| elsewhere | 3 | 2 | 1 | 0 | 0 | 1 | 0 | 66.7 % | 20.8 to 93.9 % | 70 % |" in text
     assert "| sparse_sr_attn/two.py:2 | `x - 1` | `x - 2` | 3 |  |" in text
     assert "3 were met so far" in text
+
+
+def test_a_report_of_nothing_leaves_the_record_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, page = tmp_path / "mutants.json", tmp_path / "mutants.md"
+    for file in (record, page):
+        file.write_text("kept")
+    monkeypatch.setattr(mutants, "RECORD", record)
+    monkeypatch.setattr(mutants, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["mutants.py", "report", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        mutants.main()
+    assert "must hold the results of a run, and holds none; the record stays" in capsys.readouterr().err
+    assert record.read_text() == page.read_text() == "kept"
