@@ -1,9 +1,12 @@
 """What export is told and compilers are not."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn.functional.exporting import is_exporting, larger, smaller
+
+pytestmark = pytest.mark.unhooked  # compiles and exports
 
 
 class Asks(nn.Module):
