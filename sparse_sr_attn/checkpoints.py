@@ -249,7 +249,7 @@ def carried_options(tensor: Tensor | None) -> Options:
     try:
         if tensor.numel() > _MOST_OPTIONS:
             raise ValueError(f"got {tensor.numel()} numbers")
-        return dict(json.loads(bytes(int(value) for value in tensor.tolist())))
+        return dict(json.loads(bytes(round(value) for value in tensor.tolist())))
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"the key {OPTIONS!r} must hold the bytes of a JSON map ({error}); take it away and say the options"

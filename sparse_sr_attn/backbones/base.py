@@ -40,13 +40,19 @@ def remembered(init: Callable[P, None]) -> Callable[P, None]:
             if value is not network and name != "activation_checkpointing"  # of training, not of the network
         }
         network._options = _as_json({"type": family, **given})  # type: ignore[attr-defined]
+        options = options_of(network)  # type: ignore[arg-type]
+        if options is not None and not _is_plain(options):
+            network.register_buffer(OPTIONS, packed(options))  # type: ignore[attr-defined]
 
     return wrapper
 
 
 def packed(options: Mapping[str, Any]) -> Tensor:
-    """Return options as a state dict carries them: the bytes of a JSON map."""
-    return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8, device="cpu")
+    """Return options as a state dict carries them: the bytes of a JSON mapping, each as a float.
+
+    Tools that average, cast or shard weights treat a float buffer like a parameter: 0..127 survive any of it.
+    """
+    return torch.tensor(list(json.dumps(options).encode()), dtype=torch.float32, device="cpu")
 
 
 def options_of(network: "Network") -> dict[str, Any] | None:
@@ -84,10 +90,11 @@ def _plain(value: object) -> object:
 class Network(nn.Module):
     r"""Abstract network $y = u((x - m)\,r) / r + m$, with the mean $m$ and the range $r$ of images.
 
-    Subclasses define $u$, `upscaled`. The mean is not in the state dict.
+    Subclasses define $u$, `upscaled`. The mean is not in the state dict, and is real in a network built on the meta
+    device.
 
-    Shapes do not tell everything about attention. So the state dict of a network with attention carries the options it
-    was built with, as JSON bytes (`OPTIONS`); `load_model` reads them and `load_state_dict` ignores them, there or not.
+    Shapes do not tell everything about attention. So a network with attention has a buffer (`OPTIONS`) with the options
+    it was built with, as JSON bytes; `load_model` reads them and `load_state_dict` ignores them, there or not.
 
     Args:
         num_in_ch: channels of the input image.
@@ -114,7 +121,7 @@ class Network(nn.Module):
         self.upscale = upscale
         self.img_range = img_range
         self.rgb_mean = _mean(num_in_ch, num_out_ch, rgb_mean)
-        self.register_buffer("mean", torch.tensor(self.rgb_mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", self._mean_like(torch.empty(0)), persistent=False)
 
     def upscaled(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Return what the network makes of an image whose mean is 0, in its own range."""
@@ -140,22 +147,23 @@ class Network(nn.Module):
                 f"x must be images (b, {self.num_in_ch}, h >= 1, w >= 1), because num_in_ch is {self.num_in_ch}; "
                 f"got shape {tuple(x.shape)}"
             )
-        return self.upscaled((x - self.mean) * self.img_range) / self.img_range + self.mean
+        output = self.upscaled((x - self.mean.to(x.device)) * self.img_range) / self.img_range
+        return output + self.mean.to(output.device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        # In float64 the mean is the number that was given, not its rounding to float32.
-        self.mean = torch.tensor(self.rgb_mean, dtype=self.mean.dtype, device=self.mean.device).view(1, -1, 1, 1)
+        self.mean = self._mean_like(self.mean)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        options = options_of(self)
-        if options is not None and not _is_plain(options):
-            destination[prefix + OPTIONS] = packed(options)
+    def _mean_like(self, tensor: Tensor) -> Tensor:
+        """Return the mean itself, not a rounding of it, where `tensor` is; on the CPU for the meta device."""
+        device = "cpu" if tensor.is_meta else tensor.device
+        return torch.tensor(self.rgb_mean, dtype=tensor.dtype, device=device).view(1, -1, 1, 1)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + OPTIONS, None)
+        if OPTIONS in self._buffers:  # those it was built with, whatever the file says
+            state_dict[prefix + OPTIONS] = self._buffers[OPTIONS]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -59,7 +59,7 @@ def _log_softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor]:
     return torch.exp(scores - lse), lse
 
 
-def _embedding(layer: nn.Conv2d) -> nn.Conv2d:
+def _embedding(layer: nn.Conv2d | ShiftConv2d) -> nn.Conv2d:
     """Return a convolution with a copy of the weights, which is none of our classes."""
     _, width, *size = layer.weight.shape
     conv = nn.Conv2d(width, len(layer.weight), size, padding=[side // 2 for side in size]).to(layer.weight)  # type: ignore[arg-type]
@@ -232,7 +232,7 @@ class PlainShiftConv2d(nn.Module):
         layer: whose weights are taken.
     """
 
-    def __init__(self, layer: ShiftConv2d) -> None:
+    def __init__(self, layer: ShiftConv2d | nn.Conv2d) -> None:
         super().__init__()
         channels = layer.in_channels
         share = channels // 5

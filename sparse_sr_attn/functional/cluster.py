@@ -25,7 +25,7 @@ from sparse_sr_attn.functional import cluster_tiles as tiles
 from sparse_sr_attn.functional import cluster_triton as triton
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
 from sparse_sr_attn.functional.forms import Form, resolve_form
-from sparse_sr_attn.functional.precision import lower_precision, working_precision
+from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.states import ClusterPattern
 
@@ -119,7 +119,7 @@ def cluster_weights(
         query.to(working_precision(query)),
         unit_keys(key) if normalize_keys else key.to(working_precision(key)),
     )
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         return _Oneshot(pattern).scores(query, key, scale).softmax(dim=-1).to(dtype)
 
 
@@ -158,7 +158,7 @@ def apply_cluster_weights(
         raise ShapeError(f"weights under this pattern must be of shape {expected}, got {tuple(weights.shape)}")
     if _tiled(form, value):
         return tiles.apply_op(weights, value, *_unpack(pattern))  # type: ignore[no-any-return]
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         dtype = lower_precision(weights, value)
         return _Oneshot(pattern).apply(weights.to(dtype), value.to(dtype)).to(value.dtype)
 
@@ -247,7 +247,7 @@ def cluster_lse(
     if form == "flex":
         return flex.cluster_lse(query, key, pattern, scale=scale)
     query, key = query.to(working_precision(query)), key.to(working_precision(key))
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         oneshot = _Oneshot(pattern)
         return oneshot.to_tokens(oneshot.scores(query, key, scale).logsumexp(dim=-1)[..., None])[..., 0]
 
@@ -294,7 +294,7 @@ def cluster_attention_rounds(
     each = cluster_attention(query, key, rows, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
     lse = cluster_lse(query, key, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
     share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         merged: Tensor = (share[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
         return merged.to(value.dtype)
 

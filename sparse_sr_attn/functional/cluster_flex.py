@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_sr_attn.errors import FormError
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
 from sparse_sr_attn.functional.modulo import modulo
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.states import ClusterPattern
 
 _GPU_BLOCK = 128  # slots in a block of the mask on GPUs, whose kernels do not take any number; elsewhere, a chunk
@@ -57,7 +57,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, 
     block_mask = _block_mask(layout, seen, _GPU_BLOCK if query.is_cuda else layout.chunk_size)
     # Rows of the whole batch: to take them by one number is many times faster than `gather`.
     token = pattern.order + torch.arange(len(query), device=query.device)[:, None] * layout.num_tokens
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         queries = _rows(query, token[:, layout.rank(slot)])
         keys, values = (_rows(rows, token[:, layout.rank(seen)]) for rows in (key, value))
         result = _run(queries, keys, values, block_mask=block_mask, scale=scale, **request)

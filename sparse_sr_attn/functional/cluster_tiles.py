@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
-from sparse_sr_attn.functional.precision import lower_precision, working_precision
+from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys, unit_keys_backward
 from sparse_sr_attn.states import ClusterPattern
 
@@ -226,7 +226,7 @@ def weights_op(
     """Return `cluster.cluster_weights`, tile by tile."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     weights = query.new_empty(_weights_shape(order, layout), dtype=dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         for sample, tokens in _samples(order, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             for tile in tokens.tiles():
@@ -269,7 +269,7 @@ def _weights_backward_op(
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         for sample, tokens in _samples(order, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             grads = _ScoreGrads(scored)
@@ -299,7 +299,7 @@ def lse_op(
     """Return `cluster.cluster_lse`, tile by tile."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     lse = query.new_empty(order.shape, dtype=working_precision(query))
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         for sample, tokens in _samples(order, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             slots = tokens.slots(lse[sample, :, None])
@@ -328,7 +328,7 @@ def _lse_backward_op(
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         for sample, tokens in _samples(order, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             grads = _ScoreGrads(scored)
@@ -350,7 +350,7 @@ def apply_op(
     """Return `cluster.apply_cluster_weights`, tile by tile."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     out = None
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         for sample, tokens in _samples(order, layout):
             v = value[sample].to(lower_precision(weights, value)).contiguous()
             slots = tokens.slots(v)
@@ -379,7 +379,7 @@ def _apply_backward_op(
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     grad_weights, grad_value = weights.new_empty(weights.shape), value.new_empty(value.shape)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         for sample, tokens in _samples(order, layout):
             v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
             halo = tokens.halo(v)
@@ -411,7 +411,7 @@ def attention_op(
     """Return `cluster.cluster_attention`, tile by tile; only a tile of weights exists at a time."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     out = None
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         for sample, tokens in _samples(order, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             v = value[sample].contiguous()
@@ -443,7 +443,7 @@ def _attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key, grad_value = query.new_empty(query.shape), key.new_empty(key.shape), None
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         for sample, tokens in _samples(order, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))

@@ -1,11 +1,10 @@
 """Attention of all tokens to all tokens."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import without_autocast, working_precision
 
 
 def dense_attention(
@@ -30,6 +29,6 @@ def dense_attention(
     width = max(query.shape[-1], value.shape[-1])
     padded = (F.pad(rows.to(dtype), (0, width - rows.shape[-1])) for rows in (query, key, value))
     q, k, v = (rows.contiguous()[:, None] for rows in padded)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return attended[:, 0, :, : value.shape[-1]].to(value.dtype)

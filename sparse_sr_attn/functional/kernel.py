@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import without_autocast, working_precision
 
 
 def random_directions(num_features: int, dim: int, seed: int = 0) -> Float[Tensor, "m d"]:
@@ -58,7 +58,7 @@ def kernel_attention(
         $\exp(-\lVert q \rVert^2 / 2)$ stands in numerator and denominator.
     """
     dtype = working_precision(query)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         query, key, directions = (rows.to(dtype) for rows in (query, key, directions))
         # One row a feature: GPUs reduce along rows many times faster than across them.
         of_keys = directions @ key.mT - key.square().sum(dim=-1)[:, None] / 2
@@ -113,7 +113,7 @@ def contrastive_loss(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(query.shape[1], generator=generator, device="cpu")[:num_queries].to(query.device)
     dtype = working_precision(query)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         scores = query[:, chosen].to(dtype) @ key.to(dtype).transpose(-1, -2)
         ranked = scores.topk(last, dim=-1).values
         return (ranked[..., first:].logsumexp(dim=-1) - ranked[..., :count].logsumexp(dim=-1)).mean()

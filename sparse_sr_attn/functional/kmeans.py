@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sparse_sr_attn.functional.cluster_triton import MAX_QUERY_DIM, nearest_op
 from sparse_sr_attn.functional.exporting import is_exporting
 from sparse_sr_attn.functional.forms import resolve_form
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.functional.processes import gathered, several_processes
 from sparse_sr_attn.functional.recomputation import backward_is_running
 
@@ -88,8 +88,9 @@ def cluster_sums(
     units = _unit(points).flatten(0, 1)
     index = assignment.flatten()
     sums = units.new_zeros(num_clusters, units.shape[-1]).index_add_(0, index, units)
-    counts = units.new_zeros(num_clusters).index_add_(0, index, torch.ones_like(units[:, 0]))
-    return sums, counts
+    # Whole numbers: float32 cannot count beyond 2**24.
+    counts = index.new_zeros(num_clusters).index_add_(0, index, torch.ones_like(index))
+    return sums, counts.to(sums.dtype)
 
 
 def move_centroids(
@@ -189,7 +190,7 @@ def _kmeans_step(
     accumulate: bool,
 ) -> Tensor:
     state = KMeansState(centroids, usage, pending_sums, pending_counts, pending_seeds, num_updates, num_skipped)
-    with torch.autocast(points.device.type, enabled=False):
+    with without_autocast(points):
         if backward_is_running():
             return assign(points, centroids)
         if not accumulate:
@@ -274,7 +275,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     points = points.to(working_precision(points))
     if points.shape[-1] <= MAX_QUERY_DIM and resolve_form("auto", points.device) == "triton":
         return nearest_op(points, centroids.to(points.dtype))  # type: ignore[no-any-return]
-    with torch.autocast(points.device.type, enabled=False):
+    with without_autocast(points):
         if points.device.type == "cpu" and not is_exporting():
             return _nearest_by_blocks(points, centroids.to(points.dtype))  # type: ignore[no-any-return]
         best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.functional.exporting import larger, smaller
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.functional.recomputation import backward_is_running
 
 
@@ -60,7 +60,7 @@ def hash_tokens(
     points = points.detach()
     points = points.to(working_precision(points))
     half = num_buckets // 2
-    with torch.autocast(points.device.type, enabled=False):
+    with without_autocast(points):
         along = torch.einsum("bnd,rmd->brnm", points, rotations.to(points.dtype))
         used = torch.arange(along.shape[-1], device=along.device) < half
         index = along.abs().masked_fill(~used, -1).argmax(dim=-1, keepdim=True)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_sr_attn.functional.exporting import is_exporting
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import without_autocast, working_precision
 
 Form = Literal["auto", "oneshot", "tiles"]
 
@@ -71,7 +71,7 @@ def sparsemax_attention(
     if form == "tiles" or (form == "auto" and not is_exporting()):
         return _attention_op(query, key, value, scale)  # type: ignore[no-any-return]
     dtype = working_precision(query)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         weights = sparsemax(scale * query.to(dtype) @ key.to(dtype).transpose(-1, -2))
         return weights.to(value.dtype) @ value
 
@@ -113,7 +113,7 @@ def _tiles(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice]]:
 @torch.library.custom_op("sparse_sr_attn::sparsemax_attention", mutates_args=())
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     dtype = working_precision(query)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         q, k = query.to(dtype), key.to(dtype)
         out = value.new_empty(*query.shape[:2], value.shape[-1])
         for sample, rows in _tiles(query, key):
@@ -132,7 +132,7 @@ def _attention_backward_op(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = working_precision(query)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         q, k = query.to(dtype), key.to(dtype)
         grad_query, grad_key = q.new_empty(q.shape), k.new_zeros(k.shape)
         grad_value = value.new_zeros(value.shape, dtype=working_precision(value))

@@ -11,13 +11,13 @@ not look into, for all else. Dense attention is the case of a window that holds 
 import math
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import window_operators as operators
 from sparse_sr_attn.functional.exporting import is_exporting
+from sparse_sr_attn.functional.precision import without_autocast
 from sparse_sr_attn.functional.window_grid import WindowGrid
 
 Form = Literal["auto", "oneshot", "operator"]
@@ -76,7 +76,7 @@ def window_weights(
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
     if _as_operator(form):
         return operators.weights_op(query, key, window_size, shift, scale)  # type: ignore[no-any-return]
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         return operators.weights(query, key, grid, shift, scale)
 
 
@@ -116,7 +116,7 @@ def apply_window_weights(
     unshift = shift if unshift is None else unshift
     if _as_operator(form):
         return operators.apply_op(weights, value, window_size, shift, unshift)  # type: ignore[no-any-return]
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         return operators.apply(weights, value, grid, shift, unshift)
 
 
@@ -159,7 +159,7 @@ def window_attention(
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
     if _as_operator(form):
         return operators.attention_op(query, key, value, window_size, shift, unshift, scale)  # type: ignore[no-any-return]
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         return operators.apply(operators.weights(query, key, grid, shift, scale), value, grid, shift, unshift)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparse_sr_attn.functional.layout import new_map
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.functional.window_grid import WindowGrid
 
 _SCORES_PER_TILE = 2**18  # on the CPU, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
@@ -179,7 +179,7 @@ def _sent_back(
 def weights_op(query: Tensor, key: Tensor | None, window_size: int, shift: int, scale: float) -> Tensor:
     """See `weights`."""
     windows = _Windows(query, window_size)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         queries, keys = _cut_both(windows, query, key, shift)
         real = windows.is_real(shift, query.device)
         weights = queries.new_empty(*queries.shape[:2], queries.shape[1])
@@ -200,7 +200,7 @@ def _weights_backward(
     grad: Tensor, weights: Tensor, query: Tensor, key: Tensor | None, shift: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     windows = _Windows(query, math.isqrt(weights.shape[-1]))
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         queries, keys = _cut_both(windows, query, key, shift)
         grads = torch.empty_like(queries), None if key is None else torch.empty_like(keys)
         grad, weights = grad.flatten(0, 1), weights.flatten(0, 1)
@@ -244,7 +244,7 @@ weights_op.register_autograd(_backward_weights, setup_context=_keep_weights)
 def apply_op(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int) -> Tensor:
     """See `apply`."""
     windows = _Windows(value, window_size)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         values, weights = windows.cut(value, shift), weights.flatten(0, 1)
         gathered = torch.empty_like(values)
         for tile in _tiles(values):
@@ -260,7 +260,7 @@ def _(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int
 @torch.library.custom_op("sparse_sr_attn::apply_window_weights_backward", mutates_args=())
 def _apply_backward(grad: Tensor, weights: Tensor, value: Tensor, shift: int, unshift: int) -> tuple[Tensor, Tensor]:
     windows = _Windows(value, math.isqrt(weights.shape[-1]))
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         values, grads = windows.cut(value, shift), windows.cut(grad, unshift)
         grad_values, grad_weights = torch.empty_like(values), weights.new_empty(weights.shape)
         flat, grad_flat = weights.flatten(0, 1), grad_weights.flatten(0, 1)
@@ -295,7 +295,7 @@ def attention_op(
 ) -> Tensor:
     """Return what `apply` makes of `weights`; only a tile of weights exists at a time."""
     windows = _Windows(value, window_size)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         queries, keys = _cut_both(windows, query, key, shift)
         values, real = windows.cut(value, shift), windows.is_real(shift, value.device)
         gathered = torch.empty_like(values)
@@ -324,7 +324,7 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     windows = _Windows(value, window_size)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         queries, keys = _cut_both(windows, query, key, shift)
         values, real = windows.cut(value, shift), windows.is_real(shift, value.device)
         grads = windows.cut(grad, unshift)

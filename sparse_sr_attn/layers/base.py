@@ -10,8 +10,10 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from sparse_sr_attn.errors import ShapeError, SharingError
+from sparse_sr_attn.functional.layout import pointwise_conv2d
 from sparse_sr_attn.registry import Entry, Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer")
@@ -143,20 +145,40 @@ def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
     return rearrange(x, "b c h w -> b (h w) c")
 
 
-def projected_tokens(x: Float[Tensor, "b c_in h w"], conv: nn.Conv2d) -> Float[Tensor, "b n c_out"]:
-    """Return `tokens(conv(x))` of a 1x1 convolution, contiguous: the product itself turns the map into rows."""
-    weight = conv.weight.flatten(1).T.expand(x.shape[0], -1, -1)
-    return torch.baddbmm(cast(Tensor, conv.bias), x.flatten(2).transpose(1, 2), weight)
-
-
 def feature_map(rows: Float[Tensor, "b n c"], x: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
     """Return rows as a map of the height and width of `x`."""
     return rearrange(rows, "b (h w) c -> b c h w", h=x.shape[-2])
 
 
-def last_conv(embed_dim: int, *, zero_init: bool) -> nn.Conv2d:
+class PointwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d`, computed as a matrix product of pixels where the kernel is 1x1.
+
+    The constructor is that of `nn.Conv2d`, so that adapters and wrappers can build one like another. With a bias the
+    output is in channels-last memory.
+    """
+
+    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out _ _"]:
+        """Return the convolution of `x`."""
+        if self.kernel_size == self.stride == (1, 1) and self.padding in ((0, 0), "same", "valid") and self.groups == 1:
+            return pointwise_conv2d(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether calling `module` does what the forward of `kind` does, and nothing else.
+
+    `False` with hooks (hence also with pruning and with `torch.nn.utils.weight_norm`), parametrisations, adapters, or
+    a forward that was replaced (offloading). Only where it is `True` may the weights be used without a call.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if type(module) is not kind or any(hooks):
+        return False
+    return torch.compiler.is_compiling() or ("forward" not in vars(module) and not _has_any_global_hook())
+
+
+def last_conv(embed_dim: int, *, zero_init: bool) -> PointwiseConv2d:
     """Return the last 1x1 convolution of a branch; with `zero_init` the branch starts at 0."""
-    conv = nn.Conv2d(embed_dim, embed_dim, 1)
+    conv = PointwiseConv2d(embed_dim, embed_dim, 1)
     if zero_init:
         nn.init.zeros_(conv.weight)
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]

@@ -18,7 +18,15 @@ from sparse_sr_attn.functional.exporting import is_exporting
 from sparse_sr_attn.functional.layout import channels_last, pointwise_conv2d
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.window import apply_window_weights, window_attention, window_weights
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, fitting, last_conv
+from sparse_sr_attn.layers.base import (
+    LAYERS,
+    AttentionLayer,
+    PointwiseConv2d,
+    check_map,
+    fitting,
+    is_unmodified,
+    last_conv,
+)
 from sparse_sr_attn.layers.learners import Learner
 from sparse_sr_attn.states import WindowAttention
 
@@ -58,9 +66,9 @@ class BatchNorm2d(Learner, nn.BatchNorm2d):
 
 
 class ConvNorm(nn.Module):
-    """1x1 convolution and batch normalisation; in evaluation they are one convolution.
+    """1x1 convolution and batch normalisation; in evaluation they are one convolution, unless hooks watch them.
 
-    The weights of that one are made in every forward, which costs next to nothing, so they cannot be out of date.
+    The weights of that one are computed in every forward, which costs next to nothing, so they cannot be out of date.
 
     Args:
         in_channels: of the map.
@@ -69,14 +77,14 @@ class ConvNorm(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv = PointwiseConv2d(in_channels, out_channels, 1)
         self.norm = BatchNorm2d(out_channels)
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         """Return the normalised map."""
-        if not self.training:
+        if not self.training and is_unmodified(self.conv, PointwiseConv2d) and is_unmodified(self.norm, BatchNorm2d):
             return pointwise_conv2d(x, *self.folded())
-        normalised: Tensor = self.norm(pointwise_conv2d(x, self.conv.weight, self.conv.bias))
+        normalised: Tensor = self.norm(self.conv(x))
         return normalised
 
     def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
@@ -145,14 +153,7 @@ class SharedGMSA(AttentionLayer):
                     cast(Tensor, query), None, value, window_size=size, shift=shift, unshift=unshift
                 )
             attended.append(output)
-        return self.add(x, attended)
-
-    def add(
-        self, x: Float[Tensor, "b c h w"], attended: Sequence[Float[Tensor, "b _ h w"]]
-    ) -> Float[Tensor, "b c h w"]:
-        """Return the residual sum with what the groups have gathered."""
-        branch = pointwise_conv2d(torch.cat(tuple(attended), dim=1), self.output.weight, self.output.bias)
-        return torch.add(x, branch, alpha=self.res_scale)
+        return torch.add(x, self.output(torch.cat(attended, dim=1)), alpha=self.res_scale)
 
 
 @LAYERS.register("GMSA", kind="layer", source=_SOURCE)
@@ -222,7 +223,7 @@ class GMSA(AttentionLayer):
         weights: list[Tensor | None] = []
         queries: list[Tensor | None] = []
         keeps_all = torch.is_grad_enabled() or is_exporting()
-        for query, size in zip(self.queries(channels_last(x)), self.window_sizes, strict=True):
+        for query, size in zip(self.queries(x), self.window_sizes, strict=True):
             if keeps_all or size <= _LARGEST_KEPT:
                 shift, _ = window_shifts(size, self.shift, self.exact_shift)
                 weights.append(window_weights(query, window_size=size, shift=shift))
@@ -230,14 +231,11 @@ class GMSA(AttentionLayer):
             else:
                 weights.append(None)
                 queries.append(query.to(working_precision(query)))
-        height, width = x.shape[-2:]
-        return WindowAttention(
-            tuple(weights), tuple(queries), self.window_sizes, self.shift, self.exact_shift, height, width
-        )
+        return self._state(x, weights, queries)
 
     def queries(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b _ h w"], ...]:
         """Return the queries of each group."""
-        return split_groups(self.query(x), len(self.window_sizes))
+        return split_groups(self.query(channels_last(x)), len(self.window_sizes))
 
     def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
         """Return `x` plus what it attends to: by `state` if given, else by its own weights.
@@ -246,17 +244,17 @@ class GMSA(AttentionLayer):
             SharingError: `state` is no WindowAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
         """
-        if state is not None:
-            output: Tensor = self.shared(x, state)
-            return output
-        check_map(x, self.embed_dim)
-        x = channels_last(x)
-        attended = []
-        values = split_groups(self.shared.value(x), len(self.window_sizes))
-        for query, value, size in zip(self.queries(x), values, self.window_sizes, strict=True):
-            shift, unshift = window_shifts(size, self.shift, self.exact_shift)
-            attended.append(window_attention(query, None, value, window_size=size, shift=shift, unshift=unshift))
-        return self.shared.add(x, attended)
+        if state is None:
+            check_map(x, self.embed_dim)
+            queries = self.queries(x)
+            state = self._state(x, [None] * len(queries), queries)
+        output: Tensor = self.shared(x, state)
+        return output
+
+    def _state(self, x: Tensor, weights: Sequence[Tensor | None], queries: Sequence[Tensor | None]) -> WindowAttention:
+        return WindowAttention(
+            tuple(weights), tuple(queries), self.window_sizes, self.shift, self.exact_shift, *x.shape[-2:]
+        )
 
     def make_consumer(self) -> SharedGMSA:
         """Return a fresh `SharedGMSA` of this width, `res_scale` and `zero_init`."""

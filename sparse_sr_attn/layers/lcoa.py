@@ -27,10 +27,9 @@ from sparse_sr_attn.layers.base import (
     feature_map,
     fitting,
     last_conv,
-    projected_tokens,
     tokens,
 )
-from sparse_sr_attn.layers.learners import KMeansLearner, state_of
+from sparse_sr_attn.layers.learners import KMeansLearner, KMeansStatistics, state_of
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
@@ -123,7 +122,7 @@ class LSP(KMeansLearner):
         query_dim = max(1, embed_dim // reduction)
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
         # The first round's state stands here, under the names that files have; the others' in modules of their own.
-        self.further_rounds = nn.ModuleList(nn.Module() for _ in range(num_rounds - 1))
+        self.further_rounds = nn.ModuleList(KMeansStatistics() for _ in range(num_rounds - 1))
         for turn, module in enumerate(self._rounds()):
             state = initial_state(num_clusters, query_dim, seed + turn)
             if routing == "lsh":
@@ -139,15 +138,19 @@ class LSP(KMeansLearner):
             f"routing={self.routing!r}, reuse={self.reuse!r}, half_weights={self.half_weights}"
         )
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> ClusterAttention:
+    def forward(self, x: Float[Tensor, "b c h w"], *, reuse: Reuse | None = None) -> ClusterAttention:
         """Return the pattern of `x` with its weights or, as `reuse` chooses, what they are made of, for any h, w >= 1.
+
+        Args:
+            x: the map.
+            reuse: instead of the layer's own, for this call.
 
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         embedding, pattern = self.route(x)
-        (height, width), num_rounds = x.shape[-2:], self.num_rounds
-        if self.reuse == "pattern" or (self.reuse == "auto" and x.device.type != "cpu"):
+        (height, width), num_rounds, reuse = x.shape[-2:], self.num_rounds, reuse or self.reuse
+        if reuse == "pattern" or (reuse == "auto" and x.device.type != "cpu"):
             return ClusterAttention(pattern, height, width, num_rounds, embedding=embedding)
         dtype = torch.bfloat16 if self.half_weights else None
         return ClusterAttention(pattern, height, width, num_rounds, _weights(embedding, pattern, num_rounds, dtype))
@@ -225,18 +228,12 @@ class CoA(AttentionLayer):
         """
         check_map(x, self.embed_dim)
         state = fitting(state, ClusterAttention, x, _HINT)
-        values, num_rounds = self.values(x), state.num_rounds
+        values, num_rounds = tokens(self.value(x)).contiguous(), state.num_rounds
         if state.weights is None:
-            return self.add(x, _attend(cast(Tensor, state.embedding), values, state.pattern, num_rounds))
-        attended = apply_cluster_weights(state.weights, _each_round(values, num_rounds), state.pattern)
-        return self.add(x, attended if num_rounds == 1 else attended.unflatten(0, (-1, num_rounds)).sum(dim=1))
-
-    def values(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-        """Return the value of each token."""
-        return projected_tokens(x, self.value)
-
-    def add(self, x: Float[Tensor, "b c h w"], attended: Float[Tensor, "b n c"]) -> Float[Tensor, "b c h w"]:
-        """Return the residual sum."""
+            attended = _attend(cast(Tensor, state.embedding), values, state.pattern, num_rounds)
+        else:
+            attended = apply_cluster_weights(state.weights, _each_round(values, num_rounds), state.pattern)
+            attended = attended if num_rounds == 1 else attended.unflatten(0, (-1, num_rounds)).sum(dim=1)
         return torch.add(x, feature_map(attended, x), alpha=self.res_scale)
 
 
@@ -328,11 +325,10 @@ class LCoA(AttentionLayer):
             SharingError: `state` is no ClusterAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
         """
-        if state is not None:
-            output: Tensor = self.coa(x, state)
-            return output
-        embedding, pattern = self.lsp.route(x)
-        return self.coa.add(x, _attend(embedding, self.coa.values(x), pattern, self.lsp.num_rounds))
+        if state is None:
+            state = self.lsp(x, reuse="pattern")  # read once: no weights are stored
+        output: Tensor = self.coa(x, state)
+        return output
 
     def make_consumer(self) -> CoA:
         """Return a fresh `CoA` of this width, `res_scale` and `zero_init`."""

@@ -2,15 +2,16 @@
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparse_sr_attn.functional.kmeans import KMeansState, apply_pending, assign, kmeans_step
+from sparse_sr_attn.functional.precision import working_precision
 
 
 class Learner(nn.Module):
@@ -26,7 +27,35 @@ class Learner(nn.Module):
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
 
-class KMeansLearner(Learner):
+class KMeansStatistics(nn.Module):
+    """A module whose buffers are a state of k-means.
+
+    They stay in float32 at least, whatever precision the module is cast to or the loaded weights are in: float16 counts
+    end at 65,504 tokens.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self._statistics()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, cast in self._statistics().items():
+            if cast.dtype != working_precision(cast):
+                self._buffers[name] = before[name].to(cast.device, working_precision(cast))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._statistics():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):
+                state_dict[prefix + name] = value.to(working_precision(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """Return the buffers of the state that hold floating-point numbers."""
+        found = {name: self._buffers.get(name) for name in KMeansState._fields}
+        return {name: value for name, value in found.items() if value is not None and value.is_floating_point()}
+
+
+class KMeansLearner(KMeansStatistics, Learner):
     """A module that keeps the states of k-means."""
 
     ema_decay: float

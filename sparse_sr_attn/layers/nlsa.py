@@ -19,7 +19,6 @@ from sparse_sr_attn.layers.base import (
     check_map,
     feature_map,
     last_conv,
-    projected_tokens,
     tokens,
 )
 
@@ -116,7 +115,7 @@ class NLSA(AttentionLayer):
             num_adjacent=self.num_adjacent,
             exact_keys=self.exact_keys,
         )
-        rows = query, query, projected_tokens(x, self.value)
+        rows = query, query, tokens(self.value(x)).contiguous()
         attended = cluster_attention_rounds(*rows, pattern, len(self.rotations), normalize_keys=True)
         return x + self.res_scale * feature_map(attended, x)
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.config import PositiveInt, checked
 from sparse_sr_attn.functional.layout import channels_last
-from sparse_sr_attn.functional.shift import Form, shift_conv2d
-from sparse_sr_attn.layers.base import LAYERS, check_map
+from sparse_sr_attn.functional.shift import Form, shift2d, shift_conv2d
+from sparse_sr_attn.layers.base import LAYERS, PointwiseConv2d, check_map, is_unmodified
 
 _STRIP = 2**19
 """Numbers between the two convolutions of an LFE that are made at a time where nothing learns: they stay in cache."""
@@ -20,7 +20,7 @@ _SOURCE = "Zhang et al., arXiv 2203.06697"
 
 
 @LAYERS.register("ShiftConv2d", kind="operator", source=_SOURCE)
-class ShiftConv2d(nn.Conv2d):
+class ShiftConv2d(nn.Module):
     """1x1 convolution of channels of which four fifths come from the neighbours of a pixel: right, left, below, above.
 
     It sees as far as a 3x3 convolution does, for a ninth of the products and weights.
@@ -42,7 +42,10 @@ class ShiftConv2d(nn.Conv2d):
     def __init__(
         self, in_channels: PositiveInt, out_channels: PositiveInt | None = None, *, form: Form = "slices"
     ) -> None:
-        super().__init__(in_channels, out_channels or in_channels, 1)
+        super().__init__()
+        conv = nn.Conv2d(in_channels, out_channels or in_channels, 1)
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.weight, self.bias = conv.weight, conv.bias
         self.form = form
 
     def extra_repr(self) -> str:
@@ -78,8 +81,15 @@ class LFE(nn.Module):
     @checked
     def __init__(self, embed_dim: PositiveInt, *, expansion: PositiveInt = 2, form: Form = "slices") -> None:
         super().__init__()
-        self.conv1 = ShiftConv2d(embed_dim, expansion * embed_dim, form=form)
-        self.conv2 = ShiftConv2d(expansion * embed_dim, embed_dim, form=form)
+        self.embed_dim = embed_dim
+        self.expansion = expansion
+        self.form = form
+        self.conv1 = PointwiseConv2d(embed_dim, expansion * embed_dim, 1)
+        self.conv2 = PointwiseConv2d(expansion * embed_dim, embed_dim, 1)
+
+    def extra_repr(self) -> str:
+        """Return the options that shapes do not show."""
+        return f"form={self.form!r}"
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return a map of the same size.
@@ -87,16 +97,25 @@ class LFE(nn.Module):
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        step = max(1, _STRIP // (self.conv1.out_channels * x.shape[3]))
-        learns = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if learns or not x.is_cpu or x.dtype != torch.float32 or step >= x.shape[2]:
+        check_map(x, self.embed_dim)
+        step = max(1, _STRIP // (self.expansion * self.embed_dim * x.shape[3]))
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_unmodified()
+        if whole or not x.is_cpu or x.dtype != torch.float32 or step >= x.shape[2]:
             return self._whole(x)
         x = channels_last(x)
         return torch.cat([self._lines(x, start, start + step) for start in range(0, x.shape[2], step)], dim=2)
 
     def _whole(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        output: Tensor = self.conv2(F.relu(self.conv1(x)))
+        return self._shift_conv(self.conv2, F.relu(self._shift_conv(self.conv1, x)))
+
+    def _shift_conv(self, conv: PointwiseConv2d, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
+        if self.form == "masked" and is_unmodified(conv, PointwiseConv2d):
+            return shift_conv2d(x, conv.weight, conv.bias, form="masked")
+        output: Tensor = conv(shift2d(x))
         return output
+
+    def _is_unmodified(self) -> bool:
+        return is_unmodified(self.conv1, PointwiseConv2d) and is_unmodified(self.conv2, PointwiseConv2d)
 
     def _lines(self, x: Float[Tensor, "b c h w"], start: int, stop: int) -> Float[Tensor, "b c _ w"]:
         """Return some lines of the result, from no more of the map than they depend on."""

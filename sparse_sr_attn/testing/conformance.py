@@ -21,6 +21,7 @@ import io
 import pickle
 import random
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -435,6 +436,77 @@ def check_every_parameter_learns(subject: Subject, device: torch.device) -> None
         assert x.grad is not None
         assert torch.isfinite(x.grad).all()
         assert x.grad.any()
+
+
+@_clause()
+def check_every_part_is_called(subject: Subject, device: torch.device) -> None:
+    """Hooks on each submodule with parameters of its own run in a forward, and what they return counts."""
+    for training in (True, False):
+        chain = subject.chain().to(device).train(training)
+        x = feature_map("x", device=device)
+        plain = chain(x)
+        for name, module in _parts(chain.layer):
+            handle = module.register_forward_hook(lambda *args: args[-1] * 2 + 1)
+            hooked = chain(x)
+            handle.remove()
+            assert not torch.equal(hooked, plain), f"{name} is not called when {training=}; its hooks are passed over"
+
+
+@_clause()
+def check_reparametrised_weights_learn(subject: Subject, device: torch.device) -> None:
+    """Weight and spectral normalisation (old and new), and pruning: they train, and the result is that of the weights.
+
+    After training, a layer whose reparametrisation is folded into its weights gives the same output.
+    """
+    for name, (wrap, unwrap) in _reparametrisations().items():
+        chain = subject.chain().double().to(device).train()
+        parts = [module for _, module in _parts(chain.layer) if getattr(module, "weight", torch.empty(0)).ndim > 1]
+        for module in parts:
+            wrap(module)
+        optimizer = torch.optim.SGD(chain.parameters(), lr=0.1)
+        for step in range(3):
+            output = chain(feature_map(f"x{step}", dtype=torch.float64, device=device))
+            optimizer.zero_grad()
+            probe = feature_map("probe", channels=output.shape[1], dtype=torch.float64, device=device)
+            (output * probe).sum().backward()
+            optimizer.step()
+        for path, parameter in chain.layer.named_parameters():
+            assert parameter.grad is not None, f"{name}: {path} gets no gradient"
+            assert parameter.grad.any(), f"{name}: the gradient of {path} is zero"
+        x = feature_map("x", dtype=torch.float64, device=device)
+        wrapped = chain.eval()(x)
+        for module in parts:
+            unwrap(module)
+        torch.testing.assert_close(chain(x), wrapped, rtol=1e-9, atol=1e-9)
+
+
+def _parts(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the submodules, the layer among them, that have parameters of their own."""
+    return [(path, part) for path, part in layer.named_modules() if any(True for _ in part.parameters(recurse=False))]
+
+
+def _reparametrisations() -> dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]]:
+    """Return ways to reparametrise the weight of a module, each with the way to fold it into the weight."""
+    from torch.nn.utils import parametrizations, parametrize, prune  # noqa: PLC0415
+
+    def old_weight_norm(module: nn.Module) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            nn.utils.weight_norm(module)
+
+    def fold(module: nn.Module) -> None:
+        parametrize.remove_parametrizations(module, "weight")
+
+    return {
+        "torch.nn.utils.weight_norm": (old_weight_norm, nn.utils.remove_weight_norm),
+        "parametrizations.weight_norm": (parametrizations.weight_norm, fold),
+        "torch.nn.utils.spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+        "parametrizations.spectral_norm": (parametrizations.spectral_norm, fold),
+        "prune": (
+            lambda module: prune.l1_unstructured(module, "weight", 0.25),
+            lambda module: prune.remove(module, "weight"),
+        ),
+    }
 
 
 @_clause(_reads_states)

@@ -1,0 +1,80 @@
+"""Statistics of k-means in networks that are cast to low precision, or loaded in it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_sr_attn import CategoryAttention, LCoA
+from sparse_sr_attn.functional.kmeans import KMeansState, cluster_sums
+from sparse_sr_attn.layers.learners import KMeansStatistics
+
+STATISTICS = tuple(name for name in KMeansState._fields if not name.startswith("num_"))
+
+
+def statistics(layer: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: b for name, b in layer.named_buffers() if name.rpartition(".")[2] in STATISTICS}
+
+
+LAYERS: dict[str, Any] = {
+    "LCoA": lambda: LCoA(8, num_clusters=2, chunk_size=16, reduction=4, num_rounds=2),
+    "CategoryAttention": lambda: CategoryAttention(8, num_clusters=2, chunk_size=16, reduction=4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_clusters_of_more_tokens_than_float16_can_count(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]().to(dtype).train()
+    assert len(statistics(layer)) == (10 if name == "LCoA" else 5)
+    x = torch.randn(1, 8, 1, 1).expand(1, 8, 300, 300).to(dtype)  # 90,000 tokens in one cluster
+    for _ in range(3):
+        with torch.no_grad():
+            output = layer(x)
+        assert output.isfinite().all()
+    for path, value in statistics(layer).items():
+        assert value.dtype == torch.float32, path
+        assert value.isfinite().all(), path
+    assert max(value.max() for path, value in statistics(layer).items() if path.endswith("counts")) == 90_000
+    for path, value in layer.named_buffers():
+        if path.endswith(("num_updates", "num_skipped")):
+            assert value == (2 if path.endswith("updates") else 0), path
+
+
+def test_casts_keep_the_numbers_of_statistics() -> None:
+    layer = LAYERS["LCoA"]()
+    layer(torch.randn(2, 8, 9, 9))
+    before = {name: value.clone() for name, value in statistics(layer).items()}
+    for cast in (layer.half, layer.bfloat16, layer.float):
+        for name, value in statistics(cast()).items():
+            assert torch.equal(value, before[name]), name
+    for value in statistics(layer.double()).values():
+        assert value.dtype == torch.float64
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_weights_in_float16_keeps_statistics_in_float32(assign: bool) -> None:
+    layer = LAYERS["LCoA"]()
+    layer(torch.randn(2, 8, 9, 9))
+    low = {name: value.half() if value.is_floating_point() else value for name, value in layer.state_dict().items()}
+    fresh = LAYERS["LCoA"]()
+    fresh.load_state_dict(low, assign=assign)
+    for name, value in statistics(fresh).items():
+        assert value.dtype == torch.float32, name
+        assert torch.equal(value, low[name].float()), name
+    assert fresh.coa.value.weight.dtype == (torch.float16 if assign else torch.float32)
+
+
+def test_statistics_stay_on_the_device_that_a_module_is_moved_to() -> None:
+    layer = LAYERS["LCoA"]().to("meta", torch.float16)
+    assert all(value.is_meta and value.dtype == torch.float32 for value in statistics(layer).values())
+    assert isinstance(layer.lsp.further_rounds[0], KMeansStatistics)
+
+
+def test_counts_do_not_stop_at_the_largest_whole_number_of_float32() -> None:
+    num_tokens = 2**24 + 3
+    points = torch.ones(1, 1, 1).expand(1, num_tokens, 1)
+    _, counts = cluster_sums(points, torch.zeros(1, 1, dtype=torch.int64).expand(1, num_tokens), 1)
+    assert counts.item() >= 2**24 + 2  # float32 has even numbers only there
