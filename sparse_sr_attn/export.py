@@ -57,7 +57,7 @@ class Deviation:
 
 
 def export_onnx(
-    model: Network, file: Path, *, overwrite: bool = False, sizes: Sequence[tuple[int, int]] | None = None
+    model: Network, file: str | Path, *, overwrite: bool = False, sizes: Sequence[tuple[int, int]] | None = None
 ) -> list[Deviation]:
     """Write `model` as ONNX for any height and width, once onnxruntime has given the same images at several sizes.
 
@@ -81,6 +81,7 @@ def export_onnx(
         two parts: tokens that moved must have been ties, and the image must be the same under the clusters that
         onnxruntime found.
     """
+    file = Path(file)
     if file.suffix != ".onnx":
         raise ExportError(f"{file} must end in .onnx")
     if model.training:

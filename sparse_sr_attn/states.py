@@ -1,15 +1,15 @@
-"""What attention layers share: frozen values that travel by argument, never by attribute."""
+"""What attention layers share: values that travel by argument, never by attribute.
 
-from dataclasses import dataclass
-from typing import cast
+They are named tuples, which all tools that look into the inputs and outputs of modules know how to read.
+"""
+
+from typing import NamedTuple, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.export import register_dataclass
 
 
-@dataclass(frozen=True, eq=False)
-class ClusterPattern:
+class ClusterPattern(NamedTuple):
     """Who attends to whom: the tokens sorted by cluster and cut into chunks.
 
     Attributes:
@@ -27,8 +27,7 @@ class ClusterPattern:
     exact_keys: bool
 
 
-@dataclass(frozen=True, eq=False)
-class ClusterAttention:
+class ClusterAttention(NamedTuple):
     """A pattern with the softmax weights of one embedding over it: what LSP gives and CoA reads.
 
     It holds the weights, or the embedding that they are made of: then each reader computes them again.
@@ -55,8 +54,7 @@ class ClusterAttention:
         return self.pattern.order.shape[0] // self.num_rounds, self.height, self.width
 
 
-@dataclass(frozen=True, eq=False)
-class WindowAttention:
+class WindowAttention(NamedTuple):
     """The softmax weights of groups of channels, each inside windows of its own size: what GMSA gives and reads.
 
     Attributes:
@@ -83,7 +81,3 @@ class WindowAttention:
         """Return the number of maps, their height and width."""
         first = cast(Tensor, self.queries[0] if self.weights[0] is None else self.weights[0])
         return first.shape[0], self.height, self.width
-
-
-for _state in (ClusterPattern, ClusterAttention, WindowAttention):
-    register_dataclass(_state)

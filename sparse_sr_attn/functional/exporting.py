@@ -1,6 +1,9 @@
 """What export needs to be told, and compilers of older torch must not be."""
 
 import torch
+from torch.autograd import forward_ad
+
+from sparse_sr_attn.errors import ExportError
 
 
 def is_exporting() -> bool:
@@ -10,6 +13,35 @@ def is_exporting() -> bool:
     behind it is right there as well, and is what newer ones read.
     """
     return torch.compiler._is_exporting_flag
+
+
+def is_exporting_to_old_onnx() -> bool:
+    """Return whether the TorchScript-based exporter of ONNX (`dynamo=False`) is at work."""
+    in_export = not torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    return in_export and torch._C._get_tracing_state() is not None
+
+
+def is_forward_mode() -> bool:
+    """Return whether forward-mode derivatives are being computed (`torch.func.jvp`, `forward_ad.dual_level`)."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def needs_plain_code() -> bool:
+    """Return whether operations must consist of torch's own operators, because ours are opaque to what reads them.
+
+    `torch.export` translates torch's operators only, and forward-mode derivatives exist for them only.
+
+    Raises:
+        ExportError: the TorchScript-based exporter of ONNX is at work, which can translate neither.
+    """
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    if is_exporting_to_old_onnx():
+        raise ExportError(
+            "sparse attention must be exported to ONNX with dynamo=True, got the TorchScript-based exporter; "
+            "call torch.onnx.export(..., dynamo=True) or sparse_sr_attn.export.export_onnx"
+        )
+    return is_exporting() or is_forward_mode()
 
 
 def smaller(one: int, other: int) -> int:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from sparse_sr_attn.errors import FormError
-from sparse_sr_attn.functional.exporting import is_exporting
+from sparse_sr_attn.functional.exporting import is_forward_mode, needs_plain_code
 
 Form = Literal["auto", "oneshot", "tiles", "flex", "triton"]
 """How cluster attention is carried out."""
@@ -21,7 +21,7 @@ def resolve_form(form: Form, device: torch.device | str) -> Form:
     Args:
         form: "oneshot", "tiles", "flex" or "triton", which stay as they are if the device can run them, or "auto":
             tiles on the CPU; triton on CUDA devices of compute capability 8.0 and more, if triton is installed;
-            oneshot everywhere else and for export.
+            oneshot everywhere else, for export and for forward-mode derivatives.
         device: where the tensors are.
 
     Returns:
@@ -35,6 +35,8 @@ def resolve_form(form: Form, device: torch.device | str) -> Form:
     device = torch.device(device)
     if form == "auto":
         return _best_form(device)
+    if form != "oneshot" and is_forward_mode():
+        raise FormError(f"forward-mode derivatives need form 'oneshot' or 'auto', got {form!r}, which has none")
     if form == "triton" and not HAS_TRITON:
         raise FormError("form 'triton' needs the package triton, which is not installed; 'oneshot' works on any device")
     if form == "triton" and device.type != "cuda" and not interpreting():
@@ -47,8 +49,26 @@ def resolve_form(form: Form, device: torch.device | str) -> Form:
     return form
 
 
+def uses_operator(form: str, operator: str) -> bool:
+    """Return whether an operation with two forms, "oneshot" and one that is an operator of ours, runs as the latter.
+
+    Args:
+        form: "oneshot", the name of the other, or "auto": the other but for export and forward-mode derivatives.
+        operator: what the other form is called.
+
+    Raises:
+        FormError: `form` is none of these, or was asked for by name and cannot run.
+    """
+    if form not in ("auto", "oneshot", operator):
+        raise FormError(f"form must be 'auto', 'oneshot' or {operator!r}, got {form!r}")
+    plain = needs_plain_code()
+    if form == operator and is_forward_mode():
+        raise FormError(f"forward-mode derivatives need form 'oneshot' or 'auto', got {form!r}, which has none")
+    return form == operator or (form == "auto" and not plain)
+
+
 def _best_form(device: torch.device) -> Form:
-    if is_exporting():
+    if needs_plain_code():
         return "oneshot"
     if device.type == "cpu":
         return "tiles"

@@ -28,7 +28,7 @@ def random_directions(num_features: int, dim: int, seed: int = 0) -> Float[Tenso
     # Without the signs, not every rotation is equally likely.
     rotations = rotations * triangles.diagonal(dim1=-2, dim2=-1).sign()[:, None]
     lengths = others.norm(dim=-1, keepdim=True)
-    directions: Tensor = (lengths * rotations.mT).flatten(0, 1)
+    directions: Tensor = (lengths * rotations.transpose(-1, -2)).flatten(0, 1)
     return directions[:num_features].float()
 
 
@@ -61,7 +61,7 @@ def kernel_attention(
     with without_autocast(query):
         query, key, directions = (rows.to(dtype) for rows in (query, key, directions))
         # One row a feature: GPUs reduce along rows many times faster than across them.
-        of_keys = directions @ key.mT - key.square().sum(dim=-1)[:, None] / 2
+        of_keys = directions @ key.transpose(-1, -2) - key.square().sum(dim=-1)[:, None] / 2
         gathered = of_keys.softmax(dim=-1) @ value.to(dtype)
         of_queries = query @ directions.T + of_keys.logsumexp(dim=-1)[:, None]
         return (of_queries.softmax(dim=-1) @ gathered).to(value.dtype)

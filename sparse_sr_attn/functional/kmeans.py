@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.functional.cluster_triton import MAX_QUERY_DIM, nearest_op
-from sparse_sr_attn.functional.exporting import is_exporting
+from sparse_sr_attn.functional.exporting import needs_plain_code
 from sparse_sr_attn.functional.forms import resolve_form
 from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.functional.processes import gathered, several_processes
@@ -276,7 +276,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     if points.shape[-1] <= MAX_QUERY_DIM and resolve_form("auto", points.device) == "triton":
         return nearest_op(points, centroids.to(points.dtype))  # type: ignore[no-any-return]
     with without_autocast(points):
-        if points.device.type == "cpu" and not is_exporting():
+        if points.device.type == "cpu" and not needs_plain_code():
             return _nearest_by_blocks(points, centroids.to(points.dtype))  # type: ignore[no-any-return]
         best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)
     return best, index

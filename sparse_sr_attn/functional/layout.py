@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional.exporting import is_exporting
+from sparse_sr_attn.functional.exporting import is_exporting, is_exporting_to_old_onnx, is_forward_mode
 
 
 def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -34,7 +34,7 @@ def pointwise_conv2d(
     float32, torch uses a slower routine for fewer than 16 images; so the lines of the map become the images, inside an
     operator, because a graph of them would hold for some numbers of lines only.
     """
-    if bias is None or is_exporting():
+    if bias is None or is_exporting() or is_forward_mode() or is_exporting_to_old_onnx():
         return F.conv2d(x, weight, bias)
     if not x.is_contiguous(memory_format=torch.channels_last):
         rows = torch.baddbmm(bias, x.flatten(2).transpose(1, 2), weight.flatten(1).T.expand(x.shape[0], -1, -1))

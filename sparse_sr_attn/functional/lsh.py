@@ -64,7 +64,8 @@ def hash_tokens(
         along = torch.einsum("bnd,rmd->brnm", points, rotations.to(points.dtype))
         used = torch.arange(along.shape[-1], device=along.device) < half
         index = along.abs().masked_fill(~used, -1).argmax(dim=-1, keepdim=True)
-        return (index + half * (along.gather(-1, index) < 0))[..., 0]
+        # Chosen, not multiplied: ONNX export cannot multiply a truth value by a size.
+        return torch.where(along.gather(-1, index) < 0, index + half, index)[..., 0]
 
 
 def hash_step(points: Float[Tensor, "b n d"], state: HashState, num_buckets: int, *, seed: int) -> Int[Tensor, "b r n"]:

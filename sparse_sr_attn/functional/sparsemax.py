@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_sr_attn.functional.exporting import is_exporting
+from sparse_sr_attn.functional.forms import uses_operator
 from sparse_sr_attn.functional.precision import without_autocast, working_precision
 
 Form = Literal["auto", "oneshot", "tiles"]
@@ -63,12 +63,13 @@ def sparsemax_attention(
     Returns:
         One row per query, in the dtype of `value`; scores and weights are in float32 at least.
 
+    Raises:
+        FormError: there is no such form, or it cannot run here.
+
     Note:
         Time grows as `n * m`. Tiles compute the weights again in the backward.
     """
-    if form not in ("auto", "oneshot", "tiles"):
-        raise ValueError(f"form must be 'auto', 'oneshot' or 'tiles', got {form!r}")
-    if form == "tiles" or (form == "auto" and not is_exporting()):
+    if uses_operator(form, "tiles"):
         return _attention_op(query, key, value, scale)  # type: ignore[no-any-return]
     dtype = working_precision(query)
     with without_autocast(query):

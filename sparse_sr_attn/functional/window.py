@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import window_operators as operators
-from sparse_sr_attn.functional.exporting import is_exporting
+from sparse_sr_attn.functional.forms import uses_operator
 from sparse_sr_attn.functional.precision import without_autocast
 from sparse_sr_attn.functional.window_grid import WindowGrid
 
@@ -67,6 +67,7 @@ def window_weights(
         nothing, and are finite.
 
     Raises:
+        FormError: there is no such form, or it cannot run here.
         ShapeError: `key` has another size.
 
     Note:
@@ -74,7 +75,7 @@ def window_weights(
     """
     _check_key(query, key)
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
-    if _as_operator(form):
+    if uses_operator(form, "operator"):
         return operators.weights_op(query, key, window_size, shift, scale)  # type: ignore[no-any-return]
     with without_autocast(query):
         return operators.weights(query, key, grid, shift, scale)
@@ -104,6 +105,7 @@ def apply_window_weights(
         A map in the dtype of `value`.
 
     Raises:
+        FormError: there is no such form, or it cannot run here.
         ShapeError: the weights are those of another map.
 
     Note:
@@ -114,7 +116,7 @@ def apply_window_weights(
     if tuple(weights.shape) != expected:
         raise ShapeError(f"weights of this map must be of shape {expected}, got {tuple(weights.shape)}")
     unshift = shift if unshift is None else unshift
-    if _as_operator(form):
+    if uses_operator(form, "operator"):
         return operators.apply_op(weights, value, window_size, shift, unshift)  # type: ignore[no-any-return]
     with without_autocast(value):
         return operators.apply(weights, value, grid, shift, unshift)
@@ -147,6 +149,7 @@ def window_attention(
         A map in the dtype of `value`.
 
     Raises:
+        FormError: there is no such form, or it cannot run here.
         ShapeError: the maps differ in size.
 
     Note:
@@ -157,7 +160,7 @@ def window_attention(
         raise ShapeError(f"query and value must be of one size, got {tuple(query.shape)} and {tuple(value.shape)}")
     unshift = shift if unshift is None else unshift
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
-    if _as_operator(form):
+    if uses_operator(form, "operator"):
         return operators.attention_op(query, key, value, window_size, shift, unshift, scale)  # type: ignore[no-any-return]
     with without_autocast(value):
         return operators.apply(operators.weights(query, key, grid, shift, scale), value, grid, shift, unshift)
@@ -166,9 +169,3 @@ def window_attention(
 def _check_key(query: Tensor, key: Tensor | None) -> None:
     if key is not None and query.shape != key.shape:
         raise ShapeError(f"query and key must be of one size, got {tuple(query.shape)} and {tuple(key.shape)}")
-
-
-def _as_operator(form: Form) -> bool:
-    if form not in ("auto", "oneshot", "operator"):
-        raise ValueError(f"form must be 'auto', 'oneshot' or 'operator', got {form!r}")
-    return form == "operator" or (form == "auto" and not is_exporting())

@@ -143,7 +143,7 @@ class SharedGMSA(AttentionLayer):
         state = fitting(state, WindowAttention, x, _HINT)
         x = channels_last(x)
         attended = []
-        values = split_groups(self.value(x), len(state.weights))
+        values = split_groups(self.value(x), self.embed_dim, len(state.weights))
         for weights, query, size, value in zip(state.weights, state.queries, state.window_sizes, values, strict=False):
             shift, unshift = window_shifts(size, state.shift, state.exact_shift)
             if weights is not None:
@@ -235,7 +235,7 @@ class GMSA(AttentionLayer):
 
     def queries(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b _ h w"], ...]:
         """Return the queries of each group."""
-        return split_groups(self.query(channels_last(x)), len(self.window_sizes))
+        return split_groups(self.query(channels_last(x)), self.embed_dim, len(self.window_sizes))
 
     def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
         """Return `x` plus what it attends to: by `state` if given, else by its own weights.
@@ -268,9 +268,9 @@ def group_widths(embed_dim: int, num_groups: int) -> list[int]:
     return [width for width in widths if width]
 
 
-def split_groups(x: Float[Tensor, "b c h w"], num_groups: int) -> tuple[Tensor, ...]:
-    """Return the groups of channels of a map."""
-    groups: tuple[Tensor, ...] = x.split(group_widths(x.shape[1], num_groups), dim=1)
+def split_groups(x: Float[Tensor, "b c h w"], embed_dim: int, num_groups: int) -> tuple[Tensor, ...]:
+    """Return the groups of channels of a map of `embed_dim` channels."""
+    groups: tuple[Tensor, ...] = x.split(group_widths(embed_dim, num_groups), dim=1)
     return groups
 
 

@@ -119,7 +119,10 @@ class StandardWindowAttention(AttentionLayer):
         entering = x if self.norm is None else self.norm(x.movedim(1, -1)).movedim(-1, 1)
         num_groups = len(self.window_sizes)
         groups = zip(
-            *(split_groups(project(entering), num_groups) for project in (self.query, self.key, self.value)),
+            *(
+                split_groups(project(entering), self.embed_dim, num_groups)
+                for project in (self.query, self.key, self.value)
+            ),
             self.window_sizes,
             strict=True,
         )

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -507,6 +508,37 @@ def _reparametrisations() -> dict[str, tuple[Callable[[nn.Module], object], Call
             lambda module: prune.remove(module, "weight"),
         ),
     }
+
+
+@_clause()
+def check_forward_mode_derivatives(subject: Subject, device: torch.device) -> None:
+    """`torch.func.jvp` and dual tensors give the derivative that finite differences give; or an error, never less."""
+    chain = subject.chain().double().to(device).eval()
+    x = feature_map("x", dtype=torch.float64, device=device)
+    direction = feature_map("direction", dtype=torch.float64, device=device)
+    step = 1e-6
+    with torch.no_grad():
+        expected = (chain(x + step * direction) - chain(x - step * direction)) / (2 * step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own use of TorchScript
+        derivative = torch.func.jvp(chain, (x,), (direction,))[1]
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(chain(forward_ad.make_dual(x, direction))).tangent
+    for found in (derivative, dual):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@_clause()
+def check_traced(subject: Subject, device: torch.device) -> None:
+    """`torch.jit.trace` records a program that gives the same for other images of that size."""
+    chain = subject.chain().to(device).eval()
+    x = feature_map("x", device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constants in the trace, and that TorchScript is deprecated
+        traced = torch.jit.trace(chain, x, check_trace=False)
+    for name in ("x", "y"):
+        image = feature_map(name, device=device)
+        torch.testing.assert_close(traced(image), chain(image), rtol=1e-5, atol=1e-6)
 
 
 @_clause(_reads_states)
