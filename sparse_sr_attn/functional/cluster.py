@@ -15,6 +15,8 @@ Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chun
 chunks $t-a, \dots, t+a$ (mod $k$), in this order.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,7 +39,7 @@ __all__ = [
     "cluster_lse",
     "cluster_pattern",
     "cluster_weights",
-    "merge_rounds",
+    "cluster_weights_rounds",
     "resolve_form",
 ]
 
@@ -111,16 +113,34 @@ def cluster_weights(
         LSP of LCoAN (arXiv 2404.04922, section 1 of its released code's behaviour), which has its key chunks in the
         order own, previous, next: the same weights.
     """
+    return _weights(query, key, pattern, scale, normalize_keys, dtype, form, with_lse=False)[0]
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    pattern: ClusterPattern,
+    scale: float,
+    normalize_keys: bool,
+    dtype: torch.dtype | None,
+    form: Form,
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weights and, `with_lse`, the logsumexp of the same scores."""
     _check(pattern, query, key)
     dtype = dtype or working_precision(query)
     if _tiled(form, query):
-        return tiles.weights_op(query, key, *_unpack(pattern), scale, normalize_keys, dtype)  # type: ignore[no-any-return]
+        weights, lse = tiles.weights_op(query, key, *_unpack(pattern), scale, normalize_keys, dtype, with_lse)
+        return weights, lse if with_lse else None
     query, key = (
         query.to(working_precision(query)),
         unit_keys(key) if normalize_keys else key.to(working_precision(key)),
     )
     with without_autocast(query):
-        return _Oneshot(pattern).scores(query, key, scale).softmax(dim=-1).to(dtype)
+        oneshot = _Oneshot(pattern)
+        scores = oneshot.scores(query, key, scale)
+        return scores.softmax(dim=-1).to(dtype), oneshot.lse(scores) if with_lse else None
 
 
 def apply_cluster_weights(
@@ -194,17 +214,38 @@ def cluster_attention(
     Note:
         Differentiable in `query`, `key` and `value` (flex: on GPUs); the backward recomputes the weights.
     """
+    return _attention(query, key, value, pattern, scale, normalize_keys, form, with_lse=False)[0]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: ClusterPattern,
+    scale: float,
+    normalize_keys: bool,
+    form: Form,
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the attention and, `with_lse`, the logsumexp of the same scores."""
     _check(pattern, query, key, value)
     form = _form(form, query)
     if form == "tiles":
-        return tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys)  # type: ignore[no-any-return]
+        output, lse = tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys, with_lse)
+        return output, lse if with_lse else None
     key = unit_keys(key) if normalize_keys else key
     if form == "triton":
-        return triton.attention_op(query, key, value, *_unpack(pattern), scale)[0]  # type: ignore[no-any-return]
+        return triton.attention_op(query, key, value, *_unpack(pattern), scale)[:2]  # type: ignore[no-any-return]
     if form == "flex":
-        return flex.cluster_attention(query, key, value, pattern, scale=scale)
-    weights = cluster_weights(query, key, pattern, scale=scale, form="oneshot")
-    return apply_cluster_weights(weights, value, pattern, form="oneshot")
+        return flex.cluster_attention(query, key, value, pattern, scale, with_lse=with_lse)
+    query, key = (rows.to(working_precision(rows)) for rows in (query, key))
+    with without_autocast(query):
+        oneshot = _Oneshot(pattern)
+        scores = oneshot.scores(query, key, scale)
+        weights = scores.softmax(dim=-1).to(lower_precision(scores, value))
+        output = oneshot.apply(weights, value.to(weights.dtype)).to(value.dtype)
+        return output, oneshot.lse(scores) if with_lse else None
 
 
 def cluster_lse(
@@ -245,11 +286,11 @@ def cluster_lse(
         nothing = query.new_zeros(*query.shape[:2], 1)
         return triton.attention_op(query, key, nothing, *_unpack(pattern), scale)[1]  # type: ignore[no-any-return]
     if form == "flex":
-        return flex.cluster_lse(query, key, pattern, scale=scale)
+        return cast(Tensor, flex.cluster_attention(query, key, key, pattern, scale, with_lse=True)[1])
     query, key = query.to(working_precision(query)), key.to(working_precision(key))
     with without_autocast(query):
         oneshot = _Oneshot(pattern)
-        return oneshot.to_tokens(oneshot.scores(query, key, scale).logsumexp(dim=-1)[..., None])[..., 0]
+        return oneshot.lse(oneshot.scores(query, key, scale))
 
 
 def cluster_attention_rounds(
@@ -265,8 +306,8 @@ def cluster_attention_rounds(
 ) -> Float[Tensor, "b n e"]:
     r"""Return cluster attention in several rounds, in which a key counts once for each round that shows it.
 
-    It is `merge_rounds` without storing the weights: $\sum_r Z_r O_r / \sum_r Z_r$ with the attention $O_r$ of each
-    round and the normaliser $Z_r$ of its softmax.
+    It is `cluster_weights_rounds` without storing the weights: $\sum_r Z_r O_r / \sum_r Z_r$ with the attention $O_r$ of
+    each round and the normaliser $Z_r$ of its softmax.
 
     Args:
         query: one row per token, in image order.
@@ -291,47 +332,56 @@ def cluster_attention_rounds(
     if num_rounds == 1:
         return cluster_attention(query, key, value, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
     query, key, rows = (tensor.repeat_interleave(num_rounds, dim=0) for tensor in (query, key, value))
-    each = cluster_attention(query, key, rows, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
-    lse = cluster_lse(query, key, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
-    share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1)
+    each, lse = _attention(query, key, rows, pattern, scale, normalize_keys, form, with_lse=True)
+    share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1)
     with without_autocast(value):
         merged: Tensor = (share[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
         return merged.to(value.dtype)
 
 
-def merge_rounds(
-    weights: Float[Tensor, "br k i j"],
-    query: Float[Tensor, "br n d"],
-    key: Float[Tensor, "br n d"],
+def cluster_weights_rounds(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
     pattern: ClusterPattern,
     num_rounds: int,
     *,
     scale: float = 1.0,
     normalize_keys: bool = False,
+    dtype: torch.dtype | None = None,
+    form: Form = "auto",
 ) -> Float[Tensor, "br k i j"]:
-    r"""Scale the weights of several rounds so that their sum over the rounds is one attention.
+    r"""Return the weights of attention in several rounds, whose sum over the rounds is one attention.
 
     A round with more similar keys counts more: $P_r \leftarrow P_r\, Z_r / \sum_{r'} Z_{r'}$ with
     $Z_r = \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys that the round sees.
 
     Args:
-        weights: from `cluster_weights`, the rounds of a sample one after the other.
-        query: as given to `cluster_weights`.
-        key: as given to `cluster_weights`.
-        pattern: as given to `cluster_weights`.
-        num_rounds: $r$.
-        scale: as given to `cluster_weights`.
-        normalize_keys: as given to `cluster_weights`.
+        query: one row per token, in image order.
+        key: one row per token, in image order.
+        pattern: of `b * num_rounds` samples: the rounds of a sample one after the other.
+        num_rounds: $r$, >= 1.
+        scale: as in `cluster_weights`.
+        normalize_keys: as in `cluster_weights`.
+        dtype: as in `cluster_weights`.
+        form: as in `cluster_weights`.
 
     Returns:
-        Weights whose rows sum to 1 over the rounds together.
+        Weights as of `cluster_weights`, whose rows sum to 1 over the rounds together.
+
+    Raises:
+        FormError: `form` was asked for by name and stores no weights.
+        ShapeError: `pattern` orders another number of samples or tokens.
 
     Source:
         NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
     """
-    lse = cluster_lse(query, key, pattern, scale=scale, normalize_keys=normalize_keys)[..., None]
-    share = lse.unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
-    return weights * _Oneshot(pattern).chunks(share)
+    if num_rounds == 1:
+        return cluster_weights(query, key, pattern, scale=scale, normalize_keys=normalize_keys, dtype=dtype, form=form)
+    query, key = (rows.repeat_interleave(num_rounds, dim=0) for rows in (query, key))
+    weights, lse = _weights(query, key, pattern, scale, normalize_keys, None, form, with_lse=True)
+    share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
+    weights = weights * _Oneshot(pattern).chunks(share[..., None])
+    return weights if dtype is None else weights.to(dtype)
 
 
 def _check(pattern: ClusterPattern, *rows: Tensor) -> None:
@@ -378,6 +428,9 @@ class _Oneshot:
 
     def apply(self, weights: Tensor, value: Tensor) -> Tensor:
         return self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))
+
+    def lse(self, scores: Tensor) -> Tensor:
+        return self.to_tokens(scores.logsumexp(dim=-1)[..., None])[..., 0]
 
     def to_tokens(self, chunks: Tensor) -> Tensor:
         # By the slot of each token: strides of a slice to the tokens would tell export whether the last chunk is full.

@@ -22,34 +22,23 @@ _GPU_BLOCK = 128  # slots in a block of the mask on GPUs, whose kernels do not t
 _compiled: Callable[..., Any] | None = None
 
 
-def cluster_attention(query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, *, scale: float) -> Tensor:
-    """Return `cluster.cluster_attention`, in float32 inside.
+def cluster_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, scale: float, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return `cluster.cluster_attention`, in float32 inside, and, `with_lse`, `cluster.cluster_lse`.
 
     Raises:
-        FormError: an input is in float64, a gradient is wanted on the CPU, or torch cannot build the kernel.
+        FormError: an input is in float64, a gradient or the logsumexp is wanted on the CPU, or torch cannot build the
+            kernel.
     """
-    attended = _attend(query, key, value, pattern, scale)
-    output: Tensor = attended.to(value.dtype)
-    return output
-
-
-def cluster_lse(query: Tensor, key: Tensor, pattern: ClusterPattern, *, scale: float) -> Tensor:
-    """Return `cluster.cluster_lse`.
-
-    Raises:
-        FormError: on the CPU, where torch's kernel does not tell it; and as in `cluster_attention`.
-    """
-    if query.device.type == "cpu":
-        raise FormError("form 'flex' has no logsumexp on 'cpu'; 'tiles' and 'oneshot' work there")
-    from torch.nn.attention.flex_attention import AuxRequest  # noqa: PLC0415
-
-    lse: Tensor = _attend(query, key, key, pattern, scale, return_aux=AuxRequest(lse=True))
-    return lse
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, scale: float, **request: Any) -> Tensor:
-    """Return the output, or what else is requested of a token, in image order."""
     _check(query, key, value)
+    request = {}
+    if with_lse:
+        if query.device.type == "cpu":
+            raise FormError("form 'flex' has no logsumexp on 'cpu'; 'tiles' and 'oneshot' work there")
+        from torch.nn.attention.flex_attention import AuxRequest  # noqa: PLC0415
+
+        request["return_aux"] = AuxRequest(lse=True)
     layout = ClusterLayout.of(pattern)
     reach = layout.num_adjacent * layout.chunk_size
     slot = torch.arange(layout.num_slots, device=query.device)
@@ -61,9 +50,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, 
         queries = _rows(query, token[:, layout.rank(slot)])
         keys, values = (_rows(rows, token[:, layout.rank(seen)]) for rows in (key, value))
         result = _run(queries, keys, values, block_mask=block_mask, scale=scale, **request)
-    by_slot = (result[1].lse if request else result)[:, 0, : layout.num_tokens].flatten(0, 1)
-    by_token: Tensor = torch.empty_like(by_slot).index_copy(0, token.flatten(), by_slot)
-    return by_token.view(*pattern.order.shape, *by_slot.shape[1:])
+
+    def by_token(slots: Tensor) -> Tensor:
+        rows = slots[:, 0, : layout.num_tokens].flatten(0, 1)
+        return torch.empty_like(rows).index_copy(0, token.flatten(), rows).view(*pattern.order.shape, *rows.shape[1:])
+
+    output, lse = (result[0], by_token(result[1].lse)) if with_lse else (result, None)
+    return by_token(output).to(value.dtype), lse
 
 
 def _rows(rows: Tensor, token: Tensor) -> Tensor:

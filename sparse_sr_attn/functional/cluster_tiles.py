@@ -153,10 +153,18 @@ class _Scored:
             scores[chunk, :, hidden] = float("-inf")
         return scores
 
-    def weights(self, tile: _Tile, out: Tensor | None = None) -> Float[Tensor, "t i j"]:
-        """Return the softmax of the scores of a tile."""
+    def weights(
+        self, tile: _Tile, out: Tensor | None = None, lse: Float[Tensor, "t i 1"] | None = None
+    ) -> Float[Tensor, "t i j"]:
+        """Return the softmax of the scores of a tile; write their logsumexp to `lse`."""
         scores = self.scores(tile, out)
-        return torch.softmax(scores, dim=-1, out=scores)
+        if lse is None:
+            return torch.softmax(scores, dim=-1, out=scores)
+        largest = scores.amax(dim=-1, keepdim=True)
+        weights = torch.softmax(scores, dim=-1, out=scores)
+        # The largest weight is one over the sum of exp(score - largest): two maxima are cheaper than another sum.
+        torch.sub(largest, weights.amax(dim=-1, keepdim=True).log(), out=lse)
+        return weights
 
 
 class _ScoreGrads:
@@ -175,10 +183,16 @@ class _ScoreGrads:
         tokens.send_back(grad_scores, tokens.chunks(scored.query, tile), self._halo, tile)
 
     def add_of_weights(
-        self, grad_weights: Float[Tensor, "t i j"], weights: Float[Tensor, "t i j"], tile: _Tile
+        self,
+        grad_weights: Float[Tensor, "t i j"],
+        weights: Float[Tensor, "t i j"],
+        tile: _Tile,
+        grad_lse: Float[Tensor, "t i 1"] | None = None,
     ) -> None:
-        """Add what the weights of a tile send back; writes over `grad_weights`."""
+        """Add what the weights of a tile, and the logsumexp of its scores, send back; writes over `grad_weights`."""
         torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
+        if grad_lse is not None:
+            grad_weights.addcmul_(weights, grad_lse)
         self.add(grad_weights, tile)
 
     def write(self, grad_query: Float[Tensor, "n d"], grad_key: Float[Tensor, "n d"]) -> None:
@@ -211,6 +225,10 @@ def _weights_shape(order: Tensor, layout: ClusterLayout) -> tuple[int, ...]:
     return (order.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
 
 
+def _new_lse(query: Tensor, order: Tensor, with_lse: bool) -> Tensor:
+    return query.new_empty(order.shape if with_lse else (0,), dtype=working_precision(query))
+
+
 @torch.library.custom_op("sparse_sr_attn::cluster_weights", mutates_args=())
 def weights_op(
     query: Tensor,
@@ -222,20 +240,24 @@ def weights_op(
     scale: float,
     unit: bool,
     dtype: torch.dtype,
-) -> Tensor:
-    """Return `cluster.cluster_weights`, tile by tile."""
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `cluster.cluster_weights` and, `with_lse`, `cluster.cluster_lse`, tile by tile."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
-    weights = query.new_empty(_weights_shape(order, layout), dtype=dtype)
+    weights, lse = query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
     with without_autocast(query):
         for sample, tokens in _samples(order, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            lse_slots = tokens.slots(lse[sample, :, None]) if with_lse else None
             for tile in tokens.tiles():
-                out = weights[sample, tile.chunks]
+                out, of_tile = weights[sample, tile.chunks], None if lse_slots is None else tokens.at(lse_slots, tile)
                 if dtype == scored.query.dtype:
-                    scored.weights(tile, out)
+                    scored.weights(tile, out, of_tile)
                 else:
-                    out.copy_(scored.weights(tile))
-    return weights
+                    out.copy_(scored.weights(tile, lse=of_tile))
+            if lse_slots is not None:
+                tokens.to_tokens(lse_slots, lse[sample, :, None])
+    return weights, lse
 
 
 @weights_op.register_fake
@@ -249,14 +271,16 @@ def _(
     scale: float,
     unit: bool,
     dtype: torch.dtype,
-) -> Tensor:
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
-    return query.new_empty(_weights_shape(order, layout), dtype=dtype)
+    return query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
 
 
 @torch.library.custom_op("sparse_sr_attn::cluster_weights_backward", mutates_args=())
 def _weights_backward_op(
     grad: Tensor,
+    grad_lse: Tensor,
     weights: Tensor,
     query: Tensor,
     key: Tensor,
@@ -266,6 +290,7 @@ def _weights_backward_op(
     exact_keys: bool,
     scale: float,
     unit: bool,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
@@ -275,13 +300,14 @@ def _weights_backward_op(
             grads = _ScoreGrads(scored)
             for tile in tokens.tiles():
                 part, sent = (each[sample, tile.chunks].to(scored.query.dtype) for each in (weights, grad))
-                grads.add_of_weights(sent.clone() if sent.dtype == grad.dtype else sent, part, tile)
+                of_lse = tokens.real_chunks(grad_lse[sample, :, None], tile) if with_lse else None
+                grads.add_of_weights(sent.clone() if sent.dtype == grad.dtype else sent, part, tile, of_lse)
             grads.write(grad_query[sample], grad_key[sample])
     return grad_query, grad_key
 
 
 @_weights_backward_op.register_fake
-def _(grad: Tensor, weights: Tensor, query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, grad_lse: Tensor, weights: Tensor, query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
@@ -407,30 +433,36 @@ def attention_op(
     exact_keys: bool,
     scale: float,
     unit: bool,
-) -> Tensor:
-    """Return `cluster.cluster_attention`, tile by tile; only a tile of weights exists at a time."""
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `cluster.cluster_attention` and, `with_lse`, `cluster.cluster_lse`; a tile of weights exists at a time."""
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
-    out = None
+    out, lse = None, _new_lse(query, order, with_lse)
     with without_autocast(query):
         for sample, tokens in _samples(order, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             v = value[sample].contiguous()
             slots = tokens.slots(v)
+            lse_slots = tokens.slots(lse[sample, :, None]) if with_lse else None
             for tile in tokens.tiles():
-                torch.bmm(scored.weights(tile).to(v.dtype), tokens.windows(v, tile), out=tokens.at(slots, tile))
+                weights = scored.weights(tile, lse=None if lse_slots is None else tokens.at(lse_slots, tile))
+                torch.bmm(weights.to(v.dtype), tokens.windows(v, tile), out=tokens.at(slots, tile))
             out = _space(out, value)
             tokens.to_tokens(slots, out[sample])
-    return _space(out, value)
+            if lse_slots is not None:
+                tokens.to_tokens(lse_slots, lse[sample, :, None])
+    return _space(out, value), lse
 
 
 @attention_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
-    return value.new_empty(value.shape)
+def _(query: Tensor, key: Tensor, value: Tensor, order: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return value.new_empty(value.shape), _new_lse(query, order, options[-1])
 
 
 @torch.library.custom_op("sparse_sr_attn::cluster_attention_backward", mutates_args=())
 def _attention_backward_op(
     grad: Tensor,
+    grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -440,6 +472,7 @@ def _attention_backward_op(
     exact_keys: bool,
     scale: float,
     unit: bool,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(order, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key, grad_value = query.new_empty(query.shape), key.new_empty(key.shape), None
@@ -451,7 +484,9 @@ def _attention_backward_op(
             for tile in tokens.tiles():
                 weights, sent = scored.weights(tile), tokens.real_chunks(g, tile)
                 tokens.send_back(weights, sent, halo, tile)
-                grads.add_of_weights(torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2)), weights, tile)
+                of_lse = tokens.real_chunks(grad_lse[sample, :, None], tile) if with_lse else None
+                of_weights = torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2))
+                grads.add_of_weights(of_weights, weights, tile, of_lse)
             del g
             grads.write(grad_query[sample], grad_key[sample])
             grad_value = _space(grad_value, value)
@@ -460,7 +495,9 @@ def _attention_backward_op(
 
 
 @_attention_backward_op.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -470,15 +507,15 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
 _NONE = (None,) * 6  # for the order and the options
 
 
-def _weights_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, order, *ctx.options, _ = inputs
-    ctx.save_for_backward(output, query, key, order)
+def _weights_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, order, *options, _, with_lse = inputs
+    ctx.options = (*options, with_lse)
+    ctx.save_for_backward(output[0], query, key, order)
 
 
-def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, query, key, order = ctx.saved_tensors
-    grad_query, grad_key = _weights_backward_op(grad, weights, query, key, order, *ctx.options)
-    return grad_query, grad_key, *_NONE, None
+def _weights_backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grad_query, grad_key = _weights_backward_op(grad, grad_lse, *ctx.saved_tensors, *ctx.options)
+    return grad_query, grad_key, *_NONE, None, None
 
 
 def _lse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -501,14 +538,14 @@ def _apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_weights, grad_value, None, None, None, None
 
 
-def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, order, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, order)
 
 
-def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _attention_backward_op(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *_NONE)
+def _attention_backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward_op(grad, grad_lse, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *_NONE, None)
 
 
 weights_op.register_autograd(_weights_backward, setup_context=_weights_context)

@@ -121,7 +121,7 @@ def _precision(query: Tensor, value: Tensor) -> dict[str, Any]:
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sparse_sr_attn.functional import triton_kernels as kernels  # noqa: PLC0415
 
     if query.shape[-1] > MAX_QUERY_DIM:
@@ -131,12 +131,21 @@ def _attention(
         )
     launch = _Launch.of(query, value, pattern, scale)
     output = value.new_empty(value.shape)
-    lse = query.new_empty(query.shape[:2], dtype=working_precision(query))
-    arguments = (query, key, value, pattern.order, output, lse, *launch.sizes, *launch.sees, launch.fill)
+    statistics = _row_statistics(query)
+    arguments = (query, key, value, pattern.order, output, *statistics, *launch.sizes, *launch.sees, launch.fill)
     with torch.cuda.device_of(query):
         for start in launch.column_blocks():
             kernels.forward[launch.grid](*arguments, START=start, **launch.options)
-    return output, lse
+    return output, *statistics
+
+
+def _row_statistics(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return space for the logsumexp of the scores of each query, their maximum, and 1 over their sum of exponentials.
+
+    The backward makes weights of the latter two: of a logsumexp, rounding grows with the size of the scores.
+    """
+    lse = query.new_empty(query.shape[:2], dtype=working_precision(query))
+    return lse, torch.empty_like(lse), torch.empty_like(lse)
 
 
 @torch.library.custom_op("sparse_sr_attn::cluster_attention_triton", mutates_args=())
@@ -149,16 +158,15 @@ def attention_op(
     num_adjacent: int,
     exact_keys: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return `cluster.cluster_attention` and `cluster.cluster_lse`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `cluster.cluster_attention`, `cluster.cluster_lse`, and what the backward needs (`_row_statistics`)."""
     pattern = ClusterPattern(order.contiguous(), order, chunk_size, num_adjacent, exact_keys)
     return _attention(query.contiguous(), key.contiguous(), value.contiguous(), pattern, scale)
 
 
 @attention_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:2], dtype=working_precision(query))
-    return value.new_empty(value.shape), lse
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), *_row_statistics(query)
 
 
 @torch.library.custom_op("sparse_sr_attn::cluster_attention_triton_backward", mutates_args=())
@@ -169,7 +177,8 @@ def _attention_backward_op(
     key: Tensor,
     value: Tensor,
     order: Tensor,
-    lse: Tensor,
+    largest: Tensor,
+    inverse: Tensor,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
@@ -182,9 +191,9 @@ def _attention_backward_op(
     )
     launch = _Launch.of(query, value, ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys), scale)
     grad_query, grad_key, grad_value = (torch.empty_like(rows) for rows in (query, key, value))
-    delta = torch.empty_like(lse)
-    to_query = (grad_output, grad_lse, query, key, value, order, lse)
-    to_key = (grad_output, query, key, value, order, lse, delta)
+    delta = torch.empty_like(largest)
+    to_query = (grad_output, grad_lse, query, key, value, order, largest, inverse)
+    to_key = (grad_output, query, key, value, order, largest, inverse, delta)
     sees = (*launch.sizes, *launch.sees, launch.fill)
     seen_by = (*launch.sizes, *launch.seen_by, launch.fill, launch.num_repeats)
     with torch.cuda.device_of(query):
@@ -206,12 +215,12 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, order, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, order, output[1])
+    ctx.save_for_backward(query, key, value, order, *output[2:])
 
 
-def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grads = _attention_backward_op(grad_output, grad_lse, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None, None)
 

@@ -67,6 +67,8 @@ def forward(
     order,
     output,
     lse,
+    maximum,
+    inverse,
     num_tokens,
     chunk_size,
     num_slots,
@@ -116,6 +118,8 @@ def forward(
         largest = larger
     _put(output, query_token, is_query, gathered / total[:, None], VALUE_DIM, START, BLOCK_E)
     tl.store(lse + query_token, largest + tl.log(total), mask=is_query)
+    tl.store(maximum + query_token, largest, mask=is_query)
+    tl.store(inverse + query_token, 1.0 / total, mask=is_query)
 
 
 @_kernel
@@ -126,7 +130,8 @@ def backward_query(
     key,
     value,
     order,
-    lse,
+    maximum,
+    inverse,
     grad_query,
     delta,
     num_tokens,
@@ -158,7 +163,8 @@ def backward_query(
     _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
     q = _rows(query, query_token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
     grad = _rows(grad_output, query_token, is_query, VALUE_DIM, START, BLOCK_E)
-    log_total = tl.load(lse + query_token, mask=is_query, other=0.0)
+    largest = tl.load(maximum + query_token, mask=is_query, other=0.0)
+    share = tl.load(inverse + query_token, mask=is_query, other=0.0)
 
     less = tl.zeros([BLOCK_I], WORK)
     result = tl.zeros([BLOCK_I, BLOCK_D], WORK)
@@ -169,7 +175,7 @@ def backward_query(
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
-        weights = tl.where(is_key[None, :], tl.exp(scores - log_total[:, None]), 0.0)
+        weights = tl.where(is_key[None, :], tl.exp(scores - largest[:, None]) * share[:, None], 0.0)
         grad_weights = tl.dot(grad.to(DOT), tl.trans(v.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
         shares = weights * grad_weights
         less += tl.sum(shares, 1)
@@ -188,7 +194,8 @@ def backward_key(
     key,
     value,
     order,
-    lse,
+    maximum,
+    inverse,
     delta,
     grad_key,
     grad_value,
@@ -237,11 +244,12 @@ def backward_key(
             token, is_query = _seen(order, start, begin, num_seen, num_tokens, num_slots, fill, True, BLOCK_J)
             q = _rows(query, token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
             grad = _rows(grad_output, token, is_query, VALUE_DIM, START, BLOCK_E)
-            log_total = tl.load(lse + token, mask=is_query, other=0.0)
+            largest = tl.load(maximum + token, mask=is_query, other=0.0)
+            share = tl.load(inverse + token, mask=is_query, other=0.0)
             less = tl.load(delta + token, mask=is_query, other=0.0)
             scores = SCALE * tl.dot(k, tl.trans(q), out_dtype=WORK, input_precision=PRECISION)
             shown = is_shown[:, None] & is_query[None, :]
-            weights = tl.where(shown, tl.exp(scores - log_total[None, :]), 0.0)
+            weights = tl.where(shown, tl.exp(scores - largest[None, :]) * share[None, :], 0.0)
             grad_weights = tl.dot(v.to(DOT), tl.trans(grad.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
             grad_scores = weights * (grad_weights - less[None, :])
             to_value += tl.dot(weights.to(grad.dtype).to(DOT), grad.to(DOT), out_dtype=WORK, input_precision=PRECISION)

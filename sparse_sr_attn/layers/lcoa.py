@@ -15,8 +15,7 @@ from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
     cluster_attention_rounds,
     cluster_pattern,
-    cluster_weights,
-    merge_rounds,
+    cluster_weights_rounds,
 )
 from sparse_sr_attn.functional.kmeans import KMeansState, hash_directions, initial_state
 from sparse_sr_attn.functional.precision import working_precision
@@ -343,12 +342,7 @@ def weights_of(state: ClusterAttention) -> Float[Tensor, "br k i j"]:
 
 
 def _weights(embedding: Tensor, pattern: ClusterPattern, num_rounds: int, dtype: torch.dtype | None = None) -> Tensor:
-    rows = _each_round(embedding, num_rounds)
-    if num_rounds == 1:
-        return cluster_weights(rows, rows, pattern, normalize_keys=True, dtype=dtype)
-    weights = cluster_weights(rows, rows, pattern, normalize_keys=True)
-    weights = merge_rounds(weights, rows, rows, pattern, num_rounds, normalize_keys=True)
-    return weights if dtype is None else weights.to(dtype)
+    return cluster_weights_rounds(embedding, embedding, pattern, num_rounds, normalize_keys=True, dtype=dtype)
 
 
 def _attend(embedding: Tensor, values: Tensor, pattern: ClusterPattern, num_rounds: int) -> Tensor:

@@ -121,7 +121,7 @@ def test_gradcheck_of_both_outputs(device: torch.device) -> None:
     layout = (pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
 
     def both(*leaves: Tensor) -> Tensor:
-        output, lse = cluster_triton.attention_op(*leaves, *layout, 0.7)
+        output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 0.7)
         return torch.cat([output, lse[..., None]], dim=-1)
 
     assert_derivatives(both, inputs_of(case, device))
@@ -134,7 +134,7 @@ def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: 
     leaves = inputs_of(case, device, value_width=35)
     pattern = pattern_of(case, device)
     layout = (pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
-    output, lse = cluster_triton.attention_op(*leaves, *layout, 1.0)
+    output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 1.0)
     actual = torch.cat([output, lse[..., None]], dim=-1)
     output, lse = slow.cluster_attention(*leaves, pattern), slow.cluster_lse(*leaves[:2], pattern)
     expected = torch.cat([output, lse[..., None]], dim=-1)
@@ -188,6 +188,26 @@ def test_low_precision_is_no_worse_than_dense_attention(device: torch.device, ca
     for mine, dense, true in zip(*results, strict=True):
         assert mine.dtype == dense.dtype
         assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0, 24.0])
+def test_sharp_attention_is_no_worse_than_dense_attention(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    """Large scores: the backward must not make weights of a rounded logsumexp."""
+    monkeypatch.setattr(cluster_triton, "_SLOTS", 64)
+    case = Case(num_tokens=96, num_clusters=3, chunk_size=32, seed=11)
+    query, key = (case.tokens(name, 16, dtype=torch.float32, device=device) for name in ("query", "key"))
+    value = case.tokens("value", 16, dtype=torch.float32, device=device)
+    rows = [rows.requires_grad_() for rows in (scale * query, torch.nn.functional.normalize(key, dim=-1), value)]
+    exact = [row.detach().double().requires_grad_() for row in rows]
+    pattern = pattern_of(case, device)
+    actual = fast.cluster_attention(*rows, pattern, form="triton")
+    peer, oracle = slow.cluster_attention(*rows, pattern), slow.cluster_attention(*exact, pattern)
+    probe = case.tokens("probe", 16, dtype=torch.float32, device=device)
+    results = (gradients(actual, rows, probe), gradients(peer, rows, probe), gradients(oracle, exact, probe))
+    for mine, dense, true in zip(*results, strict=True):
+        assert_no_worse(mine, dense, true, factor=2.0)
 
 
 def test_results_are_the_same_in_every_run(device: torch.device) -> None:

@@ -52,35 +52,40 @@ def layout_of(case: Case, device: torch.device) -> tuple[Tensor, int, int, bool]
 
 
 @cases
-def test_cluster_attention(device: torch.device, case: Case) -> None:
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_cluster_attention(device: torch.device, case: Case, with_lse: bool) -> None:
     rows = rows_of(case, ("query", "key", "value"), device)
-    layout = layout_of(case, device)
-    check(operator("cluster_attention"), (*rows, *layout, 0.5, True))
-    inputs = [row.detach() for row in rows_of(case, ("grad", "query", "key", "value"), device)]
-    check(operator("cluster_attention_backward"), (*inputs, *layout, 0.5, True))
+    options = (*layout_of(case, device), 0.5, True, with_lse)
+    check(operator("cluster_attention"), (*rows, *options))
+    grad, *inputs = (row.detach() for row in rows_of(case, ("grad", "query", "key", "value"), device))
+    lse = operator("cluster_attention")(*inputs, *options)[1]
+    check(operator("cluster_attention_backward"), (grad, torch.ones_like(lse), *inputs, *options))
 
 
 @cases
-def test_cluster_weights(device: torch.device, case: Case) -> None:
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_cluster_weights(device: torch.device, case: Case, with_lse: bool) -> None:
     # Rows past the last token mean nothing but do exist, so both runs that opcheck compares must fill them alike.
     rows, layout = rows_of(case, ("query", "key"), device), layout_of(case, device)
-    check(operator("cluster_weights"), (*rows, *layout, 0.5, True, torch.float64))
+    check(operator("cluster_weights"), (*rows, *layout, 0.5, True, torch.float64, with_lse))
     check(
         operator("cluster_weights"),
-        (*rows, *layout, 0.5, True, torch.bfloat16),
+        (*rows, *layout, 0.5, True, torch.bfloat16, with_lse),
         test_utils=("test_schema", "test_faketensor"),
     )
     query, key = (row.detach() for row in rows)
-    weights = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64)
+    weights, lse = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64, with_lse)
     grad = case.tensor("grad", *weights.shape, device=device)
-    check(operator("cluster_weights_backward"), (grad, weights, query, key, *layout, 0.5, True))
+    args = (grad, torch.ones_like(lse), weights, query, key, *layout, 0.5, True, with_lse)
+    check(operator("cluster_weights_backward"), args)
 
 
 @cases
 def test_apply_cluster_weights(device: torch.device, case: Case) -> None:
     query, key, value = rows_of(case, ("query", "key", "value"), device)
     layout = layout_of(case, device)
-    weights = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64).detach().requires_grad_()
+    weights, _ = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64, False)
+    weights = weights.detach().requires_grad_()
     check(operator("apply_cluster_weights"), (weights, value, *layout))
     grad = case.tokens("grad", 4, device=device)
     check(operator("apply_cluster_weights_backward"), (grad, weights.detach(), value.detach(), *layout))
@@ -100,8 +105,8 @@ def test_cluster_attention_triton(device: torch.device, case: Case) -> None:
     rows, layout = rows_of(case, ("query", "key", "value"), device), layout_of(case, device)
     check(operator("cluster_attention_triton"), (*rows, *layout, 0.5))
     query, key, value, grad = (row.detach() for row in (*rows, *rows_of(case, ("grad",), device)))
-    _, lse = operator("cluster_attention_triton")(query, key, value, *layout, 0.5)
-    args = (grad, torch.ones_like(lse), query, key, value, layout[0], lse, *layout[1:], 0.5)
+    _, lse, *statistics = operator("cluster_attention_triton")(query, key, value, *layout, 0.5)
+    args = (grad, torch.ones_like(lse), query, key, value, layout[0], *statistics, *layout[1:], 0.5)
     check(operator("cluster_attention_triton_backward"), args)
 
 
@@ -196,23 +201,24 @@ def test_strides(device: torch.device, batch: int) -> None:
         for name, width in (("query", 4), ("key", 4), ("value", 3), ("grad", 3))
     )
     layout = layout_of(case, device)
-    weights = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64)
+    weights, lse = operator("cluster_weights")(query, key, *layout, 0.5, True, torch.float64, True)
     weights = weights.mT.contiguous().mT
     utils = ("test_schema", "test_faketensor")
     for name, rows, scale in (
-        ("cluster_attention", (query, key, value), (0.5, True)),
-        ("cluster_weights", (query, key), (0.5, True, torch.float64)),
+        ("cluster_attention", (query, key, value), (0.5, True, True)),
+        ("cluster_weights", (query, key), (0.5, True, torch.float64, True)),
         ("cluster_lse", (query, key), (0.5, True)),
         ("apply_cluster_weights", (weights, value), ()),
-        ("cluster_attention_backward", (grad, query, key, value), (0.5, True)),
-        ("cluster_weights_backward", (weights, weights, query, key), (0.5, True)),
+        ("cluster_attention_backward", (grad, lse, query, key, value), (0.5, True, True)),
+        ("cluster_weights_backward", (weights, lse, weights, query, key), (0.5, True, True)),
         ("apply_cluster_weights_backward", (grad, weights, value), ()),
         ("cluster_lse_backward", (grad[..., 0], query, key), (0.5, True)),
     ):
         check(operator(name), (*rows, *layout, *scale), test_utils=utils)
     if HAS_TRITON:
         check(operator("cluster_attention_triton"), (query, key, value, *layout, 0.5), test_utils=utils)
-        inputs = (grad, torch.ones_like(grad[..., 0]), query, key, value, layout[0], torch.ones_like(grad[..., 0]))
+        ones = torch.ones_like(grad[..., 0])
+        inputs = (grad, ones, query, key, value, layout[0], ones, ones.clone())
         check(operator("cluster_attention_triton_backward"), (*inputs, *layout[1:], 0.5), test_utils=utils)
         check(operator("nearest_centroid_triton"), (query, key[0]), test_utils=utils)
     check(operator("sparsemax_attention"), (query, key, value, 0.5), test_utils=utils)

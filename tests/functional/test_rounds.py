@@ -21,10 +21,8 @@ def test_rounds_are_dense_attention_over_what_any_round_sees(
     options = {"chunk_size": case.chunk_size, "num_adjacent": case.num_adjacent, "exact_keys": case.exact_keys}
 
     pattern = fast.cluster_pattern(torch.stack(rounds, dim=1).flatten(0, 1), **options)
-    each = [rows.repeat_interleave(num_rounds, dim=0) for rows in (query, key, value)]
-    weights = fast.cluster_weights(each[0], each[1], pattern, scale=0.7, form=form)
-    weights = fast.merge_rounds(weights, each[0], each[1], pattern, num_rounds, scale=0.7)
-    attended = fast.apply_cluster_weights(weights, each[2], pattern, form=form)
+    weights = fast.cluster_weights_rounds(query, key, pattern, num_rounds, scale=0.7, form=form)
+    attended = fast.apply_cluster_weights(weights, value.repeat_interleave(num_rounds, dim=0), pattern, form=form)
     actual = attended.unflatten(0, (-1, num_rounds)).sum(dim=1)
 
     counts = sum(slow.multiplicity(slow.cluster_pattern(assignment, **options)) for assignment in rounds)
