@@ -306,8 +306,8 @@ def cluster_attention_rounds(
 ) -> Float[Tensor, "b n e"]:
     r"""Return cluster attention in several rounds, in which a key counts once for each round that shows it.
 
-    It is `cluster_weights_rounds` without storing the weights: $\sum_r Z_r O_r / \sum_r Z_r$ with the attention $O_r$ of
-    each round and the normaliser $Z_r$ of its softmax.
+    It is `cluster_weights_rounds` without storing the weights: $\sum_r Z_r O_r / \sum_r Z_r$, with the attention
+    $O_r$ of each round and the normaliser $Z_r$ of its softmax.
 
     Args:
         query: one row per token, in image order.

@@ -8,6 +8,7 @@ import torch
 
 from sparse_sr_attn.errors import FormError
 from sparse_sr_attn.functional.exporting import is_forward_mode, needs_plain_code
+from sparse_sr_attn.functional.flops import teach_flop_counters
 
 Form = Literal["auto", "oneshot", "tiles", "flex", "triton"]
 """How cluster attention is carried out."""
@@ -30,6 +31,7 @@ def resolve_form(form: Form, device: torch.device | str) -> Form:
     Raises:
         FormError: `form` is none of these, or was asked for by name and cannot run there.
     """
+    teach_flop_counters()
     if form not in get_args(Form):
         raise FormError(f"form must be one of {', '.join(map(repr, get_args(Form)))}, got {form!r}")
     device = torch.device(device)
@@ -59,6 +61,7 @@ def uses_operator(form: str, operator: str) -> bool:
     Raises:
         FormError: `form` is none of these, or was asked for by name and cannot run.
     """
+    teach_flop_counters()
     if form not in ("auto", "oneshot", operator):
         raise FormError(f"form must be 'auto', 'oneshot' or {operator!r}, got {form!r}")
     plain = needs_plain_code()

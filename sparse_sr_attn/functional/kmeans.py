@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.functional.cluster_triton import MAX_QUERY_DIM, nearest_op
 from sparse_sr_attn.functional.exporting import needs_plain_code
+from sparse_sr_attn.functional.flops import teach_flop_counters
 from sparse_sr_attn.functional.forms import resolve_form
 from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.functional.processes import gathered, several_processes
@@ -161,6 +162,7 @@ def kmeans_step(
     Returns:
         The cluster of each point. A step with a non-finite point moves no centroid; `num_skipped` counts it.
     """
+    teach_flop_counters()
     return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold, accumulate)  # type: ignore[no-any-return]
 
 

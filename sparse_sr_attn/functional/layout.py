@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.functional.exporting import is_exporting, is_exporting_to_old_onnx, is_forward_mode
+from sparse_sr_attn.functional.flops import teach_flop_counters
 
 
 def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -41,6 +42,7 @@ def pointwise_conv2d(
         return rows.view(x.shape[0], *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.conv2d(x, weight, bias)
+    teach_flop_counters()
     return _pointwise_conv2d(x, weight, bias)  # type: ignore[no-any-return]
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.functional.exporting import larger, smaller
+from sparse_sr_attn.functional.flops import teach_flop_counters
 from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.functional.recomputation import backward_is_running
 
@@ -86,6 +87,7 @@ def hash_step(points: Float[Tensor, "b n d"], state: HashState, num_buckets: int
     Note:
         Numbers are drawn on the CPU; a GPU waits for them.
     """
+    teach_flop_counters()
     return _hash_step(points.detach(), *state, num_buckets, seed)  # type: ignore[no-any-return]
 
 
