@@ -12,13 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn.blocks.body import AttentionMap, SiteAttention, read_attention
+from sparse_sr_attn.blocks.body import AttentionMap, SiteAttention, default_map, read_attention
 from sparse_sr_attn.config import checked, join_path
 from sparse_sr_attn.errors import ConfigError, Problem
-from sparse_sr_attn.layers.base import LAYERS
 from sparse_sr_attn.registry import suggestion
 
-_EVERY = _SHARE = 4
 _SIDE = 16  # of an image that any model should take
 
 
@@ -171,12 +169,11 @@ def _as_maps(
         if extra:
             raise _refusal(extra[0], "must stand in the map, because attention is one")
         return attention
-    if every is None and "after" not in options:
-        every = _EVERY
-    if share is None:
-        provides = attention in LAYERS and getattr(LAYERS.get(attention).build, "provides", None) is not None
-        share = _SHARE if shares and provides else 1
-    return {"type": attention, **({} if every is None else {"every": every}), "share": share, **options}
+    found = default_map(attention, shares=shares)
+    if every is None and "after" in options:
+        del found["every"]
+    given = {"every": every, "share": share}
+    return {**found, **{name: value for name, value in given.items() if value is not None}, **options}
 
 
 def _layers(maps: Sequence[AttentionMap], num_blocks: int, width: int, beside: nn.Module) -> SiteAttention:

@@ -146,7 +146,10 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
         for name in () if takes_any else kwargs.keys() - signature.parameters.keys():
             problems.add(name, f"unknown{suggestion(name, list(signature.parameters)[1:])}")
         problems.raise_if_any()
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{_how_to_call(init, signature, len(args))}: {error}") from None
         for name, value in bound.arguments.items():
             if name in hints and name not in takes_any:
                 try:
@@ -157,6 +160,19 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
         return init(*bound.args, **bound.kwargs)
 
     return wrapper
+
+
+def _how_to_call(init: Callable[..., object], signature: inspect.Signature, num_given: int) -> str:
+    """Return which arguments a constructor or function takes by position and by name, and how many it was given."""
+    name = init.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+    is_method = next(iter(signature.parameters), "") == "self"
+    taken = list(signature.parameters.values())[int(is_method) :]
+    by_position = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD]
+    by_name = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+    rule = f"{name} takes {', '.join(by_position)} by position"
+    if by_name:
+        rule += f" and all other options by name ({by_name[0]}=...)"
+    return f"{rule}, got {num_given - is_method} by position"
 
 
 def fields(build: Callable[..., object]) -> dict[str, inspect.Parameter]:

@@ -555,6 +555,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         "body: must be a trunk that the model calls, got 'body', but EDSR runs its children itself",
     ),
     # attention
+    (
+        built,
+        {"attention": "ELAN"},
+        "attention.type: no layer named 'ELAN', which is a network; did you mean 'ELAB', its",
+    ),
     (built, {"attention": "LCOA"}, "attention.type: no layer named 'LCOA'; did you mean 'LCoA'?"),
     (built, {"attention": "CoA"}, "attention.type: must be a drop-in layer, got 'CoA', a consumer"),
     (built, {"every": 6}, "attention.every: must hit at least one of the 5 blocks, got 6"),

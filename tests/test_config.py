@@ -1,13 +1,13 @@
 """Options are declared once, in signatures; everything wrong is said at once, with its path."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_sr_attn import LCoA
+from sparse_sr_attn import ELAN, GMSA, LCoA, attach
 from sparse_sr_attn.config import Positive, PositiveInt, UnitInterval, checked, read
 from sparse_sr_attn.errors import ConfigError, Problem
 
@@ -89,6 +89,28 @@ def test_checked_leaves_open_what_a_function_leaves_open() -> None:
     assert checked(opened)(1, other=2) == (1, {"other": 2})
     with pytest.raises(ConfigError, match=r"^width must be >= 1, got 0$"):
         checked(opened)(0, other=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: LCoA(64, 128),
+            "LCoA takes embed_dim by position and all other options by name (num_clusters=...), got 2",
+        ),
+        (LCoA, "LCoA takes embed_dim by position and all other options by name (num_clusters=...), got 0"),
+        (lambda: GMSA(64, (4, 8)), "GMSA takes embed_dim by position and all other options by name (window_sizes=...)"),
+        (lambda: ELAN(*range(20)), "ELAN takes num_in_ch, num_out_ch, num_feat,"),
+        (
+            attach,
+            "attach takes model, body, attention, every, share by position and all other options by name",
+        ),
+    ],
+)
+def test_wrong_positions_name_the_class_and_the_rule(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert str(caught.value).startswith(message)
 
 
 def test_layers_say_the_rule_and_the_value() -> None:

@@ -24,10 +24,10 @@ class EDSR(ResidualNetwork):
         img_range: factor on the image, inside. 255 is BasicSR's default and what its weights expect; with attention
             prefer 1: queries that large saturate the softmax.
         rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
-        attention: `None`, or a map, or a list of maps: `{type: LCoA, every: 4, share: 4, num_clusters: 128}` puts an
+        attention: `None`, a map, or a list of maps: `{type: LCoA, every: 4, share: 4, num_clusters: 128}` puts an
             LCoA after block 3, which computes, and CoAs that reuse its state after blocks 7, 11 and 15. The keys are
             those of `blocks.AttentionMap` and the options of the layer. Layers start as the identity (`zero_init`).
-            A list of maps mixes layers.
+            A list of maps mixes layers. The name of a layer alone stands for every 4th block, all sharing if they can.
         block: a map like `{type: ELAB, share: 2}`, of any registered layer, puts these in place of the residual blocks;
             of layers with an option `shift` every second shifts, and `res_scale` has no effect. `None` for EDSR's
             own.

@@ -48,7 +48,8 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
     """Read the option `attention` of a network.
 
     Args:
-        attention: `None`, a map or a list of maps; each holds the keys of `AttentionMap` and the layer's options.
+        attention: `None`, a map or a list of maps, each with the keys of `AttentionMap` and the layer's options; or the
+            name of a layer, which stands for `default_map(name)`.
         num_blocks: blocks of the trunk.
         path: where the option stands, for messages.
 
@@ -60,9 +61,12 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
     """
     if attention is None:
         return ()
+    if isinstance(attention, str):
+        attention = default_map(attention)
     alone = isinstance(attention, Mapping)
-    if not alone and (not isinstance(attention, Sequence) or isinstance(attention, str)):
-        raise ConfigError([Problem(path, f"must be a map, a list of maps or ~ (no attention), got {attention!r}")])
+    if not alone and not isinstance(attention, Sequence):
+        message = f"must be a name, a map, a list of maps or ~ (no attention), got {attention!r}"
+        raise ConfigError([Problem(path, message)])
     maps: list[AttentionMap] = []
     problems = ProblemList()
     for index, item in enumerate([attention] if alone else cast(Sequence[object], attention)):
@@ -70,6 +74,17 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
             maps.append(_read_map(item, num_blocks, path if alone else f"{path}.{index}"))
     problems.raise_if_any()
     return tuple(maps)
+
+
+def default_map(name: str, *, shares: bool = True) -> dict[str, Any]:
+    """Return the map that the name of a layer alone stands for: after every 4th block, 4 layers sharing if they can.
+
+    Args:
+        name: of a registered layer, or `timm:<name>`.
+        shares: whether states can travel between the blocks.
+    """
+    provides = name in LAYERS and getattr(LAYERS.get(name).build, "provides", None) is not None
+    return {"type": name, "every": 4, "share": 4 if shares and provides else 1}
 
 
 def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:

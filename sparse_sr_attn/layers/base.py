@@ -4,7 +4,7 @@ Kinds: a *layer* is drop-in, `(b, c, h, w) -> (b, c, h, w)`, residual included; 
 that must be given; a *provider* makes a state; an *operator* is a building stone without residual.
 """
 
-from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -12,11 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sparse_sr_attn.errors import ShapeError, SharingError
+from sparse_sr_attn.errors import ShapeError, SharingError, UnknownNameError
 from sparse_sr_attn.functional.layout import pointwise_conv2d
 from sparse_sr_attn.registry import Entry, Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer")
+
+_LAYER_OF_NETWORK = {"elan": "ELAB", "elan-light": "ELAB", "lcoan": "LCoA", "lcoan-light": "LCoA", "nlsn": "NLSA"}
+"""What somebody wants who asks for a layer by the name of its network, in lower case."""
 
 
 @runtime_checkable
@@ -78,10 +81,13 @@ def find_layer(name: str) -> Entry[nn.Module]:
         from sparse_sr_attn.layers.timm_layers import timm_entry  # noqa: PLC0415  it imports this module
 
         return timm_entry(name)
+    layer = _LAYER_OF_NETWORK.get(str(name).casefold())
+    if layer is not None and name not in LAYERS:
+        raise UnknownNameError(f"no layer named {name!r}, which is a network; did you mean {layer!r}, its layer?")
     return LAYERS.get(name)
 
 
-def build_layer(name: str, embed_dim: int, **options: Any) -> AttentionLayer:
+def build_layer(name: str, embed_dim: int, **options: Any) -> nn.Module:
     """Return the layer called `name`, for feature maps of `embed_dim` channels.
 
     Args:
@@ -93,7 +99,7 @@ def build_layer(name: str, embed_dim: int, **options: Any) -> AttentionLayer:
         UnknownNameError: no layer has that name.
         ConfigError: an option breaks a rule, or the name is one of timm's that cannot be used.
     """
-    return cast(AttentionLayer, find_layer(name).build(embed_dim, **options))
+    return find_layer(name).build(embed_dim, **options)
 
 
 def check_map(x: Tensor, embed_dim: int, name: str = "embed_dim") -> None:

@@ -50,6 +50,15 @@ def test_share_counts_sites(share: int, kinds: str) -> None:
     assert "".join(type(layer).__name__[0] for layer in model.attention) == kinds
 
 
+@pytest.mark.parametrize("name", ["LCoA", "GMSA", "NLSA"])
+def test_a_name_stands_for_every_fourth_block(name: str) -> None:
+    """As in `attach`, which takes a name too."""
+    model = EDSR(num_block=8, attention=name, **SMALL)
+    shared = {"LCoA": [LCoA, CoA], "GMSA": [GMSA, SharedGMSA]}.get(name)
+    assert [type(layer) for layer in model.attention] == (shared or [LAYERS.get(name).build] * 2)
+    assert (model.attention.at(3), model.attention.at(7)) == ([model.attention[0]], [model.attention[1]])
+
+
 def test_after_names_the_blocks() -> None:
     """A layer after block 1 does not touch what block 1 makes, only what follows."""
     model = EDSR(num_block=4, attention={**LCOA, "after": [1], "res_scale": 1.0}, **SMALL)
@@ -222,6 +231,10 @@ def test_activation_checkpointing_changes_nothing(option: dict[str, Any]) -> Non
 
 
 BAD = [
+    (
+        {"type": "lcoan", "every": 2},
+        "attention.type: no layer named 'lcoan', which is a network; did you mean 'LCoA', ",
+    ),
     ({"type": "LCOA", "every": 2}, "attention.type: no layer named 'LCOA'; did you mean 'LCoA'?"),
     ({"type": "CoA", "every": 2}, "attention.type: must be a drop-in layer, got 'CoA', a consumer; use LCoA"),
     ({"type": "LSP", "every": 2}, "attention.type: must be a drop-in layer, got 'LSP', a provider; use "),
@@ -270,7 +283,8 @@ BAD = [
     ({"type": "GMSA", "every": 1, "window_size": 8}, "attention.window_size: unknown; did you mean 'window_sizes'?"),
     ([{"type": "LCoA", "every": 1}, {"type": "LCoA"}], "attention.1: must have one of"),
     (["LCoA"], "attention.0: must be a map with a key 'type', got 'LCoA'"),
-    ("LCoA", "attention: must be a map, a list of maps or ~ (no attention), got 'LCoA'"),
+    (3, "attention: must be a name, a map, a list of maps or ~ (no attention), got 3"),
+    ("LCoB", "attention.type: no layer named 'LCoB'; did you mean 'LCoA'?"),
 ]
 
 
