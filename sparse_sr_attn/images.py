@@ -1,16 +1,21 @@
 """Image files: read as they are, upscaled by a network, written whole. Needs Pillow and NumPy."""
 
 import contextlib
+import io
+import math
 import re
+import struct
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn.files import replacing
@@ -29,7 +34,31 @@ _ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 """Formats whose first frame is the picture; the others are previews, layers or sizes of it."""
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
-_SAVING: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
+_SAVING: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95},
+    "MPO": {"quality": 95},
+    "AVIF": {"quality": 95},
+    "WEBP": {"lossless": True, "exact": True},
+}
+_CODESTREAMS = (".j2k", ".j2c", ".jpc")
+"""Suffixes of JPEG 2000 files without the container that .jp2 has."""
+
+_NETPBM = {".pbm": b"P4", ".pgm": b"P5", ".ppm": b"P6", ".pfm": b"Pf"}
+"""How such files begin. Pillow writes all four alike and chooses by the pixels, whatever the suffix says."""
+
+_MAX_BYTES = {"BMP": 2**32, "DIB": 2**32}
+"""Formats that count their bytes in 32 bits."""
+
+_MAX_SIDE = {"JPEG": 65500, "MPO": 65500}
+"""Formats whose encoder would say on the console that a side is too long."""
+
+_SUGGESTED = (".png", ".tif", ".webp", ".jp2", ".jpg")
+_SAMPLE = 32
+_TOLERANCE = 2
+"""Mean error of the sample, in levels, that a lossy format may make; 256 colours cost more."""
+
+_VISIBLE = 16
+"""Alpha, of 255, from which a pixel's own colour counts in full."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +69,20 @@ class Picture:
         pixels: (h, w) of grey or (h, w, 3) of RGB, uint8 or uint16.
         alpha: (h, w) of opacity, uint8; `None` for an opaque image.
         icc_profile: of its colours, `None` for sRGB.
+        reduced: whether the file has more bits a channel than `pixels`.
     """
 
     pixels: "NDArray[np.integer[Any]]"
     alpha: "NDArray[np.uint8] | None" = None
     icc_profile: bytes | None = None
+    reduced: bool = False
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
+def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Picture:
     """Return the image in a file, turned as its EXIF says.
 
     Args:
-        path: of any format that Pillow reads.
+        path: of any format that Pillow reads, or a binary stream that can seek.
         max_pixels: largest size that is believed, >= 1.
 
     Raises:
@@ -60,7 +91,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
 
     Note:
         Palettes become RGB. CMYK and other colour spaces become sRGB without their profile, as Pillow converts them.
-        Pillow reads 16 bits a channel of grey images only, and 8 bits of the others.
+        Pillow reads 16 bits a channel of grey images only, and 8 bits of the others; `reduced` is set for these.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415
 
@@ -72,8 +103,10 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
                 if num_frames > 1 and image.format not in _ONE_PICTURE:
                     raise ImageError(f"has {num_frames} frames, and must be one picture; save the frames one by one")
                 depth = str(image.tile[0].args) if image.tile else ""
+                reduced = is_reduced(image)
                 image.load()
-                return _picture(ImageOps.exif_transpose(image), grey_alpha="LA;16" in depth)
+                upright = ImageOps.exif_transpose(image)
+                return replace(_picture(upright, grey_alpha="LA;16" in depth), reduced=reduced)
         except ImageError:
             raise
         except UnidentifiedImageError as error:
@@ -88,6 +121,38 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
             raise ImageError(f"cannot be read: {error.strerror or _line(error)}") from error
         except Exception as error:  # decoders raise anything over a broken file
             raise ImageError(f"is broken: {type(error).__name__}: {_line(error)}") from error
+
+
+def is_reduced(image: "Image.Image") -> bool:
+    """Return whether Pillow keeps 8 of more bits a channel of an image that it has opened and not yet loaded."""
+    if image.mode in (*_SIXTEEN_BITS, "I", "F") or not image.tile:  # type: ignore[attr-defined]
+        return False
+    decoder, arguments = image.tile[0][0], image.tile[0][3]  # type: ignore[attr-defined]
+    if decoder == "jpeg2k":
+        return b"\xff\x4f\xff\x51" in (head := _head(image)) and _jpeg2000_depth(head) > 8
+    if image.format == "AVIF":
+        return bool(re.search(rb"av1C..[\x40-\x7f\xc0-\xff]", _head(image), re.DOTALL))
+    deeper = (
+        isinstance(arguments, tuple) and isinstance(arguments[-1], int) and "ppm" in decoder and arguments[-1] > 255
+    )
+    return deeper or ";16" in str(arguments)
+
+
+def _head(image: "Image.Image") -> bytes:
+    """Return the first bytes of the file of an image that has been opened."""
+    stream = image.fp  # type: ignore[attr-defined]
+    place = stream.tell()
+    stream.seek(0)
+    head: bytes = stream.read(1 << 16)
+    stream.seek(place)
+    return head
+
+
+def _jpeg2000_depth(head: bytes) -> int:
+    """Return the most bits a channel that the SIZ segment of a JPEG 2000 codestream names."""
+    components = head[head.index(b"\xff\x4f\xff\x51") + 4 :][36:]
+    (count,) = struct.unpack_from(">H", components)
+    return max(((depth & 0x7F) + 1 for depth in components[2 : 2 + 3 * count : 3]), default=8)
 
 
 @contextlib.contextmanager
@@ -140,12 +205,13 @@ def read_pixels(path: Path) -> UInt8[Tensor, "h w *c"]:
         Grey `(h, w)` or RGB `(h, w, 3)`, uint8.
 
     Raises:
-        ImageError: `read_image` refuses the file, or it has 16 bits a channel.
+        ImageError: `read_image` refuses the file, or it has more than 8 bits a channel.
     """
-    pixels = torch.from_numpy(read_image(path).pixels.copy())  # Pillow's memory is read-only
-    if pixels.dtype != torch.uint8:
-        raise ImageError("must have 8 bits a channel, got 16; save it with 8 bits")
-    return pixels
+    picture = read_image(path)
+    if picture.reduced or picture.pixels.dtype != "uint8":
+        got = "more" if picture.reduced else "16"
+        raise ImageError(f"must have 8 bits a channel, got {got}; save it with 8 bits")
+    return torch.from_numpy(picture.pixels.copy())  # Pillow's memory is read-only
 
 
 def as_rgb(pixels: UInt8[Tensor, "h w *c"]) -> UInt8[Tensor, "h w 3"]:
@@ -176,7 +242,8 @@ def upscale_image(
     """Return the picture enlarged by `model`, with the same kind and depth of pixels.
 
     A network of three channels gets grey three times, and its result is made grey again; one of one channel gets the
-    colours one after the other. Alpha is enlarged by bicubic interpolation.
+    colours one after the other. Alpha is enlarged by bicubic interpolation. Pixels that alpha hides take the colours of
+    the visible pixels around them first, so that no hidden colour shows at an edge.
 
     Args:
         model: one of this library's networks, of one or three channels, in evaluation mode, on any device.
@@ -213,6 +280,8 @@ def upscale_image(
 
     source = picture.pixels[None] if grey else picture.pixels.transpose(2, 0, 1)
     images = torch.from_numpy(np.array(source, order="C"))[None]
+    if picture.alpha is not None:
+        images = _without_hidden_colours(images, torch.from_numpy(picture.alpha.copy()))
     try:
         pixels = np.empty((height * upscale, width * upscale, *picture.pixels.shape[2:]), picture.pixels.dtype)
     except (MemoryError, ValueError) as error:
@@ -232,33 +301,154 @@ def upscale_image(
     return Picture(pixels, alpha, picture.icc_profile)
 
 
-def write_image(picture: Picture, path: Path, *, overwrite: bool = False) -> None:
+def _without_hidden_colours(images: Tensor, alpha: UInt8[Tensor, "h w"]) -> Tensor:
+    """Return `images` (1, c, h, w) with colours from around where `alpha` hides their own."""
+    certainty = (alpha[None, None].float() / _VISIBLE).clamp(max=1)
+    if not 0 < certainty.mean() < 1:
+        return images
+    return _filled(images.float(), certainty).round().to(images.dtype)
+
+
+def _filled(colours: Tensor, certainty: Tensor) -> Tensor:
+    """Blend what is uncertain with the certain colours around it, those of a coarser image first."""
+    if max(colours.shape[2:]) == 1 or bool((certainty == 1).all()):
+        return colours
+    share = F.avg_pool2d(certainty, 2, ceil_mode=True)
+    coarse = F.avg_pool2d(colours * certainty, 2, ceil_mode=True) / share.clamp(min=1e-9)
+    around = F.interpolate(_filled(coarse, (4 * share).clamp(max=1)), scale_factor=2, mode="bilinear")
+    return torch.lerp(around[..., : colours.shape[2], : colours.shape[3]], colours, certainty)
+
+
+def write_image(picture: Picture, path: Path | BinaryIO, *, overwrite: bool = False) -> None:
     """Write the picture; the file is there whole or not at all.
 
     Args:
         picture: what is written, with its profile.
-        path: its suffix says the format; JPEG has quality 95, WebP no loss.
+        path: its suffix says the format; JPEG and AVIF have quality 95, WebP no loss. Or a stream, which gets a PNG.
         overwrite: whether a file that is there may be replaced.
 
     Raises:
-        ImageError: the format cannot hold the picture, the file is there already, or cannot be written.
+        ImageError: the format cannot hold the picture, the file exists already, or cannot be written.
     """
-    import numpy as np  # noqa: PLC0415
-    from PIL import Image  # noqa: PLC0415
-
-    kind = format_of(path)
-    pixels = picture.pixels
-    if picture.alpha is not None:
-        pixels = np.dstack([pixels, picture.alpha])
-    options = {**_SAVING.get(kind, {}), "icc_profile": picture.icc_profile}
+    if not isinstance(path, Path):
+        _save(picture, path, ".png")
+        return
+    check_format(path, picture)
     try:
         with replacing(path, overwrite=overwrite) as stream:
-            Image.fromarray(pixels).save(stream, format=kind, **options)
+            _save(picture, stream, path.suffix.lower())
     except FileExistsError as error:
-        raise ImageError(f"{path} is there already, and stays; --overwrite replaces it") from error
+        raise ImageError(f"{path} already exists; --overwrite replaces it") from error
     except (OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or _line(error) or type(error).__name__
         raise ImageError(f"{path} cannot be written: {reason}") from error
+
+
+def _save(picture: Picture, stream: BinaryIO, suffix: str) -> None:
+    import numpy as np  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
+
+    kind = format_of(Path(f"a{suffix}"))
+    pixels = picture.pixels
+    if picture.alpha is not None:
+        pixels = np.dstack([pixels, picture.alpha])
+    options: dict[str, Any] = {**_SAVING.get(kind, {}), "icc_profile": picture.icc_profile}
+    if kind == "ICO":
+        options["sizes"] = [(pixels.shape[1], pixels.shape[0])]
+    elif kind == "JPEG2000":
+        options["no_jp2"] = suffix in _CODESTREAMS
+    elif kind == "TIFF":
+        options["big_tiff"] = pixels.nbytes >= 2**31
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of formats that Pillow will drop one day
+        Image.fromarray(pixels).save(stream, format=kind, **options)
+
+
+def check_format(path: Path, picture: Picture, *, upscale: int = 1) -> None:
+    """Refuse a format that cannot hold a picture.
+
+    Small samples of its kind, and lines as long as its sides, are written and read back: what comes back must be the
+    same, up to the small error of a lossy format.
+
+    Args:
+        path: its suffix says the format.
+        picture: of the kind that is to be written: grey or colours, of 8 or 16 bits, with alpha and profile or without.
+        upscale: factor by which what will be written is larger than `picture`.
+
+    Raises:
+        ImageError: the format is unknown, or cannot hold it; the message names formats that can.
+    """
+    format_of(path)
+    reason = _obstacle(path.suffix.lower(), picture, upscale)
+    if reason is None:
+        return
+    others = list(islice((suffix for suffix in _SUGGESTED if _obstacle(suffix, picture, upscale) is None), 3))
+    remedy = f"; {', '.join(others)} can" if others else ""
+    height, width = (upscale * side for side in picture.pixels.shape[:2])
+    bits = 8 * picture.pixels.dtype.itemsize
+    what = f"{width}x{height}, {bits}-bit {'grey' if picture.pixels.ndim == 2 else 'RGB'}"
+    what += " with transparency" if picture.alpha is not None else ""
+    raise ImageError(f"{path} cannot hold this picture ({what}): {reason}{remedy}")
+
+
+def _obstacle(suffix: str, picture: Picture, upscale: int) -> str | None:
+    """Return why files with this suffix cannot hold such a picture; `None` if they can."""
+    height, width = (upscale * side for side in picture.pixels.shape[:2])
+    kind = format_of(Path(f"a{suffix}"))
+    if picture.pixels.nbytes * upscale**2 >= _MAX_BYTES.get(kind, 2**63) or max(height, width) > _MAX_SIDE.get(
+        kind, 2**31
+    ):
+        return "it is too large"
+    # Only the first says something about values: a line may be too short for its ramps.
+    for *size, tolerance in ((_SAMPLE, _SAMPLE, _TOLERANCE), (1, width, math.inf), (height, 1, math.inf)):
+        one = _sample(picture, *size)
+        stream = io.BytesIO()
+        try:
+            _save(one, stream, suffix)
+            if not stream.getvalue().startswith(_NETPBM.get(suffix, b"")):
+                return f"{suffix} files hold another kind of picture"
+            found = read_image(io.BytesIO(stream.getvalue()), max_pixels=1 << 40)
+        except ImageError as error:
+            return f"what is written {error}"
+        except Exception as error:  # encoders raise anything
+            return _line(error) or type(error).__name__
+        if (reason := next(_differences(found, one, tolerance), None)) is not None:
+            return reason
+    return None
+
+
+def _sample(picture: Picture, height: int, width: int) -> Picture:
+    """Return ramps of the picture's kind in another size, of more than 256 colours if it is large enough."""
+    import numpy as np  # noqa: PLC0415
+
+    y, x = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
+    ramps = np.stack(np.broadcast_arrays(x, y, (x + y) / 2), axis=-1)
+    kind = picture.pixels.dtype
+    pixels = (ramps * np.iinfo(kind).max).astype(kind)
+    alpha = None if picture.alpha is None else (255 * (1 + x - y) / 2).astype(np.uint8)
+    return replace(picture, pixels=pixels[..., 2] if picture.pixels.ndim == 2 else pixels, alpha=alpha)
+
+
+def _differences(found: Picture, wanted: Picture, tolerance: float) -> Iterator[str]:
+    """Yield how what was read differs from what was written, values in the mean by more than `tolerance` levels."""
+    import numpy as np  # noqa: PLC0415
+
+    if found.pixels.shape[:2] != wanted.pixels.shape[:2]:
+        yield "it changes the size"
+        return
+    if found.pixels.dtype != wanted.pixels.dtype:
+        yield f"it keeps {8 * found.pixels.dtype.itemsize} bits a channel"
+    if wanted.icc_profile != found.icc_profile:
+        yield "it loses the colour profile"
+    if wanted.alpha is not None and found.alpha is None:
+        yield "it loses the transparency"
+        return
+    opacity = np.full(wanted.pixels.shape[:2], 255.0) if wanted.alpha is None else wanted.alpha.astype(np.float64)
+    if found.alpha is not None and np.abs(found.alpha - opacity).mean() > tolerance:
+        yield "it changes the transparency"
+    one, other = (np.atleast_3d(picture.pixels).astype(np.float64) for picture in (found, wanted))
+    if (np.abs(one - other) * opacity[..., None] / 255).mean() > tolerance:
+        yield "it changes the colours"
 
 
 def format_of(path: Path) -> str:
@@ -273,6 +463,13 @@ def format_of(path: Path) -> str:
     if kind is None or kind not in Image.SAVE:
         raise ImageError(f"{path} must end like an image that Pillow writes, e.g. in .png")
     return kind
+
+
+def suffixes() -> list[str]:
+    """Return the suffixes of the formats that Pillow knows, `.png` among them."""
+    from PIL import Image  # noqa: PLC0415
+
+    return list(Image.registered_extensions())
 
 
 def looks_like_image(path: Path) -> bool:
