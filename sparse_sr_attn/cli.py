@@ -25,7 +25,18 @@ _BASICSR = {
     "train": "train a network as an option file says",
     "test": "test a trained network as an option file says",
 }
-_OWN = ("prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "bench", "paper")
+_OWN = {
+    "prepare": "make pairs of high and low resolution to train and validate on",
+    "upscale": "enlarge images, or all images of folders",
+    "list": "show the layers, networks, presets and trained weights, with source and parameters",
+    "inspect": "draw the clusters, where a pixel attends, or how alike layers attend",
+    "convert": "rewrite weights under other names, or as .safetensors",
+    "export": "write a network as ONNX, for images of any size, checked with onnxruntime",
+    "evaluate": "PSNR and SSIM of upscaled pictures, as papers count them, and their row “bicubic”",
+    "bench": "measure time and memory of layers and networks: ours, peers, and your own",
+    "paper": "repeat the figures and ablations of the LCoA and ELAN papers, in small or in full",
+}
+"""Modules of `sparse_sr_attn.commands`, each imported when it is called; `--version` and `--help` need no torch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else 2
     try:
@@ -73,7 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser; of the commands it knows the arguments of the one that is called."""
+    called = next((argument for argument in argv if not argument.startswith("-")), None)
     parser = argparse.ArgumentParser(
         prog="sparse-sr",
         description="Super-resolution networks with sparse attention: train, test, use, look into, convert.",
@@ -86,16 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         _add_basicsr_arguments(
             commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}."), training=name == "train"
         )
-    for name in _OWN:
-        module = importlib.import_module(f"sparse_sr_attn.commands.{name}")
-        command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.DESCRIPTION,
-            epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
+    for name, text in _OWN.items():
+        command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == called:
+            module = importlib.import_module(f"sparse_sr_attn.commands.{name}")
+            command.description, command.epilog = module.DESCRIPTION, module.EPILOG
+            module.add_arguments(command)
     return parser
 
 

@@ -18,7 +18,6 @@ from sparse_sr_attn.commands.common import UsageError, find_device, name, requir
 from sparse_sr_attn.config import read
 from sparse_sr_attn.errors import ConfigError, SparseSRError
 
-HELP = "measure time and memory of layers and networks: ours, peers, and your own"
 DESCRIPTION = """\
 Measure time, memory and the floor of attention layers or networks, all in one process, in turn.
 

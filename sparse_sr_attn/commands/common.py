@@ -5,15 +5,17 @@ import importlib.util
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
-from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.checkpoints import load_model
 from sparse_sr_attn.errors import SparseSRError
-from sparse_sr_attn.images import looks_like_image
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparse_sr_attn.backbones.base import Network
 
 _PACKAGES = {"PIL": "pillow"}
 """What a module's package is called, where it is called otherwise."""
@@ -70,10 +72,35 @@ def images_in(path: Path) -> list[Path]:
         files = sorted(file for file in path.iterdir() if not file.is_dir())
     except OSError as error:
         raise UsageError(f"{name(path)}: {error.strerror}") from error
+    from sparse_sr_attn.images import looks_like_image  # noqa: PLC0415
+
     images = [file for file in files if looks_like_image(file) and not file.name.startswith(".")]
     if not images:
         raise UsageError(f"{name(path)} must hold images, and none of its {len(files)} files has the suffix of one")
     return images
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """Return a name for each file: its stem where no other file has it, else its whole name, else its folder's too.
+
+    Names that differ only in case count as one.
+
+    Raises:
+        UsageError: two files have one name even so.
+    """
+    choices = [(file.stem, file.name, f"{file.resolve().parent.name}_{file.name}") for file in files]
+    chosen = [0] * len(files)
+    while True:
+        names = [choice[level] for choice, level in zip(choices, chosen, strict=True)]
+        times = Counter(one.casefold() for one in names)
+        twice = [index for index, one in enumerate(names) if times[one.casefold()] > 1]
+        if not twice:
+            return names
+        for index in twice:
+            chosen[index] += 1
+        if max(chosen) == 3:
+            same = [name(files[index]) for index in twice if names[index].casefold() == names[twice[0]].casefold()]
+            raise UsageError(f"{' and '.join(same)} would get one name; give them in two runs, or rename one")
 
 
 def add_weights(parser: argparse.ArgumentParser, group: argparse._MutuallyExclusiveGroup | None = None) -> None:
@@ -121,7 +148,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def load(arguments: argparse.Namespace) -> Network:
+def load(arguments: argparse.Namespace) -> "Network":
     """Return the network of `--weights` and `--set`, on `--device` if there is such an argument.
 
     Raises:
@@ -129,16 +156,20 @@ def load(arguments: argparse.Namespace) -> Network:
         CheckpointError: the weights cannot be read.
         ConfigError: an option is wrong.
     """
+    from sparse_sr_attn.checkpoints import load_model  # noqa: PLC0415
+
     device = find_device(getattr(arguments, "device", "cpu"))
     return load_model(arguments.weights, **options(arguments)).to(device)
 
 
-def find_device(asked: str | None) -> torch.device:
+def find_device(asked: str | None) -> "torch.device":
     """Return a device by its name; without one, the GPU if torch can use one.
 
     Raises:
         UsageError: torch cannot use it here.
     """
+    import torch  # noqa: PLC0415
+
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -6,7 +6,6 @@ from pathlib import Path
 from sparse_sr_attn.commands.common import UsageError, add_options, load, name, say, show
 from sparse_sr_attn.conversion import convert_weights, unsaid_options, write_weights
 
-HELP = "rewrite weights under other names, or as .safetensors"
 DESCRIPTION = """\
 Rewrite weights: under our names (BasicSR's, for EDSR and RCAN) or under those that the network was released with
 (EDSR-PyTorch's for EDSR and RCAN, the authors' for LCoAN and ELAN), as .pth or .safetensors. Anything that load_model

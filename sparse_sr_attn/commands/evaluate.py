@@ -14,7 +14,6 @@ from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
 from sparse_sr_attn.evaluation import Protocol, Score, bicubic_luma, luma, score
 from sparse_sr_attn.images import as_rgb, read_pixels
 
-HELP = "PSNR and SSIM of upscaled pictures, as papers count them, and their row “bicubic”"
 DESCRIPTION = """\
 Compare upscaled pictures with the true ones, on luma, without the border.
 

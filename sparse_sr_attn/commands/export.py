@@ -7,7 +7,6 @@ from pathlib import Path
 from sparse_sr_attn.commands.common import UsageError, add_options, load, name, require, say, show
 from sparse_sr_attn.export import TOLERANCE, export_onnx
 
-HELP = "write a network as ONNX, for images of any size, checked with onnxruntime"
 DESCRIPTION = """\
 Write a network as ONNX: `image`, (1, c, height, width) in 0..1, to `upscaled`, for any height and width.
 

@@ -18,7 +18,6 @@ from sparse_sr_attn.visualize import attended, attention_overlap, attention_stat
 if TYPE_CHECKING:
     from PIL import Image
 
-HELP = "draw the clusters, where a pixel attends, or how alike layers attend"
 DESCRIPTION = """\
 Draw what a network with attention does with an image.
 

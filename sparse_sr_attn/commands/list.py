@@ -17,7 +17,6 @@ from sparse_sr_attn.config import fields
 from sparse_sr_attn.errors import SparseSRError
 from sparse_sr_attn.layers.base import LAYERS
 
-HELP = "show the layers, networks, presets and trained weights, with source and parameters"
 DESCRIPTION = """\
 Show what can be named: attention layers (in `attention: {type: NAME}`), networks, presets (networks with options), and
 trained weights that come with the library (for --weights and load_model).

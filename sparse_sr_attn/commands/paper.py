@@ -20,7 +20,6 @@ from sparse_sr_attn.paper.pictures import read_pairs
 from sparse_sr_attn.paper.report import fill, markdown, section, write_plot
 from sparse_sr_attn.paper.training import Budget, Trainer
 
-HELP = "repeat the figures and ablations of the LCoA and ELAN papers, in small or in full"
 DESCRIPTION = """\
 Repeat a comparison of the papers: train all networks with the same seeds, patches and steps, measure what they cost,
 and write a table and a plot.

@@ -12,7 +12,6 @@ from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn.images import as_rgb, read_pixels
 from sparse_sr_attn.pairs import write_pairs
 
-HELP = "make pairs of high and low resolution to train and validate on"
 DESCRIPTION = """\
 Make pairs of high and low resolution from the photographs in folders: what MATLAB's bicubic imresize makes of them, to
 the last bit, as papers train and test on it ("BI").
