@@ -1,8 +1,9 @@
 """Files that are whole at every moment, whenever the process or the machine dies."""
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +35,35 @@ def replacing(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     reach_disk(file.parent)
+
+
+def check_writable(file: Path) -> None:
+    """Raise the error that writing `file` would meet; nothing that was there changes, and nothing new stays.
+
+    Args:
+        file: its folders are made if need be, and taken away again.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if os.path.isdir(file):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if os.path.lexists(file.parent) and not os.path.isdir(file.parent):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file.parent))
+    made = [folder for folder in file.parents if not os.path.lexists(folder)]
+    trial = file.with_name(f"{file.name}.try")  # as long a name as `replacing` needs
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with trial.open("xb"):
+            pass
+        trial.unlink()
+    except FileExistsError:
+        if not os.path.isfile(trial):  # else somebody else tries at this moment
+            raise
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def reach_disk(folder: Path) -> None:

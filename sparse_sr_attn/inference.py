@@ -102,6 +102,11 @@ def upscaled_strips(
         band = band[..., finished * scale :, :]
 
 
+def num_tiles(height: int, width: int, tile: int, overlap: int) -> int:
+    """Return how many tiles `upscale_tiled` makes of an image, which is how often it reports progress."""
+    return len(_cuts(height, tile, overlap, 0)) * len(_cuts(width, tile, overlap, 0))
+
+
 def with_smaller_tiles(
     attempt: Callable[[int], T], tile: int, *, smallest: int = 32, notice: Callable[[int], object] | None = None
 ) -> T:

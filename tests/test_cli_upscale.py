@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import platform
+import re
 import signal
 import stat
 import struct
@@ -152,8 +154,14 @@ def png16(array: Array) -> bytes:
 @pytest.mark.parametrize(("channels", "mode"), [(2, "LA"), (3, "RGB"), (4, "RGBA")])
 def test_sixteen_bit_colours_are_what_pillow_makes_of_them(upscale: Any, nets: Any, channels: int, mode: str) -> None:
     deep = noise(5, 6, channels, peak=65535)
+    if channels != 3:
+        deep[..., -1] |= 0x4000  # all is visible
     Path("deep.png").write_bytes(png16(deep))
-    assert upscale("deep.png")[0] == 0
+    status, _, err = upscale("deep.png")
+    assert (status, err) == (
+        0,
+        "sparse-sr: note: deep.png: Pillow reads 8 bits a channel of it, and the result has 8\n",
+    )
     result = opened("deep_x2.png")
     assert result.mode == mode
     colours = (deep[..., :3] if channels > 2 else deep[..., 0]) >> 8
@@ -180,6 +188,7 @@ def bicubic(alpha: Array) -> Array:
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_alpha_is_bicubic_and_kept(upscale: Any, nets: Any, mode: str, channels: int) -> None:
     pixels = noise(8, 7, len(mode))
+    pixels[..., -1] |= 0x40  # all is visible
     Image.fromarray(pixels).save("clear.png")
     assert upscale("clear.png", channels=channels)[0] == 0
     result = np.asarray(opened("clear_x2.png"))
@@ -188,6 +197,58 @@ def test_alpha_is_bicubic_and_kept(upscale: Any, nets: Any, mode: str, channels:
     found = result[..., 0] if mode == "LA" else result[..., :3]
     assert int(np.abs(found.astype(int) - expected(nets[channels][1], colours).astype(int)).max()) <= 1
     assert float(np.abs(result[..., -1] - bicubic(pixels[..., -1])).max()) <= 1.5
+
+
+HIDDEN: dict[str, tuple[Callable[[int], Image.Image], dict[str, Any]]] = {
+    "RGBA": (lambda grey: Image.fromarray(disc([grey, grey, 0], [250, 240, 230])), {}),
+    "LA": (lambda grey: Image.fromarray(disc([grey], [250])), {}),
+    "a colour": (
+        lambda grey: Image.fromarray(disc([grey, 7, 0], [250, 240, 230])[..., :3]),
+        {"transparency": (1, 7, 0)},
+    ),
+    "a grey": (lambda grey: Image.fromarray(disc([grey], [250])[..., 0]), {"transparency": 1}),
+}
+"""A light disc on a ground that alpha hides, whatever its colour is."""
+
+
+def disc(ground: list[int], light: list[int]) -> Array:
+    y, x = np.mgrid[0:40, 0:40] - 19.5
+    inside = (x**2 + y**2 < 150)[..., None]
+    return np.where(inside, [*light, 255], [*ground, 0]).astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_hidden_colours_never_matter(upscale: Any, mode: str, channels: int) -> None:
+    picture, _ = HIDDEN[mode]
+    for grey in (0, 255):
+        picture(grey).save(f"{grey}.png")
+        assert upscale(f"{grey}.png", channels=channels)[0] == 0
+    assert np.array_equal(np.asarray(opened("0_x2.png")), np.asarray(opened("255_x2.png")))
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_no_rim_around_what_is_visible(here: Path, kind: str) -> None:
+    """Over its own colour a disc of one colour has no edge that anybody could see."""
+    picture, options = HIDDEN[kind]
+    picture(1).save("a.png", **options)
+    assert main(["upscale", "a.png"]) == 0
+    result = np.asarray(opened("a_x2.png").convert("RGBA")).astype(float)
+    light = np.array([250, 240, 230] if kind in ("RGBA", "a colour") else [250, 250, 250])
+    alpha = result[..., 3:] / 255
+    over = alpha * result[..., :3] + (1 - alpha) * light
+    assert float(np.abs(over - light).max()) <= 6  # 94 without
+
+
+def test_what_is_visible_is_what_an_opaque_image_becomes(upscale: Any) -> None:
+    """Far from hidden pixels, and where all are visible, alpha changes no colour."""
+    pixels = noise(30, 40, 4)
+    pixels[..., 3] = np.where(np.arange(40) < 20, 0, 16 + pixels[..., 3] % 240)
+    Image.fromarray(pixels).save("half.png")
+    Image.fromarray(pixels[..., :3]).save("opaque.png")
+    assert upscale("half.png")[0] == upscale("opaque.png")[0] == 0
+    far = np.s_[:, 56:]
+    assert np.array_equal(np.asarray(opened("half_x2.png"))[far][..., :3], np.asarray(opened("opaque_x2.png"))[far])
 
 
 def coloured(mode: str) -> Image.Image:
@@ -218,6 +279,8 @@ def test_other_modes(upscale: Any, nets: Any, mode: str, file: str, options: Any
     assert upscale(file) == (0, f"{file} -> a_x2.png\n", "")
     found, plain = opened("a_x2.png"), opened(file).convert(result)
     assert found.mode == result
+    if result.endswith("A") and np.asarray(plain.getchannel("A")).min() < 16:
+        return  # hidden colours are not looked at
     colours = np.asarray(plain)
     if result.endswith("A"):
         colours = colours[..., 0] if result == "LA" else colours[..., :3]
@@ -439,13 +502,26 @@ def test_the_same_stem_twice(upscale: Any, nets: Any) -> None:
     assert opened("out/a.png_x2.png").size == (10, 12)
 
 
+def test_names_that_only_folders_tell_apart(upscale: Any) -> None:
+    for folder in ("in", "other"):
+        Path(folder).mkdir()
+        for file in ("a.png", "a.bmp", "a.png.png"):
+            photo(f"{folder}/{file}")
+    assert upscale("in", "other")[0] == 0
+    for folder in ("in", "other"):
+        assert sorted(os.listdir(f"{folder}_x2")) == ["a.bmp_x2.png", "a.png.png_x2.png", f"{folder}_a.png_x2.png"]
+    assert upscale("in", "other", "--output", "all")[0] == 0
+    assert len(os.listdir("all")) == 6
+
+
 def test_names_that_nothing_tells_apart(upscale: Any) -> None:
-    Path("in").mkdir()
-    for file in ("a.png", "a.bmp", "a.png.png"):
-        photo(f"in/{file}")
-    status, _, err = upscale("in")
-    assert status == 2
-    assert err == "sparse-sr: in has several images that would become a.png_x2.png\n"
+    for folder in ("one/in", "two/in"):
+        Path(folder).mkdir(parents=True)
+        photo(f"{folder}/a.png")
+    status, out, err = upscale("one/in", "two/in", "--output", "all")
+    assert (status, out) == (2, "")
+    assert err == "sparse-sr: one/in/a.png and two/in/a.png would get one name; give them in two runs, or rename one\n"
+    assert sorted(os.listdir()) == ["one", "two"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="such names exist on POSIX only")
@@ -478,14 +554,14 @@ def test_what_is_there_stays_unless_asked(upscale: Any) -> None:
     photo()
     Path("good_x2.png").write_text("mine")
     status, out, err = upscale("good.png")
-    assert (status, out) == (1, "")
-    assert err == "sparse-sr: good.png: good_x2.png is there already, and stays; --overwrite replaces it\n"
+    assert (status, out) == (2, "")
+    assert err == "sparse-sr: good.png: good_x2.png already exists; --overwrite replaces it\n"
     assert Path("good_x2.png").read_text() == "mine"
     assert upscale("good.png", "--overwrite")[0] == 0
     assert opened("good_x2.png").size == (10, 12)
     before = Path("good.png").read_bytes()
     status, _, err = upscale("good.png", "--output", "good.png", "--overwrite")
-    assert status == 1
+    assert status == 2
     assert "would be replaced by its own result" in err
     assert Path("good.png").read_bytes() == before
 
@@ -500,7 +576,7 @@ def test_what_comes_meanwhile_stays_too(upscale: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fsync", slow)
     status, _, err = upscale("good.png")
-    assert (status, err.count("stays")) == (1, 1)
+    assert (status, err.count("already exists")) == (1, 1)
     assert Path("good_x2.png").read_text() == "mine"
     assert sorted(os.listdir()) == ["good.png", "good_x2.png"]
 
@@ -508,19 +584,140 @@ def test_what_comes_meanwhile_stays_too(upscale: Any, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("make", "output", "message"),
     [
-        (lambda: Image.fromarray(noise(5, 5, 4)).save("a.png"), "a.jpg", "cannot write mode RGBA as JPEG"),
-        (lambda: Image.fromarray(noise(5, 5, peak=65535)).save("a.png"), "a.jpg", "cannot write mode I;16 as JPEG"),
+        (
+            lambda: Image.fromarray(noise(5, 5, 4)).save("a.png"),
+            "a.jpg",
+            "cannot write mode RGBA as JPEG; .png, .tif, ",
+        ),
+        (lambda: Image.fromarray(noise(5, 5, 4)).save("a.png"), "a.gif", "it loses the transparency; .png"),
+        (lambda: Image.fromarray(noise(5, 5, peak=65535)).save("a.png"), "a.webp", "it keeps 8 bits a channel; .png"),
+        (lambda: Image.fromarray(noise(2, 8200)).save("a.png"), "a.webp", "(16400x4, 8-bit grey): "),
         (lambda: photo("a.png"), f"{'n' * 254}.png", "File name too long"),
-        (lambda: (photo("a.png"), Path("file").touch()), "file/inner/b.png", "cannot be made: Not a directory"),
+        (lambda: (photo("a.png"), Path("file").touch()), "file/inner/b.png", "Not a directory"),
+        (lambda: (photo("a.png"), Path("file").touch()), "file/b.png", "Not a directory"),
+        (lambda: (photo("a.png"), Path("there.png").mkdir(), photo("there.png/a_x2.png")), "there.png", "exists"),
+        (lambda: (photo("a.png"), Path("there_x2.png").mkdir()), "there_x2.png/", None),
     ],
 )
-def test_a_result_that_cannot_be_written(upscale: Any, make: Any, output: str, message: str) -> None:
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(
+    upscale: Any, make: Any, output: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make()
-    before = sorted(os.listdir())
-    status, _, err = upscale("a.png", "--output", output)
-    assert (status, err.count("\n")) == (1, 1)
+    if message is None:
+        assert upscale("a.png", "--output", output)[0] == 0
+        return
+    before = sorted(Path().rglob("*"))
+
+    def work(*_: object) -> Tensor:
+        raise AssertionError("the network was run")
+
+    monkeypatch.setattr(EDSR, "forward", work)
+    status, out, err = upscale("a.png", "--output", output)
+    assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
-    assert sorted(os.listdir()) == before
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_to_write(upscale: Any) -> None:
+    photo()
+    Path("there").mkdir(mode=0o555)
+    status, _, err = upscale("good.png", "--output", "there/")
+    assert (status, err) == (2, "sparse-sr: there cannot be written to: Permission denied\n")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "made"),
+    [
+        (["a.png"], "results/v1.2/", ["results/v1.2/a_x2.png"]),
+        (["a.png"], "new.png/", ["new.png/a_x2.png"]),
+        (["a.png", "b.png"], "v1.2", ["v1.2/a_x2.png", "v1.2/b_x2.png"]),
+        (["in"], "v1.2", ["v1.2/c_x2.png"]),
+        (["in"], "out.png/", ["out.png/c_x2.png"]),
+        (["a.png", "in", "b.png"], None, ["a_x2.png", "b_x2.png", "in_x2/c_x2.png"]),
+        (["a.png", "./a.png", "a.png"], None, ["a_x2.png"]),
+        (["a.png"], "a.tiff", ["a.tiff"]),
+        (["in/c.png"], ".", ["c_x2.png"]),
+        (["in/"], None, ["in_x2/c_x2.png"]),
+    ],
+)
+def test_what_is_a_file_and_what_a_folder(upscale: Any, inputs: list[str], output: str | None, made: list[str]) -> None:
+    Path("in").mkdir()
+    for file in ("a.png", "b.png", "in/c.png"):
+        photo(file)
+    before = set(Path().rglob("*"))
+    status, out, err = upscale(*inputs, *([] if output is None else ["--output", output]))
+    assert (status, err, out.count("\n")) == (0, "", len(made))
+    assert {str(file) for file in set(Path().rglob("*")) - before if file.is_file()} == set(made)
+
+
+def test_a_second_run_does_what_is_left(upscale: Any) -> None:
+    Path("in").mkdir()
+    for file in "abc":
+        photo(f"in/{file}.png")
+    assert upscale("in")[0] == 0
+    first = Path("in_x2/a_x2.png").stat().st_mtime_ns
+    Path("in_x2/b_x2.png").unlink()
+    status, out, err = upscale("in")
+    assert (status, out) == (0, f"in/b.png -> {Path.cwd()}/in_x2/b_x2.png\n")
+    assert err == "sparse-sr: note: 2 of 3 results exist and are skipped; --overwrite replaces them\n"
+    assert upscale("in")[0:2] == (0, "")  # nothing is left
+    assert Path("in_x2/a_x2.png").stat().st_mtime_ns == first
+    status, out, err = upscale("in", "--overwrite")
+    assert (status, out.count("\n"), err) == (0, 3, "")
+    assert Path("in_x2/a_x2.png").stat().st_mtime_ns > first
+
+
+def test_results_beside_their_images_are_not_enlarged_again(upscale: Any) -> None:
+    Path("in").mkdir()
+    for file in "ab":
+        photo(f"in/{file}.png")
+    for _ in range(2):
+        assert upscale("in", "--output", "in")[0] == 0
+        assert upscale(*sorted(Path("in").glob("*.png")), "--overwrite")[0] == 0
+    assert sorted(os.listdir("in")) == ["a.png", "a_x2.png", "b.png", "b_x2.png"]
+
+
+def run_command(arguments: list[str], data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "sparse_sr_attn", "upscale", *arguments], input=data, capture_output=True, check=False
+    )
+
+
+def test_standard_input_and_output(here: Path, nets: Any) -> None:
+    pixels = noise(6, 5, 3)
+    Image.fromarray(pixels).save("a.bmp")
+    data, weights = Path("a.bmp").read_bytes(), ["--weights", str(nets[3][0])]
+    for arguments, given in ((["-"], data), (["-", "-o", "-"], data), (["a.bmp", "-o", "-"], b"")):
+        done = run_command([*arguments, *weights], given)
+        assert (done.returncode, done.stderr) == (0, b"")
+        Path("out.png").write_bytes(done.stdout)
+        close(opened("out.png"), expected(nets[3][1], pixels), "RGB")
+    for output, file in (("b.png", "b.png"), ("there/", "there/stdin_x2.png")):
+        done = run_command(["-", "-o", output, *weights], data)
+        assert (done.returncode, done.stdout) == (0, f"- -> {file}\n".encode())
+        close(opened(file), expected(nets[3][1], pixels), "RGB")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "status", "message"),
+    [
+        (["-"], b"", 1, b"-: is not an image that Pillow knows"),
+        (["-"], b"no image", 1, b"-: is not an image that Pillow knows"),
+        (["-", "a.png"], b"", 2, b"standard input, -, must be the only input"),
+        (["a.png", "b.png", "-o", "-"], b"", 2, b"--output - takes one image, and there are several"),
+    ],
+)
+def test_streams_that_cannot_be(
+    here: Path, nets: Any, arguments: list[str], data: bytes, status: int, message: bytes
+) -> None:
+    photo("a.png")
+    photo("b.png")
+    done = run_command([*arguments, "--weights", str(nets[3][0])], data)
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert message in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert sorted(os.listdir()) == ["a.png", "b.png"]
 
 
 def run_in_process(code: str) -> subprocess.CompletedProcess[str]:
@@ -631,9 +828,44 @@ def test_a_bar_on_a_terminal_and_none_elsewhere(here: Path, nets: Any) -> None:
     os.close(ours)
     assert (process.returncode, told) == (0, "a.png -> a_x2.png\n")
     assert b"a.png:" in shown
-    assert b"/300 [" in shown
+    assert b"100%" in shown
     done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_progress_within_one_tile(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no terminal is, lines tell how far it is, by the parts of the network; hooks do not stay."""
+    monkeypatch.setattr("sparse_sr_attn.commands.upscale._REPORT_EVERY", 0)
+    photo()
+    torch.save(EDSR(num_feat=4, num_block=5, upscale=2).state_dict(), "net.pth")
+    status, _, err = upscale("good.png", "--weights", "net.pth")
+    shares = [int(share) for share in re.findall(r"^sparse-sr: good.png: (\d+)%, about 0 min left$", err, re.MULTILINE)]
+    assert status == 0
+    assert len(shares) == err.count("\n") >= 6
+    assert shares == sorted(shares)
+    assert shares[-1] < 100
+
+
+def test_freed_memory_is_kept_unless_the_user_says_how(here: Path, nets: Any) -> None:
+    """Fewer pages are asked of the system; counted, not timed."""
+    Image.fromarray(noise(300, 300, 3)).save("a.png")
+    code = (
+        "import resource, sys; from sparse_sr_attn.cli import main\n"
+        "main(['upscale', 'a.png', '--overwrite', '--device', 'cpu', '--weights', 'LCoAN-light_x2'])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "main(['upscale', 'a.png', '--overwrite', '--device', 'cpu', '--weights', 'LCoAN-light_x2'])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+
+    def faults(**settings: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **settings}
+        )
+        return int(done.stdout.splitlines()[-1])
+
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        pytest.skip("mallopt is glibc's")
+    assert 4 * faults() < faults(MALLOC_TOP_PAD_="0")
 
 
 @pytest.mark.slow
@@ -686,7 +918,17 @@ def test_memory_that_never_suffices(upscale: Any, monkeypatch: pytest.MonkeyPatc
         (["good.png", "--tile", "8", "--overlap", "8"], "--overlap must be >= 0 and smaller than the tile, 8, got 8"),
         (["good.png", "--device", "abacus"], "--device must be one that torch can use here, got 'abacus'"),
         (["good.png", "--output", "big.xyz"], "--output big.xyz must end like an image that Pillow writes"),
-        (["empty", "--output", "good.png"], "--output must be a folder for a folder of images"),
+        (["full", "--output", "good.png"], "--output must be a folder, and good.png is a file"),
+        (["full", "--output", "one.png"], "must be a folder for several images; one.png/ is one, one.png a file"),
+        (["good.png", "full/a.png", "-o", "one.JPG"], "must be a folder for several images; one.JPG/ is one"),
+        (["good.png", "--output", "good.png/"], "--output must be a folder, and good.png is a file"),
+        (
+            ["good.png", "--output", "v1.2"],
+            "--output v1.2 must end like an image that Pillow writes, e.g. in .png; v1.2/",
+        ),
+        (["good.png", "--output", ""], "--output must name a file or a folder, got ''"),
+        (["good.png", "nowhere"], "nowhere: no such image or folder"),
+        ([], "required: IMAGE|FOLDER"),
         (["good.png", "--set", "img_rang=1"], "img_rang: unknown; did you mean 'img_range'?"),
         (["good.png", "--max-pixels", "0"], "--max-pixels must be >= 1, got 0"),
         (["good.png", "--tile", "many"], "invalid int value: 'many'"),
@@ -695,10 +937,12 @@ def test_memory_that_never_suffices(upscale: Any, monkeypatch: pytest.MonkeyPatc
 def test_wrong_usage(upscale: Any, arguments: list[str], message: str) -> None:
     photo()
     Path("empty").mkdir()
+    Path("full").mkdir()
+    photo("full/a.png")
     status, out, err = upscale(*arguments)
     assert (status, out) == (2, "")
     assert message in err
-    assert sorted(os.listdir()) == ["empty", "good.png"]
+    assert sorted(os.listdir()) == ["empty", "full", "good.png"]
 
 
 def test_networks_of_other_channels(upscale: Any) -> None:
