@@ -1,5 +1,6 @@
 """`sparse-sr prepare`, as it is typed."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,15 +66,42 @@ def test_tiles_leave_out_what_is_smaller_than_a_crop(here: Path, capsys: pytest.
         (["--scale", "2", "--crop", "16"], 2, "smaller than --tile, 0, got 16"),
         (["nowhere", "--scale", "2"], 2, "nowhere: no such image or folder"),
         (["photos/notes.txt", "--scale", "2"], 1, "photos/notes.txt: is not an image"),
-        (["photos/grey.png", "--scale", "2"], 1, "grey is the name of two pictures"),
+        (["deeper/photos", "--scale", "2"], 2, "photos/grey.png and deeper/photos/grey.png would get one name"),
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_is_written(
     arguments: list[str], status: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (here / "deeper" / "photos").mkdir(parents=True)
+    shutil.copy(here / "photos" / "grey.png", here / "deeper" / "photos")
     assert main(["prepare", "photos", *arguments, "-o", "out"]) == status
     assert message in capsys.readouterr().err
     assert not list(here.glob("out/*"))
+
+
+def test_names_are_told_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the suffix where the stem is the same, by the folder where the name is; the same file twice is one."""
+    (here / "more").mkdir()
+    shutil.copy(here / "photos" / "colour.png", here / "more")
+    with Image.open(here / "photos" / "grey.png") as grey:
+        grey.convert("RGB").save(here / "photos" / "GREY.JPG")
+    command = ["prepare", "photos", "photos/grey.png", "./photos", "more", "--scale", "2", "-o", "out"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "5 pairs from 5 images -> out\n"
+    names = ["GREY.JPG.png", "grey.png.png", "more_colour.png.png", "photos_colour.png.png", "small.png"]
+    for part in ("HR", "LR_x2"):
+        assert sorted(file.name for file in (here / "out" / part).iterdir()) == names
+    assert torch.equal(pixels(here / "out/HR/more_colour.png.png"), pixels(here / "more/colour.png")[:40])
+    assert np.ptp(pixels(here / "out/HR/grey.png.png").numpy(), axis=2).max() == 0
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bit_colours_are_refused(channels: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pillow would read half of their bits without a word."""
+    cv2 = pytest.importorskip("cv2")
+    cv2.imwrite("deep.png", np.full((16, 16, channels), 40000, dtype=np.uint16))
+    assert main(["prepare", "deep.png", "--scale", "2", "-o", "out"]) == 1
+    assert "deep.png: must have 8 bits a channel, got more; save it with 8 bits" in capsys.readouterr().err
 
 
 def test_sixteen_bits_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

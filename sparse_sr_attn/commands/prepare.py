@@ -2,12 +2,12 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from sparse_sr_attn.commands.common import UsageError, images_in, name, require, say, show
+from sparse_sr_attn.commands.common import UsageError, distinct_names, images_in, name, require, say, show
 from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn.images import as_rgb, read_pixels
 from sparse_sr_attn.pairs import write_pairs
@@ -21,8 +21,9 @@ the last bit, as papers train and test on it ("BI").
 
 In the option file, dataroot_gt is OUT/HR, dataroot_lq is OUT/LR_xN, and filename_tmpl is '{}'."""
 EPILOG = """\
-Sides are cut to a multiple of the scale. Grey becomes three equal channels, alpha is left out. Nothing stands in OUT
-before everything does.
+Sides are cut to a multiple of the scale. Grey becomes three equal channels, alpha is left out. Pairs are named after
+their images, with the suffix or the folder too where two would have one name. Nothing stands in OUT before everything
+does.
 
 Exit status: 0 done; 1 an image cannot be read, or nothing could be written; 2 the command line is wrong."""
 
@@ -73,9 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     taken = [part for part in (output / "HR", output / f"LR_x{scale}") if os.path.lexists(part)]
     if taken and not arguments.overwrite:
         raise UsageError(f"{name(taken[0])} is there already, and stays; --overwrite replaces it")
-    files = [file for path in arguments.input for file in images_in(path)]
+    files = list({file.absolute(): file for path in arguments.input for file in images_in(path)}.values())
+    named = dict(zip(distinct_names(files), files, strict=True))
     small: list[Path] = []
-    count = write_pairs(_read(files, max(crop, scale), small), output, scale, tile=tile, crop=crop)
+    count = write_pairs(_read(named, max(crop, scale), small), output, scale, tile=tile, crop=crop)
     if small:
         some = ", ".join(map(name, small[:_NAMED])) + (", ..." if len(small) > _NAMED else "")
         say(f"note: left out, because a side is shorter than {max(crop, scale)}: {len(small)} of {len(files)}, {some}")
@@ -83,9 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(files: Sequence[Path], smallest: int, small: list[Path]) -> Iterator[tuple[str, Tensor]]:
+def _read(files: Mapping[str, Path], smallest: int, small: list[Path]) -> Iterator[tuple[str, Tensor]]:
     """Yield names and pictures, and remember those that are too small."""
-    for file in files:
+    for label, file in files.items():
         try:
             pixels = read_pixels(file)
         except ImageError as error:
@@ -93,4 +95,4 @@ def _read(files: Sequence[Path], smallest: int, small: list[Path]) -> Iterator[t
         if min(pixels.shape[:2]) < smallest:
             small.append(file)
             continue
-        yield file.stem, as_rgb(pixels)
+        yield label, as_rgb(pixels)
