@@ -6,8 +6,28 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+
+
+def needed(extra: str = "") -> set[str]:
+    """The packages that a plain install brings, or one with an extra, ours resolved."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"].get(extra, ())]
+    found = set()
+    for requirement in map(Requirement, lines):
+        if requirement.name == project["name"]:
+            found |= set().union(*(needed(other) for other in requirement.extras))
+        else:
+            found.add(requirement.name)
+    return found
+
+
+def test_a_plain_install_loads_weights_and_each_extra_that_runs_networks_upscales() -> None:
+    assert needed() == {"torch", "einops", "jaxtyping", "safetensors"}
+    for extra in ("cli", "basicsr", "demo"):
+        assert needed(extra) >= {"safetensors", "pillow", "numpy", "tqdm"}
 
 
 @pytest.mark.slow
