@@ -18,8 +18,7 @@ from sparse_sr_attn.errors import ConfigError, ProcessError, SparseSRError
 _INSTALL = (
     "BasicSR is not installed, and `sparse-sr {command}` runs it. After torch and torchvision:\n"
     "  python -m pip install --no-build-isolation basicsr==1.4.2\n"
-    "(Python 3.10 to 3.12; beside a torch without CUDA add `-c constraints-cpu.txt`, or pip brings another torch. "
-    "More in docs/basicsr.md)"
+    "(Python 3.10 to 3.12; beside a torch without CUDA add `-c constraints-cpu.txt`, or pip brings another torch)"
 )
 _BASICSR = {
     "train": "train a network as an option file says",

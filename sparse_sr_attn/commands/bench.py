@@ -26,8 +26,8 @@ Measure time, memory and the floor of attention layers or networks, all in one p
   sparse-sr bench --networks --methods ELAN-light plain-ELAN-light --sizes 64 128
   sparse-sr bench --peer their/code.py:Attention:channels=64,reduction=4
 
-Outputs are compared with slow references first; one that is wrong gets no speed-up. docs/benchmarks.md tells what the
-figures mean. Names that begin with `plain-` are stand-ins for released codes, written anew."""
+Outputs are compared with slow references first; one that is wrong gets no speed-up. Names that begin with `plain-` are
+stand-ins for released codes, written anew."""
 EPILOG = f"""\
 layers: {", ".join(LAYER_METHODS)}
 networks: {", ".join(NETWORK_METHODS)}

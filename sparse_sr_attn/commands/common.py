@@ -111,7 +111,7 @@ def add_weights(parser: argparse.ArgumentParser, group: argparse._MutuallyExclus
         default=f"{NETWORK}_x2",
         type=Path,
         metavar="FILE|NAME",
-        help=".pth or .safetensors, ours or of another code base (docs/checkpoints.md), or weights that come with the "
+        help=".pth or .safetensors, ours or of another code base, or weights that come with the "
         "library (`sparse-sr list`); they tell the network (default: %(default)s)",
     )
     add_options(parser)

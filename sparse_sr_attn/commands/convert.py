@@ -9,7 +9,7 @@ from sparse_sr_attn.conversion import convert_weights, unsaid_options, write_wei
 DESCRIPTION = """\
 Rewrite weights: under our names (BasicSR's, for EDSR and RCAN) or under those that the network was released with
 (EDSR-PyTorch's for EDSR and RCAN, the authors' for LCoAN and ELAN), as .pth or .safetensors. Anything that load_model
-knows is read (docs/checkpoints.md). What is written has been read back, and every weight was the same.
+knows is read. What is written has been read back, and every weight was the same.
 
   sparse-sr convert net_g_latest.pth net.safetensors
   sparse-sr convert edsr_baseline_x2.pt EDSR_Mx2.pth                    from EDSR-PyTorch to BasicSR

@@ -20,8 +20,7 @@ Compare upscaled pictures with the true ones, on luma, without the border.
   sparse-sr evaluate results/ Set5/HR --upscale 2
   sparse-sr evaluate results/ Set5/HR --upscale 4 --names {}_RCAN {}_HR_x4    baby_RCAN.png belongs to baby_HR_x4.png
   sparse-sr evaluate --bicubic Set14/HR --upscale 3 --grey bridge             the row "bicubic" of papers' tables
-
-The results may be anybody's. docs/paper.md tells which protocol gives which published figures."""
+"""
 EPILOG = """\
 Protocols: basicsr (BasicSR, EDSR and most networks since): luma in floating point, grey pictures as RGB. matlab (SRCNN
 and who copied its figures): luma rounded to 8 bits, grey pictures as they are, whose PSNR is 1.3 dB lower. Set14 has

@@ -17,7 +17,7 @@ The file is written only if onnxruntime gives the same images as the network, at
 EPILOG = f"""\
 A token on the border of two clusters may fall to either side by rounding; the image differs there by what that changes
 ("as it is"). So images are compared under the clusters that onnxruntime found ("under one pattern", at most
-{TOLERANCE}), and tokens that moved must have been on the border. docs/onnx.md says more."""
+{TOLERANCE}), and tokens that moved must have been on the border."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -102,7 +102,7 @@ def _weights() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "source": "trained on T91 and BSD400, see docs/weights.md",
+            "source": "trained on T91 and BSD400",
             "about": f"load_model({name!r}), --weights {name}",
             "parameters": _num_parameters(partial(load_model, name)),
             "options": {},

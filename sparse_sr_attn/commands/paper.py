@@ -27,10 +27,9 @@ and write a table and a plot.
   sparse-sr paper lcoa-2                                         memory and time; needs no pictures
   sparse-sr paper lcoa-3 elan-lfe --data DIV2K/HR --val Set5/HR  two comparisons
   sparse-sr paper all --data A B --val C D --iterations 2000
-  sparse-sr paper page --page docs/paper.md                      put what is in OUT into a page
+  sparse-sr paper page --page paper.md                           put what is in OUT into a page
 
-Trainings that are finished are kept in OUT: the same command again goes on where it was interrupted, or adds seeds.
-docs/paper.md says what the small scale can show, and what it cannot."""
+Trainings that are finished are kept in OUT: the same command again goes on where it was interrupted, or adds seeds."""
 EPILOG = "figures:\n" + "\n".join(
     f"  {label:<14}{(build.__doc__ or '').partition(chr(10))[0]}" for label, build in FIGURES.items()
 )
