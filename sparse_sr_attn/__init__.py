@@ -2,46 +2,52 @@
 
 from sparse_sr_attn import LCoA
 y = LCoA(64)(x)  # any (b, 64, h, w)
+
+Importing the package imports nothing else, not even torch; each name brings its module when it is first used.
 """
 
-from sparse_sr_attn.attachment import attach, detach
-from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, RCAN, LCoAN, create_model
-from sparse_sr_attn.blocks import ELAB
-from sparse_sr_attn.checkpoints import load_model
-from sparse_sr_attn.errors import (
-    CheckpointError,
-    ConfigError,
-    DuplicateNameError,
-    ExportError,
-    FormError,
-    ImageError,
-    ProcessError,
-    ShapeError,
-    SharingError,
-    SparseSRError,
-    TrainingError,
-    UnknownNameError,
-)
-from sparse_sr_attn.inference import upscale_tiled
-from sparse_sr_attn.layers import (
-    ENLA,
-    GMSA,
-    HSPA,
-    LAYERS,
-    LFE,
-    LSP,
-    NLA,
-    NLSA,
-    AttentionLayer,
-    CategoryAttention,
-    CoA,
-    LCoA,
-    SharedGMSA,
-    ShiftConv2d,
-    build_layer,
-    one_kmeans_update,
-)
-from sparse_sr_attn.states import ClusterAttention, ClusterPattern, WindowAttention
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparse_sr_attn.attachment import attach, detach
+    from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, RCAN, LCoAN, create_model
+    from sparse_sr_attn.blocks import ELAB
+    from sparse_sr_attn.checkpoints import load_model
+    from sparse_sr_attn.errors import (
+        CheckpointError,
+        ConfigError,
+        DuplicateNameError,
+        ExportError,
+        FormError,
+        ImageError,
+        ProcessError,
+        ShapeError,
+        SharingError,
+        SparseSRError,
+        TrainingError,
+        UnknownNameError,
+    )
+    from sparse_sr_attn.inference import upscale_tiled
+    from sparse_sr_attn.layers import (
+        ENLA,
+        GMSA,
+        HSPA,
+        LAYERS,
+        LFE,
+        LSP,
+        NLA,
+        NLSA,
+        AttentionLayer,
+        CategoryAttention,
+        CoA,
+        LCoA,
+        SharedGMSA,
+        ShiftConv2d,
+        build_layer,
+        one_kmeans_update,
+    )
+    from sparse_sr_attn.states import ClusterAttention, ClusterPattern, WindowAttention
 
 __version__ = "0.1.0"
 
@@ -90,3 +96,80 @@ __all__ = [
     "one_kmeans_update",
     "upscale_tiled",
 ]
+
+_HOMES = {
+    "attachment": (
+        "attach",
+        "detach",
+    ),
+    "backbones": (
+        "EDSR",
+        "ELAN",
+        "PRESETS",
+        "RCAN",
+        "LCoAN",
+        "create_model",
+    ),
+    "blocks": ("ELAB",),
+    "checkpoints": ("load_model",),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "DuplicateNameError",
+        "ExportError",
+        "FormError",
+        "ImageError",
+        "ProcessError",
+        "ShapeError",
+        "SharingError",
+        "SparseSRError",
+        "TrainingError",
+        "UnknownNameError",
+    ),
+    "inference": ("upscale_tiled",),
+    "layers": (
+        "ENLA",
+        "GMSA",
+        "HSPA",
+        "LAYERS",
+        "LFE",
+        "LSP",
+        "NLA",
+        "NLSA",
+        "AttentionLayer",
+        "CategoryAttention",
+        "CoA",
+        "LCoA",
+        "SharedGMSA",
+        "ShiftConv2d",
+        "build_layer",
+        "one_kmeans_update",
+    ),
+    "states": (
+        "ClusterAttention",
+        "ClusterPattern",
+        "WindowAttention",
+    ),
+}
+"""The modules that the public names come from."""
+
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Return a public name, or a module of the package, when it is first asked for."""
+    if name in _HOME:
+        value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """A name table: what an option file may name, and what is built for it. Nothing else."""
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Generic, TypeVar
@@ -41,10 +42,12 @@ class Registry(Generic[T]):
 
     Args:
         noun: what the entries are, for messages ("layer").
+        modules: those whose import enters what the library has; imported before the table is first read.
     """
 
-    def __init__(self, noun: str) -> None:
+    def __init__(self, noun: str, modules: Sequence[str] = ()) -> None:
         self.noun = noun
+        self._modules = list(modules)
         self._entries: dict[str, Entry[T]] = {}
 
     def register(self, name: str, *, kind: str, source: str) -> Callable[[B], B]:
@@ -75,18 +78,23 @@ class Registry(Generic[T]):
             UnknownNameError: there is none; the message names the nearest one and all that exist.
         """
         try:
-            return self._entries[name]
+            return self._all()[name]
         except (KeyError, TypeError):
             raise UnknownNameError(f"no {self.noun} named {name!r}{suggestion(name, list(self))}") from None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries))
+        return iter(sorted(self._all()))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._all())
+
+    def _all(self) -> dict[str, Entry[T]]:
+        while self._modules:
+            importlib.import_module(self._modules.pop())
+        return self._entries
 
 
 def _where(build: Callable[..., object]) -> str:

@@ -1,6 +1,7 @@
 """The command `sparse-sr`: what it says before any work begins."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,35 @@ def test_help_names_the_commands_and_where_results_go(capsys: pytest.CaptureFixt
     main(["--help"])
     text = capsys.readouterr().out
     assert all(word in text for word in ("train", "test", "experiments/", "working directory"))
+
+
+COLD = """
+import sys
+from sparse_sr_attn.cli import main
+status = main(sys.argv[1:])
+assert "torch" not in sys.modules, "torch was imported"
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--version"], 0), (["--help"], 0), (["train", "--help"], 0), ([], 2), (["upscal", "x.png"], 2), (["test"], 2)],
+)
+def test_what_needs_no_torch_imports_none(arguments: list[str], status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", COLD, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+
+
+COMMANDS = ("train", "test", "prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "bench", "paper")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS), ["list"]])
+def test_help_points_to_no_file_that_the_wheel_lacks(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out
+    assert not re.findall(r"docs/\S*|\S+\.md\)", out)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Imports point one way, and importing the package needs and costs little."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,56 @@ def test_import_brings_nothing_but_its_dependencies() -> None:
     subprocess.run([sys.executable, "-c", COLD], check=True)
 
 
+def test_the_package_alone_imports_nothing() -> None:
+    code = "import sys; before = set(sys.modules); import sparse_sr_attn; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    new = {name for name in done.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert new == {"sparse_sr_attn"}
+
+
 def test_public_names_exist() -> None:
     assert sorted(sparse_sr_attn.__all__) == sorted(set(sparse_sr_attn.__all__))
     for name in sparse_sr_attn.__all__:
         assert hasattr(sparse_sr_attn, name)
+    assert set(dir(sparse_sr_attn)) >= set(sparse_sr_attn.__all__)
+
+
+def test_names_that_do_not_exist() -> None:
+    with pytest.raises(AttributeError, match="module 'sparse_sr_attn' has no attribute 'LCoB'"):
+        sparse_sr_attn.LCoB  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'LCoB' from 'sparse_sr_attn'"):
+        from sparse_sr_attn import LCoB  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from sparse_sr_attn import build_layer; build_layer('ELAB', 12)",
+        "from sparse_sr_attn.layers.base import LAYERS; assert {'ELAB', 'LCoA', 'LFE', 'NLSA'} <= set(LAYERS)",
+        "from sparse_sr_attn.layers.base import LAYERS; assert 'ELAB' in LAYERS and len(LAYERS) > 10",
+        "import sparse_sr_attn; assert sparse_sr_attn.layers.LCoA is sparse_sr_attn.LCoA",
+        "import sparse_sr_attn; assert sparse_sr_attn.functional.kmeans",
+        "import sparse_sr_attn; assert sparse_sr_attn.blocks.ELAB",
+        "from sparse_sr_attn import *; assert LCoA and load_model and __version__",
+    ],
+)
+def test_names_bring_what_they_need(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FIRST = """
+import importlib, os, sys
+import torch, einops, jaxtyping
+for module in sys.argv[1:]:
+    if not (child := os.fork()):
+        importlib.import_module(f"sparse_sr_attn.{module}")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, module
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="takes a process for each")
+def test_every_part_can_be_imported_first() -> None:
+    parts = sorted({part(path) for path in FILES} - {"__main__"})
+    done = subprocess.run([sys.executable, "-c", FIRST, *parts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

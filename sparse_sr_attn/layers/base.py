@@ -16,7 +16,7 @@ from sparse_sr_attn.errors import ShapeError, SharingError, UnknownNameError
 from sparse_sr_attn.functional.layout import pointwise_conv2d
 from sparse_sr_attn.registry import Entry, Registry
 
-LAYERS: Registry[nn.Module] = Registry("layer")
+LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
 
 _LAYER_OF_NETWORK = {"elan": "ELAB", "elan-light": "ELAB", "lcoan": "LCoA", "lcoan-light": "LCoA", "nlsn": "NLSA"}
 """What somebody wants who asks for a layer by the name of its network, in lower case."""
