@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 
 from sparse_sr_attn import attach
@@ -34,6 +34,7 @@ from sparse_sr_attn.config import (
     read,
 )
 from sparse_sr_attn.errors import ConfigError
+from sparse_sr_attn.images import is_reduced
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import registration
 from sparse_sr_attn_basicsr.attended import Attended
@@ -616,6 +617,7 @@ class _Preflight:
                 if values.get(name) is None:
                     self.problems.add(join_path(path, name), f"missing; {_PAIRED} needs it")
         folders = {name: self.folder(path, name, values) for name in values if str(name).startswith("dataroot")}
+        self.depths(path, folders)
         scale = self.options.get("scale")
         gt_size = right.get("gt_size")
         if isinstance(scale, int) and scale > 0 and gt_size and gt_size % scale:
@@ -703,6 +705,17 @@ class _Preflight:
                 )
                 return
 
+    def depths(self, path: str, folders: Mapping[str, Path | None]) -> None:
+        """Remark on images whose lower bits are lost: BasicSR reads 8 bits a channel."""
+        for name, folder in folders.items():
+            files = sorted(_files(folder))[:_NUM_IMAGES_MEASURED] if folder else []
+            deep = [file for file in files if folder and _is_deep(folder / file)]
+            if deep:
+                self.remarks.append(
+                    f"{join_path(path, name)}: BasicSR reads 8 bits a channel, and {deep[0]!r} has more; its lower "
+                    f"bits are lost (as in {len(deep)} of the first {len(files)} images)"
+                )
+
     def batches(self, path: str, num_pairs: int, right: Mapping[str, Any]) -> None:
         """Check that an epoch holds a batch."""
         batch, ratio = right.get("batch_size_per_gpu"), right.get("dataset_enlarge_ratio", 1)
@@ -732,12 +745,30 @@ def _files(folder: Path) -> set[str]:
 
 
 def _size(image: Path) -> tuple[int, int] | None:
-    """Return (width, height), read from the head of the file; None if that says nothing."""
+    """Return (width, height) as BasicSR reads the image, from the head of the file; None if that says nothing."""
     try:
         with Image.open(image) as opened:
-            return opened.size
-    except (OSError, ValueError):
+            sideways = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            size = opened.size
+        return _decoded_size(image) if sideways else size
+    except (OSError, SyntaxError, ValueError):
         return None
+
+
+def _decoded_size(image: Path) -> tuple[int, int] | None:
+    """Return (width, height) of what BasicSR makes of a file: which EXIF it follows is a matter of OpenCV's version."""
+    imfrombytes = importlib.import_module("basicsr.utils").imfrombytes
+    pixels = imfrombytes(image.read_bytes())
+    return None if pixels is None else (pixels.shape[1], pixels.shape[0])
+
+
+def _is_deep(image: Path) -> bool:
+    """Return whether a file has more than 8 bits a channel, as far as its head says."""
+    try:
+        with Image.open(image) as opened:
+            return opened.mode.startswith(("I", "F")) or is_reduced(opened)
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _times(size: tuple[int, int]) -> str:

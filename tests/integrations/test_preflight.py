@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from skimage import io
 
 from sparse_sr_attn.cli import main
@@ -333,6 +335,62 @@ def test_a_file_that_is_no_image_is_not_measured(training: Callable[..., str], h
         (here / quality).mkdir()
         (here / quality / "0.png").write_bytes(b"")
     preflight.check(load(training({"datasets.val.dataroot_gt": "HR", "datasets.val.dataroot_lq": "LR"})), training=True)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("turned", ["HR", "LR", "HR LR"])
+def test_sizes_are_those_that_basicsr_reads(
+    training: Callable[..., str], here: Path, suffix: str, orientation: int, turned: str
+) -> None:
+    """EXIF may turn one picture of a pair, the other or both, in files of every kind."""
+    from basicsr.utils import imfrombytes
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    read = {}
+    for quality, size in (("HR", (80, 64)), ("LR", (40, 32))):
+        (here / quality).mkdir()
+        file = here / quality / f"0.{suffix}"
+        options = {"exif": exif} if quality in turned else {}
+        Image.new("RGB", size, (10, 200, 30)).save(file, **options)
+        read[quality] = imfrombytes(file.read_bytes()).shape[:2]
+    option_file = training({"datasets.train.dataroot_gt": "HR", "datasets.train.dataroot_lq": "LR"})
+    if read["HR"] == tuple(2 * side for side in read["LR"]):
+        preflight.check(load(option_file), training=True)
+    else:
+        with pytest.raises(ConfigError, match=r"datasets\.train\.dataroot_lq: must hold images of 1/2 the size"):
+            preflight.check(load(option_file), training=True)
+
+
+@pytest.mark.parametrize("name", ["gt", "lq"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "jp2"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bits_that_basicsr_does_not_read_are_remarked_on(
+    training: Callable[..., str], here: Path, name: str, suffix: str, channels: int
+) -> None:
+    import cv2
+
+    for quality, side in (("gt", 128), ("lq", 64)):
+        (here / quality).mkdir()
+        kind = np.uint16 if quality == name else np.uint8
+        pixels = np.random.default_rng(0).integers(0, np.iinfo(kind).max + 1, (side, side, channels), dtype=kind)
+        for number in range(2):
+            cv2.imwrite(str(here / quality / f"{number}.{suffix}"), pixels if number else pixels.astype(np.uint8))
+    (here / "meta.txt").write_text(f"0.{suffix} (128,128,3)\n1.{suffix} (128,128,3)\n")
+    changes = {
+        "datasets.train.dataroot_gt": "gt",
+        "datasets.train.dataroot_lq": "lq",
+        "datasets.train.meta_info_file": "meta.txt",
+        "datasets.val.dataroot_gt": "gt",
+        "datasets.val.dataroot_lq": "lq",
+    }
+    _, remarks = preflight.check(load(training(changes)), training=True)
+    assert remarks == [
+        f"datasets.{part}.dataroot_{name}: BasicSR reads 8 bits a channel, and '1.{suffix}' has more; its lower "
+        "bits are lost (as in 1 of the first 2 images)"
+        for part in ("train", "val")
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(preflight._OPTIMIZERS))
