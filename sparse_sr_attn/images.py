@@ -408,8 +408,8 @@ def _obstacle(suffix: str, picture: Picture, upscale: int) -> str | None:
             if not stream.getvalue().startswith(_NETPBM.get(suffix, b"")):
                 return f"{suffix} files hold another kind of picture"
             found = read_image(io.BytesIO(stream.getvalue()), max_pixels=1 << 40)
-        except ImageError as error:
-            return f"what is written {error}"
+        except ImageError:
+            return "Pillow cannot read such files again"
         except Exception as error:  # encoders raise anything
             return _line(error) or type(error).__name__
         if (reason := next(_differences(found, one, tolerance), None)) is not None:

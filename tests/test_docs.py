@@ -92,8 +92,8 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(count):
             crop = cat[60 * index : 60 * index + 100, 90 * index : 90 * index + 100]
             Image.fromarray(np.ascontiguousarray(crop)).save(home / folder / f"{index}.png")
-    Image.fromarray(cat[:60, :80]).save(home / "photo.jpg")
-    Image.fromarray(cat[:60, :80]).save(home / "photo.png")
+    for file in ("photo.jpg", "photo.png", "a.jpg", "b.jpg"):
+        Image.fromarray(cat[:60, :80]).save(home / file)
     for part, upscale, count in (("train", 2, 4), ("val", 2, 1), ("train_x4", 4, 4), ("val_x4", 4, 1)):
         for folder, side in (("HR", 48), (f"LR_x{upscale}", 48 // upscale)):
             (home / "datasets" / part / folder).mkdir(parents=True)
@@ -126,7 +126,7 @@ def here(belongings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     (tmp_path / "options").symlink_to(OPTIONS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(LAYERS, "_entries", dict(LAYERS._entries))  # a page may register layers
+    monkeypatch.setattr(LAYERS, "_entries", {name: LAYERS.get(name) for name in LAYERS})  # a page may register layers
     return tmp_path
 
 
@@ -162,7 +162,13 @@ def run_command(words: list[str], here: Path) -> None:
 def run_sparse_sr(words: list[str], here: Path) -> None:
     name, arguments = words[1], words[1:]
     if name in LONG:
-        cli._parser().parse_args(arguments)
+        cli._parser(arguments).parse_args(arguments)
+    elif "<" in arguments:  # from one file into another
+        *arguments, _, source, _, target = arguments
+        with open(here / source, "rb") as given, open(here / target, "wb") as made:
+            command = [sys.executable, "-m", "sparse_sr_attn", *arguments]
+            subprocess.run(command, cwd=here, check=True, env=environment(), stdin=given, stdout=made)
+        assert (here / target).stat().st_size
     elif name in {"train", "test"}:
         run_basicsr(arguments, here)
     else:
@@ -171,7 +177,7 @@ def run_sparse_sr(words: list[str], here: Path) -> None:
 
 def run_basicsr(arguments: list[str], here: Path) -> None:
     """A file of the package is only looked for (tests/integrations/test_option_files.py); one of the page is run."""
-    parsed = cli._parser().parse_args(arguments)
+    parsed = cli._parser(arguments).parse_args(arguments)
     file = here / parsed.opt if (here / parsed.opt).exists() else ROOT / parsed.opt
     assert file.is_file(), parsed.opt
     if file.resolve().is_relative_to(OPTIONS):

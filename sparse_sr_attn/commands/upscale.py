@@ -193,10 +193,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--output must name a file or a folder, got ''")
     if STREAM in arguments.input and len(arguments.input) > 1:
         raise UsageError("standard input, -, must be the only input")
-    if arguments.input == [STREAM] and sys.stdin.isatty():
-        raise UsageError("standard input must be an image, and is a terminal")
-    if _to_stdout(arguments) and sys.stdout.isatty():
-        raise UsageError("standard output is a terminal; name a file with --output")
+    if arguments.input == [STREAM] and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("standard input must be an image, and is closed or a terminal")
+    if _to_stdout(arguments) and (sys.stdout is None or sys.stdout.isatty()):
+        raise UsageError("standard output is closed or a terminal; name a file with --output")
 
 
 def _choose(arguments: argparse.Namespace) -> None:
@@ -243,7 +243,8 @@ def _folder(arguments: argparse.Namespace, *, several: bool) -> Path | None:
     try:
         format_of(path)
     except ImageError as error:
-        raise UsageError(f"--output {error}; {name(path)}/ is a folder") from error
+        remedy = "" if os.path.lexists(path) else f"; {name(path)}/ is a folder"
+        raise UsageError(f"--output {error}{remedy}") from error
     return None
 
 
