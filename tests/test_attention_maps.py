@@ -301,8 +301,9 @@ def test_overlap(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["clusters", "photo.png", "--layer", "4"], 2, "--layer must be from 0 to 3, got 4"),
         (["clusters", "no.png"], 1, "no.png: cannot be read: No such file or directory"),
+        (["clusters", "photo.png", "-o", "x.gif"], 2, "--output x.gif cannot hold this picture"),
         (["clusters", "photo.png", "-o", "x.txt"], 2, "--output x.txt must end like an image that Pillow writes"),
-        (["clusters", "photo.png", "-o", "net.png"], 1, "net.png is there already, and stays; --overwrite replaces it"),
+        (["clusters", "photo.png", "-o", "net.png"], 1, "net.png already exists; --overwrite replaces it"),
         (["clusters", "net.pth"], 1, "net.pth: is not an image that Pillow knows"),
     ],
 )

@@ -623,7 +623,7 @@ def test_no_permission_to_write(upscale: Any) -> None:
     photo()
     Path("there").mkdir(mode=0o555)
     status, _, err = upscale("good.png", "--output", "there/")
-    assert (status, err) == (2, "sparse-sr: there cannot be written to: Permission denied\n")
+    assert (status, err) == (2, "sparse-sr: there cannot be written to: Permission denied; try another --output\n")
 
 
 @pytest.mark.parametrize(
@@ -682,6 +682,32 @@ def run_command(arguments: list[str], data: bytes = b"") -> subprocess.Completed
     return subprocess.run(
         [sys.executable, "-m", "sparse_sr_attn", "upscale", *arguments], input=data, capture_output=True, check=False
     )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize(
+    ("arguments", "redirection", "message"),
+    [
+        ("-", "<&-", "standard input must be an image, and is closed or a terminal"),
+        ("a.png -o -", ">&-", "standard output is closed or a terminal; name a file with --output"),
+    ],
+)
+def test_closed_streams(here: Path, nets: Any, arguments: str, redirection: str, message: str) -> None:
+    photo("a.png")
+    command = f"'{sys.executable}' -m sparse_sr_attn upscale {arguments} --weights '{nets[3][0]}' {redirection}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"sparse-sr: {message}\n")
+
+
+def test_a_reader_of_standard_output_that_stops_early(here: Path, nets: Any) -> None:
+    Image.fromarray(noise(200, 200, 3)).save("a.png")
+    command = [sys.executable, "-m", "sparse_sr_attn", "upscale", "a.png", "-o", "-", "--weights", str(nets[3][0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_standard_input_and_output(here: Path, nets: Any) -> None:
@@ -839,7 +865,7 @@ def test_progress_within_one_tile(upscale: Any, monkeypatch: pytest.MonkeyPatch)
     photo()
     torch.save(EDSR(num_feat=4, num_block=5, upscale=2).state_dict(), "net.pth")
     status, _, err = upscale("good.png", "--weights", "net.pth")
-    shares = [int(share) for share in re.findall(r"^sparse-sr: good.png: (\d+)%, about 0 min left$", err, re.MULTILINE)]
+    shares = [int(share) for share in re.findall(r"^sparse-sr: good.png: (\d+)%, about \d+ s left$", err, re.MULTILINE)]
     assert status == 0
     assert len(shares) == err.count("\n") >= 6
     assert shares == sorted(shares)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.commands.common import UsageError, add_weights, load, name, require, show
 from sparse_sr_attn.errors import ImageError, SparseSRError
-from sparse_sr_attn.images import MAX_PIXELS, Picture, format_of, network_input, read_image, write_image
+from sparse_sr_attn.images import MAX_PIXELS, Picture, check_format, network_input, read_image, write_image
 from sparse_sr_attn.layers.lcoa import LCoA
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
 from sparse_sr_attn.visualize import attended, attention_overlap, attention_states, colour_map, heat, kinship_palette
@@ -55,9 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
         SparseSRError: the image or the weights cannot be used, or the network has no such attention.
     """
     require("PIL", "numpy")
+    import numpy as np  # noqa: PLC0415
+
     output = arguments.output or arguments.image.with_name(f"{arguments.image.stem}_{arguments.what}.png")
     try:
-        format_of(output)
+        check_format(output, Picture(np.zeros((1, 1, 3), np.uint8)))
     except ImageError as error:
         raise UsageError(f"--output {error}") from error
     model = load(arguments)

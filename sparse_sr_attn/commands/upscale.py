@@ -274,7 +274,7 @@ def _check_folders(jobs: list[_Job]) -> None:
         try:
             check_writable(folder / "x.png")
         except OSError as error:
-            raise UsageError(f"{name(folder)} cannot be written to: {error.strerror}") from error
+            raise UsageError(f"{name(folder)} cannot be written to: {error.strerror}; try another --output") from error
 
 
 def _unfinished(jobs: list[_Job], arguments: argparse.Namespace) -> list[_Job]:
@@ -369,7 +369,8 @@ def _reported(model: Network, label: str, tiles: int) -> Iterator[Progress]:
             if bar.disable and done < total and seconds - reported >= _REPORT_EVERY:
                 reported = seconds
                 rest = (seconds - started) * (total - done) / done
-                say(f"{label}: {done / total:.0%}, about {rest / 60:.0f} min left")
+                left = f"{rest:.0f} s" if rest < 90 else f"{rest / 60:.0f} min"
+                say(f"{label}: {done / total:.0%}, about {left} left")
 
         def part_done(*_: object) -> None:
             if (done + 1) % (len(parts) + 1):  # a part that runs twice must not count as the next tile
