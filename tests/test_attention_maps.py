@@ -1,6 +1,5 @@
 """Where pixels attend is what dense attention says; the overlap of layers is what it should be."""
 
-import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -207,8 +206,7 @@ def test_nothing_in_common_and_a_few_pixels() -> None:
     with torch.no_grad():
         itself = attended(alone, torch.tensor([0, 33]))
     assert itself.flatten(1).argmax(dim=1).tolist() == [0, 33]
-    other = copy.copy(alone)
-    object.__setattr__(other, "weights", torch.zeros_like(alone.weights))
+    other = alone._replace(weights=torch.zeros_like(alone.weights))
     with torch.no_grad():
         overlap = attention_overlap([alone, other], num_tokens=5)
     assert overlap.tolist() == [[1.0, 0.0], [0.0, 0.0]]

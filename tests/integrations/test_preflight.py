@@ -44,7 +44,7 @@ MALFORMED = [
     ({f"{NET}.attention.every": 5}, r"network_g\.attention\.every: must hit at least one of the 4 blocks, got 5"),
     ({f"{NET}.attention.share": 0}, r"network_g\.attention\.share: must be >= 1, got 0"),
     ({f"{NET}.attention.after": [0]}, r"network_g\.attention: must have one of 'every' and 'after'.*got both"),
-    ({f"{NET}.attention": "LCoA"}, r"network_g\.attention: must be .*got 'LCoA'"),
+    ({f"{NET}.attention": 3}, r"network_g\.attention: must be a name, .*got 3"),
     ({f"{NET}.attention": [{"type": "LCoA", "every": 1}, 3]}, r"network_g\.attention\.1: must be a map"),
     # ELAN's parts
     ({NET: {"type": "ELAN", "num_blocks": 3}}, r"network_g\.num_blocks: unknown; did you mean 'num_block'\?"),
