@@ -1,5 +1,6 @@
 """Where pixels attend is what dense attention says; the overlap of layers is what it should be."""
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path

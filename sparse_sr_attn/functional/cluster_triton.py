@@ -22,7 +22,28 @@ MAX_QUERY_DIM = 256
 
 _VALUE_COLUMNS = 128  # that one kernel gathers; wider values go in several
 _SLOTS = 64  # that a block has at most
-_NUMBERS = 2**13  # of queries and values that a block has at most (16 slots always): on-chip memory is short
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """How a kernel is launched, so that on-chip memory suffices and no register is spilled.
+
+    Attributes:
+        numbers: of queries and values that a block has at most (16 slots always), for rows of up to 128 columns of
+            queries and values, and for wider ones.
+        warps: of a program, likewise.
+    """
+
+    numbers: tuple[int, int]
+    warps: tuple[int, int]
+
+
+_KERNELS = {
+    "forward": _Kernel((2**13, 2**12), (4, 8)),
+    "backward_query": _Kernel((2**12, 2**12), (8, 8)),
+    "backward_key": _Kernel((2**12, 2**12), (4, 4)),
+    "nearest": _Kernel((2**13, 2**13), (4, 4)),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +69,7 @@ class _Launch:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, query: Tensor, value: Tensor, pattern: ClusterPattern, scale: float) -> "_Launch":
+    def of(cls, kernel: str, query: Tensor, value: Tensor, pattern: ClusterPattern, scale: float) -> "_Launch":
         layout = ClusterLayout.of(pattern)
         n, i, k, a = layout.num_tokens, layout.chunk_size, layout.num_chunks, layout.num_adjacent
         # Of the offsets that lead to the same chunk one counts (`ClusterLayout.visible`).
@@ -56,7 +77,7 @@ class _Launch:
         num_seen = (behind + 1 + ahead) * i
         padding = layout.num_slots - n
         block_d, block_e = _padded(query.shape[-1]), min(_padded(value.shape[-1]), _VALUE_COLUMNS)
-        most = _most_slots(block_d + block_e)
+        most = _most_slots(kernel, block_d + block_e)
         block_i = _block_of_chunk(i, most)
         return cls(
             grid=(-(-i // block_i), k, len(query)),
@@ -74,6 +95,7 @@ class _Launch:
                 "BLOCK_E": block_e,
                 "BLOCK_I": block_i,
                 "BLOCK_J": min(_padded(num_seen), most),
+                "num_warps": _KERNELS[kernel].warps[block_d + block_e > 128],
                 **_precision(query, value),
             },
         )
@@ -88,9 +110,9 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _most_slots(columns: int) -> int:
+def _most_slots(kernel: str, columns: int) -> int:
     """Return how many slots a block has at most, whose rows have so many columns: a power of two."""
-    return max(16, min(_SLOTS, 1 << (_NUMBERS // columns).bit_length() - 1))
+    return max(16, min(_SLOTS, 1 << (_KERNELS[kernel].numbers[columns > 128] // columns).bit_length() - 1))
 
 
 def _block_of_chunk(chunk_size: int, most: int) -> int:
@@ -129,7 +151,7 @@ def _attention(
             f"form 'triton' takes queries of at most {MAX_QUERY_DIM} channels, got {query.shape[-1]}; "
             "'oneshot' works for any"
         )
-    launch = _Launch.of(query, value, pattern, scale)
+    launch = _Launch.of("forward", query, value, pattern, scale)
     output = value.new_empty(value.shape)
     statistics = _row_statistics(query)
     arguments = (query, key, value, pattern.order, output, *statistics, *launch.sizes, *launch.sees, launch.fill)
@@ -189,19 +211,20 @@ def _attention_backward_op(
     grad_output, grad_lse, query, key, value, order = (
         tensor.contiguous() for tensor in (grad_output, grad_lse, query, key, value, order)
     )
-    launch = _Launch.of(query, value, ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys), scale)
+    pattern = ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys)
+    queries, keys = (_Launch.of(name, query, value, pattern, scale) for name in ("backward_query", "backward_key"))
     grad_query, grad_key, grad_value = (torch.empty_like(rows) for rows in (query, key, value))
     delta = torch.empty_like(largest)
     to_query = (grad_output, grad_lse, query, key, value, order, largest, inverse)
     to_key = (grad_output, query, key, value, order, largest, inverse, delta)
-    sees = (*launch.sizes, *launch.sees, launch.fill)
-    seen_by = (*launch.sizes, *launch.seen_by, launch.fill, launch.num_repeats)
+    sees = (*queries.sizes, *queries.sees, queries.fill)
+    seen_by = (*keys.sizes, *keys.seen_by, keys.fill, keys.num_repeats)
     with torch.cuda.device_of(query):
-        for start in launch.column_blocks():
+        for start in queries.column_blocks():
             # Attention is linear in the values, hence a sum over parts of their columns.
             parts = (grad_query, grad_key) if start == 0 else (torch.empty_like(query), torch.empty_like(key))
-            kernels.backward_query[launch.grid](*to_query, parts[0], delta, *sees, START=start, **launch.options)
-            kernels.backward_key[launch.grid](*to_key, parts[1], grad_value, *seen_by, START=start, **launch.options)
+            kernels.backward_query[queries.grid](*to_query, parts[0], delta, *sees, START=start, **queries.options)
+            kernels.backward_key[keys.grid](*to_key, parts[1], grad_value, *seen_by, START=start, **keys.options)
             if start > 0:
                 grad_query += parts[0]
                 grad_key += parts[1]
@@ -242,7 +265,7 @@ def nearest_op(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     best = points.new_empty(points.shape[:2], dtype=working_precision(points))
     index = torch.empty_like(best, dtype=torch.int64)
     num_points, width = best.numel(), points.shape[-1]
-    most = _most_slots(_padded(width))
+    most = _most_slots("nearest", _padded(width))
     with torch.cuda.device_of(points):
         kernels.nearest[(-(-num_points // most),)](
             *(points, centroids, best, index, num_points, len(centroids)),

@@ -901,8 +901,10 @@ FAULTS = [
     Fault(
         "autocast reaches the scores (oneshot)",
         CLUSTER,
-        "    with without_autocast(query):\n        oneshot = _Oneshot(pattern)\n        scores = oneshot.scores(query, key, scale)\n        weights",
-        "    if True:\n        oneshot = _Oneshot(pattern)\n        scores = oneshot.scores(query, key, scale)\n        weights",
+        "    with without_autocast(query):\n        oneshot = _Oneshot(pattern)\n"
+        "        scores = oneshot.scores(query, key, scale)\n        weights",
+        "    if True:\n        oneshot = _Oneshot(pattern)\n"
+        "        scores = oneshot.scores(query, key, scale)\n        weights",
         f"{IN_CLUSTER}::test_autocast_does_not_reach_the_scores",
     ),
     Fault(
@@ -952,7 +954,8 @@ FAULTS = [
         "counts are of the first sample",
         KMEANS,
         "    counts = index.new_zeros(num_clusters).index_add_(0, index, torch.ones_like(index))\n",
-        "    index = assignment[0]\n    counts = index.new_zeros(num_clusters).index_add_(0, index, torch.ones_like(index))\n",
+        "    index = assignment[0]\n"
+        "    counts = index.new_zeros(num_clusters).index_add_(0, index, torch.ones_like(index))\n",
         f"{IN_KMEANS}::test_sums_equal_loops",
     ),
     Fault(
@@ -2114,8 +2117,10 @@ FAULTS = [
     Fault(
         "HSPA: scores of half inputs are half",
         SPARSEMAX,
-        "    dtype = working_precision(query)\n    with without_autocast(query):\n        q, k = query.to(dtype), key.to(dtype)\n        out = ",
-        "    dtype = query.dtype\n    with without_autocast(query):\n        q, k = query.to(dtype), key.to(dtype)\n        out = ",
+        "    dtype = working_precision(query)\n    with without_autocast(query):\n"
+        "        q, k = query.to(dtype), key.to(dtype)\n        out = ",
+        "    dtype = query.dtype\n    with without_autocast(query):\n"
+        "        q, k = query.to(dtype), key.to(dtype)\n        out = ",
         f"{IN_SPARSEMAX}::test_scores_of_half_inputs_are_float32",
     ),
     Fault(
