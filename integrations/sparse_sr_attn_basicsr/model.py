@@ -1,18 +1,20 @@
-"""BasicSR's `SRModel`, made safe for layers that keep a state of their own, and for runs that are stopped."""
+"""BasicSR's models, made safe for layers that keep a state of their own, and for runs that are stopped."""
 
 import copy
+import importlib
 import math
 import os
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import get_dist_info, master_only
@@ -24,7 +26,7 @@ from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
-from sparse_sr_attn_basicsr import saving
+from sparse_sr_attn_basicsr import reading, saving
 from sparse_sr_attn_basicsr.loading import PLACE
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
 
@@ -48,9 +50,14 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
       needed to go on exactly: the random numbers, and how far into which epoch.
     - Validation draws no random numbers that training would have drawn.
 
+    Losses and gradients are those of the host's own `optimize_parameters`, so the losses that a fork adds to its
+    `SRModel` count here too. Only the steps of its optimizers and its EMA are put off until everything is known to be
+    finite.
+
     Options beyond those of `SRModel`, all off unless given:
 
     - `train.optim_g.type`: the optimizers of `torch.optim`.
+    - `train.fft_opt`: a loss on the Fourier transforms, e.g. `FFTLoss`, beside the host's own losses.
     - `train.grad_clip`: the longest that the gradient may be (2-norm over all weights).
     - `train.accumulate`: in how many parts a batch goes through the network, before one step of the optimizer.
     - `train.one_kmeans_update`: the parts of a batch move the centroids once, as the whole batch would.
@@ -77,6 +84,9 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._place: list[int] | None = None  # of the last sample trained on, see `loading.PLACE`
         self._fed_place: list[int] | None = None
         self._num_overflows = 0
+        self._pass: _Pass | None = None
+        self._cri_fft: nn.Module | None = None
+        self._optimizer_names: list[str] = []
         train = opt.get("train") or {}
         self._grad_clip: float | None = train.get("grad_clip")
         self._num_parts: int = train.get("accumulate") or 1
@@ -122,18 +132,21 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             for handle in handles:
                 handle.remove()
         self._missing[id(bare)] = missing
-        if self._pretrain_img_range is not None:
+        if self._pretrain_img_range is not None and not hasattr(self, "net_d"):  # that is loaded last
             _change_img_range(bare, self._pretrain_img_range, missing)
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer of `torch.optim` of that name."""
-        self._optimizer_name = optim_type
+        self._optimizer_names.append(optim_type)
         optimizer: torch.optim.Optimizer = getattr(torch.optim, optim_type)(params, lr=lr, **kwargs)
         return optimizer
 
     def init_training_settings(self) -> None:
         """Set up training as BasicSR does, then make the two networks start alike where the checkpoint is silent."""
         super().init_training_settings()
+        fft = self.opt["train"].get("fft_opt")
+        host = [cls for cls in type(self).__mro__ if cls.__module__ != __name__]
+        self._cri_fft = build_loss(fft).to(self.device) if fft and not reading.mentions(host, "fft_opt") else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()
@@ -144,6 +157,9 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Average the parameters, copy the buffers."""
+        if self._pass is not None:
+            self._pass.ema_decay = decay
+            return
         super().model_ema(decay)
         averaged = dict(self.net_g_ema.named_buffers())
         for name, buffer in self.get_bare_model(self.net_g).named_buffers():
@@ -177,29 +193,47 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 optimizer, nor buffers.
         """
         net = self.get_bare_model(self.net_g)
-        buffers = [buffer.clone() for buffer in net.buffers()]
-        self.optimizer_g.zero_grad()
+        nets = self._nets()
+        buffers = [[buffer.clone() for buffer in each.buffers()] for each in nets]
         with one_kmeans_update(net) if self._one_kmeans_update else nullcontext():
-            losses = self._backward()
+            done = self._compute(current_iter)
+        losses, due = done.losses, [waiting.optimizer for waiting in done.optimizers.values() if waiting.due]
         value = float(torch.stack(list(losses.values())).sum())
-        self._scaler.unscale_(self.optimizer_g)
-        largest = float(nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None], float("inf")))
-        overflow = not math.isfinite(largest)
-        if not self._everywhere(math.isfinite(value) and (not overflow or self._scaler.get_scale() > 1)):
-            self._undo(net, buffers)
-            raise TrainingError(self._complaint(current_iter, losses, value, largest))
-        if self._grad_clip is not None and not overflow:
+        if self.optimizer_g in due:
+            self._scaler.unscale_(self.optimizer_g)
+        largest = {id(optimizer): _largest_gradient(optimizer) for optimizer in due}
+        overflow = not math.isfinite(largest.get(id(self.optimizer_g), 0.0))
+        sound = math.isfinite(value) and all(
+            math.isfinite(size) or (key == id(self.optimizer_g) and self._scaler.get_scale() > 1)
+            for key, size in largest.items()
+        )
+        if not self._everywhere(sound):
+            self._undo(nets, buffers)
+            raise TrainingError(self._complaint(current_iter, losses, value, sum(largest.values())))
+        if self._grad_clip is not None and self.optimizer_g in due and not overflow:
             norm = nn.utils.clip_grad_norm_(net.parameters(), self._grad_clip)
             losses["grad_norm"] = norm.detach()
-        self._scaler.step(self.optimizer_g)
-        self._scaler.update()
+        for optimizer in due:
+            if optimizer is self.optimizer_g:
+                self._scaler.step(optimizer)
+                self._scaler.update()
+            else:
+                optimizer.step()
         self._num_overflows += overflow
         self.log_dict = self.reduce_loss_dict(losses)
-        if self.ema_decay > 0:
-            self.model_ema(decay=self.ema_decay)
+        if done.ema_decay is not None:
+            self.model_ema(decay=done.ema_decay)
         self.iteration = current_iter
         self._place = self._fed_place
         self._heartbeat(current_iter)
+
+    def reduce_loss_dict(self, loss_dict: Mapping[str, Tensor]) -> "OrderedDict[str, float]":
+        """Return the losses as numbers, averaged over processes; within a step they are only noted."""
+        if self._pass is None:
+            reduced: OrderedDict[str, float] = super().reduce_loss_dict(loss_dict)
+            return reduced
+        self._pass.note(loss_dict)
+        return OrderedDict()
 
     def test(self) -> None:
         """Upscale the images that were fed, with the EMA network if there is one; in tiles if `val.tile` is given."""
@@ -292,7 +326,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "exact": {
-                "optimizer": self._optimizer_name,
+                "optimizer": ", ".join(self._optimizer_names),
                 "scaler": self._scaler.state_dict(),
                 "manual_seed": self.opt.get("manual_seed"),
                 "place": self._place,
@@ -303,8 +337,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
 
     def is_healthy(self) -> bool:
         """Return whether every weight and every buffer is finite."""
-        net = self.get_bare_model(self.net_g)
-        return _finite(net.parameters()) and _finite(net.buffers())
+        return all(_finite(net.parameters()) and _finite(net.buffers()) for net in self._nets())
 
     def resume_training(self, resume_state: Mapping[str, Any]) -> None:
         """Take up a saved state, so that training goes on as if it had not been stopped.
@@ -316,11 +349,12 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         """
         where = f"the state of iteration {resume_state.get('iter')}"
         exact = resume_state.get("exact") or {}
-        saved_with = exact.get("optimizer", "Adam")
-        if saved_with != self._optimizer_name:
+        names = ", ".join(self._optimizer_names)
+        saved_with = exact.get("optimizer", names if len(self._optimizer_names) > 1 else "Adam")
+        if saved_with != names:
             raise CheckpointError(
                 f"{where}: train.optim_g.type must be {saved_with}, with which it was saved, got "
-                f"{self._optimizer_name}; to change it, begin a run that has the weights as path.pretrain_network_g"
+                f"{names}; to change it, begin a run that has the weights as path.pretrain_network_g"
             )
         try:
             super().resume_training(resume_state)
@@ -351,33 +385,61 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             log["steps_skipped"] = float(self._num_overflows)
         return log
 
-    def _backward(self) -> "OrderedDict[str, Tensor]":
-        """Leave the gradient of the whole batch in the weights; return the losses, averaged over the parts."""
-        total: OrderedDict[str, Tensor] = OrderedDict()
-        lows, highs = self.lq.chunk(self._num_parts), self.gt.chunk(self._num_parts)
-        for number, (low, high) in enumerate(zip(lows, highs, strict=True), start=1):
-            share = len(low) / len(self.lq)
-            last = number == len(lows)
-            with nullcontext() if last or not isinstance(self.net_g, DistributedDataParallel) else self.net_g.no_sync():
-                with self._autocast():
-                    output = self.net_g(low)
-                losses = self._losses(output.float(), high)
-                self._scaler.scale(share * torch.stack(list(losses.values())).sum()).backward()
-            for name, loss in losses.items():
-                total[name] = total.get(name, 0) + share * loss.detach()
-        return total
+    def _nets(self) -> list[nn.Module]:
+        """Return the networks that are trained: that of the image, and of a GAN the discriminator."""
+        return [self.get_bare_model(getattr(self, name)) for name in ("net_g", "net_d") if hasattr(self, name)]
+
+    def _compute(self, current_iter: int) -> "_Pass":
+        """Have the host's model compute losses and gradients, part by part; put off what it does with them."""
+        net, whole = self.net_g, {name: self.__dict__[name] for name in ("lq", "gt") if name in self.__dict__}
+        optimizers = {name: value for name, value in self.__dict__.items() if isinstance(value, torch.optim.Optimizer)}
+        done = self._pass = _Pass({name: _Waiting(optimizer) for name, optimizer in optimizers.items()})
+        parts = list(zip(*(images.chunk(self._num_parts) for images in whole.values()), strict=True))
+        self.__dict__.update(done.optimizers, net_g=_Through(net, self._forward))
+        try:
+            for number, images in enumerate(parts, start=1):
+                self.__dict__.update(zip(whole, images, strict=True))
+                done.begin(share=len(images[0]) / len(whole["lq"]))
+                alone = isinstance(net, DistributedDataParallel) and number < len(parts)
+                with net.no_sync() if alone else nullcontext():
+                    super().optimize_parameters(current_iter)
+        finally:
+            self.__dict__.update(whole | optimizers, net_g=net)
+            self._pass = None
+        return done
+
+    def _forward(self, net: nn.Module, low: Tensor) -> Tensor:
+        """Return the image, of which the gradient will be scaled as the share of this part and `fp16` want it."""
+        done = self._pass
+        with self._autocast():
+            output: Tensor = net(low)
+        output = output.float()
+        if done is None or not output.requires_grad:
+            return output
+        own = self._own_losses(self._cri_fft, output.detach()) if self._cri_fft is not None else None
+
+        def scaled(gradient: Tensor) -> Tensor:
+            nonlocal own
+            if own is not None:
+                losses, extra = own
+                done.note(losses)
+                gradient, own = gradient + extra, None
+            scaled_gradient: Tensor = self._scaler.scale(gradient if done.share == 1 else done.share * gradient)
+            return scaled_gradient
+
+        if own is not None or done.share != 1 or self._scaler.is_enabled():
+            output.register_hook(scaled)
+        return output
+
+    def _own_losses(self, criterion: nn.Module, output: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the losses that the host's model does not know, and the gradient of their sum."""
+        with torch.enable_grad():
+            loss = criterion(output.requires_grad_(), self.gt)
+            (gradient,) = torch.autograd.grad(loss, output)
+        return {"l_fft": loss.detach()}, gradient
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
-
-    def _losses(self, output: Tensor, gt: Tensor) -> "OrderedDict[str, Tensor]":
-        losses: OrderedDict[str, Tensor] = OrderedDict()
-        if self.cri_pix:
-            losses["l_pix"] = self.cri_pix(output, gt)
-        if self.cri_perceptual:
-            content, style = self.cri_perceptual(output, gt)
-            losses.update({k: v for k, v in (("l_percep", content), ("l_style", style)) if v is not None})
-        return losses
 
     def _state_file(self, iteration: int) -> Path:
         return Path(self.opt["path"]["training_states"]) / f"{iteration}.state"
@@ -417,11 +479,13 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             f"images of the batch{_listed(self._names)}\n{state}"
         )
 
-    def _undo(self, net: nn.Module, buffers: list[Tensor]) -> None:
+    def _undo(self, nets: list[nn.Module], buffers: list[list[Tensor]]) -> None:
         with torch.no_grad():
-            for buffer, before in zip(net.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        self.optimizer_g.zero_grad()
+            for net, kept in zip(nets, buffers, strict=True):
+                for buffer, before in zip(net.buffers(), kept, strict=True):
+                    buffer.copy_(before)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self._scaler.update(self._scaler.get_scale())  # the factor stays, and the next step may begin
 
     def _heartbeat(self, current_iter: int) -> None:
@@ -442,6 +506,76 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             pace = (now - self._started) / (current_iter - self._first)
             message += f", {pace:.2f} s an iteration, about {_clock(pace * (total - current_iter))} to go"
         get_root_logger().info(message)
+
+
+class _Pass:
+    """What the host's model does within one step: losses and gradients at once; steps and EMA put off, noted here.
+
+    Args:
+        optimizers: by attribute of the model.
+    """
+
+    def __init__(self, optimizers: "dict[str, _Waiting]") -> None:
+        self.optimizers = optimizers
+        self.losses: OrderedDict[str, Tensor] = OrderedDict()
+        self.ema_decay: float | None = None
+        self.share = 1.0  # of the batch that the present part is
+
+    def begin(self, share: float) -> None:
+        """Begin a part of the batch."""
+        self.share = share
+        for optimizer in self.optimizers.values():
+            optimizer.begin()
+
+    def note(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the losses of a part to those of the batch."""
+        for name, loss in losses.items():
+            mean = torch.as_tensor(loss).detach().float().mean()
+            self.losses[name] = self.losses.get(name, 0) + self.share * mean
+
+
+class _Waiting:
+    """An optimizer in the hands of the host's model: it clears gradients, and notes that a step is due."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.due = self._stepped = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+    def begin(self) -> None:
+        self._stepped = False
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        if not self.due:  # gradients of earlier parts stay
+            self.optimizer.zero_grad(*args, **kwargs)
+
+    def step(self, *_: Any, **__: Any) -> None:
+        if self._stepped:
+            raise TrainingError(
+                "the host's optimize_parameters steps an optimizer more than once an iteration, which cannot be put "
+                "off until all is known to be finite; train with the host's own model_type"
+            )
+        self.due = self._stepped = True
+
+
+class _Through:
+    """A network in the hands of the host's model, called by way of `forward`."""
+
+    def __init__(self, net: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        self._net, self._forward = net, forward
+
+    def __call__(self, low: Tensor) -> Tensor:
+        return self._forward(self._net, low)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._net, name)
+
+
+def _largest_gradient(optimizer: torch.optim.Optimizer) -> float:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return float(nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None], float("inf")))
 
 
 def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -499,6 +633,21 @@ def _listed(names: Iterable[str]) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def variant(name: str) -> type[SparseSRModel] | None:
+    """Return `Sparse<name>`: what `SparseSRModel` is to `SRModel`, for another model of the host; None if it lacks it.
+
+    Args:
+        name: of a model that extends `SRModel`, in a module of `basicsr.models` named after it.
+    """
+    module = f"basicsr.models.{name.removesuffix('Model').lower()}_model"
+    try:
+        host = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+    text = f"`SparseSRModel` for the host's `{name}`."
+    return type(f"Sparse{name}", (SparseSRModel, host), {"__module__": __name__, "__doc__": text})
 
 
 def _refuse_unusable(net: nn.Module, state: Mapping[str, Any], *_: Any) -> None:

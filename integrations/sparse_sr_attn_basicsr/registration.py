@@ -21,6 +21,7 @@ from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import DuplicateNameError
 from sparse_sr_attn_basicsr import shims
 from sparse_sr_attn_basicsr.attended import Attended
+from sparse_sr_attn_basicsr.losses import FFTLoss
 
 
 class SparseEDSR(EDSR):
@@ -37,17 +38,20 @@ Build = Callable[..., nn.Module]
 
 NETWORKS: tuple[Build, ...] = (ELAN, LCoAN, SparseEDSR, SparseRCAN, Attended)
 
+MODELS = ("SRModel", "SRGANModel", "ESRGANModel", "RealESRNetModel", "RealESRGANModel")
+"""Models of BasicSR that have a counterpart of ours, by that name with `Sparse` before it."""
+
 
 def register() -> None:
-    """Register `NETWORKS` as networks and `SparseSRModel` as a model. Again and again does no harm.
+    """Register `NETWORKS`, counterparts of `MODELS` and `FFTLoss`. Again and again does no harm.
 
     May stand in a file that BasicSR's own scan imports (`basicsr/archs/*_arch.py`, `basicsr/models/*_model.py`): while
-    the networks are still being scanned the model class cannot exist yet, and a function that makes it takes its
+    the networks are still being scanned the model classes cannot exist yet, and functions that make them take their
     place. If the host has a network of its own by one of our names, that one stays, and ours gets the name with
     `_sparse_sr_attn` behind it; a line in the log says so.
 
     Raises:
-        DuplicateNameError: somebody else's model is called `SparseSRModel`.
+        DuplicateNameError: somebody else's model has the name of one of ours.
     """
     shims.apply()
     registry = importlib.import_module("basicsr.utils.registry")
@@ -58,7 +62,12 @@ def register() -> None:
             registry.ARCH_REGISTRY.register(network if name == network.__name__ else _renamed(network, name))
     archs = sys.modules.get("basicsr.archs")
     scanning = archs is not None and not hasattr(archs, "build_network")
-    _enter_model(registry.MODEL_REGISTRY, _later if scanning else _model())
+    for name in MODELS:
+        model = _later(name) if scanning else _model(name)
+        if model is not None:
+            _enter_model(registry.MODEL_REGISTRY, model)
+    if "FFTLoss" not in registry.LOSS_REGISTRY:  # forks that have one log it themselves
+        registry.LOSS_REGISTRY.register(FFTLoss)
 
 
 def names() -> dict[str, Build]:
@@ -80,15 +89,19 @@ def _renamed(network: Build, name: str) -> Build:
     return renamed
 
 
-def _model() -> Any:
-    return importlib.import_module("sparse_sr_attn_basicsr.model").SparseSRModel
+@functools.cache
+def _model(name: str) -> Any:
+    """Return our counterpart of the host's model of that name; None if the host has none."""
+    model = importlib.import_module("sparse_sr_attn_basicsr.model")
+    return model.SparseSRModel if name == "SRModel" else model.variant(name)
 
 
-def _later(opt: dict[str, Any]) -> Any:
-    return _model()(opt)
+def _later(name: str) -> Callable[[dict[str, Any]], Any]:
+    def build(opt: dict[str, Any]) -> Any:
+        return _model(name)(opt)
 
-
-_later.__name__ = "SparseSRModel"
+    build.__name__ = f"Sparse{name}"
+    return build
 
 
 def _enter_model(registry: Any, ours: Any) -> None:
