@@ -5,6 +5,8 @@ are and on all that was drawn before. Here a sample brings its own seed along, a
 that were used before, unread.
 """
 
+import functools
+import importlib
 import queue
 import threading
 import traceback
@@ -168,19 +170,52 @@ class _Repairs:
 
 
 def _why_unreadable(dataset: Any, index: int, error: Exception) -> str:
-    """Return which file of a sample is broken, as far as can be found out, and what was said of it."""
-    paths = getattr(dataset, "paths", None)  # as BasicSR's data sets have them
-    entry = paths[index] if isinstance(paths, list) and index < len(paths) else {}
-    files = [str(file) for file in (entry.values() if isinstance(entry, dict) else [entry])]
-    for file in files:
+    """Return which file or entry of a sample is broken, as far as can be found out, and what was said of it."""
+    sources = _sources(dataset, index)
+    for name, read in sources.items():
         try:
-            read_image(Path(file))
+            read()
         except ImageError as reason:
-            return f"{file}: {reason}"
+            return f"{name}: {reason}"
+        except Exception:  # noqa: S112  (what can be said of it, the first error says)
+            continue
     frame = traceback.extract_tb(error.__traceback__)[-1]
     said = " ".join(str(error).split())
-    names = " and ".join(files) or f"sample {index}"
+    names = " and ".join(sources) or f"sample {index}"
     return f"{names}: {type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def _sources(dataset: Any, index: int) -> dict[str, Callable[[], object]]:
+    """Return what a sample is read from, by name, with a function that reads it."""
+    paths = getattr(dataset, "paths", None)  # as BasicSR's data sets have them
+    entry = paths[index] if isinstance(paths, list) and index < len(paths) else {}
+    backend = getattr(dataset, "io_backend_opt", None) or {}
+    databases = dict(zip(backend.get("client_keys", ()), backend.get("db_paths", ()), strict=False))
+    named = entry if isinstance(entry, dict) else {next(iter(databases), "lq"): entry}
+    sources: dict[str, Callable[[], object]] = {}
+    for key, path in named.items():
+        client = str(key).removesuffix("_path")
+        if client in databases:
+            name = f"{databases[client]}, key {str(path)!r}"
+            sources[name] = functools.partial(_read_entry, dataset.file_client, str(path), client)
+        elif not databases:
+            sources[str(path)] = functools.partial(read_image, Path(str(path)))
+    return sources
+
+
+def _read_entry(file_client: Any, key: str, client: str) -> None:
+    """Read an image from a database.
+
+    Raises:
+        ImageError: it is not there, or cannot be decoded.
+    """
+    value = file_client.get(key, client)
+    if value is None:
+        raise ImageError("has no such entry; meta_info.txt beside it lists more than was written")
+    try:
+        importlib.import_module("basicsr.utils").imfrombytes(value, float32=True)
+    except Exception as error:  # its decoders raise anything
+        raise ImageError(f"holds {len(value)} bytes that are no image, or a broken one") from error
 
 
 def _unpacked(_: None, dataset: Any) -> PortableDataset:
