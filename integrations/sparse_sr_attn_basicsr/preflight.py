@@ -10,7 +10,9 @@ import importlib.util
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,22 +34,33 @@ from sparse_sr_attn.config import (
     fields,
     join_path,
     read,
+    shown,
 )
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.images import is_reduced
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import registration
+from sparse_sr_attn_basicsr import reading, registration, trials
 from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.processes import on_cpu
 
 _MODEL = "SparseSRModel"
 _PAIRED = "PairedImageDataset"
+_PIPELINE = ("basicsr.train", "basicsr.test", "basicsr.utils.options", "basicsr.utils.logger", "basicsr.utils.misc")
+_ON_CUDA = ("RealESRNetModel", "RealESRGANModel")  # they call .cuda() whatever num_gpu says
 _SATURATING_RANGE = 16.0
 _NUM_IMAGES_MEASURED = 10
 
-# Options that BasicSR's own `SRModel` ignores.
+# Options of our models; BasicSR's own ignore them.
 _OF_OUR_MODEL = {
-    "train": ("grad_clip", "accumulate", "one_kmeans_update", "autocast", "deterministic", "pretrain_img_range"),
+    "train": (
+        "grad_clip",
+        "accumulate",
+        "one_kmeans_update",
+        "autocast",
+        "deterministic",
+        "pretrain_img_range",
+        "fft_opt",
+    ),
     "val": ("tile", "tile_overlap"),
 }
 
@@ -127,8 +140,8 @@ class _Train:
     autocast: Literal["bf16", "fp16"] | None = None
     deterministic: bool = False
     pretrain_img_range: Positive | None = None
-    pixel_opt: Mapping[str, Any] | None = None
-    perceptual_opt: Mapping[str, Any] | None = None
+    net_d_iters: Count = 1
+    net_d_init_iters: Annotated[float, Rule("whole and >= 0", lambda value: value >= 0 and value.is_integer())] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +192,17 @@ class _Logger:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Metric:
+    better: Literal["higher", "lower"] = "higher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wandb:
+    project: str | None = None
+    resume_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Dataset:
     name: str
     type: str
@@ -187,7 +211,7 @@ class _Dataset:
     meta_info_file: str | None = None
     filename_tmpl: str = "{}"
     io_backend: Mapping[str, Any] | None = None
-    color: str | None = None
+    color: Literal["y", "rgb"] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     pin_memory: bool = False
@@ -237,11 +261,22 @@ class _Preflight:
         self.remarks: list[str] = []
         self.registries = importlib.import_module("basicsr.utils.registry")
         self.ours = registration.names()
+        self.model: Any = None  # the class, if there is one of that name
+        self.reads = reading.Reads()
+        self.metrics: dict[
+            str, tuple[Callable[..., Any], dict[str, Any]]
+        ] = {}  # by path, those whose options are right
 
     def general(self, launcher: str) -> None:
         options = self.options
+        self.model = self.registered("MODEL_REGISTRY", options.get("model_type"))
+        modules = [importlib.import_module(name) for name in _PIPELINE if importlib.util.find_spec(name)]
+        self.reads = reading.of(*modules, importlib.import_module("basicsr.data"), *_bases(self.model))
         general = self.section(_Training if self.training else _Testing, options, "")
         self.named("MODEL_REGISTRY", "model_type", general.get("model_type"))
+        name = general.get("name")
+        if name is not None and (name.strip() in ("", ".", "..") or {"/", "\\", "\0"} & set(name) or len(name) > 200):
+            self.problems.add("name", f"must be fit for the name of a folder, got {shown(name)}")
         self.machine(general.get("num_gpu"), launcher)
         for key in [key for key in options if key.startswith("network_")]:
             self.network(key, options[key])
@@ -254,6 +289,7 @@ class _Preflight:
             if cls and isinstance(options.get(key), Mapping):
                 options[key] = dict(options[key])
                 self.section(cls, options[key], key)
+        self.model_needs()
         options["path"] = options.get("path") or {}
         self.our_model()
         self.training_options()
@@ -272,17 +308,8 @@ class _Preflight:
         `whole` if `cls` declares all that there are; then a name that is nearly one of them is misspelt.
         """
         known = fields(cls)
-        unknown = [name for name in values if name not in known and whole]
-        for name in unknown:
-            close = get_close_matches(str(name), [other for other in known if other not in values], n=1, cutoff=0.8)
-            if not close:
-                continue
-            if self.options.get("model_type") == _MODEL:
-                self.problems.add(join_path(path, name), f"unknown; did you mean {close[0]!r}?")
-            else:
-                self.remarks.append(
-                    f"{join_path(path, name)}: BasicSR knows no such option; did you mean {close[0]!r}?"
-                )
+        if whole:
+            self.unread(path, values, [*known, *self.reads.names.get(path.partition(".")[0], ())])
         right: dict[str, Any] = {}
         for name in known:
             if name in values or known[name].default is known[name].empty:
@@ -295,6 +322,28 @@ class _Preflight:
             elif isinstance(value, float) and isinstance(values[name], str):
                 values[name] = value
         return right
+
+    def unread(self, path: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+        """Refuse names that are nearly one that is looked up, and remark on others that nobody looks up."""
+        for name, value in values.items():
+            if name in known or (path == "train" and str(name).endswith("_opt")):  # losses: see there
+                continue
+            if str(name).startswith(("network_", "optim_")) and self.training and path in ("", "train"):
+                if self.model is not None:  # else it is not known which ones there are
+                    self.problems.add(join_path(path, name), f"unknown to {self.options['model_type']}")
+                continue
+            close = get_close_matches(str(name), known, n=1, cutoff=0.8)
+            if close and value is not None:
+                self.problems.add(join_path(path, name), f"unknown; did you mean {close[0]!r}?")
+            else:
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                self.remarks.append(f"{join_path(path, name)}: nothing reads this option{hint}")
+
+    def registered(self, registry: str, name: object) -> Any:
+        """Return what BasicSR has under a name; None if there is nothing, or another kind of name."""
+        table = getattr(self.registries, registry)
+        names = (name, f"{name}_basicsr") if isinstance(name, str) else ()
+        return next((table.get(key) for key in names if key in table), None)
 
     def named(self, registry: str, path: str, name: object) -> None:
         """Check that BasicSR has something registered under `name`."""
@@ -334,9 +383,8 @@ class _Preflight:
             return
         if launcher == "slurm":
             self.problems.add(path, "needs CUDA GPUs; on the CPU start torchrun with --launcher pytorch")
-        model = self.registries.MODEL_REGISTRY
         name = self.options.get("model_type")
-        if name in model and not issubclass(model.get(name), model.get(_MODEL)):
+        if self.model is not None and not self.is_ours():
             self.problems.add("model_type", f"must be {_MODEL} for several processes on the CPU, got {name!r}")
 
     def network(self, path: str, options: object) -> None:
@@ -390,9 +438,13 @@ class _Preflight:
             )
         train = self.options.get("train")
         averaged = isinstance(train, Mapping) and train.get("ema_decay")
-        if self.training and averaged and kept and self.options.get("model_type") == "SRModel":
-            self.remarks.append(
-                f"model_type: SRModel leaves {' and '.join(kept)} out of the EMA network; prefer {_MODEL}"
+        if self.training and averaged and kept and self.model is not None and not self.is_ours():
+            if {"named_buffers", "buffers", "state_dict"} & reading.of(getattr(self.model, "model_ema", None)).used:
+                return
+            self.problems.add(
+                "train.ema_decay",
+                f"must be 0 with {self.options['model_type']}, which leaves {' and '.join(kept)} of the averaged "
+                f"network untrained; {self.better()}",
             )
 
     def attended(self, path: str, options: Mapping[str, Any]) -> None:
@@ -421,7 +473,8 @@ class _Preflight:
         reason = ""
         for device in ("meta", "cpu"):  # some networks compute with their first weights, which the meta device forbids
             try:
-                with torch.device(device):
+                with torch.device(device), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     network: nn.Module = build(**copy.deepcopy(rest))
             except Exception as error:  # somebody else's code can raise anything
                 reason = f"{type(error).__name__}: {error}"
@@ -440,9 +493,8 @@ class _Preflight:
         if build is None:
             return
         parameters = inspect.signature(build).parameters
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            return
-        for key in options:
+        before = len(self.problems)
+        for key in () if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else options:
             if key not in parameters:
                 sparse = f"Sparse{name}"
                 better = sparse in self.ours and key in fields(self.ours[sparse])
@@ -450,16 +502,94 @@ class _Preflight:
                 if key == "attention" and not better:
                     hint = f"; put it beside: {{type: Attended, network: {{type: {name}, ...}}, attention: ...}}"
                 self.problems.add(join_path(path, key), f"unknown to {name}{hint}")
+        for key, parameter in parameters.items():
+            variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if parameter.default is parameter.empty and key not in options and not variadic:
+                self.problems.add(join_path(path, key), f"missing; {name} needs it")
+        if len(self.problems) == before:
+            network = self.built(path, {"type": name, **options})
+            if network is not None and self.training:
+                self.patches(path, network, {"type": name, **options})
+
+    def patches(self, path: str, network: nn.Module, options: Mapping[str, Any]) -> None:
+        """Check that a network of BasicSR takes the patches of training, and that images come out in the right size."""
+        scale, gt_size = self.options.get("scale"), _nested(self.options, "datasets", "train", "gt_size")
+        channels = options.get("num_in_ch", 3)
+        if not all(isinstance(number, int) and number > 0 for number in (scale, gt_size, channels)) or gt_size % scale:
+            return
+        if path == "network_g":
+            with suppress(Exception), torch.no_grad():  # not every network computes on the meta device
+                low = gt_size // scale
+                output = network.to("meta").eval()(torch.empty(1, channels, low, low, device="meta"))
+                if tuple(output.shape[-2:]) != (gt_size, gt_size):
+                    factor = output.shape[-1] / low
+                    self.problems.add(path, f"must upscale by {scale}, the option 'scale', but does so by {factor:g}")
+        elif path == "network_d" and "SRGANModel" in [cls.__name__ for cls in _bases(self.model)]:
+            reason = ""
+            for device in ("meta", "cpu"):
+                try:
+                    with torch.device(device), torch.no_grad(), warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        self.builder(options["type"])(**{k: v for k, v in options.items() if k != "type"})(
+                            torch.zeros(2, 3, gt_size, gt_size)
+                        )
+                except Exception as error:  # somebody else's code can raise anything
+                    reason = trials.told(error)
+                else:
+                    return
+            self.problems.add(path, f"{options['type']} must take images of datasets.train.gt_size {gt_size}: {reason}")
+
+    def is_ours(self) -> bool:
+        ours = self.registered("MODEL_REGISTRY", _MODEL)
+        return inspect.isclass(self.model) and inspect.isclass(ours) and issubclass(self.model, ours)
+
+    def better(self) -> str:
+        """Return which of our models to take in place of the one given."""
+        name = f"Sparse{self.options.get('model_type')}"
+        if self.registered("MODEL_REGISTRY", name) is None:
+            return f"{_MODEL} does not"
+        return f"model_type: {name} does not"
 
     def our_model(self) -> None:
         """Refuse options that the model would accept and ignore."""
-        if self.options.get("model_type") != "SRModel":
+        name = self.options.get("model_type")
+        if self.model is None or self.is_ours():
             return
+        ours = f"Sparse{name}" if self.registered("MODEL_REGISTRY", f"Sparse{name}") is not None else _MODEL
         for section, names in _OF_OUR_MODEL.items():
             values = self.options.get(section)
-            for name in names:
-                if isinstance(values, Mapping) and values.get(name) is not None:
-                    self.problems.add(f"{section}.{name}", f"unknown to SRModel; model_type: {_MODEL} has it")
+            for option in names:
+                read = option in self.reads.names.get(section, ())
+                if isinstance(values, Mapping) and values.get(option) is not None and not read:
+                    self.problems.add(f"{section}.{option}", f"unknown to {name}; model_type: {ours} has it")
+
+    def model_needs(self) -> None:
+        """Check what this model, unlike `SRModel`, cannot do without."""
+        name, train = self.options.get("model_type"), self.options.get("train")
+        if self.model is None:
+            return
+        cuda = [cls.__name__ for cls in _bases(self.model) if cls.__name__ in _ON_CUDA]
+        if cuda and on_cpu(self.options):
+            self.problems.add("model_type", f"{name} needs a CUDA GPU")
+        if not self.training or not isinstance(train, Mapping):
+            return
+        plain = reading.of(*_bases(self.registered("MODEL_REGISTRY", "SRModel"))).needed
+        for section, values in (("", self.options), ("train", train)):
+            declared = fields(_Train if section else _Training)
+            for option in sorted(self.model_reads().needed.get(section, set()) - plain.get(section, set())):
+                given = values.get(option) if option.endswith("_opt") else option in values
+                if not given and option not in declared:
+                    self.problems.add(join_path(section, option), f"missing; {name} needs it")
+        if train.get("ldl_opt") and not train.get("ema_decay"):
+            self.problems.add("train.ldl_opt", "needs train.ema_decay: it compares with the averaged network")
+        if "optim_d" in train and isinstance(train.get("accumulate"), int) and train["accumulate"] > 1:
+            self.problems.add(
+                "train.accumulate",
+                f"must be 1 with {name}, whose discriminator sees whole batches, got {train['accumulate']}",
+            )
+
+    def model_reads(self) -> reading.Reads:
+        return reading.of(*_bases(self.model))
 
     def training_options(self) -> None:
         train, logger = self.options.get("train"), self.options.get("logger")
@@ -474,38 +604,102 @@ class _Preflight:
                     "must be ~ unless network_g is a SparseEDSR without block, whose image can stay the same; "
                     f"it is {network.get('type')}{block}",
                 )
-            if isinstance(train.get("optim_g"), Mapping):
-                train["optim_g"] = dict(train["optim_g"])
-                self.optimizer(train["optim_g"])
+            for key in [key for key in train if str(key).startswith("optim_")]:
+                if not isinstance(train[key], Mapping):
+                    if key != "optim_g":
+                        self.problems.add(f"train.{key}", f"must be a map with a key 'type', got {train[key]!r}")
+                    continue
+                train[key] = dict(train[key])
+                self.optimizer(f"train.{key}", train[key])
             if isinstance(train.get("scheduler"), Mapping):
                 train["scheduler"] = dict(train["scheduler"])
                 self.scheduler(train["scheduler"], train.get("total_iter"))
-            losses = [key for key in ("pixel_opt", "perceptual_opt") if isinstance(train.get(key), Mapping)]
-            for key in losses:
-                self.named("LOSS_REGISTRY", f"train.{key}.type", train[key].get("type", ""))
-            if not losses:
-                self.problems.add("train.pixel_opt", "missing; training needs a loss, e.g. {type: L1Loss}")
+            self.losses(train)
             self.precision(train)
             self.parts(train)
         if self.training and isinstance(logger, dict):
             logger.setdefault("use_tb_logger", False)
             if logger["use_tb_logger"] is True and importlib.util.find_spec("tensorboard") is None:
                 self.problems.add("logger.use_tb_logger", "needs tensorboard: pip install tensorboard, or write false")
+            if isinstance(logger.get("wandb"), Mapping):
+                self.wandb(logger)
 
-    def optimizer(self, options: dict[str, Any]) -> None:
-        path, model = "train.optim_g", self.options.get("model_type")
+    def wandb(self, logger: Mapping[str, Any]) -> None:
+        right = self.section(_Wandb, dict(logger["wandb"]), "logger.wandb")
+        if right.get("project") is None or "debug" in str(self.options.get("name")):
+            return
+        if logger.get("use_tb_logger") is not True:
+            self.problems.add(
+                "logger.use_tb_logger", "must be true with logger.wandb.project: wandb follows tensorboard"
+            )
+        if importlib.util.find_spec("wandb") is None:
+            self.problems.add("logger.wandb.project", "needs wandb: pip install wandb, or write project: ~")
+
+    def losses(self, train: dict[str, Any]) -> None:
+        """Check every loss: that the model takes it, and that it can be built and computed."""
+        reads, name = self.model_reads(), self.options.get("model_type")
+        known = sorted(key for key in reads.names.get("train", ()) if key.endswith("_opt"))
+        given = [key for key in train if str(key).endswith("_opt") and (train[key] or train[key] == {})]
+        for key in given:
+            path = f"train.{key}"
+            if self.model is not None and known and key not in known and key not in _OF_OUR_MODEL["train"]:
+                self.problems.add(path, f"unknown to {name}{suggestion(key, known)}")
+            elif key in reads.built and reads.built[key] not in reads.used:
+                self.problems.add(path, f"{name} builds this loss and then leaves it out; write ~")
+            elif not isinstance(train[key], Mapping):
+                self.problems.add(path, f"must be a map with a key 'type', got {train[key]!r}")
+            else:
+                train[key] = dict(train[key])
+                self.loss(key, train[key])
+        if "gan_opt" not in known and not {"pixel_opt", "perceptual_opt"} & set(given) and set(given) <= {"fft_opt"}:
+            self.problems.add("train.pixel_opt", "missing; training needs a loss, e.g. {type: L1Loss}")
+
+    def loss(self, key: str, options: dict[str, Any]) -> None:
+        path, kind = f"train.{key}", options.get("type")
+        if not isinstance(kind, str):
+            self.problems.add(f"{path}.type", "missing; it names the loss, e.g. L1Loss")
+            return
+        build = self.registered("LOSS_REGISTRY", kind)
+        if build is None:
+            self.named("LOSS_REGISTRY", f"{path}.type", kind)
+            return
+        rest = {name: value for name, value in options.items() if name != "type"}
+        before = len(self.problems)
+        with self.problems.gathered():
+            trials.arguments(build, rest, path)
+        options |= rest
+        fault = trials.loss(build, rest, key) if len(self.problems) == before else None
+        if fault:
+            self.problems.add(path, fault)
+
+    def optimizer(self, path: str, options: dict[str, Any]) -> None:
+        model = self.options.get("model_type")
         right = self.section(_Optimizer, options, path, whole=False)
         name = right.get("type")
         if name is None:
             return
-        if model == "SRModel" and name != "Adam":
-            self.problems.add(f"{path}.type", f"SRModel knows Adam only, got {name!r}; model_type: {_MODEL} knows more")
-        elif model == _MODEL and name not in _OPTIMIZERS:
-            self.problems.add(f"{path}.type", f"there is no optimizer {name!r}{suggestion(name, sorted(_OPTIMIZERS))}")
+        known = self.optimizers()
+        if name not in known and name in _OPTIMIZERS and not self.is_ours():
+            names = f"{known[0]} only" if len(known) == 1 else ", ".join(known)
+            ours = f"Sparse{model}" if self.registered("MODEL_REGISTRY", f"Sparse{model}") is not None else _MODEL
+            self.problems.add(f"{path}.type", f"{model} knows {names}, got {name!r}; model_type: {ours} knows more")
+        elif name not in known:
+            self.problems.add(f"{path}.type", f"there is no optimizer {name!r}{suggestion(name, known)}")
         elif len(right.get("betas", (0, 0))) != 2:
             self.problems.add(f"{path}.betas", f"must be two numbers, got {options['betas']}")
         elif name in _OPTIMIZERS:
             self.judged(path, _OPTIMIZERS[name], [torch.nn.Parameter(torch.zeros(1))], options, right)
+
+    def optimizers(self) -> list[str]:
+        """Return the optimizers that the model can make."""
+        if self.model is None or self.is_ours() or not hasattr(self.model, "get_optimizer"):
+            return sorted(_OPTIMIZERS)
+        known = []
+        for name in sorted(_OPTIMIZERS):
+            with suppress(Exception):  # somebody else's code can raise anything
+                self.model.get_optimizer(None, name, [torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+                known.append(name)
+        return known or sorted(_OPTIMIZERS)
 
     def scheduler(self, options: dict[str, Any], total_iter: object) -> None:
         path = "train.scheduler"
@@ -534,13 +728,23 @@ class _Preflight:
         path: str,
         build: Callable[..., object],
         first: object,
-        options: Mapping[str, Any],
+        options: dict[str, Any],
         right: Mapping[str, Any],
     ) -> None:
         """Let what the options are for judge them, unless one is wrong already: not all that is given is `right`."""
         if any(name in fields(_Optimizer) | fields(_Scheduler) and name not in right for name in options):
             return
         names = [name for name in list(inspect.signature(build).parameters)[1:] if name != "last_epoch"]
+        before = len(self.problems)
+        for name in [name for name in options if name in names]:
+            one = {name: options[name]}
+            with self.problems.gathered():
+                trials.arguments(
+                    build, one, path, [other for other in inspect.signature(build).parameters if other != name]
+                )
+            options[name] = one[name]
+        if len(self.problems) > before:
+            return
         try:
             build(first, **{key: value for key, value in options.items() if key != "type"})
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -578,14 +782,60 @@ class _Preflight:
         tile, overlap = val.get("tile"), val.get("tile_overlap")
         if isinstance(overlap, int) and overlap and (tile is None or (isinstance(tile, int) and overlap >= tile)):
             self.problems.add("val.tile_overlap", f"must be less than val.tile, got {overlap} with tile {tile or '~'}")
-        metrics = val.get("metrics")
-        if isinstance(metrics, Mapping):
-            for key, metric in metrics.items():
-                given = metric.get("type", "") if isinstance(metric, Mapping) else ""
-                self.named("METRIC_REGISTRY", f"val.metrics.{key}.type", given)
+        if isinstance(val.get("metrics"), Mapping):
+            val["metrics"] = dict(val["metrics"])
+            for key, metric in val["metrics"].items():
+                if not isinstance(metric, Mapping):
+                    self.problems.add(f"val.metrics.{key}", f"must be a map with a key 'type', got {metric!r}")
+                    continue
+                val["metrics"][key] = dict(metric)
+                self.metric(f"val.metrics.{key}", val["metrics"][key])
+
+    def metric(self, path: str, options: dict[str, Any]) -> None:
+        """Check the options of a metric; if they are right, keep it to be tried on the sizes of the images."""
+        kind = options.get("type")
+        if not isinstance(kind, str):
+            self.problems.add(f"{path}.type", "missing; it names the metric, e.g. calculate_psnr")
+            return
+        build = self.registered("METRIC_REGISTRY", kind)
+        if build is None:
+            self.named("METRIC_REGISTRY", f"{path}.type", kind)
+            return
+        before = len(self.problems)
+        rest = {name: value for name, value in options.items() if name not in ("type", "better")}
+        with self.problems.gathered():
+            trials.arguments(build, rest, path, ("img", "img2"))
+        with self.problems.gathered():
+            read(_only(_Metric, "better"), {"better": options.get("better", "higher")}, path)
+        options |= rest
+        if len(self.problems) == before:
+            self.metrics[path] = (build, rest)
+
+    def measured(
+        self, path: str, kind: object, sample: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]
+    ) -> None:
+        """Take the metrics of images as large as those of a data set."""
+        image = sample.get("gt", sample.get("lq"))
+        if not isinstance(image, torch.Tensor) or image.ndim != 3:
+            return
+        channels, *size = image.shape
+        name, smallest = min(sizes.items(), key=lambda item: min(item[1]), default=("the first", (size[1], size[0])))
+        for metric, (build, options) in self.metrics.items():
+            if "gt" not in sample and "img2" in inspect.signature(build).parameters:
+                self.problems.add(f"{path}.type", f"{kind} has no image to compare with, which {metric} needs")
+                continue
+            shape = smallest[::-1] if channels == 1 else (*smallest[::-1], 3)
+            fault = trials.metric(build, options, shape)
+            if fault:
+                border = f"; crop_border is {options['crop_border']}" if options.get("crop_border") else ""
+                self.problems.add(
+                    metric, f"{build.__name__} {fault} on an image of {_times(smallest)}, {name!r}{border}"
+                )
 
     def weights(self) -> None:
         path = self.options["path"]
+        if not isinstance(path, Mapping):
+            return
         for key, value in path.items():
             if key.startswith(("pretrain_network", "resume_state")) and isinstance(value, str):
                 file = Path(value).expanduser()
@@ -606,9 +856,15 @@ class _Preflight:
         if not isinstance(values, Mapping):
             self.problems.add(path, f"must be a map, got {values!r}")
             return values
+        before = len(self.problems)
         values = dict(values)
-        right = self.section(_TrainingSet if kind == "train" else _Dataset, values, path)
-        self.named("DATASET_REGISTRY", f"{path}.type", right.get("type"))
+        declared = _TrainingSet if kind == "train" else _Dataset
+        right = self.section(declared, values, path, whole=False)
+        build = self.registered("DATASET_REGISTRY", right.get("type"))
+        looked_up = reading.of(*_bases(build)).names.get("", set()) | self.reads.names.get("datasets", set())
+        self.unread(path, values, [*fields(_TrainingSet), *sorted(looked_up)])
+        if build is None:
+            self.named("DATASET_REGISTRY", f"{path}.type", right.get("type"))
         if right.get("type") == _PAIRED:
             wanted = ["dataroot_gt", "dataroot_lq", "io_backend"]
             if kind == "train":
@@ -616,6 +872,7 @@ class _Preflight:
             for name in wanted:
                 if values.get(name) is None:
                     self.problems.add(join_path(path, name), f"missing; {_PAIRED} needs it")
+        self.backend(path, values)
         folders = {name: self.folder(path, name, values) for name in values if str(name).startswith("dataroot")}
         self.depths(path, folders)
         scale = self.options.get("scale")
@@ -625,19 +882,132 @@ class _Preflight:
             self.problems.add(
                 f"{path}.gt_size", f"must be a multiple of scale {scale}, got {gt_size}; nearest: {nearest}"
             )
+        self.loader(path, kind, right)
+        pairs: list[tuple[Path, Path]] = []
+        if right.get("type") == _PAIRED and not values.get("meta_info_file"):
+            pairs = self.pairs(path, folders, right.get("filename_tmpl", "{}"))
+            self.sizes(path, pairs[:_NUM_IMAGES_MEASURED], gt_size if kind == "train" else None)
+        if build is not None and len(self.problems) == before:
+            self.samples(path, kind, build, values, right, pairs)
+        return values
+
+    def loader(self, path: str, kind: str, right: Mapping[str, Any]) -> None:
+        """Check what PyTorch's loaders and BasicSR's prefetchers need."""
         if right.get("prefetch_mode") == "cuda" and not torch.cuda.is_available():
             self.problems.add(f"{path}.prefetch_mode", "must be cpu or ~ without a CUDA GPU, got 'cuda'")
+        elif right.get("prefetch_mode") == "cuda" and kind == "train" and not right.get("pin_memory"):
+            self.problems.add(f"{path}.pin_memory", "must be true with prefetch_mode cuda")
+        if right.get("persistent_workers") and (kind != "train" or right.get("num_worker_per_gpu") == 0):
+            why = "num_worker_per_gpu is 0" if kind == "train" else f"BasicSR reads {kind} sets without workers"
+            self.problems.add(f"{path}.persistent_workers", f"must be false: {why}")
         if kind == "train" and right.get("prefetch_mode") == "cpu" and right.get("num_worker_per_gpu") == 0:
             self.remarks.append(
                 f"{path}.num_worker_per_gpu: 0 with prefetch_mode cpu reads in a thread, which may disturb the random "
                 "numbers of training; 1 makes a resumed run exact"
             )
-        if right.get("type") == _PAIRED and not values.get("meta_info_file"):
-            pairs = self.pairs(path, folders, right.get("filename_tmpl", "{}"))
-            self.sizes(path, pairs[:_NUM_IMAGES_MEASURED], gt_size if kind == "train" else None)
-            if kind == "train" and pairs:
-                self.batches(path, len(pairs), right)
-        return values
+
+    def backend(self, path: str, values: Mapping[str, Any]) -> None:
+        """Check from what images are read."""
+        backend = values.get("io_backend")
+        if not isinstance(backend, Mapping):
+            return
+        client = getattr(importlib.import_module("basicsr.utils"), "FileClient", None)
+        known = sorted(getattr(client, "_backends", ("disk", "lmdb", "memcached")))
+        kind = backend.get("type")
+        if kind is None:
+            self.problems.add(f"{path}.io_backend.type", f"missing; it is one of {', '.join(known)}")
+        elif kind not in known:
+            self.problems.add(f"{path}.io_backend.type", f"BasicSR has no backend {kind!r}{suggestion(kind, known)}")
+        for name in [name for name in values if str(name).startswith("meta_info")]:
+            file = Path(str(values[name])).expanduser()
+            if values[name] is not None and not file.is_file():
+                self.problems.add(join_path(path, name), f"there is no file {values[name]!r}{_near(file)}")
+        for name in [name for name in values if str(name).startswith("dataroot") and kind == "lmdb"]:
+            root = Path(str(values[name])).expanduser()
+            lacking = [file for file in ("data.mdb", "meta_info.txt") if not (root / file).is_file()]
+            if root.is_dir() and (root.suffix != ".lmdb" or lacking):
+                lacks = f" and has no {' and no '.join(lacking)}" if lacking else ""
+                self.problems.add(
+                    join_path(path, name),
+                    f"must be a database whose name ends in .lmdb, as io_backend says, got {values[name]!r}, which is "
+                    f"a folder{lacks}; for images in a folder write io_backend: {{type: disk}}",
+                )
+
+    def samples(
+        self,
+        path: str,
+        kind: str,
+        build: type,
+        values: Mapping[str, Any],
+        right: Mapping[str, Any],
+        pairs: Sequence[tuple[Path, Path]],
+    ) -> None:
+        """Build a data set whose options look right, read its first sample, and try on it what will be done with it."""
+        given = dict(values) | {"phase": kind, "scale": self.options.get("scale")}
+        for name in ("dataroot_gt", "dataroot_lq"):
+            if isinstance(given.get(name), str):
+                given[name] = os.path.expanduser(given[name])
+        if given.get("cache_data"):  # all of it, before the first sample
+            return
+        try:
+            number, files, sample = trials.first_sample(build, given, path)
+        except ConfigError as error:
+            for problem in error.problems:
+                self.problems.add(problem.path, problem.message)
+            return
+        for file in files:
+            if not trials.is_image(Path(file)):
+                self.problems.add(path, f"must hold images only, but {file!r} is none that can be read")
+                return
+        self.fitting(path, kind, right.get("type"), sample)
+        if kind == "train":
+            self.batches(path, number, right)
+        elif self.metrics:
+            scale = int(self.options.get("scale") or 1)
+            sizes = {low.name: size for _, low in pairs if (size := _size(low))}
+            self.measured(path, right["type"], sample, {name: (scale * w, scale * h) for name, (w, h) in sizes.items()})
+
+    def fitting(self, path: str, kind: str, name: object, sample: object) -> None:
+        """Check that a sample has what the model will look for, and as many channels as the network takes."""
+        if not isinstance(sample, Mapping):
+            self.problems.add(f"{path}.type", f"{name} must give a map for each sample, gives {type(sample).__name__}")
+            return
+        plain = self.registered("MODEL_REGISTRY", "SRModel")
+        theirs = next(
+            (
+                vars(cls).get("feed_data")
+                for cls in _bases(self.model)
+                if "feed_data" in vars(cls) and not cls.__module__.startswith("sparse_sr_attn")
+            ),
+            None,
+        )
+        wanted = ("lq", "gt") if kind == "train" else ("lq",)
+        for key in wanted if plain is not None and theirs is vars(plain).get("feed_data") else ():
+            if key not in sample:
+                what = "images of low resolution" if key == "lq" else "images to compare with"
+                self.problems.add(
+                    f"{path}.type", f"{name} has no {what} ({key}), which {self.options['model_type']} needs"
+                )
+        for key, value in sample.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                self.problems.add(path, f"pixels must be finite, but {key} of the first sample has NaN or infinity")
+        low, channels = sample.get("lq"), self.channels()
+        if isinstance(low, torch.Tensor) and low.ndim == 3 and channels is not None and len(low) != channels:
+            self.problems.add(
+                path, f"must hold images of network_g.num_in_ch, {channels}, channels; the first sample has {len(low)}"
+            )
+
+    def channels(self) -> int | None:
+        """Return how many channels the network takes, if that can be seen from its options."""
+        network = self.options.get("network_g")
+        if self.ours.get(str(_nested(network, "type"))) is Attended:
+            network = _nested(network, "network")
+        if not isinstance(network, Mapping):
+            return None
+        build = self.ours.get(str(network.get("type"))) or self.builder(str(network.get("type")))
+        default = inspect.signature(build).parameters.get("num_in_ch") if build is not None else None
+        channels = network.get("num_in_ch", default.default if default is not None else None)
+        return channels if isinstance(channels, int) else None
 
     def folder(self, path: str, name: str, values: Mapping[str, Any]) -> Path | None:
         """Check that a data folder is there; return it if its images are plain files."""
@@ -657,6 +1027,13 @@ class _Preflight:
         """Check that each image has its counterpart, as BasicSR looks for it; return the pairs if all do."""
         high, low = folders.get("dataroot_gt"), folders.get("dataroot_lq")
         if high is None or low is None:
+            return []
+        try:
+            template.format("")
+        except (IndexError, KeyError, ValueError):
+            self.problems.add(
+                f"{path}.filename_tmpl", f"must have one {{}}, for the name of the file, got {template!r}"
+            )
             return []
         originals, counterparts = _files(high), _files(low)
         for name, folder, found in (("dataroot_gt", high, originals), ("dataroot_lq", low, counterparts)):
@@ -688,7 +1065,7 @@ class _Preflight:
         for high, low in pairs:
             original, counterpart = _size(high), _size(low)
             if original is None or counterpart is None:
-                continue
+                continue  # what is no image comes out when it is read
             wanted = tuple(scale * side for side in counterpart)
             too_small = any(side < other for side, other in zip(original, wanted, strict=True))
             if too_small or (gt_size and original != wanted):
@@ -730,6 +1107,18 @@ class _Preflight:
                 f"must be at least {math.ceil(batch / num_pairs)}, got {ratio:g}: an epoch of {num_pairs} images must "
                 f"fill a batch of {batch}, or BasicSR trains on nothing",
             )
+
+
+def _nested(options: object, *names: str) -> Any:
+    """Return what stands at the end of a path; None if nothing does."""
+    for name in names:
+        options = options.get(name) if isinstance(options, Mapping) else None
+    return options
+
+
+def _bases(cls: Any) -> tuple[type, ...]:
+    """Return a class and what it is made of, the nearest first; nothing for what is no class."""
+    return cls.__mro__ if inspect.isclass(cls) else ()
 
 
 def _only(cls: type, name: str) -> type:

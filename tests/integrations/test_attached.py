@@ -243,7 +243,7 @@ MALFORMED = [
     ({f"{NET}.network.num_feats": 8}, r"network_g\.network\.num_feats: unknown to RRDBNet; did you mean 'num_feat'\?"),
     (
         {f"{NET}.network.num_in_ch": ...},
-        r"network_g\.network: RRDBNet cannot be built with these options: TypeError: .*'num_in_ch'",
+        r"network_g\.network\.num_in_ch: missing; RRDBNet needs it",
     ),
     ({f"{NET}.network": {"type": "LCoAN", "num_feats": 3}}, r"network_g\.network\.num_feats: unknown; did you mean"),
     ({f"{NET}.attention": ...}, r"network_g\.attention: missing"),

@@ -87,6 +87,22 @@ def cut_off(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Have something happen to files once they were checked: what is broken before is refused, see test_preflight."""
+    check = preflight.check
+
+    def happens(change: Callable[[], object]) -> None:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            result = check(*args, **kwargs)
+            change()
+            return result
+
+        monkeypatch.setattr(preflight, "check", checked)
+
+    return happens
+
+
 def told_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -103,7 +119,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("how", BREAK)
 @pytest.mark.parametrize("part", ["train/HR", "train/LR", "val/HR"])
 def test_a_broken_image_ends_training_with_its_name_and_the_state(
-    part: str, how: str, training: Write, data: Path, here: Path, capsys: pytest.CaptureFixture[str]
+    part: str, how: str, training: Write, data: Path, here: Path, later: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = training({"val.val_freq": 3})
     image = data / part / "0.png"
@@ -111,13 +127,14 @@ def test_a_broken_image_ends_training_with_its_name_and_the_state(
         assert main(["train", "-opt", file, "--force_yml", "name=whole"]) == 0
     whole = image.read_bytes()
     change, message = BREAK[how]
-    change(image)
+    later(lambda: change(image))
     capsys.readouterr()
     assert main(["train", "-opt", file]) == 1
     told = told_at_the_end(capsys)
     assert told.startswith(f"datasets/{part}/0.png: {message}")
     assert ".state\nPut the cause right and go on from there with --auto_resume." in told
     image.write_bytes(whole)
+    later(lambda: image.write_bytes(whole))
     assert main(["train", "-opt", file, "--auto_resume"]) == 0
     if part == "train/HR":
         ends = [here / f"experiments/{run}/models/net_g_4.pth" for run in ("tiny", "whole")]
@@ -128,18 +145,18 @@ def test_a_broken_image_ends_training_with_its_name_and_the_state(
 @pytest.mark.slow
 @pytest.mark.parametrize("reading", [{"num_worker_per_gpu": 2}, {"num_worker_per_gpu": 1, "prefetch_mode": "cpu"}])
 def test_a_broken_image_ends_training_however_it_is_read(
-    reading: dict[str, Any], training: Write, data: Path, capsys: pytest.CaptureFixture[str]
+    reading: dict[str, Any], training: Write, data: Path, later: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cut_off(data / "train/HR/0.png")
+    later(lambda: cut_off(data / "train/HR/0.png"))
     assert main(["train", "-opt", training({f"datasets.train.{name}": v for name, v in reading.items()})]) == 1
     assert told_at_the_end(capsys).startswith("datasets/train/HR/0.png: cannot be read: image file is truncated\n")
 
 
 def test_a_broken_image_ends_testing_with_its_name(
-    training: Write, testing: Write, data: Path, capsys: pytest.CaptureFixture[str]
+    training: Write, testing: Write, data: Path, later: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "-opt", training({"val": ...})]) == 0
-    cut_off(data / "val/LR/1.png")
+    later(lambda: cut_off(data / "val/LR/1.png"))
     assert main(["test", "-opt", testing()]) == 1
     assert told_at_the_end(capsys) == "datasets/val/LR/1.png: cannot be read: image file is truncated\n"
 

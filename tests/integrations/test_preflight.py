@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,24 @@ from sparse_sr_attn.cli import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.randomness import random_state
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 NET = "network_g"
+PSNR = "val.metrics.psnr"
+GAN: dict[str, Any] = {
+    "model_type": "SparseSRGANModel",
+    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
+    "train.optim_d": {"type": "Adam", "lr": 1e-4},
+    "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
+}
+VGG: dict[str, Any] = {"type": "PerceptualLoss", "layer_weights": {"conv5_4": 1}}
+SINGLE = {
+    "name": "single",
+    "type": "SingleImageDataset",
+    "dataroot_lq": "datasets/val/LR",
+    "io_backend": {"type": "disk"},
+}
 
 MALFORMED = [
     # our networks
@@ -108,6 +124,8 @@ MALFORMED = [
     ),
     ({"network_d": {"type": "UNetDiscriminatorN"}}, r"network_d\.type: BasicSR has no network named"),
     ({"network_d": 3}, r"network_d: must be a map"),
+    ({"network_d": GAN["network_d"]}, r"network_d: unknown to SparseSRModel"),
+    ({"train.optim_d": GAN["train.optim_d"]}, r"train\.optim_d: unknown to SparseSRModel"),
     # model, machine, general
     ({"model_type": "SparseSRMode"}, r"model_type: BasicSR has no model named 'SparseSRMode'; .*'SparseSRModel'\?"),
     ({"model_type": ...}, r"model_type: missing"),
@@ -258,6 +276,198 @@ MALFORMED = [
         {"val.metrics.psnr.type": "psnr"},
         r"val\.metrics\.psnr\.type: BasicSR has no metric named 'psnr'.*calculate_psnr",
     ),
+    # metrics
+    ({PSNR: 3}, r"val\.metrics\.psnr: must be a map with a key 'type', got 3"),
+    ({"val.metrics": ["psnr"]}, r"val\.metrics: must be a mapping or ~ \(nothing\), got \['psnr'\]"),
+    ({f"{PSNR}.type": ...}, r"psnr\.type: missing; it names the metric, e\.g\. calculate_psnr"),
+    ({f"{PSNR}.crop_border": ...}, r"psnr\.crop_border: missing; calculate_psnr needs it"),
+    ({f"{PSNR}.crop_border": "2"}, r"psnr\.crop_border: must be an integer >= 0, got '2'"),
+    ({f"{PSNR}.crop_border": True}, r"psnr\.crop_border: must be an integer >= 0, got True"),
+    ({f"{PSNR}.crop_border": -1}, r"psnr\.crop_border: must be >= 0, got -1"),
+    ({f"{PSNR}.crop_border": 60}, r"psnr: calculate_psnr gives nan on an image of 64x64, '0\.png'; crop_border is 60"),
+    ({f"{PSNR}.crop_border": 32}, r"psnr: calculate_psnr gives nan on an image of 64x64"),
+    (
+        {"val.metrics.s": {"type": "calculate_ssim", "crop_border": 28}},
+        r"metrics\.s: calculate_ssim gives nan on an image",
+    ),
+    ({"val.metrics.n": {"type": "calculate_niqe", "crop_border": 0}}, r"metrics\.n: calculate_niqe fails \(.*64x64"),
+    (
+        {f"{PSNR}.test_y_chanel": True},
+        r"psnr\.test_y_chanel: unknown to calculate_psnr; did you mean 'test_y_channel'\?",
+    ),
+    ({f"{PSNR}.test_y_channel": "false"}, r"psnr\.test_y_channel: must be true or false, got 'false'"),
+    ({f"{PSNR}.test_y_channel": 0}, r"psnr\.test_y_channel: must be true or false, got 0"),
+    ({f"{PSNR}.input_order": "CHW"}, r"psnr\.input_order: must be one of 'HWC', got 'CHW'"),
+    ({f"{PSNR}.better": "lowr"}, r"psnr\.better: must be one of 'higher', 'lower', got 'lowr'"),
+    ({f"{PSNR}.type": "calculate_psnr_pt"}, r"psnr: calculate_psnr_pt fails \(IndexError: .*\) on an image"),
+    # losses
+    ({"train.pixel_opt": "L1Loss"}, r"train\.pixel_opt: must be a map with a key 'type', got 'L1Loss'"),
+    ({"train.pixel_opt": {}}, r"train\.pixel_opt\.type: missing; it names the loss, e\.g\. L1Loss"),
+    ({"train.pixel_opt.loss_weigth": 1}, r"pixel_opt\.loss_weigth: unknown to L1Loss; did you mean 'loss_weight'\?"),
+    ({"train.pixel_opt.loss_weight": "big"}, r"pixel_opt\.loss_weight: must be a number >= 0 and finite, got 'big'"),
+    ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be >= 0 and finite, got nan"),
+    ({"train.pixel_opt.loss_weight": -1}, r"pixel_opt\.loss_weight: must be >= 0 and finite, got -1"),
+    ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss refuses these options: .*avg.*'none', 'mean', 'sum'"),
+    ({"train.pixel_opt.reduction": "none"}, r"pixel_opt: L1Loss must give one number, gives \(1, 3, 32, 32\) of them"),
+    ({"train.pixel_opt.reduction": 1}, r"pixel_opt\.reduction: must be a string, got 1"),
+    ({"train.pixel_opt": {"type": "CharbonnierLoss", "eps": "small"}}, r"pixel_opt\.eps: must be a number .*'small'"),
+    (
+        {"train.pixel_opt": {"type": "CharbonnierLoss", "eps": -1}},
+        r"CharbonnierLoss must give a finite number, gives nan",
+    ),
+    ({"train.pixel_opt.type": "GANLoss"}, r"pixel_opt\.gan_type: missing; GANLoss needs it"),
+    ({"train.pixel_opt.type": "WeightedTVLoss"}, r"WeightedTVLoss is no pixel loss: it does not compare"),
+    ({"train.pixel_opt": VGG}, r"train\.pixel_opt: PerceptualLoss must give one number, gives a tuple"),
+    ({"train.pixl_opt": {"type": "L1Loss"}}, r"pixl_opt: unknown to SparseSRModel; did you mean 'pixel_opt'\?"),
+    ({"train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla"}}, r"gan_opt: unknown to SparseSRModel \(known: "),
+    ({"train.l_opt": {"type": "L1Loss"}, "model_type": "SRModel", "train.ema_decay": 0}, r"l_opt: unknown to SRModel"),
+    ({"train.perceptual_opt": {"type": "L1Loss"}}, r"perceptual_opt: L1Loss is no perceptual loss"),
+    (
+        {"train.perceptual_opt": {"type": "PerceptualLoss"}},
+        r"perceptual_opt\.layer_weights: missing; PerceptualLoss needs",
+    ),
+    (
+        {"train.perceptual_opt": {**VGG, "layer_weights": {"conv9_4": 1}}},
+        r"perceptual_opt: PerceptualLoss refuses these options: 'conv9_4' is not in list",
+    ),
+    ({"train.perceptual_opt": {**VGG, "vgg_type": "vgg9"}}, r"PerceptualLoss refuses these options: KeyError: 'vgg9'"),
+    (
+        {"train.perceptual_opt": {**VGG, "criterion": "l3"}},
+        r"PerceptualLoss refuses .*: l3 criterion has not been supp",
+    ),
+    (
+        {"train.perceptual_opt": {**VGG, "range_norm": "no"}},
+        r"perceptual_opt\.range_norm: must be true or false, got 'no'",
+    ),
+    ({"train.perceptual_opt": {**VGG, "perceptual_weight": 0}}, r"PerceptualLoss gives nothing: perceptual_weight and"),
+    (
+        {"train.fft_opt": {"type": "FFTLos"}},
+        r"fft_opt\.type: BasicSR has no loss named 'FFTLos'; did you mean 'FFTLoss'\?",
+    ),
+    ({"train.fft_opt": {"type": "FFTLoss", "reduction": "none"}}, r"fft_opt\.reduction: must be one of 'mean', 'sum'"),
+    (
+        {"train.fft_opt": {"type": "FFTLoss"}, "train.pixel_opt": ...},
+        r"train\.pixel_opt: missing; training needs a loss",
+    ),
+    (
+        {"train.fft_opt": {"type": "FFTLoss"}, "model_type": "SRModel", "train.ema_decay": 0},
+        r"train\.fft_opt: unknown to SRModel; model_type: SparseSRModel has it",
+    ),
+    # GAN models
+    ({**GAN, "train.gan_opt": None}, r"train\.gan_opt: missing; SparseSRGANModel needs it"),
+    ({**GAN, "train.gan_opt.type": "GANLos"}, r"gan_opt\.type: BasicSR has no loss named 'GANLos'; .*'GANLoss'\?"),
+    (
+        {**GAN, "train.gan_opt.gan_type": "vanila"},
+        r"gan_opt: GANLoss refuses these options: GAN type vanila is not impl",
+    ),
+    ({**GAN, "train.gan_opt": {"type": "L1Loss"}}, r"gan_opt: L1Loss cannot be used here"),
+    ({**GAN, "train.optim_d.type": "Adm"}, r"train\.optim_d\.type: there is no optimizer 'Adm'; did you mean 'Adam'\?"),
+    ({**GAN, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
+    ({**GAN, "train.optim_d": "Adam"}, r"train\.optim_d: must be a map with a key 'type', got 'Adam'"),
+    (
+        {"model_type": "SparseSRGANModel", "network_d": GAN["network_d"], "train.gan_opt": GAN["train.gan_opt"]},
+        r"optim_d: miss",
+    ),
+    (
+        {"model_type": "SparseESRGANModel", "train.optim_d": GAN["train.optim_d"]},
+        r"network_d: missing; SparseESRGANModel needs",
+    ),
+    ({**GAN, "network_d.num_in_ch": ...}, r"network_d\.num_in_ch: missing; UNetDiscriminatorSN needs it"),
+    (
+        {**GAN, "network_d.num_in_ch": 1},
+        r"network_d: UNetDiscriminatorSN must take images of datasets\.train\.gt_size 32: ",
+    ),
+    (
+        {**GAN, "network_d": {"type": "VGGStyleDiscriminator", "num_in_ch": 3, "num_feat": 4}},
+        r"network_d: VGGStyleDiscriminator must take images of datasets\.train\.gt_size 32: Input size must be",
+    ),
+    ({**GAN, "train.net_d_iters": 0}, r"train\.net_d_iters: must be whole and >= 1, got 0"),
+    ({**GAN, "train.net_d_init_iter": 1}, r"train\.net_d_init_iter: unknown; did you mean 'net_d_init_iters'\?"),
+    (
+        {**GAN, "train.ldl_opt": {"type": "L1Loss"}},
+        r"ldl_opt: SparseSRGANModel builds this loss and then leaves it out",
+    ),
+    ({**GAN, "train.accumulate": 2}, r"train\.accumulate: must be 1 with SparseSRGANModel, whose discriminator"),
+    *[
+        (
+            {**GAN, "network_g.attention": None, "model_type": f"{kind}GANModel", key: value},
+            rf"unknown to {kind}GANModel; "
+            rf"model_type: Sparse{kind}GANModel has it",
+        )
+        for kind in ("SR", "ESR")
+        for key, value in (("train.grad_clip", 1), ("val.tile", 16), ("train.deterministic", True))
+    ],
+    pytest.param(
+        {**GAN, "model_type": "RealESRGANModel"}, r"model_type: RealESRGANModel needs a CUDA GPU", marks=no_gpu
+    ),
+    # what the data sets themselves refuse
+    (
+        {"datasets.val": SINGLE},
+        r"val\.type: SingleImageDataset has no image to compare with, which val\.metrics\.psnr needs",
+    ),
+    (
+        {"datasets.train": {**SINGLE, "batch_size_per_gpu": 2, "num_worker_per_gpu": 0}},
+        r"datasets\.train\.type: SingleImageDataset has no images to compare with \(gt\), which SparseSRModel needs",
+    ),
+    (
+        {"datasets.val": {k: v for k, v in SINGLE.items() if k != "dataroot_lq"}},
+        r"dataroot_lq: missing; SingleImageDataset",
+    ),
+    ({"datasets.train.io_backend": {}}, r"datasets\.train\.io_backend\.type: missing; it is one of disk, lmdb"),
+    (
+        {"datasets.train.io_backend": {"type": "dsik"}},
+        r"io_backend\.type: BasicSR has no backend 'dsik'; did you mean 'disk'",
+    ),
+    (
+        {"datasets.train.io_backend": {"type": "disk", "db": 1}},
+        r"datasets\.train: the first sample cannot be read: .*TypeErr",
+    ),
+    (
+        {"datasets.train.io_backend": {"type": "lmdb"}},
+        r"dataroot_lq: must be a database whose name ends in \.lmdb.*type: disk",
+    ),
+    ({"datasets.train.meta_info_file": "no.txt"}, r"datasets\.train\.meta_info_file: there is no file 'no\.txt'"),
+    ({"datasets.train.persistent_workers": True}, r"train\.persistent_workers: must be false: num_worker_per_gpu is 0"),
+    (
+        {"datasets.val.persistent_workers": True},
+        r"val\.persistent_workers: must be false: BasicSR reads val sets without",
+    ),
+    ({"datasets.train.filename_tmpl": "{}_{}"}, r"filename_tmpl: must have one \{\}, for the name of the file"),
+    (
+        {"datasets.train.mean": [0, 0, 0], "datasets.train.std": [0, 0, 0]},
+        r"train: the first sample .*division by zero",
+    ),
+    (
+        {"datasets.train.mean": [float("nan")] * 3, "datasets.train.std": [1, 1, 1]},
+        r"train: pixels must be finite, but lq",
+    ),
+    ({"datasets.train.color": "Y"}, r"color: must be one of 'y', 'rgb' or ~ \(nothing\), got 'Y'"),
+    ({"datasets.train.color": "y"}, r"must hold images of network_g\.num_in_ch, 3, channels; the first sample has 1"),
+    ({"datasets.train.use_hflip": "yes"}, r"use_hflip: must be true or false or ~ \(nothing\), got 'yes'"),
+    ({"datasets.train.use_hflp": True}, r"datasets\.train\.use_hflp: unknown; did you mean 'use_hflip'\?"),
+    ({"datasets.train.type": "REDSDataset"}, r"datasets\.train\.dataroot_flow: missing; REDSDataset needs it"),
+    # top level, logger
+    ({"manual_sed": 1}, r"manual_sed: unknown; did you mean 'manual_seed'\?"),
+    (
+        {"manual_sed": 1, "model_type": "SRModel", "train.ema_decay": 0},
+        r"manual_sed: unknown; did you mean 'manual_seed'\?",
+    ),
+    ({"num_gpus": 1}, r"num_gpus: unknown; did you mean 'num_gpu'\?"),
+    ({"name": ""}, r"name: must be fit for the name of a folder, got ''"),
+    ({"name": "a/b"}, r"name: must be fit for the name of a folder, got 'a/b'"),
+    ({"path": 3}, r"path: must be a mapping or ~ \(nothing\), got 3"),
+    ({"path.strict_load": False}, r"path\.strict_load: unknown; did you mean 'strict_load_g'\?"),
+    ({"logger.wandb": {"project": "p"}}, r"logger\.use_tb_logger: must be true with logger\.wandb\.project"),
+    ({"logger.wandb": {"project": "p"}}, r"logger\.wandb\.project: needs wandb: pip install wandb"),
+    ({"logger.wandb": {"projct": "p"}}, r"logger\.wandb\.projct: unknown; did you mean 'project'\?"),
+    ({"train.optim_g.amsgrad": "yes"}, r"train\.optim_g\.amsgrad: must be true or false, got 'yes'"),
+    # networks of BasicSR
+    ({NET: {"type": "EDSR", "num_in_ch": 3, "upscale": 2}}, r"network_g\.num_out_ch: missing; EDSR needs it"),
+    (
+        {NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 4}},
+        r"network_g: must upscale by 2, the option 'scale', but does so by 4",
+    ),
+    ({NET: {"type": "MSRResNet", "num_feat": "many"}}, r"network_g: MSRResNet cannot be built with these options: "),
     ({"path.pretrain_network_g": "nowhere.pth"}, r"path\.pretrain_network_g: there is no file 'nowhere\.pth'"),
     ({"path.resume_state": "nowhere.state"}, r"path\.resume_state: there is no file 'nowhere\.state'"),
 ]
@@ -280,6 +490,135 @@ def test_a_wrong_option_is_explained_and_nothing_is_written(
     assert captured.err.startswith("sparse-sr: ")
     assert f"in {file}; nothing was run\n" in captured.err
     assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"datasets\.{}: must hold at least one image; PairedImageDataset finds none"),
+        ("9.png (64,64,3)\n", r"datasets\.{}: the first sample cannot be read: datasets/{}/LR/9\.png: .*No such file"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_list_of_images_that_leads_nowhere(
+    content: str, message: str, part: str, training: Callable[..., str], here: Path
+) -> None:
+    (here / "meta.txt").write_text(content)
+    changes = {f"datasets.{part}.meta_info_file": "meta.txt"}
+    with pytest.raises(ConfigError, match=message.format(part, part)) as caught:
+        preflight.check(load(training(changes)), training=True)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", b"half"])
+@pytest.mark.parametrize("name", ["0.txt", "1.png", "2.png"])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_file_that_is_no_image_is_named(
+    part: str, name: str, content: bytes, training: Callable[..., str], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also if it is not the first, and in the folder of either size."""
+    for quality in ("HR", "LR"):
+        shutil.copytree(here / "datasets" / part / quality, here / quality)
+        whole = (here / quality / "1.png").read_bytes()
+        (here / quality / name).write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    file = training({f"datasets.{part}.dataroot_gt": "HR", f"datasets.{part}.dataroot_lq": "LR"})
+    assert main(["train", "-opt", file]) == 2
+    errors = capfd.readouterr().err
+    assert re.search(rf"datasets\.{part}: .*[HL]R/{re.escape(name)}\b", errors), errors
+    assert "1 problem in" in errors
+    assert not (here / "experiments").exists()
+
+
+def test_an_empty_folder_of_single_images(training: Callable[..., str], here: Path) -> None:
+    (here / "none").mkdir()
+    changes = {"datasets.val": {**SINGLE, "dataroot_lq": "none"}, "val.metrics": ...}
+    with pytest.raises(
+        ConfigError, match=r"datasets\.val: must hold at least one image; SingleImageDataset finds none"
+    ):
+        preflight.check(load(training(changes)), training=True)
+    changes["datasets.val"] = SINGLE
+    preflight.check(load(training(changes)), training=True)
+
+
+def test_the_smallest_image_says_how_much_metrics_may_cut(training: Callable[..., str], here: Path) -> None:
+    for quality, side in (("HR", 16), ("LR", 8)):
+        shutil.copytree(here / "datasets/val" / quality, here / quality)
+        image = io.imread(here / quality / "1.png")
+        io.imsave(here / quality / "1.png", image[:side], check_contrast=False)
+    changes = {"datasets.val.dataroot_gt": "HR", "datasets.val.dataroot_lq": "LR", f"{PSNR}.crop_border": 7}
+    preflight.check(load(training(changes)), training=True)
+    changes[f"{PSNR}.crop_border"] = 8
+    with pytest.raises(ConfigError, match=r"calculate_psnr gives nan on an image of 64x16, '1\.png'; crop_border is 8"):
+        preflight.check(load(training(changes)), training=True)
+
+
+def test_metrics_that_look_at_what_else_they_get_may_have_more_options(
+    training: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from basicsr.utils.registry import METRIC_REGISTRY
+
+    def calculate_mine(img: Any, img2: Any, **kwargs: Any) -> float:
+        return float(abs(img.astype(float) - img2).mean() ** kwargs.get("power", 1))
+
+    monkeypatch.setitem(METRIC_REGISTRY._obj_map, "calculate_mine", calculate_mine)
+    changes = {"val.metrics.mine": {"type": "calculate_mine", "power": 2, "better": "lower"}}
+    preflight.check(load(training(changes)), training=True)
+
+
+def test_checks_draw_no_random_numbers(training: Callable[..., str]) -> None:
+    before = random_state()
+    preflight.check(load(training({**GAN, "train.perceptual_opt": VGG})), training=True)
+    after = random_state()
+    assert all(torch.equal(after[key], before[key]) if key == "torch" else after[key] == before[key] for key in before)
+
+
+BASICSR_FILES: dict[str, dict[str, Any]] = {
+    "EDSR": {
+        "model_type": "SRModel",
+        NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 2, "upscale": 2,
+              "res_scale": 1, "img_range": 255.0, "rgb_mean": [0.4488, 0.4371, 0.4040]},
+        "datasets.train.use_shuffle": True,
+        "datasets.train.prefetch_mode": None,
+        "logger.use_tb_logger": True,
+        "logger.wandb": {"project": None, "resume_id": None},
+        "dist_params": {"backend": "nccl", "port": 29500},
+        "path": {"pretrain_network_g": None, "strict_load_g": False, "resume_state": None},
+        "val.save_img": False,
+        "val.metrics.psnr.better": "higher",
+        "val.pbar": False,
+    },
+    "RCAN": {
+        "model_type": "SRModel",
+        NET: {"type": "RCAN", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 16, "num_group": 1, "num_block": 1,
+              "squeeze_factor": 16, "upscale": 2, "res_scale": 1, "img_range": 255.0},
+        "train.scheduler": {"type": "MultiStepLR", "milestones": [200000], "gamma": 0.5},
+        "train.pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"},
+        "train.warmup_iter": -1,
+    },
+    "ESRGAN": {
+        **GAN,
+        "model_type": "ESRGANModel",
+        NET: {"type": "MSRResNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 2, "upscale": 2},
+        "train.perceptual_opt": {**VGG, "vgg_type": "vgg19", "use_input_norm": True, "range_norm": False,
+                                 "perceptual_weight": 1.0, "style_weight": 0, "criterion": "l1"},
+        "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "real_label_val": 1.0, "fake_label_val": 0.0,
+                          "loss_weight": "5e-3"},
+        "train.net_d_iters": 1,
+        "train.net_d_init_iters": 0,
+    },
+    "SwinIR": {
+        "model_type": "SwinIRModel",
+        NET: {"type": "SwinIR", "upscale": 2, "in_chans": 3, "img_size": 16, "window_size": 8, "img_range": 1.0,
+              "depths": [2], "embed_dim": 12, "num_heads": [2], "mlp_ratio": 2, "upsampler": "pixelshuffle",
+              "resi_connection": "1conv"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASICSR_FILES)
+def test_basicsrs_own_files_pass_without_a_word(name: str, training: Callable[..., str]) -> None:
+    _, remarks = preflight.check(load(training(BASICSR_FILES[name])), training=True)
+    assert remarks == []
 
 
 def test_the_well_formed_file_passes(training: Callable[..., str], network: dict[str, Any]) -> None:
@@ -328,13 +667,6 @@ def test_validation_may_have_images_that_basicsr_cuts(training: Callable[..., st
         image = io.imread(here / "datasets/train/LR" / f"{number}.png")
         io.imsave(here / "quarters" / f"{number}.png", image[:30, :31], check_contrast=False)
     preflight.check(load(training(changes)), training=True)
-
-
-def test_a_file_that_is_no_image_is_not_measured(training: Callable[..., str], here: Path) -> None:
-    for quality in ("HR", "LR"):
-        (here / quality).mkdir()
-        (here / quality / "0.png").write_bytes(b"")
-    preflight.check(load(training({"datasets.val.dataroot_gt": "HR", "datasets.val.dataroot_lq": "LR"})), training=True)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
@@ -421,11 +753,9 @@ def test_numbers_given_as_text_become_numbers(training: Callable[..., str]) -> N
             {"datasets.train.prefetch_mode": "cpu"},
             r"datasets\.train\.num_worker_per_gpu: 0 with prefetch_mode cpu reads",
         ),
-        ({"model_type": "SRModel"}, r"model_type: SRModel leaves k-means centroids out of the EMA network"),
-        (
-            {"model_type": "SRModel", "train.ema_decay": 0, "train.warmup_itr": 3},
-            r"train\.warmup_itr: BasicSR knows no such option",
-        ),
+        ({"train.flavour": 3}, r"train\.flavour: nothing reads this option$"),
+        ({"path.param_key": None}, r"path\.param_key: nothing reads this option; did you mean 'param_key_g'\?"),
+        ({"model_type": "SRModel", "train.ema_decay": 0, "val.colour": 3}, r"val\.colour: nothing reads this option$"),
     ],
 )
 def test_what_is_legal_but_hardly_meant_is_remarked_on(
@@ -452,12 +782,23 @@ ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 1, "upscale": 2}
         ({"network_g.attention": None}, None),
     ],
 )
-def test_what_the_ema_network_of_srmodel_lacks_is_said(
-    changes: dict[str, Any], buffers: str | None, training: Callable[..., str]
+@pytest.mark.parametrize("model", ["SRModel", "SRGANModel", "ESRGANModel", "SwinIRModel"])
+def test_an_ema_network_whose_buffers_stay_untrained_is_refused(
+    changes: dict[str, Any], buffers: str | None, model: str, training: Callable[..., str]
 ) -> None:
-    _, remarks = preflight.check(load(training({**changes, "model_type": "SRModel"})), training=True)
-    expected = f"model_type: SRModel leaves {buffers} out of the EMA network; prefer SparseSRModel"
-    assert remarks == ([] if buffers is None else [expected])
+    gan = GAN if "GAN" in model else {}
+    file = training({**gan, **changes, "model_type": model})
+    if buffers is None:
+        assert preflight.check(load(file), training=True)[1] == []
+        return
+    with pytest.raises(ConfigError) as caught:
+        preflight.check(load(file), training=True)
+    better = "SparseSRModel" if model == "SwinIRModel" else f"model_type: Sparse{model}"
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"train.ema_decay: must be 0 with {model}, which leaves {buffers} of the averaged network untrained; "
+        f"{better} does not"
+    ]
+    preflight.check(load(training({**gan, **changes, "model_type": model, "train.ema_decay": 0})), training=True)
 
 
 @pytest.mark.parametrize("attention", [GMSA, None])
@@ -495,7 +836,11 @@ def test_processes_without_a_common_seed_are_remarked_on(training: Callable[...,
     ("launcher", "changes", "message"),
     [
         ("slurm", {}, "--launcher slurm: needs CUDA GPUs; on the CPU start torchrun with --launcher pytorch"),
-        ("pytorch", {"model_type": "SRModel"}, "model_type: must be SparseSRModel for several processes on the CPU"),
+        (
+            "pytorch",
+            {"model_type": "SRModel", "train.ema_decay": 0},
+            "model_type: must be SparseSRModel for several processes on the CPU",
+        ),
         (
             "pytorch",
             {"dist_params": {"backend": "ncc"}},
