@@ -372,7 +372,9 @@ def _load_resume_state(opt: dict[str, Any]) -> Any:
         path["resume_state"] = str(file)
         importlib.import_module("basicsr.utils").check_resume(opt, state["iter"])
         # These were said of `pretrain_network_g`, in the place of which the weights of the run itself stand now.
-        path |= {"param_key_g": "params", "strict_load_g": True}
+        for key in [key for key in opt if key.startswith("network_")]:
+            letter = key.removeprefix("network_")
+            path |= {f"param_key_{letter}": "params", f"strict_load_{letter}": True}
         return state
     return None
 

@@ -232,7 +232,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if self._pass is None:
             reduced: OrderedDict[str, float] = super().reduce_loss_dict(loss_dict)
             return reduced
-        self._pass.note(loss_dict)
+        self._pass.note({**loss_dict, **self._pass.own})
+        self._pass.own.clear()
         return OrderedDict()
 
     def test(self) -> None:
@@ -422,7 +423,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             nonlocal own
             if own is not None:
                 losses, extra = own
-                done.note(losses)
+                done.own.update(losses)
                 gradient, own = gradient + extra, None
             scaled_gradient: Tensor = self._scaler.scale(gradient if done.share == 1 else done.share * gradient)
             return scaled_gradient
@@ -518,6 +519,7 @@ class _Pass:
     def __init__(self, optimizers: "dict[str, _Waiting]") -> None:
         self.optimizers = optimizers
         self.losses: OrderedDict[str, Tensor] = OrderedDict()
+        self.own: dict[str, Tensor] = {}  # of the present part, not the host's
         self.ema_decay: float | None = None
         self.share = 1.0  # of the batch that the present part is
 
