@@ -110,6 +110,9 @@ IN_ONE_UPDATE = "tests/layers/test_one_update.py"
 IN_DISTRIBUTED = "tests/layers/test_distributed.py"
 IN_DATA_PARALLEL = "tests/reliability/test_data_parallel.py"
 IN_LAUNCHER = "tests/integrations/test_launcher.py"
+IN_LMDB = "tests/integrations/test_lmdb.py"
+IN_LOSSES = "tests/integrations/test_losses.py"
+IN_GAN = "tests/integrations/test_gan.py"
 IN_BASICSR_MODEL = "tests/integrations/test_model.py"
 IN_MEMORY = "tests/layers/test_memory.py"
 IN_RCAN = "tests/backbones/test_rcan.py"
@@ -2724,9 +2727,30 @@ FAULTS = [
     Fault(
         "a broken image has no name",
         LOADING,
-        'return f"{file}: {reason}"',
+        'return f"{name}: {reason}"',
         "return str(reason)",
         f"{IN_BROKEN}::test_a_broken_image_ends_testing_with_its_name",
+    ),
+    Fault(
+        "an entry of a database is taken for a file",
+        LOADING,
+        "        if client in databases:\n",
+        "        if client in databases and not databases:\n",
+        f"{IN_LMDB}::test_an_error_that_is_not_of_the_file_is_told_as_it_is",
+    ),
+    Fault(
+        "a loss that the host has is computed twice",
+        MODEL,
+        'if fft and not reading.mentions(host, "fft_opt") else None',
+        "if fft else None",
+        f"{IN_LOSSES}::test_a_forks_own_fft_opt_counts_once",
+    ),
+    Fault(
+        "the discriminator is not looked at before a step",
+        MODEL,
+        "largest = {id(optimizer): _largest_gradient(optimizer) for optimizer in due}",
+        "largest = {id(optimizer): _largest_gradient(optimizer) for optimizer in due[:1]}",
+        f"{IN_GAN}::test_a_gradient_that_is_not_finite_changes_nothing",
     ),
     Fault(
         "an error of a thread that reads ahead is the end of the data",
