@@ -46,6 +46,7 @@ from sparse_sr_attn_basicsr.processes import on_cpu
 _MODEL = "SparseSRModel"
 _PAIRED = "PairedImageDataset"
 _PIPELINE = ("basicsr.train", "basicsr.test", "basicsr.utils.options", "basicsr.utils.logger", "basicsr.utils.misc")
+_NO_FOLDERS = ("strict_load", "pretrain_network", "resume", "param_key")  # of other options in path it makes folders
 _ON_CUDA = ("RealESRNetModel", "RealESRGANModel")  # they call .cuda() whatever num_gpu says
 _SATURATING_RANGE = 16.0
 _NUM_IMAGES_MEASURED = 10
@@ -78,7 +79,11 @@ _OPTIMIZERS = {
 }
 
 # BasicSR's own option files write `val_freq: !!float 5e3`.
-Count = Annotated[float, Rule("whole and >= 1", lambda value: value >= 1 and float(value).is_integer())]
+Count = Annotated[
+    float,
+    Rule("whole and >= 1", lambda value: value >= 1 and float(value).is_integer()),
+    Rule("below 2**31", lambda value: value < 2**31),
+]
 Seed = Annotated[int, Rule("in [0, 2**32)", lambda value: 0 <= value < 2**32)]  # as NumPy has it
 WholeNumber = Annotated[float, Rule("whole", lambda value: float(value).is_integer())]
 
@@ -133,7 +138,7 @@ class _Train:
     optim_g: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     warmup_iter: WholeNumber = -1
-    ema_decay: UnitInterval = 0.0
+    ema_decay: Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)] = 0.0  # 1 would average nothing
     grad_clip: Positive | None = None
     accumulate: PositiveInt = 1
     one_kmeans_update: bool = False
@@ -263,6 +268,7 @@ class _Preflight:
         self.ours = registration.names()
         self.model: Any = None  # the class, if there is one of that name
         self.reads = reading.Reads()
+        self.scale: int | None = None  # if it is right
         self.metrics: dict[
             str, tuple[Callable[..., Any], dict[str, Any]]
         ] = {}  # by path, those whose options are right
@@ -273,6 +279,7 @@ class _Preflight:
         modules = [importlib.import_module(name) for name in _PIPELINE if importlib.util.find_spec(name)]
         self.reads = reading.of(*modules, importlib.import_module("basicsr.data"), *_bases(self.model))
         general = self.section(_Training if self.training else _Testing, options, "")
+        self.scale = general.get("scale")
         self.named("MODEL_REGISTRY", "model_type", general.get("model_type"))
         name = general.get("name")
         if name is not None and (name.strip() in ("", ".", "..") or {"/", "\\", "\0"} & set(name) or len(name) > 200):
@@ -297,6 +304,11 @@ class _Preflight:
         self.weights()
         if isinstance(options.get("datasets"), Mapping):
             options["datasets"] = {phase: self.dataset(phase, value) for phase, value in options["datasets"].items()}
+            validated = [phase for phase in options["datasets"] if str(phase).startswith("val")]
+            if self.training and validated and not options.get("val"):
+                self.remarks.append(f"datasets.{validated[0]}: nothing is validated without the section val")
+            if self.training and not validated and options.get("val"):
+                self.remarks.append("val: nothing is validated without a data set in datasets.val")
             if self.training and "train" not in options["datasets"]:
                 self.problems.add("datasets.train", "missing; training needs images")
             if not self.training and not options["datasets"]:
@@ -333,10 +345,12 @@ class _Preflight:
                     self.problems.add(join_path(path, name), f"unknown to {self.options['model_type']}")
                 continue
             close = get_close_matches(str(name), known, n=1, cutoff=0.8)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
             if close and value is not None:
-                self.problems.add(join_path(path, name), f"unknown; did you mean {close[0]!r}?")
+                self.problems.add(join_path(path, name), f"unknown{hint}")
+            elif path == "path" and not any(part in str(name) for part in _NO_FOLDERS):
+                self.problems.add(join_path(path, name), f"unknown, and BasicSR would make a folder of it{hint}")
             else:
-                hint = f"; did you mean {close[0]!r}?" if close else ""
                 self.remarks.append(f"{join_path(path, name)}: nothing reads this option{hint}")
 
     def registered(self, registry: str, name: object) -> Any:
@@ -411,7 +425,7 @@ class _Preflight:
             with self.problems.gathered():
                 fitting |= read(build, {key: value}, path)
         defaults = {name: option.default for name, option in fields(build).items()}
-        upscale, scale = {**defaults, **fitting}.get("upscale"), self.options.get("scale")
+        upscale, scale = {**defaults, **fitting}.get("upscale"), self.scale
         if isinstance(scale, int) and upscale != scale and ("upscale" in fitting or "upscale" not in options):
             default = "" if "upscale" in options else " (its default)"
             self.problems.add(f"{path}.upscale", f"must be {scale}, the option 'scale', got {upscale}{default}")
@@ -513,9 +527,9 @@ class _Preflight:
 
     def patches(self, path: str, network: nn.Module, options: Mapping[str, Any]) -> None:
         """Check that a network of BasicSR takes the patches of training, and that images come out in the right size."""
-        scale, gt_size = self.options.get("scale"), _nested(self.options, "datasets", "train", "gt_size")
+        scale, gt_size = self.scale, _nested(self.options, "datasets", "train", "gt_size")
         channels = options.get("num_in_ch", 3)
-        if not all(isinstance(number, int) and number > 0 for number in (scale, gt_size, channels)) or gt_size % scale:
+        if scale is None or not isinstance(gt_size, int) or gt_size < 1 or gt_size % scale:
             return
         if path == "network_g":
             with suppress(Exception), torch.no_grad():  # not every network computes on the meta device
@@ -875,7 +889,7 @@ class _Preflight:
         self.backend(path, values)
         folders = {name: self.folder(path, name, values) for name in values if str(name).startswith("dataroot")}
         self.depths(path, folders)
-        scale = self.options.get("scale")
+        scale = self.scale
         gt_size = right.get("gt_size")
         if isinstance(scale, int) and scale > 0 and gt_size and gt_size % scale:
             nearest = max(1, round(gt_size / scale)) * scale
@@ -887,7 +901,7 @@ class _Preflight:
         if right.get("type") == _PAIRED and not values.get("meta_info_file"):
             pairs = self.pairs(path, folders, right.get("filename_tmpl", "{}"))
             self.sizes(path, pairs[:_NUM_IMAGES_MEASURED], gt_size if kind == "train" else None)
-        if build is not None and len(self.problems) == before:
+        if build is not None and len(self.problems) == before and self.scale is not None:
             self.samples(path, kind, build, values, right, pairs)
         return values
 
@@ -943,7 +957,7 @@ class _Preflight:
         pairs: Sequence[tuple[Path, Path]],
     ) -> None:
         """Build a data set whose options look right, read its first sample, and try on it what will be done with it."""
-        given = dict(values) | {"phase": kind, "scale": self.options.get("scale")}
+        given = dict(values) | {"phase": kind, "scale": self.scale}
         for name in ("dataroot_gt", "dataroot_lq"):
             if isinstance(given.get(name), str):
                 given[name] = os.path.expanduser(given[name])
@@ -962,8 +976,8 @@ class _Preflight:
         self.fitting(path, kind, right.get("type"), sample)
         if kind == "train":
             self.batches(path, number, right)
-        elif self.metrics:
-            scale = int(self.options.get("scale") or 1)
+        elif self.metrics and self.scale is not None:
+            scale = self.scale
             sizes = {low.name: size for _, low in pairs if (size := _size(low))}
             self.measured(path, right["type"], sample, {name: (scale * w, scale * h) for name, (w, h) in sizes.items()})
 
@@ -1059,7 +1073,7 @@ class _Preflight:
 
         In validation they may be larger: BasicSR cuts them.
         """
-        scale = self.options.get("scale")
+        scale = self.scale
         if not isinstance(scale, int) or scale < 1:
             return
         for high, low in pairs:
@@ -1100,6 +1114,12 @@ class _Preflight:
         if not batch:
             return
         batch *= max(1, num_gpu if isinstance(num_gpu, int) else torch.cuda.device_count())
+        if num_pairs * ratio >= 2**31:
+            most = 2**31 // num_pairs
+            self.problems.add(
+                f"{path}.dataset_enlarge_ratio", f"must be at most {most:,} for {num_pairs} images, got {ratio:g}"
+            )
+            return
         samples = math.ceil(num_pairs * ratio)
         if samples < batch:
             self.problems.add(

@@ -106,8 +106,8 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
         problems.add(
             join_path(path, "share"), f"must be 1, because {entry.name} has nothing to share, got {values['share']}"
         )
-    if ("every" in item) == ("after" in item):
-        got = "both" if "every" in item else "neither"
+    if (item.get("every") is None) == (item.get("after") is None):
+        got = "neither" if item.get("every") is None else "both"
         problems.add(path, f"must have one of 'every' and 'after', which say where attention stands, got {got}")
     problems.raise_if_any()
     result = AttentionMap(**values, options=options, path=path)
