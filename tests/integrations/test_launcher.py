@@ -146,6 +146,29 @@ def test_two_processes_train_as_one_does_on_the_batch_of_both(
     assert all((both[name] - less[name]).abs().max() > 1e-5 for name in learnt), "the runs show no difference"
 
 
+def test_two_processes_train_a_gan_as_one_does(noting: Write, training: Write, here: Path) -> None:
+    changes = {
+        **STEPS,
+        "model_type": "SparseSRGANModel",
+        "network_g": {**LCOAN, "upscale": 2},
+        "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
+        "train.optim_d": {"type": "SGD", "lr": 0.05},
+        "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.1},
+    }
+    run(noting({**changes, **HALF}))
+    both = assert_alike(here)
+    assert main(["train", "-opt", training({**changes, "name": "alone"})]) == 0
+    models = here / "experiments"
+    for net in ("net_g", "net_d"):
+        two, one = (loaded(models / name / f"models/{net}_latest.pth")["params"] for name in ("tiny", "alone"))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}")
+    averaged = loaded(models / "tiny/models/net_g_latest.pth")["params_ema"]
+    assert torch.equal(averaged["conv_first.weight"], both["conv_first.weight"]) is False
+    centroids = next(name for name in both if name.endswith("centroids"))
+    assert torch.equal(averaged[centroids], both[centroids])
+
+
 @pytest.mark.slow
 def test_validation_and_testing_go_through_a_launcher_too(training: Write, testing: Write, here: Path) -> None:
     """On the first process; the other one waits. The file asks for nccl, as ours do, and gets gloo."""
