@@ -254,8 +254,8 @@ def test_samples_used_before_are_not_read_again(training: Write, here: Path) -> 
         (here / "read.txt").write_text("")
         assert train(file, total=total, name=name) == 0
         read[name] = (here / "read.txt").read_text().split()
-    assert len(read["whole"]) == 26  # and a batch that BasicSR asks for before it looks at the count
-    assert read["tiny"] == read["whole"][20:]
+    assert len(read["whole"]) == 27  # the first sample in the check, and a batch that BasicSR asks for before it counts
+    assert read["tiny"][1:] == read["whole"][21:]
 
 
 @pytest.mark.parametrize(("ratio", "per_epoch"), [(0.5, 1), (1.5, 4), (1.66, 5)])
@@ -268,9 +268,12 @@ def test_training_reaches_its_last_iteration(ratio: float, per_epoch: int, train
 
 
 def test_an_epoch_without_a_batch_is_refused(training: Write, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The preflight counts the images of BasicSR's paired data sets only."""
+    """Also where the preflight does not count the images, because the data set would read them all."""
     changes = {"datasets.train.type": "NotingDataset", "datasets.train.batch_size_per_gpu": 64}
     assert train(training(changes), total=1) == 2
+    message = "datasets.train.dataset_enlarge_ratio: must be at least 11, got 10: an epoch of 6 images must fill a"
+    assert message in capsys.readouterr().err
+    assert train(training({**changes, "datasets.train.cache_data": True}), total=1) == 2
     message = "datasets.train.dataset_enlarge_ratio: an epoch of 60 samples must fill a batch of 64; enlarge it"
     assert message in capsys.readouterr().err
 

@@ -30,7 +30,11 @@ Write = Callable[..., str]
 
 @DATASET_REGISTRY.register()
 class OneBrokenImage(PairedImageDataset):
-    """Photographs, of which one has a pixel that is no number."""
+    """Photographs, of which one has a pixel that is no number; not the first, at which the preflight looks."""
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        self.paths.sort(key=lambda paths: paths["lq_path"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(index)
