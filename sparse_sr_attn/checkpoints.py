@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sparse_sr_attn import unwrapping
 from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.backbones.elan import ELAN
@@ -33,10 +34,9 @@ State = Mapping[str, Tensor]
 Options = dict[str, Any]
 
 _NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
-_DEPTH = 4  # wrappers around a wrapper
 _MOST_OPTIONS = 2**20  # bytes
 _TRAINED = Path(__file__).with_name("weights")
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
@@ -109,9 +109,9 @@ def load_model(
 
     Args:
         source: a file (`.safetensors`, or what `torch.save` wrote), a state dict, or the name of weights that come with
-            the library (see `trained_weights`). The weights may lie under
-            `params_ema`, `params`, `state_dict` or `model`, the averaged ones going first, and their keys may begin
-            with `module.`. Half precision becomes float32.
+            the library (see `trained_weights`). The weights may be inside containers (`params`, `state_dict`, ...),
+            and their keys may have a prefix (`module.`, `net.`, ...), whatever these are called. Averaged weights
+            (EMA, SWA) go before the others. Half precision becomes float32.
         allow_tail_reinit: let `upscale` differ from that of the weights: the body is kept, `upsample` and `conv_last`
             start afresh.
         overrides: options of the network (see `LCoAN`, `EDSR`, `RCAN`) that its weights do not tell or tell otherwise;
@@ -132,7 +132,8 @@ def load_model(
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     try:
         found = source if isinstance(source, Mapping) else _read_file(source)
-        return _load(_weights(found), overrides, allow_tail_reinit)
+        weights, beside, _ = _weights(found)
+        return _load(weights, beside, overrides, allow_tail_reinit)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error.__cause__
 
@@ -163,37 +164,66 @@ def _read_file(source: object) -> object:
         ) from error
 
 
-def _weights(found: object) -> dict[str, Tensor]:
-    """Return the weights that a file holds, out of what they lie under, without the names of wrappers."""
+def _weights(content: object) -> tuple[dict[str, Tensor], State, unwrapping.Found | None]:
+    """Return the weights that a file holds, without wrappers, and what is beside them; see `unwrapping.Found`."""
+    found = unwrapping.find(content, is_known)
+    if found is None:
+        return _checked(_innermost(content)), {}, None
+    own = found.chosen.state.items()
+    # Numbers and texts beside weights, an epoch say, are none. Those in place of weights have a dot in their key.
+    weights = {k: v for k, v in own if isinstance(v, Tensor) or k == OPTIONS or not isinstance(k, str) or "." in k}
+    return _checked(weights), {k: v for k, v in found.beside.items() if _is_plain(k, v)}, found
+
+
+def is_known(state: State) -> bool:
+    """Return whether some layout has such keys, or the options beside them name a network."""
+    if any(layout.recognises(state) for layout in LAYOUTS):
+        return True
+    try:
+        return "type" in carried_options(state.get(OPTIONS))
+    except CheckpointError:
+        return False
+
+
+def _innermost(content: object) -> object:
+    """Return what is closest to weights in a file without a known network, so that messages are about that."""
     for _ in _NESTS:  # no deeper: a map may hold itself
-        inner = [found[key] for key in _NESTS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
-        found = inner[0] if inner else found
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"must hold a state dict, a map from keys to tensors, got a {type(found).__name__}")
-    if not found:
+        inner = [
+            content[key] for key in _NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ]
+        content = inner[0] if inner else content
+    if isinstance(content, Mapping) and content and all(isinstance(key, str) for key in content):
+        wrapped = [re.match(_WRAPPERS, key) for key in content]
+        depth = min(len(found[0]) if found else 0 for found in wrapped)
+        if depth and len({key[:depth] for key in content}) == 1:
+            return {key[depth:]: value for key, value in content.items()}
+    return content
+
+
+def _checked(content: object) -> dict[str, Tensor]:
+    """Refuse what is no state dict of dense tensors."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"must hold a state dict, a map from keys to tensors, got a {type(content).__name__}")
+    if not content:
         raise CheckpointError("must hold weights, got an empty map")
-    strange = [f"{key!r}: {type(value).__name__}" for key, value in found.items() if not _is_plain(key, value)]
+    strange = [f"{key!r}: {type(value).__name__}" for key, value in content.items() if not _is_plain(key, value)]
     if strange:
         hint = f", or such a map under one of {', '.join(_NESTS)}"
-        if {"epoch", "iter"} & found.keys():
+        if {"epoch", "iter"} & content.keys():
             hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
         raise CheckpointError(f"must hold a map from keys to dense tensors, got {_listed(strange)}{hint}")
-    state = dict(found)
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
-    if sum(value.nbytes for value in state.values()) > sum(storages.values()):
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in content.values()}
+    if sum(value.nbytes for value in content.values()) > sum(storages.values()):
         raise CheckpointError("must hold each number of its weights, got weights that repeat numbers or share them")
-    for wrapper in _DEPTH * _WRAPPERS:
-        if all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): value for key, value in state.items()}
-    return state
+    return dict(content)
 
 
 def _is_plain(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool) -> Network:
-    carried = carried_options(state.pop(OPTIONS, None))
+def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tail_reinit: bool) -> Network:
+    carried = carried_options(state.pop(OPTIONS, beside.get(OPTIONS)))
     family = carried.pop("type", None)
     layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
     layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
@@ -233,6 +263,10 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
     _refuse_giants(carried, limit=size)
     with _Budget(size):
         model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
+    if beside:  # averages of parameters only, whose buffers are those of the network itself
+        kept = _renamed(layout, layout.convert({k: v for k, v in beside.items() if k != OPTIONS}, overrides))
+        buffers = {name for name, _ in model.named_buffers()} & kept.keys()
+        named = {**{name: kept[name] for name in buffers}, **named}
     _check(model, named, "|".join(fresh))
     model.load_state_dict(named, strict=False)
     return model.eval()
