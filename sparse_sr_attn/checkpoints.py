@@ -5,6 +5,7 @@ the network had is read from the shapes.
 """
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -26,9 +27,11 @@ from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.config import read
-from sparse_sr_attn.errors import CheckpointError, ConfigError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem
+from sparse_sr_attn.foreign import ATTENDED, ForeignNetwork
 from sparse_sr_attn.functional.shift import taps
 from sparse_sr_attn.layers.gmsa import group_widths
+from sparse_sr_attn.registry import suggestion
 
 State = Mapping[str, Tensor]
 Options = dict[str, Any]
@@ -39,6 +42,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
 _MOST_OPTIONS = 2**20  # bytes
 _TRAINED = Path(__file__).with_name("weights")
+_UNUSABLE = "the options that belong to the weights cannot be used here:\n"
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
 
 
@@ -224,6 +228,8 @@ def _is_plain(key: object, value: object) -> bool:
 
 def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tail_reinit: bool) -> Network:
     carried = carried_options(state.pop(OPTIONS, beside.get(OPTIONS)))
+    if carried.get("type") == ATTENDED:
+        return _load_foreign(state, beside, carried, overrides)
     family = carried.pop("type", None)
     layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
     layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
@@ -270,6 +276,48 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
     _check(model, named, "|".join(fresh))
     model.load_state_dict(named, strict=False)
     return model.eval()
+
+
+def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, overrides: Options) -> Network:
+    """Return a network of BasicSR into which attention was put."""
+    unknown = [name for name in overrides if name not in carried]
+    if unknown:
+        known = [name for name in carried if name != "type"]
+        raise ConfigError(Problem(name, f"unknown{suggestion(name, known)}") for name in unknown)
+    options = {**carried, **overrides}
+    rest = {name: value for name, value in options.items() if name != "type"}
+    size = sum(value.numel() for value in state.values())
+    _refuse_giants(carried, limit=size)
+    try:
+        integration = importlib.import_module("sparse_sr_attn_basicsr.attended")
+        with _Budget(size):
+            network = integration.rebuilt(rest)
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        if overrides and all(problem.path.split(".")[0] in overrides for problem in error.problems):
+            raise
+        raise CheckpointError(f"{_UNUSABLE}{error}{_hint(error)}") from error
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"these weights are of a network of BasicSR, which cannot be imported ({error}); docs/basicsr.md tells how "
+            "to install it"
+        ) from error
+    except Exception as error:  # somebody else's code can raise anything
+        raise CheckpointError(f"{_UNUSABLE}{type(error).__name__}: {error}") from error
+    model = ForeignNetwork(network, options)
+    buffers = {name for name, _ in network.named_buffers()} & beside.keys()
+    state = {**{name: beside[name] for name in buffers}, **state}
+    _check(model, state, "(?!)")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _hint(error: ConfigError) -> str:
+    """Return what to do about names that somebody's own module would register."""
+    if any(problem.path.endswith("type") for problem in error.problems):
+        return "\nA layer or network of your own must be imported first; on the command line --import FILE.py does that"
+    return ""
 
 
 def carried_options(tensor: Tensor | None) -> Options:
@@ -345,7 +393,7 @@ def _built(layout: Layout, found: Options, overrides: Options) -> Network:
     except ConfigError as error:
         if all(problem.path.split(".")[0] in overrides for problem in error.problems):
             raise
-        raise CheckpointError(f"the options that belong to the weights cannot be used here:\n{error}") from error
+        raise CheckpointError(f"{_UNUSABLE}{error}{_hint(error)}") from error
 
 
 def _check(model: Network, state: State, fresh: str) -> None:
