@@ -215,7 +215,7 @@ def _checked(content: object) -> dict[str, Tensor]:
         hint = f", or such a map under one of {', '.join(_NESTS)}"
         if {"epoch", "iter"} & content.keys():
             hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
-        raise CheckpointError(f"must hold a map from keys to dense tensors, got {_listed(strange)}{hint}")
+        raise CheckpointError(f"must hold a map from keys to dense tensors, got {listed(strange)}{hint}")
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in content.values()}
     if sum(value.nbytes for value in content.values()) > sum(storages.values()):
         raise CheckpointError("must hold each number of its weights, got weights that repeat numbers or share them")
@@ -236,7 +236,7 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
     if layout is None:
         tried = "".join(f"\n  {layout.name}, with keys like {layout.sign}" for layout in LAYOUTS)
         keys = [f"{key} {tuple(value.shape)}" for key, value in state.items()]
-        raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {_listed(keys)}")
+        raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {listed(keys)}")
     overrides = read(layout.build, overrides, siblings=["allow_tail_reinit"])
     named = _renamed(layout, layout.convert(state, overrides))
     shapes = layout.shapes(named)
@@ -436,10 +436,11 @@ def _kind(value: object) -> str:
 
 
 def _lines(faults: Mapping[str, list[str]]) -> str:
-    return "".join(f"\n  {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
+    return "".join(f"\n  {fault}: {listed(keys)}" for fault, keys in faults.items() if keys)
 
 
-def _listed(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
+    """Return names as messages show them: the first ones, and how many there are."""
     rest = f", ... ({len(items)})" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + rest
 

@@ -591,6 +591,12 @@ class _Preflight:
                 file = Path(value).expanduser()
                 if not file.is_file():
                     self.problems.add(f"path.{key}", f"there is no file {value!r}{_near(file)}")
+                elif file.suffix == ".safetensors" and self.options.get("model_type") != _MODEL:
+                    self.problems.add(
+                        f"path.{key}",
+                        f"{self.options.get('model_type')} reads files of torch.save only, got {value!r}; model_type: "
+                        f"{_MODEL} reads .safetensors, and `sparse-sr convert` writes .pth",
+                    )
         if not self.training and not path.get("pretrain_network_g"):
             self.remarks.append("path.pretrain_network_g: nothing given, so an untrained network is tested")
 
