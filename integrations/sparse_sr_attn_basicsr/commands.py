@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from sparse_sr_attn.errors import (
 )
 from sparse_sr_attn.files import replacing
 from sparse_sr_attn.inference import is_out_of_memory
-from sparse_sr_attn_basicsr import extensions, preflight, processes
+from sparse_sr_attn_basicsr import extensions, preflight, processes, resuming
 from sparse_sr_attn_basicsr import options as option_files
 from sparse_sr_attn_basicsr.loading import PortableDataset, Prefetcher, SeededSampler
 from sparse_sr_attn_basicsr.registration import register
@@ -215,9 +216,24 @@ class _Run:
     def watch_model(self, build: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.model = build(*args, **kwargs)
+            if not hasattr(self.model, "saved_iteration"):  # ours does so itself
+                take_up = self.model.resume_training
+                self.model.resume_training = partial(self.resume_another, take_up)
             return self.model
 
         return watched
+
+    def resume_another(self, take_up: Callable[[Mapping[str, Any]], object], state: Mapping[str, Any]) -> None:
+        """Have a model of BasicSR take up a state, with the options of the file."""
+        try:
+            changes = resuming.resume(self.model, state, take_up)
+        except Exception as error:  # whatever is wrong in it shows by what is done with it
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"the state of iteration {state['iter']}: does not fit this network and these options: {reason}"
+            ) from error
+        for change in changes:
+            _LOG.warning("note: %s; from here on what the option file says counts", change)
 
     def save(self, *, together: bool) -> str:
         """Save the state as it is and return a sentence on where.

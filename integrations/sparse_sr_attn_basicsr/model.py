@@ -25,7 +25,7 @@ from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
-from sparse_sr_attn_basicsr import saving, starting
+from sparse_sr_attn_basicsr import resuming, saving, starting
 from sparse_sr_attn_basicsr.loading import PLACE
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
 
@@ -338,6 +338,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             "exact": {
                 "optimizer": self._optimizer_name,
                 "scaler": self._scaler.state_dict(),
+                "warmup_iter": resuming.warmup_of(self),
                 "manual_seed": self.opt.get("manual_seed"),
                 "place": self._place,
                 "random": random_states,
@@ -353,6 +354,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def resume_training(self, resume_state: Mapping[str, Any]) -> None:
         """Take up a saved state, so that training goes on as if it had not been stopped.
 
+        Options of the optimizer and of the schedule that were changed since then are applied, and told.
+
         A state that holds no `exact`, such as one of BasicSR's own, is taken up as far as it goes.
 
         Raises:
@@ -367,7 +370,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 f"{self._optimizer_name}; to change it, begin a run that has the weights as path.pretrain_network_g"
             )
         try:
-            super().resume_training(resume_state)
+            changes = resuming.resume(self, resume_state, self._take_up)
             self.iteration = int(resume_state["iter"])
             if exact:
                 self._place = exact["place"]
@@ -378,11 +381,18 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                     set_random_state(exact["random"][rank])
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 _try_step(optimizer, scheduler)
+            for change in changes:
+                get_root_logger().warning(f"note: {change}; from here on what the option file says counts")
         except Exception as error:  # whatever is wrong in it shows by what is done with it
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
         if self._state_file(self.iteration).is_file():
             self.saved_iteration = self.iteration
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        super().resume_training(state)
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            _try_step(optimizer, scheduler)
 
     def get_current_log(self) -> "OrderedDict[str, float]":
         """Return the losses and, if there are any, the numbers of k-means updates and of steps that were left out."""
