@@ -34,6 +34,32 @@ def Attended(  # noqa: N802  (a network's name in option files)
     return _with_attention(built, network, attention, body)
 
 
+class SeenThrough(dict[str, Any]):
+    """Options of a network, in which look-ups that find nothing go on to the network inside, and to its defaults.
+
+    Models of BasicSR read options of their network, such as `opt['network_g']['window_size']`. The map itself, as it is
+    iterated over, copied and handed on as keywords, has what was given.
+
+    Args:
+        options: what was given.
+        inside: what look-ups find besides.
+    """
+
+    def __init__(self, options: Mapping[str, Any], inside: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self.inside = dict(inside)
+
+    def __missing__(self, key: str) -> Any:
+        return self.inside[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self.inside
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value for `key`."""
+        return super().get(key, self.inside.get(key, default))
+
+
 def rebuilt(options: Mapping[str, Any]) -> nn.Module:
     """Return the network that weights belong to which carry these options; see `sparse_sr_attn.foreign`.
 

@@ -38,6 +38,12 @@ from sparse_sr_attn_basicsr.saving import write_image
 
 _LOG = logging.getLogger(__name__)
 
+# What is put in place of parts of BasicSR's training pipeline.
+_PARTS = (
+    *("load_resume_state", "copy_opt_file", "build_dataset", "EnlargedSampler", "create_train_val_dataloader"),
+    "build_model",
+)
+
 _Number = Annotated[int, Rule("in [0, 2**62]", lambda value: 0 <= value <= 2**62)]
 
 
@@ -77,7 +83,7 @@ def train(arguments: argparse.Namespace) -> None:
         CheckpointError: weights or a state cannot be read.
     """
     options = _checked_options(arguments, training=True)
-    pipeline = importlib.import_module("basicsr.train")
+    pipeline = _pipeline("basicsr.train", "train_pipeline", *_PARTS)
     run = _Run(options)
     with _session(arguments, options) as patch:
         patch(pipeline, "load_resume_state", run.resume)
@@ -117,7 +123,7 @@ def test(arguments: argparse.Namespace) -> None:
         SparseSRError: an image or the disk cannot be used.
     """
     options = _checked_options(arguments, training=False)
-    pipeline = importlib.import_module("basicsr.test")
+    pipeline = _pipeline("basicsr.test", "test_pipeline", "build_dataset")
     with _session(arguments, options) as patch:
         _read_samples_safely(pipeline, patch)
         try:
@@ -130,6 +136,24 @@ def test(arguments: argparse.Namespace) -> None:
             if not is_out_of_memory(error):
                 raise
             raise SparseSRError(f"{_told(error)}\nval.tile, in pixels of the input, needs less.") from error
+
+
+def _pipeline(module: str, *parts: str) -> Any:
+    """Return a pipeline of BasicSR.
+
+    Raises:
+        SparseSRError: that of this fork lacks what is put in place here.
+    """
+    try:
+        pipeline = importlib.import_module(module)
+    except ImportError as error:
+        raise SparseSRError(f"{module} of this BasicSR cannot be imported: {error}") from error
+    if missing := [part for part in parts if not hasattr(pipeline, part)]:
+        raise SparseSRError(
+            f"{pipeline.__file__} must have {', '.join(missing)}, as BasicSR 1.4.2 has; start this fork by its own "
+            "script, with sparse_sr_attn_basicsr.register() (docs/basicsr.md)"
+        )
+    return pipeline
 
 
 def _read_samples_safely(pipeline: Any, patch: Callable[[Any, str, Any], None]) -> None:
@@ -272,7 +296,10 @@ def _checked_options(arguments: argparse.Namespace, *, training: bool) -> dict[s
     """Return the options of the file, overridden and checked."""
     options = option_files.load(arguments.opt)
     options, remarks = option_files.override(options, arguments.force_yml or ())
-    register()
+    try:
+        register()
+    except ImportError as error:
+        raise SparseSRError(f"this BasicSR cannot be imported: {error}") from error
     extensions.load(options.get("custom_imports"))
     options, more = preflight.check(options, training=training, launcher=arguments.launcher)
     for remark in [*remarks, *more]:

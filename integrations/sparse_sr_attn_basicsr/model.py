@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from basicsr.utils.dist_util import get_dist_info, master_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn.backbones.base import OPTIONS
+from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.checkpoints import listed, unusable
 from sparse_sr_attn.errors import CheckpointError, TrainingError
+from sparse_sr_attn.foreign import find_facts, run_padded
 from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
@@ -84,6 +86,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         # Of weights to start from: those of a run that goes on, or is tested, have the network's own range.
         self._starts = bool(opt.get("is_train") and not opt["path"].get("resume_state"))
         self._pretrain_img_range: float | None = train.get("pretrain_img_range") if self._starts else None
+        self._multiple: int | None = None  # of what sides of images must be multiples, once it is needed
         self._told: dict[str, list[str]] = {}
         self._ranges_checked: set[str] = set()
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
@@ -246,17 +249,24 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._heartbeat(current_iter)
 
     def test(self) -> None:
-        """Upscale the images that were fed, with the EMA network if there is one; in tiles if `val.tile` is given."""
+        """Upscale the images that were fed, with the EMA network if there is one; in tiles if `val.tile` is given.
+
+        Where the network needs sides that are multiples of a number, images are padded and the result is cut.
+        """
         val = self.opt.get("val") or {}
         # Bare: only one process is here, and what distributes the network would wait for the others.
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
         was_training = net.training
         net.eval()
+        if self._multiple is None:
+            facts = None if isinstance(net, Network) else find_facts(net)
+            self._multiple = facts.multiple if facts else 1
+        padded = partial(run_padded, net, multiple=self._multiple)
         with torch.no_grad():
             if val.get("tile"):
-                self.output = upscale_tiled(net, self.lq, val["tile"], val.get("tile_overlap") or 0)
+                self.output = upscale_tiled(padded, self.lq, val["tile"], val.get("tile_overlap") or 0)
             else:
-                self.output = net(self.lq)
+                self.output = padded(self.lq)
         net.train(was_training)
 
     def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:

@@ -409,6 +409,106 @@ def test_a_layer_of_the_users_own_is_imported_by_every_command(
         assert re.fullmatch(f"sparse-sr: --import.*{message}.*\n", capsys.readouterr().err)
 
 
+# --- networks that need multiples, and models that read their options -------------------------------------------------
+
+FIVE = {**SWINIR, "img_size": 10, "window_size": 5, "upsampler": "pixelshuffle"}
+IN_FIVES = {
+    "type": "Attended",
+    "network": FIVE,
+    "attention": {"type": "LCoA", "every": 1, "num_clusters": 4, "chunk_size": 16},
+    "body": "layers.*.conv",
+}
+SMALLEST: dict[str, Any] = {
+    "datasets.train.gt_size": 30,
+    "val.val_freq": 1,
+    "train.total_iter": 1,
+    "val.save_img": True,
+}
+
+
+@old_meshgrid
+@pytest.mark.parametrize("model", ["SparseSRModel", "SwinIRModel"])
+@pytest.mark.parametrize("network", [IN_FIVES, FIVE], ids=["Attended", "SwinIR"])
+@pytest.mark.parametrize("said", [True, False])
+def test_validation_pads_where_the_network_needs_it(
+    said: bool, network: dict[str, Any], model: str, training: Write, here: Path
+) -> None:
+    """Images of 32 pixels go through windows of 5, or of 7 by default; the model finds that in the network inside."""
+    changes = {**SMALLEST, "network_g": copy.deepcopy(network), "model_type": model}
+    if not said:
+        inner = changes["network_g"].get("network", changes["network_g"])
+        del inner["window_size"]
+        inner["img_size"], changes["datasets.train.gt_size"] = 14, 28
+    assert main(["train", "-opt", training(changes)]) == 0
+    pictures = list((here / "experiments/tiny/visualization").rglob("*.png"))
+    assert len(pictures) == 6  # of three images, after the first iteration and at the end
+    for picture in pictures:
+        with Image.open(picture) as opened:
+            assert opened.size == (64, 64)
+
+
+@old_meshgrid
+def test_our_padding_is_that_of_swinir(training: Write, here: Path) -> None:
+    logs = {}
+    for model in ("SparseSRModel", "SwinIRModel"):
+        changes = {**SMALLEST, "network_g": IN_FIVES, "model_type": model, "name": model, "train.optim_g.lr": 1e-12}
+        assert main(["train", "-opt", training(changes)]) == 0
+        logs[model] = "".join(path.read_text() for path in (here / "experiments" / model).glob("*.log"))
+    first, second = (re.findall(r"# psnr: (\S+)", log)[0] for log in logs.values())
+    assert first == second
+
+
+@old_meshgrid
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "SRModel"},
+            r"model_type: must be one that pads images, because network_g takes only sides that",
+        ),
+        ({"model_type": "SRGANModel"}, r"model_type: must be one that pads images"),
+        ({"datasets.train.gt_size": 32}, r"datasets\.train\.gt_size: must be a multiple of 10, because .* got 32"),
+    ],
+)
+def test_a_network_that_needs_multiples_is_seen_before_the_start(
+    changes: dict[str, Any], message: str, training: Write
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight.check(load(training({**SMALLEST, "network_g": IN_FIVES, **changes})), training=True)
+
+
+def test_an_option_that_a_model_reads_is_looked_for_before_the_start(
+    training: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from basicsr.models.sr_model import SRModel
+    from basicsr.utils.registry import MODEL_REGISTRY
+
+    class Reader(SRModel):  # type: ignore[misc]
+        def test(self) -> None:
+            self.width = self.opt["network_g"]["num_feat"], self.opt["network_g"]["blocks"]
+
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, "Reader", Reader)
+    file = training({"network_g": ATTENDED, "model_type": "Reader", "train.ema_decay": 0})
+    with pytest.raises(ConfigError, match=r"network_g\.blocks: missing; Reader reads it") as caught:
+        preflight.check(load(file), training=True)
+    assert len(caught.value.problems) == 1
+
+
+def test_look_ups_go_on_to_the_network_inside_and_the_map_stays_what_it_was(training: Write) -> None:
+    options, _ = preflight.check(load(training({"network_g": ATTENDED})), training=True)
+    twin = pickle.loads(pickle.dumps(options))  # noqa: S301  (our own bytes)
+    for seen in (options["network_g"], copy.deepcopy(options)["network_g"], twin["network_g"]):
+        assert dict(**seen) == ATTENDED
+        assert seen["num_feat"] == seen.get("num_feat") == 8
+        assert seen["num_grow_ch"] == 4
+        assert "num_feat" in seen
+        assert seen["type"] == "Attended"
+        assert seen.get("gone") is None
+        assert "gone" not in seen
+        with pytest.raises(KeyError):
+            seen["gone"]
+
+
 # --- a wrong option ---------------------------------------------------------------------------------------------------
 
 NET = "network_g"
