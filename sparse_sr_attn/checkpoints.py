@@ -133,11 +133,26 @@ def load_model(
     Example:
         `load_model("EDSR_Lx4.pth", img_range=255.0)`, `load_model("LCoAN-light_x2")`
     """
+    return load_and_tell(source, overrides, allow_tail_reinit=allow_tail_reinit)[0]
+
+
+def load_and_tell(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Options, *, allow_tail_reinit: bool = False
+) -> tuple[Network, str | None]:
+    """Return what `load_model` does, and which weights were taken where there are averaged ones beside others.
+
+    Raises:
+        CheckpointError: as `load_model` does.
+        ConfigError: as `load_model` does.
+    """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     try:
-        found = source if isinstance(source, Mapping) else _read_file(source)
-        weights, beside, _ = _weights(found)
-        return _load(weights, beside, overrides, allow_tail_reinit)
+        content = source if isinstance(source, Mapping) else _read_file(source)
+        weights, beside, found = _weights(content)
+        told = None
+        if found is not None and found.chosen.averaged and found.others:
+            told = f"the averaged weights are taken ({found.chosen.name}, not {' or '.join(found.others)})"
+        return _load(weights, beside, overrides, allow_tail_reinit), told
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error.__cause__
 

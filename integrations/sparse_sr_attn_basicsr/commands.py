@@ -30,7 +30,7 @@ from sparse_sr_attn.errors import (
 )
 from sparse_sr_attn.files import replacing
 from sparse_sr_attn.inference import is_out_of_memory
-from sparse_sr_attn_basicsr import extensions, preflight, processes, resuming
+from sparse_sr_attn_basicsr import extensions, preflight, processes, resuming, starting
 from sparse_sr_attn_basicsr import options as option_files
 from sparse_sr_attn_basicsr.loading import PortableDataset, Prefetcher, SeededSampler
 from sparse_sr_attn_basicsr.registration import register
@@ -123,6 +123,7 @@ def test(arguments: argparse.Namespace) -> None:
         SparseSRError: an image or the disk cannot be used.
     """
     options = _checked_options(arguments, training=False)
+    _choose_weights(options)
     pipeline = _pipeline("basicsr.test", "test_pipeline", "build_dataset")
     with _session(arguments, options) as patch:
         _read_samples_safely(pipeline, patch)
@@ -136,6 +137,22 @@ def test(arguments: argparse.Namespace) -> None:
             if not is_out_of_memory(error):
                 raise
             raise SparseSRError(f"{_told(error)}\nval.tile, in pixels of the input, needs less.") from error
+
+
+def _choose_weights(options: dict[str, Any]) -> None:
+    """Have the averaged weights tested where a file has them, unless `param_key_g` says otherwise; tell which are.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    path = options["path"]
+    if file := path.get("pretrain_network_g"):
+        try:
+            key, remark = starting.entry_to_test(file, path.get("param_key_g"), given="param_key_g" in path)
+        except Exception as error:  # a malformed file can make the reader raise anything
+            raise CheckpointError(starting.why_unreadable(file, error)) from error
+        path["param_key_g"] = key
+        _LOG.warning("note: %s", remark)
 
 
 def _pipeline(module: str, *parts: str) -> Any:

@@ -594,5 +594,4 @@ def _why_not_loaded(path: str, error: Exception, param_key: str | None) -> str:
             f"{path}: must hold the weights under {param_key!r} (path: param_key_g), but has no such entry; "
             "for a file that is a bare state dict write param_key_g: ~"
         )
-    reason = str(error).strip().partition("\n")[0]
-    return f"{path}: must be a map of weights that can be read as data; got {type(error).__name__}: {reason}"
+    return starting.why_unreadable(path, error)

@@ -65,14 +65,22 @@ def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | N
     entries = [name for name in (_AVERAGED, _RAW) if isinstance(content, Mapping) and name in content]
     if not given:
         found = entries[0] if entries else None
-        what = {_AVERAGED: "the averaged weights (params_ema), as validation does", _RAW: "the weights (params)"}
+        what = {_AVERAGED: "the averaged weights (params_ema), as validation does,", _RAW: "the weights (params)"}
         return found, f"testing {what.get(str(found), 'the weights')} in {path}"
+    if asked not in entries and _RAW in entries:
+        return asked, f"testing params in {path}, which has no {asked}"
     if asked == _RAW and _AVERAGED in entries:
         return asked, (
             f"testing params in {path}, as param_key_g says; validation and `sparse-sr upscale` take the averaged "
             "weights, params_ema"
         )
     return asked, f"testing {asked or 'the weights'} in {path}"
+
+
+def why_unreadable(path: str, error: Exception) -> str:
+    """Return that a file cannot be read as weights, and why."""
+    reason = str(error).strip().partition("\n")[0]
+    return f"{path}: must be a map of weights that can be read as data; got {type(error).__name__}: {reason}"
 
 
 @dataclass(frozen=True)

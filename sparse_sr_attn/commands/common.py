@@ -187,11 +187,14 @@ def load(arguments: argparse.Namespace) -> "Network":
         CheckpointError: the weights cannot be read.
         ConfigError: an option is wrong.
     """
-    from sparse_sr_attn.checkpoints import load_model  # noqa: PLC0415
+    from sparse_sr_attn.checkpoints import load_and_tell  # noqa: PLC0415
 
     device = find_device(getattr(arguments, "device", "cpu"))
     import_modules(arguments)
-    return load_model(arguments.weights, **options(arguments)).to(device)
+    model, told = load_and_tell(arguments.weights, options(arguments))
+    if told:
+        say(f"note: {name(arguments.weights)}: {told}")
+    return model.to(device)
 
 
 def find_device(asked: str | None) -> "torch.device":
