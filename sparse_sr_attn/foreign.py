@@ -123,27 +123,23 @@ def run_padded(
 
 
 def carry_options(network: nn.Module, options: Mapping[str, Any]) -> None:
-    """Have the state dict of a network carry options, as those of ours do, as long as there is attention in it.
+    """Give a network a buffer with options, as ours have; its state dict has it while there is attention in it.
 
-    `load_state_dict` ignores them, there or not. Options for which JSON has no word are not carried.
+    `load_state_dict` ignores those of the file, there or not. Options for which JSON has no word are not carried.
     """
     text = as_json(options)
-    if text is not None:
-        network.register_state_dict_post_hook(_Carry(text))
-        network.register_load_state_dict_pre_hook(_ignore)
+    if text is not None and not hasattr(network, OPTIONS):
+        network.register_buffer(OPTIONS, packed(json.loads(text)))
+        network.register_state_dict_post_hook(_leave_out)
+        network.register_load_state_dict_pre_hook(_keep_own)
 
 
-@dataclass(eq=False)
-class _Carry:
-    """A hook that can be copied and pickled."""
-
-    text: str
-
-    def __call__(self, network: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
-        """Put the options into a state dict."""
-        if is_attended(network):
-            state[f"{prefix}{OPTIONS}"] = packed(json.loads(self.text))
+def _leave_out(network: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    """Leave the options out of a state dict, if attention was taken out of the network."""
+    if not is_attended(network):
+        state.pop(f"{prefix}{OPTIONS}", None)
 
 
-def _ignore(_: nn.Module, state: dict[str, Any], prefix: str, *__: object) -> None:
-    state.pop(f"{prefix}{OPTIONS}", None)
+def _keep_own(network: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Have the network keep the options it was built with, whatever is loaded."""
+    state[f"{prefix}{OPTIONS}"] = network.get_buffer(OPTIONS)

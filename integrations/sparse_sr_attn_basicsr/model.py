@@ -115,22 +115,22 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         bare = self.get_bare_model(net)
         try:
             weights, key = starting.read_weights(load_path, param_key)
-            if faults := unusable(bare.state_dict(), weights):
+            expected = {name: value for name, value in bare.state_dict().items() if name != OPTIONS}
+            if faults := unusable(expected, weights):
                 raise CheckpointError(f"does not fit the network.{faults}")
             different = starting.differences(bare, weights)
-            if not strict and not weights.keys() & bare.state_dict().keys():
+            if not strict and not weights.keys() & expected.keys():
                 raise CheckpointError(f"no entry of it is one of the network's, got {listed(list(weights))}")
             if strict and different:
                 _try_strictly(bare, weights, different)
-            sizes = {name: value.shape for name, value in bare.state_dict().items()}
-            fitting = {k: v for k, v in weights.items() if k not in sizes or k == OPTIONS or v.shape == sizes[k]}
+            fitting = {k: v for k, v in weights.items() if k not in expected or v.shape == expected[k].shape}
             bare.load_state_dict(fitting, strict=strict)
         except CheckpointError as error:
             raise CheckpointError(f"{load_path}: {error}") from error
         except Exception as error:  # a malformed file can make the reader raise anything
             raise CheckpointError(_why_not_loaded(load_path, error, param_key)) from error
         self._tell(bare, load_path, key, different)
-        resized = sizes.keys() & weights.keys() - fitting.keys()
+        resized = weights.keys() - fitting.keys()
         self._missing[id(bare)] = [*different.fresh, *different.untrained, *resized]
         if self._pretrain_img_range is not None:
             _change_img_range(bare, self._pretrain_img_range, self._missing[id(bare)])

@@ -1,7 +1,6 @@
 """Attention in BasicSR's own networks: by hand, and by option file through `Attended`."""
 
 import copy
-import json
 import pickle
 import re
 import subprocess
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn import LAYERS, CheckpointError, ConfigError, attach, detach, load_model
+from sparse_sr_attn.backbones.base import packed
+from sparse_sr_attn.checkpoints import carried_options
 from sparse_sr_attn.cli import main
 from sparse_sr_attn_basicsr import preflight, register
 from sparse_sr_attn_basicsr.options import load
@@ -275,7 +276,7 @@ def test_what_was_trained_attended_comes_back_from_its_weights_alone(
     """The average, in any file and for any size of image."""
     file = trained_weights(training, here, {"network_g": network, "datasets.train.gt_size": 32})
     saved = torch.load(file, weights_only=True)
-    assert saved["params_ema"]["options"].dtype == torch.uint8
+    assert "options" in saved["params_ema"]
     expected = built(network)
     expected.load_state_dict(saved["params_ema"], strict=True)
     model = load_model(file)
@@ -323,9 +324,9 @@ def test_copies_and_pickles_carry_the_options_too() -> None:
 
 def altered(change: Callable[[dict[str, Any]], Any]) -> dict[str, Tensor]:
     state = dict(built(ATTENDED).state_dict())
-    options = json.loads(bytes(state["options"].tolist()))
+    options = carried_options(state["options"])
     change(options)
-    return {**state, "options": torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)}
+    return {**state, "options": packed(options)}
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
