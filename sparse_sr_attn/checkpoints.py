@@ -321,7 +321,7 @@ def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, ove
     except Exception as error:  # somebody else's code can raise anything
         raise CheckpointError(f"{_UNUSABLE}{type(error).__name__}: {error}") from error
     model = ForeignNetwork(network, options)
-    buffers = {name for name, _ in network.named_buffers()} & beside.keys()
+    buffers = {name for name, _ in network.named_buffers()} & beside.keys() - {OPTIONS}
     state = {**{name: beside[name] for name in buffers}, **state}
     _check(model, state, "(?!)")
     model.load_state_dict(state)
@@ -382,10 +382,13 @@ class _Budget(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, unless it would make a tensor that is too much."""
         shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
-        if function is not torch.tensor and all(isinstance(side, int) for side in shape):
+        # `no_grad` goes through here with a bool when it ends, and must not fail then.
+        if args and function is not torch.tensor and all(type(side) is int for side in shape):
             self.left -= math.prod(shape) + 4096
-        if self.left < 0:
-            raise CheckpointError(f"the options ask for far more than a file of {self.size} numbers can be weights of")
+            if self.left < 0:
+                raise CheckpointError(
+                    f"the options ask for far more than a file of {self.size} numbers can be weights of"
+                )
         return function(*args, **(kwargs or {}))
 
 

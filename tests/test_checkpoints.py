@@ -959,6 +959,7 @@ def test_options_that_ask_for_too_much_together_are_refused_while_it_is_built(na
         CheckpointError, match=r"the options ask for far more than a file of \d+ numbers can be weights of"
     ):
         load_model(state)
+    assert torch.is_grad_enabled()
 
 
 def test_wrappers_around_wrappers_do_not_take_forever() -> None:
