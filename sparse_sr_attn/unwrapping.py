@@ -183,13 +183,13 @@ def _warn_of_averages(content: object, chosen: Candidate) -> None:
     size = sum(value.numel() for value in chosen.state.values() if isinstance(value, Tensor))
     totals: dict[str, int] = {}
     for path, value in _tensors(content):
-        found = next((name for name in path if _AVERAGED.search(name)), None)
+        found = next((name.partition(".")[0] for name in path if _AVERAGED.search(name)), None)
         if found is not None:
             totals[found] = totals.get(found, 0) + value.numel()
     for name, total in totals.items():
         if 2 * total > size:
             warnings.warn(
-                f"the averages under {name.partition('.')[0]!r} have no keys that are known, so they are not used; "
+                f"the averages under {name!r} have no keys that are known, so they are not used; "
                 f"the weights are those of {chosen.name}",
                 stacklevel=2,
             )

@@ -274,10 +274,14 @@ def test_averages_go_before_what_they_are_averages_of(name: str, nest: Callable[
     assert_same(load_model(nest(model)), model)
 
 
-def test_averages_without_keys_are_not_passed_over_in_silence() -> None:
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_averages_without_known_keys_are_not_passed_over_in_silence(with_keys: bool) -> None:
     model = plain_edsr()
-    source = {"model": model.state_dict(), "ema": {"shadow_params": list(shadow(model).values())}}
-    with pytest.warns(UserWarning, match="averages under 'ema' have no keys that are known.*those of model$"):
+    source: dict[str, Any] = {"model": model.state_dict(), "ema": {"shadow_params": list(shadow(model).values())}}
+    if with_keys:  # in one state with the weights, without dots, as some write them
+        averages = {f"ema.{key.replace('.', '')}": value for key, value in shadow(model).items()}
+        source = {"state_dict": {**{f"model.{key}": value for key, value in model.state_dict().items()}, **averages}}
+    with pytest.warns(UserWarning, match="averages under 'ema' have no keys that are known.*those of .*model"):
         assert_same(load_model(source), model)
 
 
