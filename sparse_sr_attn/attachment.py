@@ -154,6 +154,11 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_attended(model: nn.Module) -> bool:
+    """Return whether there is attention in a model that `attach` put there."""
+    return any(type(module) in _ATTENDED.values() for module in model.modules())
+
+
 # --- what goes where --------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ the network had is read from the shapes.
 """
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -19,26 +20,29 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sparse_sr_attn import unwrapping
 from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.config import read
-from sparse_sr_attn.errors import CheckpointError, ConfigError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem
+from sparse_sr_attn.foreign import ATTENDED, ForeignNetwork
 from sparse_sr_attn.functional.shift import taps
 from sparse_sr_attn.layers.gmsa import group_widths
+from sparse_sr_attn.registry import suggestion
 
 State = Mapping[str, Tensor]
 Options = dict[str, Any]
 
 _NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
-_DEPTH = 4  # wrappers around a wrapper
 _MOST_OPTIONS = 2**20  # bytes
 _TRAINED = Path(__file__).with_name("weights")
+_UNUSABLE = "the options that belong to the weights cannot be used here:\n"
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
 
 
@@ -109,9 +113,9 @@ def load_model(
 
     Args:
         source: a file (`.safetensors`, or what `torch.save` wrote), a state dict, or the name of weights that come with
-            the library (see `trained_weights`). The weights may lie under
-            `params_ema`, `params`, `state_dict` or `model`, the averaged ones going first, and their keys may begin
-            with `module.`. Half precision becomes float32.
+            the library (see `trained_weights`). The weights may be inside containers (`params`, `state_dict`, ...),
+            and their keys may have a prefix (`module.`, `net.`, ...), whatever these are called. Averaged weights
+            (EMA, SWA) go before the others. Half precision becomes float32.
         allow_tail_reinit: let `upscale` differ from that of the weights: the body is kept, `upsample` and `conv_last`
             start afresh.
         overrides: options of the network (see `LCoAN`, `EDSR`, `RCAN`) that its weights do not tell or tell otherwise;
@@ -129,10 +133,26 @@ def load_model(
     Example:
         `load_model("EDSR_Lx4.pth", img_range=255.0)`, `load_model("LCoAN-light_x2")`
     """
+    return load_and_tell(source, overrides, allow_tail_reinit=allow_tail_reinit)[0]
+
+
+def load_and_tell(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Options, *, allow_tail_reinit: bool = False
+) -> tuple[Network, str | None]:
+    """Return what `load_model` does, and which weights were taken where there are averaged ones beside others.
+
+    Raises:
+        CheckpointError: as `load_model` does.
+        ConfigError: as `load_model` does.
+    """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     try:
-        found = source if isinstance(source, Mapping) else _read_file(source)
-        return _load(_weights(found), overrides, allow_tail_reinit)
+        content = source if isinstance(source, Mapping) else _read_file(source)
+        weights, beside, found = _weights(content)
+        told = None
+        if found is not None and found.chosen.averaged and found.others:
+            told = f"the averaged weights are taken ({found.chosen.name}, not {' or '.join(found.others)})"
+        return _load(weights, beside, overrides, allow_tail_reinit), told
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error.__cause__
 
@@ -163,44 +183,75 @@ def _read_file(source: object) -> object:
         ) from error
 
 
-def _weights(found: object) -> dict[str, Tensor]:
-    """Return the weights that a file holds, out of what they lie under, without the names of wrappers."""
+def _weights(content: object) -> tuple[dict[str, Tensor], State, unwrapping.Found | None]:
+    """Return the weights that a file holds, without wrappers, and what is beside them; see `unwrapping.Found`."""
+    found = unwrapping.find(content, is_known)
+    if found is None:
+        return _checked(_innermost(content)), {}, None
+    own = found.chosen.state.items()
+    # Numbers and texts beside weights, an epoch say, are none. Those in place of weights have a dot in their key.
+    weights = {k: v for k, v in own if isinstance(v, Tensor) or k == OPTIONS or not isinstance(k, str) or "." in k}
+    return _checked(weights), {k: v for k, v in found.beside.items() if _is_plain(k, v)}, found
+
+
+def is_known(state: State) -> bool:
+    """Return whether some layout has such keys, or the options beside them name a network."""
+    if any(layout.recognises(state) for layout in LAYOUTS):
+        return True
+    try:
+        return "type" in carried_options(state.get(OPTIONS))
+    except CheckpointError:
+        return False
+
+
+def _innermost(content: object) -> object:
+    """Return what is closest to weights in a file without a known network, so that messages are about that."""
     for _ in _NESTS:  # no deeper: a map may hold itself
-        inner = [found[key] for key in _NESTS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
-        found = inner[0] if inner else found
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"must hold a state dict, a map from keys to tensors, got a {type(found).__name__}")
-    if not found:
+        inner = [
+            content[key] for key in _NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ]
+        content = inner[0] if inner else content
+    if isinstance(content, Mapping) and content and all(isinstance(key, str) for key in content):
+        wrapped = [re.match(_WRAPPERS, key) for key in content]
+        depth = min(len(found[0]) if found else 0 for found in wrapped)
+        if depth and len({key[:depth] for key in content}) == 1:
+            return {key[depth:]: value for key, value in content.items()}
+    return content
+
+
+def _checked(content: object) -> dict[str, Tensor]:
+    """Refuse what is no state dict of dense tensors."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"must hold a state dict, a map from keys to tensors, got a {type(content).__name__}")
+    if not content:
         raise CheckpointError("must hold weights, got an empty map")
-    strange = [f"{key!r}: {type(value).__name__}" for key, value in found.items() if not _is_plain(key, value)]
+    strange = [f"{key!r}: {type(value).__name__}" for key, value in content.items() if not _is_plain(key, value)]
     if strange:
         hint = f", or such a map under one of {', '.join(_NESTS)}"
-        if {"epoch", "iter"} & found.keys():
+        if {"epoch", "iter"} & content.keys():
             hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
-        raise CheckpointError(f"must hold a map from keys to dense tensors, got {_listed(strange)}{hint}")
-    state = dict(found)
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
-    if sum(value.nbytes for value in state.values()) > sum(storages.values()):
+        raise CheckpointError(f"must hold a map from keys to dense tensors, got {listed(strange)}{hint}")
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in content.values()}
+    if sum(value.nbytes for value in content.values()) > sum(storages.values()):
         raise CheckpointError("must hold each number of its weights, got weights that repeat numbers or share them")
-    for wrapper in _DEPTH * _WRAPPERS:
-        if all(key.startswith(wrapper) for key in state):
-            state = {key.removeprefix(wrapper): value for key, value in state.items()}
-    return state
+    return dict(content)
 
 
 def _is_plain(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool) -> Network:
-    carried = carried_options(state.pop(OPTIONS, None))
+def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tail_reinit: bool) -> Network:
+    carried = carried_options(state.pop(OPTIONS, beside.get(OPTIONS)))
+    if carried.get("type") == ATTENDED:
+        return _load_foreign(state, beside, carried, overrides)
     family = carried.pop("type", None)
     layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
     layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
     if layout is None:
         tried = "".join(f"\n  {layout.name}, with keys like {layout.sign}" for layout in LAYOUTS)
         keys = [f"{key} {tuple(value.shape)}" for key, value in state.items()]
-        raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {_listed(keys)}")
+        raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {listed(keys)}")
     overrides = read(layout.build, overrides, siblings=["allow_tail_reinit"])
     named = _renamed(layout, layout.convert(state, overrides))
     shapes = layout.shapes(named)
@@ -233,9 +284,55 @@ def _load(state: dict[str, Tensor], overrides: Options, allow_tail_reinit: bool)
     _refuse_giants(carried, limit=size)
     with _Budget(size):
         model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
+    if beside:  # averages of parameters only, whose buffers are those of the network itself
+        kept = _renamed(layout, layout.convert({k: v for k, v in beside.items() if k != OPTIONS}, overrides))
+        buffers = {name for name, _ in model.named_buffers()} & kept.keys()
+        named = {**{name: kept[name] for name in buffers}, **named}
     _check(model, named, "|".join(fresh))
     model.load_state_dict(named, strict=False)
     return model.eval()
+
+
+def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, overrides: Options) -> Network:
+    """Return a network of BasicSR into which attention was put."""
+    unknown = [name for name in overrides if name not in carried]
+    if unknown:
+        known = [name for name in carried if name != "type"]
+        raise ConfigError(Problem(name, f"unknown{suggestion(name, known)}") for name in unknown)
+    options = {**carried, **overrides}
+    rest = {name: value for name, value in options.items() if name != "type"}
+    size = sum(value.numel() for value in state.values())
+    _refuse_giants(carried, limit=size)
+    try:
+        integration = importlib.import_module("sparse_sr_attn_basicsr.attended")
+        with _Budget(size):
+            network = integration.rebuilt(rest)
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        if overrides and all(problem.path.split(".")[0] in overrides for problem in error.problems):
+            raise
+        raise CheckpointError(f"{_UNUSABLE}{error}{_hint(error)}") from error
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"these weights are of a network of BasicSR, which cannot be imported ({error}); docs/basicsr.md tells how "
+            "to install it"
+        ) from error
+    except Exception as error:  # somebody else's code can raise anything
+        raise CheckpointError(f"{_UNUSABLE}{type(error).__name__}: {error}") from error
+    model = ForeignNetwork(network, options)
+    buffers = {name for name, _ in network.named_buffers()} & beside.keys() - {OPTIONS}
+    state = {**{name: beside[name] for name in buffers}, **state}
+    _check(model, state, "(?!)")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _hint(error: ConfigError) -> str:
+    """Return what to do about names that somebody's own module would register."""
+    if any(problem.path.endswith("type") for problem in error.problems):
+        return "\nA layer or network of your own must be imported first; on the command line --import FILE.py does that"
+    return ""
 
 
 def carried_options(tensor: Tensor | None) -> Options:
@@ -285,10 +382,13 @@ class _Budget(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, unless it would make a tensor that is too much."""
         shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
-        if function is not torch.tensor and all(isinstance(side, int) for side in shape):
+        # `no_grad` goes through here with a bool when it ends, and must not fail then.
+        if args and function is not torch.tensor and all(type(side) is int for side in shape):
             self.left -= math.prod(shape) + 4096
-        if self.left < 0:
-            raise CheckpointError(f"the options ask for far more than a file of {self.size} numbers can be weights of")
+            if self.left < 0:
+                raise CheckpointError(
+                    f"the options ask for far more than a file of {self.size} numbers can be weights of"
+                )
         return function(*args, **(kwargs or {}))
 
 
@@ -311,7 +411,7 @@ def _built(layout: Layout, found: Options, overrides: Options) -> Network:
     except ConfigError as error:
         if all(problem.path.split(".")[0] in overrides for problem in error.problems):
             raise
-        raise CheckpointError(f"the options that belong to the weights cannot be used here:\n{error}") from error
+        raise CheckpointError(f"{_UNUSABLE}{error}{_hint(error)}") from error
 
 
 def _check(model: Network, state: State, fresh: str) -> None:
@@ -354,10 +454,11 @@ def _kind(value: object) -> str:
 
 
 def _lines(faults: Mapping[str, list[str]]) -> str:
-    return "".join(f"\n  {fault}: {_listed(keys)}" for fault, keys in faults.items() if keys)
+    return "".join(f"\n  {fault}: {listed(keys)}" for fault, keys in faults.items() if keys)
 
 
-def _listed(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
+    """Return names as messages show them: the first ones, and how many there are."""
     rest = f", ... ({len(items)})" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + rest
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import sparse_sr_attn
 from sparse_sr_attn.commands.common import UsageError, say
@@ -77,10 +78,30 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command in _OWN:
         status: int = importlib.import_module(f"sparse_sr_attn.commands.{arguments.command}").run(arguments)
         return status
+    _prefer_fork(Path.cwd())
     if importlib.util.find_spec("basicsr") is None:
         raise SparseSRError(_INSTALL.format(command=arguments.command))
     getattr(importlib.import_module("sparse_sr_attn_basicsr.commands"), arguments.command)(arguments)
     return 0
+
+
+def _prefer_fork(folder: Path) -> None:
+    """Have Python import the BasicSR of a fork in whose folder the user stands, and say so.
+
+    Raises:
+        UsageError: it cannot be imported from there.
+    """
+    package = folder / "basicsr"
+    if not (package / "utils" / "registry.py").is_file():
+        return
+    if not (package / "__init__.py").is_file():
+        raise UsageError(f"{package} must have an __init__.py, may be an empty one, or Python imports another BasicSR")
+    present = getattr(sys.modules.get("basicsr"), "__file__", None)
+    if present is not None and Path(present).resolve().parent != package.resolve():
+        raise UsageError(f"the BasicSR of this folder cannot be used, because that in {present} is imported already")
+    if str(folder) != next(iter(sys.path), None):
+        sys.path.insert(0, str(folder))
+    say(f"note: BasicSR is that of this folder, {package}")
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

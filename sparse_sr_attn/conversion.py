@@ -92,7 +92,7 @@ def unsaid_options(model: Network, state: dict[str, Tensor]) -> list[str]:
         return []
     again = load_model(state)
     theirs = options_of(again) or {}
-    if torch.allclose(again.mean, model.mean.cpu(), atol=1e-6):
+    if "rgb_mean" in ours and torch.allclose(again.mean, model.mean.cpu(), atol=1e-6):
         theirs["rgb_mean"] = ours["rgb_mean"]  # written out, or by name
     return [f"{name}={json.dumps(value)}" for name, value in ours.items() if value != theirs.get(name)]
 

@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of, packed
-from sparse_sr_attn.checkpoints import load_model
+from sparse_sr_attn.checkpoints import is_known, load_model
 from sparse_sr_attn.errors import CheckpointError, SparseSRError
+from sparse_sr_attn.unwrapping import find
 
 try:
     from huggingface_hub import ModelHubMixin, hf_hub_download
@@ -185,5 +186,6 @@ class _Hosted(
         file = Path(model_id) / _WEIGHTS if here else hf_hub_download(model_id, _WEIGHTS, **download)
         weights: dict[str, Tensor] = load_file(file)
         if config is not None:
-            weights[OPTIONS] = packed(config)
+            found = find(weights, is_known)
+            weights = {**(found.chosen.state if found else weights), OPTIONS: packed(config)}
         return cls(load_model(weights, **(overrides or {})))

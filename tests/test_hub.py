@@ -360,3 +360,11 @@ def test_a_published_network_comes_back(own_hub: tuple[str, type[Hub]], tmp_path
     assert "POST /api/repos/create Bearer hf_ours" in handler.asked
     assert any("private" in asked for asked in handler.asked)
     assert handler.asked.count("GET /me/tiny/resolve/main/model.safetensors") == 1  # the second came from the cache
+
+
+def test_weights_that_were_saved_inside_a_wrapper_are_those_of_config_json(tmp_path: Path) -> None:
+    model = plain(res_scale=0.5)
+    hub.save_pretrained(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"model.{key}": value for key, value in load_file(file).items()}, file)
+    assert_same(hub.from_pretrained(tmp_path), model)

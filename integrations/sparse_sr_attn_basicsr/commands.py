@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,13 +30,19 @@ from sparse_sr_attn.errors import (
 )
 from sparse_sr_attn.files import replacing
 from sparse_sr_attn.inference import is_out_of_memory
-from sparse_sr_attn_basicsr import extensions, preflight, processes
+from sparse_sr_attn_basicsr import extensions, preflight, processes, resuming, starting
 from sparse_sr_attn_basicsr import options as option_files
 from sparse_sr_attn_basicsr.loading import PortableDataset, Prefetcher, SeededSampler
 from sparse_sr_attn_basicsr.registration import register
 from sparse_sr_attn_basicsr.saving import write_image
 
 _LOG = logging.getLogger(__name__)
+
+# What is put in place of parts of BasicSR's training pipeline.
+_PARTS = (
+    *("load_resume_state", "copy_opt_file", "build_dataset", "EnlargedSampler", "create_train_val_dataloader"),
+    "build_model",
+)
 
 _Number = Annotated[int, Rule("in [0, 2**62]", lambda value: 0 <= value <= 2**62)]
 
@@ -76,7 +83,7 @@ def train(arguments: argparse.Namespace) -> None:
         CheckpointError: weights or a state cannot be read.
     """
     options = _checked_options(arguments, training=True)
-    pipeline = importlib.import_module("basicsr.train")
+    pipeline = _pipeline("basicsr.train", "train_pipeline", *_PARTS)
     run = _Run(options)
     with _session(arguments, options) as patch:
         patch(pipeline, "load_resume_state", run.resume)
@@ -116,7 +123,8 @@ def test(arguments: argparse.Namespace) -> None:
         SparseSRError: an image or the disk cannot be used.
     """
     options = _checked_options(arguments, training=False)
-    pipeline = importlib.import_module("basicsr.test")
+    _choose_weights(options)
+    pipeline = _pipeline("basicsr.test", "test_pipeline", "build_dataset")
     with _session(arguments, options) as patch:
         _read_samples_safely(pipeline, patch)
         try:
@@ -129,6 +137,40 @@ def test(arguments: argparse.Namespace) -> None:
             if not is_out_of_memory(error):
                 raise
             raise SparseSRError(f"{_told(error)}\nval.tile, in pixels of the input, needs less.") from error
+
+
+def _choose_weights(options: dict[str, Any]) -> None:
+    """Have the averaged weights tested where a file has them, unless `param_key_g` says otherwise; tell which are.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    path = options["path"]
+    if file := path.get("pretrain_network_g"):
+        try:
+            key, remark = starting.entry_to_test(file, path.get("param_key_g"), given="param_key_g" in path)
+        except Exception as error:  # a malformed file can make the reader raise anything
+            raise CheckpointError(starting.why_unreadable(file, error)) from error
+        path["param_key_g"] = key
+        _LOG.warning("note: %s", remark)
+
+
+def _pipeline(module: str, *parts: str) -> Any:
+    """Return a pipeline of BasicSR.
+
+    Raises:
+        SparseSRError: that of this fork lacks what is put in place here.
+    """
+    try:
+        pipeline = importlib.import_module(module)
+    except ImportError as error:
+        raise SparseSRError(f"{module} of this BasicSR cannot be imported: {error}") from error
+    if missing := [part for part in parts if not hasattr(pipeline, part)]:
+        raise SparseSRError(
+            f"{pipeline.__file__} must have {', '.join(missing)}, as BasicSR 1.4.2 has; start this fork by its own "
+            "script, with sparse_sr_attn_basicsr.register() (docs/basicsr.md)"
+        )
+    return pipeline
 
 
 def _read_samples_safely(pipeline: Any, patch: Callable[[Any, str, Any], None]) -> None:
@@ -215,9 +257,24 @@ class _Run:
     def watch_model(self, build: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.model = build(*args, **kwargs)
+            if not hasattr(self.model, "saved_iteration"):  # ours does so itself
+                take_up = self.model.resume_training
+                self.model.resume_training = partial(self.resume_another, take_up)
             return self.model
 
         return watched
+
+    def resume_another(self, take_up: Callable[[Mapping[str, Any]], object], state: Mapping[str, Any]) -> None:
+        """Have a model of BasicSR take up a state, with the options of the file."""
+        try:
+            changes = resuming.resume(self.model, state, take_up)
+        except Exception as error:  # whatever is wrong in it shows by what is done with it
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"the state of iteration {state['iter']}: does not fit this network and these options: {reason}"
+            ) from error
+        for change in changes:
+            _LOG.warning("note: %s; from here on what the option file says counts", change)
 
     def save(self, *, together: bool) -> str:
         """Save the state as it is and return a sentence on where.
@@ -256,7 +313,10 @@ def _checked_options(arguments: argparse.Namespace, *, training: bool) -> dict[s
     """Return the options of the file, overridden and checked."""
     options = option_files.load(arguments.opt)
     options, remarks = option_files.override(options, arguments.force_yml or ())
-    register()
+    try:
+        register()
+    except ImportError as error:
+        raise SparseSRError(f"this BasicSR cannot be imported: {error}") from error
     extensions.load(options.get("custom_imports"))
     options, more = preflight.check(options, training=training, launcher=arguments.launcher)
     for remark in [*remarks, *more]:

@@ -15,13 +15,14 @@ from sparse_sr_attn.config import ProblemList
 _PATH = "custom_imports"
 
 
-def load(entries: object) -> None:
+def load(entries: object, path: str = _PATH) -> None:
     """Import the modules that an option file names.
 
     Args:
         entries: `None`, or a list of module names (`my_project.layers`, found from the working directory too) and of
             Python files (`layers/mine.py`, relative to the working directory). One imported before is not imported
             again.
+        path: what names them, for messages.
 
     Raises:
         ConfigError: names each entry that cannot be imported, and why.
@@ -30,11 +31,11 @@ def load(entries: object) -> None:
     if entries is None:
         return
     if isinstance(entries, str) or not isinstance(entries, Sequence):
-        problems.add(_PATH, f"must be a list of modules and Python files, got {entries!r}")
+        problems.add(path, f"must be a list of modules and Python files, got {entries!r}")
         problems.raise_if_any()
         return
     for index, entry in enumerate(entries):
-        where = f"{_PATH}.{index}"
+        where = f"{path}.{index}"
         if not isinstance(entry, str) or not entry:
             problems.add(where, f"must be the name of a module or a Python file, got {entry!r}")
             continue

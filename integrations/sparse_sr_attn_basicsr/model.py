@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from basicsr.utils.dist_util import get_dist_info, master_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn.checkpoints import unusable
+from sparse_sr_attn.backbones.base import OPTIONS, Network
+from sparse_sr_attn.checkpoints import listed, unusable
 from sparse_sr_attn.errors import CheckpointError, TrainingError
+from sparse_sr_attn.foreign import find_facts, run_padded
 from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
-from sparse_sr_attn_basicsr import reading, saving
+from sparse_sr_attn_basicsr import reading, resuming, saving, starting
 from sparse_sr_attn_basicsr.loading import PLACE
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
 
@@ -34,7 +37,6 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `train.autocast` may be."""
 
 _HEARTBEAT_SECONDS = 15.0
-_DETAILS = 6  # lines on what does not fit that a message shows before it counts the rest
 _UNHARMED = "Weights, buffers and optimizer are finite and as they were before this step."
 
 
@@ -92,8 +94,11 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._num_parts: int = train.get("accumulate") or 1
         self._one_kmeans_update: bool = train.get("one_kmeans_update") or False
         # Of weights to start from: those of a run that goes on, or is tested, have the network's own range.
-        starts = opt.get("is_train") and not opt["path"].get("resume_state")
-        self._pretrain_img_range: float | None = train.get("pretrain_img_range") if starts else None
+        self._starts = bool(opt.get("is_train") and not opt["path"].get("resume_state"))
+        self._pretrain_img_range: float | None = train.get("pretrain_img_range") if self._starts else None
+        self._multiple: int | None = None  # of what sides of images must be multiples, once it is needed
+        self._told: dict[str, list[str]] = {}
+        self._ranges_checked: set[str] = set()
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
         if train.get("deterministic"):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
@@ -111,29 +116,73 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params"
     ) -> None:
-        """Load weights as BasicSR does, and remember which entries the file did not have.
+        """Load weights as BasicSR does, from `.safetensors` too, and remember which entries the file did not have.
 
         Raises:
-            CheckpointError: the file cannot be read or does not fit; with what to do about it.
+            CheckpointError: the file cannot be read or does not fit, or was trained with another `img_range`; with what
+                to do about it.
         """
         bare = self.get_bare_model(net)
-        missing: list[str] = []
-        handles = [
-            bare.register_load_state_dict_pre_hook(_refuse_unusable),
-            bare.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys)),
-        ]
         try:
-            super().load_network(net, load_path, strict, param_key)
+            weights, key = starting.read_weights(load_path, param_key)
+            expected = {name: value for name, value in bare.state_dict().items() if name != OPTIONS}
+            if faults := unusable(expected, weights):
+                raise CheckpointError(f"does not fit the network.{faults}")
+            different = starting.differences(bare, weights)
+            if not strict and not weights.keys() & expected.keys():
+                raise CheckpointError(f"no entry of it is one of the network's, got {listed(list(weights))}")
+            if strict and different:
+                _try_strictly(bare, weights, different)
+            fitting = {k: v for k, v in weights.items() if k not in expected or v.shape == expected[k].shape}
+            bare.load_state_dict(fitting, strict=strict)
         except CheckpointError as error:
             raise CheckpointError(f"{load_path}: {error}") from error
         except Exception as error:  # a malformed file can make the reader raise anything
-            raise CheckpointError(_why_not_loaded(load_path, error, strict, param_key)) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._missing[id(bare)] = missing
-        if self._pretrain_img_range is not None and not hasattr(self, "net_d"):  # that is loaded last
-            _change_img_range(bare, self._pretrain_img_range, missing)
+            raise CheckpointError(_why_not_loaded(load_path, error, param_key)) from error
+        self._tell(bare, load_path, key, different)
+        resized = weights.keys() - fitting.keys()
+        self._missing[id(bare)] = [*different.fresh, *different.untrained, *resized]
+        if hasattr(self, "net_d"):  # a discriminator is loaded last, and has no range
+            return
+        if self._pretrain_img_range is not None:
+            _change_img_range(bare, self._pretrain_img_range, self._missing[id(bare)])
+        elif self._starts and load_path not in self._ranges_checked:
+            self._ranges_checked.add(load_path)
+            self._check_img_range(bare, weights, load_path, whole=not (different.untrained or resized))
+
+    def _tell(self, bare: nn.Module, path: str, key: str | None, different: starting.Differences) -> None:
+        """Log what was loaded; what does not fit is said once, although two networks may start from it."""
+        entry = f", entry {key}" if key else ""
+        get_root_logger().info(f"Loading {type(bare).__name__} model from {path}{entry}.")
+        if (lines := different.lines()) != self._told.get(path):
+            self._told[path] = lines
+            log = get_root_logger().warning if different.untrained or different.resized else get_root_logger().info
+            for line in lines:
+                log(f"  {line}")
+            if different.untrained or different.resized:
+                count = len(different.untrained) + len(different.resized)
+                log(f"{count} entries of the network outside attention are NOT in {path}: they start untrained.")
+
+    def _check_img_range(self, bare: nn.Module, weights: Mapping[str, Any], path: str, *, whole: bool) -> None:
+        """Refuse weights that were trained at another factor on the image; ask where that cannot be told."""
+        ours = getattr(bare, "img_range", None)
+        if not isinstance(ours, (int, float)):
+            return
+        told = starting.range_told(weights)
+        if told is not None:
+            verdict, best = ("fits" if told == ours else "differs"), told
+        else:
+            verdict, best = starting.range_seen(bare) if whole else ("unknown", float(ours))
+        if verdict == "differs":
+            raise CheckpointError(
+                f"{path}: was trained with img_range {best:g}, but network_g.img_range is {ours:g}; write img_range: "
+                f"{best:g}, or for a SparseEDSR train: pretrain_img_range: {best:g}, which scales its biases"
+            )
+        if verdict == "unknown":
+            get_root_logger().warning(
+                f"note: {path} does not tell the img_range it was trained with, and network_g.img_range is {ours:g}; "
+                "if it was another one, images start wrong: write train: pretrain_img_range"
+            )
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer of `torch.optim` of that name."""
@@ -237,17 +286,24 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return OrderedDict()
 
     def test(self) -> None:
-        """Upscale the images that were fed, with the EMA network if there is one; in tiles if `val.tile` is given."""
+        """Upscale the images that were fed, with the EMA network if there is one; in tiles if `val.tile` is given.
+
+        Where the network needs sides that are multiples of a number, images are padded and the result is cut.
+        """
         val = self.opt.get("val") or {}
         # Bare: only one process is here, and what distributes the network would wait for the others.
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
         was_training = net.training
         net.eval()
+        if self._multiple is None:
+            facts = None if isinstance(net, Network) else find_facts(net)
+            self._multiple = facts.multiple if facts else 1
+        padded = partial(run_padded, net, multiple=self._multiple)
         with torch.no_grad():
             if val.get("tile"):
-                self.output = upscale_tiled(net, self.lq, val["tile"], val.get("tile_overlap") or 0)
+                self.output = upscale_tiled(padded, self.lq, val["tile"], val.get("tile_overlap") or 0)
             else:
-                self.output = net(self.lq)
+                self.output = padded(self.lq)
         net.train(was_training)
 
     def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:
@@ -329,6 +385,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             "exact": {
                 "optimizer": ", ".join(self._optimizer_names),
                 "scaler": self._scaler.state_dict(),
+                "warmup_iter": resuming.warmup_of(self),
                 "manual_seed": self.opt.get("manual_seed"),
                 "place": self._place,
                 "random": random_states,
@@ -342,6 +399,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
 
     def resume_training(self, resume_state: Mapping[str, Any]) -> None:
         """Take up a saved state, so that training goes on as if it had not been stopped.
+
+        Options of the optimizer and of the schedule that were changed since then are applied, and told.
 
         A state that holds no `exact`, such as one of BasicSR's own, is taken up as far as it goes.
 
@@ -358,7 +417,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 f"{names}; to change it, begin a run that has the weights as path.pretrain_network_g"
             )
         try:
-            super().resume_training(resume_state)
+            changes = resuming.resume(self, resume_state, self._take_up)
             self.iteration = int(resume_state["iter"])
             if exact:
                 self._place = exact["place"]
@@ -369,11 +428,18 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                     set_random_state(exact["random"][rank])
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 _try_step(optimizer, scheduler)
+            for change in changes:
+                get_root_logger().warning(f"note: {change}; from here on what the option file says counts")
         except Exception as error:  # whatever is wrong in it shows by what is done with it
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
         if self._state_file(self.iteration).is_file():
             self.saved_iteration = self.iteration
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        super().resume_training(state)
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            _try_step(optimizer, scheduler)
 
     def get_current_log(self) -> "OrderedDict[str, float]":
         """Return the losses and, if there are any, the numbers of k-means updates and of steps that were left out."""
@@ -652,28 +718,33 @@ def variant(name: str) -> type[SparseSRModel] | None:
     return type(f"Sparse{name}", (SparseSRModel, host), {"__module__": __name__, "__doc__": text})
 
 
-def _refuse_unusable(net: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
-    """Refuse values that PyTorch would copy into the network all the same."""
-    faults = unusable(net.state_dict(), state)
-    if faults:
-        raise CheckpointError(f"does not fit the network.{faults}")
+def _try_strictly(net: nn.Module, weights: Mapping[str, Any], different: starting.Differences) -> None:
+    """Load weights into a copy: a network may know how to read entries of other names.
+
+    Raises:
+        CheckpointError: they do not fit; with what to do about it.
+    """
+    try:
+        copy.deepcopy(net).load_state_dict(dict(weights), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(_why_unfit(different)) from error
 
 
-def _why_not_loaded(path: str, error: Exception, strict: bool, param_key: str | None) -> str:
-    if isinstance(error, KeyError):
-        return (
-            f"{path}: must hold the weights under {param_key!r} (path: param_key_g), but has no such entry; "
-            "for a file that is a bare state dict write param_key_g: ~"
-        )
-    reason, *details = str(error).strip().split("\n")
-    if not reason.startswith("Error(s) in loading state_dict"):
-        return f"{path}: must be a map of weights that can be read as data; got {type(error).__name__}: {reason}"
-    if len(details) > _DETAILS:
-        details[_DETAILS:] = [f"\t... ({len(details)})"]
-    text = "\n".join([f"{path}: does not fit the network. {reason}", *details])
-    if strict and "Missing key(s)" in text:
+def _why_unfit(different: starting.Differences) -> str:
+    """Return why weights do not load strictly, and what to do about it."""
+    text = "\n  ".join(["does not fit the network.", *different.lines()])
+    if different.fresh and not (different.untrained or different.resized or different.unused):
         text += (
             "\nIf these are attention layers that the checkpoint was trained without, write strict_load_g: false "
             "under path: they then start fresh."
         )
     return text
+
+
+def _why_not_loaded(path: str, error: Exception, param_key: str | None) -> str:
+    if isinstance(error, KeyError):
+        return (
+            f"{path}: must hold the weights under {param_key!r} (path: param_key_g), but has no such entry; "
+            "for a file that is a bare state dict write param_key_g: ~"
+        )
+    return starting.why_unreadable(path, error)

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,10 +38,11 @@ from sparse_sr_attn.config import (
     shown,
 )
 from sparse_sr_attn.errors import ConfigError
+from sparse_sr_attn.foreign import find_facts
 from sparse_sr_attn.images import is_reduced
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import reading, registration, trials
-from sparse_sr_attn_basicsr.attended import Attended
+from sparse_sr_attn_basicsr.attended import Attended, SeenThrough
 from sparse_sr_attn_basicsr.processes import on_cpu
 
 _MODEL = "SparseSRModel"
@@ -50,6 +52,8 @@ _NO_FOLDERS = ("strict_load", "pretrain_network", "resume", "param_key")  # of o
 _ON_CUDA = ("RealESRNetModel", "RealESRGANModel")  # they call .cuda() whatever num_gpu says
 _SATURATING_RANGE = 16.0
 _NUM_IMAGES_MEASURED = 10
+
+_READ_BY_MODELS = r"""opt\[["'](network_\w+)["']\]\[["'](\w+)["']\]"""
 
 # Options of our models; BasicSR's own ignore them.
 _OF_OUR_MODEL = {
@@ -252,6 +256,7 @@ def check(options: Mapping[str, Any], *, training: bool, launcher: str = "none")
     """
     preflight = _Preflight(options, training)
     preflight.general(launcher)
+    preflight.looked_up()
     preflight.problems.raise_if_any()
     return preflight.options, preflight.remarks
 
@@ -264,6 +269,7 @@ class _Preflight:
         self.training = training
         self.problems = ProblemList()
         self.remarks: list[str] = []
+        self.multiples: dict[str, int] = {}  # of the sides of what attended networks take
         self.registries = importlib.import_module("basicsr.utils.registry")
         self.ours = registration.names()
         self.model: Any = None  # the class, if there is one of that name
@@ -473,6 +479,8 @@ class _Preflight:
         network = self.built(f"{path}.network", right["network"])
         if network is None:
             return
+        if (facts := find_facts(network)) is not None:
+            self.multiples[path] = facts.multiple
         try:
             attach(network, right.get("body"), right["attention"])
         except ConfigError as error:
@@ -480,6 +488,46 @@ class _Preflight:
                 self.problems.add(problem.path, problem.message)
             return
         self.attention(f"{path}.network", network, right["network"])
+
+    def looked_up(self) -> None:
+        """Let the model find the options of its networks that it reads, and check that it does.
+
+        Models read options such as `opt['network_g']['window_size']` when they first validate. They find those of the
+        network inside `Attended`, and defaults that are not spelt out.
+        """
+        for key in [key for key in self.options if key.startswith("network_")]:
+            options = self.options[key]
+            if isinstance(options, Mapping):
+                inner = options.get("network") if self.ours.get(str(options.get("type"))) is Attended else options
+                inner = inner if isinstance(inner, Mapping) else {}
+                build = self.builder(str(inner.get("type")))
+                known = inspect.signature(build).parameters if build is not None else {}
+                defaults = {name: p.default for name, p in known.items() if p.default is not p.empty}
+                self.options[key] = SeenThrough(options, {**defaults, **inner})
+        name = self.options.get("model_type")
+        model = self.registries.MODEL_REGISTRY.get(name) if name in self.registries.MODEL_REGISTRY else None
+        for cls in inspect.getmro(model) if inspect.isclass(model) else ():
+            with suppress(OSError, TypeError):
+                for key, option in re.findall(_READ_BY_MODELS, inspect.getsource(cls)):
+                    if isinstance(self.options.get(key), Mapping) and option not in self.options[key]:
+                        self.problems.add(f"{key}.{option}", f"missing; {name} reads it")
+        if (multiple := self.multiples.get("network_g", 1)) > 1:
+            self.padding(multiple, model)
+
+    def padding(self, multiple: int, model: Any) -> None:
+        """Check that images can go through a network that takes only sides which are multiples of a number."""
+        why = f"because network_g takes only sides that are multiples of {multiple}"
+        theirs = importlib.import_module("basicsr.models.sr_model").SRModel
+        if getattr(model, "test", None) is theirs.test:
+            name = self.options.get("model_type")
+            self.problems.add("model_type", f"must be one that pads images, {why}, got {name}; {_MODEL} does")
+        datasets, scale = self.options.get("datasets"), self.scale
+        training_set = datasets.get("train") if isinstance(datasets, Mapping) else None
+        gt_size = training_set.get("gt_size") if isinstance(training_set, Mapping) else None
+        if isinstance(gt_size, int) and isinstance(scale, int) and scale > 0 and gt_size % (scale * multiple):
+            self.problems.add(
+                "datasets.train.gt_size", f"must be a multiple of {scale * multiple}, {why}, got {gt_size}"
+            )
 
     def built(self, path: str, options: Mapping[str, Any]) -> nn.Module | None:
         """Return a network of BasicSR's registry, without memory for its weights if it can be built so."""
@@ -855,6 +903,12 @@ class _Preflight:
                 file = Path(value).expanduser()
                 if not file.is_file():
                     self.problems.add(f"path.{key}", f"there is no file {value!r}{_near(file)}")
+                elif file.suffix == ".safetensors" and not self.is_ours():
+                    self.problems.add(
+                        f"path.{key}",
+                        f"{self.options.get('model_type')} reads files of torch.save only, got {value!r}; model_type: "
+                        f"{_MODEL} reads .safetensors, and `sparse-sr convert` writes .pth",
+                    )
         if not self.training and not path.get("pretrain_network_g"):
             self.remarks.append("path.pretrain_network_g: nothing given, so an untrained network is tested")
 

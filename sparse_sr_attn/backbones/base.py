@@ -39,7 +39,7 @@ def remembered(init: Callable[P, None]) -> Callable[P, None]:
             for name, value in bound.arguments.items()
             if value is not network and name != "activation_checkpointing"  # of training, not of the network
         }
-        network._options = _as_json({"type": family, **given})  # type: ignore[attr-defined]
+        network._options = as_json({"type": family, **given})  # type: ignore[attr-defined]
         options = options_of(network)  # type: ignore[arg-type]
         if options is not None and not _is_plain(options):
             network.register_buffer(OPTIONS, packed(options))  # type: ignore[attr-defined]
@@ -66,7 +66,7 @@ def _is_plain(options: Mapping[str, Any]) -> bool:
     return bool(choices) and not any(choices)
 
 
-def _as_json(options: Mapping[str, Any]) -> str | None:
+def as_json(options: Mapping[str, Any]) -> str | None:
     """Return the options as text; `None` if JSON has no word for one of them."""
     try:
         return json.dumps(options, default=_plain)

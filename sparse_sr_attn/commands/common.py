@@ -1,6 +1,7 @@
 """What the commands share: how they speak, load weights and ask for packages."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sparse_sr_attn.errors import SparseSRError
+from sparse_sr_attn.errors import ConfigError, SparseSRError
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="options of the network that its weights do not tell, e.g. img_range=1.0; values as in JSON",
     )
+    add_imports(parser)
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for modules of the user's own."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE|FILE.py",
+        help="run this code first, for the layers and networks that it registers (`custom_imports` of option files); "
+        "can be given several times",
+    )
+
+
+def import_modules(arguments: argparse.Namespace) -> None:
+    """Import what `--import` names.
+
+    Raises:
+        UsageError: something cannot be imported.
+    """
+    if not arguments.imports:
+        return
+    if importlib.util.find_spec("basicsr") is not None:
+        importlib.import_module("sparse_sr_attn_basicsr").apply()  # the modules may import BasicSR
+    try:
+        importlib.import_module("sparse_sr_attn_basicsr.extensions").load(arguments.imports, "--import")
+    except ConfigError as error:
+        raise UsageError("--import: " + "; ".join(problem.message for problem in error.problems)) from error
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -156,10 +187,14 @@ def load(arguments: argparse.Namespace) -> "Network":
         CheckpointError: the weights cannot be read.
         ConfigError: an option is wrong.
     """
-    from sparse_sr_attn.checkpoints import load_model  # noqa: PLC0415
+    from sparse_sr_attn.checkpoints import load_and_tell  # noqa: PLC0415
 
     device = find_device(getattr(arguments, "device", "cpu"))
-    return load_model(arguments.weights, **options(arguments)).to(device)
+    import_modules(arguments)
+    model, told = load_and_tell(arguments.weights, options(arguments))
+    if told:
+        say(f"note: {name(arguments.weights)}: {told}")
+    return model.to(device)
 
 
 def find_device(asked: str | None) -> "torch.device":

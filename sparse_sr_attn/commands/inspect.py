@@ -116,11 +116,14 @@ def _clusters(layer: object, state: ClusterAttention) -> "Image.Image":
 
 def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tuple[int, int]) -> "Image.Image":
     x, y = pixel
-    (weights,) = attended(state, torch.tensor([y * state.width + x], device=low.device)).cpu()
-    weights = weights[: low.shape[2], : low.shape[3]].contiguous()  # some networks pad the image
+    side = max(1, round(low.shape[3] / state.width))  # of a token in pixels: some networks work on smaller maps
+    (weights,) = attended(state, torch.tensor([y // side * state.width + x // side], device=low.device)).cpu()
+    weights = weights[: -(-low.shape[2] // side), : -(-low.shape[3] // side)]  # some networks pad the image
+    width = weights.shape[1]
     strongest = weights.flatten().topk(min(5, weights.numel()))
     for weight, token in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
-        show(f"{weight:.4f} at pixel {token % low.shape[3]} {token // low.shape[3]}")
+        show(f"{weight:.4f} at pixel {token % width * side} {token // width * side}")
+    weights = weights.repeat_interleave(side, 0).repeat_interleave(side, 1)[: low.shape[2], : low.shape[3]]
     behind = (low[0].mean(dim=0, keepdim=True).clamp(0, 1) * 90).round().to(torch.uint8).permute(1, 2, 0)
     colours = torch.maximum(behind.expand(-1, -1, 3), heat(weights.sqrt()))  # the root shows weak ones, too
     colours[y, x] = torch.tensor([0, 255, 0], dtype=torch.uint8)

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparse_sr_attn.backbones.presets import PRESETS
 from sparse_sr_attn.checkpoints import LAYOUTS, load_model, trained_weights
-from sparse_sr_attn.commands.common import UsageError, show
+from sparse_sr_attn.commands.common import UsageError, add_imports, import_modules, show
 from sparse_sr_attn.config import fields
 from sparse_sr_attn.errors import SparseSRError
 from sparse_sr_attn.layers.base import LAYERS
@@ -34,16 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="show these in full")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_imports(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the tables; return the exit status."""
+    """Print the tables; return the exit status.
+
+    Raises:
+        UsageError: a name is unknown, or a module cannot be imported.
+    """
+    import_modules(arguments)
     tables = {"layers": _layers(), "networks": _networks(), "presets": _presets(), "weights": _weights()}
     if arguments.names:
         known = {row["name"] for table in tables.values() for row in table}
         if unknown := [name for name in arguments.names if name not in known]:
             raise UsageError(
-                f"no layer, network, preset or weights named {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+                f"no layer, network, preset or weights named {', '.join(unknown)} (known: {', '.join(sorted(known))}; "
+                "--import FILE.py adds what a file of yours registers)"
             )
         tables = {title: [row for row in table if row["name"] in arguments.names] for title, table in tables.items()}
     if arguments.json:

@@ -1885,8 +1885,8 @@ FAULTS = [
     Fault(
         "numbers that many weights share are counted often",
         CHECKPOINTS,
-        "if sum(value.nbytes for value in state.values()) > sum(storages.values()):",
-        "if sum(value.nbytes for value in state.values()) < 0:",
+        "if sum(value.nbytes for value in content.values()) > sum(storages.values()):",
+        "if sum(value.nbytes for value in content.values()) < 0:",
         f"{IN_CHECKPOINTS}::test_bad_contents_give_one_clear_error[weights that repeat one number]",
     ),
     Fault(
@@ -1936,7 +1936,7 @@ FAULTS = [
     Fault(
         "config.json is decoration",
         HUB,
-        "            weights[OPTIONS] = packed(config)",
+        "            weights = {**(found.chosen.state if found else weights), OPTIONS: packed(config)}",
         "            pass",
         f"{IN_HUB}::test_a_network_without_attention_comes_back_with_all_its_options",
     ),

@@ -1,7 +1,10 @@
 """Attention in BasicSR's own networks: by hand, and by option file through `Attended`."""
 
 import copy
+import pickle
 import re
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn import LAYERS, ConfigError, attach, detach, load_model
+from sparse_sr_attn import LAYERS, CheckpointError, ConfigError, attach, detach, load_model
+from sparse_sr_attn.backbones.base import packed
+from sparse_sr_attn.checkpoints import carried_options
 from sparse_sr_attn.cli import main
 from sparse_sr_attn_basicsr import preflight, register
 from sparse_sr_attn_basicsr.options import load
@@ -176,7 +182,7 @@ def test_it_trains_resumes_exactly_and_averages(training: Write, testing: Write,
             assert torch.equal(value, resumed[part][key]), f"{part}: {key}"
     params, averaged = whole["params"], whole["params_ema"]
     assert int(params["body.attention.0.lsp.num_updates"]) == 9  # the tenth is pending
-    for key in params:
+    for key in params.keys() - {"options"}:
         assert torch.equal(params[key], averaged[key]) == (".lsp." in key and "embed" not in key), key
     moved = [key for key, value in params.items() if not torch.equal(value, half["params"][key])]
     assert {"body.attention.0.coa.value.weight", "body.attention.1.value.weight", "conv_first.weight"} <= set(moved)
@@ -233,6 +239,278 @@ def test_ten_lines_of_a_third_party_are_a_word_in_an_option_file(training: Write
     assert len(gains) == 4
     assert all((value != 0.5).any() and (value - 0.5).abs().max() < 0.1 for value in gains)
 
+
+# --- trained, and then used -------------------------------------------------------------------------------------------
+
+
+def trained_weights(training: Write, here: Path, changes: dict[str, Any]) -> Path:
+    """Train for a few iterations and return the file with the weights and their average."""
+    assert main(["train", "-opt", training({"val": ..., "train.optim_g.lr": 1e-4, **changes})]) == 0
+    return here / "experiments/tiny/models/net_g_latest.pth"
+
+
+USED: dict[str, dict[str, Any]] = {
+    "RRDBNet, which needs even sides": ATTENDED,
+    "EDSR": {"type": "Attended", "network": BODIES["EDSR"], "attention": [{"type": "LCoA", **OPTIONS}]},
+    "MSRResNet, a layer by name": {"type": "Attended", "network": BODIES["MSRResNet"], "attention": "LCoA"},
+    "RCAN, its trunk named, with GMSA": {
+        "type": "Attended",
+        "network": BODIES["RCAN"],
+        "attention": {"type": "GMSA", "every": 2, "share": 2, "window_sizes": [2, 4]},
+        "body": "body",
+    },
+    "SwinIR, which needs multiples of 4": {
+        "type": "Attended",
+        "network": {**SWINIR, "upsampler": "pixelshuffle"},
+        "attention": {"type": "LCoA", "every": 1, "num_clusters": 4, "chunk_size": 16},
+        "body": "layers.*.conv",
+    },
+}
+
+
+@old_meshgrid
+@pytest.mark.parametrize("network", USED.values(), ids=USED)
+def test_what_was_trained_attended_comes_back_from_its_weights_alone(
+    network: dict[str, Any], training: Write, here: Path
+) -> None:
+    """The average, in any file and for any size of image."""
+    file = trained_weights(training, here, {"network_g": network, "datasets.train.gt_size": 32})
+    saved = torch.load(file, weights_only=True)
+    assert "options" in saved["params_ema"]
+    expected = built(network)
+    expected.load_state_dict(saved["params_ema"], strict=True)
+    model = load_model(file)
+    x = image(1, 3, 12, 8)
+    assert torch.equal(model(x), expected.eval()(x))
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert model(image(1, 3, 9, 7)).shape == (1, 3, 18, 14)
+    assert model.upscale == 2
+    assert main(["convert", str(file), "net.safetensors"]) == 0
+    assert torch.equal(load_model("net.safetensors")(x), model(x))
+    twin = copy.deepcopy(model)
+    assert torch.equal(load_model(torch.optim.swa_utils.AveragedModel(twin.network).state_dict())(x), model(x))
+
+
+def test_what_was_trained_attended_upscales_and_is_looked_into(
+    training: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(trained_weights(training, here, {"network_g": ATTENDED}))
+    picture = "datasets/val/LR/0.png"
+    capsys.readouterr()
+    assert main(["upscale", picture, "-w", file, "-o", "big.png", "--tile", "17"]) == 0
+    assert main(["inspect", "clusters", picture, "-w", file, "-o", "clusters.png"]) == 0
+    assert main(["inspect", "attention", picture, "-w", file, "-o", "attention.png"]) == 0
+    assert "Network [" not in "".join(capsys.readouterr())
+    with Image.open(here / "big.png") as big, Image.open(here / picture) as small:
+        assert big.size == (2 * small.width, 2 * small.height)
+
+
+def test_without_attention_it_is_basicsrs_own_network_and_carries_nothing() -> None:
+    assert "options" not in built({**ATTENDED, "attention": None}).state_dict()
+    model = built(ATTENDED)
+    assert "options" in model.state_dict()
+    assert "options" not in detach(model).state_dict()
+    assert "net.options" in nn.ModuleDict({"net": built(ATTENDED)}).state_dict()
+
+
+def test_copies_and_pickles_carry_the_options_too() -> None:
+    model = built(ATTENDED)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  (our own bytes)
+        assert torch.equal(twin.state_dict()["options"], model.state_dict()["options"])
+        twin.load_state_dict(model.state_dict(), strict=True)
+        x = image(1, 3, 8, 8)
+        assert torch.equal(load_model(twin.state_dict())(x), model.eval()(x))
+
+
+def altered(change: Callable[[dict[str, Any]], Any]) -> dict[str, Tensor]:
+    state = dict(built(ATTENDED).state_dict())
+    options = carried_options(state["options"])
+    change(options)
+    return {**state, "options": packed(options)}
+
+
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a file": (
+        lambda options: options.update(network={"type": "SpyNet", "load_path": "/etc/passwd"}),
+        r"network\.load_path: names a file, '/etc/passwd', which is not read because weights ask for it",
+    ),
+    "another network": (
+        lambda options: options["network"].update(type="RRDBNett"),
+        r"network\.type: BasicSR has no network named 'RRDBNett'\n.*--import FILE\.py",
+    ),
+    "another layer": (
+        lambda options: options["attention"].update(type="Gone"),
+        r"attention\.type: no layer named 'Gone'.*\n.*--import FILE\.py does that",
+    ),
+    "a giant": (lambda options: options["network"].update(num_block=10**9), r"the options say num_block 1000000000"),
+    "a wide one": (lambda options: options["network"].update(num_feat=10**5), r"num_feat 100000|far more than a file"),
+    "another size": (lambda options: options["network"].update(num_feat=12), r"of wrong size: conv_first\.weight"),
+    "no map": (lambda options: options.update(network=3), r"network: must be a mapping, got 3"),
+    "nonsense": (lambda options: options["network"].update(num_feat="x"), r"cannot be used here:\nTypeError"),
+    "no network": (lambda options: options.pop("network"), r"network: missing"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_options_that_cannot_be_used_give_one_clear_error(what: str) -> None:
+    change, message = HOSTILE[what]
+    with pytest.raises(CheckpointError, match=message):
+        load_model(altered(change))
+
+
+def test_options_of_an_attended_network_can_be_overridden() -> None:
+    state = built(ATTENDED).state_dict()
+    other = load_model(state, attention={**ATTENDED["attention"], "chunk_size": 4})
+    assert other.network.body.attention[0].lsp.chunk_size == 4
+    with pytest.raises(ConfigError, match=r"attentio: unknown; did you mean 'attention'\?"):
+        load_model(state, attentio={})
+    with pytest.raises(ConfigError, match=r"attention\.chunk_size: must be >= 1, got 0"):
+        load_model(state, attention={**ATTENDED["attention"], "chunk_size": 0})
+
+
+@pytest.mark.parametrize(
+    ("network", "commands"),
+    [
+        (
+            {"type": "SparseEDSR", "num_feat": 8, "num_block": 4, "upscale": 2, "img_range": 1.0},
+            [["convert", "{file}", "net.safetensors"], ["list", "Gain"]],
+        ),
+        (
+            {"type": "Attended", "network": BODIES["EDSR"]},
+            [["upscale", "datasets/val/LR/0.png", "-w", "{file}", "-o", "big.png"]],
+        ),
+    ],
+    ids=["SparseEDSR", "Attended"],
+)
+def test_a_layer_of_the_users_own_is_imported_by_every_command(
+    network: dict[str, Any], commands: list[list[str]], training: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each in a process of its own, which knows nothing of the layer."""
+    (here / "gain.py").write_text(TEN_LINES)
+    network = {**network, "attention": {"type": "Gain", "every": 1, "start": 0.5}}
+    try:
+        file = str(trained_weights(training, here, {"custom_imports": ["gain.py"], "network_g": network}))
+    finally:
+        LAYERS._entries.pop("Gain", None)
+    for command in commands:
+        run = [sys.executable, "-m", "sparse_sr_attn", *(word.format(file=file) for word in command)]
+        plain = subprocess.run(run, check=False, capture_output=True, text=True)
+        assert plain.returncode in (1, 2), command
+        assert "Traceback" not in plain.stderr
+        assert "--import" in plain.stderr
+        imported = subprocess.run([*run, "--import", "gain.py"], check=False, capture_output=True, text=True)
+        assert imported.returncode == 0, imported.stderr
+    for entry, message in {
+        "gone.py": "gone.py cannot be imported: FileNotFoundError",
+        "broken.py": "broken.py cannot be imported: SyntaxError",
+    }.items():
+        (here / "broken.py").write_text("def")
+        capsys.readouterr()
+        assert main(["convert", file, "other.pth", "--import", entry]) == 2
+        assert re.fullmatch(f"sparse-sr: --import.*{message}.*\n", capsys.readouterr().err)
+
+
+# --- networks that need multiples, and models that read their options -------------------------------------------------
+
+FIVE = {**SWINIR, "img_size": 10, "window_size": 5, "upsampler": "pixelshuffle"}
+IN_FIVES = {
+    "type": "Attended",
+    "network": FIVE,
+    "attention": {"type": "LCoA", "every": 1, "num_clusters": 4, "chunk_size": 16},
+    "body": "layers.*.conv",
+}
+SMALLEST: dict[str, Any] = {
+    "datasets.train.gt_size": 30,
+    "val.val_freq": 1,
+    "train.total_iter": 1,
+    "val.save_img": True,
+}
+
+
+@old_meshgrid
+@pytest.mark.parametrize("model", ["SparseSRModel", "SwinIRModel"])
+@pytest.mark.parametrize("network", [IN_FIVES, FIVE], ids=["Attended", "SwinIR"])
+@pytest.mark.parametrize("said", [True, False])
+def test_validation_pads_where_the_network_needs_it(
+    said: bool, network: dict[str, Any], model: str, training: Write, here: Path
+) -> None:
+    """Images of 32 pixels go through windows of 5, or of 7 by default; the model finds that in the network inside."""
+    changes = {**SMALLEST, "network_g": copy.deepcopy(network), "model_type": model}
+    if not said:
+        inner = changes["network_g"].get("network", changes["network_g"])
+        del inner["window_size"]
+        inner["img_size"], changes["datasets.train.gt_size"] = 14, 28
+    assert main(["train", "-opt", training(changes)]) == 0
+    pictures = list((here / "experiments/tiny/visualization").rglob("*.png"))
+    assert len(pictures) == 6  # of three images, after the first iteration and at the end
+    for picture in pictures:
+        with Image.open(picture) as opened:
+            assert opened.size == (64, 64)
+
+
+@old_meshgrid
+def test_our_padding_is_that_of_swinir(training: Write, here: Path) -> None:
+    logs = {}
+    for model in ("SparseSRModel", "SwinIRModel"):
+        changes = {**SMALLEST, "network_g": IN_FIVES, "model_type": model, "name": model, "train.optim_g.lr": 1e-12}
+        assert main(["train", "-opt", training(changes)]) == 0
+        logs[model] = "".join(path.read_text() for path in (here / "experiments" / model).glob("*.log"))
+    first, second = (re.findall(r"# psnr: (\S+)", log)[0] for log in logs.values())
+    assert first == second
+
+
+@old_meshgrid
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "SRModel"},
+            r"model_type: must be one that pads images, because network_g takes only sides that",
+        ),
+        ({"model_type": "SRGANModel"}, r"model_type: must be one that pads images"),
+        ({"datasets.train.gt_size": 32}, r"datasets\.train\.gt_size: must be a multiple of 10, because .* got 32"),
+    ],
+)
+def test_a_network_that_needs_multiples_is_seen_before_the_start(
+    changes: dict[str, Any], message: str, training: Write
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight.check(load(training({**SMALLEST, "network_g": IN_FIVES, **changes})), training=True)
+
+
+def test_an_option_that_a_model_reads_is_looked_for_before_the_start(
+    training: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from basicsr.models.sr_model import SRModel
+    from basicsr.utils.registry import MODEL_REGISTRY
+
+    class Reader(SRModel):  # type: ignore[misc]
+        def test(self) -> None:
+            self.width = self.opt["network_g"]["num_feat"], self.opt["network_g"]["blocks"]
+
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, "Reader", Reader)
+    file = training({"network_g": ATTENDED, "model_type": "Reader", "train.ema_decay": 0})
+    with pytest.raises(ConfigError, match=r"network_g\.blocks: missing; Reader reads it") as caught:
+        preflight.check(load(file), training=True)
+    assert len(caught.value.problems) == 1
+
+
+def test_look_ups_go_on_to_the_network_inside_and_the_map_stays_what_it_was(training: Write) -> None:
+    options, _ = preflight.check(load(training({"network_g": ATTENDED})), training=True)
+    twin = pickle.loads(pickle.dumps(options))  # noqa: S301  (our own bytes)
+    for seen in (options["network_g"], copy.deepcopy(options)["network_g"], twin["network_g"]):
+        assert dict(**seen) == ATTENDED
+        assert seen["num_feat"] == seen.get("num_feat") == 8
+        assert seen["num_grow_ch"] == 4
+        assert "num_feat" in seen
+        assert seen["type"] == "Attended"
+        assert seen.get("gone") is None
+        assert "gone" not in seen
+        with pytest.raises(KeyError):
+            seen["gone"]
+
+
+# --- a wrong option ---------------------------------------------------------------------------------------------------
 
 NET = "network_g"
 MALFORMED = [
@@ -313,6 +591,6 @@ def test_a_network_that_the_meta_device_forbids_is_built(training: Write) -> Non
     assert preflight.check(load(training({NET: {**network, "attention": attention}})), training=True)[1] == []
 
 
-def test_load_model_says_that_it_does_not_know_them() -> None:
-    with pytest.raises(Exception, match="must be of a layout known here"):
-        load_model(built(ATTENDED).state_dict())
+def test_load_model_says_that_it_does_not_know_what_was_attached_by_hand() -> None:
+    with pytest.raises(CheckpointError, match="must be of a layout known here"):
+        load_model(attach(built(RRDB), **OPTIONS).state_dict())

@@ -314,10 +314,13 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
     "meta": (each(lambda v: v.to("meta")), "does not fit the network.\n  of wrong type: .* got meta float32"),
     "sparse": (each(lambda v: v.to_sparse()), "does not fit the network.\n  of wrong type: .* got torch.sparse_coo"),
     "numbers": (each(lambda v: 1.0), "does not fit the network.\n  of wrong type: .* must be float32, got float"),
-    "no sizes": (each(lambda v: torch.zeros(())), "does not fit the network. Error.s. in loading state_dict"),
+    "no sizes": (
+        each(lambda v: torch.zeros(())),
+        r"does not fit the network\.\n  of another size: conv_first\.weight \(\) instead of",
+    ),
     "too few": (
         lambda w: packed({"params": dict(list(w.items())[3:])}),
-        "does not fit the network. Error.*strict_load",
+        r"does not fit the network\.\n  not in the file, outside attention: conv_first\.weight",
     ),
 }
 

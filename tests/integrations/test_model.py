@@ -11,10 +11,12 @@ import pytest
 import torch
 from basicsr.models import build_model
 from basicsr.models.sr_model import SRModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparse_sr_attn import EDSR
 from sparse_sr_attn.backbones.base import OPTIONS
-from sparse_sr_attn.errors import CheckpointError, TrainingError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, TrainingError
 from sparse_sr_attn.layers import LSP
 from sparse_sr_attn_basicsr import model as model_module
 from sparse_sr_attn_basicsr import preflight
@@ -153,7 +155,7 @@ def test_weights_without_the_attention_say_how_to_load_them(options: Options, he
         build_model(options({"path": {"pretrain_network_g": "edsr.pth"}}))
     message = str(caught.value)
     assert message.startswith("edsr.pth: does not fit the network.")
-    assert "attention.0.coa.value.weight" in message
+    assert "not in the file, of attention: attention.0." in message
     assert "write strict_load_g: false" in message
 
 
@@ -161,6 +163,128 @@ def test_a_bare_state_dict_is_no_basicsr_checkpoint(options: Options, here: Path
     torch.save(build_model(options()).net_g.state_dict(), here / "bare.pth")
     with pytest.raises(CheckpointError, match="must hold the weights under 'params'.*param_key_g: ~"):
         build_model(options({"path": {"pretrain_network_g": "bare.pth"}}))
+
+
+# --- weights to start from
+
+
+def start_from(options: Options, file: str, **changes: Any) -> Any:
+    """Build a model that starts from a file which need not have all of the network."""
+    path = {"pretrain_network_g": file, "strict_load_g": False}
+    return build_model(options({"path": path, **changes}))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_safetensors_are_weights_to_start_from(options: Options, here: Path, prefix: str) -> None:
+    state = {
+        key: value + 0.01 if value.is_floating_point() and key != OPTIONS else value
+        for key, value in build_model(options()).net_g.state_dict().items()
+    }
+    save_file({f"{prefix}{key}": value for key, value in state.items()}, here / "net.safetensors")
+    model = build_model(options({"path": {"pretrain_network_g": "net.safetensors"}}))
+    for net in (model.net_g, model.net_g_ema):
+        assert_same(dict(net.state_dict()), state)
+    with pytest.raises(ConfigError, match=r"path\.pretrain_network_g: SRModel reads files of torch\.save only"):
+        options({"path": {"pretrain_network_g": "net.safetensors"}, "model_type": "SRModel", "train.ema_decay": 0})
+
+
+def messages(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> str:
+    return "\n".join(record.message for record in caplog.records if record.levelno >= level)
+
+
+def test_missing_entries_are_told_once_and_those_outside_attention_stand_out(
+    options: Options, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = _edsr_checkpoint(options, here / "edsr.pth", ("params", "params_ema"))
+    caplog.clear()
+    logging.getLogger("basicsr").setLevel(logging.INFO)
+    start_from(options, "edsr.pth")
+    assert messages(caplog).count("not in the file, of attention: attention.0.") == 1
+    assert "untrained" not in messages(caplog)
+    for state in saved.values():
+        del state["conv_after_body.weight"], state["body.2.conv1.bias"]
+        state["conv_last.bias"] = torch.zeros(5)
+        state["extra"] = torch.zeros(1)
+    torch.save(saved, here / "edsr.pth")
+    caplog.clear()
+    start_from(options, "edsr.pth")
+    warned = messages(caplog, logging.WARNING)
+    assert warned.count("not in the file, outside attention: conv_after_body.weight, body.2.conv1.bias\n") == 1
+    assert warned.count("of another size: conv_last.bias (5,) instead of (3,)\n") == 1
+    assert warned.count("in the file only: extra\n") == 1
+    assert warned.count("3 entries of the network outside attention are NOT in edsr.pth: they start untrained.") == 1
+
+
+def test_a_file_of_which_nothing_fits_is_no_start(options: Options, here: Path) -> None:
+    state = _edsr_checkpoint(options, here / "edsr.pth", ("params",))["params"]
+    torch.save({"params": {f"head.{key}": value for key, value in state.items()}}, here / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth: no entry of it is one of the network's, got head\.conv_"):
+        start_from(options, "other.pth")
+
+
+def test_strict_loading_does_not_advise_to_leave_the_body_untrained(options: Options, here: Path) -> None:
+    state = _edsr_checkpoint(options, here / "edsr.pth", ("params",))["params"]
+    del state["conv_after_body.weight"]
+    torch.save({"params": state}, here / "edsr.pth")
+    with pytest.raises(CheckpointError, match="outside attention: conv_after_body.weight") as caught:
+        build_model(options({"path": {"pretrain_network_g": "edsr.pth"}}))
+    assert "strict_load_g" not in str(caught.value)
+
+
+def trained_edsr(img_range: float) -> EDSR:
+    """An EDSR that has learnt, in a few steps on waves and noise, to enlarge."""
+    torch.manual_seed(0)
+    net = EDSR(num_feat=8, num_block=4, upscale=2, img_range=img_range)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(150):
+        high = nn.functional.interpolate(torch.rand(4, 3, 6, 6), size=24, mode="bicubic").clamp(0, 1)
+        optimizer.zero_grad()
+        (net(nn.functional.avg_pool2d(high, 2)) - high).abs().mean().backward()
+        optimizer.step()
+    return net
+
+
+@pytest.mark.parametrize(("was", "told"), [(255.0, "refused"), (1.0, "silent")])
+def test_a_range_that_the_weights_show_to_be_wrong_is_refused(
+    was: float, told: str, options: Options, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = trained_edsr(was)
+    torch.save({"params": net.state_dict()}, here / "edsr.pth")
+    if told == "silent":
+        caplog.clear()
+        start_from(options, "edsr.pth")
+        assert "img_range" not in messages(caplog)
+        return
+    with pytest.raises(CheckpointError, match="was trained with img_range 255, but network_g.img_range is 1; write"):
+        start_from(options, "edsr.pth")
+    start_from(options, "edsr.pth", **{"network_g.img_range": 255.0})
+    model = start_from(options, "edsr.pth", **{"train.pretrain_img_range": 255.0})
+    x = torch.rand(1, 3, 9, 8)
+    torch.testing.assert_close(model.net_g.eval()(x), net.eval()(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", [None, "conv_after_body.weight"])
+def test_a_range_that_cannot_be_told_is_asked_for(
+    damage: str | None, options: Options, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of weights that were hardly trained, or that are not all of the network."""
+    state = _edsr_checkpoint(options, here / "edsr.pth", ("params",))["params"]
+    if damage:
+        state = trained_edsr(1.0).state_dict()
+        del state[damage]
+        torch.save({"params": state}, here / "edsr.pth")
+    caplog.clear()
+    start_from(options, "edsr.pth")
+    assert messages(caplog).count("note: edsr.pth does not tell the img_range it was trained with") == 1
+
+
+def test_the_range_that_weights_carry_counts(options: Options, here: Path) -> None:
+    torch.manual_seed(0)
+    theirs = build_model(options({"network_g.img_range": 100.0})).net_g
+    torch.save({"params": theirs.state_dict()}, here / "edsr.pth")
+    with pytest.raises(CheckpointError, match="was trained with img_range 100, but network_g.img_range is 1;"):
+        start_from(options, "edsr.pth")
+    start_from(options, "edsr.pth", **{"network_g.img_range": 100.0})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

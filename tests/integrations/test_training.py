@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from skimage import io
 
 from sparse_sr_attn import load_model
-from sparse_sr_attn.backbones.base import OPTIONS as BUILT_WITH
 from sparse_sr_attn.cli import main
 from sparse_sr_attn_basicsr.options import load
 
@@ -228,9 +228,8 @@ def test_an_edsr_of_basicsr_goes_on_with_attention(training: Write, here: Path) 
     logs = {name: log_of(here / "experiments" / name) for name in ("edsr", "tiny")}
     first = {name: float(re.findall(r"l_pix: (\S+)", log)[0]) for name, log in logs.items()}
     assert first["tiny"] < 0.9 * first["edsr"]
-    missing = re.findall(r"WARNING:   (\S+)", logs["tiny"])
-    assert missing
-    assert all(key.startswith("attention.") or key == BUILT_WITH for key in missing)
+    assert logs["tiny"].count("not in the file, of attention: attention.0.lsp.") == 1
+    assert "NOT in" not in logs["tiny"]
 
 
 def test_a_run_can_be_interrupted_and_resumed(training: Write, here: Path) -> None:
@@ -301,3 +300,65 @@ def test_only_an_edsr_can_change_its_range(training: Write, here: Path, capsys: 
     network = {"type": "LCoAN", "num_feat": 8, "num_group": 1, "num_block": 1, "upscale": 2}
     assert main(["train", "-opt", training({"network_g": network, "train.pretrain_img_range": 255.0})]) == 2
     assert "train.pretrain_img_range: must be ~ unless network_g is a SparseEDSR" in capsys.readouterr().err
+
+
+def psnr_reported(here: Path) -> str:
+    (log,) = (here / "results/tiny_test").glob("*.log")
+    (value,) = re.findall(r"# psnr: (\S+)", log.read_text())
+    shutil.rmtree(here / "results")
+    return str(value)
+
+
+@pytest.mark.parametrize("model", ["SparseSRModel", "SRModel"])
+def test_validation_test_and_upscale_take_the_averaged_weights(
+    model: str,
+    training: Write,
+    testing: Write,
+    here: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Unless `param_key_g` says otherwise; each says which it takes."""
+    plain = {"model_type": model, "network_g.attention": None}
+    assert main(["train", "-opt", training({**plain, "train.optim_g.lr": 1e-2})]) == 0
+    validated = re.findall(r"# psnr: (\S+)", log_of(here / "experiments/tiny"))[-1]
+    file = here / "experiments/tiny/models/net_g_latest.pth"
+    content = torch.load(file, weights_only=True)
+
+    def run(**path: object) -> tuple[str, str]:
+        caplog.clear()
+        told = {"pretrain_network_g": str(file), **path}
+        assert main(["test", "-opt", testing({**plain, "path": told})]) == 0
+        return psnr_reported(here), caplog.text
+
+    value, said = run()
+    assert value == validated
+    assert f"testing the averaged weights (params_ema), as validation does, in {file}" in said
+    raw, said = run(param_key_g="params")
+    assert raw != validated
+    assert "testing params in" in said
+    assert "`sparse-sr upscale` take the averaged weights, params_ema" in said
+    torch.save({"params": content["params"]}, file)
+    assert run()[0] == raw
+    assert "which has no params_ema" in run(param_key_g="params_ema")[1]
+    torch.save(content["params_ema"], file)
+    assert run()[0] == validated
+
+    torch.save(content, file)
+    capsys.readouterr()
+    picture = "datasets/val/LR/0.png"
+    assert main(["upscale", picture, "-w", str(file), "-o", "both.png", "--set", "img_range=1"]) == 0
+    assert "the averaged weights are taken (params_ema, not params)" in capsys.readouterr().err
+    torch.save(content["params_ema"], file)
+    assert main(["upscale", picture, "-w", str(file), "-o", "one.png", "--set", "img_range=1"]) == 0
+    assert "averaged" not in capsys.readouterr().err
+    assert (here / "both.png").read_bytes() == (here / "one.png").read_bytes()
+
+
+def test_a_file_that_cannot_be_read_ends_the_test_in_one_line(
+    testing: Write, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "weights.pth").write_bytes(b"no weights")
+    assert main(["test", "-opt", testing({"path": {"pretrain_network_g": "weights.pth"}})]) == 1
+    assert re.search(r"sparse-sr: weights\.pth: must be a map of weights that can be read as", capsys.readouterr().err)
+    assert not (here / "results").exists()

@@ -1,0 +1,124 @@
+"""Options of the optimizer and of the schedule that were changed between a stop and its resume.
+
+A training state holds both as they were, and BasicSR takes them up as they were: what the option file says by then is
+lost without a word, and a schedule of another kind fails later. Here what the file says counts, and is told.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+_SCHEDULED = ("lr", "initial_lr", "params")  # in a group of weights: set by the schedule, or no option
+
+
+def resume(model: Any, state: Mapping[str, Any], take_up: Callable[[Mapping[str, Any]], object]) -> list[str]:
+    """Take up a training state, with the options that the model was built with; return what differs from the state.
+
+    If the schedule has changed, the learning rate is that which it has at this iteration when it is followed from the
+    beginning.
+
+    Args:
+        model: of BasicSR, just built.
+        state: its map `optimizers`, `schedulers`, `iter`, ...
+        take_up: the model's own way to do so.
+
+    Raises:
+        ValueError: an entry of `schedulers` is no state of a schedule.
+        Exception: whatever a state that does not fit leads to.
+    """
+    groups = [[dict(group, params=None) for group in optimizer.param_groups] for optimizer in model.optimizers]
+    schedules = [copy.deepcopy(scheduler.state_dict()) for scheduler in model.schedulers]
+    names = [_name(model, optimizer) for optimizer in model.optimizers]
+    saved = list(state["schedulers"])
+    changes: list[str] = []
+    scheduled = False  # whether the learning rate is another
+    if warmup := _changed_warmup(model, state):
+        changes.append(warmup)
+        scheduled = True
+    for number, (before, now) in enumerate(zip(saved, schedules, strict=False)):
+        if told := list(_changed_schedule(before, now)):
+            if not isinstance(before.get("last_epoch"), int):
+                raise ValueError(f"the state of schedule {number} has no last_epoch")
+            changes += told
+            scheduled = True
+            saved[number] = copy.deepcopy(now)
+    take_up({**state, "schedulers": saved})
+    for name, optimizer, fresh in zip(names, model.optimizers, groups, strict=True):
+        for group, new in zip(optimizer.param_groups, fresh, strict=True):
+            if "initial_lr" in new and group.get("initial_lr") != new["initial_lr"]:
+                changes.append(_told(f"{name}.lr", new["initial_lr"], group.get("initial_lr")))
+                scheduled = True
+            for option, value in new.items():
+                if option not in _SCHEDULED and option in group and _plain(group[option]) != _plain(value):
+                    changes.append(_told(f"{name}.{option}", value, group[option]))
+                    group[option] = value
+    if scheduled:
+        _follow(model, groups, schedules, int(state["iter"]))
+    return list(dict.fromkeys(changes))
+
+
+def warmup_of(model: Any) -> int:
+    """Return `train.warmup_iter`."""
+    return int((model.opt.get("train") or {}).get("warmup_iter", -1))
+
+
+def _changed_warmup(model: Any, state: Mapping[str, Any]) -> str | None:
+    before, now = (state.get("exact") or {}).get("warmup_iter"), warmup_of(model)
+    return None if before in (None, now) else _told("train.warmup_iter", now, before)
+
+
+def _changed_schedule(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how the settings of a schedule differ; what it has counted, and the learning rates, are none."""
+    old, new = _settings(before), _settings(now)
+    if old.keys() != new.keys():
+        yield f"train.scheduler.type: there was a schedule with {', '.join(sorted(old))}, now {', '.join(sorted(new))}"
+        return
+    for name in new:
+        if old[name] != new[name]:
+            yield _told(f"train.scheduler.{name}", new[name], old[name])
+
+
+def _settings(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    counted = ("last_epoch", "verbose", "base_lrs", "optimizer", "cumulative_period")
+    return {str(k): _plain(v) for k, v in schedule.items() if not str(k).startswith("_") and k not in counted}
+
+
+def _follow(model: Any, groups: list[Any], schedules: list[Any], iteration: int) -> None:
+    """Bring the schedule to an iteration as training would have."""
+    for optimizer, fresh in zip(model.optimizers, groups, strict=True):
+        for group, new in zip(optimizer.param_groups, fresh, strict=True):
+            group.update({name: new[name] for name in ("lr", "initial_lr") if name in new})
+    for scheduler, start in zip(model.schedulers, schedules, strict=True):
+        scheduler.load_state_dict(start)
+    total = int(model.opt["train"]["total_iter"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch misses the steps of the optimizer, which were made before the stop
+        for number in range(1, min(iteration, total) + 1):
+            model.update_learning_rate(number, warmup_iter=warmup_of(model))
+
+
+def _name(model: Any, optimizer: Any) -> str:
+    """Return where the options of an optimizer stand."""
+    found = (name for name, value in vars(model).items() if name.startswith("optimizer_") and value is optimizer)
+    return f"train.optim_{next(found, 'optimizer_g').removeprefix('optimizer_')}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in which lists, tuples and counts that say the same are equal."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in sorted(value.items(), key=str)}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _told(option: str, now: object, before: object) -> str:
+    return f"{option} is {_shown(now)}, and was {_shown(before)}"
+
+
+def _shown(value: Any) -> str:
+    value = _plain(value)
+    if isinstance(value, dict) and all(count == 1 for count in value.values()):
+        return f"[{', '.join(value)}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
