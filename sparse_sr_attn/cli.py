@@ -33,6 +33,7 @@ _OWN = {
     "convert": "rewrite weights under other names, or as .safetensors",
     "export": "write a network as ONNX, for images of any size, checked with onnxruntime",
     "evaluate": "PSNR and SSIM of upscaled pictures, as papers count them, and their row “bicubic”",
+    "capture": "how much of dense attention the keys of sparse patterns capture, beside the best possible",
     "bench": "measure time and memory of layers and networks: ours, peers, and your own",
     "paper": "repeat the figures and ablations of the LCoA and ELAN papers, in small or in full",
 }

@@ -103,6 +103,48 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
     return states
 
 
+def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Float[Tensor, "_ h2 w2"]]:
+    """The features by which each attention layer of `model` compares tokens on `image`.
+
+    Args:
+        model: a network with attention layers. It is run as in evaluation and left as it was.
+        image: as in `cluster_map`.
+
+    Returns:
+        For each layer that computes attention, under its name in `model`: the embedding that is its query and its key
+        (LSP, NLSA, NLA, HSPA), or the map that it is given where it has no such embedding. Layers that read the state
+        of another are left out.
+
+    Raises:
+        ValueError: `model` has no attention layer, or its forward reaches none.
+        ShapeError: `image` is not one image.
+    """
+    batch = _one_image(image)
+    features: dict[str, Tensor] = {}
+    hooks = []
+    for name, layer in model.named_modules():
+        computes = isinstance(layer, LSP) or (isinstance(layer, AttentionLayer) and not layer.requires)
+        if not computes or any(isinstance(part, (LSP, AttentionLayer)) for part in list(layer.modules())[1:]):
+            continue
+        embed = getattr(layer, "embed", None)
+        if isinstance(embed, nn.Module):
+            hooks.append(
+                embed.register_forward_hook(lambda _, __, output, name=name: features.__setitem__(name, output[0]))
+            )
+        else:
+            hooks.append(
+                layer.register_forward_pre_hook(lambda _, args, name=name: features.__setitem__(name, args[0][0]))
+            )
+    with _removed(hooks):
+        _run(model, batch)
+    if not features:
+        raise ValueError(
+            f"features of attention need a network with attention layers, and {type(model).__name__} runs none; build "
+            "it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+        )
+    return features
+
+
 def attended(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
     """Where tokens attend, as weights over the whole map.
 

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"errors", "files", "functional", "layers", "backbones"},
     "hub": {"errors", "unwrapping", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
+    "capture": {"errors", "states", "config", "registry", "functional", "layers"},
     "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
     "bench": {"errors", "registry", "config", "files", "layers", "blocks", "backbones", "reference"},
     "paper": {
@@ -47,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": {
         *("errors", "states", "config", "files", "layers", "backbones", "checkpoints", "conversion", "export"),
         *("images", "inference", "visualize", "degradation", "evaluation", "bench", "paper", "pairs"),
+        "capture",
     },
     "cli": {"errors", "commands"},  # and the integrations, lazily
     "__main__": {"cli"},

@@ -18,7 +18,7 @@ chunks $t-a, \dots, t+a$ (mod $k$), in this order.
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.errors import FormError, ShapeError
@@ -41,6 +41,7 @@ __all__ = [
     "cluster_weights",
     "cluster_weights_rounds",
     "resolve_form",
+    "seen_keys",
 ]
 
 
@@ -71,6 +72,25 @@ def cluster_pattern(
     position = torch.arange(num_tokens, device=assignment.device)
     order = (assignment * num_tokens + position).argsort(dim=1)
     return ClusterPattern(order, assignment, chunk_size, num_adjacent, exact_keys)
+
+
+def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Tensor, "b s j"], Bool[Tensor, "b s j"]]:
+    """Return which keys tokens attend to.
+
+    Args:
+        pattern: from `cluster_pattern`.
+        tokens: the queries, by their place in image order.
+
+    Returns:
+        The keys of each query, by their place in image order, and which of them count. With `exact_keys` no key
+        counts twice.
+    """
+    oneshot = _Oneshot(pattern)
+    keys = oneshot._with_adjacent(oneshot.token.view(len(oneshot.order), oneshot.layout.num_chunks, -1, 1))[..., 0]
+    chunk = (pattern.order.argsort(dim=1)[:, tokens] // oneshot.layout.chunk_size)[..., None].expand(
+        -1, -1, keys.shape[2]
+    )
+    return keys.gather(1, chunk), oneshot.visible.expand_as(keys).gather(1, chunk)
 
 
 def cluster_weights(
