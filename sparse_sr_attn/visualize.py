@@ -123,8 +123,7 @@ def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> di
     features: dict[str, Tensor] = {}
     hooks = []
     for name, layer in model.named_modules():
-        computes = isinstance(layer, LSP) or (isinstance(layer, AttentionLayer) and not layer.requires)
-        if not computes or any(isinstance(part, (LSP, AttentionLayer)) for part in list(layer.modules())[1:]):
+        if not _computes(layer) or any(map(_computes, list(layer.modules())[1:])):  # an ELAB, an LCoA: their parts do
             continue
         embed = getattr(layer, "embed", None)
         if isinstance(embed, nn.Module):
@@ -270,6 +269,11 @@ def _removed(hooks: Sequence[Any]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _computes(module: nn.Module) -> bool:
+    """Return whether a module makes attention of its own."""
+    return isinstance(module, LSP) or (isinstance(module, AttentionLayer) and not module.requires)
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, AttentionLayer]]:

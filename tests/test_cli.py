@@ -46,7 +46,10 @@ def test_what_needs_no_torch_imports_none(arguments: list[str], status: int) -> 
     assert done.returncode == status, done.stderr
 
 
-COMMANDS = ("train", "test", "prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "bench", "paper")
+COMMANDS = (
+    *("train", "test", "prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "capture", "bench"),
+    "paper",
+)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS), ["list"]])

@@ -277,6 +277,24 @@ def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, form: s
     assert_bit_equal(fast.cluster_attention(query, key, value, pattern, form=form)[others], before[others])
 
 
+@given(case=cases())
+@example(case=ONE_TOKEN)
+@example(case=NEIGHBOURS_COINCIDE)
+@example(case=TWO_CHUNKS_PUBLISHED)
+@example(case=PADDED_TAIL)
+@example(case=PADDED_TAIL_PUBLISHED)
+@example(case=REPEATED_TWICE_OVER)
+@example(case=FOUR_CHUNKS_TWO_SIDES)
+def test_seen_keys_equal_loops(device: torch.device, case: Case) -> None:
+    """Of queries in any order, each key as often as it counts."""
+    pattern = pattern_of(case, device)
+    queries = torch.randperm(case.num_tokens, generator=torch.Generator().manual_seed(case.seed)).to(device)
+    keys, counts = fast.seen_keys(pattern, queries)
+    found = torch.zeros(*keys.shape[:2], case.num_tokens, dtype=torch.int64, device=device)
+    found.scatter_add_(2, keys, counts.long())
+    assert torch.equal(found, slow.multiplicity(pattern)[:, queries])
+
+
 @given(case=cases(min_tokens=2), form=forms)
 @example(case=WIDE_RING.but(num_adjacent=1), form="tiles")
 def test_an_unseen_token_receives_no_gradient(device: torch.device, case: Case, form: str) -> None:
