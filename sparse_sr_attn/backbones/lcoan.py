@@ -10,8 +10,8 @@ from sparse_sr_attn.blocks import ResidualBlock
 from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
-from sparse_sr_attn.layers.base import AttentionLayer
-from sparse_sr_attn.layers.lcoa import LCoA, Reuse, Routing
+from sparse_sr_attn.layers.base import AttentionLayer, Similarity
+from sparse_sr_attn.layers.lcoa import ClusterOrder, LCoA, Reuse, Routing
 from sparse_sr_attn.states import ClusterAttention
 
 
@@ -50,7 +50,9 @@ class CollaborativeGroup(nn.Module):
 
 
 class LCoAN(ResidualNetwork):
-    """Learnable collaborative attention network. The defaults are the published configuration.
+    """Learnable collaborative attention network.
+
+    The defaults have the published sizes and our attention; `create_model("LCoAN")` is the published network.
 
     Args:
         num_in_ch: channels of the input image, >= 1.
@@ -70,10 +72,14 @@ class LCoAN(ResidualNetwork):
         ema_decay: as in `LSP`.
         reseed_threshold: as in `LSP`.
         exact_keys: as in `LSP`.
+        similarity: as in `LSP`.
+        logit_scale: as in `LSP`.
+        cluster_order: as in `LSP`.
         routing: as in `LSP`.
         num_rounds: as in `LSP`.
         reuse: as in `LSP`.
         half_weights: as in `LSP`.
+        zero_init: start with attention that is the identity; `False` as published.
         activation_checkpointing: in training, compute the groups again in the backward instead of keeping them.
 
     Raises:
@@ -105,10 +111,14 @@ class LCoAN(ResidualNetwork):
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
+        similarity: Similarity = "cosine",
+        logit_scale: Positive = 10.0,
+        cluster_order: ClusterOrder = "chain",
         routing: Routing = "kmeans",
         num_rounds: PositiveInt = 1,
         reuse: Reuse = "auto",
         half_weights: bool = False,
+        zero_init: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
@@ -127,11 +137,15 @@ class LCoAN(ResidualNetwork):
                     ema_decay=ema_decay,
                     reseed_threshold=reseed_threshold,
                     exact_keys=exact_keys,
+                    similarity=similarity,
+                    logit_scale=logit_scale,
+                    cluster_order=cluster_order,
                     routing=routing,
                     num_rounds=num_rounds,
                     reuse=reuse,
                     half_weights=half_weights,
                     res_scale=res_scale,
+                    zero_init=zero_init,
                 )
             else:
                 attention = provider.make_consumer()

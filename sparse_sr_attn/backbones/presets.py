@@ -29,7 +29,11 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "LCoAN": Preset(LCoAN, {}, "Zhao et al., arXiv 2404.04922, released configuration"),
+    "LCoAN": Preset(
+        LCoAN,
+        {"similarity": "dot", "cluster_order": "index", "zero_init": False},
+        "Zhao et al., arXiv 2404.04922, released configuration",
+    ),
     "LCoAN-light": Preset(
         LCoAN,
         {

@@ -46,7 +46,12 @@ __all__ = [
 
 
 def cluster_pattern(
-    assignment: Int[Tensor, "b n"], *, chunk_size: int, num_adjacent: int = 1, exact_keys: bool = True
+    assignment: Int[Tensor, "b n"],
+    *,
+    chunk_size: int,
+    num_adjacent: int = 1,
+    exact_keys: bool = True,
+    place: Int[Tensor, "b n"] | None = None,
 ) -> ClusterPattern:
     """Sort the tokens by cluster.
 
@@ -56,9 +61,11 @@ def cluster_pattern(
         num_adjacent: neighbouring chunks seen on each side, >= 0.
         exact_keys: whether each key counts once. With `False`, as published, the slots that fill the last chunk
             repeat the last tokens visibly, and a chunk that is a neighbour twice counts twice.
+        place: of the cluster of each token among the clusters, as `cluster_order.chain_rank` gives it; `None` for the
+            order of their indices, as published.
 
     Returns:
-        The pattern. Ties do not exist (the key is cluster, then position), so it is the same on every device.
+        The pattern. Ties do not exist (sorted by the cluster's place, then position): it is the same on every device.
 
     Raises:
         ValueError: `chunk_size < 1` or `num_adjacent < 0`.
@@ -70,7 +77,7 @@ def cluster_pattern(
         raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
     num_tokens = assignment.shape[1]
     position = torch.arange(num_tokens, device=assignment.device)
-    order = (assignment * num_tokens + position).argsort(dim=1)
+    order = ((assignment if place is None else place) * num_tokens + position).argsort(dim=1)
     return ClusterPattern(order, assignment, chunk_size, num_adjacent, exact_keys)
 
 

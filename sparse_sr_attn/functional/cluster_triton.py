@@ -251,6 +251,24 @@ def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor, *_: Tensor) -> tu
 attention_op.register_autograd(_backward, setup_context=_context)
 
 
+def chain_op(similarity: Tensor, num_updates: Tensor, rank: Tensor, every: int) -> None:
+    """Write the place of each cluster on the path of `cluster_order.chain_rank`, if `num_updates` says so.
+
+    Args:
+        similarity: of each pair of clusters, (k, k), in int32.
+        num_updates: a number on the device: nothing waits for it.
+        rank: in int64; left alone where it is not to change.
+        every: it changes where `num_updates` is a multiple of this or a power of two.
+    """
+    from sparse_sr_attn.functional import triton_kernels as kernels  # noqa: PLC0415
+
+    num_clusters = len(similarity)
+    with torch.cuda.device_of(similarity):
+        kernels.chain[(1,)](
+            similarity.contiguous(), num_updates, rank, num_clusters, every, BLOCK=_padded(num_clusters)
+        )
+
+
 @torch.library.custom_op("sparse_sr_attn::nearest_centroid_triton", mutates_args=())
 def nearest_op(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest dot product of each point (b, n, d) with a centroid (k, d), and which that is.

@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 
 # Sizes that change from image to image: no kernel is compiled anew because one can be divided by 16.
-_SIZES = ["num_tokens", "chunk_size", "num_slots", "first", "num_seen", "fill", "num_repeats", "num_points"]
+_SIZES = [
+    "num_tokens",
+    "chunk_size",
+    "num_slots",
+    "first",
+    "num_seen",
+    "fill",
+    "num_repeats",
+    "num_points",
+    "num_clusters",
+    "every",
+]
 _kernel = triton.jit(do_not_specialize=_SIZES)
 
 
@@ -291,3 +302,19 @@ def nearest(
         largest = tl.maximum(largest, larger)
     tl.store(best + point, largest, mask=is_point)
     tl.store(index + point, winner, mask=is_point)
+
+
+@_kernel
+def chain(similarity, num_updates, rank, num_clusters, every, BLOCK: tl.constexpr):
+    """Walk from cluster 0 to the most similar one left, and so on; one program, the lowest index wins a tie."""
+    updates = tl.load(num_updates)
+    if ((updates & (updates - 1)) == 0) | (updates % every == 0):
+        cluster = tl.arange(0, BLOCK)
+        left = cluster < num_clusters
+        here = 0
+        for place in range(num_clusters):
+            tl.store(rank + here, place)
+            left = left & (cluster != here)
+            row = tl.load(similarity + here * num_clusters + cluster, mask=left, other=-(2**30))
+            here = tl.min(tl.where(left & (row == tl.max(row, 0)), cluster, BLOCK), 0)
+            here = tl.minimum(here, num_clusters - 1)

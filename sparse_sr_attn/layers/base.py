@@ -4,7 +4,8 @@ Kinds: a *layer* is drop-in, `(b, c, h, w) -> (b, c, h, w)`, residual included; 
 that must be given; a *provider* makes a state; an *operator* is a building stone without residual.
 """
 
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+import math
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -14,6 +15,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sparse_sr_attn.errors import ShapeError, SharingError, UnknownNameError
 from sparse_sr_attn.functional.layout import pointwise_conv2d
+from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.registry import Entry, Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
@@ -168,6 +171,37 @@ class PointwiseConv2d(nn.Conv2d):
         if self.kernel_size == self.stride == (1, 1) and self.padding in ((0, 0), "same", "valid") and self.groups == 1:
             return pointwise_conv2d(x, self.weight, self.bias)
         return super().forward(x)
+
+
+Similarity = Literal["cosine", "dot"]
+"""How queries and keys are compared: by cosines at a learnt scale, or by products of raw queries and unit keys."""
+
+
+class ScaledCosine(nn.Module):
+    r"""Rows of length $\tau$, so that their products with unit keys are $\tau$ times the cosine; $\tau$ is learnt.
+
+    Args:
+        logit_scale: $\tau$ at first, > 0. Its logarithm is the parameter; $\tau$ is at most 100.
+
+    Source:
+        Scaled cosine attention of Swin Transformer V2 (Liu et al., arXiv 2111.09883), and its limit.
+    """
+
+    def __init__(self, logit_scale: float) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)]))
+
+    def extra_repr(self) -> str:
+        """Return the scale."""
+        return f"scale={self.scale().item():.4g}"
+
+    def scale(self) -> Float[Tensor, "1"]:
+        r"""Return $\tau$."""
+        return self.logit_scale.to(working_precision(self.logit_scale)).clamp(max=math.log(100)).exp()
+
+    def forward(self, rows: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Return the rows at the length of the scale, in float32 at least; rows shorter than 5e-5 stay shorter."""
+        return self.scale() * unit_keys(rows)
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:

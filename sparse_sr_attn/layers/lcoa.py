@@ -9,19 +9,23 @@ from typing import ClassVar, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, PositiveInt, UnitInterval, checked
+from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
     cluster_attention_rounds,
     cluster_pattern,
     cluster_weights_rounds,
 )
+from sparse_sr_attn.functional.cluster_order import chain_rank, order_clusters
 from sparse_sr_attn.functional.kmeans import KMeansState, hash_directions, initial_state
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
+    ScaledCosine,
+    Similarity,
     check_map,
     feature_map,
     fitting,
@@ -35,6 +39,9 @@ _SOURCE = "Zhao et al., arXiv 2404.04922"
 Routing = Literal["kmeans", "lsh"]
 """How tokens find their cluster."""
 
+ClusterOrder = Literal["chain", "index"]
+"""In which order clusters are sorted."""
+
 Reuse = Literal["auto", "weights", "pattern"]
 """What a state keeps for later layers."""
 
@@ -46,10 +53,11 @@ class LSP(KMeansLearner):
     r"""Learnable sparse pattern: cluster the tokens of a map, and attend within chunks of similar ones.
 
     $$E = \mathrm{conv}_{3\times3}(x), \quad c_i = \arg\max_k \langle e_i, \mu_k \rangle, \quad
-    P_t = \mathrm{softmax}(E_t [\hat E_{t-a}, \dots, \hat E_{t+a}]^\top)$$
+    P_t = \mathrm{softmax}(\tau \hat E_t [\hat E_{t-a}, \dots, \hat E_{t+a}]^\top)$$
 
-    One embedding is query (raw: its length is a learnt temperature) and key (unit length). Tokens sorted by cluster are
-    cut into chunks; each sees its own and the adjacent ones. In training, each forward moves the centroids once.
+    One embedding is query and key; $\tau$, the exponential of a learnt number, makes cosines sharp. Tokens sorted by
+    cluster are cut into chunks; each sees its own and the adjacent ones. Similar clusters are neighbours. In training,
+    each forward moves the centroids once.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
@@ -61,6 +69,11 @@ class LSP(KMeansLearner):
         reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 switches that off, as
             published.
         exact_keys: count every key once; `False` is the published counting.
+        similarity: "cosine" for $\tau$ times the cosine, or "dot", as published: the query is raw, so its length is the
+            temperature, and the key has unit length.
+        logit_scale: $\tau$ at first, > 0; it is learnt, and at most 100. Only with "cosine".
+        cluster_order: "chain" puts similar clusters beside each other (`functional.cluster_order`); "index" keeps the
+            order of their indices, which means nothing, as published.
         routing: "kmeans", or "lsh" for a locality-sensitive hash with `num_clusters` buckets that never learns, the
             paper's ablation: the centroids are the directions of the hash.
         num_rounds: patterns from different seeds, >= 1; a token attends in each, and they are merged by how much
@@ -102,6 +115,9 @@ class LSP(KMeansLearner):
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
+        similarity: Similarity = "cosine",
+        logit_scale: Positive = 10.0,
+        cluster_order: ClusterOrder = "chain",
         routing: Routing = "kmeans",
         num_rounds: PositiveInt = 1,
         seed: int = 0,
@@ -110,6 +126,8 @@ class LSP(KMeansLearner):
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
+        self.similarity = similarity
+        self.cluster_order = cluster_order
         self.chunk_size = chunk_size
         self.num_adjacent = num_adjacent
         self.ema_decay = ema_decay
@@ -120,6 +138,7 @@ class LSP(KMeansLearner):
         self.half_weights = half_weights
         query_dim = max(1, embed_dim // reduction)
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
+        self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
         # The first round's state stands here, under the names that files have; the others' in modules of their own.
         self.further_rounds = nn.ModuleList(KMeansStatistics() for _ in range(num_rounds - 1))
         for turn, module in enumerate(self._rounds()):
@@ -128,12 +147,15 @@ class LSP(KMeansLearner):
                 state = state._replace(centroids=hash_directions(num_clusters, query_dim, seed + turn))
             for name, value in state._asdict().items():
                 module.register_buffer(name, value)
+            if cluster_order == "chain":
+                module.register_buffer("rank", chain_rank(F.normalize(state.centroids, dim=-1)))
 
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
         return (
             f"num_clusters={len(self.centroids)}, chunk_size={self.chunk_size}, num_adjacent={self.num_adjacent}, "
             f"ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, exact_keys={self.exact_keys}, "
+            f"similarity={self.similarity!r}, cluster_order={self.cluster_order!r}, "
             f"routing={self.routing!r}, reuse={self.reuse!r}, half_weights={self.half_weights}"
         )
 
@@ -167,10 +189,21 @@ class LSP(KMeansLearner):
         """
         check_map(x, self.embed_dim)
         embedding = tokens(self.embed(x)).contiguous()
-        embedding = embedding.to(working_precision(embedding))
-        assignment = torch.stack([self.assign_points(embedding, state) for state in self.states()], dim=1).flatten(0, 1)
+        embedding = self.scale_logits(embedding.to(working_precision(embedding)))
+        assignments, places = [], []
+        for module, state in zip(self._rounds(), self.states(), strict=True):
+            assignments.append(self.assign_points(embedding, state))
+            if self.cluster_order == "chain":
+                rank = cast(Tensor, module.rank)
+                if self.learns():
+                    order_clusters(state.centroids, state.num_updates, rank)
+                places.append(rank[assignments[-1]])
         pattern = cluster_pattern(
-            assignment, chunk_size=self.chunk_size, num_adjacent=self.num_adjacent, exact_keys=self.exact_keys
+            torch.stack(assignments, dim=1).flatten(0, 1),
+            chunk_size=self.chunk_size,
+            num_adjacent=self.num_adjacent,
+            exact_keys=self.exact_keys,
+            place=torch.stack(places, dim=1).flatten(0, 1) if places else None,
         )
         return embedding, pattern
 
@@ -252,6 +285,9 @@ class LCoA(AttentionLayer):
         ema_decay: share of the old centroid that an update keeps, in [0, 1]; 1 freezes the centroids, as published.
         reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 switches that off.
         exact_keys: count every key once; `False` is the published counting.
+        similarity: "cosine", times a learnt temperature, or "dot", as published.
+        logit_scale: that temperature's inverse at first, > 0.
+        cluster_order: "chain", similar clusters beside each other, or "index", as published.
         routing: "kmeans", or "lsh" for a hash that never learns.
         num_rounds: patterns from different seeds, merged, >= 1.
         seed: of the first centroids.
@@ -285,6 +321,9 @@ class LCoA(AttentionLayer):
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
+        similarity: Similarity = "cosine",
+        logit_scale: Positive = 10.0,
+        cluster_order: ClusterOrder = "chain",
         routing: Routing = "kmeans",
         num_rounds: PositiveInt = 1,
         seed: int = 0,
@@ -303,6 +342,9 @@ class LCoA(AttentionLayer):
             ema_decay=ema_decay,
             reseed_threshold=reseed_threshold,
             exact_keys=exact_keys,
+            similarity=similarity,
+            logit_scale=logit_scale,
+            cluster_order=cluster_order,
             routing=routing,
             num_rounds=num_rounds,
             seed=seed,

@@ -3,12 +3,14 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.config import Finite, PositiveInt, checked
+from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
 from sparse_sr_attn.functional.dense import dense_attention
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
+    ScaledCosine,
+    Similarity,
     check_alone,
     check_map,
     feature_map,
@@ -26,12 +28,14 @@ class NLA(AttentionLayer):
     $$E = \mathrm{conv}_{3\times3}(x), \quad y = x + \rho\,\mathrm{softmax}(E \hat
     E^\top)\,\mathrm{conv}_{1\times1}(x)$$
 
-    One embedding is query (raw: its length is a learnt temperature) and key (unit length), as in `LCoA`, so that the
-    two differ in nothing but who sees whom.
+    One embedding is query (raw: its length is a learnt temperature) and key (unit length). With `similarity="cosine"`
+    it differs from `LCoA` in nothing but who sees whom.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
         reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
+        similarity: "dot", or "cosine" as in `LSP`.
+        logit_scale: as in `LSP`.
         res_scale: $\rho$, factor on the attention; 0 switches it off.
         zero_init: start with a zero value convolution, hence as the identity.
 
@@ -47,17 +51,26 @@ class NLA(AttentionLayer):
 
     @checked
     def __init__(
-        self, embed_dim: PositiveInt, *, reduction: PositiveInt = 4, res_scale: Finite = 0.1, zero_init: bool = False
+        self,
+        embed_dim: PositiveInt,
+        *,
+        reduction: PositiveInt = 4,
+        similarity: Similarity = "dot",
+        logit_scale: Positive = 10.0,
+        res_scale: Finite = 0.1,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.res_scale = res_scale
         self.embed = nn.Conv2d(embed_dim, max(1, embed_dim // reduction), 3, padding=1)
+        self.similarity = similarity
+        self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
         self.value = last_conv(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
-        return f"res_scale={self.res_scale}"
+        return f"similarity={self.similarity!r}, res_scale={self.res_scale}"
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
         """Return `x` plus what it attends to, for any h, w >= 1.
@@ -68,6 +81,6 @@ class NLA(AttentionLayer):
         """
         check_alone(self, state)
         check_map(x, self.embed_dim)
-        query = tokens(self.embed(x))
+        query = self.scale_logits(tokens(self.embed(x)))
         attended = dense_attention(query, unit_keys(query), tokens(self.value(x)))
         return x + self.res_scale * feature_map(attended, x)

@@ -9,12 +9,14 @@ from typing import Annotated
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparse_sr_attn.config import Finite, NonNegativeInt, PositiveInt, Rule, checked
+from sparse_sr_attn.config import Finite, NonNegativeInt, Positive, PositiveInt, Rule, checked
 from sparse_sr_attn.functional.cluster import cluster_attention_rounds, cluster_pattern
 from sparse_sr_attn.functional.lsh import HashState, bucket_count, hash_step, hash_tokens, initial_hash
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
+    ScaledCosine,
+    Similarity,
     check_alone,
     check_map,
     feature_map,
@@ -43,6 +45,8 @@ class NLSA(AttentionLayer):
         exact_keys: count every key once in a round; `False` is the published counting.
         redraw: draw new hashes in every training step, as published; else they stay those of `seed`.
         seed: of all hashes.
+        similarity: "dot", or "cosine" as in `LSP`.
+        logit_scale: as in `LSP`.
         res_scale: $\rho$, factor on the attention; 0 switches it off.
         zero_init: start with a zero value convolution, hence as the identity.
 
@@ -74,6 +78,8 @@ class NLSA(AttentionLayer):
         exact_keys: bool = True,
         redraw: bool = True,
         seed: int = 0,
+        similarity: Similarity = "dot",
+        logit_scale: Positive = 10.0,
         res_scale: Finite = 0.1,
         zero_init: bool = False,
     ) -> None:
@@ -87,6 +93,8 @@ class NLSA(AttentionLayer):
         self.res_scale = res_scale
         query_dim = max(1, embed_dim // reduction)
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
+        self.similarity = similarity
+        self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
         self.value = last_conv(embed_dim, zero_init=zero_init)
         for name, value in initial_hash(num_rounds, max_buckets, query_dim, seed)._asdict().items():
             self.register_buffer(name, value)
@@ -96,7 +104,8 @@ class NLSA(AttentionLayer):
         return (
             f"chunk_size={self.chunk_size}, num_rounds={len(self.rotations)}, "
             f"max_buckets={2 * self.rotations.shape[1]}, num_adjacent={self.num_adjacent}, "
-            f"exact_keys={self.exact_keys}, redraw={self.redraw}, seed={self.seed}, res_scale={self.res_scale}"
+            f"exact_keys={self.exact_keys}, redraw={self.redraw}, seed={self.seed}, "
+            f"similarity={self.similarity!r}, res_scale={self.res_scale}"
         )
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
@@ -108,7 +117,7 @@ class NLSA(AttentionLayer):
         """
         check_alone(self, state)
         check_map(x, self.embed_dim)
-        query = tokens(self.embed(x)).contiguous()
+        query = self.scale_logits(tokens(self.embed(x)).contiguous())
         pattern = cluster_pattern(
             self._hash(query).flatten(0, 1),
             chunk_size=self.chunk_size,

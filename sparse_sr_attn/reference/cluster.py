@@ -39,22 +39,28 @@ class ClusterPattern:
 
 
 def cluster_pattern(
-    assignment: Tensor, *, chunk_size: int, num_adjacent: int = 1, exact_keys: bool = True
+    assignment: Tensor,
+    *,
+    chunk_size: int,
+    num_adjacent: int = 1,
+    exact_keys: bool = True,
+    place: Tensor | None = None,
 ) -> ClusterPattern:
-    """Order the tokens of each sample by cluster, and within a cluster by position.
+    """Order the tokens of each sample by the place of their cluster, and within a cluster by position.
 
     Args:
         assignment: cluster of each token, `(b, n)`.
         chunk_size: slots in a chunk, at least 1.
         num_adjacent: neighbouring chunks seen on each side.
         exact_keys: each key counts once; else as in the published code.
+        place: of the cluster of each token, `(b, n)`; its index if `None`.
 
     Returns:
         The pattern.
     """
     order = [
         [position for _, position in sorted((cluster, position) for position, cluster in enumerate(row))]
-        for row in assignment.tolist()
+        for row in (assignment if place is None else place).tolist()
     ]
     return ClusterPattern(
         torch.tensor(order, dtype=torch.int64, device=assignment.device).reshape(assignment.shape),
