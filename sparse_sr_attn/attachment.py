@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_sr_attn.blocks.body import AttentionMap, SiteAttention, default_map, read_attention
 from sparse_sr_attn.config import checked, join_path
 from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.layers.base import warn_of_range
 from sparse_sr_attn.registry import suggestion
 
 _SIDE = 16  # of an image that any model should take
@@ -129,6 +130,7 @@ def attach(
     for module, layers in placed:
         module.attention = layers
         module.__class__ = _ATTENDED[type(module)]
+    warn_of_range(model, _range_of(model))
     return model
 
 
@@ -157,6 +159,12 @@ def detach(model: nn.Module) -> nn.Module:
 def is_attended(model: nn.Module) -> bool:
     """Return whether there is attention in a model that `attach` put there."""
     return any(type(module) in _ATTENDED.values() for module in model.modules())
+
+
+def _range_of(model: nn.Module) -> float:
+    """Return the factor on images that a model names, as EDSR, RCAN and SwinIR do, in one of two ways; else 1."""
+    named = (getattr(module, name, 1) for module in model.modules() for name in ("img_range", "rgb_range"))
+    return max((float(value) for value in named if isinstance(value, (int, float))), default=1.0)
 
 
 # --- what goes where --------------------------------------------------------------------------------------------------

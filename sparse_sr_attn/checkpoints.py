@@ -282,8 +282,12 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
             raise CheckpointError(f"the options say {name} {carried[name]}, but the weights have {shapes[name]}")
     size = sum(value.numel() for value in state.values())
     _refuse_giants(carried, limit=size)
+    names = {*named, *beside}
+    if any(name.startswith("attention.") for name in named):
+        overrides = _as_written(overrides, False, names)
+    found = _as_written({**layout.defaults(state, shapes), **shapes, **carried}, layout.build is LCoAN, names)
     with _Budget(size):
-        model = _built(layout, {**layout.defaults(state, shapes), **shapes, **carried}, overrides)
+        model = _built(layout, found, overrides)
     if beside:  # averages of parameters only, whose buffers are those of the network itself
         kept = _renamed(layout, layout.convert({k: v for k, v in beside.items() if k != OPTIONS}, overrides))
         buffers = {name for name, _ in model.named_buffers()} & kept.keys()
@@ -326,6 +330,31 @@ def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, ove
     _check(model, state, "(?!)")
     model.load_state_dict(state)
     return model.eval()
+
+
+def _as_written(options: Options, attends: bool, keys: Iterable[str]) -> Options:
+    """Return options with those of LCoA that had no name when the weights were written: it was as published then.
+
+    Args:
+        options: of a network, or of an attention layer.
+        attends: whether these are the options of LCoA themselves.
+        keys: of the weights.
+    """
+    options = dict(options)
+    if attends and not any(".scale_logits." in key for key in keys):
+        options.setdefault("similarity", "dot")
+    if attends and not any(key.endswith(".rank") for key in keys):
+        options.setdefault("cluster_order", "index")
+    for name in ("attention", "block"):
+        maps = options.get(name)
+        if isinstance(maps, Mapping):
+            options[name] = _as_written(dict(maps), maps.get("type") == "LCoA", keys)
+        elif isinstance(maps, (list, tuple)):
+            options[name] = [
+                _as_written(dict(item), item.get("type") == "LCoA", keys) if isinstance(item, Mapping) else item
+                for item in maps
+            ]
+    return options
 
 
 def _hint(error: ConfigError) -> str:

@@ -323,7 +323,7 @@ def test_a_damaged_average_is_not_replaced_by_the_weights() -> None:
 def test_other_precisions_become_float32(dtype: torch.dtype) -> None:
     """The bytes of the options survive a cast of everything, too."""
     model = trained("EDSR")
-    cast = {key: value.to(dtype) if "num_" not in key else value for key, value in model.state_dict().items()}
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in model.state_dict().items()}
     again = load_model(cast)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
     for key, value in again.state_dict().items():
@@ -342,8 +342,43 @@ def test_files_of_ours_without_options_need_to_be_told() -> None:
             load_model(state)
 
 
+def before_cosines(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """The weights of a published attention as they were written before there was another: without its options."""
+    told = {key: value for key, value in options.items() if key not in ("similarity", "logit_scale", "cluster_order")}
+    for name in ("attention", "block"):
+        if isinstance(told.get(name), dict):
+            told[name] = {k: v for k, v in told[name].items() if k not in ("similarity", "cluster_order")}
+    state = model.state_dict()
+    assert not any("scale_logits" in key or key.endswith(".rank") for key in state)
+    return {**state, "options": packed(told)}
+
+
+PUBLISHED: dict[str, Any] = {"similarity": "dot", "cluster_order": "index"}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: LCoAN(num_feat=8, num_group=2, num_block=1, num_clusters=4, chunk_size=9, **PUBLISHED),
+        lambda: EDSR(num_feat=8, num_block=2, img_range=1.0, attention={**LCOA, "every": 1, **PUBLISHED}),
+        lambda: EDSR(num_feat=8, num_block=2, img_range=1.0, attention=[{**LCOA, "every": 2, **PUBLISHED}]),
+        lambda: EDSR(num_feat=8, num_block=2, img_range=1.0, block={"type": "LCoA", "num_clusters": 3, **PUBLISHED}),
+    ],
+    ids=["LCoAN", "EDSR", "a list", "blocks"],
+)
+def test_weights_of_before_cosines_are_published_attention(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = build()
+    model(image())
+    model.eval()
+    assert_same(load_model(before_cosines(model, options_of(model) or {})), model)
+
+
 def test_overrides_go_before_what_the_weights_carry() -> None:
     model = trained("LCoAN")
+    with torch.no_grad():
+        for parameter in model.body[0].attention.coa.parameters():
+            parameter.normal_()
     other = load_model(model.state_dict(), chunk_size=3)
     assert other.body[0].attention.lsp.chunk_size == 3
     assert not torch.equal(other(image()), model(image()))

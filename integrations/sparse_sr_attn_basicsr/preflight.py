@@ -40,6 +40,7 @@ from sparse_sr_attn.config import (
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.foreign import find_facts
 from sparse_sr_attn.images import is_reduced
+from sparse_sr_attn.layers.base import SATURATING_RANGE
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import reading, registration, trials
 from sparse_sr_attn_basicsr.attended import Attended, SeenThrough
@@ -50,7 +51,6 @@ _PAIRED = "PairedImageDataset"
 _PIPELINE = ("basicsr.train", "basicsr.test", "basicsr.utils.options", "basicsr.utils.logger", "basicsr.utils.misc")
 _NO_FOLDERS = ("strict_load", "pretrain_network", "resume", "param_key")  # of other options in path it makes folders
 _ON_CUDA = ("RealESRNetModel", "RealESRGANModel")  # they call .cuda() whatever num_gpu says
-_SATURATING_RANGE = 16.0
 _NUM_IMAGES_MEASURED = 10
 
 _READ_BY_MODELS = r"""opt\[["'](network_\w+)["']\]\[["'](\w+)["']\]"""
@@ -450,11 +450,12 @@ class _Preflight:
         buffers = [name for name, _ in network.named_buffers()]
         kept = [words for end, words in _BUFFERS.items() if any(name.endswith(end) for name in buffers)]
         img_range = getattr(network, "img_range", 1.0)
-        if _BUFFERS["centroids"] in kept and img_range > _SATURATING_RANGE:
+        raw = sorted({type(m).__name__ for m in network.modules() if getattr(m, "has_raw_queries", False)})
+        if raw and img_range > SATURATING_RANGE:
             default = "" if "img_range" in options else " (the default of this network)"
             self.remarks.append(
-                f"{path}.img_range: {img_range:g}{default} makes queries so long that the softmax of LCoA "
-                "saturates; prefer img_range: 1."
+                f"{path}.img_range: {img_range:g}{default} makes raw queries so long that the softmax of "
+                f"{', '.join(raw)} saturates; use img_range: 1, or similarity: cosine where the layer has it."
             )
         train = self.options.get("train")
         averaged = isinstance(train, Mapping) and train.get("ema_decay")

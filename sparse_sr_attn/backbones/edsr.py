@@ -9,6 +9,7 @@ from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
 from sparse_sr_attn.blocks import ResidualBlock, SiteAttention, read_trunk
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+from sparse_sr_attn.layers.base import warn_of_range
 
 
 class EDSR(ResidualNetwork):
@@ -21,8 +22,8 @@ class EDSR(ResidualNetwork):
         num_block: residual blocks, >= 1.
         upscale: factor, one of 2, 3, 4, 8.
         res_scale: factor on each residual branch.
-        img_range: factor on the image, inside. 255 is BasicSR's default and what its weights expect; with attention
-            prefer 1: queries that large saturate the softmax.
+        img_range: factor on the image, inside. 255 is BasicSR's default and what its weights expect; raw queries
+            (`similarity: dot`) saturate the softmax there, of which a warning tells.
         rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
         attention: `None`, a map, or a list of maps: `{type: LCoA, every: 4, share: 4, num_clusters: 128}` puts an
             LCoA after block 3, which computes, and CoAs that reuse its state after blocks 7, 11 and 15. The keys are
@@ -63,6 +64,7 @@ class EDSR(ResidualNetwork):
         build = build or (lambda index, num_feat: ResidualBlock(num_feat, res_scale))
         self.body = nn.Sequential(*(build(index, num_feat) for index in range(num_block)))
         self.attention = SiteAttention(maps, num_block, num_feat)
+        warn_of_range(self, img_range)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return what the residual blocks and the attention between them make of the first features."""

@@ -10,7 +10,7 @@ from sparse_sr_attn.blocks import ResidualBlock
 from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
-from sparse_sr_attn.layers.base import AttentionLayer, Similarity
+from sparse_sr_attn.layers.base import AttentionLayer, Similarity, warn_of_range
 from sparse_sr_attn.layers.lcoa import ClusterOrder, LCoA, Reuse, Routing
 from sparse_sr_attn.states import ClusterAttention
 
@@ -150,6 +150,7 @@ class LCoAN(ResidualNetwork):
             else:
                 attention = provider.make_consumer()
             self.body.append(CollaborativeGroup(num_feat, num_block, res_scale, attention))
+        warn_of_range(self, img_range)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return what the groups make of the first features."""

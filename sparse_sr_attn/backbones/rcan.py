@@ -10,6 +10,7 @@ from sparse_sr_attn.blocks import ResidualGroup, SiteAttention, read_trunk
 from sparse_sr_attn.blocks.residual import ChannelAttentionBlock
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+from sparse_sr_attn.layers.base import warn_of_range
 
 
 class RCAN(ResidualNetwork):
@@ -24,8 +25,7 @@ class RCAN(ResidualNetwork):
         squeeze_factor: `num_feat` over the channels inside a channel attention, from 1 to `num_feat`.
         upscale: factor, one of 2, 3, 4, 8.
         res_scale: factor on the residual branch of each block; groups have none.
-        img_range: factor on the image, inside. 255 is BasicSR's default and what its weights expect; with attention
-            prefer 1: queries that large saturate the softmax.
+        img_range: as in `EDSR`.
         rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
         attention: as in `EDSR`, where `every` and `after` count residual groups from 0.
         block: as in `EDSR`, for the blocks inside the groups; `squeeze_factor` and `res_scale` then have no effect.
@@ -66,6 +66,7 @@ class RCAN(ResidualNetwork):
             *(ResidualGroup(num_feat, [build(index, num_feat) for index in group]) for group in groups)
         )
         self.attention = SiteAttention(maps, num_group, num_feat)
+        warn_of_range(self, img_range)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return what the residual groups and the attention between them make of the first features."""

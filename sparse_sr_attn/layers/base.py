@@ -5,6 +5,7 @@ that must be given; a *provider* makes a state; an *operator* is a building ston
 """
 
 import math
+import warnings
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -20,6 +21,9 @@ from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.registry import Entry, Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
+
+SATURATING_RANGE = 16.0
+"""Factor on images in 0..1 above which raw queries make the softmax pick one token."""
 
 _LAYER_OF_NETWORK = {"elan": "ELAB", "elan-light": "ELAB", "lcoan": "LCoA", "lcoan-light": "LCoA", "nlsn": "NLSA"}
 """What somebody wants who asks for a layer by the name of its network, in lower case."""
@@ -202,6 +206,17 @@ class ScaledCosine(nn.Module):
     def forward(self, rows: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Return the rows at the length of the scale, in float32 at least; rows shorter than 5e-5 stay shorter."""
         return self.scale() * unit_keys(rows)
+
+
+def warn_of_range(model: nn.Module, img_range: float) -> None:
+    """Warn where features of images in 0..`img_range` are queries as they are: they saturate the softmax."""
+    names = sorted({type(module).__name__ for module in model.modules() if getattr(module, "has_raw_queries", False)})
+    if names and img_range > SATURATING_RANGE:
+        warnings.warn(
+            f"img_range {img_range:g} makes raw queries so long that the softmax of {', '.join(names)} picks one "
+            "token; use img_range 1, or similarity='cosine' where the layer has it",
+            stacklevel=3,
+        )
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:

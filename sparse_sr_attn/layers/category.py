@@ -67,6 +67,7 @@ class CategoryAttention(KMeansLearner, AttentionLayer):
     """
 
     centroids: Tensor
+    has_raw_queries = True
 
     @checked
     def __init__(

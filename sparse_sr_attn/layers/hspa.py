@@ -48,6 +48,8 @@ class HSPA(AttentionLayer):
         HSPA of arXiv 2305.15768. Deviations P7-P8 of `docs/deviations.md`.
     """
 
+    has_raw_queries = True
+
     @checked
     def __init__(
         self,

@@ -150,6 +150,11 @@ class LSP(KMeansLearner):
             if cluster_order == "chain":
                 module.register_buffer("rank", chain_rank(F.normalize(state.centroids, dim=-1)))
 
+    @property
+    def has_raw_queries(self) -> bool:
+        """Whether the length of the features sets the temperature."""
+        return self.similarity == "dot"
+
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
         return (

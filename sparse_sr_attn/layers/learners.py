@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sparse_sr_attn.functional.cluster_order import chain_rank
 from sparse_sr_attn.functional.kmeans import KMeansState, apply_pending, assign, kmeans_step
 from sparse_sr_attn.functional.precision import working_precision
 
@@ -47,12 +48,19 @@ class KMeansStatistics(nn.Module):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor):
                 state_dict[prefix + name] = value.to(working_precision(value))
+        rank, centroids = (state_dict.get(prefix + name) for name in ("rank", "centroids"))
+        if isinstance(rank, Tensor) and isinstance(centroids, Tensor) and not _is_order(rank):
+            state_dict[prefix + "rank"] = chain_rank(centroids)  # averages of buffers make of it what is none
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _statistics(self) -> dict[str, Tensor]:
         """Return the buffers of the state that hold floating-point numbers."""
         found = {name: self._buffers.get(name) for name in KMeansState._fields}
         return {name: value for name, value in found.items() if value is not None and value.is_floating_point()}
+
+
+def _is_order(rank: Tensor) -> bool:
+    return rank.is_meta or torch.equal(rank.cpu().sort().values, torch.arange(len(rank)))
 
 
 class KMeansLearner(KMeansStatistics, Learner):

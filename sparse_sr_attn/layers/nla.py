@@ -68,6 +68,11 @@ class NLA(AttentionLayer):
         self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
         self.value = last_conv(embed_dim, zero_init=zero_init)
 
+    @property
+    def has_raw_queries(self) -> bool:
+        """Whether the length of the features sets the temperature."""
+        return self.similarity == "dot"
+
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
         return f"similarity={self.similarity!r}, res_scale={self.res_scale}"

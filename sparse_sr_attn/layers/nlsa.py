@@ -99,6 +99,11 @@ class NLSA(AttentionLayer):
         for name, value in initial_hash(num_rounds, max_buckets, query_dim, seed)._asdict().items():
             self.register_buffer(name, value)
 
+    @property
+    def has_raw_queries(self) -> bool:
+        """Whether the length of the features sets the temperature."""
+        return self.similarity == "dot"
+
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
         return (

@@ -86,7 +86,7 @@ def test_mean_needs_a_number_a_channel() -> None:
 @pytest.mark.parametrize(("share", "providers"), [(None, [0]), (1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3])])
 def test_who_shares(share: int | None, providers: list[int]) -> None:
     """`share` groups use one pattern; all their parameters receive gradients."""
-    model = LCoAN(num_feat=8, num_group=4, num_block=1, share=share, chunk_size=10, num_clusters=4)
+    model = LCoAN(num_feat=8, num_group=4, num_block=1, share=share, chunk_size=10, num_clusters=4, zero_init=False)
     assert [i for i, group in enumerate(model.body) if hasattr(group.attention, "lsp")] == providers
     model(torch.rand(1, 3, 6, 7)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

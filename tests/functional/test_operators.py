@@ -246,6 +246,14 @@ def test_kmeans_step(device: torch.device, case: Case, dtype: torch.dtype) -> No
         check(operator("kmeans_step"), (points, *state, 0.9, 0.5, accumulate))
 
 
+@cases
+def test_order_clusters(device: torch.device, case: Case) -> None:
+    centroids = case.centroids(4, device=device)
+    for updates in (4, 5):
+        rank = torch.arange(len(centroids), device=device)
+        check(operator("order_clusters"), (centroids, torch.tensor(updates, device=device), rank))
+
+
 def test_every_operator_is_checked_here() -> None:
     """An operator that is added must be added above."""
     registered = {
@@ -264,6 +272,7 @@ def test_every_operator_is_checked_here() -> None:
         "cluster_lse_backward",
         "hash_step",
         "kmeans_step",
+        "order_clusters",
         "move_running_statistics",
         "nearest",
         "pointwise_conv2d",

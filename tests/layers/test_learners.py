@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn import CategoryAttention, LCoA
+from sparse_sr_attn.functional.cluster_order import chain_rank
 from sparse_sr_attn.functional.kmeans import KMeansState, cluster_sums
 from sparse_sr_attn.layers.learners import KMeansStatistics
 
@@ -65,6 +66,21 @@ def test_loading_weights_in_float16_keeps_statistics_in_float32(assign: bool) ->
         assert value.dtype == torch.float32, name
         assert torch.equal(value, low[name].float()), name
     assert fresh.coa.value.weight.dtype == (torch.float16 if assign else torch.float32)
+
+
+def test_an_average_of_orders_is_mended_when_it_is_loaded() -> None:
+    """Tools that average buffers make the order of clusters none; the centroids tell it."""
+    layer = LCoA(8, num_clusters=20, chunk_size=16, reduction=2, num_rounds=2).train()
+    layer(torch.randn(2, 8, 9, 9))
+    state = layer.state_dict()
+    averaged = {key: value // 2 if key.endswith(".rank") else value for key, value in state.items()}
+    fresh = LCoA(8, num_clusters=20, chunk_size=16, reduction=2, num_rounds=2)
+    fresh.load_state_dict(averaged)
+    for module in (fresh.lsp, fresh.lsp.further_rounds[0]):
+        assert torch.equal(module.rank, chain_rank(module.centroids))
+    swapped = state["lsp.rank"].flip(0)
+    fresh.load_state_dict({**state, "lsp.rank": swapped})
+    assert torch.equal(fresh.lsp.rank, swapped)  # an order stays as it is
 
 
 def test_statistics_stay_on_the_device_that_a_module_is_moved_to() -> None:

@@ -59,7 +59,7 @@ def test_alone(side: int) -> None:
 def test_forward_and_backward(side: int) -> None:
     x, lcoa, probe = picture(side).requires_grad_(), layer(), torch.ones(1, 64, side, side)
     memory = new_memory(lambda: lcoa(x).backward(probe))
-    assert 4 < in_maps(memory.peak, x) <= 7
+    assert 4 < in_maps(memory.peak, x) <= 8
     assert memory.largest < 1.1 * map_of(x)  # and those around the ring
 
 

@@ -211,7 +211,7 @@ def test_an_ablation_is_one_word(name: str) -> None:
     """In the option `attention` of a network, whose output at first is that without."""
     x = torch.rand(1, 3, 7, 6, generator=torch.Generator().manual_seed(0))
     plain, attended = (
-        EDSR(num_feat=8, num_block=4, upscale=2, attention=attention)
+        EDSR(num_feat=8, num_block=4, upscale=2, img_range=1.0, attention=attention)
         for attention in (None, {"type": name, "every": 2})
     )
     attended.load_state_dict(plain.state_dict(), strict=False)
@@ -242,11 +242,13 @@ def test_a_bad_option_is_explained(name: str, options: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 30}, {"chunk_size": 1000}, {"chunk_size": 10}], ids=str)
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("name", ["NLSA", "LCoA"])
-def test_sparse_attention_that_sees_all_is_dense(name: str, options: dict[str, Any]) -> None:
+def test_sparse_attention_that_sees_all_is_dense(name: str, similarity: str, options: dict[str, Any]) -> None:
     """One chunk that holds every token, or three that see each other."""
-    nla = NLA(8, reduction=2, res_scale=1.0).double().eval()
-    sparse: Any = build_layer(name, 8, reduction=2, res_scale=1.0, num_rounds=3 if name == "NLSA" else 1, **options)
+    common: dict[str, Any] = {"reduction": 2, "res_scale": 1.0, "similarity": similarity, "logit_scale": 5.0}
+    nla = NLA(8, **common).double().eval()
+    sparse: Any = build_layer(name, 8, num_rounds=3 if name == "NLSA" else 1, **common, **options)
     sparse = sparse.double().eval()
     embed, value = (sparse.embed, sparse.value) if name == "NLSA" else (sparse.lsp.embed, sparse.coa.value)
     embed.load_state_dict(nla.embed.state_dict())

@@ -1,0 +1,87 @@
+"""A range of images that makes raw queries saturate the softmax is warned of, wherever they meet."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_sr_attn import EDSR, RCAN, LCoAN, attach
+
+RAW: dict[str, dict[str, Any]] = {
+    "LCoA": {"similarity": "dot"},
+    "NLA": {},
+    "NLSA": {},
+    "HSPA": {},
+    "CategoryAttention": {},
+}
+SMALL: dict[str, Any] = {"num_feat": 8, "num_block": 2}
+
+
+class TheirEDSR(nn.Module):
+    """A network of somebody else that names its range."""
+
+    def __init__(self, **ranges: float) -> None:
+        super().__init__()
+        vars(self).update(ranges)
+        self.head = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.body(self.head(x))
+        return result
+
+
+BUILDS: dict[str, Callable[[float, dict[str, Any]], nn.Module]] = {
+    "EDSR": lambda r, layer: EDSR(img_range=r, attention={**layer, "every": 1}, **SMALL),
+    "RCAN": lambda r, layer: RCAN(img_range=r, attention={**layer, "every": 1}, num_group=1, squeeze_factor=2, **SMALL),
+    "blocks": lambda r, layer: EDSR(img_range=r, block=layer, **SMALL),
+    "attach": lambda r, layer: attach(TheirEDSR(img_range=r), "body", {**layer, "every": 1}),
+    "attach, rgb_range": lambda r, layer: attach(TheirEDSR(rgb_range=r), "body", {**layer, "every": 1}),
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("layer", RAW)
+def test_raw_queries_at_255(name: str, layer: str) -> None:
+    build = BUILDS[name]
+    with pytest.warns(
+        UserWarning, match=f"img_range 255 makes raw queries .* softmax of .*{layer[:3]}.* picks one token"
+    ):
+        build(255.0, {"type": layer, **RAW[layer]})
+    build(1.0, {"type": layer, **RAW[layer]})
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("layer", ["LCoA", "GMSA", "ENLA", "ELAB"])
+def test_normalised_queries_have_no_range(name: str, layer: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BUILDS[name](255.0, {"type": layer})
+
+
+def test_lcoan() -> None:
+    with pytest.warns(UserWarning, match="softmax of LSP picks one token"):
+        LCoAN(num_feat=8, num_group=1, num_block=1, img_range=255.0, similarity="dot")
+    LCoAN(num_feat=8, num_group=1, num_block=1, img_range=255.0)
+
+
+@torch.no_grad()
+def test_why() -> None:
+    """At a range of 255 raw queries attend to few tokens; cosines attend as they do at 1."""
+    entropy = {}
+    for similarity in ("dot", "cosine"):
+        for img_range in (1.0, 255.0):
+            torch.manual_seed(0)
+            layer = {"type": "LCoA", "every": 1, "num_clusters": 4, "similarity": similarity}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = EDSR(img_range=img_range, attention=layer, **SMALL).eval()
+            image = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+            features = model.body[0](model.conv_first((image - model.mean) * img_range))
+            weights = model.attention[0].attend(features).weights
+            entropy[similarity, img_range] = float(-(weights * weights.clamp(min=1e-30).log()).sum(-1).mean())
+    assert entropy["dot", 255.0] < 0.7 * entropy["dot", 1.0]
+    assert abs(entropy["cosine", 255.0] - entropy["cosine", 1.0]) < 0.5
