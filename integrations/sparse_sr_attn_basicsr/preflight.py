@@ -40,7 +40,7 @@ from sparse_sr_attn.config import (
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.foreign import find_facts
 from sparse_sr_attn.images import is_reduced
-from sparse_sr_attn.layers.base import SATURATING_RANGE
+from sparse_sr_attn.layers.base import SATURATING_RANGE, raw_queries_in
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import reading, registration, trials
 from sparse_sr_attn_basicsr.attended import Attended, SeenThrough
@@ -450,7 +450,7 @@ class _Preflight:
         buffers = [name for name, _ in network.named_buffers()]
         kept = [words for end, words in _BUFFERS.items() if any(name.endswith(end) for name in buffers)]
         img_range = getattr(network, "img_range", 1.0)
-        raw = sorted({type(m).__name__ for m in network.modules() if getattr(m, "has_raw_queries", False)})
+        raw = raw_queries_in(network)
         if raw and img_range > SATURATING_RANGE:
             default = "" if "img_range" in options else " (the default of this network)"
             self.remarks.append(

@@ -208,9 +208,15 @@ class ScaledCosine(nn.Module):
         return self.scale() * unit_keys(rows)
 
 
+def raw_queries_in(model: nn.Module) -> list[str]:
+    """Return the kinds of layers in a model whose queries have the length of the features."""
+    names = {type(module).__name__ for module in model.modules() if getattr(module, "has_raw_queries", False)}
+    return sorted(names - {"LSP"} if "LCoA" in names else names)  # it is a part of the other
+
+
 def warn_of_range(model: nn.Module, img_range: float) -> None:
     """Warn where features of images in 0..`img_range` are queries as they are: they saturate the softmax."""
-    names = sorted({type(module).__name__ for module in model.modules() if getattr(module, "has_raw_queries", False)})
+    names = raw_queries_in(model)
     if names and img_range > SATURATING_RANGE:
         warnings.warn(
             f"img_range {img_range:g} makes raw queries so long that the softmax of {', '.join(names)} picks one "

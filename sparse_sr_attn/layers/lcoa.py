@@ -359,6 +359,11 @@ class LCoA(AttentionLayer):
         self.coa = CoA(embed_dim, res_scale=res_scale, zero_init=zero_init)
         self.zero_init = zero_init
 
+    @property
+    def has_raw_queries(self) -> bool:
+        """Whether the length of the features sets the temperature."""
+        return self.lsp.has_raw_queries
+
     def attend(self, x: Float[Tensor, "b c h w"]) -> ClusterAttention:
         """Return the pattern of `x` with what `reuse` chooses; in training this moves the centroids once."""
         state: ClusterAttention = self.lsp(x)
