@@ -47,9 +47,8 @@ BUILDS: dict[str, Callable[[float, dict[str, Any]], nn.Module]] = {
 @pytest.mark.parametrize("layer", RAW)
 def test_raw_queries_at_255(name: str, layer: str) -> None:
     build = BUILDS[name]
-    with pytest.warns(
-        UserWarning, match=f"img_range 255 makes raw queries .* softmax of .*{layer[:3]}.* picks one token"
-    ):
+    told = f"img_range 255 makes raw queries so long that the softmax of {layer} picks one token"
+    with pytest.warns(UserWarning, match=told):
         build(255.0, {"type": layer, **RAW[layer]})
     build(1.0, {"type": layer, **RAW[layer]})
 
@@ -63,14 +62,14 @@ def test_normalised_queries_have_no_range(name: str, layer: str) -> None:
 
 
 def test_lcoan() -> None:
-    with pytest.warns(UserWarning, match="softmax of LSP picks one token"):
+    with pytest.warns(UserWarning, match="softmax of LCoA picks one token"):
         LCoAN(num_feat=8, num_group=1, num_block=1, img_range=255.0, similarity="dot")
     LCoAN(num_feat=8, num_group=1, num_block=1, img_range=255.0)
 
 
 @torch.no_grad()
 def test_why() -> None:
-    """At a range of 255 raw queries attend to few tokens; cosines attend as they do at 1."""
+    """At a range of 255 raw queries attend to fewer tokens than cosines do."""
     entropy = {}
     for similarity in ("dot", "cosine"):
         for img_range in (1.0, 255.0):
@@ -83,5 +82,5 @@ def test_why() -> None:
             features = model.body[0](model.conv_first((image - model.mean) * img_range))
             weights = model.attention[0].attend(features).weights
             entropy[similarity, img_range] = float(-(weights * weights.clamp(min=1e-30).log()).sum(-1).mean())
-    assert entropy["dot", 255.0] < 0.7 * entropy["dot", 1.0]
-    assert abs(entropy["cosine", 255.0] - entropy["cosine", 1.0]) < 0.5
+    assert entropy["dot", 255.0] < 3 < entropy["cosine", 255.0]
+    assert entropy["dot", 1.0] > 4.2
