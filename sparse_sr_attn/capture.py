@@ -127,10 +127,13 @@ KINDS: Mapping[str, Kind] = {
 
 PATTERNS = (
     "LCoA",
-    "LCoA:num_clusters=16",
     "LCoA:num_clusters=32",
     "LCoA:num_clusters=64",
     "LCoA:num_clusters=256",
+    "LCoA:cluster_order=index",
+    "LCoA:num_clusters=16,cluster_order=index",
+    "LCoA:num_clusters=32,cluster_order=index",
+    "LCoA:num_clusters=64,cluster_order=index",
     "LCoA:num_clusters=64,num_adjacent=4",
     "LCoA:num_clusters=128,num_adjacent=4",
     "LCoA:num_clusters=64,num_rounds=2",
