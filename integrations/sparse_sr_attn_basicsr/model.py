@@ -65,6 +65,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     - `train.one_kmeans_update`: the parts of a batch move the centroids once, as the whole batch would.
     - `train.autocast`: `bf16` or `fp16`, the precision in which the network is trained; losses, weights and validation
       stay in float32.
+    - `train.channels_last`: weights and images in channels-last memory, in which convolutions in half precision are
+      faster; unless given, where `train.autocast` is.
     - `train.deterministic`: let PyTorch use algorithms only that give the same bits every time.
     - `train.pretrain_img_range`: the `img_range` that `path.pretrain_network_g` was trained with, if it is not that of
       the network; its biases are scaled, so that an EDSR gives the same image.
@@ -100,6 +102,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._told: dict[str, list[str]] = {}
         self._ranges_checked: set[str] = set()
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
+        channels_last = train.get("channels_last")
+        self._channels_last = self._dtype is not None if channels_last is None else channels_last
         if train.get("deterministic"):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
             torch.backends.cudnn.benchmark = False
@@ -108,6 +112,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
         """Bring `net` to its device and, with a launcher, to all processes; on the CPU too, which BasicSR cannot."""
+        if self._channels_last:
+            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if not (self.opt["dist"] and self.device.type == "cpu"):
             wrapped: nn.Module = super().model_to_device(net)
             return wrapped
@@ -229,6 +235,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 message = f"after iteration {self.iteration:,}: {message}\nNothing was computed from them. {_UNHARMED}"
             raise TrainingError(message)
         super().feed_data(data)
+        if self._channels_last:
+            self.lq: Tensor = self.lq.contiguous(memory_format=torch.channels_last)
         self._fed_place = data[PLACE][-1].tolist() if PLACE in data else None
 
     def optimize_parameters(self, current_iter: int) -> None:

@@ -62,6 +62,7 @@ _OF_OUR_MODEL = {
         "accumulate",
         "one_kmeans_update",
         "autocast",
+        "channels_last",
         "deterministic",
         "pretrain_img_range",
         "fft_opt",
@@ -147,6 +148,7 @@ class _Train:
     accumulate: PositiveInt = 1
     one_kmeans_update: bool = False
     autocast: Literal["bf16", "fp16"] | None = None
+    channels_last: bool | None = None
     deterministic: bool = False
     pretrain_img_range: Positive | None = None
     net_d_iters: Count = 1

@@ -24,8 +24,10 @@ def chain_rank(centroids: Tensor) -> Int[Tensor, "k"]:
     Returns:
         A permutation; the lowest index wins a tie.
     """
-    similarity = _similarity(centroids)
-    rank = torch.zeros(len(centroids), dtype=torch.int64)
+    if centroids.is_meta:
+        return torch.empty(len(centroids), dtype=torch.int64, device="meta")
+    similarity = _similarity(centroids).cpu()
+    rank = torch.zeros(len(centroids), dtype=torch.int64, device="cpu")
     visited = torch.zeros_like(similarity[0])
     here = 0
     for place in range(len(centroids)):
@@ -61,7 +63,7 @@ def _order_clusters(centroids: Tensor, num_updates: Tensor, rank: Tensor) -> Non
         return
     updates = int(num_updates)
     if updates & (updates - 1) == 0 or updates % _EVERY == 0:
-        rank.copy_(chain_rank(centroids.cpu()))
+        rank.copy_(chain_rank(centroids))
 
 
 @_order_clusters.register_fake

@@ -525,6 +525,31 @@ def test_an_accumulated_step_that_fails_is_undone_whole(
     assert_same(snapshot(model), before)
 
 
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({}, False),
+        ({"train.autocast": "bf16"}, True),
+        ({"train.autocast": "bf16", "train.channels_last": False}, False),
+        ({"train.channels_last": True}, True),
+    ],
+)
+def test_channels_last_is_another_memory_and_the_same_training(
+    options: Options, train: dict[str, Any], expected: bool
+) -> None:
+    seen = []
+    model = build_model(options(train))
+    handle = model.net_g.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    step(model, 1)
+    handle.remove()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == expected
+    assert model.net_g.conv_first.weight.is_contiguous(memory_format=torch.channels_last) == expected
+    if "train.autocast" not in train:
+        plain = {"train.optim_g": {"type": "SGD", "lr": 0.1}}
+        after = weights_after(options, {**plain, "train.channels_last": True})
+        assert 0 <= distance(after, weights_after(options, plain)) < 1e-5
+
+
 def test_autocast_computes_in_bf16_and_keeps_float32(options: Options, network: dict[str, Any]) -> None:
     model = build_model(options({"network_g": network, "train.autocast": "bf16"}))
     seen: dict[str, set[torch.dtype]] = {}
