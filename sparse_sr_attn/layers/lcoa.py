@@ -148,7 +148,8 @@ class LSP(KMeansLearner):
             for name, value in state._asdict().items():
                 module.register_buffer(name, value)
             if cluster_order == "chain":
-                module.register_buffer("rank", chain_rank(F.normalize(state.centroids, dim=-1)))
+                rank = chain_rank(F.normalize(state.centroids, dim=-1))
+                module.register_buffer("rank", rank.to(state.usage.device))
 
     @property
     def has_raw_queries(self) -> bool:

