@@ -152,7 +152,7 @@ def test_lcoa_is_its_clusters_on_a_ring(num_adjacent: int, chunk_size: int) -> N
         assert len(nearest.unique()) == 5  # else a dead one would start anew
         centroids = torch.stack([nn.functional.normalize(units()[nearest == k].sum(0), dim=0) for k in range(5)])
     assignment = slow_kmeans.assign(units()[None], centroids)
-    found = table(f"LCoA:num_clusters=5,num_adjacent={num_adjacent}", 12, steps=2, seed=3)
+    found = table(f"LCoA:num_clusters=5,num_adjacent={num_adjacent},cluster_order=index", 12, steps=2, seed=3)
     assert torch.equal(found, clustered(assignment, chunk_size, num_adjacent))
     if num_adjacent == 1:
         assert torch.equal(table("CategoryAttention:num_clusters=5", 12, steps=2, seed=3), found)
@@ -173,7 +173,7 @@ def test_nlsa_is_all_rounds_of_its_hash(num_rounds: int, max_buckets: int) -> No
 
 def test_a_hash_of_lcoa_learns_nothing() -> None:
     assignment = slow_kmeans.assign(units()[None], hash_directions(6, DIM, 2).double())
-    found = table("LCoA:num_clusters=6,routing=lsh", 12, steps=5, seed=2)
+    found = table("LCoA:num_clusters=6,routing=lsh,cluster_order=index", 12, steps=5, seed=2)
     assert torch.equal(found, clustered(assignment, 4))
 
 
@@ -237,11 +237,20 @@ def test_names_that_are_wrong(names: list[str], messages: list[str]) -> None:
 @pytest.mark.parametrize(
     ("model", "layers"),
     [
-        (lambda: EDSR(num_feat=8, num_block=4, attention={"type": "LCoA", "every": 1, "share": 2}), [(0, 2), (2, 2)]),
-        (lambda: EDSR(num_feat=8, num_block=4, attention={"type": "NLSA", "every": 2}), [(0, 2), (1, 2)]),
-        (lambda: EDSR(num_feat=8, num_block=4, attention={"type": "HSPA", "every": 4}), [(0, 2)]),
-        (lambda: EDSR(num_feat=8, num_block=4, attention={"type": "CategoryAttention", "every": 4}), [(0, 8)]),
-        (lambda: EDSR(num_feat=8, num_block=4, attention={"type": "GMSA", "every": 4}), [(0, 8)]),
+        (
+            lambda: EDSR(num_feat=8, num_block=4, img_range=1.0, attention={"type": "LCoA", "every": 1, "share": 2}),
+            [(0, 2), (2, 2)],
+        ),
+        (
+            lambda: EDSR(num_feat=8, num_block=4, img_range=1.0, attention={"type": "NLSA", "every": 2}),
+            [(0, 2), (1, 2)],
+        ),
+        (lambda: EDSR(num_feat=8, num_block=4, img_range=1.0, attention={"type": "HSPA", "every": 4}), [(0, 2)]),
+        (
+            lambda: EDSR(num_feat=8, num_block=4, img_range=1.0, attention={"type": "CategoryAttention", "every": 4}),
+            [(0, 8)],
+        ),
+        (lambda: EDSR(num_feat=8, num_block=4, img_range=1.0, attention={"type": "GMSA", "every": 4}), [(0, 8)]),
     ],
 )
 def test_features_of_layers_that_compute(model: Callable[[], nn.Module], layers: list[tuple[int, int]]) -> None:

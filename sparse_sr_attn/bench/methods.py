@@ -101,9 +101,13 @@ def _seeded(build: Callable[[], Any]) -> Any:
         return build()
 
 
+# What the stand-ins of the authors' code compute, so that all methods compute the same.
+_PUBLISHED: dict[str, Any] = {"similarity": "dot", "cluster_order": "index"}
+
+
 def _lcoa(settings: Settings, **options: Any) -> LCoA:
     chunks = {name: getattr(settings, name) for name in ("chunk_size", "num_clusters", "reduction")}
-    layer: LCoA = _seeded(lambda: LCoA(settings.embed_dim, **chunks, **options))
+    layer: LCoA = _seeded(lambda: LCoA(settings.embed_dim, **chunks, **_PUBLISHED, **options))
     return layer
 
 
@@ -179,7 +183,10 @@ def _plain_nlsa(settings: Settings) -> Subject:
 
 
 def _network(name: str) -> Callable[[Settings], Subject]:
-    return lambda settings: Subject(_calibrated(_seeded(lambda: create_model(name, upscale=settings.upscale))))
+    options = {**_PUBLISHED, "zero_init": False} if PRESETS[name].build is LCoAN else {}
+    return lambda settings: Subject(
+        _calibrated(_seeded(lambda: create_model(name, upscale=settings.upscale, **options)))
+    )
 
 
 def _calibrated(network: nn.Module) -> nn.Module:

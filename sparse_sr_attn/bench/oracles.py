@@ -147,10 +147,21 @@ def _added(x: Tensor, scale: float, attended: Tensor) -> Tensor:
     return x + scale * attended.mT.reshape(x.shape)
 
 
-def seen(assignment: Tensor, chunk_size: int, *, num_adjacent: int = 1, exact_keys: bool = True) -> Tensor:
+def seen(
+    assignment: Tensor,
+    chunk_size: int,
+    *,
+    num_adjacent: int = 1,
+    exact_keys: bool = True,
+    rank: Tensor | None = None,
+) -> Tensor:
     """Return how often each token sees each other one: `reference.cluster.multiplicity`, a chunk at a time."""
     pattern = cluster.cluster_pattern(
-        assignment, chunk_size=chunk_size, num_adjacent=num_adjacent, exact_keys=exact_keys
+        assignment,
+        chunk_size=chunk_size,
+        num_adjacent=num_adjacent,
+        exact_keys=exact_keys,
+        place=None if rank is None else rank[assignment],
     )
     samples, num_tokens = assignment.shape
     counts = torch.zeros(samples, num_tokens, num_tokens, dtype=torch.float64)
@@ -172,6 +183,7 @@ def _attended(layer: Any, given: Given, query: Tensor, key: Tensor, value: Tenso
         layer.chunk_size,
         num_adjacent=getattr(layer, "num_adjacent", 1),
         exact_keys=getattr(layer, "exact_keys", isinstance(layer, CategoryAttention)),  # stand-ins count as published
+        rank=getattr(layer, "rank", None),
     )
     return cluster.dense_attention(query, key, value, counts.unflatten(0, (-1, rounds)).sum(dim=1))
 
@@ -192,7 +204,10 @@ class _Dense(nn.Module):
     def attend(self, x: Tensor) -> tuple[Any, Tensor]:
         """Return the layer with the chunks, and the queries."""
         lsp = getattr(self.layer, "lsp", self.layer)
-        return lsp, _rows(lsp.embed(x))
+        query = _rows(lsp.embed(x))
+        if getattr(lsp, "similarity", "dot") == "cosine":
+            query = lsp.scale_logits.logit_scale.exp() * _unit(query)
+        return lsp, query
 
     def forward(self, x: Tensor, state: tuple[Any, Tensor] | None = None) -> Tensor:
         """Return `x` plus what it attends to."""

@@ -127,8 +127,9 @@ import torch
 {first}
 from sparse_sr_attn import LCoA
 from torch.utils.flop_counter import FlopCounterMode
+layer = LCoA(8, num_clusters=4, chunk_size=16, reduction=4).eval()
 with FlopCounterMode(display=False) as counter:
-    LCoA(8, num_clusters=4, chunk_size=16, reduction=4)(torch.zeros(1, 8, 8, 8))
+    layer(torch.zeros(1, 8, 8, 8))
 print(counter.get_total_flops())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -29,8 +29,11 @@ def expected_of(layer: LCoA, x: Tensor) -> tuple[Tensor, Tensor]:
     value = F.conv2d(x, layer.coa.value.weight, layer.coa.value.bias).flatten(2).mT
     key = query / query.norm(dim=-1, keepdim=True).clamp(min=5e-5)
     assignment = kmeans.assign(query, layer.lsp.centroids)
+    if layer.lsp.similarity == "cosine":
+        query = layer.lsp.scale_logits.logit_scale.exp() * key
     pattern = cluster.cluster_pattern(
         assignment,
+        place=layer.lsp.rank[assignment] if layer.lsp.cluster_order == "chain" else None,
         chunk_size=layer.lsp.chunk_size,
         num_adjacent=layer.lsp.num_adjacent,
         exact_keys=layer.lsp.exact_keys,
@@ -54,7 +57,8 @@ def check(layer: LCoA, device: torch.device, height: int, width: int) -> None:
 @pytest.mark.parametrize("exact_keys", [True, False], ids=["each key once", "as published"])
 @pytest.mark.parametrize("height", range(1, LONGEST + 1))
 def test_every_size(device: torch.device, height: int, exact_keys: bool) -> None:
-    layer = layer_of(device, chunk_size=7, exact_keys=exact_keys)
+    published = {} if exact_keys else {"similarity": "dot", "cluster_order": "index"}
+    layer = layer_of(device, chunk_size=7, exact_keys=exact_keys, **published)
     for width in range(1, LONGEST + 1):
         check(layer, device, height, width)
 

@@ -41,6 +41,9 @@ VALUES: dict[str, tuple[object, object]] = {
     "routing": ("kmeans", "lsh"),
     "scale": (1.0, 3.0),
     "seed": (0, 1),
+    "similarity": ("cosine", "dot"),
+    "logit_scale": (10.0, 3.0),
+    "cluster_order": ("chain", "index"),
     "share": (1, 2),
     "shift": (False, True),
     "window_sizes": ((2, 3, 4), (4, 2, 3)),
@@ -66,6 +69,8 @@ BESIDE: dict[str, dict[str, object]] = {
     "half_weights": {"reuse": "weights"},
     "reseed_threshold": {"ema_decay": 0.3, "num_clusters": 30},  # so that clusters die within a few steps
     "redraw": {"num_rounds": 1},
+    "logit_scale": {"similarity": "cosine"},
+    "cluster_order": {"num_clusters": 20, "chunk_size": 3},
 }
 """What must hold for an option to have a say."""
 

@@ -175,6 +175,23 @@ class SilentAboutTheWidth(Gate):
         return super().forward(x)
 
 
+class ReadsAWeight(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        scores = F.conv2d(x, self.key.weight, self.key.bias).flatten(2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return scores.softmax(dim=-1).to(x.dtype).unflatten(2, x.shape[2:])
+
+
+class CutsTangents(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        return super().gate(x.detach())
+
+
+class ReadsANumber(Gate):
+    def gate(self, x: Tensor) -> Tensor:
+        return super().gate(x) * float(x.flatten()[0])
+
+
 BAD: dict[str, Callable[..., nn.Module]] = {
     "any size": WantsEvenSizes,
     "every size": FailsAtOneLargeSize,
@@ -196,6 +213,10 @@ BAD: dict[str, Callable[..., nn.Module]] = {
     "zero init is the identity": IsNoIdentityAtFirst,
     "gradients are derivatives": CutsAGradient,
     "compiled is eager": BranchesOnValues,
+    "every part is called": ReadsAWeight,
+    "reparametrised weights learn": ReadsAWeight,
+    "forward mode derivatives": CutsTangents,
+    "traced": ReadsANumber,
     "sizes do not recompile": LoopsOverRows,
     "checkpointed is plain": MovesWhenRecomputed,
 }
