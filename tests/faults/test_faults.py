@@ -277,15 +277,15 @@ FAULTS = [
     Fault(
         "tokens of a cluster stand in reverse",
         CLUSTER,
-        "(assignment * num_tokens + position)",
-        "(assignment * num_tokens - position)",
+        "else place) * num_tokens + position)",
+        "else place) * num_tokens - position)",
         f"{IN_CLUSTER}::test_order_sorts_by_cluster_then_position",
     ),
     Fault(
         "clusters are mixed up by the sorting key",
         CLUSTER,
-        "(assignment * num_tokens + position)",
-        "(assignment + position)",
+        "else place) * num_tokens + position)",
+        "else place) + position)",
         f"{IN_CLUSTER}::test_order_sorts_by_cluster_then_position",
     ),
     # --- the one-shot form
@@ -739,8 +739,8 @@ FAULTS = [
     Fault(
         "published counting is not passed on",
         LCOA,
-        "num_adjacent=self.num_adjacent, exact_keys=self.exact_keys\n        )",
-        "num_adjacent=self.num_adjacent\n        )",
+        "            exact_keys=self.exact_keys,\n            place=",
+        "            place=",
         f"{IN_SIZES}::test_every_size[5-as published]",
     ),
     Fault(
@@ -831,15 +831,15 @@ FAULTS = [
     Fault(
         "order is not a permutation of a sample's tokens",
         CLUSTER,
-        "(assignment * num_tokens + position).argsort(dim=1)",
-        "(assignment * num_tokens + position).argsort(dim=0)",
+        "num_tokens + position).argsort(dim=1)",
+        "num_tokens + position).argsort(dim=0)",
         f"{IN_CLUSTER}::test_order_has_an_inverse",
     ),
     Fault(
         "the sorting key has room for four tokens",
         CLUSTER,
-        "(assignment * num_tokens + position)",
-        "(assignment * 4 + position)",
+        "else place) * num_tokens + position)",
+        "else place) * 4 + position)",
         f"{IN_CLUSTER}::test_names_of_clusters_do_not_matter",
     ),
     Fault(
