@@ -28,7 +28,7 @@ from sparse_sr_attn.layers.base import (
     last_conv,
     tokens,
 )
-from sparse_sr_attn.layers.learners import KMeansLearner, KMeansStatistics, state_of
+from sparse_sr_attn.layers.learners import KMeansLearner, KMeansRound, state_of
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
@@ -121,7 +121,7 @@ class LSP(KMeansLearner):
         query_dim = max(1, embed_dim // reduction)
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
         # The first round's state stands here, under the names that files have; the others' in modules of their own.
-        self.further_rounds = nn.ModuleList(KMeansStatistics() for _ in range(num_rounds - 1))
+        self.further_rounds = nn.ModuleList(KMeansRound() for _ in range(num_rounds - 1))
         for turn, module in enumerate(self._rounds()):
             state = initial_state(num_clusters, query_dim, seed + turn)
             if routing == "lsh":
@@ -183,7 +183,8 @@ class LSP(KMeansLearner):
 
     def states(self) -> list[KMeansState]:
         """Return the state of k-means of each round, the buffers themselves."""
-        return [state_of(module) for module in self._rounds()]
+        # Called, so that tools that keep buffers elsewhere (offloading) bring them.
+        return [state_of(self), *(further() for further in self.further_rounds)]
 
 
 @LAYERS.register("CoA", kind="consumer", source=_SOURCE)

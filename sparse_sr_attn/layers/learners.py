@@ -55,6 +55,14 @@ class KMeansStatistics(nn.Module):
         return {name: value for name, value in found.items() if value is not None and value.is_floating_point()}
 
 
+class KMeansRound(KMeansStatistics):
+    """A state of k-means, which is what a call returns."""
+
+    def forward(self) -> KMeansState:
+        """Return the state, the buffers themselves."""
+        return state_of(self)
+
+
 class KMeansLearner(KMeansStatistics, Learner):
     """A module that keeps the states of k-means."""
 
