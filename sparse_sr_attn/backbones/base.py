@@ -147,12 +147,15 @@ class Network(nn.Module):
                 f"x must be images (b, {self.num_in_ch}, h >= 1, w >= 1), because num_in_ch is {self.num_in_ch}; "
                 f"got shape {tuple(x.shape)}"
             )
-        output = self.upscaled((x - self.mean.to(x.device)) * self.img_range) / self.img_range
-        return output + self.mean.to(output.device)
+        mean = self.mean.to(next(self.parameters(), self.mean).dtype)  # weights may have been put in place without it
+        output = self.upscaled((x - mean.to(x.device)) * self.img_range) / self.img_range
+        return output + mean.to(output.device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.mean = self._mean_like(self.mean)
+        if OPTIONS in self._buffers:  # whole whatever happened to it: a cast, or memory that is not filled yet
+            self._buffers[OPTIONS] = self._packed_options()
         return self
 
     def _mean_like(self, tensor: Tensor) -> Tensor:
@@ -160,10 +163,14 @@ class Network(nn.Module):
         device = "cpu" if tensor.is_meta else tensor.device
         return torch.tensor(self.rgb_mean, dtype=tensor.dtype, device=device).view(1, -1, 1, 1)
 
+    def _packed_options(self) -> Tensor:
+        """Return the options it was built with, where the mean is."""
+        return packed(options_of(self) or {}).to(self.mean.device)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + OPTIONS, None)
         if OPTIONS in self._buffers:  # those it was built with, whatever the file says
-            state_dict[prefix + OPTIONS] = self._buffers[OPTIONS]
+            state_dict[prefix + OPTIONS] = self._packed_options()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -467,7 +467,8 @@ class _Oneshot:
 
     def chunks(self, rows: Tensor) -> Tensor:
         index = self.token[..., None].expand(-1, -1, rows.shape[-1])
-        return rows.gather(1, index).view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, -1)
+        of_slots = rows.gather(1, index)
+        return of_slots.view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, rows.shape[-1])
 
     def _with_adjacent(self, chunks: Tensor) -> Tensor:
         a = self.layout.num_adjacent

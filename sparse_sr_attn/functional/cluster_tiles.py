@@ -445,8 +445,9 @@ def attention_op(
             slots = tokens.slots(v)
             lse_slots = tokens.slots(lse[sample, :, None]) if with_lse else None
             for tile in tokens.tiles():
-                weights = scored.weights(tile, lse=None if lse_slots is None else tokens.at(lse_slots, tile))
-                torch.bmm(weights.to(v.dtype), tokens.windows(v, tile), out=tokens.at(slots, tile))
+                of_lse = None if lse_slots is None else tokens.at(lse_slots, tile)
+                out_of_tile = tokens.at(slots, tile)
+                torch.bmm(scored.weights(tile, lse=of_lse).to(v.dtype), tokens.windows(v, tile), out=out_of_tile)
             out = _space(out, value)
             tokens.to_tokens(slots, out[sample])
             if lse_slots is not None:
@@ -485,8 +486,8 @@ def _attention_backward_op(
                 weights, sent = scored.weights(tile), tokens.real_chunks(g, tile)
                 tokens.send_back(weights, sent, halo, tile)
                 of_lse = tokens.real_chunks(grad_lse[sample, :, None], tile) if with_lse else None
-                of_weights = torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2))
-                grads.add_of_weights(of_weights, weights, tile, of_lse)
+                # No name for the product: it would keep the memory of a tile while the next one is made.
+                grads.add_of_weights(torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2)), weights, tile, of_lse)
             del g
             grads.write(grad_query[sample], grad_key[sample])
             grad_value = _space(grad_value, value)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparse_sr_attn.functional.exporting import is_forward_mode
+from sparse_sr_attn.functional.exporting import is_transformed
 from sparse_sr_attn.functional.precision import without_autocast, working_precision
 
 
@@ -33,8 +33,8 @@ def dense_attention(
     width = max(query.shape[-1], value.shape[-1])
     padded = (F.pad(rows.to(dtype), (0, width - rows.shape[-1])) for rows in (query, key, value))
     q, k, v = (rows.contiguous()[:, None] for rows in padded)
-    # The fused kernels have no forward-mode derivatives.
-    kernels = sdpa_kernel(SDPBackend.MATH) if is_forward_mode() else nullcontext()
+    # The fused kernels have no forward-mode derivatives, and no second ones.
+    kernels = sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext()
     with without_autocast(query), kernels:
         attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return attended[:, 0, :, : value.shape[-1]].to(value.dtype)

@@ -21,27 +21,31 @@ def is_exporting_to_old_onnx() -> bool:
     return in_export and torch._C._get_tracing_state() is not None
 
 
-def is_forward_mode() -> bool:
-    """Return whether forward-mode derivatives are being computed (`torch.func.jvp`, `forward_ad.dual_level`)."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+def is_transformed() -> bool:
+    """Return whether forward-mode derivatives are computed, or a transform of `torch.func` is at work, of any kind."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# To compilers the answer is a constant; they guard by themselves on what it depends on. The decorator
+# `torch.compiler.assume_constant_result` does the same, and imports all of the compiler.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_plain_code() -> bool:
     """Return whether operations must consist of torch's own operators, because ours are opaque to what reads them.
 
-    `torch.export` translates torch's operators only, and forward-mode derivatives exist for them only.
+    `torch.export` translates torch's operators only; forward-mode derivatives and transforms of `torch.func` (`vmap`,
+    `grad`, `jacrev`) exist for them only.
 
     Raises:
         ExportError: the TorchScript-based exporter of ONNX is at work, which can translate neither.
     """
-    if torch.compiler.is_compiling():
-        return is_exporting()
     if is_exporting_to_old_onnx():
         raise ExportError(
             "sparse attention must be exported to ONNX with dynamo=True, got the TorchScript-based exporter; "
             "call torch.onnx.export(..., dynamo=True) or sparse_sr_attn.export.export_onnx"
         )
-    return is_exporting() or is_forward_mode()
+    return is_exporting() or is_transformed()
 
 
 def smaller(one: int, other: int) -> int:

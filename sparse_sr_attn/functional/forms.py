@@ -7,11 +7,13 @@ from typing import Literal, get_args
 import torch
 
 from sparse_sr_attn.errors import FormError
-from sparse_sr_attn.functional.exporting import is_forward_mode, needs_plain_code
+from sparse_sr_attn.functional.exporting import is_transformed, needs_plain_code
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 Form = Literal["auto", "oneshot", "tiles", "flex", "triton"]
 """How cluster attention is carried out."""
+
+_PLAIN = "forward-mode derivatives and transforms of torch.func (vmap, grad, jacrev, ...) need"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -22,7 +24,7 @@ def resolve_form(form: Form, device: torch.device | str) -> Form:
     Args:
         form: "oneshot", "tiles", "flex" or "triton", which stay as they are if the device can run them, or "auto":
             tiles on the CPU; triton on CUDA devices of compute capability 8.0 and more, if triton is installed;
-            oneshot everywhere else, for export and for forward-mode derivatives.
+            oneshot everywhere else, for export, for forward-mode derivatives and in transforms of `torch.func`.
         device: where the tensors are.
 
     Returns:
@@ -37,8 +39,8 @@ def resolve_form(form: Form, device: torch.device | str) -> Form:
     device = torch.device(device)
     if form == "auto":
         return _best_form(device)
-    if form != "oneshot" and is_forward_mode():
-        raise FormError(f"forward-mode derivatives need form 'oneshot' or 'auto', got {form!r}, which has none")
+    if form != "oneshot" and is_transformed():
+        raise FormError(f"{_PLAIN} form 'oneshot' or 'auto', got {form!r}")
     if form == "triton" and not HAS_TRITON:
         raise FormError("form 'triton' needs the package triton, which is not installed; 'oneshot' works on any device")
     if form == "triton" and device.type != "cuda" and not interpreting():
@@ -55,7 +57,7 @@ def uses_operator(form: str, operator: str) -> bool:
     """Return whether an operation with two forms, "oneshot" and one that is an operator of ours, runs as the latter.
 
     Args:
-        form: "oneshot", the name of the other, or "auto": the other but for export and forward-mode derivatives.
+        form: "oneshot", the name of the other, or "auto": the other but where `resolve_form` takes oneshot, too.
         operator: what the other form is called.
 
     Raises:
@@ -65,8 +67,8 @@ def uses_operator(form: str, operator: str) -> bool:
     if form not in ("auto", "oneshot", operator):
         raise FormError(f"form must be 'auto', 'oneshot' or {operator!r}, got {form!r}")
     plain = needs_plain_code()
-    if form == operator and is_forward_mode():
-        raise FormError(f"forward-mode derivatives need form 'oneshot' or 'auto', got {form!r}, which has none")
+    if form == operator and is_transformed():
+        raise FormError(f"{_PLAIN} form 'oneshot' or 'auto', got {form!r}")
     return form == operator or (form == "auto" and not plain)
 
 

@@ -7,17 +7,24 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional.exporting import is_exporting, is_exporting_to_old_onnx, is_forward_mode
+from sparse_sr_attn.functional.exporting import is_exporting, is_exporting_to_old_onnx, is_transformed
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 
 def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return the same map in channels-last memory."""
-    if torch.compiler.is_compiling() or not len(x) or x.is_contiguous(memory_format=torch.channels_last):
+    """Return the same map in channels-last memory, or as it is under `torch.func.vmap`, which hides the memory."""
+    if is_transformed():
+        return x
+    if torch.compiler.is_compiling() or not len(x) or is_channels_last(x):
         return x.contiguous(memory_format=torch.channels_last)
     # Matrix by matrix: torch transposes a single one in blocks, five times as fast.
     rows = torch.stack([sample.flatten(1).t().contiguous() for sample in x])
     return rows.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+
+
+def is_channels_last(x: Float[Tensor, "b c h w"]) -> bool:
+    """Return whether a map is known to be in channels-last memory; `torch.func.vmap` does not let itself be asked."""
+    return not is_transformed() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def new_map(like: Float[Tensor, "b _ h w"], channels: int) -> Float[Tensor, "b c h w"]:
@@ -35,9 +42,9 @@ def pointwise_conv2d(
     float32, torch uses a slower routine for fewer than 16 images; so the lines of the map become the images, inside an
     operator, because a graph of them would hold for some numbers of lines only.
     """
-    if bias is None or is_exporting() or is_forward_mode() or is_exporting_to_old_onnx():
+    if bias is None or is_exporting() or is_transformed() or is_exporting_to_old_onnx():
         return F.conv2d(x, weight, bias)
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not is_channels_last(x):
         rows = torch.baddbmm(bias, x.flatten(2).transpose(1, 2), weight.flatten(1).T.expand(x.shape[0], -1, -1))
         return rows.view(x.shape[0], *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def working_precision(tensor: Tensor) -> torch.dtype:
     """Return the precision of scores, softmax and k-means over `tensor`: float32 for anything lower."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def lower_precision(first: Tensor, second: Tensor) -> torch.dtype:

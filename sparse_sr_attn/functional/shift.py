@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.errors import FormError
-from sparse_sr_attn.functional.layout import pointwise_conv2d
+from sparse_sr_attn.functional.layout import is_channels_last, pointwise_conv2d
 
 Form = Literal["slices", "masked"]
 """How a shift convolution is carried out: by moved slices, or as a 3x3 convolution with five taps."""
@@ -60,7 +60,7 @@ def _moved(step: int) -> tuple[slice, slice]:
 def _is_faster_depthwise(x: Tensor) -> bool:
     if not x.is_cpu or torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return is_channels_last(x) and not x.is_contiguous()
 
 
 def shift_conv2d(
@@ -90,7 +90,7 @@ def shift_conv2d(
     if form != "slices":
         raise FormError(f"form must be 'slices' or 'masked', got {form!r}")
     shifted = shift2d(x)
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(x):
         return pointwise_conv2d(shifted, weight, bias)
     return F.conv2d(shifted, weight, bias)
 

@@ -172,7 +172,12 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out _ _"]:
         """Return the convolution of `x`."""
-        if self.kernel_size == self.stride == (1, 1) and self.padding in ((0, 0), "same", "valid") and self.groups == 1:
+        if (
+            x.ndim == 4
+            and self.kernel_size == self.stride == (1, 1)
+            and self.padding in ((0, 0), "same", "valid")
+            and self.groups == 1
+        ):
             return pointwise_conv2d(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -234,7 +239,7 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if type(module) is not kind or any(hooks):
         return False
-    return torch.compiler.is_compiling() or ("forward" not in vars(module) and not _has_any_global_hook())
+    return "forward" not in module.__dict__ and not _has_any_global_hook()
 
 
 def last_conv(embed_dim: int, *, zero_init: bool) -> PointwiseConv2d:

@@ -127,7 +127,7 @@ class CategoryAttention(KMeansLearner, AttentionLayer):
         pattern = cluster_pattern(self._assign(key), chunk_size=self.chunk_size, num_adjacent=self.num_adjacent)
         within = cluster_attention(query, key, value, pattern)
         categories = unit_keys(self.centroids)  # new numbers: the next forward may move the centroids before a backward
-        category_value = self.category_value(categories.to(self.category_value.weight.dtype))
+        category_value = self.category_value(categories.to(query.dtype))
         batch = x.shape[0]
         among = dense_attention(query, categories.expand(batch, -1, -1), category_value.expand(batch, -1, -1))
         branch: Tensor = self.output(feature_map(within + among, x))

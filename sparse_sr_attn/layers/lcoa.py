@@ -32,7 +32,7 @@ from sparse_sr_attn.layers.base import (
     last_conv,
     tokens,
 )
-from sparse_sr_attn.layers.learners import KMeansLearner, KMeansStatistics, state_of
+from sparse_sr_attn.layers.learners import KMeansLearner, KMeansRound, state_of
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
@@ -140,7 +140,7 @@ class LSP(KMeansLearner):
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
         self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
         # The first round's state stands here, under the names that files have; the others' in modules of their own.
-        self.further_rounds = nn.ModuleList(KMeansStatistics() for _ in range(num_rounds - 1))
+        self.further_rounds = nn.ModuleList(KMeansRound() for _ in range(num_rounds - 1))
         for turn, module in enumerate(self._rounds()):
             state = initial_state(num_clusters, query_dim, seed + turn)
             if routing == "lsh":
@@ -197,10 +197,9 @@ class LSP(KMeansLearner):
         embedding = tokens(self.embed(x)).contiguous()
         embedding = self.scale_logits(embedding.to(working_precision(embedding)))
         assignments, places = [], []
-        for module, state in zip(self._rounds(), self.states(), strict=True):
+        for state, rank in self._states_and_orders():
             assignments.append(self.assign_points(embedding, state))
-            if self.cluster_order == "chain":
-                rank = cast(Tensor, module.rank)
+            if rank is not None:
                 if self.learns():
                     order_clusters(state.centroids, state.num_updates, rank)
                 places.append(rank[assignments[-1]])
@@ -222,7 +221,12 @@ class LSP(KMeansLearner):
 
     def states(self) -> list[KMeansState]:
         """Return the state of k-means of each round, the buffers themselves."""
-        return [state_of(module) for module in self._rounds()]
+        return [state for state, _ in self._states_and_orders()]
+
+    def _states_and_orders(self) -> list[tuple[KMeansState, Tensor | None]]:
+        # The further rounds are called, so that tools that keep buffers elsewhere (offloading) bring them.
+        own = state_of(self), self._buffers.get("rank")
+        return [own, *(further() for further in self.further_rounds)]
 
 
 @LAYERS.register("CoA", kind="consumer", source=_SOURCE)

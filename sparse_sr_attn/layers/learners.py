@@ -63,6 +63,14 @@ def _is_order(rank: Tensor) -> bool:
     return rank.is_meta or torch.equal(rank.cpu().sort().values, torch.arange(len(rank)))
 
 
+class KMeansRound(KMeansStatistics):
+    """A state of k-means and the order of its clusters, which are what a call returns."""
+
+    def forward(self) -> tuple[KMeansState, Tensor | None]:
+        """Return the state and, if it has one, the order of clusters: the buffers themselves."""
+        return state_of(self), self._buffers.get("rank")
+
+
 class KMeansLearner(KMeansStatistics, Learner):
     """A module that keeps the states of k-means."""
 

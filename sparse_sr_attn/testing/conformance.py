@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -454,6 +455,68 @@ def check_every_part_is_called(subject: Subject, device: torch.device) -> None:
 
 
 @_clause()
+def check_parts_can_be_replaced(subject: Subject, device: torch.device) -> None:
+    """Nothing but a call is asked of convolutions and linear maps: quantisation, offloading and fusion replace them."""
+    for training in (True, False):
+        chain = subject.chain().to(device).train(training)
+        x = feature_map("x", device=device)
+        expected = chain(x)
+        replaced = subject.chain().to(device).train(training)
+        for path, part in list(replaced.named_modules()):
+            if isinstance(part, (nn.Conv2d, nn.Linear)):
+                owner, _, name = path.rpartition(".")
+                setattr(replaced.get_submodule(owner), name, _Hidden(part))
+        torch.testing.assert_close(replaced(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@_clause(hookable=False)
+def check_compiled_with_other_forwards(subject: Subject, device: torch.device) -> None:
+    """Compilers see hooks on all modules at once, and forwards that were replaced, of every part with parameters."""
+    x = feature_map("x", device=device)
+    with torch.no_grad():
+        for watch in (_replace_forwards, _hook_all):
+            chain = subject.chain().to(device).eval()
+            undo = watch(chain)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of what torch itself does
+                    expected, found = chain(x), torch.compile(chain, backend="eager")(x)
+            finally:
+                undo()
+                torch.compiler.reset()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class _Hidden(nn.Module):
+    """What does what another module does and has none of its attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.call = module.__call__
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """Return what the other returns."""
+        output: Tensor = self.call(*args)
+        return output
+
+
+def _doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: 2 * forward(*args) + 1
+
+
+def _replace_forwards(chain: Chain) -> Callable[[], None]:
+    for _, part in _parts(chain.layer):
+        part.forward = _doubled(part.forward)
+    return lambda: None
+
+
+def _hook_all(chain: Chain) -> Callable[[], None]:
+    parts = {part for _, part in _parts(chain.layer)}
+    handle = register_module_forward_hook(lambda module, _, output: 2 * output + 1 if module in parts else None)
+    return handle.remove
+
+
+@_clause()
 def check_reparametrised_weights_learn(subject: Subject, device: torch.device) -> None:
     """Weight and spectral normalisation (old and new), and pruning: they train, and the result is that of the weights.
 
@@ -527,6 +590,51 @@ def check_forward_mode_derivatives(subject: Subject, device: torch.device) -> No
             dual = forward_ad.unpack_dual(chain(forward_ad.make_dual(x, direction))).tangent
     for found in (derivative, dual):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@_clause()
+def check_transforms(subject: Subject, device: torch.device) -> None:
+    """`torch.func.grad`, `jacrev`, `jacfwd`, `hessian` and `vmap` give what backwards and calls one by one give."""
+    chain = subject.chain().double().to(device).eval()
+    x = feature_map("x", batch=1, height=2, width=3, dtype=torch.float64, device=device)
+    probe = feature_map("probe", batch=1, channels=chain(x).shape[1], height=2, width=3, dtype=x.dtype, device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        value: Tensor = (chain(x) * probe).square().sum()
+        return value
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(x), x)[0]
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), gradient(x), rtol=1e-9, atol=1e-9)
+    jacobian = torch.func.jacrev(chain)(x)
+    torch.testing.assert_close(torch.einsum("bchwBCHW,bchw->BCHW", jacobian, 2 * chain(x) * probe**2), gradient(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own use of TorchScript
+        torch.testing.assert_close(torch.func.jacfwd(chain)(x), jacobian)
+        curvature = torch.einsum("bchwBCHW,BCHW->bchw", torch.func.hessian(loss)(x), probe)
+    step = 1e-6
+    expected = (gradient(x + step * probe) - gradient(x - step * probe)) / (2 * step)
+    torch.testing.assert_close(curvature, expected, rtol=1e-4, atol=1e-5)
+    images = torch.stack([x, -x])
+    torch.testing.assert_close(torch.func.vmap(chain)(images), torch.stack([chain(image) for image in images]))
+
+
+@_clause(hookable=False)
+def check_compiled_forward_mode(subject: Subject, device: torch.device) -> None:
+    """`torch.func.jvp` of a compiled module, and compiled itself, gives all of the derivative."""
+    chain = subject.chain().to(device).eval()
+    x, direction = (feature_map(name, device=device) for name in ("x", "direction"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch itself does
+        expected = torch.func.jvp(chain, (x,), (direction,))[1]
+        compiled = torch.compile(chain, backend="eager")
+        compiled(x)  # what was compiled before must not be used
+        inside = torch.compile(lambda x, direction: torch.func.jvp(chain, (x,), (direction,))[1], backend="eager")
+        for derivative in (torch.func.jvp(compiled, (x,), (direction,))[1], inside(x, direction)):
+            torch.testing.assert_close(derivative, expected, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
 
 
 @_clause()

@@ -433,7 +433,7 @@ FAULTS = [
     Fault(
         "scores of half inputs are half",
         PRECISION,
-        "return torch.promote_types(tensor.dtype, torch.float32)",
+        "return torch.float64 if tensor.dtype == torch.float64 else torch.float32",
         "return tensor.dtype",
         f"{IN_CLUSTER}::test_scores_and_softmax_of_half_inputs_are_float32",
     ),
@@ -618,7 +618,7 @@ FAULTS = [
     Fault(
         "half tokens are clustered in half precision",
         PRECISION,
-        "return torch.promote_types(tensor.dtype, torch.float32)",
+        "return torch.float64 if tensor.dtype == torch.float64 else torch.float32",
         "return tensor.dtype",
         f"{IN_KMEANS}::test_half_tokens_are_clustered_in_float32[torch.bfloat16]",
     ),
@@ -897,8 +897,8 @@ FAULTS = [
     Fault(
         "weights are rounded to bfloat16 (tiles)",
         TILES,
-        "torch.bmm(weights.to(v.dtype), ",
-        "torch.bmm(weights.to(torch.bfloat16).to(v.dtype), ",
+        "lse=of_lse).to(v.dtype), ",
+        "lse=of_lse).to(torch.bfloat16).to(v.dtype), ",
         f"{IN_CLUSTER}::test_low_precision_errs_no_more_than_dense_attention[tiles-torch.float32]",
     ),
     Fault(
@@ -1099,7 +1099,7 @@ FAULTS = [
     Fault(
         "a state holds half weights",
         PRECISION,
-        "return torch.promote_types(tensor.dtype, torch.float32)",
+        "return torch.float64 if tensor.dtype == torch.float64 else torch.float32",
         "return tensor.dtype",
         contract("scores of half inputs are float32", "LSP"),
     ),
@@ -1610,14 +1610,14 @@ FAULTS = [
     Fault(
         "the mean is not added again",
         NETWORK,
-        "return output + self.mean.to(output.device)",
+        "return output + mean.to(output.device)",
         "return output",
         f"{IN_ELAN}::test_equals_released_code",
     ),
     Fault(
         "the mean is not subtracted",
         NETWORK,
-        "(x - self.mean.to(x.device)) * self.img_range",
+        "(x - mean.to(x.device)) * self.img_range",
         "x * self.img_range",
         f"{IN_ELAN}::test_equals_released_code",
     ),

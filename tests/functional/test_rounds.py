@@ -1,5 +1,6 @@
 """Several rounds of cluster attention are dense attention in which a key counts once for each round that sees it."""
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -34,6 +35,18 @@ def test_rounds_are_dense_attention_over_what_any_round_sees(
     for output in (actual, fused):
         assert_values_close(output, expected)
         assert_gradients_close(gradients(output, inputs, probe), gradients(expected, inputs, probe))
+
+
+@pytest.mark.parametrize("form", ["oneshot", "tiles"])
+@pytest.mark.parametrize("num_rounds", [1, 2])
+def test_no_samples(form: fast.Form, num_rounds: int) -> None:
+    rows, values = torch.zeros(0, 7, 4), torch.zeros(0, 7, 3)
+    pattern = fast.cluster_pattern(torch.zeros(0, 7, dtype=torch.int64), chunk_size=3)
+    assert fast.cluster_attention_rounds(rows, rows, values, pattern, num_rounds, form=form).shape == (0, 7, 3)
+    weights = fast.cluster_weights_rounds(rows, rows, pattern, num_rounds, form=form)
+    assert weights.shape == (0, 3, 3, 9)
+    assert fast.apply_cluster_weights(weights, values, pattern, form=form).shape == (0, 7, 3)
+    assert fast.cluster_lse(rows, rows, pattern, form=form).shape == (0, 7)
 
 
 @given(case=cases(), form=st.sampled_from(("oneshot", "tiles")), scale=st.sampled_from((1.0, 0.3)))

@@ -94,3 +94,18 @@ def test_counts_do_not_stop_at_the_largest_whole_number_of_float32() -> None:
     points = torch.ones(1, 1, 1).expand(1, num_tokens, 1)
     _, counts = cluster_sums(points, torch.zeros(1, 1, dtype=torch.int64).expand(1, num_tokens), 1)
     assert counts.item() >= 2**24 + 2  # float32 has even numbers only there
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_that_are_kept_in_float8(name: str, dtype: torch.dtype) -> None:
+    """For storage, cast or loaded: statistics stay as they are, and all is float32 again afterwards."""
+    layer = LAYERS[name]()
+    layer(torch.randn(2, 8, 9, 9))
+    before = {path: value.clone() for path, value in statistics(layer).items()}
+    for path, value in statistics(layer.to(dtype)).items():
+        assert torch.equal(value, before[path]), path
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    fresh = LAYERS[name]()
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh(torch.randn(2, 8, 9, 9)).isfinite().all()
