@@ -29,7 +29,8 @@ def attending(**options: Any) -> EDSR:
     """One layer computes, one reuses, and their attention is most of the image."""
     torch.manual_seed(0)
     layer = {"type": "LCoA", "every": 1, "share": 2, "chunk_size": 16, "num_clusters": 4, "zero_init": False}
-    attention = {**layer, "res_scale": 2.0, **options}
+    # Raw queries and clusters in the order of their index: who is in which matters much.
+    attention = {**layer, "similarity": "dot", "cluster_order": "index", "res_scale": 2.0, **options}
     return EDSR(num_feat=8, num_block=2, upscale=2, img_range=1.0, attention=attention).eval()
 
 
@@ -112,6 +113,15 @@ def test_the_check_notices_another_image(exported: tuple[EDSR, onnx.ModelProto, 
     assert not found.good
     assert found.num_moved == 0
     assert 1.5 * TOLERANCE < found.under_one_pattern < 3 * TOLERANCE
+
+
+def test_cosines_and_chains_go_to_onnx(tmp_path: Path) -> None:
+    model = attending(similarity="cosine", cluster_order="chain", num_clusters=20)
+    with torch.no_grad():
+        model.train()(low((20, 20)))
+    model.eval()
+    assert all(deviation.good for deviation in export_onnx(model, tmp_path / "net.onnx"))
+    same_at_other_sizes(model, tmp_path / "net.onnx")
 
 
 def test_the_check_notices_other_clusters(exported: tuple[EDSR, onnx.ModelProto, Path]) -> None:

@@ -12,8 +12,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -263,6 +263,13 @@ def check(options: Mapping[str, Any], *, training: bool, launcher: str = "none")
     return preflight.options, preflight.remarks
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class _Preflight:
     """One check of one file: the options as far as they are put right, and what was found."""
 
@@ -439,7 +446,7 @@ class _Preflight:
             self.problems.add(f"{path}.upscale", f"must be {scale}, the option 'scale', got {upscale}{default}")
         try:
             # Rules that join several options are the constructor's own. The meta device allocates nothing.
-            with torch.device("meta"):
+            with torch.device("meta"), _without_warnings():  # there is a remark on what they warn of
                 network = build(**fitting)
         except ConfigError as error:
             for problem in error.under(path).problems:
@@ -485,7 +492,8 @@ class _Preflight:
         if (facts := find_facts(network)) is not None:
             self.multiples[path] = facts.multiple
         try:
-            attach(network, right.get("body"), right["attention"])
+            with _without_warnings():
+                attach(network, right.get("body"), right["attention"])
         except ConfigError as error:
             for problem in error.under(path).problems:
                 self.problems.add(problem.path, problem.message)
@@ -538,8 +546,7 @@ class _Preflight:
         reason = ""
         for device in ("meta", "cpu"):  # some networks compute with their first weights, which the meta device forbids
             try:
-                with torch.device(device), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                with torch.device(device), _without_warnings():
                     network: nn.Module = build(**copy.deepcopy(rest))
             except Exception as error:  # somebody else's code can raise anything
                 reason = f"{type(error).__name__}: {error}"

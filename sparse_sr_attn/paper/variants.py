@@ -27,14 +27,13 @@ def with_plain_convolutions(model: Network, *, kernel_size: int) -> None:
             with nine times its weights.
     """
     for module in list(model.modules()):
-        if isinstance(module, LFE):
-            for name in ("conv1", "conv2"):
-                old = getattr(module, name)
-                setattr(
-                    module,
-                    name,
-                    nn.Conv2d(old.in_channels, old.out_channels, kernel_size, padding=kernel_size // 2),
+        if isinstance(module, ELAB):
+            for index, lfe in enumerate(cast(list[LFE], list(module.lfe))):
+                first, second = (
+                    nn.Conv2d(old.in_channels, old.out_channels, kernel_size, padding=kernel_size // 2)
+                    for old in (lfe.conv1, lfe.conv2)
                 )
+                module.lfe[index] = nn.Sequential(first, nn.ReLU(), second)
 
 
 def with_standard_attention(model: Network, *, norm: Norm) -> None:

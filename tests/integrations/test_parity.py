@@ -108,9 +108,14 @@ def test_the_preflight_knows_it(name: str, training: Callable[..., str]) -> None
         with pytest.raises(ConfigError) as caught:
             check(load(training({"network_g": network})), training=True)
         assert str(caught.value).startswith(message)
-    attentive = {**OPTIONS[name], "type": f"Sparse{name}", "upscale": 2, "attention": ATTENTION}
+    attentive = {
+        **OPTIONS[name],
+        "type": f"Sparse{name}",
+        "upscale": 2,
+        "attention": {**ATTENTION, "similarity": "dot"},
+    }
     _, remarks = check(load(training({"network_g": attentive})), training=True)
-    assert "255 (the default of this network) makes queries so long" in remarks[0]
+    assert "255 (the default of this network) makes raw queries so long" in remarks[0]
 
 
 @networks
