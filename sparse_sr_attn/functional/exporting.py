@@ -17,8 +17,8 @@ def is_exporting() -> bool:
 
 def is_exporting_to_old_onnx() -> bool:
     """Return whether the TorchScript-based exporter of ONNX (`dynamo=False`) is at work."""
-    in_export = not torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
-    return in_export and torch._C._get_tracing_state() is not None
+    traced = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    return traced and torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:

@@ -246,6 +246,7 @@ class GMSA(AttentionLayer):
         """
         if state is None:
             check_map(x, self.embed_dim)
+            x = channels_last(x)  # once for both
             queries = self.queries(x)
             state = self._state(x, [None] * len(queries), queries)
         output: Tensor = self.shared(x, state)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d, build_layer
 from sparse_sr_attn.functional.shift import shift2d, shift_conv2d
@@ -250,3 +251,20 @@ def test_a_batch_of_no_maps_gives_none(name: str) -> None:
     if name == "GMSA":
         state = layer.attend(torch.rand(0, 6, 5, 7))
         assert layer.make_consumer().eval()(torch.rand(0, 6, 5, 7), state).shape == (0, 6, 5, 7)
+
+
+class Stacks(TorchDispatchMode):
+    """Counts stacks, of which a map is made that changes its order in memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.stack.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_map_is_turned_once() -> None:
+    """Queries and values read one map in channels-last memory."""
+    with torch.no_grad(), Stacks() as stacks:
+        GMSA(8, window_sizes=(2, 4)).eval()(torch.randn(2, 8, 9, 7))
+    assert stacks.count == 1
