@@ -103,7 +103,7 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
 
     torch.manual_seed(0)
-    network = LCoAN(upscale=2, **TINY)
+    network = LCoAN(upscale=2, similarity="dot", cluster_order="index", **TINY)
     lcoan = network.state_dict()
     torch.save({"params": lcoan, "params_ema": lcoan}, home / "net_g_latest.pth")
     torch.save({"params": lcoan}, home / "lcoan_x2.pth")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn import EDSR, ELAN, LFE, CoA, LCoAN, SharedGMSA
+from sparse_sr_attn import EDSR, ELAB, ELAN, CoA, LCoAN, SharedGMSA
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.commands import paper as command
@@ -352,7 +352,7 @@ def test_networks_of_a_figure_differ_in_what_is_asked_only(scale: Any) -> None:
             if label == "elan-share" and scale.elan_pairs % variant.options["share"]:
                 pytest.fail(f"{variant.options['share']} does not divide {scale.elan_pairs}")
             model = variant.build(2)
-            assert sum(isinstance(module, LFE) for module in model.modules()) == scale.elan_pairs
+            assert sum(len(module.lfe) for module in model.modules() if isinstance(module, ELAB)) == scale.elan_pairs
 
 
 def test_figures_name_each_network_once_and_share_trainings() -> None:
