@@ -323,7 +323,7 @@ def _seen_width(model: nn.Module, trunk: nn.Sequential, path: str, images: Tenso
     hooks = [trunk.register_forward_hook(lambda module, *_: calls.append(module))]
     hooks += [child.register_forward_hook(note) for child in trunk]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model(images)
     finally:
         for hook in hooks:
@@ -358,7 +358,7 @@ def _told_width(trunk: nn.Sequential, path: str) -> int:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Have a model in evaluation mode inside, without gradients, and every part in its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:

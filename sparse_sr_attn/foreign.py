@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.attachment import is_attended
+from sparse_sr_attn.attachment import evaluating, is_attended
 from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, packed
 from sparse_sr_attn.errors import CheckpointError
 
@@ -80,27 +80,20 @@ def find_facts(network: nn.Module) -> Facts | None:
     """
     weight = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     first = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
-    modes = {module: module.training for module in network.modules()}
-    try:
-        for module in modes:  # not by `eval`, which some networks use to fuse their weights
-            module.training = False
+    with evaluating(network):
         for multiple in _MULTIPLES:
             # Two neighbouring multiples have no other number in common that divides both.
             height = multiple * -(-_SHORTEST // multiple)
             for channels in dict.fromkeys((first, 3, 1)):
                 image = weight.new_zeros(1, channels, height, height + multiple)
                 try:
-                    with torch.no_grad():
-                        output = network(image)
+                    output = network(image)
                     batch, num_out_ch, *size = output.shape
                     upscale, rest = divmod(size[0], height)
                 except Exception:  # noqa: S112  (somebody else's code can raise anything)
                     continue
                 if rest == 0 and upscale and (batch, *size) == (1, upscale * height, upscale * (height + multiple)):
                     return Facts(channels, num_out_ch, upscale, multiple)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return None
 
 

@@ -1,7 +1,6 @@
 """Weights that a run starts from: what their file may be, what they leave untrained, and for which range they are."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparse_sr_attn.attachment import evaluating
 from sparse_sr_attn.backbones.base import OPTIONS
 from sparse_sr_attn.checkpoints import carried_options, listed
 from sparse_sr_attn.errors import CheckpointError
@@ -153,7 +153,7 @@ def range_seen(network: nn.Module) -> tuple[str, float]:
     image = torch.rand(1, channels, 5, 5, generator=torch.Generator().manual_seed(0)).to(weight)
     image = F.interpolate(image, size=24, mode="bicubic").clamp(0, 1)
     distances: dict[float, float] = {}
-    with _evaluating(network):
+    with evaluating(network):
         try:
             for img_range in dict.fromkeys((ours, *RANGES)):
                 network.img_range = img_range  # type: ignore[assignment]
@@ -167,16 +167,3 @@ def range_seen(network: nn.Module) -> tuple[str, float]:
     if best == ours:
         return "fits", ours
     return ("differs" if 2 * distances[best] < distances[ours] else "unknown"), best
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
