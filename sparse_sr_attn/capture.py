@@ -163,7 +163,7 @@ class Pattern:
 
     Attributes:
         name: as it was asked for.
-        show: says who sees whom.
+        show: returns which keys each query sees.
     """
 
     name: str

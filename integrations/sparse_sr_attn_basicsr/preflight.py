@@ -726,14 +726,21 @@ class _Preflight:
         if "gan_opt" not in known and not {"pixel_opt", "perceptual_opt"} & set(given) and set(given) <= {"fft_opt"}:
             self.problems.add("train.pixel_opt", "missing; training needs a loss, e.g. {type: L1Loss}")
 
-    def loss(self, key: str, options: dict[str, Any]) -> None:
-        path, kind = f"train.{key}", options.get("type")
+    def chosen(self, registry: str, path: str, options: Mapping[str, Any], example: str) -> Any:
+        """Return what the option `type` names in a registry of BasicSR; `None`, with a problem, if it names nothing."""
+        kind = options.get("type")
         if not isinstance(kind, str):
-            self.problems.add(f"{path}.type", "missing; it names the loss, e.g. L1Loss")
-            return
-        build = self.registered("LOSS_REGISTRY", kind)
+            self.problems.add(f"{path}.type", f"missing; it names {example}")
+            return None
+        build = self.registered(registry, kind)
         if build is None:
-            self.named("LOSS_REGISTRY", f"{path}.type", kind)
+            self.named(registry, f"{path}.type", kind)
+        return build
+
+    def loss(self, key: str, options: dict[str, Any]) -> None:
+        path = f"train.{key}"
+        build = self.chosen("LOSS_REGISTRY", path, options, "the loss, e.g. L1Loss")
+        if build is None:
             return
         rest = {name: value for name, value in options.items() if name != "type"}
         before = len(self.problems)
@@ -865,13 +872,8 @@ class _Preflight:
 
     def metric(self, path: str, options: dict[str, Any]) -> None:
         """Check the options of a metric; if they are right, keep it to be tried on the sizes of the images."""
-        kind = options.get("type")
-        if not isinstance(kind, str):
-            self.problems.add(f"{path}.type", "missing; it names the metric, e.g. calculate_psnr")
-            return
-        build = self.registered("METRIC_REGISTRY", kind)
+        build = self.chosen("METRIC_REGISTRY", path, options, "the metric, e.g. calculate_psnr")
         if build is None:
-            self.named("METRIC_REGISTRY", f"{path}.type", kind)
             return
         before = len(self.problems)
         rest = {name: value for name, value in options.items() if name not in ("type", "better")}
@@ -1035,7 +1037,7 @@ class _Preflight:
             return
         for file in files:
             if not trials.is_image(Path(file)):
-                self.problems.add(path, f"must hold images only, but {file!r} is none that can be read")
+                self.problems.add(path, f"must hold images only, but {file!r} cannot be read as an image")
                 return
         self.fitting(path, kind, right.get("type"), sample)
         if kind == "train":

@@ -131,7 +131,7 @@ def _names_in(node: ast.AST) -> list[str]:
 
 
 def _section(where: ast.expr, sections: dict[str, str]) -> str:
-    """Return the section that an expression stands for; its own text if it is none that is known."""
+    """Return the section that an expression refers to, or the text of the expression if the section is unknown."""
     text = ast.unparse(where)
     if text in _OPTIONS:
         return ""

@@ -69,7 +69,7 @@ def _changed_warmup(model: Any, state: Mapping[str, Any]) -> str | None:
 
 
 def _changed_schedule(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how the settings of a schedule differ; what it has counted, and the learning rates, are none."""
+    """Yield how the settings of a schedule differ, leaving out its counters and learning rates."""
     old, new = _settings(before), _settings(now)
     if old.keys() != new.keys():
         yield f"train.scheduler.type: there was a schedule with {', '.join(sorted(old))}, now {', '.join(sorted(new))}"

@@ -43,7 +43,7 @@ def arguments(build: Callable[..., object], options: dict[str, Any], path: str, 
     """Check options against the signature that takes them; convert numbers given as text in place.
 
     Args:
-        build: a class or a function. Types follow from annotations or, where there are none, from defaults.
+        build: a class or a function. Types come from annotations, or from defaults if a parameter has no annotation.
         options: all that it will be given beside `given`.
         path: where they stand, for messages.
         given: parameters that are no options.
