@@ -43,7 +43,9 @@ MODELS = ("SRModel", "SRGANModel", "ESRGANModel", "RealESRNetModel", "RealESRGAN
 
 
 def register() -> None:
-    """Register `NETWORKS`, counterparts of `MODELS` and `FFTLoss`. Again and again does no harm.
+    """Register `NETWORKS`, counterparts of `MODELS`, `CachedPairedImageDataset` and `FFTLoss`.
+
+    Calling it again does no harm.
 
     May stand in a file that BasicSR's own scan imports (`basicsr/archs/*_arch.py`, `basicsr/models/*_model.py`): while
     the networks are still being scanned the model classes cannot exist yet, and functions that make them take their
@@ -66,6 +68,10 @@ def register() -> None:
         model = _later(name) if scanning else _model(name)
         if model is not None:
             _enter_model(registry.MODEL_REGISTRY, model)
+    if _CACHED not in registry.DATASET_REGISTRY:
+        data = sys.modules.get("basicsr.data")
+        scanned = data is None or hasattr(data, "build_dataset")
+        registry.DATASET_REGISTRY.register(_dataset() if scanned else _dataset_later)
     if "FFTLoss" not in registry.LOSS_REGISTRY:  # forks that have one log it themselves
         registry.LOSS_REGISTRY.register(FFTLoss)
 
@@ -102,6 +108,17 @@ def _later(name: str) -> Callable[[dict[str, Any]], Any]:
 
     build.__name__ = f"Sparse{name}"
     return build
+
+
+def _dataset() -> Any:
+    return importlib.import_module("sparse_sr_attn_basicsr.datasets").CachedPairedImageDataset
+
+
+def _dataset_later(opt: dict[str, Any]) -> Any:
+    return _dataset()(opt)
+
+
+_CACHED = _dataset_later.__name__ = "CachedPairedImageDataset"
 
 
 def _enter_model(registry: Any, ours: Any) -> None:
