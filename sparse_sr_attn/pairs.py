@@ -27,8 +27,9 @@ def tiles(
         upscale: the factor that super-resolution has to undo, `>= 1`.
         tile: side of the tiles in pixels of `high`, a multiple of `upscale`; 0 for the picture as a whole. A training
             step that needs a crop only then decodes a tile, not a photograph.
-        crop: how far tiles overlap, in pixels of `high`, a multiple of `upscale`, smaller than `tile`. Every crop of
-            that side (`gt_size` in an option file) lies in a tile, if its place is a multiple of `upscale`.
+        crop: side of the crops to come (`gt_size` in an option file) in pixels of `high`, a multiple of `upscale`,
+            smaller than `tile`. Tiles overlap by it, so that every crop whose place is a multiple of `upscale` lies in
+            a tile.
 
     Yields:
         The place (`""`, or for example `"_y0064_x0000"`), the high and the low resolution. The picture is shrunk as a
@@ -41,8 +42,8 @@ def tiles(
     """
     if tile % upscale or crop % upscale:
         raise ValueError(f"tile and crop must be multiples of upscale, {upscale}, got {tile} and {crop}")
-    if crop < 0 or tile < 0 or ((tile or crop) and crop >= tile):
-        raise ValueError(f"crop must be >= 0 and smaller than the tile, {tile}, got {crop}")
+    if crop < 0 or tile < 0 or (tile and crop >= tile):
+        raise ValueError(f"tile and crop must be >= 0 and crop smaller than a tile, got {tile} and {crop}")
     high = crop_to_multiple(high, upscale)
     if min(high.shape[:2]) < crop:
         raise ShapeError(f"both sides must be >= {crop}, that of a crop, got {high.shape[0]}x{high.shape[1]}")

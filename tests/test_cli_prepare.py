@@ -57,13 +57,19 @@ def test_tiles_leave_out_what_is_smaller_than_a_crop(here: Path, capsys: pytest.
     assert main([*command, "--overwrite"]) == 0
 
 
+def test_whole_images_smaller_than_a_crop_are_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "photos", "--scale", "2", "--crop", "16", "-o", "out"]) == 0
+    assert capsys.readouterr().out == "2 pairs from 2 images -> out\n"
+    assert torch.equal(pixels(here / "out/HR/colour.png"), pixels(here / "photos/colour.png")[:40])
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["--scale", "0"], 2, "--scale must be >= 1, got 0"),
         (["--scale", "2", "--tile", "33"], 2, "--tile must be a multiple of the scale, 2, got 33"),
         (["--scale", "2", "--tile", "32", "--crop", "32"], 2, "smaller than --tile, 32, got 32"),
-        (["--scale", "2", "--crop", "16"], 2, "smaller than --tile, 0, got 16"),
+        (["--scale", "2", "--crop", "15"], 2, "--crop must be a multiple of the scale, 2, got 15"),
         (["nowhere", "--scale", "2"], 2, "nowhere: no such image or folder"),
         (["photos/notes.txt", "--scale", "2"], 1, "photos/notes.txt: is not an image"),
         (["deeper/photos", "--scale", "2"], 2, "photos/grey.png and deeper/photos/grey.png would get one name"),

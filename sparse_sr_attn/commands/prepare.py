@@ -17,6 +17,7 @@ Make pairs of high and low resolution from the photographs in folders: what MATL
 the last bit, as papers train and test on it ("BI").
 
   sparse-sr prepare DIV2K/ --scale 2 --tile 480 --crop 96 -o datasets/DIV2K_x2     to train with gt_size: 96
+  sparse-sr prepare DIV2K/ --scale 2 --crop 96 -o datasets/DIV2K_x2                likewise, for CachedPairedImageDataset
   sparse-sr prepare Set5/ --scale 2 -o datasets/Set5_x2                            to validate
 
 In the option file, dataroot_gt is OUT/HR, dataroot_lq is OUT/LR_xN, and filename_tmpl is '{}'."""
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="gt_size of the training to come: tiles overlap by it, and smaller images are left out (default: 0)",
+        help="gt_size of the training to come: smaller images are left out, and tiles overlap by it (default: 0)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT/HR and OUT/LR_xN if they are there")
 
@@ -67,10 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--scale must be >= 1, got {scale}")
     if tile < 0 or tile % scale:
         raise UsageError(f"--tile must be a multiple of the scale, {scale}, got {tile}")
-    if crop < 0 or crop % scale or (crop >= tile and crop > 0):
-        raise UsageError(
-            f"--crop must be a multiple of the scale, {scale}, and smaller than --tile, {tile}, got {crop}"
-        )
+    if crop < 0 or crop % scale:
+        raise UsageError(f"--crop must be a multiple of the scale, {scale}, got {crop}")
+    if tile and crop >= tile:
+        raise UsageError(f"--crop must be smaller than --tile, {tile}, got {crop}")
     taken = [part for part in (output / "HR", output / f"LR_x{scale}") if os.path.lexists(part)]
     if taken and not arguments.overwrite:
         raise UsageError(f"{name(taken[0])} is there already, and stays; --overwrite replaces it")
