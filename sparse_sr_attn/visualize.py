@@ -199,6 +199,40 @@ def _in_windows(state: WindowAttention, tokens: Tensor) -> Tensor:
     return total / len(state.weights)
 
 
+def attention_entropy(state: ClusterAttention | WindowAttention, *, num_tokens: int = 256) -> float:
+    r"""Return how evenly tokens spread their attention over the keys that they see.
+
+    $$\frac{1}{|S|} \sum_{i \in S} \frac{-\sum_j P(i, j) \log P(i, j)}{\log |\{j : P(i, j) > 0\}|}$$
+
+    Args:
+        state: of one image, from `attention_states`, `LCoA.attend` or `GMSA.attend`.
+        num_tokens: how many pixels $S$ to take, spread evenly; all, if there are not more.
+
+    Returns:
+        A number in [0, 1]: 0 where each token attends to one key alone, 1 where all keys weigh the same.
+
+    Raises:
+        ShapeError: `state` is of several images.
+        TypeError: `state` is neither a ClusterAttention nor a WindowAttention.
+    """
+    total = 0.0
+    tokens = _spread_tokens(state.height, state.width, num_tokens)
+    for some in tokens.to(_device_of(state)).split(_ROWS_AT_A_TIME):
+        weights = attended(state, some).detach().flatten(1).double()
+        entropy = -torch.xlogy(weights, weights).sum(dim=1)
+        total += float((entropy / (weights > 0).sum(dim=1).clamp(min=2).log()).sum())
+    return total / len(tokens)
+
+
+def _spread_tokens(height: int, width: int, num_tokens: int) -> Tensor:
+    last = height * width - 1
+    return torch.linspace(0, last, min(num_tokens, last + 1), dtype=torch.float64).round().long()
+
+
+def _device_of(state: ClusterAttention | WindowAttention) -> torch.device:
+    return next(leaf.device for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
 def attention_overlap(
     states: Sequence[ClusterAttention | WindowAttention], *, num_tokens: int = 256
 ) -> Float[Tensor, "l l"]:
@@ -225,10 +259,9 @@ def attention_overlap(
     if len(sizes) != 1:
         raise ShapeError(f"layers must have maps of one size, got {sorted(sizes) or 'no layer'}")
     ((height, width),) = sizes
-    tokens = torch.linspace(0, height * width - 1, min(num_tokens, height * width), dtype=torch.float64).round().long()
+    tokens = _spread_tokens(height, width, num_tokens)
     total = torch.zeros(len(states), len(states), dtype=torch.float64)
-    device = next(leaf.device for leaf in tree_leaves(states[0]) if isinstance(leaf, Tensor))
-    for some in tokens.to(device).split(_ROWS_AT_A_TIME):
+    for some in tokens.to(_device_of(states[0])).split(_ROWS_AT_A_TIME):
         maps = [attended(state, some) for state in states]
         for a, one in enumerate(maps):
             for b, other in enumerate(maps[: a + 1]):

@@ -1,6 +1,7 @@
 """Where pixels attend is what dense attention says; the overlap of layers is what it should be."""
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from sparse_sr_attn.cli import main
 from sparse_sr_attn.functional.kmeans import initial_state
 from sparse_sr_attn.reference import cluster as reference
 from sparse_sr_attn.reference import window as slow_windows
-from sparse_sr_attn.visualize import attended, attention_overlap, attention_states, heat
+from sparse_sr_attn.visualize import attended, attention_entropy, attention_overlap, attention_states, heat
 
 SIZE = (6, 9)
 
@@ -174,6 +175,30 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_without_attention_there_is_nothing_to_show() -> None:
     with pytest.raises(ValueError, match=r"layers with a state \(LCoA, GMSA and who reads them\), and EDSR runs none"):
         attention_states(EDSR(num_feat=8, num_block=1), picture())
+
+
+# ---------------------------------------------------------------------------------------------------------- entropy
+
+
+def test_entropy_is_that_of_the_weights() -> None:
+    layer = lsp()
+    x = features()
+    state = layer(x)
+    weights = attended(state, torch.arange(x.shape[2] * x.shape[3])).flatten(1).detach()
+    shares = []
+    for row in weights.tolist():
+        seen = [weight for weight in row if weight > 0]
+        shares.append(-sum(weight * math.log(weight) for weight in seen) / math.log(len(seen)))
+    assert attention_entropy(state, num_tokens=10_000) == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+
+
+def test_entropy_of_sharp_and_even_attention() -> None:
+    even, sharp = lsp(), lsp()
+    with torch.no_grad():
+        for layer, scale in ((even, 1e-6), (sharp, 100.0)):
+            layer.scale_logits.logit_scale.fill_(math.log(scale))
+    assert attention_entropy(even(features())) == pytest.approx(1, abs=1e-4)
+    assert attention_entropy(sharp(features())) < 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------- overlap
@@ -351,7 +376,7 @@ def test_a_network_of_one_channel_sees_brightness(here: Path, capsys: pytest.Cap
     for file in ("photo.png", "deep.png"):  # the same picture in colour, and grey with 16 bits
         assert main(["inspect", "attention", file, "-w", "one.pth", "--pixel", "3", "4", "-o", f"map_{file}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == lines[6]
+    assert lines[0] == lines[7]
     off = np.abs(drawn("map_photo.png").astype(int) - drawn("map_deep.png").astype(int))
     assert int(off.max()) <= 2
 

@@ -1,20 +1,21 @@
-"""Train the weights that come with the library, and measure them.
+"""Train the weights that come with the library and the networks they are compared with, and measure them.
 
-    python weights/recipe.py train LCoAN-light 2 --data T91/ BSD400/                  one network, one factor
-    python weights/recipe.py train LCoAN-light 4 --data ... --start 2                 its body goes on from that of x2
-    python weights/recipe.py ship LCoAN-light 2                                       into sparse_sr_attn/weights
-    python weights/recipe.py report --test Set5/ Set14/                               figures into docs/weights.md
+    python weights/recipe.py train LCoAN-light 2 --data T91/ BSD400/           one network, one factor
+    python weights/recipe.py train LCoAN-light 4 --data ... --start LCoAN-light_x2     its body starts from that of x2
+    python weights/recipe.py train LCoAN-light 2 --data ... --teacher outputs/ --label taught       targets of a teacher
+    python weights/recipe.py ship LCoAN-light_x2                               into sparse_sr_attn/weights
+    python weights/recipe.py report --test Set5/ Set14/ Urban25/               figures into docs/weights.md
 
-Folders hold photographs of high resolution; low resolution is made of them (`sparse-sr prepare`). Everything else comes
-to lie in build/weights, and a training that was stopped goes on. All networks see the same patches in the same order.
+Folders hold photographs of high resolution; low resolution is made of them (`sparse-sr prepare`). Everything is written
+to build/weights, and a training that was stopped resumes. All networks see the same patches in the same order.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 import yaml
 
-from sparse_sr_attn import PRESETS, load_model
+from sparse_sr_attn import PRESETS, CoA, load_model
 from sparse_sr_attn.commands.common import images_in
 from sparse_sr_attn.conversion import convert_weights, write_weights
 from sparse_sr_attn.degradation import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.evaluation import Score, bicubic_luma, luma, score
 from sparse_sr_attn.images import Picture, as_rgb, read_pixels, upscale_image
 from sparse_sr_attn.paper.figures import LIGHT_EDSR, LIGHT_LCOA
+from sparse_sr_attn.visualize import attention_entropy, attention_states
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "weights"
@@ -36,12 +38,23 @@ PAGE = ROOT / "docs" / "weights.md"
 RECORD = Path(__file__).with_name("figures.json")
 BEGIN, END = "<!-- figures of weights/recipe.py -->\n", "<!-- end of figures -->"
 
+_EDSR = {"type": "SparseEDSR", **LIGHT_EDSR}
+_LCOA = dict(LIGHT_LCOA)
+_WHOLE_PATCH = 96**2  # a chunk of so many tokens holds the patch: dense attention
+
 NETWORKS: dict[str, dict[str, Any]] = {
     "LCoAN-light": {"type": "LCoAN", **PRESETS["LCoAN-light"].options},
     "ELAN-light": {"type": "ELAN", **PRESETS["ELAN-light"].options},
-    "EDSR": {"type": "SparseEDSR", **LIGHT_EDSR},
-    "EDSR-LCoA": {"type": "SparseEDSR", **LIGHT_EDSR, "attention": dict(LIGHT_LCOA)},
+    "EDSR": _EDSR,
+    "EDSR-wider": {**_EDSR, "num_feat": 49},
+    "EDSR-deeper": {**_EDSR, "num_block": 16},
+    "EDSR-LCoA": {**_EDSR, "attention": _LCOA},
+    "EDSR-index": {**_EDSR, "attention": {**_LCOA, "cluster_order": "index"}},
+    "EDSR-hash": {**_EDSR, "attention": {**_LCOA, "routing": "lsh"}},
+    "EDSR-published": {**_EDSR, "attention": {**_LCOA, "similarity": "dot", "cluster_order": "index"}},
+    "EDSR-dense": {**_EDSR, "attention": {**_LCOA, "chunk_size": _WHOLE_PATCH}},
 }
+"""EDSR-wider has as many parameters as EDSR-LCoA; a training step of EDSR-deeper takes as long as one of EDSR-LCoA."""
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -49,20 +62,26 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a network is trained: `batch` patches a step, of `patch` pixels a side in low resolution."""
+    """How a network is trained: `batch` patches a step, of `patch` pixels a side in low resolution."""
 
-    iterations: int = 3000
+    iterations: int = 15_000
     batch: int = 8
-    patch: int = 32
+    patch: int = 48
     learning_rate: float = 8e-4
+    fft: float = 0.05
+    teacher_weight: float = 1.0
     seed: int = 0
     workers: int = 0
+    label: str = ""
 
 
-def options(network: str, upscale: int, budget: Budget, *, pairs: Path, start: Path | None) -> dict[str, Any]:
+def options(
+    network: str, upscale: int, budget: Budget, *, pairs: Path, start: Path | None, teacher: Path | None
+) -> dict[str, Any]:
     """Return the option file of a training."""
+    taught = {"dataroot_teacher": str(teacher), "teacher_weight": budget.teacher_weight} if teacher else {}
     return {
-        "name": named(network, upscale, budget.seed),
+        "name": named(network, upscale, budget.seed, budget.label),
         "model_type": "SparseSRModel",
         "scale": upscale,
         "num_gpu": "auto",
@@ -70,18 +89,18 @@ def options(network: str, upscale: int, budget: Budget, *, pairs: Path, start: P
         "datasets": {
             "train": {
                 "name": pairs.name,
-                "type": "PairedImageDataset",
+                "type": "CachedPairedImageDataset",
                 "dataroot_gt": str(pairs / "HR"),
                 "dataroot_lq": str(pairs / f"LR_x{upscale}"),
-                "filename_tmpl": "{}",
                 "io_backend": {"type": "disk"},
                 "gt_size": budget.patch * upscale,
                 "use_hflip": True,
                 "use_rot": True,
                 "num_worker_per_gpu": budget.workers,
                 "batch_size_per_gpu": budget.batch,
-                "dataset_enlarge_ratio": 1,
+                "dataset_enlarge_ratio": 10,
                 "prefetch_mode": None,
+                **taught,
             },
         },
         "network_g": {**NETWORKS[network], "upscale": upscale},
@@ -92,13 +111,14 @@ def options(network: str, upscale: int, budget: Budget, *, pairs: Path, start: P
             "resume_state": None,
         },
         "train": {
-            "ema_decay": 0.998 if start is None else 0.995,
+            "ema_decay": 0.999,
             "autocast": "bf16",
             "optim_g": {"type": "Adam", "lr": budget.learning_rate, "weight_decay": 0, "betas": [0.9, 0.99]},
             "scheduler": {"type": "CosineAnnealingRestartLR", "periods": [budget.iterations], "eta_min": 1e-6},
             "total_iter": budget.iterations,
             "warmup_iter": -1,
             "pixel_opt": {"type": "L1Loss", "loss_weight": 1.0, "reduction": "mean"},
+            **({"fft_opt": {"type": "FFTLoss", "loss_weight": budget.fft}} if budget.fft else {}),
         },
         "logger": {
             "print_freq": 100,
@@ -110,12 +130,12 @@ def options(network: str, upscale: int, budget: Budget, *, pairs: Path, start: P
     }
 
 
-def named(network: str, upscale: int, seed: int = 0) -> str:
-    return f"{network}_x{upscale}" + (f"_seed{seed}" if seed else "")
+def named(network: str, upscale: int, seed: int = 0, label: str = "") -> str:
+    return f"{network}_x{upscale}" + (f"_{label}" if label else "") + (f"_seed{seed}" if seed else "")
 
 
-def trained(network: str, upscale: int, seed: int = 0) -> Path:
-    return BUILD / "experiments" / named(network, upscale, seed) / "models" / "net_g_latest.pth"
+def trained(name: str) -> Path:
+    return BUILD / "experiments" / name / "models" / "net_g_latest.pth"
 
 
 def command(*arguments: object) -> None:
@@ -130,17 +150,18 @@ def train(arguments: argparse.Namespace) -> None:
     pairs = BUILD / f"pairs_x{upscale}_{crop}"
     if not pairs.exists():
         data = [path.resolve() for path in arguments.data]
-        command("prepare", *data, "--scale", upscale, "--tile", 2 * crop, "--crop", crop, "-o", pairs)
-    start = trained(arguments.network, arguments.start, budget.seed) if arguments.start else None
-    asked = options(arguments.network, upscale, budget, pairs=pairs, start=start)
+        command("prepare", *data, "--scale", upscale, "--crop", crop, "-o", pairs)
+    start, teacher = arguments.start and trained(arguments.start), arguments.teacher and arguments.teacher.resolve()
+    asked = options(arguments.network, upscale, budget, pairs=pairs, start=start, teacher=teacher)
     file = BUILD / f"{asked['name']}.yml"
     file.write_text(yaml.safe_dump(asked, sort_keys=False))
     command("train", "-opt", file, "--auto_resume")
 
 
 def ship(arguments: argparse.Namespace) -> None:
-    model = load_model(trained(arguments.network, arguments.upscale))
-    file = ROOT / "sparse_sr_attn" / "weights" / f"{arguments.network}_x{arguments.upscale}.safetensors"
+    model = load_model(trained(arguments.name))
+    network, upscale = arguments.name.split("_")[:2]
+    file = ROOT / "sparse_sr_attn" / "weights" / f"{network}_{upscale}.safetensors"
     file.parent.mkdir(exist_ok=True)
     write_weights(convert_weights(model, "ours"), file, nested=False, overwrite=True)
     print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
@@ -151,7 +172,19 @@ def ship(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Figure:
-    """How good a network is on a set of photographs: means over them, of luma, as BasicSR counts."""
+    """How good a network is on a set of photographs: means over them, of luma, as BasicSR counts.
+
+    Attributes:
+        network: name, and the seed unless it is 0.
+        upscale: factor.
+        photographs: the folder's name.
+        psnr: in dB.
+        ssim: in 0..1.
+        parameters: of the network; `None` for interpolation.
+        trained_on: steps, patches and what came before.
+        psnr_without_attention: with the attention switched off afterwards; `None` where there is none.
+        entropy: of its attention, as `attention_entropy` counts.
+    """
 
     network: str
     upscale: int
@@ -160,6 +193,8 @@ class Figure:
     ssim: float
     parameters: int | None
     trained_on: str
+    psnr_without_attention: float | None = None
+    entropy: float | None = None
 
     @property
     def key(self) -> tuple[str, int, str, str]:
@@ -169,21 +204,51 @@ class Figure:
 
 def measure(name: str, model: Any, upscale: int, folder: Path, trained_on: str) -> Figure:
     """Measure a network, or, without one, bicubic interpolation as papers do."""
-    scores: list[Score] = []
-    for file in images_in(folder):
-        pixels = read_pixels(file)
-        if model is None:
-            truth, image = bicubic_luma(pixels, upscale)
-        else:
-            high = crop_to_multiple(as_rgb(pixels), upscale)  # grey, too, as BasicSR has it
-            low = Picture(matlab_bicubic(high, upscale).numpy())
-            large = upscale_image(model, low, tile=max(low.pixels.shape), overlap=0).pixels
-            truth, image = luma(high), luma(torch.from_numpy(large))
-        scores.append(score(truth, image, border=upscale))
-    means = torch.tensor(scores, dtype=torch.float64).mean(0).tolist()
-    size = None if model is None else sum(parameter.numel() for parameter in model.parameters())
-    return Figure(name, upscale, folder.name, *means, size, trained_on)
+    if model is None:
+        bicubic = [score(*bicubic_luma(read_pixels(file), upscale), border=upscale) for file in images_in(folder)]
+        return Figure(name, upscale, folder.name, *means(bicubic), None, trained_on)
+    psnr, ssim = means(scores(model, upscale, folder))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    figure = Figure(name, upscale, folder.name, psnr, ssim, size, trained_on)
+    attention = [layer for layer in model.modules() if isinstance(layer, CoA)]
+    if not attention:
+        return figure
+    entropy = sum(entropies(model, upscale, folder)) / len(images_in(folder))
+    for layer in attention:
+        layer.res_scale = 0
+    return replace(figure, psnr_without_attention=means(scores(model, upscale, folder))[0], entropy=entropy)
 
+
+def means(each: Sequence[Score]) -> tuple[float, float]:
+    psnr, ssim = torch.tensor(each, dtype=torch.float64).mean(0).tolist()
+    return psnr, ssim
+
+
+def pairs_in(folder: Path, upscale: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the photographs of a folder, cut to multiples of the factor, and their low resolution."""
+    for file in images_in(folder):
+        high = crop_to_multiple(as_rgb(read_pixels(file)), upscale)  # grey, too, as BasicSR has it
+        yield high, matlab_bicubic(high, upscale)
+
+
+def scores(model: Any, upscale: int, folder: Path) -> list[Score]:
+    found = []
+    for high, low in pairs_in(folder, upscale):
+        large = upscale_image(model, Picture(low.numpy()), tile=max(low.shape), overlap=0).pixels
+        found.append(score(luma(high), luma(torch.from_numpy(large)), border=upscale))
+    return found
+
+
+def entropies(model: Any, upscale: int, folder: Path) -> Iterator[float]:
+    """Yield the entropy of the first attention layer on the middle of each photograph."""
+    for _, low in pairs_in(folder, upscale):
+        top, left = (max(0, (side - ENTROPY_SIDE) // 2) for side in low.shape[:2])
+        middle = low[top : top + ENTROPY_SIDE, left : left + ENTROPY_SIDE].permute(2, 0, 1) / 255
+        state = next(iter(attention_states(model, middle).values()))
+        yield attention_entropy(state)
+
+
+ENTROPY_SIDE = 128
 
 PUBLISHED = {
     ("ELAN-light", 2): {"Set5": (38.17, 0.9611), "Set14": (33.94, 0.9207)},
@@ -194,49 +259,74 @@ PUBLISHED = {
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Measure what is trained here; figures of other trainings stay on record."""
+    """Measure what is trained here and not on record yet."""
     found = [Figure(**figure) for figure in json.loads(RECORD.read_text())]
-    untold = {"EDSR": {"img_range": LIGHT_EDSR["img_range"]}}  # weights without attention carry no options
-    for upscale in (2, 3, 4):
-        models: dict[str, tuple[Any, str]] = {"bicubic": (None, "")}
-        for network, seed in product(NETWORKS, range(arguments.seeds)):
-            if (file := trained(network, upscale, seed)).exists():
-                option_file = yaml.safe_load((BUILD / f"{named(network, upscale, seed)}.yml").read_text())
-                label = network + (f", seed {seed}" if seed else "")
-                models[label] = load_model(file, **untold.get(network, {})), described(option_file)
-        for label, (model, trained_on) in models.items() if len(models) > 1 else ():
-            for folder in arguments.test:
+    known = {figure.key for figure in found}
+    for file in sorted(BUILD.glob("*.yml")):
+        asked = yaml.safe_load(file.read_text())
+        network, upscale, seed = asked["name"].partition("_x")[0], asked["scale"], asked["manual_seed"]
+        if not finished(asked):
+            continue
+        models = {
+            "bicubic": (None, ""),
+            network + (f", seed {seed}" if seed else ""): (asked["name"], described(asked)),
+        }
+        for (label, (name, trained_on)), folder in product(models.items(), arguments.test):
+            if (label, upscale, trained_on, folder.name) not in known:
+                model = name and load_model(trained(name), img_range=LIGHT_EDSR["img_range"])
                 figure = measure(label, model, upscale, folder, trained_on)
                 print(figure, flush=True)
-                found = [one for one in found if one.key != figure.key] + [figure]
+                found.append(figure)
+                known.add(figure.key)
     found.sort(key=lambda figure: (figure.upscale, figure.trained_on, figure.parameters or 0, figure.network))
     RECORD.write_text(json.dumps([asdict(figure) for figure in found], indent=1, ensure_ascii=False) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + BEGIN + table(found) + END + rest.partition(END)[2])
 
 
+def finished(asked: Mapping[str, Any]) -> bool:
+    states = BUILD / "experiments" / asked["name"] / "training_states"
+    return (states / f"{asked['train']['total_iter']}.state").exists() and trained(asked["name"]).exists()
+
+
 def described(option_file: Mapping[str, Any]) -> str:
     """Return what a training saw: steps, patches a step, pixels of a patch in low resolution."""
     data, upscale = option_file["datasets"]["train"], option_file["scale"]
     steps, side = option_file["train"]["total_iter"], data["gt_size"] // upscale
-    start = option_file["path"]["pretrain_network_g"]
-    return f"{steps:,} × {data['batch_size_per_gpu']} × {side}²" + (f", after {Path(start).parts[-3]}" if start else "")
+    start, teacher = option_file["path"]["pretrain_network_g"], data.get("dataroot_teacher")
+    return (
+        f"{steps:,} × {data['batch_size_per_gpu']} × {side}²"
+        + (f", {data['teacher_weight']:.0%} teacher" if teacher else "")
+        + (f", after {Path(start).parts[-3]}" if start else "")
+    )
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Return the figures as Markdown, PSNR in dB and SSIM of each set of photographs."""
+    """Return the figures as Markdown, PSNR in dB and SSIM of each set; in brackets PSNR with attention switched off."""
     sets = list(dict.fromkeys(figure.photographs for figure in figures))
-    lines = [f"| | parameters | steps × patches × pixels | {' | '.join(sets)} |", f"|---|---|---|{'---|' * len(sets)}"]
+    lines = [
+        f"| | parameters | steps × patches × pixels | {' | '.join(sets)} | entropy |",
+        f"|---|---|---|{'---|' * len(sets)}---|",
+    ]
     for key in dict.fromkeys(figure.key[:3] for figure in figures):
         own = {figure.photographs: figure for figure in figures if figure.key[:3] == key}
         one = next(iter(own.values()))
         size = f"{one.parameters:,}" if one.parameters else ""
-        cells = [f"{own[photographs].psnr:.2f} / {own[photographs].ssim:.4f}" for photographs in sets]
-        lines.append(f"| ×{one.upscale} {one.network} | {size} | {one.trained_on} | {' | '.join(cells)} |")
+        cells = [cell(own.get(photographs)) for photographs in sets]
+        spread = [figure.entropy for figure in own.values() if figure.entropy is not None]
+        entropy = f"{sum(spread) / len(spread):.2f}" if spread else ""
+        lines.append(f"| ×{one.upscale} {one.network} | {size} | {one.trained_on} | {' | '.join(cells)} | {entropy} |")
         if published := PUBLISHED.get((one.network, one.upscale)):
             cells = [f"{published[p][0]:.2f} / {published[p][1]:.4f}" if p in published else "" for p in sets]
-            lines.append(f"| ×{one.upscale} {one.network}, published | {size} | DIV2K | {' | '.join(cells)} |")
+            lines.append(f"| ×{one.upscale} {one.network}, published | {size} | DIV2K | {' | '.join(cells)} | |")
     return "\n".join(lines) + "\n"
+
+
+def cell(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    off = figure.psnr_without_attention
+    return f"{figure.psnr:.2f} / {figure.ssim:.4f}" + ("" if off is None else f" ({off:.2f})")
 
 
 def main() -> None:
@@ -247,13 +337,13 @@ def main() -> None:
     for option in fields(Budget):
         flag = f"--{option.name.replace('_', '-')}"
         trainer.add_argument(flag, type=type(option.default), default=option.default, help="default: %(default)s")
-    trainer.add_argument("--start", type=int, metavar="N", help="begin with the weights trained for this factor")
+    trainer.add_argument("--start", metavar="NAME", help="begin with the weights of an earlier training")
+    trainer.add_argument("--teacher", type=Path, metavar="FOLDER", help="a teacher's outputs, named like the HR images")
+    trainer.add_argument("network", choices=NETWORKS)
+    trainer.add_argument("upscale", type=int, choices=(2, 3, 4))
     shipper = commands.add_parser("ship", help="put trained weights into the package")
-    for command in (trainer, shipper):
-        command.add_argument("network", choices=NETWORKS)
-        command.add_argument("upscale", type=int, choices=(2, 3, 4))
+    shipper.add_argument("name", help="of a training, e.g. LCoAN-light_x2")
     reporter = commands.add_parser("report", help="measure all that is trained")
-    reporter.add_argument("--seeds", type=int, default=2, metavar="N", help="trainings with seeds below this")
     reporter.add_argument("--test", type=Path, nargs="+", required=True, help="folders of photographs to measure on")
     for command, function in ((trainer, train), (shipper, ship), (reporter, report)):
         command.set_defaults(function=function)

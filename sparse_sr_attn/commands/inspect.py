@@ -13,7 +13,15 @@ from sparse_sr_attn.errors import ImageError, SparseSRError
 from sparse_sr_attn.images import MAX_PIXELS, Picture, check_format, network_input, read_image, write_image
 from sparse_sr_attn.layers.lcoa import LCoA
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
-from sparse_sr_attn.visualize import attended, attention_overlap, attention_states, colour_map, heat, kinship_palette
+from sparse_sr_attn.visualize import (
+    attended,
+    attention_entropy,
+    attention_overlap,
+    attention_states,
+    colour_map,
+    heat,
+    kinship_palette,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,6 +132,7 @@ def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tu
     for weight, token in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
         show(f"{weight:.4f} at pixel {token % width * side} {token // width * side}")
     weights = weights.repeat_interleave(side, 0).repeat_interleave(side, 1)[: low.shape[2], : low.shape[3]]
+    show(f"entropy over the image: {attention_entropy(state):.2f} of an even spread")
     behind = (low[0].mean(dim=0, keepdim=True).clamp(0, 1) * 90).round().to(torch.uint8).permute(1, 2, 0)
     colours = torch.maximum(behind.expand(-1, -1, 3), heat(weights.sqrt()))  # the root shows weak ones, too
     colours[y, x] = torch.tensor([0, 255, 0], dtype=torch.uint8)

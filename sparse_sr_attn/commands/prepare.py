@@ -17,7 +17,7 @@ Make pairs of high and low resolution from the photographs in folders: what MATL
 the last bit, as papers train and test on it ("BI").
 
   sparse-sr prepare DIV2K/ --scale 2 --tile 480 --crop 96 -o datasets/DIV2K_x2     to train with gt_size: 96
-  sparse-sr prepare DIV2K/ --scale 2 --crop 96 -o datasets/DIV2K_x2                likewise, for CachedPairedImageDataset
+  sparse-sr prepare DIV2K/ --scale 2 --crop 96 -o datasets/DIV2K_x2                for CachedPairedImageDataset
   sparse-sr prepare Set5/ --scale 2 -o datasets/Set5_x2                            to validate
 
 In the option file, dataroot_gt is OUT/HR, dataroot_lq is OUT/LR_xN, and filename_tmpl is '{}'."""
