@@ -30,8 +30,8 @@ from skimage import data
 from sparse_sr_attn import EDSR, LAYERS, LCoAN, cli
 from sparse_sr_attn.conversion import convert_weights
 from sparse_sr_attn_basicsr import preflight, register
-from sparse_sr_attn_basicsr.commands import own_log
-from sparse_sr_attn_basicsr.options import OPTIONS, parse
+from sparse_sr_attn_basicsr.option_file import parse
+from sparse_sr_attn_basicsr.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -176,15 +176,14 @@ def run_sparse_sr(words: list[str], here: Path) -> None:
 
 
 def run_basicsr(arguments: list[str], here: Path) -> None:
-    """A file of the package is only looked for (tests/integrations/test_option_files.py); one of the page is run."""
+    """A file of the package is only looked for (tests/integrations/test_options.py); one of the page is run."""
     parsed = cli._parser(arguments).parse_args(arguments)
     file = here / parsed.opt if (here / parsed.opt).exists() else ROOT / parsed.opt
     assert file.is_file(), parsed.opt
     if file.resolve().is_relative_to(OPTIONS):
         return
     short = SHORT if arguments[0] == "train" else ("num_gpu=0",)
-    with own_log():
-        assert cli.main([*arguments, "--force_yml", *short]) == 0, arguments
+    assert cli.main([*arguments, "--force_yml", *short]) == 0, arguments
 
 
 def run_python_command(words: list[str], here: Path) -> None:
@@ -192,7 +191,7 @@ def run_python_command(words: list[str], here: Path) -> None:
 
 
 def run_torchrun(words: list[str], here: Path) -> None:
-    """Of a training only the arguments are looked at; tests/integrations/test_processes.py trains."""
+    """Of a training only the arguments are looked at; tests/integrations/test_distributed.py trains."""
     if "-m" in words:
         module = words.index("-m") + 1
         assert words[module] == "sparse_sr_attn"

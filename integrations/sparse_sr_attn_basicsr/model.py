@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import logging
 import math
 import os
 import time
@@ -17,20 +18,19 @@ import torch
 import torch.distributed as dist
 from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger
+from basicsr.utils import get_root_logger, tensor2img
 from basicsr.utils.dist_util import get_dist_info, master_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import OPTIONS, Network
-from sparse_sr_attn.checkpoints import listed, unusable
 from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.foreign import find_facts, run_padded
 from sparse_sr_attn.inference import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
-from sparse_sr_attn_basicsr import reading, resuming, saving, starting
-from sparse_sr_attn_basicsr.loading import PLACE
+from sparse_sr_attn_basicsr import changed_options, option_lookups, pretrained, state
+from sparse_sr_attn_basicsr.data import PLACE
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,11 +81,12 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self.iteration = 0
         self.saved_iteration: int | None = None
         self._validating = False
+        self._image_place: tuple[str, int | str] | None = None  # data set and iteration, where images are saved
         self._missing: dict[int, list[str]] = {}
         self._names: list[str] = []
         self._started = self._spoke = time.monotonic()
         self._first: int | None = None
-        self._place: list[int] | None = None  # of the last sample trained on, see `loading.PLACE`
+        self._place: list[int] | None = None  # of the last sample trained on, see `data.PLACE`
         self._fed_place: list[int] | None = None
         self._num_overflows = 0
         self._pass: _Pass | None = None
@@ -129,66 +130,29 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 to do about it.
         """
         bare = self.get_bare_model(net)
-        try:
-            weights, key = starting.read_weights(load_path, param_key)
-            expected = {name: value for name, value in bare.state_dict().items() if name != OPTIONS}
-            if faults := unusable(expected, weights):
-                raise CheckpointError(f"does not fit the network.{faults}")
-            different = starting.differences(bare, weights)
-            if not strict and not weights.keys() & expected.keys():
-                raise CheckpointError(f"no entry of it is one of the network's, got {listed(list(weights))}")
-            if strict and different:
-                _try_strictly(bare, weights, different)
-            fitting = {k: v for k, v in weights.items() if k not in expected or v.shape == expected[k].shape}
-            bare.load_state_dict(fitting, strict=strict)
-        except CheckpointError as error:
-            raise CheckpointError(f"{load_path}: {error}") from error
-        except Exception as error:  # a malformed file can make the reader raise anything
-            raise CheckpointError(_why_not_loaded(load_path, error, param_key)) from error
-        self._tell(bare, load_path, key, different)
-        resized = weights.keys() - fitting.keys()
-        self._missing[id(bare)] = [*different.fresh, *different.untrained, *resized]
+        loaded = pretrained.load(bare, load_path, strict=strict, key=param_key)
+        different = loaded.different
+        entry = f", entry {loaded.key}" if loaded.key else ""
+        log = get_root_logger()
+        log.info(f"Loading {type(bare).__name__} model from {load_path}{entry}.")
+        if (lines := different.lines()) != self._told.get(load_path):  # once, although two networks may start from it
+            self._told[load_path] = lines
+            untrained = len(different.untrained) + len(different.resized)
+            for line in lines:
+                log.log(logging.WARNING if untrained else logging.INFO, f"  {line}")
+            if untrained:
+                log.warning(
+                    f"{untrained} entries of the network outside attention are NOT in {load_path}: they start untrained."
+                )
+        self._missing[id(bare)] = loaded.missing
         if hasattr(self, "net_d"):  # a discriminator is loaded last, and has no range
             return
         if self._pretrain_img_range is not None:
-            _change_img_range(bare, self._pretrain_img_range, self._missing[id(bare)])
+            pretrained.change_img_range(bare, self._pretrain_img_range, loaded.missing)
         elif self._starts and load_path not in self._ranges_checked:
             self._ranges_checked.add(load_path)
-            self._check_img_range(bare, weights, load_path, whole=not (different.untrained or resized))
-
-    def _tell(self, bare: nn.Module, path: str, key: str | None, different: starting.Differences) -> None:
-        """Log what was loaded; what does not fit is said once, although two networks may start from it."""
-        entry = f", entry {key}" if key else ""
-        get_root_logger().info(f"Loading {type(bare).__name__} model from {path}{entry}.")
-        if (lines := different.lines()) != self._told.get(path):
-            self._told[path] = lines
-            log = get_root_logger().warning if different.untrained or different.resized else get_root_logger().info
-            for line in lines:
-                log(f"  {line}")
-            if different.untrained or different.resized:
-                count = len(different.untrained) + len(different.resized)
-                log(f"{count} entries of the network outside attention are NOT in {path}: they start untrained.")
-
-    def _check_img_range(self, bare: nn.Module, weights: Mapping[str, Any], path: str, *, whole: bool) -> None:
-        """Refuse weights that were trained at another factor on the image; ask where that cannot be told."""
-        ours = getattr(bare, "img_range", None)
-        if not isinstance(ours, (int, float)):
-            return
-        told = starting.range_told(weights)
-        if told is not None:
-            verdict, best = ("fits" if told == ours else "differs"), told
-        else:
-            verdict, best = starting.range_seen(bare) if whole else ("unknown", float(ours))
-        if verdict == "differs":
-            raise CheckpointError(
-                f"{path}: was trained with img_range {best:g}, but network_g.img_range is {ours:g}; write img_range: "
-                f"{best:g}, or for a SparseEDSR train: pretrain_img_range: {best:g}, which scales its biases"
-            )
-        if verdict == "unknown":
-            get_root_logger().warning(
-                f"note: {path} does not tell the img_range it was trained with, and network_g.img_range is {ours:g}; "
-                "if it was another one, images start wrong: write train: pretrain_img_range"
-            )
+            if note := pretrained.check_img_range(bare, loaded, load_path):
+                log.warning(f"note: {note}")
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer of `torch.optim` of that name."""
@@ -201,7 +165,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         super().init_training_settings()
         fft = self.opt["train"].get("fft_opt")
         host = [cls for cls in type(self).__mro__ if cls.__module__ != __name__]
-        self._cri_fft = build_loss(fft).to(self.device) if fft and not reading.mentions(host, "fft_opt") else None
+        self._cri_fft = build_loss(fft).to(self.device) if fft and not option_lookups.mentions(host, "fft_opt") else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()
@@ -315,14 +279,36 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         net.train(was_training)
 
     def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:
-        """Validate as BasicSR does: on one process, whatever the others do, and leaving random numbers alone."""
+        """Validate as BasicSR does: on one process, whatever the others do, and leaving random numbers alone.
+
+        Images are saved where BasicSR saves them, but whole or not at all.
+
+        Raises:
+            OSError: an image cannot be written.
+        """
         self._validating = True
+        self._image_place = (dataloader.dataset.opt["name"], current_iter) if save_img else None
         try:
             with undisturbed():
-                super().validation(dataloader, current_iter, tb_logger, save_img)
+                super().validation(dataloader, current_iter, tb_logger, save_img=False)
         finally:
             self._validating = False
+            self._image_place = None
             self._spoke = time.monotonic()
+
+    def get_current_visuals(self) -> "OrderedDict[str, Tensor]":
+        """Return the images last fed and made; in validation, save the one made if images are saved."""
+        visuals: OrderedDict[str, Tensor] = super().get_current_visuals()
+        if self._image_place is not None:
+            state.write_image(tensor2img([visuals["result"]]), self._image_file(*self._image_place))
+        return visuals
+
+    def _image_file(self, dataset: str, current_iter: int | str) -> Path:
+        """Return where BasicSR's own validation saves the image of the sample last fed."""
+        folder, name = Path(self.opt["path"]["visualization"]), Path(self._names[0]).stem
+        if self.opt["is_train"]:
+            return folder / name / f"{name}_{current_iter}.png"
+        return folder / dataset / f"{name}_{self.opt['val']['suffix'] or self.opt['name']}.png"
 
     def save(self, epoch: int, current_iter: int) -> None:
         """Save networks and state. A state is there only while the networks beside it are those it was saved with.
@@ -368,7 +354,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             for key, each in zip(keys, nets, strict=True)
         }
         label = "latest" if current_iter == -1 else current_iter
-        saving.write(weights, Path(self.opt["path"]["models"]) / f"{net_label}_{label}.pth")
+        state.write(weights, Path(self.opt["path"]["models"]) / f"{net_label}_{label}.pth")
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """Save BasicSR's state and beside it, under `exact`, what going on exactly needs; whole or not at all.
@@ -385,7 +371,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             dist.all_gather_object(random_states, random_state())
         if rank != 0:
             return
-        state = {
+        saved = {
             "epoch": epoch,
             "iter": current_iter,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -393,13 +379,13 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             "exact": {
                 "optimizer": ", ".join(self._optimizer_names),
                 "scaler": self._scaler.state_dict(),
-                "warmup_iter": resuming.warmup_of(self),
+                "warmup_iter": changed_options.warmup_of(self),
                 "manual_seed": self.opt.get("manual_seed"),
                 "place": self._place,
                 "random": random_states,
             },
         }
-        saving.write(state, self._state_file(current_iter))
+        state.write(saved, self._state_file(current_iter))
 
     def is_healthy(self) -> bool:
         """Return whether every weight and every buffer is finite."""
@@ -425,7 +411,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 f"{names}; to change it, begin a run that has the weights as path.pretrain_network_g"
             )
         try:
-            changes = resuming.resume(self, resume_state, self._take_up)
+            changes = changed_options.resume(self, resume_state, self._take_up)
             self.iteration = int(resume_state["iter"])
             if exact:
                 self._place = exact["place"]
@@ -444,8 +430,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if self._state_file(self.iteration).is_file():
             self.saved_iteration = self.iteration
 
-    def _take_up(self, state: Mapping[str, Any]) -> None:
-        super().resume_training(state)
+    def _take_up(self, resume_state: Mapping[str, Any]) -> None:
+        super().resume_training(resume_state)
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             _try_step(optimizer, scheduler)
 
@@ -521,7 +507,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
 
     @master_only  # type: ignore[untyped-decorator]
     def _remove_state(self, iteration: int) -> None:
-        saving.remove(self._state_file(iteration))
+        state.remove(self._state_file(iteration))
 
     def _unfit(self, images: Tensor | None) -> Iterable[str]:
         """Return the names of the samples that are not finite."""
@@ -548,10 +534,10 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         else:
             fault = "loss and gradient must be finite, but are not in another process"
         parts = ", ".join(f"{name} {float(loss.detach()):.6g}" for name, loss in losses.items())
-        state = _UNHARMED if self.is_healthy() else "But weights or buffers were not finite before this step."
+        harm = _UNHARMED if self.is_healthy() else "But weights or buffers were not finite before this step."
         return (
             f"iteration {current_iter:,}: {fault} ({parts}; learning rate {self.get_current_learning_rate()[0]:.3g}); "
-            f"images of the batch{_listed(self._names)}\n{state}"
+            f"images of the batch{_listed(self._names)}\n{harm}"
         )
 
     def _undo(self, nets: list[nn.Module], buffers: list[list[Tensor]]) -> None:
@@ -677,19 +663,6 @@ def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         raise ValueError("a step of the optimizer must leave finite weights and a finite learning rate")
 
 
-def _change_img_range(net: nn.Module, was: float, missing: Iterable[str]) -> None:
-    """Make weights that were trained at another factor on the image give the same image at that of `net`.
-
-    Convolutions, ReLU and residual sums scale with their input if the biases scale along; so does an EDSR.
-    """
-    fresh = set(missing)
-    factor = float(net.img_range) / was  # type: ignore[arg-type]  # preflight lets nothing but an EDSR through
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if name.endswith(".bias") and name not in fresh:
-                parameter.mul_(factor)
-
-
 def _finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all values are finite, with one look from the host."""
     flags = [tensor.detach().isfinite().all() for tensor in tensors]
@@ -724,35 +697,3 @@ def variant(name: str) -> type[SparseSRModel] | None:
         return None
     text = f"`SparseSRModel` for the host's `{name}`."
     return type(f"Sparse{name}", (SparseSRModel, host), {"__module__": __name__, "__doc__": text})
-
-
-def _try_strictly(net: nn.Module, weights: Mapping[str, Any], different: starting.Differences) -> None:
-    """Load weights into a copy: a network may know how to read entries of other names.
-
-    Raises:
-        CheckpointError: they do not fit; with what to do about it.
-    """
-    try:
-        copy.deepcopy(net).load_state_dict(dict(weights), strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(_why_unfit(different)) from error
-
-
-def _why_unfit(different: starting.Differences) -> str:
-    """Return why weights do not load strictly, and what to do about it."""
-    text = "\n  ".join(["does not fit the network.", *different.lines()])
-    if different.fresh and not (different.untrained or different.resized or different.unused):
-        text += (
-            "\nIf these are attention layers that the checkpoint was trained without, write strict_load_g: false "
-            "under path: they then start fresh."
-        )
-    return text
-
-
-def _why_not_loaded(path: str, error: Exception, param_key: str | None) -> str:
-    if isinstance(error, KeyError):
-        return (
-            f"{path}: must hold the weights under {param_key!r} (path: param_key_g), but has no such entry; "
-            "for a file that is a bare state dict write param_key_g: ~"
-        )
-    return starting.why_unreadable(path, error)

@@ -1,7 +1,9 @@
 """Small real data, option files and a clean BasicSR for every test."""
 
 import copy
-from collections.abc import Callable, Iterator
+import importlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import yaml
 from skimage import data, io
 
 from sparse_sr_attn_basicsr import register
-from sparse_sr_attn_basicsr.commands import own_log
 
 register()  # before any test module imports basicsr
 
@@ -151,10 +152,10 @@ def testing(here: Path) -> Callable[..., str]:
 
 
 @pytest.fixture(autouse=True)
-def clean_log() -> Iterator[None]:
-    """Give every test a BasicSR log of its own."""
-    with own_log():
-        yield
+def clean_log() -> None:
+    """Have BasicSR open its log anew: pytest replaces the stream that it writes to."""
+    logging.getLogger("basicsr").handlers.clear()
+    importlib.import_module("basicsr.utils.logger").initialized_logger.clear()
 
 
 @pytest.fixture(params=[EDSR, LCOAN, ELAN], ids=["SparseEDSR", "LCoAN", "ELAN"])

@@ -23,7 +23,7 @@ from sparse_sr_attn.backbones.base import packed
 from sparse_sr_attn.checkpoints import carried_options
 from sparse_sr_attn.cli import main
 from sparse_sr_attn_basicsr import preflight, register
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 
 Write = Callable[..., str]
 

@@ -9,7 +9,7 @@ import pickle
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from sparse_sr_attn.cli import main
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.commands import _record_options
-from sparse_sr_attn_basicsr.loading import PortableDataset, Prefetcher, SampleError
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.data import PortableDataset, SampleError
+from sparse_sr_attn_basicsr.option_file import load
 
 Write = Callable[..., str]
 
@@ -132,7 +132,7 @@ def test_a_broken_image_ends_training_with_its_name_and_the_state(
     assert main(["train", "-opt", file]) == 1
     told = told_at_the_end(capsys)
     assert told.startswith(f"datasets/{part}/0.png: {message}")
-    assert ".state\nPut the cause right and go on from there with --auto_resume." in told
+    assert ".state\nFix the cause and go on from there with --auto_resume." in told
     image.write_bytes(whole)
     later(lambda: image.write_bytes(whole))
     assert main(["train", "-opt", file, "--auto_resume"]) == 0
@@ -184,19 +184,6 @@ def test_what_a_data_set_raises_is_one_line_that_names_sample_and_place(workers:
         beginning, _, line = str(caught.value).partition(", line ")
         assert beginning == f"{name}: KeyError: 'what\\nelse' (test_broken_files.py"
         assert line.removesuffix(")").isdecimal()
-
-
-def test_an_error_of_a_thread_that_reads_ahead_comes_out() -> None:
-    def batches(error: Exception | None) -> Iterator[int]:
-        yield from (1, 2)
-        if error:
-            raise error
-
-    assert list(Prefetcher(batches(None), 1)) == [1, 2]
-    broken = Prefetcher(batches(ValueError("broken")), 1)
-    assert [next(broken), next(broken)] == [1, 2]
-    with pytest.raises(ValueError, match="broken"):
-        next(broken)
 
 
 # --- disks
@@ -253,14 +240,14 @@ def test_a_folder_that_cannot_be_written_is_told(training: Write, testing: Write
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_an_option_file_is_whole_when_its_copy_finds_no_room(here: Path) -> None:
     """A run that is resumed with the copy in its own folder writes over the very file it was started with."""
-    arguments = argparse.Namespace(opt="train.yml", auto_resume=True, debug=False, force_yml=None)
+    arguments = argparse.Namespace(opt=str(here / "small/train.yml"), auto_resume=True, debug=False, force_yml=None)
 
     def record() -> int:
         file = here / "small/train.yml"
         file.write_text("name: tiny\n")
         (here / "small/rest").write_bytes(bytes(8192 - 4096))
         try:
-            _record_options(str(file), str(file.parent), arguments)
+            _record_options(file.parent, arguments)
         except OSError:
             return 1 if file.read_text() == "name: tiny\n" and not list(file.parent.glob("*.tmp")) else 2
         return 0

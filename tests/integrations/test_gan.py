@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.errors import TrainingError
 from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 
 Options = Callable[..., dict[str, Any]]
 

@@ -13,8 +13,8 @@ from basicsr.data import build_dataset
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.loading import PortableDataset, SampleError
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.data import PortableDataset, SampleError
+from sparse_sr_attn_basicsr.option_file import load
 
 Change = Callable[[dict[str, bytes]], Any]
 
@@ -79,7 +79,7 @@ def test_an_entry_that_is_broken_ends_the_run_with_its_name(
     told = capsys.readouterr().err.rpartition("sparse-sr: ")[2]
     assert told.startswith(f"train_{quality}.lmdb, key '2': {message}")
     assert "No such file" not in told
-    assert "Put the cause right and go on from there with --auto_resume" in told
+    assert "Fix the cause and go on from there with --auto_resume" in told
 
 
 @pytest.mark.parametrize("how", BROKEN)

@@ -22,7 +22,7 @@ from sparse_sr_attn.errors import ConfigError, TrainingError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.losses import FFTLoss
 from sparse_sr_attn_basicsr.model import SparseSRModel
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 
 Options = Callable[..., dict[str, Any]]
 FFT = {"type": "FFTLoss", "loss_weight": 0.05, "reduction": "mean"}  # as in SMFANet's option files

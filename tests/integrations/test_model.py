@@ -20,7 +20,7 @@ from sparse_sr_attn.errors import CheckpointError, ConfigError, TrainingError
 from sparse_sr_attn.layers import LSP
 from sparse_sr_attn_basicsr import model as model_module
 from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 
 Options = Callable[..., dict[str, Any]]
 

@@ -1,181 +1,221 @@
-"""Option files are read as data: numbers are numbers, and nothing in them runs."""
+"""The option files that come with the package: each builds, trains and tests as it stands, but for data and length."""
 
-import math
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from basicsr.utils import options as basicsr_options
+from skimage import data, io
 
-from sparse_sr_attn.errors import ConfigError
-from sparse_sr_attn_basicsr.options import OPTIONS, load, override, parse
+from sparse_sr_attn import EDSR, ELAN, PRESETS
+from sparse_sr_attn.blocks import ELAB, SiteAttention
+from sparse_sr_attn.cli import main
+from sparse_sr_attn.config import fields
+from sparse_sr_attn.layers import GMSA, LSP, SharedGMSA
+from sparse_sr_attn_basicsr.option_file import load
+from sparse_sr_attn_basicsr.options import OPTIONS
+from sparse_sr_attn_basicsr.registration import NETWORKS
 
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-4", 1e-4),
-        ("1E-4", 1e-4),
-        ("5e3", 5000.0),
-        ("-2.5e+1", -25.0),
-        (".5e1", 5.0),
-        ("1.e-8", 1e-8),
-        ("!!float 1e-4", 1e-4),
-        ("1.0e-4", 1e-4),
-        ("255.", 255.0),
-        ("300000", 300000),
-        ("'1e-4'", "1e-4"),
-        ("e4", "e4"),
-        ("1e", "1e"),
-        ("x2", "x2"),
-        ("~", None),
-        ("true", True),
-        ("[1, 2]", [1, 2]),
-        ("!!python/tuple [0.4488, [1, 2]]", (0.4488, [1, 2])),
-        ("{a: {b: 1e-3}}", {"a": {"b": 1e-3}}),
-    ],
-)
-def test_values_are_what_they_look_like(text: str, value: Any) -> None:
-    read = parse(text, "here")
-    assert read == value
-    assert type(read) is type(value)
+FILES = sorted(OPTIONS.rglob("*.yml"))
+NAMES = {
+    "LCoAN": ("LCoAN", "LCoAN_light"),
+    "ELAN": ("ELAN", "ELAN_light"),
+    "EDSR": ("SparseEDSR_LCoA", "SparseEDSR_ELAB"),
+    "RCAN": ("SparseRCAN_LCoA", "SparseRCAN_GMSA"),
+}
+SCALES = (2, 3, 4)
+NETWORK = {network.__name__: network for network in NETWORKS}
 
 
-def test_special_floats() -> None:
-    assert math.isnan(parse(".nan", "here"))
-    assert parse("-.inf", "here") == -math.inf
+def identify(file: Path) -> str:
+    return file.stem
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "name: !!python/object/apply:os.system ['touch {mark}']",
-        "name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]",
-        "name: !!python/object/new:subprocess.Popen [['touch', '{mark}']]",
-        "name: !!python/name:os.system",
-        "name: !!python/module:os",
-        "a: [1, {{b: !!python/object/apply:os.system ['touch {mark}']}}]",
-    ],
-)
-def test_code_in_an_option_file_is_refused_and_not_run(text: str, tmp_path: Path) -> None:
-    mark = tmp_path / "it_ran"
-    file = tmp_path / "unsafe.yml"
-    file.write_text("scale: 2\n" + text.format(mark=mark) + "\n")
-    with pytest.raises(ConfigError, match=r"unsafe\.yml, line 2, column \d+: !!python/\S+ is refused"):
-        load(file)
-    assert not mark.exists()
-
-
-def test_an_unknown_tag_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "odd.yml"
-    file.write_text("name: !mine 3\n")
-    with pytest.raises(ConfigError, match=r"line 1, column 7: !mine is refused"):
-        load(file)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: 1\nb: [1, 2\nc: 3\n", r"bad\.yml, line 3, column 2: .*','.*']'"),
-        ("a: 1\n\tb: 2\n", r"line 2, column 1: .*spaces"),
-        ("a: 1\n  b: 2\n", r"line 2, column 4: mapping values are not allowed here"),
-        ("a: 1\nb: 2\na: 3\n", r"line 3, column 1: 'a' is given twice, first on line 1"),
-        ("net:\n  type: x\n  type: y\n", r"line 3, column 3: 'type' is given twice, first on line 2"),
-        ("a: *nowhere\n", r"line 1, column 4: found undefined alias"),
-        ("- 1\n", r"must hold a map of option names to values, got a list"),
-        ("1: 2\n", r"must hold a map of option names to values"),
-        ("", r"must hold a map of option names to values, got nothing"),
-    ],
-)
-def test_what_is_no_option_file_is_explained(text: str, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "bad.yml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        load(file)
-
-
-def test_bytes_that_are_no_text_are_explained(tmp_path: Path) -> None:
-    file = tmp_path / "bad.yml"
-    file.write_bytes(b"name: \xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"bad\.yml: is not YAML"):
-        load(file)
-
-
-def test_merged_maps_may_be_overridden(tmp_path: Path) -> None:
-    file = tmp_path / "merge.yml"
-    file.write_text("a: &base {x: 1, y: 2}\nb:\n  <<: *base\n  y: 3\n")
-    assert load(file)["b"] == {"x": 1, "y": 3}
-
-
-def test_a_missing_file_is_named_with_its_folder_and_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "train_x2.yml").touch()
-    with pytest.raises(ConfigError) as caught:
-        load(tmp_path / "trian_x2.yml")
-    message = str(caught.value)
-    assert f"no such option file (in {tmp_path})" in message
-    assert "did you mean" in message
-    assert "train_x2.yml" in message
-
-
-def test_a_missing_file_that_we_ship_is_pointed_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        load("train_LCoAN_light_x2.yml")
-    assert str(OPTIONS / "train" / "LCoAN" / "train_LCoAN_light_x2.yml") in str(caught.value)
-
-
-def test_a_folder_is_no_option_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load(tmp_path)
-
-
-def test_overrides_reach_nested_options_and_leave_the_original_alone() -> None:
-    options = {"train": {"lr": 1.0, "total_iter": 10}, "name": "a", "list": [1]}
-    result, remarks = override(
-        options,
-        ["train:lr=1e-4", "name=b=c", "list=[1, 2]", "train:total_iter=~", "train : ema = none", "scale=true"],
-    )
-    assert result == {
-        "train": {"lr": 1e-4, "total_iter": None, "ema": None},
-        "name": "b=c",
-        "list": [1, 2],
-        "scale": True,
-    }
-    assert options == {"train": {"lr": 1.0, "total_iter": 10}, "name": "a", "list": [1]}
-    assert ["'ema' is new" in remarks[0], "'scale' is new" in remarks[1]] == [True, True]
-    assert len(remarks) == 2
-
-
-def test_a_new_name_that_looks_misspelt_is_remarked_on() -> None:
-    _, remarks = override({"train": {"total_iter": 10}}, ["train:total_itr=3"])
-    assert remarks == [
-        "--force_yml train:total_itr=3: 'total_itr' is new, the option file has no such name "
-        "(did you mean 'total_iter'?)"
+def by_speed(files: list[Path]) -> list[Any]:
+    """The files of x2 run always, the others, and that of the deepest network, with the slow tests."""
+    fast = [file.stem.endswith("_x2") and file.stem != "train_ELAN_x2" for file in files]
+    return [
+        pytest.param(f, id=f.stem, marks=() if quick else pytest.mark.slow)
+        for f, quick in zip(files, fast, strict=True)
     ]
 
 
+def network_of(file: Path) -> dict[str, Any]:
+    options = load(file)["network_g"]
+    assert isinstance(options, dict)
+    return options
+
+
+@pytest.fixture
+def photographs_for(here: Path) -> Any:
+    """Write a pair of photographs for a scale into the working directory, and return the overrides that name them."""
+
+    def write(scale: int) -> dict[str, list[str]]:
+        side = 24 * scale
+        crop = data.astronaut()[100 : 100 + side, 200 : 200 + side]
+        low = crop.reshape(24, scale, 24, scale, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+        folder = here / f"pairs_x{scale}"
+        for quality, picture in {"HR": crop, "LR": low}.items():
+            (folder / quality).mkdir(parents=True)
+            io.imsave(folder / quality / "0.png", picture, check_contrast=False)
+        return {
+            phase: [f"datasets:{phase}:dataroot_gt={folder}/HR", f"datasets:{phase}:dataroot_lq={folder}/LR"]
+            for phase in ("train", "val", "test_1", "test_2")
+        }
+
+    return write
+
+
+def test_all_are_there() -> None:
+    """In BasicSR's folders: options/train/<network>, options/test/<network>."""
+    expected = {
+        f"{part}/{folder}/{part}_{name}_x{scale}.yml"
+        for part in ("train", "test")
+        for folder, names in NAMES.items()
+        for name in names
+        for scale in SCALES
+    }
+    expected.add("train/EDSR/finetune_SparseEDSR_LCoA_x2.yml")
+    expected |= {f"{part}/RRDBNet/{part}_Attended_RRDBNet_LCoA_x4.yml" for part in ("train", "test")}
+    assert {str(file.relative_to(OPTIONS)) for file in FILES} == expected
+
+
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_basicsrs_own_loader_reads_the_same_numbers(file: Path) -> None:
+    """So the files serve in a fork too, whose start script knows nothing of ours."""
+    theirs = yaml.load(file.read_text(), Loader=basicsr_options.ordered_yaml()[0])  # noqa: S506
+    assert theirs == load(file)
+
+
+@pytest.mark.parametrize("file", FILES, ids=identify)
+def test_scale_stands_where_it_should(file: Path) -> None:
+    options = load(file)
+    scale = options["scale"]
+    assert file.stem.endswith(f"_x{scale}")
+    network = options["network_g"].get("network", options["network_g"])
+    assert network.get("upscale", network.get("scale")) == scale
+    assert all(metric["crop_border"] == scale for metric in options["val"]["metrics"].values())
+    assert all(f"x{scale}" in dataset["dataroot_lq"].lower() for dataset in options["datasets"].values())
+    if "train" in options["datasets"] and options["network_g"]["type"] != "ELAN":
+        assert options["datasets"]["train"]["gt_size"] == 48 * scale
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem.startswith("test_")], ids=identify)
+def test_it_tests_what_was_trained(file: Path) -> None:
+    twin = OPTIONS / "train" / file.parent.name / file.name.replace("test_", "train_")
+    train, test = load(twin), load(file)
+    assert train["network_g"] == test["network_g"]
+    assert test["path"]["pretrain_network_g"].split("/")[1] == train["name"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_lcoan_light_is_the_preset(scale: int) -> None:
+    options = network_of(OPTIONS / "train" / "LCoAN" / f"train_LCoAN_light_x{scale}.yml")
+    expected = {"type": "LCoAN", "upscale": scale, **PRESETS["LCoAN-light"].options}
+    assert {key: options[key] for key in expected} == expected
+    rest = {key: options[key] for key in options.keys() - expected.keys()}
+    assert rest == {"num_in_ch": 3, "num_out_ch": 3, "img_range": 1.0}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_lcoan_is_the_published_configuration(scale: int) -> None:
+    """Every option that the file spells out is that of the preset, which golden tests and parameter counts hold."""
+    options = network_of(OPTIONS / "train" / "LCoAN" / f"train_LCoAN_x{scale}.yml")
+    assert options.pop("type") == "LCoAN"
+    assert options.pop("upscale") == scale
+    preset = PRESETS["LCoAN"]
+    published = {name: field.default for name, field in fields(preset.build).items()} | dict(preset.options)
+    assert {name: published[name] for name in options} == options
+    assert preset.options.keys() <= options.keys()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["ELAN", "ELAN-light"])
+def test_elan_is_the_preset(name: str, scale: int) -> None:
+    """And what the file spells out beyond that is the default, which the golden tests and parameter counts hold."""
+    options = network_of(OPTIONS / "train" / "ELAN" / f"train_{name.replace('-', '_')}_x{scale}.yml")
+    assert options.pop("type") == "ELAN"
+    assert options.pop("upscale") == scale
+    published = {key: field.default for key, field in fields(ELAN).items()} | PRESETS[name].options
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    assert given == {key: published[key] for key in given}
+    assert given.keys() >= PRESETS[name].options.keys()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("name", "patch", "batch"), [("ELAN", 192, 32), ("ELAN_light", 256, 64)])
+def test_elan_is_trained_by_its_recipe(name: str, patch: int, batch: int, scale: int) -> None:
+    """Epochs of 64,000 patches; whole windows, and patches as large as published where the scale divides them."""
+    options = load(OPTIONS / "train" / "ELAN" / f"train_{name}_x{scale}.yml")
+    dataset, train = options["datasets"]["train"], options["train"]
+    assert dataset["batch_size_per_gpu"] == batch
+    assert [step * batch / 64_000 for step in train["scheduler"]["milestones"]] == [250, 400, 450, 475]
+    assert train["total_iter"] * batch == 500 * 64_000
+    assert (train["scheduler"]["gamma"], train["optim_g"]["lr"]) == (0.5, 2e-4)
+    assert dataset["gt_size"] == (240 if patch % scale else patch)
+    assert all(dataset["gt_size"] // scale % size == 0 for size in options["network_g"]["window_sizes"])
+
+
+def test_every_second_elab_shifts_its_windows() -> None:
+    options = network_of(OPTIONS / "train/EDSR/train_SparseEDSR_ELAB_x2.yml")
+    net = NETWORK[options.pop("type")](**options)
+    assert all(isinstance(layer, ELAB) and len(layer.attention) == 2 for layer in net.attention)
+    assert [layer.attention[0].shift for layer in net.attention] == [False, True, False, True]
+
+
+def test_every_second_group_of_rcan_reuses_the_windows_of_the_one_before() -> None:
+    options = network_of(OPTIONS / "train/RCAN/train_SparseRCAN_GMSA_x2.yml")
+    with torch.device("meta"):
+        net = NETWORK[options.pop("type")](**options)
+    assert [type(layer) for layer in net.attention] == [GMSA, SharedGMSA] * 5
+    assert [layer.shift for layer in net.attention if isinstance(layer, GMSA)] == [False, True, False, True, False]
+
+
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    ("name", "shared"),
     [
-        ("train", "must be name=value"),
-        ("=3", "must be name=value"),
-        ("train:=3", "must be name=value"),
-        ("trian:lr=3", "there is no map 'trian'"),
-        ("train:lr:x=3", "there is no map 'train:lr'"),
-        ("train:lr=[1, 2", "line 1"),
-        ("train:lr=!!python/object/apply:os.getcwd []", "is refused"),
+        ("EDSR/train_SparseEDSR_LCoA_x2", 4),
+        ("RCAN/train_SparseRCAN_LCoA_x2", 2),
+        ("RRDBNet/train_Attended_RRDBNet_LCoA_x4", 3),
     ],
 )
-def test_a_wrong_override_is_named(entry: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        override({"train": {"lr": 1.0}}, [entry, "nowhere:x=1"])
-    assert len(caught.value.problems) == 2
-    assert caught.value.problems[0].path.startswith(f"--force_yml {entry}")
-    assert message in str(caught.value.problems[0])
+def test_one_computes_and_the_others_share(name: str, shared: int) -> None:
+    options = network_of(OPTIONS / "train" / f"{name}.yml")
+    net = NETWORK[options.pop("type")](**options)
+    (attention,) = (module for module in net.modules() if isinstance(module, SiteAttention))
+    assert len(attention) == shared
+    assert sum(isinstance(module, LSP) for module in net.modules()) == 1
 
 
-def test_an_override_runs_no_code(tmp_path: Path) -> None:
-    mark = tmp_path / "it_ran"
-    text = f"[__import__('pathlib').Path('{mark}').touch()]"
-    result, _ = override({"a": 1}, [f"a={text}"])  # BasicSR evaluates this
-    assert not mark.exists()
-    assert all(isinstance(item, str) for item in result["a"])
+@pytest.mark.parametrize("file", by_speed([f for f in FILES if not f.stem.startswith("test_")]))
+def test_it_makes_a_training_step_and_tests(
+    file: Path,
+    here: Path,
+    photographs_for: Any,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scale = load(file)["scale"]
+    overrides = photographs_for(scale)
+    common = ["name=shipped", "num_gpu=0"]
+    train = [*common, *overrides["train"], *overrides["val"], "train:total_iter=1"]
+    if file.stem.startswith("finetune_"):
+        torch.save({"params": EDSR(upscale=scale).state_dict()}, here / "trained.pth")
+        train += ["path:pretrain_network_g=trained.pth"]
+    else:
+        train += ["path:pretrain_network_g=none"]
+    train += [f"datasets:train:gt_size={12 * scale}", "datasets:train:batch_size_per_gpu=1"]
+    train += ["datasets:train:num_worker_per_gpu=0"]
+    assert main(["train", "-opt", str(file), "--force_yml", *train]) == 0
+    assert "note:" not in caplog.text  # no remark on files of ours
+    assert "iter 1 of 1 l_pix" in capsys.readouterr().err
+    pretrained = "path:pretrain_network_g=experiments/shipped/models/net_g_latest.pth"
+    test = [*common, *overrides["test_1"], *overrides["test_2"], pretrained]
+    twin = OPTIONS / "test" / file.parent.name / re.sub("^(train|finetune)_", "test_", file.name)
+    assert main(["test", "-opt", str(twin), "--force_yml", *test]) == 0
+    (log,) = (here / "results" / "shipped").glob("*.log")
+    assert log.read_text().count("# psnr:") == 2

@@ -12,7 +12,7 @@ from torch import nn
 from sparse_sr_attn import ConfigError, load_model
 from sparse_sr_attn.cli import main
 from sparse_sr_attn_basicsr import SparseEDSR, SparseRCAN
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 from sparse_sr_attn_basicsr.preflight import check
 
 COMMON = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 16, "res_scale": 0.5}

@@ -16,7 +16,7 @@ from skimage import io
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 from sparse_sr_attn_basicsr.randomness import random_state
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -764,10 +764,6 @@ RAW = {"network_g.attention.similarity": "dot"}
     [
         ({**RAW, "network_g.img_range": 255.0}, r"network_g\.img_range: 255 makes raw queries so long"),
         ({**RAW, "network_g.img_range": ...}, r"network_g\.img_range: 255 \(the default of this network\)"),
-        (
-            {"datasets.train.prefetch_mode": "cpu"},
-            r"datasets\.train\.num_worker_per_gpu: 0 with prefetch_mode cpu reads",
-        ),
         ({"val": ...}, r"datasets\.val: nothing is validated without the section val"),
         ({"datasets.val": ...}, r"val: nothing is validated without a data set in datasets\.val"),
         ({"train.flavour": 3}, r"train\.flavour: nothing reads this option$"),

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from basicsr.data.paired_image_dataset import PairedImageDataset
 
-from sparse_sr_attn_basicsr.loading import PortableDataset
+from sparse_sr_attn_basicsr.data import PortableDataset
 
 TRAINER = """
 import torch
 import torch.distributed as dist
 from sparse_sr_attn.errors import TrainingError
 from sparse_sr_attn_basicsr import preflight, register
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 
 register()
 from sparse_sr_attn_basicsr.model import SparseSRModel

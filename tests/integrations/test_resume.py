@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from sparse_sr_attn import PRESETS
 from sparse_sr_attn.cli import main
 from sparse_sr_attn_basicsr import SparseEDSR
-from sparse_sr_attn_basicsr.commands import _Run as Run
-from sparse_sr_attn_basicsr.loading import Draw, PortableDataset, SeededSampler
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.data import Draw, PortableDataset, RunSampler
+from sparse_sr_attn_basicsr.option_file import load
 from sparse_sr_attn_basicsr.randomness import random_state, seeded, set_random_state, undisturbed
 
 Write = Callable[..., str]
@@ -138,7 +137,12 @@ CASES: dict[str, dict[str, Any]] = {
     "a network that draws random numbers": {"network_g.type": "ForgetfulEDSR", "network_g.attention": None},
     "accumulation, clipping, AdamW, bf16, warm-up": EVERYTHING,
     "workers that stay": {WORKERS: 1, "datasets.train.persistent_workers": True, RATIO: 1.66},
-    "a reading thread": {WORKERS: 1, "datasets.train.prefetch_mode": "cpu"},
+    "reading ahead of a network that draws random numbers": {
+        "datasets.train.prefetch_mode": "cpu",
+        "datasets.train.num_prefetch_queue": 3,
+        "network_g.type": "ForgetfulEDSR",
+        "network_g.attention": None,
+    },
     "no EMA": {"train.ema_decay": 0},
     "deterministic algorithms only": {"train.deterministic": True},
 }
@@ -254,7 +258,7 @@ def test_samples_used_before_are_not_read_again(training: Write, here: Path) -> 
         (here / "read.txt").write_text("")
         assert train(file, total=total, name=name) == 0
         read[name] = (here / "read.txt").read_text().split()
-    assert len(read["whole"]) == 27  # the first sample in the check, and a batch that BasicSR asks for before it counts
+    assert len(read["whole"]) == 25  # the first sample in the check
     assert read["tiny"][1:] == read["whole"][21:]
 
 
@@ -405,12 +409,10 @@ def test_fewer_images_than_the_state_has_seen_are_no_endless_run(training: Write
     state = torch.load(target, weights_only=True)
     state["exact"]["place"] = [0, 10**9]
     torch.save(state, target)
-    loaders = Run({**load(file)})  # what BasicSR is told: so many epochs it goes through, one by one
-    loaders.opt, loaders.place, loaders.start_iteration = {"world_size": 1}, (0, 10**9), 4
-    loader = torch.utils.data.DataLoader(range(60), batch_size=2)
-    *_, last_epoch, _ = loaders.count_epochs(lambda: (loader, range(60), [], None, 8))()
-    assert last_epoch == 1
     assert train(file, total=6) == 0
+    assert saved(here, "tiny", 4)["state"]["exact"]["place"] == [0, 10**9]
+    (last,) = logs(here)[-1:]
+    assert re.findall(r"epoch: +(\d+), iter: +\d+, lr", last.read_text()) == ["1", "1"]
 
 
 # --- options that were changed
@@ -585,12 +587,14 @@ def test_resuming_a_fine_tuned_run_is_not_led_astray_by_how_it_began(
 
 
 def draws(epoch: int, rank: int = 0, processes: int = 1, used: int = 0) -> list[Draw]:
+    """Return what is drawn in an epoch of 10 samples, of a run that starts in epoch 1."""
     from basicsr.data.data_sampler import EnlargedSampler
 
-    sampler = SeededSampler(EnlargedSampler(range(5), processes, rank, 2), seed=3, resumed_epoch=1, used=used)
-    assert list(sampler) == []  # before an epoch begins
-    sampler.set_epoch(epoch)
-    return list(sampler)
+    epochs = EnlargedSampler(range(5), processes, rank, 2)
+    sampler = RunSampler(epochs, 3, batch_size=1, num_batches=60, start=(1, used))
+    drawn = list(sampler)
+    assert len(drawn) == len(sampler) == 60
+    return [draw for draw in drawn if draw.epoch == epoch]
 
 
 def test_the_order_is_basicsrs_and_every_draw_has_its_own_seed() -> None:
@@ -602,6 +606,20 @@ def test_the_order_is_basicsrs_and_every_draw_has_its_own_seed() -> None:
     assert [draw.number for draw in ours] == list(theirs)
     assert [draw.used for draw in ours] == list(range(1, 11))
     assert len({draw.entropy for draw in [*ours, *draws(5)]}) == 20
+
+
+@pytest.mark.parametrize("used", [0, 3, 7])
+def test_a_run_is_full_batches_of_one_epoch_each(used: int) -> None:
+    """What fills no batch at the end of an epoch is left out."""
+    from basicsr.data.data_sampler import EnlargedSampler
+
+    sampler = RunSampler(EnlargedSampler(range(5), 1, 0, 2), 3, batch_size=3, num_batches=9, start=(4, used))
+    drawn = list(sampler)
+    batches = [drawn[i : i + 3] for i in range(0, len(drawn), 3)]
+    assert len(batches) == 9
+    assert all(len({draw.epoch for draw in batch}) == 1 for batch in batches)
+    assert [draw.used for draw in drawn if draw.epoch == 4] == list(range(used + 1, 10 - (10 - used) % 3 + 1))
+    assert [draw.used for draw in drawn if draw.epoch == 5] == list(range(1, 10))
 
 
 def test_processes_share_an_epoch() -> None:

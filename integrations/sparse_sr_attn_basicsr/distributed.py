@@ -1,9 +1,10 @@
-"""Several processes: on the CPU, which BasicSR does not know, and what is said when one of them is gone."""
+"""Training in several processes, on the CPU too, and a clear error when one of them ends."""
 
+import importlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -16,37 +17,48 @@ from sparse_sr_attn.errors import ProcessError
 
 
 def on_cpu(options: Mapping[str, Any]) -> bool:
-    """Return whether what the options say runs on the CPU."""
+    """Return whether these options run on the CPU."""
     return options.get("num_gpu") == 0 or not torch.cuda.is_available()
 
 
-def initialiser(theirs: Callable[..., None], options: Mapping[str, Any]) -> Callable[..., None]:
-    """Return what stands in for `theirs`, BasicSR's `init_dist`: gloo on the CPU, else `dist_params.backend`.
+@contextmanager
+def process_group(launcher: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Join the processes that the launcher started: by gloo on the CPU, else by `dist_params.backend`.
 
-    BasicSR reads `dist_params` for slurm only, and takes a GPU in any case.
+    Args:
+        launcher: `none` (nothing to join), `pytorch` or `slurm`.
+        options: of the option file. BasicSR reads `dist_params` for slurm only.
     """
-    backend = (options.get("dist_params") or {}).get("backend") or "nccl"
-
-    def init_dist(launcher: str, **given: Any) -> None:
-        if not on_cpu(options):
-            theirs(launcher, **{"backend": backend, **given})
-            return
+    if launcher == "none":
+        yield
+        return
+    if on_cpu(options):
         if mp.get_start_method(allow_none=True) is None:
             mp.set_start_method("spawn")  # as BasicSR does: threads that talk to other processes do not survive a fork
         dist.init_process_group("gloo")
-
-    return init_dist
+    else:
+        given = options.get("dist_params") or {}
+        port = {"port": given.get("port")} if launcher == "slurm" else {}
+        init_dist = importlib.import_module("basicsr.utils.dist_util").init_dist
+        init_dist(launcher, backend=given.get("backend") or "nccl", **port)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Have the end of another process, and the signal by which a launcher then ends this one, raise `ProcessError`.
+def peer_errors(launcher: str) -> Iterator[None]:
+    """Raise `ProcessError` when another process ends, or when the launcher tells this one to end (SIGTERM).
 
-    After that the signal is ignored: it may come while this process still says what happened, and then it ends anyway.
+    The signal is ignored from then on: it may arrive while this process still reports what happened.
 
     Raises:
         ProcessError: another process ended or did not answer in time, or this one was told to end.
     """
+    if launcher == "none":
+        yield
+        return
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -56,12 +68,13 @@ def together() -> Iterator[None]:
     after = signal.signal(signal.SIGTERM, stop) if in_main else None
     try:
         yield
-    except (RuntimeError, ProcessError) as error:
-        if isinstance(error, RuntimeError) and not _from_another_process(error):
+    except ProcessError:
+        after = signal.SIG_IGN
+        raise
+    except RuntimeError as error:
+        if not _from_another_process(error):
             raise
         after = signal.SIG_IGN
-        if isinstance(error, ProcessError):
-            raise
         raise ProcessError(
             f"{_who()}: another process of this run ended, or did not answer in time; see what it says itself ({error})"
         ) from error
@@ -71,7 +84,7 @@ def together() -> Iterator[None]:
 
 
 def _from_another_process(error: RuntimeError) -> bool:
-    # gloo has no class for its errors, but names its source file in them.
+    # gloo has no error class of its own, but its messages name its source file.
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 

@@ -21,8 +21,8 @@ from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, ProblemLi
 from sparse_sr_attn.errors import ConfigError, ImageError, Problem
 from sparse_sr_attn.images import read_image
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import reading
-from sparse_sr_attn_basicsr.loading import PortableDataset, SampleError
+from sparse_sr_attn_basicsr import option_lookups
+from sparse_sr_attn_basicsr.data import PortableDataset, SampleError
 from sparse_sr_attn_basicsr.randomness import undisturbed
 
 # What no default shows.
@@ -278,7 +278,7 @@ def _files(dataset: Any) -> list[str]:
 
 def _why_not_read(build: type, error: Exception, path: str) -> Problem:
     cause = error.__cause__ if isinstance(error, SampleError) else error
-    options = reading.of(*build.__mro__).names.get("", set())
+    options = option_lookups.of(*build.__mro__).names.get("", set())
     if isinstance(cause, KeyError) and cause.args and cause.args[0] in options:
         return Problem(join_path(path, cause.args[0]), f"missing; {build.__name__} needs it")
     if isinstance(error, SampleError):

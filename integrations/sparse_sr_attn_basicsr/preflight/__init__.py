@@ -42,9 +42,10 @@ from sparse_sr_attn.foreign import find_facts
 from sparse_sr_attn.images import is_reduced
 from sparse_sr_attn.layers.base import SATURATING_RANGE, raw_queries_in
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import reading, registration, trials
+from sparse_sr_attn_basicsr import option_lookups, registration
+from sparse_sr_attn_basicsr.preflight import trials
 from sparse_sr_attn_basicsr.attended import Attended, SeenThrough
-from sparse_sr_attn_basicsr.processes import on_cpu
+from sparse_sr_attn_basicsr.distributed import on_cpu
 
 _MODEL = "SparseSRModel"
 _PAIRED = "PairedImageDataset"
@@ -282,7 +283,7 @@ class _Preflight:
         self.registries = importlib.import_module("basicsr.utils.registry")
         self.ours = registration.names()
         self.model: Any = None  # the class, if there is one of that name
-        self.reads = reading.Reads()
+        self.reads = option_lookups.Reads()
         self.scale: int | None = None  # if it is right
         self.metrics: dict[
             str, tuple[Callable[..., Any], dict[str, Any]]
@@ -292,7 +293,7 @@ class _Preflight:
         options = self.options
         self.model = self.registered("MODEL_REGISTRY", options.get("model_type"))
         modules = [importlib.import_module(name) for name in _PIPELINE if importlib.util.find_spec(name)]
-        self.reads = reading.of(*modules, importlib.import_module("basicsr.data"), *_bases(self.model))
+        self.reads = option_lookups.of(*modules, importlib.import_module("basicsr.data"), *_bases(self.model))
         general = self.section(_Training if self.training else _Testing, options, "")
         self.scale = general.get("scale")
         self.named("MODEL_REGISTRY", "model_type", general.get("model_type"))
@@ -469,7 +470,7 @@ class _Preflight:
         train = self.options.get("train")
         averaged = isinstance(train, Mapping) and train.get("ema_decay")
         if self.training and averaged and kept and self.model is not None and not self.is_ours():
-            if {"named_buffers", "buffers", "state_dict"} & reading.of(getattr(self.model, "model_ema", None)).used:
+            if {"named_buffers", "buffers", "state_dict"} & option_lookups.of(getattr(self.model, "model_ema", None)).used:
                 return
             self.problems.add(
                 "train.ema_decay",
@@ -645,7 +646,7 @@ class _Preflight:
             self.problems.add("model_type", f"{name} needs a CUDA GPU")
         if not self.training or not isinstance(train, Mapping):
             return
-        plain = reading.of(*_bases(self.registered("MODEL_REGISTRY", "SRModel"))).needed
+        plain = option_lookups.of(*_bases(self.registered("MODEL_REGISTRY", "SRModel"))).needed
         for section, values in (("", self.options), ("train", train)):
             declared = fields(_Train if section else _Training)
             for option in sorted(self.model_reads().needed.get(section, set()) - plain.get(section, set())):
@@ -660,8 +661,8 @@ class _Preflight:
                 f"must be 1 with {name}, whose discriminator sees whole batches, got {train['accumulate']}",
             )
 
-    def model_reads(self) -> reading.Reads:
-        return reading.of(*_bases(self.model))
+    def model_reads(self) -> option_lookups.Reads:
+        return option_lookups.of(*_bases(self.model))
 
     def training_options(self) -> None:
         train, logger = self.options.get("train"), self.options.get("logger")
@@ -941,7 +942,7 @@ class _Preflight:
         declared = _TrainingSet if kind == "train" else _Dataset
         right = self.section(declared, values, path, whole=False)
         build = self.registered("DATASET_REGISTRY", right.get("type"))
-        looked_up = reading.of(*_bases(build)).names.get("", set()) | self.reads.names.get("datasets", set())
+        looked_up = option_lookups.of(*_bases(build)).names.get("", set()) | self.reads.names.get("datasets", set())
         self.unread(path, values, [*fields(_TrainingSet), *sorted(looked_up)])
         if build is None:
             self.named("DATASET_REGISTRY", f"{path}.type", right.get("type"))
@@ -980,11 +981,6 @@ class _Preflight:
         if right.get("persistent_workers") and (kind != "train" or right.get("num_worker_per_gpu") == 0):
             why = "num_worker_per_gpu is 0" if kind == "train" else f"BasicSR reads {kind} sets without workers"
             self.problems.add(f"{path}.persistent_workers", f"must be false: {why}")
-        if kind == "train" and right.get("prefetch_mode") == "cpu" and right.get("num_worker_per_gpu") == 0:
-            self.remarks.append(
-                f"{path}.num_worker_per_gpu: 0 with prefetch_mode cpu reads in a thread, which may disturb the random "
-                "numbers of training; 1 makes a resumed run exact"
-            )
 
     def backend(self, path: str, values: Mapping[str, Any]) -> None:
         """Check from what images are read."""

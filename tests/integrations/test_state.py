@@ -19,8 +19,8 @@ from basicsr.models import build_model
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.options import load
-from sparse_sr_attn_basicsr.saving import remove, write
+from sparse_sr_attn_basicsr.option_file import load
+from sparse_sr_attn_basicsr.state import remove, write
 
 Write = Callable[..., str]
 

@@ -1,5 +1,6 @@
 """The whole path with the real BasicSR on photographs: train, stop, resume, test."""
 
+import importlib
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from skimage import io
 
 from sparse_sr_attn import load_model
 from sparse_sr_attn.cli import main
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 
 Write = Callable[..., str]
 
@@ -59,7 +60,7 @@ def log_of(folder: Path) -> str:
 
 
 def test_train_resume_and_test(training: Write, testing: Write, network: dict[str, Any], here: Path) -> None:
-    before = sys.argv, basicsr_options.ordered_yaml, torch.backends.cudnn.benchmark
+    benchmark = torch.backends.cudnn.benchmark
     file = training({"network_g": network})
     assert main(["train", "-opt", file]) == 0
 
@@ -93,8 +94,48 @@ def test_train_resume_and_test(training: Write, testing: Write, network: dict[st
     trained = re.findall(r"# psnr: (\d+\.\d+)", log_of(folder))[-1]
     assert re.findall(r"# psnr: (\d+\.\d+)", log_of(results)) == [trained]
 
-    assert (sys.argv, basicsr_options.ordered_yaml, torch.backends.cudnn.benchmark) == before
+    assert torch.backends.cudnn.benchmark == benchmark
     assert sorted(p.name for p in here.iterdir()) == ["datasets", "experiments", "results", "test.yml", "train.yml"]
+
+
+HOSTS = ("basicsr", "sys", "logging", "signal", "torch", "torch.hub", "torch.utils.data", "torchvision.models._api")
+
+
+def callables() -> dict[str, Any]:
+    """Return every function and class of BasicSR and of what it stands on, with the methods of the classes."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name in HOSTS or name.startswith("basicsr."):
+            values = {f"{name}.{key}": value for key, value in vars(module).items() if callable(value)}
+            classes = {key: value for key, value in values.items() if isinstance(value, type)}
+            methods = {f"{key}.{k}": v for key, value in classes.items() for k, v in vars(value).items() if callable(v)}
+            found |= values | methods
+    return found
+
+
+@DATASET_REGISTRY.register()
+class LookingDataset(PairedImageDataset):
+    """Looks at what is replaced while a run reads its samples."""
+
+    before: ClassVar[dict[str, Any]] = {}
+    replaced: ClassVar[set[str]] = set()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        now = callables()
+        self.replaced.update(name for name, value in self.before.items() if now.get(name) is not value)
+        sample: dict[str, Any] = super().__getitem__(index)
+        return sample
+
+
+def test_nothing_of_basicsr_or_torch_is_replaced(training: Write, testing: Write) -> None:
+    """Not by the check of the options, which reads a sample, nor in training, validation and testing."""
+    looking = {"type": "LookingDataset"}
+    changes = {f"datasets.{part}.{name}": value for part in ("train", "val") for name, value in looking.items()}
+    importlib.import_module("sparse_sr_attn_basicsr.train")
+    LookingDataset.before = callables()
+    assert main(["train", "-opt", training(changes)]) == 0
+    assert main(["test", "-opt", testing({"datasets.test_1.type": "LookingDataset"})]) == 0
+    assert LookingDataset.replaced == set()
 
 
 def test_training_learns(training: Write, here: Path) -> None:

@@ -1,21 +1,22 @@
-"""Option files, read as data.
+"""Option files, read as data, and completed as BasicSR's parts expect them.
 
-BasicSR reads its option files with a loader that runs whatever Python the file asks for. This one runs nothing, knows
-`1e-4` as the number it is, and says the line of everything that it refuses.
+BasicSR's own loader runs any Python that a file asks for. This one runs nothing, reads `1e-4` as a number, and names
+the line of everything it refuses.
 """
 
+import copy
+import os
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from sparse_sr_attn.errors import ConfigError, Problem
-
-OPTIONS = Path(__file__).resolve().parent / "options"
-"""The folder of the option files that come with the package."""
+from sparse_sr_attn_basicsr.options import OPTIONS
 
 
 class _Loader(yaml.SafeLoader):
@@ -115,6 +116,57 @@ def override(options: dict[str, Any], entries: Iterable[str]) -> tuple[dict[str,
     if problems:
         raise ConfigError(problems)
     return result, remarks
+
+
+def complete(
+    options: Mapping[str, Any],
+    *,
+    training: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    distributed: bool = False,
+    auto_resume: bool = False,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Return checked options with everything that BasicSR's parts look up besides, as its `parse_options` does.
+
+    Args:
+        options: of the whole file, as `preflight.check` returns them.
+        training: whether they are for training; else for testing.
+        rank: of this process.
+        world_size: the number of processes.
+        distributed: whether a launcher started them.
+        auto_resume: `--auto_resume`.
+        debug: `--debug`: log every iteration, save and validate every 8.
+    """
+    opt = copy.deepcopy(dict(options))
+    opt |= {"dist": distributed, "rank": rank, "world_size": world_size, "is_train": training}
+    opt |= {"auto_resume": auto_resume, "root_path": os.getcwd(), "manual_seed": opt.get("manual_seed")}
+    if debug and not opt["name"].startswith("debug"):
+        opt["name"] = f"debug_{opt['name']}"
+    if opt["num_gpu"] == "auto":
+        opt["num_gpu"] = torch.cuda.device_count()
+    for phase, dataset in opt["datasets"].items():
+        dataset |= {"phase": phase.split("_")[0], "scale": opt["scale"]}
+        _expand_user(dataset, ("dataroot_gt", "dataroot_lq"))
+    path = opt["path"]
+    _expand_user(path, [name for name in path if "resume_state" in name or "pretrain_network" in name])
+    root = str(Path("experiments" if training else "results").absolute() / opt["name"])
+    path |= {"log": root, "visualization": f"{root}/visualization"}
+    if not training:
+        return opt | {"path": path | {"results_root": root}}
+    path |= {"experiments_root": root, "models": f"{root}/models", "training_states": f"{root}/training_states"}
+    if "debug" in opt["name"]:
+        opt["logger"] |= {"print_freq": 1, "save_checkpoint_freq": 8}
+        if opt.get("val"):
+            opt["val"]["val_freq"] = 8
+    return opt
+
+
+def _expand_user(options: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if options.get(name) is not None:
+            options[name] = os.path.expanduser(options[name])
 
 
 def _copy(value: Any) -> Any:

@@ -1,0 +1,69 @@
+"""Loaders of training, validation and test data, on BasicSR's data sets and `build_dataloader`."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.data.prefetch_dataloader import CUDAPrefetcher
+from basicsr.utils import get_root_logger
+
+from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn_basicsr.data import PortableDataset, RunSampler
+
+
+def training_batches(
+    opt: Mapping[str, Any], num_batches: int, start: tuple[int, int] = (0, 0)
+) -> Iterator[Mapping[str, Any]]:
+    """Return the batches of a run, read ahead where the options ask for it; the same in any case.
+
+    Args:
+        opt: complete options, see `option_file.complete`.
+        num_batches: of the run, or of what is left of it.
+        start: see `RunSampler`.
+
+    Raises:
+        ConfigError: an epoch does not fill a batch.
+    """
+    options = dict(opt["datasets"]["train"])
+    mode = options.pop("prefetch_mode", None)
+    if mode == "cpu":  # BasicSR reads in a thread, which would disturb the random numbers of training
+        options["num_worker_per_gpu"] = max(1, options["num_worker_per_gpu"])
+    dataset = PortableDataset(build_dataset(options))
+    ratio = options.get("dataset_enlarge_ratio", 1)
+    epoch = EnlargedSampler(dataset, opt["world_size"], opt["rank"], ratio)
+    batch_size = options["batch_size_per_gpu"] * (1 if opt["dist"] else max(1, opt["num_gpu"]))
+    per_epoch = len(epoch) // batch_size
+    if not per_epoch:
+        message = f"an epoch of {len(epoch)} samples must fill a batch of {batch_size}; enlarge it"
+        raise ConfigError([Problem("datasets.train.dataset_enlarge_ratio", message)])
+    seed = opt["manual_seed"]
+    sampler = RunSampler(epoch, seed, batch_size=batch_size, num_batches=num_batches, start=start)
+    loader = build_dataloader(dataset, options, num_gpu=opt["num_gpu"], dist=opt["dist"], sampler=sampler, seed=seed)
+    loader.generator = torch.Generator()  # else starting it draws a number that training would have drawn
+    if loader.num_workers and "num_prefetch_queue" in options:
+        loader.prefetch_factor = options["num_prefetch_queue"]
+    get_root_logger().info(
+        "Training statistics:"
+        f"\n\tNumber of train images: {len(dataset)}"
+        f"\n\tDataset enlarge ratio: {ratio}"
+        f"\n\tBatch size per gpu: {options['batch_size_per_gpu']}"
+        f"\n\tWorld size (gpu number): {opt['world_size']}"
+        f"\n\tIterations of an epoch: {per_epoch}"
+        f"\n\tEpochs left: {math.ceil(num_batches / per_epoch)}; iterations left: {num_batches}."
+    )
+    return iter(CUDAPrefetcher(loader, opt).next, None) if mode == "cuda" else iter(loader)
+
+
+def evaluation_loader(options: Mapping[str, Any], opt: Mapping[str, Any]) -> Any:
+    """Return the loader of a data set to validate or test on.
+
+    Args:
+        options: of the data set.
+        opt: complete options.
+    """
+    dataset = PortableDataset(build_dataset(options))
+    get_root_logger().info(f"Number of {options['phase']} images in {options['name']}: {len(dataset)}")
+    return build_dataloader(dataset, {**options, "prefetch_mode": None}, num_gpu=opt["num_gpu"], dist=opt["dist"])

@@ -1,0 +1,212 @@
+"""The training loop, on BasicSR's public parts: its data sets, loaders, models and loggers.
+
+BasicSR's own loop saves no random numbers and no place in the epoch, so what it resumes differs from a run that was
+never stopped. This loop resumes exactly, and reports from where after any failure.
+"""
+
+import datetime
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from basicsr.models import build_model
+from basicsr.utils import (
+    AvgTimer,
+    MessageLogger,
+    get_env_info,
+    get_time_str,
+    init_tb_logger,
+    init_wandb_logger,
+    make_exp_dirs,
+    mkdir_and_rename,
+    set_random_seed,
+)
+from basicsr.utils.options import dict2str
+
+from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn_basicsr import changed_options, state
+from sparse_sr_attn_basicsr.data import PLACE
+from sparse_sr_attn_basicsr.loaders import evaluation_loader, training_batches
+from sparse_sr_attn_basicsr.logs import log_to
+
+_LOG = logging.getLogger(__name__)
+
+
+class Run:
+    """One training run: where it starts, how far it is, and what can be saved when it fails.
+
+    Args:
+        opt: complete options, see `option_file.complete`.
+
+    Attributes:
+        model: once it is built.
+        epoch: of the last batch trained on.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        self.opt = opt
+        self.model: Any = None
+        self.epoch = 0
+
+    def train(self, record_options: Callable[[Path], None]) -> None:
+        """Train to the last iteration, from the state to resume or from the beginning.
+
+        Args:
+            record_options: writes the option file into the folder of the experiment, once that is there.
+        """
+        opt, resumed = self.opt, self._find_state()
+        if opt["manual_seed"] is None:
+            opt["manual_seed"] = random.randint(1, 10000)  # noqa: S311
+        set_random_seed(opt["manual_seed"] + opt["rank"])
+        if resumed is None:
+            self._begin_folders()
+        if opt["rank"] == 0:
+            record_options(Path(opt["path"]["experiments_root"]))
+        with log_to(f"{opt['path']['log']}/train_{opt['name']}_{get_time_str()}.log") as logger:
+            logger.info(get_env_info())
+            logger.info(dict2str(opt))
+            tb_logger = _tb_logger(opt)
+            try:
+                self._train(resumed, tb_logger, logger)
+            finally:
+                if tb_logger:
+                    tb_logger.close()
+
+    def _find_state(self) -> dict[str, Any] | None:
+        """Return the state to resume, or `None` to begin; note what keeps a resumed run from being exact."""
+        notes: list[str] = []
+        resumed = state.find_state(self.opt, notes)
+        if resumed is not None:
+            if self.opt["manual_seed"] is None:
+                self.opt["manual_seed"] = (resumed.get("exact") or {}).get("manual_seed")
+            for reason in state.inexactness(resumed, self.opt):
+                notes.append(f"training goes on, but not exactly as it would have without the stop: {reason}")
+        for note in notes:
+            _LOG.warning("note: %s", note)
+        return resumed
+
+    def _begin_folders(self) -> None:
+        """Make the folders of the experiment; those of an earlier run by this name are archived."""
+        make_exp_dirs(self.opt)
+        if _logs_to_tensorboard(self.opt) and self.opt["rank"] == 0:
+            mkdir_and_rename(f"{self.opt['root_path']}/tb_logger/{self.opt['name']}")
+
+    def _train(self, resumed: dict[str, Any] | None, tb_logger: Any, logger: logging.Logger) -> None:
+        opt = self.opt
+        iteration, start = 0, (0, 0)
+        if resumed is not None:
+            iteration, self.epoch = int(resumed["iter"]), int(resumed["epoch"])
+            place = (resumed.get("exact") or {}).get("place")
+            start = (place[0], place[1]) if place else (self.epoch, 0)
+        total = int(opt["train"]["total_iter"])
+        batches = training_batches(opt, max(0, total - iteration), start)
+        val_loaders = [evaluation_loader(each, opt) for each in opt["datasets"].values() if each["phase"] == "val"]
+        self.model = build_model(opt)
+        if resumed is not None:
+            _take_up(self.model, resumed)
+            logger.info(f"Resuming training from epoch: {self.epoch}, iter: {iteration}.")
+        logger.info(f"Start training from epoch: {self.epoch}, iter: {iteration}")
+        started = time.monotonic()
+        for done in self._iterations(batches, iteration, tb_logger):
+            iteration = done
+            if iteration % opt["logger"]["save_checkpoint_freq"] == 0:
+                logger.info("Saving models and training states.")
+                self.model.save(self.epoch, iteration)
+            if opt.get("val") and iteration % opt["val"]["val_freq"] == 0:
+                self._validate(val_loaders, iteration, tb_logger)
+        logger.info(f"End of training. Time consumed: {datetime.timedelta(seconds=int(time.monotonic() - started))}")
+        logger.info("Save the latest model.")
+        self.model.save(epoch=-1, current_iter=-1)  # -1 is the latest
+        if opt.get("val"):
+            self._validate(val_loaders, iteration, tb_logger)
+
+    def _iterations(self, batches: Iterator[Mapping[str, Any]], iteration: int, tb_logger: Any) -> Iterator[int]:
+        """Train on each batch, log, and yield the number of iterations done."""
+        opt, model = self.opt, self.model
+        messages = MessageLogger(opt, iteration, tb_logger)
+        data_timer, iter_timer = AvgTimer(), AvgTimer()
+        for iteration, batch in enumerate(batches, start=iteration + 1):  # noqa: B020
+            data_timer.record()
+            model.update_learning_rate(iteration, warmup_iter=opt["train"].get("warmup_iter", -1))
+            model.feed_data(batch)
+            model.optimize_parameters(iteration)
+            iter_timer.record()
+            self.epoch = int(batch[PLACE][-1][0])
+            if iteration == 1:
+                messages.reset_start_time()  # the first iteration pays for what is set up lazily
+            if iteration % opt["logger"]["print_freq"] == 0:
+                times = {"time": iter_timer.get_avg_time(), "data_time": data_timer.get_avg_time()}
+                rates = {"lrs": model.get_current_learning_rate()}
+                messages({"epoch": self.epoch, "iter": iteration, **rates, **times, **model.get_current_log()})
+            yield iteration
+            data_timer.start()
+            iter_timer.start()
+
+    def _validate(self, loaders: list[Any], iteration: int, tb_logger: Any) -> None:
+        for loader in loaders:
+            self.model.validation(loader, iteration, tb_logger, self.opt["val"]["save_img"])
+
+    def save(self, *, together: bool) -> str:
+        """Save the state as it is, and return a sentence on where.
+
+        Args:
+            together: whether all processes do so; one alone would wait for the others.
+        """
+        model, folder = self.model, Path(self.opt["path"]["training_states"])
+        if model is None:
+            return "Nothing was trained."
+        if not hasattr(model, "saved_iteration") or (self.opt["dist"] and not together):
+            return f"What was saved before is in {folder}."
+        if not model.is_healthy():
+            return f"It is not saved; the states before it are in {folder}."
+        if model.saved_iteration != model.iteration:
+            model.save(self.epoch, model.iteration)
+        if model.saved_iteration != model.iteration:
+            return f"It could not be saved; the states before it are in {folder}."
+        return (
+            f"The state after iteration {model.iteration:,} is saved: {folder / f'{model.iteration}.state'}\n"
+            "Fix the cause and go on from there with --auto_resume."
+        )
+
+    def newest_state(self) -> str:
+        """Return a sentence on the newest state saved."""
+        states = state.list_states(Path(self.opt["path"]["training_states"]))
+        if not states:
+            return "No state was saved yet."
+        return f"The newest state is {states[-1]}; go on from there with --auto_resume."
+
+
+def _take_up(model: Any, resumed: Mapping[str, Any]) -> None:
+    """Have a model take up a state, with the options of the file. Models of ours do both themselves.
+
+    Raises:
+        CheckpointError: the state does not fit.
+    """
+    if hasattr(model, "saved_iteration"):
+        model.resume_training(resumed)
+        return
+    try:
+        changes = changed_options.resume(model, resumed, model.resume_training)
+    except Exception as error:  # whatever is wrong in a state shows by what is done with it
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"the state of iteration {resumed['iter']}: does not fit this network and these options: {reason}"
+        ) from error
+    for change in changes:
+        _LOG.warning("note: %s; from here on what the option file says counts", change)
+
+
+def _logs_to_tensorboard(opt: Mapping[str, Any]) -> bool:
+    return bool(opt["logger"].get("use_tb_logger")) and "debug" not in opt["name"]
+
+
+def _tb_logger(opt: Mapping[str, Any]) -> Any:
+    """Return the writer for TensorBoard, if one is asked for; wandb, which follows it, starts first."""
+    if (opt["logger"].get("wandb") or {}).get("project") is not None and "debug" not in opt["name"]:
+        init_wandb_logger(opt)
+    if not _logs_to_tensorboard(opt):
+        return None
+    return init_tb_logger(log_dir=f"{opt['root_path']}/tb_logger/{opt['name']}")
