@@ -97,6 +97,7 @@ def read(
     *,
     given: int = 0,
     siblings: Sequence[str] = (),
+    problems: ProblemList | None = None,
 ) -> dict[str, Any]:
     """Return the keyword arguments that `mapping` gives for `build`.
 
@@ -106,6 +107,7 @@ def read(
         path: where the mapping stands, for messages (`network_g.attention`).
         given: how many leading parameters the caller fills himself; these are no options.
         siblings: options of somebody else that may stand beside these; a misspelt one is recognised.
+        problems: takes up what is wrong, instead of an error; the values that are right are returned all the same.
 
     Returns:
         The values given, converted to the declared types (`"1e-4"`, a string for PyYAML, to a float). Defaults are
@@ -115,20 +117,21 @@ def read(
         ConfigError: names every unknown or missing option and every value that breaks a rule.
     """
     options = dict(list(fields(build).items())[given:])
-    problems = ProblemList()
+    found = ProblemList() if problems is None else problems
     values: dict[str, Any] = {}
     for name, value in mapping.items():
         if name not in options:
-            problems.add(join_path(path, name), f"unknown{suggestion(name, [*siblings, *options])}")
+            found.add(join_path(path, name), f"unknown{suggestion(name, [*siblings, *options])}")
             continue
         try:
             values[name] = _fit(value, options[name].annotation)
         except _Unfit as unfit:
-            problems.add(join_path(path, name), f"must be {unfit}, got {shown(value)}")
+            found.add(join_path(path, name), f"must be {unfit}, got {shown(value)}")
     for name, field in options.items():
         if field.default is field.empty and name not in mapping:
-            problems.add(join_path(path, name), "missing; it has no default")
-    problems.raise_if_any()
+            found.add(join_path(path, name), "missing; it has no default")
+    if problems is None:
+        found.raise_if_any()
     return values
 
 

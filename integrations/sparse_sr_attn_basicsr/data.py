@@ -77,7 +77,9 @@ class RunSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         first, used = self.start
         processes, rank = self.sampler.num_replicas, self.sampler.rank
-        epochs = (self._epoch(e, used // processes if e == first else 0, processes, rank) for e in itertools.count(first))
+        epochs = (
+            self._epoch(e, used // processes if e == first else 0, processes, rank) for e in itertools.count(first)
+        )
         return itertools.islice(itertools.chain.from_iterable(epochs), len(self))
 
     def _epoch(self, epoch: int, skipped: int, processes: int, rank: int) -> Iterator[Draw]:

@@ -23,7 +23,7 @@ from basicsr.utils.dist_util import get_dist_info, master_only
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn.backbones.base import OPTIONS, Network
+from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.foreign import find_facts, run_padded
 from sparse_sr_attn.inference import upscale_tiled
@@ -141,9 +141,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             for line in lines:
                 log.log(logging.WARNING if untrained else logging.INFO, f"  {line}")
             if untrained:
-                log.warning(
-                    f"{untrained} entries of the network outside attention are NOT in {load_path}: they start untrained."
-                )
+                log.warning(f"{untrained} entries outside attention are NOT in {load_path}: they start untrained.")
         self._missing[id(bare)] = loaded.missing
         if hasattr(self, "net_d"):  # a discriminator is loaded last, and has no range
             return
@@ -165,7 +163,9 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         super().init_training_settings()
         fft = self.opt["train"].get("fft_opt")
         host = [cls for cls in type(self).__mro__ if cls.__module__ != __name__]
-        self._cri_fft = build_loss(fft).to(self.device) if fft and not option_lookups.mentions(host, "fft_opt") else None
+        self._cri_fft = (
+            build_loss(fft).to(self.device) if fft and not option_lookups.mentions(host, "fft_opt") else None
+        )
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()

@@ -82,8 +82,8 @@ class Run:
         if resumed is not None:
             if self.opt["manual_seed"] is None:
                 self.opt["manual_seed"] = (resumed.get("exact") or {}).get("manual_seed")
-            for reason in state.inexactness(resumed, self.opt):
-                notes.append(f"training goes on, but not exactly as it would have without the stop: {reason}")
+            inexact = "training goes on, but not exactly as it would have without the stop"
+            notes += [f"{inexact}: {reason}" for reason in state.inexactness(resumed, self.opt)]
         for note in notes:
             _LOG.warning("note: %s", note)
         return resumed
@@ -123,12 +123,12 @@ class Run:
         if opt.get("val"):
             self._validate(val_loaders, iteration, tb_logger)
 
-    def _iterations(self, batches: Iterator[Mapping[str, Any]], iteration: int, tb_logger: Any) -> Iterator[int]:
+    def _iterations(self, batches: Iterator[Mapping[str, Any]], start: int, tb_logger: Any) -> Iterator[int]:
         """Train on each batch, log, and yield the number of iterations done."""
         opt, model = self.opt, self.model
-        messages = MessageLogger(opt, iteration, tb_logger)
+        messages = MessageLogger(opt, start, tb_logger)
         data_timer, iter_timer = AvgTimer(), AvgTimer()
-        for iteration, batch in enumerate(batches, start=iteration + 1):  # noqa: B020
+        for iteration, batch in enumerate(batches, start=start + 1):
             data_timer.record()
             model.update_learning_rate(iteration, warmup_iter=opt["train"].get("warmup_iter", -1))
             model.feed_data(batch)

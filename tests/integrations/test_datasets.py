@@ -14,7 +14,7 @@ from skimage import io
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.options import load
+from sparse_sr_attn_basicsr.option_file import load
 
 HR, LR = "datasets/train/HR", "datasets/train/LR"
 CACHED = {"datasets.train.type": "CachedPairedImageDataset"}

@@ -21,6 +21,7 @@ from sparse_sr_attn.layers import LSP
 from sparse_sr_attn_basicsr import model as model_module
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.option_file import load
+from sparse_sr_attn_basicsr.preflight.training_options import OPTIMIZERS
 
 Options = Callable[..., dict[str, Any]]
 
@@ -212,7 +213,7 @@ def test_missing_entries_are_told_once_and_those_outside_attention_stand_out(
     assert warned.count("not in the file, outside attention: conv_after_body.weight, body.2.conv1.bias\n") == 1
     assert warned.count("of another size: conv_last.bias (5,) instead of (3,)\n") == 1
     assert warned.count("in the file only: extra\n") == 1
-    assert warned.count("3 entries of the network outside attention are NOT in edsr.pth: they start untrained.") == 1
+    assert warned.count("3 entries outside attention are NOT in edsr.pth: they start untrained.") == 1
 
 
 def test_a_file_of_which_nothing_fits_is_no_start(options: Options, here: Path) -> None:
@@ -417,7 +418,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).detach().abs().max()) for name in one)
 
 
-@pytest.mark.parametrize("name", sorted(set(preflight._OPTIMIZERS) - {"Adam"}))
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"Adam"}))
 def test_every_optimizer_trains_in_its_own_way(options: Options, name: str) -> None:
     start = weights_after(options, PLAIN, steps=0)
     optimizer = {"type": name, "lr": 1e-3} | ({} if name == "Rprop" else {"weight_decay": 0.5})

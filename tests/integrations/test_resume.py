@@ -19,7 +19,6 @@ from sparse_sr_attn import PRESETS
 from sparse_sr_attn.cli import main
 from sparse_sr_attn_basicsr import SparseEDSR
 from sparse_sr_attn_basicsr.data import Draw, PortableDataset, RunSampler
-from sparse_sr_attn_basicsr.option_file import load
 from sparse_sr_attn_basicsr.randomness import random_state, seeded, set_random_state, undisturbed
 
 Write = Callable[..., str]

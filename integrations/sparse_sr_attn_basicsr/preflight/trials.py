@@ -1,28 +1,25 @@
-"""Losses, metrics and data sets, tried once before a run, so that what their code refuses is known before it begins."""
+"""Trials of losses, metrics and data sets: built and computed once, to learn what their code refuses."""
 
 import copy
 import dis
 import importlib
 import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import make_dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, ProblemList, join_path, read
-from sparse_sr_attn.errors import ConfigError, ImageError, Problem
-from sparse_sr_attn.images import read_image
+from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import option_lookups
 from sparse_sr_attn_basicsr.data import PortableDataset, SampleError
+from sparse_sr_attn_basicsr.preflight.findings import without_warnings
 from sparse_sr_attn_basicsr.randomness import undisturbed
 
 # What no default shows.
@@ -39,65 +36,83 @@ _PLAIN = (bool, int, float, str)
 _COMPARING = ("pixel_opt", "fft_opt", "ldl_opt")
 
 
-def arguments(build: Callable[..., object], options: dict[str, Any], path: str, given: Sequence[str] = ()) -> None:
-    """Check options against the signature that takes them; convert numbers given as text in place.
+def check_names(
+    problems: ProblemList,
+    build: Callable[..., object],
+    options: Mapping[str, Any],
+    path: str,
+    given: Sequence[str] = (),
+    *,
+    hint: Callable[[str, list[str]], str] = suggestion,
+    lenient: bool = False,
+) -> dict[str, inspect.Parameter]:
+    """Note options that a signature does not have, and parameters that are missing; return the parameters.
 
     Args:
-        build: a class or a function. Types come from annotations, or from defaults if a parameter has no annotation.
+        problems: takes them up.
+        build: a class or a function.
         options: all that it will be given beside `given`.
         path: where they stand, for messages.
         given: parameters that are no options.
-
-    Raises:
-        ConfigError: names every option that is unknown, missing or of the wrong type.
+        hint: ends the message on an unknown option; called with it and the known ones.
+        lenient: allow any option where the signature takes any, whether or not it is looked at.
     """
     name = getattr(build, "__name__", str(build))
-    signature = inspect.signature(build).parameters
-    known = {
-        key: parameter
-        for key, parameter in signature.items()
-        if key not in given and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
-    problems = ProblemList()
-    for key, value in list(options.items()):
-        if key not in known:
-            if not _uses_keywords(build):
-                problems.add(join_path(path, key), f"unknown to {name}{suggestion(key, list(known))}")
-            continue
-        with problems.gathered():
-            fitted = read(make_dataclass("One", [(key, _annotation(build, known[key]))]), {key: value}, path)[key]
-            if isinstance(value, str) and isinstance(fitted, float):
-                options[key] = fitted
+    parameters = inspect.signature(build).parameters.values()
+    known = {p.name: p for p in parameters if p.name not in given and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and (lenient or _uses_keywords(build))
+    for key in options:
+        if key not in known and not takes_any:
+            problems.add(join_path(path, key), f"unknown to {name}{hint(key, list(known))}")
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
             problems.add(join_path(path, key), f"missing; {name} needs it")
-    problems.raise_if_any()
+    return known
 
 
-def loss(build: type, options: Mapping[str, Any], key: str) -> str | None:
-    """Build a loss and take it of small images; return what is wrong with it, if anything is.
+def check_arguments(
+    problems: ProblemList,
+    build: Callable[..., object],
+    options: dict[str, Any],
+    path: str,
+    given: Sequence[str] = (),
+) -> None:
+    """Check names as `check_names` does, and types; convert numbers given as text in place.
 
-    Weights that it would load are neither loaded nor downloaded.
+    Types come from annotations, or from defaults if a parameter has no annotation.
+    """
+    known = check_names(problems, build, options, path, given)
+    typed = {key: _annotation(build, known[key]) for key in options if key in known}
+    declared = make_dataclass("Options", typed.items())
+    right = read(declared, {key: options[key] for key in typed}, path, problems=problems)
+    options |= {key: value for key, value in right.items() if isinstance(options[key], str)}
+
+
+def try_loss(build: type, options: Mapping[str, Any], key: str) -> str | None:
+    """Build a loss and compute it on small images; return what is wrong with it, if anything is.
+
+    BasicSR's perceptual loss is not built, because it would load or download the weights of its VGG.
 
     Args:
         build: its class.
         options: for the class.
         key: under which the loss stands in the options, e.g. `pixel_opt`.
     """
+    if build is getattr(importlib.import_module("basicsr.losses.basic_loss"), "PerceptualLoss", None):
+        return _fault_of_perceptual_loss(options, key)
     name = build.__name__
-    with warnings.catch_warnings(), undisturbed():
-        warnings.simplefilter("ignore")
+    with without_warnings(), undisturbed():
         try:
             criterion = _criterion(build, options)
         except Exception as error:  # somebody else's code can raise anything
-            return f"{name} refuses these options: {told(error)}"
+            return f"{name} refuses these options: {reason(error)}"
         try:
             return _fault_of_loss(name, criterion, key)
         except Exception as error:
-            return f"{name} cannot be used here: {told(error)}"
+            return f"{name} cannot be used here: {reason(error)}"
 
 
-def metric(build: Callable[..., Any], options: Mapping[str, Any], shape: Sequence[int]) -> str | None:
+def try_metric(build: Callable[..., Any], options: Mapping[str, Any], shape: Sequence[int]) -> str | None:
     """Take a metric of two images of noise; return what is wrong with it, if anything is.
 
     Args:
@@ -111,12 +126,11 @@ def metric(build: Callable[..., Any], options: Mapping[str, Any], shape: Sequenc
         for name in ("img", "img2")
         if name in inspect.signature(build).parameters
     }
-    with warnings.catch_warnings(), undisturbed():
-        warnings.simplefilter("ignore")
+    with without_warnings(), undisturbed():
         try:
             value = float(build(**images, **copy.deepcopy(dict(options))))
         except Exception as error:  # somebody else's code can raise anything
-            return f"fails ({told(error)})"
+            return f"fails ({reason(error)})"
     return None if math.isfinite(value) else f"gives {value}"
 
 
@@ -136,8 +150,7 @@ def first_sample(build: type, options: Mapping[str, Any], path: str) -> tuple[in
     """
     dataset: Any = None
     try:
-        with warnings.catch_warnings(), undisturbed():
-            warnings.simplefilter("ignore")
+        with without_warnings(), undisturbed():
             dataset = build(copy.deepcopy(dict(options)))
             if not len(dataset):
                 raise ConfigError([Problem(path, f"must hold at least one image; {build.__name__} finds none")])
@@ -155,22 +168,7 @@ def first_sample(build: type, options: Mapping[str, Any], path: str) -> tuple[in
                 environment.close()
 
 
-def is_image(file: Path) -> bool:
-    """Return whether BasicSR can decode a file."""
-    with warnings.catch_warnings(), suppress(ImageError):
-        warnings.simplefilter("ignore")
-        read_image(file)
-        return True
-    if file.suffix.lower() in Image.registered_extensions():
-        return False
-    try:  # OpenCV knows formats that Pillow does not
-        importlib.import_module("basicsr.utils").imfrombytes(file.read_bytes(), float32=True)
-    except Exception:  # its decoders raise anything
-        return False
-    return True
-
-
-def told(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return what an error says, on one line."""
     text = " ".join(str(error).split())
     if isinstance(error, AssertionError | ValueError | NotImplementedError) and text:
@@ -178,14 +176,30 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _fault_of_perceptual_loss(options: Mapping[str, Any], key: str) -> str | None:
+    if key != "perceptual_opt":
+        return "PerceptualLoss must give one number, gives a tuple; it belongs under perceptual_opt"
+    vgg, criterion = options.get("vgg_type", "vgg19"), options.get("criterion", "l1")
+    layers = importlib.import_module("basicsr.archs.vgg_arch").NAMES
+    if (plain := vgg.removesuffix("_bn")) not in layers:
+        return f"vgg_type must be one of {', '.join(layers)}, or one of these with _bn, got {vgg!r}"
+    normalised = {name.replace("conv", "bn") for name in layers[plain] if plain != vgg and name.startswith("conv")}
+    if unknown := sorted(set(options["layer_weights"]) - {*layers[plain], *normalised}):
+        return f"layer_weights must name layers of {vgg}, e.g. conv5_4, got {unknown[0]!r}"
+    if criterion not in ("l1", "fro"):  # the code for l2 misspells its class
+        return f"criterion must be 'l1' or 'fro', got {criterion!r}"
+    if not (options.get("perceptual_weight", 1) or options.get("style_weight", 0)):
+        return "PerceptualLoss gives nothing: perceptual_weight and style_weight are both 0"
+    return None
+
+
 def _criterion(build: type, options: Mapping[str, Any]) -> Any:
-    with _no_weights():
-        # The meta device allocates nothing; what has no weights is then built where it can be computed with.
-        with suppress(Exception), torch.device("meta"):
-            criterion = build(**copy.deepcopy(dict(options)))
-            if any(True for _ in criterion.parameters()):
-                return criterion
-        return build(**copy.deepcopy(dict(options)))
+    # The meta device allocates nothing; a loss without weights is then built where it can be computed.
+    with suppress(Exception), torch.device("meta"):
+        criterion = build(**copy.deepcopy(dict(options)))
+        if any(True for _ in criterion.parameters()):
+            return criterion
+    return build(**copy.deepcopy(dict(options)))
 
 
 def _fault_of_loss(name: str, criterion: Any, key: str) -> str | None:
@@ -222,22 +236,6 @@ def _fault_of_number(name: str, value: object) -> str | None:
     if value.device.type != "meta" and not math.isfinite(float(value)):
         return f"{name} must give a finite number, gives {float(value)}"
     return None
-
-
-@contextmanager
-def _no_weights() -> Iterator[None]:
-    """Networks of torchvision come without their weights inside, and nothing is downloaded."""
-    with ExitStack() as stack:
-
-        def replace(owner: Any, name: str, value: object) -> None:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
-
-        for module in ("torch.hub", "torchvision.models._api"):
-            with suppress(ImportError, AttributeError):
-                replace(importlib.import_module(module), "load_state_dict_from_url", lambda *_, **__: {})
-        replace(nn.Module, "load_state_dict", lambda *_, **__: None)
-        yield
 
 
 def _annotation(build: Callable[..., object], parameter: inspect.Parameter) -> Any:
@@ -283,4 +281,4 @@ def _why_not_read(build: type, error: Exception, path: str) -> Problem:
         return Problem(join_path(path, cause.args[0]), f"missing; {build.__name__} needs it")
     if isinstance(error, SampleError):
         return Problem(path, f"the first sample cannot be read: {error}")
-    return Problem(path, f"{build.__name__} refuses these options: {told(error)}")
+    return Problem(path, f"{build.__name__} refuses these options: {reason(error)}")

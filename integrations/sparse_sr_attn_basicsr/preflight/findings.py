@@ -1,0 +1,163 @@
+"""What the checks of an option file share: its options, what was found wrong, and what this BasicSR knows."""
+
+import importlib
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+from sparse_sr_attn.config import ProblemList, fields, join_path, read
+from sparse_sr_attn.errors import ConfigError
+from sparse_sr_attn.registry import suggestion
+from sparse_sr_attn_basicsr import option_lookups, registration
+from sparse_sr_attn_basicsr.schema import Count, WholeNumber
+
+MODEL = "SparseSRModel"
+_READERS = ("basicsr.train", "basicsr.test", "basicsr.utils.options", "basicsr.utils.logger", "basicsr.utils.misc")
+_NO_FOLDERS = ("strict_load", "pretrain_network", "resume", "param_key")  # BasicSR makes folders of other options
+
+
+class Findings:
+    """One check of one file: the options, converted as far as they are right, and what was found.
+
+    Args:
+        options: of a whole option file.
+        training: whether they are for training; else for testing.
+
+    Attributes:
+        problems: what is wrong.
+        remarks: what is legal and probably not meant.
+        scale: `scale`, if it is right.
+        model: the class that `model_type` names, or `None`.
+        networks: our networks, by the names they have in this BasicSR.
+    """
+
+    def __init__(self, options: Mapping[str, Any], training: bool) -> None:
+        self.options = dict(options)
+        self.training = training
+        self.problems = ProblemList()
+        self.remarks: list[str] = []
+        self.scale: int | None = None
+        self._registries = importlib.import_module("basicsr.utils.registry")
+        self.networks = registration.names()
+        self.model = self.registered("MODEL", options.get("model_type"))
+        modules = [importlib.import_module(name) for name in _READERS if importlib.util.find_spec(name)]
+        self.lookups = option_lookups.of(*modules, importlib.import_module("basicsr.data"), *bases(self.model))
+
+    def add(self, path: str, message: str) -> None:
+        """Note a problem."""
+        self.problems.add(path, message)
+
+    def add_all(self, error: ConfigError) -> None:
+        """Note the problems of an error."""
+        for problem in error.problems:
+            self.problems.add(problem.path, problem.message)
+
+    def section(self, declared: type, values: Any, path: str, *, whole: bool = True) -> dict[str, Any]:
+        """Check the options of a section, convert its numbers in place, and return those that are right.
+
+        Args:
+            declared: a class of `schema`.
+            values: the section.
+            path: where it stands.
+            whole: whether `declared` has all options there are, so that a name close to one of them is misspelt.
+        """
+        known = fields(declared)
+        if whole:
+            self.unread(path, values, [*known, *self.lookups.names.get(path.partition(".")[0], ())])
+        given = {name: values[name] for name in known if name in values}
+        right = read(declared, given, path, problems=self.problems)
+        for name, value in right.items():
+            if known[name].annotation in (Count, WholeNumber):
+                values[name] = int(value)
+            elif isinstance(value, float) and isinstance(values[name], str):
+                values[name] = value
+        return right
+
+    def unread(self, path: str, values: Mapping[str, Any], known: Iterable[str]) -> None:
+        """Refuse names close to one that is looked up; remark on others that nothing looks up."""
+        known = list(known)
+        for name, value in values.items():
+            if name in known or (path == "train" and str(name).endswith("_opt")):  # a loss, checked as such
+                continue
+            if str(name).startswith(("network_", "optim_")) and self.training and path in ("", "train"):
+                if self.model is not None:
+                    self.add(join_path(path, name), f"unknown to {self.options['model_type']}")
+                continue
+            close = get_close_matches(str(name), known, n=1, cutoff=0.8)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            if close and value is not None:
+                self.add(join_path(path, name), f"unknown{hint}")
+            elif path == "path" and not any(part in str(name) for part in _NO_FOLDERS):
+                self.add(join_path(path, name), f"unknown, and BasicSR would make a folder of it{hint}")
+            else:
+                self.remarks.append(f"{join_path(path, name)}: nothing reads this option{hint}")
+
+    def registered(self, registry: str, name: object) -> Any:
+        """Return what BasicSR has registered under a name; `None` for nothing.
+
+        Args:
+            registry: `ARCH`, `DATASET`, `LOSS`, `METRIC` or `MODEL`.
+            name: as an option gives it.
+        """
+        table = getattr(self._registries, f"{registry}_REGISTRY")
+        names = (name, f"{name}_basicsr") if isinstance(name, str) else ()
+        return next((table.get(key) for key in names if key in table), None)
+
+    def choose(self, registry: str, path: str, options: Mapping[str, Any], example: str) -> Any:
+        """Return what the option `type` names in a registry; for a missing or unknown name `None`, with a problem."""
+        name = options.get("type")
+        if not isinstance(name, str):
+            self.add(f"{path}.type", f"missing; it names {example}")
+            return None
+        return self.chosen(registry, f"{path}.type", name)
+
+    def chosen(self, registry: str, path: str, name: str) -> Any:
+        """Return what BasicSR has registered under a name; for an unknown one `None`, with a problem."""
+        found = self.registered(registry, name)
+        if found is None:
+            table = getattr(self._registries, f"{registry}_REGISTRY")
+            known = sorted({str(key).removesuffix("_basicsr") for key in table.keys()})  # noqa: SIM118
+            noun = "network" if registry == "ARCH" else registry.lower()
+            self.add(path, f"BasicSR has no {noun} named {name!r}{suggestion(name, known)}")
+        return found
+
+    def mapping(self, path: str, value: object) -> dict[str, Any] | None:
+        """Return a copy of a mapping that has a `type`; for another value `None`, with a problem."""
+        if isinstance(value, Mapping):
+            return dict(value)
+        self.add(path, f"must be a map with a key 'type', got {value!r}")
+        return None
+
+    def is_ours(self) -> bool:
+        """Return whether the model is ours."""
+        ours = self.registered("MODEL", MODEL)
+        return inspect.isclass(self.model) and inspect.isclass(ours) and issubclass(self.model, ours)
+
+    def counterpart(self) -> str:
+        """Return the model of ours to use instead of the one given."""
+        name = f"Sparse{self.options.get('model_type')}"
+        return MODEL if self.registered("MODEL", name) is None else name
+
+
+def bases(cls: Any) -> tuple[type, ...]:
+    """Return a class and its bases, the nearest first; nothing for what is no class."""
+    return cls.__mro__ if inspect.isclass(cls) else ()
+
+
+def nested(options: object, *names: str) -> Any:
+    """Return the value at the end of a path; `None` if there is none."""
+    for name in names:
+        options = options.get(name) if isinstance(options, Mapping) else None
+    return options
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Ignore warnings inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,244 @@
+"""Checks of `network_*`: options, the size of the image that comes out, and what a model reads of them."""
+
+import copy
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_sr_attn import attach
+from sparse_sr_attn.config import fields, read
+from sparse_sr_attn.errors import ConfigError
+from sparse_sr_attn.foreign import find_facts
+from sparse_sr_attn.layers.base import SATURATING_RANGE, raw_queries_in
+from sparse_sr_attn.registry import suggestion
+from sparse_sr_attn_basicsr import option_lookups, registration
+from sparse_sr_attn_basicsr.attended import Attended
+from sparse_sr_attn_basicsr.preflight import trials
+from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested, without_warnings
+
+_READ_BY_MODELS = r"""opt\[["'](network_\w+)["']\]\[["'](\w+)["']\]"""
+# What the buffers of layers are to those who train them, by how their names end.
+_BUFFERS = {"centroids": "k-means centroids", "running_mean": "BatchNorm statistics"}
+
+
+class SeenThrough(dict[str, Any]):
+    """Options of a network; look-ups that find nothing fall through to the network inside, and to its defaults.
+
+    Models of BasicSR read options of their network, such as `opt['network_g']['window_size']`. The mapping itself, as
+    it is iterated over, copied and unpacked, has the options given.
+
+    Args:
+        options: the options given.
+        inside: what look-ups find besides.
+    """
+
+    def __init__(self, options: Mapping[str, Any], inside: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self.inside = dict(inside)
+
+    def __missing__(self, key: str) -> Any:
+        return self.inside[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self.inside
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value for `key`."""
+        return super().get(key, self.inside.get(key, default))
+
+
+def check(findings: Findings) -> int:
+    """Check every network; return the number of which `network_g` takes only multiples as sides of images."""
+    multiple = 1
+    for key in [key for key in findings.options if key.startswith("network_")]:
+        found = _check_network(findings, key, findings.options[key])
+        multiple = found if key == "network_g" else multiple
+    return multiple
+
+
+def _check_network(findings: Findings, path: str, options: object) -> int:
+    """Check a network; return of which number it takes only multiples."""
+    if not isinstance(options, Mapping):
+        if path != "network_g":  # else that was said of the section
+            findings.mapping(path, options)
+        return 1
+    rest = {key: value for key, value in options.items() if key != "type"}
+    ours = findings.networks.get(str(options.get("type")))
+    if ours is Attended:
+        return _check_attended(findings, path, rest)
+    if ours is not None:
+        _check_ours(findings, path, ours, rest)
+    elif (build := findings.choose("ARCH", path, options, "the network, e.g. SparseEDSR")) is not None:
+        _check_theirs(findings, path, str(options["type"]), build, rest)
+    return 1
+
+
+def _check_ours(findings: Findings, path: str, build: registration.Build, options: Mapping[str, Any]) -> None:
+    right = read(build, options, path, problems=findings.problems)
+    defaults = {name: option.default for name, option in fields(build).items()}
+    upscale, scale = {**defaults, **right}.get("upscale"), findings.scale
+    if scale is not None and upscale != scale and ("upscale" in right or "upscale" not in options):
+        default = "" if "upscale" in options else " (its default)"
+        findings.add(f"{path}.upscale", f"must be {scale}, the option 'scale', got {upscale}{default}")
+    try:
+        # Rules that join several options are the constructor's own. The meta device allocates nothing.
+        with torch.device("meta"), without_warnings():  # there is a remark on what they warn of
+            network = build(**right)
+    except ConfigError as error:
+        findings.add_all(error.under(path))
+    else:
+        _check_attention(findings, path, network, options)
+
+
+def _check_attention(findings: Findings, path: str, network: nn.Module, options: Mapping[str, Any]) -> None:
+    """Check for options that do not fit the attention of a network and its buffers."""
+    img_range = getattr(network, "img_range", 1.0)
+    raw = raw_queries_in(network)
+    if raw and img_range > SATURATING_RANGE:
+        default = "" if "img_range" in options else " (the default of this network)"
+        findings.remarks.append(
+            f"{path}.img_range: {img_range:g}{default} makes raw queries so long that the softmax of "
+            f"{', '.join(raw)} saturates; use img_range: 1, or similarity: cosine where the layer has it."
+        )
+    buffers = [name for name, _ in network.named_buffers()]
+    kept = [words for end, words in _BUFFERS.items() if any(name.endswith(end) for name in buffers)]
+    averages = findings.training and nested(findings.options, "train", "ema_decay")
+    if not (averages and kept) or findings.model is None or findings.is_ours():
+        return
+    averaging = option_lookups.of(getattr(findings.model, "model_ema", None)).used
+    if not {"named_buffers", "buffers", "state_dict"} & averaging:
+        findings.add(
+            "train.ema_decay",
+            f"must be 0 with {findings.options['model_type']}, which leaves {' and '.join(kept)} of the averaged "
+            f"network untrained; model_type: {findings.counterpart()} does not",
+        )
+
+
+def _check_attended(findings: Findings, path: str, options: Mapping[str, Any]) -> int:
+    """Check a network of BasicSR by itself, and then whether attention can be put into it."""
+    before = len(findings.problems)
+    right = read(Attended, options, path, problems=findings.problems)
+    if "network" in right:
+        _check_network(findings, f"{path}.network", right["network"])
+    if len(findings.problems) > before or right["attention"] is None:
+        return 1
+    network = _built(findings, f"{path}.network", right["network"])
+    if network is None:
+        return 1
+    facts = find_facts(network)
+    try:
+        with without_warnings():
+            attach(network, right.get("body"), right["attention"])
+    except ConfigError as error:
+        findings.add_all(error.under(path))
+    else:
+        _check_attention(findings, f"{path}.network", network, right["network"])
+    return facts.multiple if facts is not None else 1
+
+
+def _check_theirs(findings: Findings, path: str, name: str, build: Any, options: Mapping[str, Any]) -> None:
+    """Check a network of BasicSR, or of the user."""
+
+    def hint(key: str, known: list[str]) -> str:
+        better = findings.networks.get(f"Sparse{name}")
+        if better is not None and key in fields(better):
+            return f"; type: Sparse{name} has it"
+        if key == "attention":
+            return f"; put it beside: {{type: Attended, network: {{type: {name}, ...}}, attention: ...}}"
+        return suggestion(key, known)
+
+    before = len(findings.problems)
+    trials.check_names(findings.problems, build, options, path, hint=hint, lenient=True)
+    if len(findings.problems) == before:
+        network = _built(findings, path, {"type": name, **options})
+        if network is not None and findings.training:
+            _check_patches(findings, path, network, build, options)
+
+
+def _check_patches(findings: Findings, path: str, network: nn.Module, build: Any, options: Mapping[str, Any]) -> None:
+    """Check that a network of BasicSR takes the patches of training, and that images come out in the right size."""
+    scale, gt_size = findings.scale, nested(findings.options, "datasets", "train", "gt_size")
+    if scale is None or not isinstance(gt_size, int) or gt_size < 1 or gt_size % scale:
+        return
+    if path == "network_g":
+        low = gt_size // scale
+        with suppress(Exception), torch.no_grad():  # not every network computes on the meta device
+            image = torch.empty(1, options.get("num_in_ch", 3), low, low, device="meta")
+            output = network.to("meta").eval()(image)
+            if tuple(output.shape[-2:]) != (gt_size, gt_size):
+                factor = output.shape[-1] / low
+                findings.add(path, f"must upscale by {scale}, the option 'scale', but does so by {factor:g}")
+    elif path == "network_d" and "SRGANModel" in [cls.__name__ for cls in bases(findings.model)]:
+        reason = _tried(lambda: build(**options)(torch.zeros(2, 3, gt_size, gt_size)))[1]
+        if reason is not None:
+            message = f"must take images of datasets.train.gt_size {gt_size}: {trials.reason(reason)}"
+            findings.add(path, f"{build.__name__} {message}")
+
+
+def _built(findings: Findings, path: str, options: Mapping[str, Any]) -> nn.Module | None:
+    """Return a network of BasicSR's registry, without memory for its weights if it can be built so."""
+    build = findings.registered("ARCH", options["type"])
+    rest = {key: value for key, value in options.items() if key != "type"}
+    network: nn.Module | None
+    network, error = _tried(lambda: build(**copy.deepcopy(rest)))
+    if error is not None:
+        findings.add(path, f"{options['type']} cannot be built with these options: {type(error).__name__}: {error}")
+    return network
+
+
+def _tried(compute: Any) -> tuple[Any, Exception | None]:
+    """Return what a function returns or raises, on the meta device or, where that forbids it, on the CPU."""
+    failure: Exception | None = None
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad(), without_warnings():
+                return compute(), None
+        except Exception as error:  # somebody else's code can raise anything
+            failure = error
+    return None, failure
+
+
+def check_model_lookups(findings: Findings, multiple: int) -> None:
+    """Check that the model finds the options of its networks that it reads, and let it find them.
+
+    Models read options such as `opt['network_g']['window_size']` when they first validate. They find those of the
+    network inside `Attended`, and defaults that the file leaves out.
+
+    Args:
+        findings: their options get `SeenThrough` networks.
+        multiple: `network_g` takes only multiples of it as sides of images.
+    """
+    options = findings.options
+    for key in [key for key in options if key.startswith("network_")]:
+        if isinstance(given := options[key], Mapping):
+            inner = given.get("network") if findings.networks.get(str(given.get("type"))) is Attended else given
+            inner = inner if isinstance(inner, Mapping) else {}
+            build = findings.registered("ARCH", inner.get("type"))
+            parameters = inspect.signature(build).parameters if build is not None else {}
+            defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+            options[key] = SeenThrough(given, {**defaults, **inner})
+    for cls in bases(findings.model):
+        with suppress(OSError, TypeError):
+            for key, option in re.findall(_READ_BY_MODELS, inspect.getsource(cls)):
+                if isinstance(options.get(key), Mapping) and option not in options[key]:
+                    findings.add(f"{key}.{option}", f"missing; {options['model_type']} reads it")
+    if multiple > 1:
+        _check_padding(findings, multiple)
+
+
+def _check_padding(findings: Findings, multiple: int) -> None:
+    """Check that images fit a network that takes only sides which are multiples of a number."""
+    why = f"because network_g takes only sides that are multiples of {multiple}"
+    theirs = importlib.import_module("basicsr.models.sr_model").SRModel
+    if getattr(findings.model, "test", None) is theirs.test:
+        name = findings.options.get("model_type")
+        findings.add("model_type", f"must be one that pads images, {why}, got {name}; {MODEL} does")
+    gt_size, scale = nested(findings.options, "datasets", "train", "gt_size"), findings.scale
+    if isinstance(gt_size, int) and scale is not None and gt_size % (scale * multiple):
+        findings.add("datasets.train.gt_size", f"must be a multiple of {scale * multiple}, {why}, got {gt_size}")

@@ -1,0 +1,133 @@
+"""Checks of the top of an option file, its sections as a whole, the machine and the weights."""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sparse_sr_attn.config import fields, join_path, shown
+from sparse_sr_attn_basicsr import option_lookups, schema
+from sparse_sr_attn_basicsr.distributed import on_cpu
+from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested
+from sparse_sr_attn_basicsr.preflight.images import similar_file
+
+_ON_CUDA = ("RealESRNetModel", "RealESRGANModel")  # they call .cuda() whatever num_gpu says
+
+
+def check(findings: Findings, launcher: str) -> None:
+    """Check the top of the file and the options that each section has in any case."""
+    options = findings.options
+    general = findings.section(schema.Training if findings.training else schema.Testing, options, "")
+    findings.scale = general.get("scale")
+    if "model_type" in general:
+        findings.chosen("MODEL", "model_type", general["model_type"])
+    name = general.get("name")
+    if name is not None and (name.strip() in ("", ".", "..") or {"/", "\\", "\0"} & set(name) or len(name) > 200):
+        findings.add("name", f"must be fit for the name of a folder, got {shown(name)}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if isinstance(num_gpu := general.get("num_gpu"), int) and num_gpu > gpus:
+        findings.add(
+            "num_gpu",
+            f"must be at most the number of CUDA GPUs, of which this PyTorch sees {gpus}, got {num_gpu}; 'auto' "
+            "takes all of them, 0 is the CPU",
+        )
+    if launcher != "none":
+        _check_launcher(findings, launcher)
+    declared: dict[str, type] = {
+        "path": schema.Path,
+        "val": schema.ValidationInTraining if findings.training else schema.ValidationInTesting,
+    }
+    if findings.training:
+        declared |= {"train": schema.Train, "logger": schema.Logger}
+    for key, cls in declared.items():
+        if isinstance(options.get(key), Mapping):
+            options[key] = dict(options[key])
+            findings.section(cls, options[key], key)
+    options["path"] = options.get("path") or {}
+    if findings.training and isinstance(options.get("logger"), dict):
+        _check_logger(findings)
+
+
+def _check_launcher(findings: Findings, launcher: str) -> None:
+    path = f"--launcher {launcher}"
+    if launcher == "pytorch" and "RANK" not in os.environ:
+        findings.add(
+            path, "needs what torchrun tells each process: torchrun --nproc_per_node 2 -m sparse_sr_attn train ..."
+        )
+    if findings.training and findings.options.get("manual_seed") is None:
+        findings.remarks.append(
+            "manual_seed: with --launcher each process draws its own if none is given, and a resumed run will not "
+            "be exact"
+        )
+    if isinstance(params := findings.options.get("dist_params"), Mapping):
+        findings.section(schema.DistParams, dict(params), "dist_params")
+    if on_cpu(findings.options):
+        if launcher == "slurm":
+            findings.add(path, "needs CUDA GPUs; on the CPU start torchrun with --launcher pytorch")
+        if findings.model is not None and not findings.is_ours():
+            name = findings.options.get("model_type")
+            findings.add("model_type", f"must be {MODEL} for several processes on the CPU, got {name!r}")
+
+
+def _check_logger(findings: Findings) -> None:
+    logger = findings.options["logger"]
+    logger.setdefault("use_tb_logger", False)
+    if logger["use_tb_logger"] is True and importlib.util.find_spec("tensorboard") is None:
+        findings.add("logger.use_tb_logger", "needs tensorboard: pip install tensorboard, or write false")
+    if not isinstance(logger.get("wandb"), Mapping):
+        return
+    project = findings.section(schema.Wandb, dict(logger["wandb"]), "logger.wandb").get("project")
+    if project is None or "debug" in str(findings.options.get("name")):
+        return
+    if logger["use_tb_logger"] is not True:
+        findings.add("logger.use_tb_logger", "must be true with logger.wandb.project: wandb follows tensorboard")
+    if importlib.util.find_spec("wandb") is None:
+        findings.add("logger.wandb.project", "needs wandb: pip install wandb, or write project: ~")
+
+
+def check_model(findings: Findings) -> None:
+    """Check that the model has what it cannot do without, and no options that it would ignore."""
+    name, train, model = findings.options.get("model_type"), findings.options.get("train"), findings.model
+    if model is None:
+        return
+    if on_cpu(findings.options) and any(cls.__name__ in _ON_CUDA for cls in bases(model)):
+        findings.add("model_type", f"{name} needs a CUDA GPU")
+    if findings.training and isinstance(train, Mapping):
+        plain = option_lookups.of(*bases(findings.registered("MODEL", "SRModel"))).needed
+        needed = option_lookups.of(*bases(model)).needed
+        for section, values in (("", findings.options), ("train", train)):
+            declared = fields(schema.Train if section else schema.Training)
+            for option in sorted(needed.get(section, set()) - plain.get(section, set())):
+                given = values.get(option) if option.endswith("_opt") else option in values
+                if not given and option not in declared:
+                    findings.add(join_path(section, option), f"missing; {name} needs it")
+    if findings.is_ours():
+        return
+    for section, names in schema.ONLY_OURS.items():
+        for option in names:
+            if nested(findings.options, section, option) is not None and option not in findings.lookups.names.get(
+                section, ()
+            ):
+                findings.add(f"{section}.{option}", f"unknown to {name}; model_type: {findings.counterpart()} has it")
+
+
+def check_weights(findings: Findings) -> None:
+    """Check that weights and states are there, and of a kind that the model reads."""
+    path = findings.options["path"]
+    if not isinstance(path, Mapping):
+        return
+    for key, value in path.items():
+        if key.startswith(("pretrain_network", "resume_state")) and isinstance(value, str):
+            file = Path(value).expanduser()
+            if not file.is_file():
+                findings.add(f"path.{key}", f"there is no file {value!r}{similar_file(file)}")
+            elif file.suffix == ".safetensors" and not findings.is_ours():
+                findings.add(
+                    f"path.{key}",
+                    f"{findings.options.get('model_type')} reads files of torch.save only, got {value!r}; model_type: "
+                    f"{MODEL} reads .safetensors, and `sparse-sr convert` writes .pth",
+                )
+    if not findings.training and not path.get("pretrain_network_g"):
+        findings.remarks.append("path.pretrain_network_g: nothing given, so an untrained network is tested")

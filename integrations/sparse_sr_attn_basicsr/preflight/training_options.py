@@ -1,0 +1,176 @@
+"""Checks of `train`: losses, optimizers, the scheduler, precision and accumulation."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from sparse_sr_attn.config import fields
+from sparse_sr_attn.registry import suggestion
+from sparse_sr_attn_basicsr import option_lookups, registration, schema
+from sparse_sr_attn_basicsr.distributed import on_cpu
+from sparse_sr_attn_basicsr.preflight import trials
+from sparse_sr_attn_basicsr.preflight.findings import Findings, bases, nested
+
+OPTIMIZERS = {
+    name: value
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type)
+    and issubclass(value, torch.optim.Optimizer)
+    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
+}
+"""Those of `torch.optim` that train any network; the others need a closure, or a certain kind of gradient or weight."""
+
+
+def check(findings: Findings) -> None:
+    """Check the section `train`."""
+    train, name = findings.options.get("train"), findings.options.get("model_type")
+    if not isinstance(train, dict):
+        return
+    for key in [key for key in train if str(key).startswith("optim_")]:
+        if key == "optim_g" and not isinstance(train[key], Mapping):
+            continue  # which was said of the section
+        if (options := findings.mapping(f"train.{key}", train[key])) is not None:
+            train[key] = options
+            _check_optimizer(findings, f"train.{key}", options)
+    if isinstance(train.get("scheduler"), Mapping):
+        train["scheduler"] = dict(train["scheduler"])
+        _check_scheduler(findings, train["scheduler"], train.get("total_iter"))
+    _check_losses(findings, train)
+    _check_accumulation(findings, train)
+    _check_img_range(findings, train)
+    if train.get("autocast") == "fp16" and on_cpu(findings.options):
+        findings.add("train.autocast", "must be bf16 or ~ on the CPU, got 'fp16', which needs a CUDA GPU")
+    if findings.model is not None and train.get("ldl_opt") and not train.get("ema_decay"):
+        findings.add("train.ldl_opt", "needs train.ema_decay: it compares with the averaged network")
+    if "optim_d" in train and isinstance(parts := train.get("accumulate"), int) and parts > 1:
+        findings.add("train.accumulate", f"must be 1 with {name}, whose discriminator sees whole batches, got {parts}")
+
+
+def _check_img_range(findings: Findings, train: Mapping[str, Any]) -> None:
+    network = nested(findings.options, "network_g") or {}
+    kind, block = nested(network, "type"), nested(network, "block")
+    plain = findings.networks.get(str(kind)) is registration.SparseEDSR and block is None
+    if train.get("pretrain_img_range") is not None and not plain:
+        findings.add(
+            "train.pretrain_img_range",
+            "must be ~ unless network_g is a SparseEDSR without block, whose image can stay the same; "
+            f"it is {kind}{' with block' if block is not None else ''}",
+        )
+
+
+def _check_accumulation(findings: Findings, train: Mapping[str, Any]) -> None:
+    """Check that a batch can be cut into equal parts, and that the loss is an average over them."""
+    parts, loss = train.get("accumulate"), train.get("pixel_opt")
+    if not isinstance(parts, int) or parts <= 1:
+        return
+    batch = nested(findings.options, "datasets", "train", "batch_size_per_gpu")
+    if isinstance(batch, int) and batch % parts:
+        findings.add("train.accumulate", f"must divide batch_size_per_gpu {batch} into equal parts, got {parts}")
+    if isinstance(loss, Mapping) and loss.get("reduction", "mean") != "mean":
+        findings.add(
+            "train.pixel_opt.reduction",
+            f"must be mean with accumulate {parts}, which averages over the parts, got {loss['reduction']!r}",
+        )
+
+
+def _check_losses(findings: Findings, train: dict[str, Any]) -> None:
+    """Check of every loss that the model uses it, and that it can be built and computed."""
+    lookups, name = option_lookups.of(*bases(findings.model)), findings.options.get("model_type")
+    known = sorted(key for key in lookups.names.get("train", ()) if key.endswith("_opt"))
+    given = [key for key in train if str(key).endswith("_opt") and (train[key] or train[key] == {})]
+    for key in given:
+        path = f"train.{key}"
+        if findings.model is not None and known and key not in known and key not in schema.ONLY_OURS["train"]:
+            findings.add(path, f"unknown to {name}{suggestion(key, known)}")
+        elif key in lookups.built and lookups.built[key] not in lookups.used:
+            findings.add(path, f"{name} builds this loss and then leaves it out; write ~")
+        elif (options := findings.mapping(path, train[key])) is not None:
+            train[key] = options
+            _check_loss(findings, key, options)
+    if "gan_opt" not in known and not {"pixel_opt", "perceptual_opt"} & set(given) and set(given) <= {"fft_opt"}:
+        findings.add("train.pixel_opt", "missing; training needs a loss, e.g. {type: L1Loss}")
+
+
+def _check_loss(findings: Findings, key: str, options: dict[str, Any]) -> None:
+    path, before = f"train.{key}", len(findings.problems)
+    build = findings.choose("LOSS", path, options, "the loss, e.g. L1Loss")
+    if build is None:
+        return
+    rest = {name: value for name, value in options.items() if name != "type"}
+    trials.check_arguments(findings.problems, build, rest, path)
+    options |= rest
+    if len(findings.problems) == before and (fault := trials.try_loss(build, rest, key)):
+        findings.add(path, fault)
+
+
+def _check_optimizer(findings: Findings, path: str, options: dict[str, Any]) -> None:
+    before = len(findings.problems)
+    name = findings.section(schema.Optimizer, options, path, whole=False).get("type")
+    if name is None:
+        return
+    known = _optimizers(findings)
+    if name not in known and name in OPTIMIZERS and not findings.is_ours():
+        model, ours = findings.options.get("model_type"), findings.counterpart()
+        names = f"{known[0]} only" if len(known) == 1 else ", ".join(known)
+        findings.add(f"{path}.type", f"{model} knows {names}, got {name!r}; model_type: {ours} knows more")
+    elif name not in known:
+        findings.add(f"{path}.type", f"there is no optimizer {name!r}{suggestion(name, known)}")
+    elif len(options.get("betas", (0, 0))) != 2:
+        findings.add(f"{path}.betas", f"must be two numbers, got {options['betas']}")
+    elif name in OPTIMIZERS and len(findings.problems) == before:
+        _try_to_build(findings, path, OPTIMIZERS[name], [torch.nn.Parameter(torch.zeros(1))], options)
+
+
+def _optimizers(findings: Findings) -> list[str]:
+    """Return the optimizers that the model can make."""
+    if findings.model is None or findings.is_ours() or not hasattr(findings.model, "get_optimizer"):
+        return sorted(OPTIMIZERS)
+    known = []
+    for name in sorted(OPTIMIZERS):
+        with suppress(Exception):  # somebody else's code can raise anything
+            findings.model.get_optimizer(None, name, [torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            known.append(name)
+    return known or sorted(OPTIMIZERS)
+
+
+def _check_scheduler(findings: Findings, options: dict[str, Any], total_iter: object) -> None:
+    path, before = "train.scheduler", len(findings.problems)
+    right = findings.section(schema.Scheduler, options, path, whole=False)
+    name = right.get("type")
+    if name is None:
+        return
+    schedulers = vars(importlib.import_module("basicsr.models.lr_scheduler"))
+    known = {key: value for key, value in schedulers.items() if key.endswith("LR") and not key.startswith("_")}
+    known["MultiStepLR"] = known["MultiStepRestartLR"]
+    covered = sum(right.get("periods", ()))
+    if name not in known:
+        findings.add(f"{path}.type", f"BasicSR has no scheduler {name!r}{suggestion(name, sorted(known))}")
+    elif name == "CosineAnnealingRestartLR" and isinstance(total_iter, int) and covered < total_iter - 1:
+        findings.add(
+            f"{path}.periods",
+            f"must add up to total_iter {total_iter:,}, got {covered:,.0f}: BasicSR fails after the last",
+        )
+    elif len(findings.problems) == before:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        _try_to_build(findings, path, known[name], optimizer, options)
+
+
+def _try_to_build(
+    findings: Findings, path: str, build: Callable[..., object], first: object, options: dict[str, Any]
+) -> None:
+    """Check the options of an optimizer or a scheduler by its signature, then by building it."""
+    before = len(findings.problems)
+    rest = {name: value for name, value in options.items() if name != "type"}
+    taken = (next(iter(inspect.signature(build).parameters)), "last_epoch")
+    trials.check_arguments(findings.problems, build, rest, path, taken)
+    options |= rest
+    if len(findings.problems) == before:
+        try:
+            build(first, **rest)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            known = [name for name in fields(build) if name not in taken]
+            findings.add(path, f"{options['type']} refuses these options: {error} (known: {', '.join(known)})")

@@ -1,0 +1,78 @@
+"""Checks of `val`: tiles and metrics."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from sparse_sr_attn.config import read
+from sparse_sr_attn_basicsr import schema
+from sparse_sr_attn_basicsr.preflight import trials
+from sparse_sr_attn_basicsr.preflight.findings import Findings
+from sparse_sr_attn_basicsr.preflight.images import shown_size
+
+Metrics = Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]
+"""Metrics by their path, with their options."""
+
+
+def check(findings: Findings) -> Metrics:
+    """Check the section `val`; return the metrics whose options are right, to be tried on the sizes of images."""
+    val = findings.options.get("val")
+    if not isinstance(val, dict):
+        return {}
+    val.setdefault("save_img", False)
+    val.setdefault("suffix", None)
+    tile, overlap = val.get("tile"), val.get("tile_overlap")
+    if isinstance(overlap, int) and overlap and (tile is None or (isinstance(tile, int) and overlap >= tile)):
+        findings.add("val.tile_overlap", f"must be less than val.tile, got {overlap} with tile {tile or '~'}")
+    metrics: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {}
+    if isinstance(val.get("metrics"), Mapping):
+        val["metrics"] = dict(val["metrics"])
+        for key, given in val["metrics"].items():
+            path, before = f"val.metrics.{key}", len(findings.problems)
+            if (options := findings.mapping(path, given)) is None:
+                continue
+            val["metrics"][key] = options
+            build = findings.choose("METRIC", path, options, "the metric, e.g. calculate_psnr")
+            if build is not None:
+                rest = {name: value for name, value in options.items() if name not in ("type", "better")}
+                trials.check_arguments(findings.problems, build, rest, path, ("img", "img2"))
+                read(schema.Metric, {"better": options.get("better", "higher")}, path, problems=findings.problems)
+                options |= rest
+                if len(findings.problems) == before:
+                    metrics[path] = (build, rest)
+    return metrics
+
+
+def try_metrics(
+    findings: Findings,
+    metrics: Metrics,
+    path: str,
+    kind: object,
+    sample: Mapping[str, Any],
+    sizes: Mapping[str, tuple[int, int]],
+) -> None:
+    """Compute the metrics of noise as large as the smallest image of a data set.
+
+    Args:
+        findings: of the file.
+        metrics: as `check` returns them.
+        path: of the data set.
+        kind: its type.
+        sample: the first one.
+        sizes: (width, height) by image, where they are known.
+    """
+    image = sample.get("gt", sample.get("lq"))
+    if not isinstance(image, torch.Tensor) or image.ndim != 3:
+        return
+    channels, height, width = image.shape
+    name, smallest = min(sizes.items(), key=lambda item: min(item[1]), default=("the first", (width, height)))
+    for metric, (build, options) in metrics.items():
+        if "gt" not in sample and "img2" in inspect.signature(build).parameters:
+            findings.add(f"{path}.type", f"{kind} has no image to compare with, which {metric} needs")
+            continue
+        shape = smallest[::-1] if channels == 1 else (*smallest[::-1], 3)
+        if fault := trials.try_metric(build, options, shape):
+            border = f"; crop_border is {options['crop_border']}" if options.get("crop_border") else ""
+            findings.add(metric, f"{build.__name__} {fault} on an image of {shown_size(smallest)}, {name!r}{border}")
