@@ -308,9 +308,9 @@ def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, ove
     size = sum(value.numel() for value in state.values())
     _refuse_giants(carried, limit=size)
     try:
-        integration = importlib.import_module("sparse_sr_attn_basicsr.attended")
+        integration = importlib.import_module("sparse_sr_attn_basicsr.rebuild")
         with _Budget(size):
-            network = integration.rebuilt(rest)
+            network = integration.rebuild(rest)
     except CheckpointError:
         raise
     except ConfigError as error:

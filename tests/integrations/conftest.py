@@ -154,7 +154,9 @@ def testing(here: Path) -> Callable[..., str]:
 @pytest.fixture(autouse=True)
 def clean_log() -> None:
     """Have BasicSR open its log anew: pytest replaces the stream that it writes to."""
-    logging.getLogger("basicsr").handlers.clear()
+    logger = logging.getLogger("basicsr")
+    logger.handlers.clear()
+    logger.propagate = True  # until BasicSR opens it; else pytest's caplog takes it up, which it does not in a first test
     importlib.import_module("basicsr.utils.logger").initialized_logger.clear()
 
 

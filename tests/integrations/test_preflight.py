@@ -344,7 +344,7 @@ MALFORMED = [
     ),
     (
         {"train.perceptual_opt": {**VGG, "vgg_type": "vgg9"}},
-        r"perceptual_opt: vgg_type must be one of vgg11, .*, got 'vgg9'",
+        r"opt: vgg_type must be one of vgg11, .*, got 'vgg9'",
     ),
     (
         {"train.perceptual_opt": {**VGG, "criterion": "l3"}},

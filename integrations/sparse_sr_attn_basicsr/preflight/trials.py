@@ -180,11 +180,11 @@ def _fault_of_perceptual_loss(options: Mapping[str, Any], key: str) -> str | Non
     if key != "perceptual_opt":
         return "PerceptualLoss must give one number, gives a tuple; it belongs under perceptual_opt"
     vgg, criterion = options.get("vgg_type", "vgg19"), options.get("criterion", "l1")
-    layers = importlib.import_module("basicsr.archs.vgg_arch").NAMES
-    if (plain := vgg.removesuffix("_bn")) not in layers:
-        return f"vgg_type must be one of {', '.join(layers)}, or one of these with _bn, got {vgg!r}"
-    normalised = {name.replace("conv", "bn") for name in layers[plain] if plain != vgg and name.startswith("conv")}
-    if unknown := sorted(set(options["layer_weights"]) - {*layers[plain], *normalised}):
+    arch = importlib.import_module("basicsr.archs.vgg_arch")
+    if (plain := vgg.removesuffix("_bn")) not in arch.NAMES:
+        return f"vgg_type must be one of {', '.join(arch.NAMES)}, or one of these with _bn, got {vgg!r}"
+    layers = arch.NAMES[plain] if plain == vgg else arch.insert_bn(arch.NAMES[plain])
+    if unknown := [name for name in options["layer_weights"] if name not in layers]:
         return f"layer_weights must name layers of {vgg}, e.g. conv5_4, got {unknown[0]!r}"
     if criterion not in ("l1", "fro"):  # the code for l2 misspells its class
         return f"criterion must be 'l1' or 'fro', got {criterion!r}"

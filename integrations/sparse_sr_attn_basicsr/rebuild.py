@@ -1,0 +1,37 @@
+"""Networks rebuilt from the options that their weights carry."""
+
+import importlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sparse_sr_attn.config import read
+from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn_basicsr.attended import Attended, with_attention
+from sparse_sr_attn_basicsr.registration import register
+
+_FILES = re.compile("path|file|dir|url|load|pretrain", re.IGNORECASE)
+
+
+def rebuild(options: Mapping[str, Any]) -> nn.Module:
+    """Return the network of BasicSR whose weights carry these options of `Attended`; see `sparse_sr_attn.foreign`.
+
+    Raises:
+        ConfigError: the options are wrong, or would have the network read a file.
+    """
+    known = read(Attended, options)
+    network = dict(known["network"])
+    name = network.pop("type", None)
+    for option, value in network.items():
+        if isinstance(value, str) and _FILES.search(option):
+            message = f"names a file, {value!r}, which is not read because weights ask for it"
+            raise ConfigError([Problem(f"network.{option}", message)])
+    register()
+    importlib.import_module("basicsr.archs")
+    registry = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY
+    if name not in registry and f"{name}_basicsr" not in registry:
+        raise ConfigError([Problem("network.type", f"BasicSR has no network named {name!r}")])
+    built = registry.get(name)(**network)
+    return with_attention(built, known["network"], known["attention"], known.get("body"))
