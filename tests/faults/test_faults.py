@@ -83,7 +83,7 @@ BENCH_STANDINS = "sparse_sr_attn/bench/standins.py"
 BENCH_TIMING = "sparse_sr_attn/bench/timing.py"
 
 COMMANDS = "integrations/sparse_sr_attn_basicsr/commands.py"
-LOADING = "integrations/sparse_sr_attn_basicsr/loading.py"
+LOADING = "integrations/sparse_sr_attn_basicsr/data.py"
 MODEL = "integrations/sparse_sr_attn_basicsr/model.py"
 
 IN_BROKEN = "tests/integrations/test_broken_files.py"
@@ -109,7 +109,7 @@ IN_REUSE = "tests/layers/test_reuse.py"
 IN_ONE_UPDATE = "tests/layers/test_one_update.py"
 IN_DISTRIBUTED = "tests/layers/test_distributed.py"
 IN_DATA_PARALLEL = "tests/reliability/test_data_parallel.py"
-IN_LAUNCHER = "tests/integrations/test_launcher.py"
+IN_LAUNCHER = "tests/integrations/test_distributed.py"
 IN_LMDB = "tests/integrations/test_lmdb.py"
 IN_LOSSES = "tests/integrations/test_losses.py"
 IN_GAN = "tests/integrations/test_gan.py"
@@ -713,13 +713,6 @@ FAULTS = [
         'net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)',
         'net = self.net_g_ema if hasattr(self, "net_g_ema") else self.net_g',
         f"{IN_LAUNCHER}::test_validation_and_testing_go_through_a_launcher_too",
-    ),
-    Fault(
-        "a killed process is not spoken of",
-        BASICSR_COMMANDS,
-        'with processes.together() if arguments.launcher != "none" else nullcontext():',
-        "with nullcontext():",
-        f"{IN_LAUNCHER}::test_a_killed_process_ends_the_run_which_can_be_resumed_exactly[1]",
     ),
     # --- the layers
     Fault(
@@ -2739,32 +2732,11 @@ FAULTS = [
         f"{IN_LMDB}::test_an_error_that_is_not_of_the_file_is_told_as_it_is",
     ),
     Fault(
-        "a loss that the host has is computed twice",
-        MODEL,
-        'if fft and not reading.mentions(host, "fft_opt") else None',
-        "if fft else None",
-        f"{IN_LOSSES}::test_a_forks_own_fft_opt_counts_once",
-    ),
-    Fault(
         "the discriminator is not looked at before a step",
         MODEL,
         "largest = {id(optimizer): _largest_gradient(optimizer) for optimizer in due}",
         "largest = {id(optimizer): _largest_gradient(optimizer) for optimizer in due[:1]}",
         f"{IN_GAN}::test_a_gradient_that_is_not_finite_changes_nothing",
-    ),
-    Fault(
-        "an error of a thread that reads ahead is the end of the data",
-        LOADING,
-        "self._queue.put((None, error))",
-        "self._queue.put((None, StopIteration()))",
-        f"{IN_BROKEN}::test_an_error_of_a_thread_that_reads_ahead_comes_out",
-    ),
-    Fault(
-        "a state is of a negative iteration",
-        COMMANDS,
-        "lambda value: 0 <= value <= 2**62",
-        "lambda value: value <= 2**62",
-        f"{IN_RESUME}::test_a_state_with_a_hostile_value_is_refused_before_anything_is_trained",
     ),
     Fault(
         "an optimizer that spoils the weights is taken up",
@@ -2779,20 +2751,6 @@ FAULTS = [
         'return _lines({"of wrong type": types, "not finite": infinite})',
         'return _lines({"of wrong type": types})',
         f"{IN_BROKEN}::test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up",
-    ),
-    Fault(
-        "an option file is written over piece by piece",
-        COMMANDS,
-        "with replacing(Path(folder) / Path(file).name) as stream:",
-        'with (Path(folder) / Path(file).name).open("wb") as stream:',
-        f"{IN_BROKEN}::test_an_option_file_is_whole_when_its_copy_finds_no_room",
-    ),
-    Fault(
-        "a log without room complains at each line",
-        COMMANDS,
-        "elif handler not in failed:",
-        "else:",
-        f"{IN_BROKEN}::test_a_full_disk_keeps_what_was_saved_and_is_told_without_a_traceback",
     ),
     Fault(
         "bytes pass for an image",
