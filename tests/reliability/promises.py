@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 CONTRACT = "tests/layers/test_conformance.py::test_contract"
 NETWORKS = "tests/reliability/test_networks.py"
-TRAINING = "tests/integrations/test_training.py"
+TRAINING = "tests/integrations/test_train.py"
 RESUME = "tests/integrations/test_resume.py"
 BROKEN = "tests/integrations/test_broken_files.py"
 MODEL = "tests/integrations/test_model.py"
@@ -191,7 +191,7 @@ ROWS = [
         {
             "our command": f"{RESUME}::test_stopped_at_10_of_20_and_resumed_is_bit_equal",
             "killed 2 and 20 times": (
-                "tests/integrations/test_saving.py::test_killed_while_saving_and_resumed_is_bit_equal"
+                "tests/integrations/test_state.py::test_killed_while_saving_and_resumed_is_bit_equal"
             ),
             "twice": f"{RESUME}::test_stopped_twice_and_resumed_twice_is_bit_equal",
             "layers": clause("copies go on alike"),
@@ -227,9 +227,9 @@ ROWS = [
         {
             "layers, uneven batches": "tests/layers/test_distributed.py::test_two_processes_are_one",
             "uneven batch counts": "tests/layers/test_distributed.py::test_uneven_numbers_of_batches_end_in_an_error",
-            "torchrun and our command": "tests/integrations/test_launcher.py::"
+            "torchrun and our command": "tests/integrations/test_distributed.py::"
             "test_two_processes_train_as_one_does_on_the_batch_of_both",
-            "one is killed": "tests/integrations/test_launcher.py::"
+            "one is killed": "tests/integrations/test_distributed.py::"
             "test_a_killed_process_ends_the_run_which_can_be_resumed_exactly",
             "attached": "tests/test_attachment.py::test_two_processes_are_one",
             "BasicSR's networks": "tests/integrations/test_attached.py::test_two_processes_train_them_alike",
@@ -316,8 +316,8 @@ ROWS = [
             "malformed, testing": "tests/integrations/test_preflight.py::test_a_wrong_test_file_is_explained",
             "options that change something": "tests/reliability/test_options_matter.py::test_it_changes_something",
             "every option has a case": "tests/reliability/test_options_matter.py::test_every_option_has_a_case",
-            "code in a file": "tests/integrations/test_options.py::test_code_in_an_option_file_is_refused_and_not_run",
-            "values": "tests/integrations/test_options.py::test_values_are_what_they_look_like",
+            "code in a file": "tests/integrations/test_option_file.py::test_code_in_an_option_file_is_refused_and_not_run",
+            "values": "tests/integrations/test_option_file.py::test_values_are_what_they_look_like",
         },
     ),
     Row(
