@@ -1,6 +1,7 @@
 """Small real data, option files and a clean BasicSR for every test."""
 
 import copy
+import functools
 import importlib
 import logging
 from collections.abc import Callable
@@ -129,15 +130,21 @@ def changed(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-@pytest.fixture
-def training(here: Path) -> Callable[..., str]:
-    """Write a training option file, with changes, into the working directory; return its name."""
+@pytest.fixture(scope="session")
+def write_training() -> Callable[..., str]:
+    """Write a training option file, with changes, into a folder; return its name."""
 
-    def write(changes: dict[str, Any] | None = None, name: str = "train.yml") -> str:
-        (here / name).write_text(yaml.safe_dump(changed(TRAINING, changes or {}), sort_keys=False))
+    def write(folder: Path, changes: dict[str, Any] | None = None, name: str = "train.yml") -> str:
+        (folder / name).write_text(yaml.safe_dump(changed(TRAINING, changes or {}), sort_keys=False))
         return name
 
     return write
+
+
+@pytest.fixture
+def training(here: Path, write_training: Callable[..., str]) -> Callable[..., str]:
+    """Write a training option file, with changes, into the working directory; return its name."""
+    return functools.partial(write_training, here)
 
 
 @pytest.fixture
@@ -156,7 +163,9 @@ def clean_log() -> None:
     """Have BasicSR open its log anew: pytest replaces the stream that it writes to."""
     logger = logging.getLogger("basicsr")
     logger.handlers.clear()
-    logger.propagate = True  # until BasicSR opens it; else pytest's caplog takes it up, which it does not in a first test
+    logger.propagate = (
+        True  # until BasicSR opens it; else pytest's caplog takes it up, which it does not in a first test
+    )
     importlib.import_module("basicsr.utils.logger").initialized_logger.clear()
 
 

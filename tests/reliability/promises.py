@@ -30,6 +30,7 @@ NETWORKS = "tests/reliability/test_networks.py"
 TRAINING = "tests/integrations/test_train.py"
 RESUME = "tests/integrations/test_resume.py"
 BROKEN = "tests/integrations/test_broken_files.py"
+OPTION_FILE = "tests/integrations/test_option_file.py"
 MODEL = "tests/integrations/test_model.py"
 CHECKPOINTS = "tests/test_checkpoints.py"
 
@@ -316,8 +317,8 @@ ROWS = [
             "malformed, testing": "tests/integrations/test_preflight.py::test_a_wrong_test_file_is_explained",
             "options that change something": "tests/reliability/test_options_matter.py::test_it_changes_something",
             "every option has a case": "tests/reliability/test_options_matter.py::test_every_option_has_a_case",
-            "code in a file": "tests/integrations/test_option_file.py::test_code_in_an_option_file_is_refused_and_not_run",
-            "values": "tests/integrations/test_option_file.py::test_values_are_what_they_look_like",
+            "code in a file": f"{OPTION_FILE}::test_code_in_an_option_file_is_refused_and_not_run",
+            "values": f"{OPTION_FILE}::test_values_are_what_they_look_like",
         },
     ),
     Row(
