@@ -29,7 +29,7 @@ CONTRACT = "tests/layers/test_conformance.py::test_contract"
 NETWORKS = "tests/reliability/test_networks.py"
 TRAINING = "tests/integrations/test_train.py"
 RESUME = "tests/integrations/test_resume.py"
-BROKEN = "tests/integrations/test_broken_files.py"
+PRETRAINED = "tests/integrations/test_pretrained.py"
 OPTION_FILE = "tests/integrations/test_option_file.py"
 MODEL = "tests/integrations/test_model.py"
 CHECKPOINTS = "tests/test_checkpoints.py"
@@ -234,7 +234,7 @@ ROWS = [
             "test_a_killed_process_ends_the_run_which_can_be_resumed_exactly",
             "attached": "tests/test_attachment.py::test_two_processes_are_one",
             "BasicSR's networks": "tests/integrations/test_attached.py::test_two_processes_train_them_alike",
-            "trainers stop together": "tests/integrations/test_processes.py::test_all_trainers_stop_together",
+            "trainers stop together": "tests/integrations/test_distributed.py::test_all_trainers_stop_together",
         },
         "Running statistics of BatchNorm are joined as well; it normalises by the batch of its own process. Uneven "
         "batch counts: on all processes at once with `model.join(throw_on_early_termination=True)`; without it, on the "
@@ -303,7 +303,7 @@ ROWS = [
             "values in training states": (
                 f"{RESUME}::test_a_state_with_a_hostile_value_is_refused_before_anything_is_trained"
             ),
-            "weights of a run": f"{BROKEN}::test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up",
+            "weights of a run": f"{PRETRAINED}::test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up",
         },
     ),
     Row(
