@@ -2750,7 +2750,7 @@ FAULTS = [
         CHECKPOINTS,
         'return _lines({"of wrong type": types, "not finite": infinite})',
         'return _lines({"of wrong type": types})',
-        f"{IN_BROKEN}::test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up",
+        "tests/integrations/test_pretrained.py::test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up",
     ),
     Fault(
         "bytes pass for an image",
