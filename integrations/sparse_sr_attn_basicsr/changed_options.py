@@ -1,7 +1,7 @@
-"""Options of the optimizer and of the schedule that were changed between a stop and its resume.
+"""Options of the optimizer and the schedule that changed between a stop and its resume.
 
-A training state holds both as they were, and BasicSR takes them up as they were: what the option file says by then is
-lost without a word, and a schedule of another kind fails later. Here what the file says counts, and is told.
+A training state holds both as they were. BasicSR restores them, so new values in the option file are ignored without
+notice, and a schedule of another kind fails later. Here the option file wins, and every change is reported.
 """
 
 import copy
@@ -12,20 +12,19 @@ from typing import Any
 _SCHEDULED = ("lr", "initial_lr", "params")  # in a group of weights: set by the schedule, or no option
 
 
-def resume(model: Any, state: Mapping[str, Any], take_up: Callable[[Mapping[str, Any]], object]) -> list[str]:
-    """Take up a training state, with the options that the model was built with; return what differs from the state.
+def resume(model: Any, state: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], object]) -> list[str]:
+    """Restore a training state, keep the options that the model was built with, and return what differs.
 
-    If the schedule has changed, the learning rate is that which it has at this iteration when it is followed from the
-    beginning.
+    If the schedule has changed, the learning rate is the one that the new schedule has at this iteration.
 
     Args:
         model: of BasicSR, just built.
-        state: its map `optimizers`, `schedulers`, `iter`, ...
-        take_up: the model's own way to do so.
+        state: with `optimizers`, `schedulers`, `iter`, ...
+        restore: the model's own method for it.
 
     Raises:
         ValueError: an entry of `schedulers` is no state of a schedule.
-        Exception: whatever a state that does not fit leads to.
+        Exception: anything that a state that does not fit leads to.
     """
     groups = [[dict(group, params=None) for group in optimizer.param_groups] for optimizer in model.optimizers]
     schedules = [copy.deepcopy(scheduler.state_dict()) for scheduler in model.schedulers]
@@ -37,21 +36,21 @@ def resume(model: Any, state: Mapping[str, Any], take_up: Callable[[Mapping[str,
         changes.append(warmup)
         scheduled = True
     for number, (before, now) in enumerate(zip(saved, schedules, strict=False)):
-        if told := list(_changed_schedule(before, now)):
+        if changed := list(_changed_schedule(before, now)):
             if not isinstance(before.get("last_epoch"), int):
                 raise ValueError(f"the state of schedule {number} has no last_epoch")
-            changes += told
+            changes += changed
             scheduled = True
             saved[number] = copy.deepcopy(now)
-    take_up({**state, "schedulers": saved})
+    restore({**state, "schedulers": saved})
     for name, optimizer, fresh in zip(names, model.optimizers, groups, strict=True):
         for group, new in zip(optimizer.param_groups, fresh, strict=True):
             if "initial_lr" in new and group.get("initial_lr") != new["initial_lr"]:
-                changes.append(_told(f"{name}.lr", new["initial_lr"], group.get("initial_lr")))
+                changes.append(_change(f"{name}.lr", new["initial_lr"], group.get("initial_lr")))
                 scheduled = True
             for option, value in new.items():
                 if option not in _SCHEDULED and option in group and _plain(group[option]) != _plain(value):
-                    changes.append(_told(f"{name}.{option}", value, group[option]))
+                    changes.append(_change(f"{name}.{option}", value, group[option]))
                     group[option] = value
     if scheduled:
         _follow(model, groups, schedules, int(state["iter"]))
@@ -65,18 +64,18 @@ def warmup_of(model: Any) -> int:
 
 def _changed_warmup(model: Any, state: Mapping[str, Any]) -> str | None:
     before, now = (state.get("exact") or {}).get("warmup_iter"), warmup_of(model)
-    return None if before in (None, now) else _told("train.warmup_iter", now, before)
+    return None if before in (None, now) else _change("train.warmup_iter", now, before)
 
 
 def _changed_schedule(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how the settings of a schedule differ, leaving out its counters and learning rates."""
+    """Yield how the settings of a schedule differ, counters and learning rates excepted."""
     old, new = _settings(before), _settings(now)
     if old.keys() != new.keys():
         yield f"train.scheduler.type: there was a schedule with {', '.join(sorted(old))}, now {', '.join(sorted(new))}"
         return
     for name in new:
         if old[name] != new[name]:
-            yield _told(f"train.scheduler.{name}", new[name], old[name])
+            yield _change(f"train.scheduler.{name}", new[name], old[name])
 
 
 def _settings(schedule: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def _settings(schedule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _follow(model: Any, groups: list[Any], schedules: list[Any], iteration: int) -> None:
-    """Bring the schedule to an iteration as training would have."""
+    """Step the schedule to an iteration, as training would have."""
     for optimizer, fresh in zip(model.optimizers, groups, strict=True):
         for group, new in zip(optimizer.param_groups, fresh, strict=True):
             group.update({name: new[name] for name in ("lr", "initial_lr") if name in new})
@@ -99,13 +98,13 @@ def _follow(model: Any, groups: list[Any], schedules: list[Any], iteration: int)
 
 
 def _name(model: Any, optimizer: Any) -> str:
-    """Return where the options of an optimizer stand."""
+    """Return the section of an optimizer's options."""
     found = (name for name, value in vars(model).items() if name.startswith("optimizer_") and value is optimizer)
     return f"train.optim_{next(found, 'optimizer_g').removeprefix('optimizer_')}"
 
 
 def _plain(value: Any) -> Any:
-    """Return a value in which lists, tuples and counts that say the same are equal."""
+    """Return a value in which equal lists, tuples and counts compare equal."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in sorted(value.items(), key=str)}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -113,7 +112,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _told(option: str, now: object, before: object) -> str:
+def _change(option: str, now: object, before: object) -> str:
     return f"{option} is {_shown(now)}, and was {_shown(before)}"
 
 

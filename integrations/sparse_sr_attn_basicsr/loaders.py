@@ -1,6 +1,5 @@
 """Loaders of training, validation and test data, on BasicSR's data sets and `build_dataloader`."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,13 +45,8 @@ def training_batches(
     if loader.num_workers and "num_prefetch_queue" in options:
         loader.prefetch_factor = options["num_prefetch_queue"]
     get_root_logger().info(
-        "Training statistics:"
-        f"\n\tNumber of train images: {len(dataset)}"
-        f"\n\tDataset enlarge ratio: {ratio}"
-        f"\n\tBatch size per gpu: {options['batch_size_per_gpu']}"
-        f"\n\tWorld size (gpu number): {opt['world_size']}"
-        f"\n\tIterations of an epoch: {per_epoch}"
-        f"\n\tEpochs left: {math.ceil(num_batches / per_epoch)}; iterations left: {num_batches}."
+        f"Number of train images: {len(dataset)}, enlarged {ratio} times; {per_epoch} iterations an epoch of "
+        f"{opt['world_size']} x {batch_size} samples; {num_batches} iterations to go"
     )
     return iter(CUDAPrefetcher(loader, opt).next, None) if mode == "cuda" else iter(loader)
 

@@ -1,4 +1,4 @@
-"""BasicSR's models, made safe for layers that keep a state of their own, and for runs that are stopped."""
+"""BasicSR's models for layers with running state, with exact resume and no step on numbers that are not finite."""
 
 import copy
 import importlib
@@ -47,14 +47,13 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
       averaged; `SRModel` averages the parameters and forgets the buffers.
     - Weights that a pretrained checkpoint does not have (new attention layers) start the same in both networks.
     - An image, a loss or a gradient that is not finite raises `TrainingError` before anything has changed.
-    - A first line comes after the first iteration, and then at least every 15 seconds.
-    - Files are written whole or not at all, and a state is there only when its weights are. The state holds all that is
-      needed to go on exactly: the random numbers, and how far into which epoch.
-    - Validation draws no random numbers that training would have drawn.
+    - A line is logged after the first iteration, and then at least every 15 seconds.
+    - Files are written whole or not at all, and a state exists only with its weights. It holds everything that exact
+      resume needs: the random numbers, and the place in the epoch.
+    - Validation leaves the random numbers of training alone.
 
-    Losses and gradients are those of the host's own `optimize_parameters`, so the losses that a fork adds to its
-    `SRModel` count here too. Only the steps of its optimizers and its EMA are put off until everything is known to be
-    finite.
+    Losses and gradients come from the host's own `optimize_parameters`, so losses that a fork adds to its `SRModel`
+    count here too. Only the steps of its optimizers and its EMA wait until everything is known to be finite.
 
     Options beyond those of `SRModel`, all off unless given:
 
@@ -100,7 +99,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._starts = bool(opt.get("is_train") and not opt["path"].get("resume_state"))
         self._pretrain_img_range: float | None = train.get("pretrain_img_range") if self._starts else None
         self._multiple: int | None = None  # of what sides of images must be multiples, once it is needed
-        self._told: dict[str, list[str]] = {}
+        self._reported: dict[str, list[str]] = {}
         self._ranges_checked: set[str] = set()
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
         channels_last = train.get("channels_last")
@@ -135,8 +134,10 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         entry = f", entry {loaded.key}" if loaded.key else ""
         log = get_root_logger()
         log.info(f"Loading {type(bare).__name__} model from {load_path}{entry}.")
-        if (lines := different.lines()) != self._told.get(load_path):  # once, although two networks may start from it
-            self._told[load_path] = lines
+        if (lines := different.lines()) != self._reported.get(
+            load_path
+        ):  # once, although two networks may start from it
+            self._reported[load_path] = lines
             untrained = len(different.untrained) + len(different.resized)
             for line in lines:
                 log.log(logging.WARNING if untrained else logging.INFO, f"  {line}")
@@ -392,11 +393,11 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return all(_finite(net.parameters()) and _finite(net.buffers()) for net in self._nets())
 
     def resume_training(self, resume_state: Mapping[str, Any]) -> None:
-        """Take up a saved state, so that training goes on as if it had not been stopped.
+        """Restore a saved state, so that training continues as if it had not been stopped.
 
-        Options of the optimizer and of the schedule that were changed since then are applied, and told.
+        Options of the optimizer and the schedule that have changed since are applied, and reported.
 
-        A state that holds no `exact`, such as one of BasicSR's own, is taken up as far as it goes.
+        A state without `exact`, such as one of BasicSR's own models, is restored as far as it goes.
 
         Raises:
             CheckpointError: the state was saved with another optimizer, or does not fit for another reason.
@@ -411,7 +412,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 f"{names}; to change it, begin a run that has the weights as path.pretrain_network_g"
             )
         try:
-            changes = changed_options.resume(self, resume_state, self._take_up)
+            changes = changed_options.resume(self, resume_state, self._restore)
             self.iteration = int(resume_state["iter"])
             if exact:
                 self._place = exact["place"]
@@ -430,7 +431,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if self._state_file(self.iteration).is_file():
             self.saved_iteration = self.iteration
 
-    def _take_up(self, resume_state: Mapping[str, Any]) -> None:
+    def _restore(self, resume_state: Mapping[str, Any]) -> None:
         super().resume_training(resume_state)
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             _try_step(optimizer, scheduler)

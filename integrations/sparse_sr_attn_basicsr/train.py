@@ -106,7 +106,7 @@ class Run:
         val_loaders = [evaluation_loader(each, opt) for each in opt["datasets"].values() if each["phase"] == "val"]
         self.model = build_model(opt)
         if resumed is not None:
-            _take_up(self.model, resumed)
+            _restore(self.model, resumed)
             logger.info(f"Resuming training from epoch: {self.epoch}, iter: {iteration}.")
         logger.info(f"Start training from epoch: {self.epoch}, iter: {iteration}")
         started = time.monotonic()
@@ -179,8 +179,8 @@ class Run:
         return f"The newest state is {states[-1]}; go on from there with --auto_resume."
 
 
-def _take_up(model: Any, resumed: Mapping[str, Any]) -> None:
-    """Have a model take up a state, with the options of the file. Models of ours do both themselves.
+def _restore(model: Any, resumed: Mapping[str, Any]) -> None:
+    """Have a model restore a state, with the options of the file. Models of ours do both themselves.
 
     Raises:
         CheckpointError: the state does not fit.

@@ -324,7 +324,7 @@ def test_another_batch_size_goes_on_behind_the_samples_that_were_used(training: 
 
 UNREADABLE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "cut off": (lambda state, _: state.write_bytes(state.read_bytes()[:500]), "cannot read .*4.state: "),
-    "no map": (lambda state, _: torch.save([1], state), ".*4.state must hold a map, got a list"),
+    "no map": (lambda state, _: torch.save([1], state), ".*4.state must hold a mapping, got a list"),
     "weights": (
         lambda state, weights: shutil.copy(weights, state),
         ".*4.state must hold a training state; iter: missing; it has no default; epoch: missing",
