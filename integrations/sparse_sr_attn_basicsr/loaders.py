@@ -41,7 +41,7 @@ def training_batches(
     seed = opt["manual_seed"]
     sampler = RunSampler(epoch, seed, batch_size=batch_size, num_batches=num_batches, start=start)
     loader = build_dataloader(dataset, options, num_gpu=opt["num_gpu"], dist=opt["dist"], sampler=sampler, seed=seed)
-    loader.generator = torch.Generator()  # else starting it draws a number that training would have drawn
+    loader.generator = torch.Generator()  # else starting it draws a global random number, before the network is built
     if loader.num_workers and "num_prefetch_queue" in options:
         loader.prefetch_factor = options["num_prefetch_queue"]
     get_root_logger().info(

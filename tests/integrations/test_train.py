@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from basicsr.archs import edsr_arch
+from basicsr.archs import build_network, edsr_arch
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils import options as basicsr_options
+from basicsr.utils import set_random_seed
 from basicsr.utils.registry import DATASET_REGISTRY
 from skimage import io
 
@@ -136,6 +137,18 @@ def test_nothing_of_basicsr_or_torch_is_replaced(training: Write, testing: Write
     assert main(["train", "-opt", training(changes)]) == 0
     assert main(["test", "-opt", testing({"datasets.test_1.type": "LookingDataset"})]) == 0
     assert LookingDataset.replaced == set()
+
+
+def test_the_first_weights_follow_from_the_seed_alone(training: Write, here: Path) -> None:
+    """They are those of `build_network` right after seeding, as in BasicSR, whatever reads the data."""
+    still = {"train.optim_g": {"type": "SGD", "lr": 1e-30}, "train.total_iter": 1, "val": ..., "manual_seed": 3}
+    file = training({**still, "datasets.train.num_worker_per_gpu": 1})
+    set_random_seed(3)
+    expected = dict(build_network(load(file)["network_g"]).named_parameters())
+    assert main(["train", "-opt", file]) == 0
+    saved = weights(here / "experiments/tiny/models/net_g_latest.pth")
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value.data, rtol=0, atol=1e-20)
 
 
 def test_training_learns(training: Write, here: Path) -> None:
