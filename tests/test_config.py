@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_sr_attn import ELAN, GMSA, LCoA, attach
-from sparse_sr_attn.config import Positive, PositiveInt, UnitInterval, checked, read
+from sparse_sr_attn.config import Positive, PositiveInt, ProblemList, UnitInterval, checked, read
 from sparse_sr_attn.errors import ConfigError, Problem
 
 
@@ -70,6 +70,15 @@ def test_all_problems_with_paths_and_suggestions() -> None:
         "network_g.attention.decay: must be in [0, 1], got 2",
         "network_g.attention.width: missing; it has no default",
     ]
+
+
+def test_problems_can_be_gathered_beside_what_is_right() -> None:
+    found = ProblemList()
+    assert read(build, {"width": "4 px", "rate": "1e-3", "nam": 1}, "net", problems=found) == {"rate": 1e-3}
+    assert read(build, {"width": 2}, "other", problems=found) == {"width": 2}
+    with pytest.raises(ConfigError) as caught:
+        found.raise_if_any()
+    assert [problem.path for problem in caught.value.problems] == ["net.width", "net.nam"]
 
 
 def test_checked_holds_direct_callers_to_the_same_rules() -> None:
