@@ -25,12 +25,14 @@ TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, exact_ke
 
 
 def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
-    return fast.cluster_pattern(
+    pattern = fast.cluster_pattern(
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
         exact_keys=case.exact_keys,
     )
+    routing = case.tokens("routing", 3, device=device)
+    return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
 
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -51,12 +51,14 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
-    return fast.cluster_pattern(
+    pattern = fast.cluster_pattern(
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
         exact_keys=case.exact_keys,
     )
+    routing = case.tokens("routing", 3, device=device)
+    return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
 
 
 def inputs_of(
