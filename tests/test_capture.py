@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,16 @@ def test_lcoa_is_its_clusters_on_a_ring(num_adjacent: int, chunk_size: int) -> N
     assert torch.equal(found, clustered(assignment, chunk_size, num_adjacent))
     if num_adjacent == 1:
         assert torch.equal(table("CategoryAttention:num_clusters=5", 12, steps=2, seed=3), found)
+
+
+def test_nearest_chunks_are_those_of_similar_features() -> None:
+    assignment = slow_kmeans.assign(units()[None], hash_directions(6, DIM, 2).double())
+    pattern = slow.cluster_pattern(assignment, chunk_size=4, num_adjacent=1)
+    pattern = replace(pattern, neighbors=slow.nearest_chunks(units()[None], pattern))
+    name = "LCoA:num_clusters=6,routing=lsh,cluster_order=index"
+    found = table(f"{name},neighbors=nearest", 12, seed=2)
+    assert torch.equal(found, slow.visible_pairs(pattern)[0])
+    assert not torch.equal(found, table(name, 12, seed=2))
 
 
 @pytest.mark.parametrize("num_rounds", [1, 4])

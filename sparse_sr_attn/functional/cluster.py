@@ -41,6 +41,7 @@ __all__ = [
     "cluster_pattern",
     "cluster_weights",
     "cluster_weights_rounds",
+    "mean_keys",
     "resolve_form",
     "seen_keys",
     "with_nearest_chunks",
@@ -84,7 +85,7 @@ def cluster_pattern(
 
 
 def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:
-    r"""Return the pattern in which each chunk sees the chunks of the most similar keys, not those beside it on the ring.
+    r"""Return the pattern in which each chunk sees the chunks of the most similar keys, not those beside it.
 
     Chunk $t$ sees itself and the $2a$ others of largest $\langle \bar k_t, \bar k_s \rangle$, with $a$ the pattern's
     `num_adjacent` and $\bar k_s$ the mean of the keys of chunk $s$, each at unit length.
@@ -106,14 +107,27 @@ def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) ->
         but for plain code (export, transforms of `torch.func`).
     """
     if not pattern.exact_keys:
-        raise ValueError("nearest chunks need exact_keys=True, got False: the published counting is defined on the ring")
+        raise ValueError("nearest chunks need exact_keys=True, got False: the published counting is of a ring")
+    means = mean_keys(pattern, key)
+    return pattern._replace(neighbors=nearest_rows(means, 2 * pattern.num_adjacent + 1))
+
+
+def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Tensor, "b k d"]:
+    """Return the mean of the keys of each chunk, each at unit length, in float32 at least; without gradient.
+
+    Args:
+        pattern: from `cluster_pattern`, with exact keys.
+        key: one row per token, in image order.
+
+    Raises:
+        ShapeError: `pattern` orders another number of tokens than `key` has.
+    """
     _check(pattern, key)
     with without_autocast(key):
-        ring = _Oneshot(pattern)
-        layout = ring.layout
-        real = torch.arange(layout.num_slots, device=key.device).view(layout.num_chunks, -1, 1) < layout.num_tokens
-        sums = ring.chunks(unit_keys(key.detach())).masked_fill(~real, 0).sum(dim=2)
-        return pattern._replace(neighbors=nearest_rows(sums / real.sum(dim=1), layout.num_offsets))
+        chunks = _Oneshot(pattern)
+        num_chunks, num_tokens = chunks.layout.num_chunks, chunks.layout.num_tokens
+        real = torch.arange(chunks.layout.num_slots, device=key.device).view(num_chunks, -1, 1) < num_tokens
+        return chunks.chunks(unit_keys(key.detach())).masked_fill(~real, 0).sum(dim=2) / real.sum(dim=1)
 
 
 def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Tensor, "b s j"], Bool[Tensor, "b s j"]]:

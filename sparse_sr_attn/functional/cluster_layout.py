@@ -91,7 +91,10 @@ class ClusterLayout:
             return []
         i, tail = self.chunk_size, self.num_slots - self.num_tokens
         first, stop = self.counted
-        runs = []
+        tail = tail if self.num_chunks - 1 in seen else 0
+        runs: list[slice] = []
+        if not tail and first <= 0 and len(seen) <= stop:
+            return runs
         for place, chunk in enumerate(seen):
             last = (place + 1) * i
             if not first <= place < stop:

@@ -29,20 +29,18 @@ def nearest_rows(rows: Float[Tensor, "b k d"], num: int) -> Int[Tensor, "b k m"]
     """
     rows = rows.detach()
     if needs_plain_code():
-        return _nearest(rows, rows, torch.arange(rows.shape[1], device=rows.device), num)
+        return _nearest(rows, rows, torch.arange(rows.shape[1], device=rows.device), num, missing=num - 1)
     teach_flop_counters()
     return _nearest_rows(rows, num)  # type: ignore[no-any-return]
 
 
-def _nearest(some: Tensor, rows: Tensor, own: Tensor, num: int) -> Tensor:
-    """Return the answers for `some` of the rows, whose indices are `own`."""
-    num_rows = rows.shape[1]
-    column = torch.arange(num_rows + num - 1, device=rows.device)  # with as many as it takes to fill each answer
-    similarity = some @ F.pad(rows, (0, 0, 0, num - 1)).transpose(1, 2)
-    # Whole numbers, no two alike.
-    rank = (similarity.nan_to_num() * _STEPS).round().long() * len(column) - column
-    rank = rank.masked_fill(column >= num_rows, -(2**62)).masked_fill(column == own[:, None], 2**62)
-    chosen = rank.topk(num, dim=-1).indices
+def _nearest(some: Tensor, rows: Tensor, own: Tensor, num: int, *, missing: int) -> Tensor:
+    """Return the answers for `some` of the rows, whose indices are `own`; up to `missing` rows are made up."""
+    batch, num_rows, _ = rows.shape
+    steps = (some @ rows.transpose(1, 2)).nan_to_num_().mul_(_STEPS).round_().long()
+    rank = steps.mul_(num_rows).sub_(torch.arange(num_rows, device=rows.device))  # no two alike
+    rank = rank.scatter_(2, own[None, :, None].expand(batch, -1, -1), 2**62)
+    chosen = F.pad(rank, (0, missing), value=-(2**62)).topk(num, dim=-1).indices
     return torch.where(chosen < num_rows, chosen, own[:, None])
 
 
@@ -53,7 +51,7 @@ def _nearest_rows(rows: Tensor, num: int) -> Tensor:
     step = max(1, _PAIRS_PER_BLOCK.get(rows.device.type, _PAIRS_ELSEWHERE) // max(1, batch * num_rows))
     with without_autocast(rows):
         for own in torch.arange(num_rows, device=rows.device).split(step):
-            found[:, own] = _nearest(rows[:, own], rows, own, num)
+            found[:, own] = _nearest(rows[:, own], rows, own, num, missing=max(0, num - num_rows))
     return found
 
 

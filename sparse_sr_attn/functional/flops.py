@@ -39,13 +39,14 @@ def _triton_backward(
     key: Shape,
     value: Shape,
     order: Shape,
+    neighbors: Shape | None,
     _largest: Shape,
     _inverse: Shape,
     *options: Any,
     **_: Any,
 ) -> int:
     # Two kernels, each of which computes scores and gradients of weights.
-    return 2 * _scores(order, *options[:4]) * (5 * query[-1] + 3 * value[-1])
+    return 2 * _scores(order, neighbors, *options[:3]) * (5 * query[-1] + 3 * value[-1])
 
 
 def _cluster_weights(query: Shape, key: Shape, order: Shape, *options: Any, **_: Any) -> int:
@@ -103,8 +104,8 @@ def _sparsemax_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_:
     return 2 * query[0] * query[1] * key[1] * (3 * query[-1] + 2 * value[-1])
 
 
-def _nearest_rows(rows: Shape, num: int, *_: Any, **__: Any) -> int:
-    return 2 * prod(rows) * (rows[1] + num - 1)
+def _nearest_rows(rows: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(rows) * rows[1]
 
 
 def _nearest(points: Shape, centroids: Shape, *_: Any, **__: Any) -> int:

@@ -224,8 +224,12 @@ class LSP(KMeansLearner):
             place=torch.stack(places, dim=1).flatten(0, 1) if places else None,
         )
         if self.neighbors == "nearest":
-            pattern = with_nearest_chunks(pattern, _each_round(embedding, self.num_rounds))
+            pattern = self.find_neighbors(pattern, _each_round(embedding, self.num_rounds))
         return embedding, pattern
+
+    def find_neighbors(self, pattern: ClusterPattern, keys: Float[Tensor, "br n d"]) -> ClusterPattern:
+        """Return the pattern in which each chunk sees those of the most similar keys."""
+        return with_nearest_chunks(pattern, keys)
 
     def _rounds(self) -> list[nn.Module]:
         return [self, *self.further_rounds]

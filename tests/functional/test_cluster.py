@@ -453,7 +453,9 @@ def test_scores_and_softmax_of_half_inputs_are_float32(
     torch.testing.assert_close(real_rows(pattern, weights), real_rows(pattern, wide), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [ONE_TOKEN, PADDED_TAIL, PADDED_TAIL_PUBLISHED, FOUR_CHUNKS_TWO_SIDES, NEAREST_FEW], ids=str)
+@pytest.mark.parametrize(
+    "case", [ONE_TOKEN, PADDED_TAIL, PADDED_TAIL_PUBLISHED, FOUR_CHUNKS_TWO_SIDES, NEAREST_FEW], ids=str
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(device: torch.device, form: str, case: Case) -> None:
     """Numerical derivatives, independent of any other implementation."""
