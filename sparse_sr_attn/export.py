@@ -4,7 +4,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -185,7 +185,7 @@ class _Watch:
 def _watched(model: nn.Module, given: Sequence[Tensor] | None = None) -> Iterator[_Watch]:
     watch = _Watch(given)
     patterns = [module for module in model.modules() if isinstance(module, LSP)]
-    watched = {"assign_points": watch.assign, "find_neighbors": watch.find_neighbors}
+    watched: dict[str, Callable[..., Any]] = {"assign_points": watch.assign, "find_neighbors": watch.find_neighbors}
     for pattern in patterns:
         for name, method in watched.items():
             # An attribute of the instance goes before the method of the class.

@@ -97,6 +97,7 @@ class _Launch:
                 "BLOCK_I": block_i,
                 "BLOCK_J": min(_padded(num_seen), most),
                 "num_warps": _KERNELS[kernel].warps[block_d + block_e > 128],
+                "num_stages": 2 if layout.nearest else 3,  # of the pipeline: more spill registers where lists are read
                 **_precision(query, value),
             },
         )
@@ -114,7 +115,7 @@ def _sees(pattern: ClusterPattern) -> tuple[Tensor, Tensor]:
     num_seen = min(num_seen, num_chunks)
     chunk = torch.arange(num_chunks + 1, device=pattern.order.device)
     starts = (chunk + num_chunks * torch.arange(batch, device=chunk.device)[:, None]) * num_seen
-    return pattern.neighbors[..., :num_seen].contiguous(), starts
+    return pattern.neighbors[..., :num_seen].int(), starts
 
 
 def _seen_by(pattern: ClusterPattern) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,8 @@ def _seen_by(pattern: ClusterPattern) -> tuple[Tensor, Tensor]:
     seen, place = pattern.neighbors[..., : min(num_seen, num_chunks)].flatten(1).sort(dim=1, stable=True)
     chunk = torch.arange(num_chunks + 1, device=seen.device).expand(len(seen), -1).contiguous()
     sample = torch.arange(len(seen), device=seen.device)[:, None]
-    return place // min(num_seen, num_chunks), torch.searchsorted(seen, chunk) + sample * seen.shape[1]
+    by = (place // min(num_seen, num_chunks)).int()
+    return by, torch.searchsorted(seen, chunk) + sample * seen.shape[1]
 
 
 def _padded(size: int) -> int:

@@ -92,7 +92,7 @@ def nearest_chunks(key: Tensor, pattern: PatternLike) -> Tensor:
     for b, order in enumerate(pattern.order.tolist()):
         means = []
         for chunk in slot_tokens(order, pattern.chunk_size, True):
-            rows = [key[b, token] for token in chunk if token is not None]
+            rows = [key[b, token].detach() for token in chunk if token is not None]
             means.append(sum(row / row.norm().clamp(min=5e-5) for row in rows) / len(rows))
         table = []
         for t, mean in enumerate(means):

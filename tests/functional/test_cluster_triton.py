@@ -298,7 +298,7 @@ SIZES = {"num_tokens", "chunk_size", "num_slots", "first", "num_seen", "fill", "
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def compiled(kernel, options, work, value):
-    kinds = dict.fromkeys(("order", "chunks", "starts"), "i64")
+    kinds = {"order": "i64", "chunks": "i32", "starts": "i64"}
     kinds |= dict.fromkeys(("value", "output", "grad_output", "grad_value"), value)
     signature, constants = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -308,7 +308,7 @@ def compiled(kernel, options, work, value):
             signature[name] = "i32" if name in SIZES else "*" + kinds.get(name, work)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     source = ASTSource(kernel, signature, constants)
-    return triton.compile(source, target=target, options={"num_warps": options["num_warps"]})
+    return triton.compile(source, target=target, options={name: options[name] for name in ("num_warps", "num_stages")})
 
 def stack(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -225,8 +225,8 @@ def test_strides(device: torch.device, batch: int) -> None:
     if HAS_TRITON:
         check(operator("cluster_attention_triton"), (query, key, value, *layout, 0.5), test_utils=utils)
         ones = torch.ones_like(grad[..., 0])
-        inputs = (grad, ones, query, key, value, layout[0], ones, ones.clone())
-        check(operator("cluster_attention_triton_backward"), (*inputs, *layout[1:], 0.5), test_utils=utils)
+        inputs = (grad, ones, query, key, value, *layout[:2], ones, ones.clone())
+        check(operator("cluster_attention_triton_backward"), (*inputs, *layout[2:], 0.5), test_utils=utils)
         check(operator("nearest_centroid_triton"), (query, key[0]), test_utils=utils)
     check(operator("sparsemax_attention"), (query, key, value, 0.5), test_utils=utils)
     check(operator("sparsemax_attention_backward"), (grad, query, key, value, 0.5), test_utils=utils)
