@@ -39,7 +39,7 @@ def _nearest(some: Tensor, rows: Tensor, own: Tensor, num: int, *, missing: int)
     batch, num_rows, _ = rows.shape
     steps = (some @ rows.transpose(1, 2)).nan_to_num_().mul_(_STEPS).round_().long()
     rank = steps.mul_(num_rows).sub_(torch.arange(num_rows, device=rows.device))  # no two alike
-    rank = rank.scatter_(2, own[None, :, None].expand(batch, -1, -1), 2**62)
+    rank = rank.scatter(2, own[None, :, None].expand(batch, -1, -1), 2**62)
     chosen = F.pad(rank, (0, missing), value=-(2**62)).topk(num, dim=-1).indices
     return torch.where(chosen < num_rows, chosen, own[:, None])
 

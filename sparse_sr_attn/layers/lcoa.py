@@ -231,6 +231,13 @@ class LSP(KMeansLearner):
         """Return the pattern in which each chunk sees those of the most similar keys."""
         return with_nearest_chunks(pattern, keys)
 
+    @torch.no_grad()
+    def order_clusters(self) -> None:
+        """Let the order of the clusters follow the centroids at once, as it does in training now and then."""
+        for state, rank in self._states_and_orders():
+            if rank is not None:
+                rank.copy_(chain_rank(state.centroids))
+
     def _rounds(self) -> list[nn.Module]:
         return [self, *self.further_rounds]
 
