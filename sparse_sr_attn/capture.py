@@ -61,6 +61,7 @@ def _lcoa(setting: Setting, **options: Any) -> Visible:
     """LCoA with k-means fitted to the image."""
     lsp = LSP(setting.features.shape[1], reduction=1, ema_decay=0.0, seed=setting.seed, **options)
     _fit(lsp, setting)
+    lsp.order_clusters()
     return _routed(lsp, setting)
 
 
@@ -136,6 +137,8 @@ PATTERNS = (
     "LCoA:num_clusters=64,cluster_order=index",
     "LCoA:num_clusters=64,num_adjacent=4",
     "LCoA:num_clusters=128,num_adjacent=4",
+    "LCoA:neighbors=nearest,num_adjacent=4",
+    "LCoA:num_clusters=64,neighbors=nearest,num_adjacent=4",
     "LCoA:num_clusters=64,num_rounds=2",
     "LCoA:num_clusters=64,routing=lsh",
     "trained",

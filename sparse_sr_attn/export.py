@@ -4,11 +4,12 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.errors import ExportError
 from sparse_sr_attn.files import replacing
+from sparse_sr_attn.functional.cluster import mean_keys
 from sparse_sr_attn.functional.kmeans import KMeansState
 from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn.states import ClusterPattern
 
 if TYPE_CHECKING:
     import onnx
@@ -36,10 +39,10 @@ class Deviation:
         height: of the image, in pixels.
         width: of the image, in pixels.
         as_is: largest difference of the two results, in 0..1.
-        under_one_pattern: the same when the network takes the clusters that onnxruntime found.
+        under_one_pattern: the same when the network takes the clusters, and the neighbours, that onnxruntime found.
         num_moved: tokens that the two put into different clusters; a tie may fall either way by rounding.
         num_tokens: of how many, in all patterns of the network.
-        margin: how far the worst of these was from a tie, as a share of the token's length.
+        margin: how far the worst of these was from a tie, as a share of the token's length; or a neighbour, of 1.
     """
 
     height: int
@@ -79,7 +82,7 @@ def export_onnx(
         k-means puts a token into the cluster whose centroid is most similar. Where two are as similar but for rounding,
         onnxruntime may choose the other, and the image differs there by what the pattern changes. So the check is in
         two parts: tokens that moved must have been ties, and the image must be the same under the clusters that
-        onnxruntime found.
+        onnxruntime found. The same goes for neighbours of chunks that are chosen by similarity.
     """
     file = Path(file)
     if file.suffix != ".onnx":
@@ -112,7 +115,8 @@ def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> 
 
     Args:
         model: as it was exported.
-        proto: as `export_onnx` makes it: its outputs are the image and the clusters of each pattern.
+        proto: as `export_onnx` makes it: its outputs are the image and what was chosen for each pattern, its clusters
+            and, where they are chosen, its neighbours.
         size: (h, w).
     """
     import onnxruntime  # noqa: PLC0415
@@ -125,10 +129,10 @@ def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> 
         outputs = session.run(None, {"image": image.numpy()})
     except Exception as error:  # its exceptions have no common root
         raise ExportError(f"onnxruntime fails for {size[0]}x{size[1]}: {str(error).partition(chr(10))[0]}") from error
-    result, *clusters = (torch.from_numpy(output) for output in outputs)
+    result, *choices = (torch.from_numpy(output) for output in outputs)
     with torch.no_grad(), _watched(model) as watched:
         as_is = model(image)
-    with torch.no_grad(), _watched(model, clusters) as forced:
+    with torch.no_grad(), _watched(model, choices) as forced:
         under_one_pattern = model(image)
     if result.shape != as_is.shape:
         raise ExportError(f"onnxruntime gives {tuple(result.shape)}, and must give {tuple(as_is.shape)}")
@@ -136,22 +140,22 @@ def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> 
         *size,
         float((result - as_is).abs().max()),
         float((result - under_one_pattern).abs().max()),
-        sum(int((one != other).sum()) for one, other in zip(watched.clusters, clusters, strict=True)),
-        sum(one.numel() for one in clusters),
+        sum(int((one != other).sum()) for one, other in zip(watched.choices, choices, strict=True) if one.ndim == 2),
+        sum(one.numel() for one in choices if one.ndim == 2),
         forced.margin,
     )
 
 
 class _Watch:
-    """The clusters that the patterns of a network find, one after the other, or those they shall take.
+    """The clusters and neighbours that the patterns of a network find, one after the other, or those they shall take.
 
     Attributes:
-        clusters: of each pattern, in the order in which they run.
-        margin: how far the worst of those given was from the nearest centroid, as a share of the token's length.
+        choices: of each pattern, in the order in which they run: clusters (b, n) and neighbours (b, k, m).
+        margin: how far the worst of those given was from the best choice, as a share of the token's length.
     """
 
     def __init__(self, given: Sequence[Tensor] | None) -> None:
-        self.clusters: list[Tensor] = []
+        self.choices: list[Tensor] = []
         self.margin = 0.0
         self._given = given
 
@@ -159,11 +163,21 @@ class _Watch:
         if self._given is None:
             found = LSP.assign_points(pattern, points, state)
         else:
-            found = self._given[len(self.clusters)]
+            found = self._given[len(self.choices)]
             scores = points @ state.centroids.T
             short = scores.amax(dim=-1) - scores.gather(-1, found[..., None])[..., 0]
             self.margin = max(self.margin, float((short / points.norm(dim=-1).clamp(min=1e-12)).max()))
-        self.clusters.append(found)
+        self.choices.append(found)
+        return found
+
+    def find_neighbors(self, lsp: LSP, pattern: ClusterPattern, keys: Tensor) -> ClusterPattern:
+        nearest = found = LSP.find_neighbors(lsp, pattern, keys)
+        if self._given is not None:
+            found = pattern._replace(neighbors=self._given[len(self.choices)])
+            means = mean_keys(pattern, keys)
+            best, taken = ((means @ means.mT).gather(2, cast(Tensor, each.neighbors)) for each in (nearest, found))
+            self.margin = max(self.margin, float((best - taken).abs().max()))
+        self.choices.append(cast(Tensor, found.neighbors))
         return found
 
 
@@ -171,20 +185,21 @@ class _Watch:
 def _watched(model: nn.Module, given: Sequence[Tensor] | None = None) -> Iterator[_Watch]:
     watch = _Watch(given)
     patterns = [module for module in model.modules() if isinstance(module, LSP)]
+    watched: dict[str, Callable[..., Any]] = {"assign_points": watch.assign, "find_neighbors": watch.find_neighbors}
     for pattern in patterns:
-        # An attribute of the instance goes before the method of the class.
-        object.__setattr__(
-            pattern, "assign_points", lambda points, state, pattern=pattern: watch.assign(pattern, points, state)
-        )
+        for name, method in watched.items():
+            # An attribute of the instance goes before the method of the class.
+            object.__setattr__(pattern, name, partial(method, pattern))
     try:
         yield watch
     finally:
         for pattern in patterns:
-            object.__delattr__(pattern, "assign_points")
+            for name in watched:
+                object.__delattr__(pattern, name)
 
 
 class _WithClusters(nn.Module):
-    """The network, giving the clusters of its patterns beside the image."""
+    """The network, giving what its patterns chose beside the image."""
 
     def __init__(self, model: Network) -> None:
         super().__init__()
@@ -193,7 +208,7 @@ class _WithClusters(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         with _watched(self.model) as watch:
             upscaled = self.model(image)
-        return (upscaled, *watch.clusters)
+        return (upscaled, *watch.choices)
 
 
 def _exported(model: Network) -> "onnx.ModelProto":
@@ -201,7 +216,7 @@ def _exported(model: Network) -> "onnx.ModelProto":
     low = _image(model.num_in_ch, _export_size(model))
     with torch.no_grad(), _watched(model) as watch:
         model(low)
-    names = [f"clusters_{number}" for number in range(len(watch.clusters))]
+    names = [f"choices_{number}" for number in range(len(watch.choices))]
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

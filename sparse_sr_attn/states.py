@@ -16,8 +16,11 @@ class ClusterPattern(NamedTuple):
         order: the token at each slot, clusters in turn, image order within a cluster. No gradient.
         assignment: the cluster of each token, in image order. No gradient.
         chunk_size: slots in a chunk, >= 1.
-        num_adjacent: neighbouring chunks that a chunk sees on each side (circularly), >= 0.
+        num_adjacent: neighbouring chunks that a chunk sees on each side (circularly), >= 0; with `neighbors`, half the
+            number of chunks that it sees beside itself.
         exact_keys: whether every key counts once; `False` is the published counting (`docs/deviations.md`, 5).
+        neighbors: the `m = 2 * num_adjacent + 1` chunks that each chunk sees, itself first; of fewer than `m` chunks,
+            each counts once, and what follows in a row does not count. `None` for a ring. No gradient.
     """
 
     order: Int[Tensor, "b n"]
@@ -25,6 +28,7 @@ class ClusterPattern(NamedTuple):
     chunk_size: int
     num_adjacent: int
     exact_keys: bool
+    neighbors: Int[Tensor, "b k m"] | None = None
 
 
 class ClusterAttention(NamedTuple):

@@ -176,10 +176,14 @@ def _in_clusters(state: ClusterAttention, tokens: Tensor) -> Tensor:
     every = weights_of(state)
     maps = every.new_zeros(len(tokens), layout.num_tokens)
     key = torch.arange(layout.num_offsets * layout.chunk_size, device=pattern.order.device)
-    for order, weights in zip(pattern.order, every, strict=True):
+    around = torch.arange(layout.num_chunks, device=key.device)[:, None] + torch.arange(
+        -layout.num_adjacent, layout.num_adjacent + 1, device=key.device
+    )
+    tables = [around % layout.num_chunks] * len(every) if pattern.neighbors is None else pattern.neighbors
+    for order, table, weights in zip(pattern.order, tables, every, strict=True):
         slot = order.argsort()[tokens]
         chunk, row = slot // layout.chunk_size, slot % layout.chunk_size
-        key_chunk = (chunk[:, None] + key // layout.chunk_size - layout.num_adjacent) % layout.num_chunks
+        key_chunk = table[chunk][:, key // layout.chunk_size]
         keys = order[layout.rank(key_chunk * layout.chunk_size + key % layout.chunk_size)]
         maps.scatter_add_(1, keys, weights[chunk, row])
     return maps

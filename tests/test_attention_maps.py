@@ -49,7 +49,17 @@ def network(share: int) -> EDSR:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_adjacent": 0}, {"num_adjacent": 2}, {"exact_keys": False}, {"chunk_size": 100}], ids=str
+    "options",
+    [
+        {},
+        {"num_adjacent": 0},
+        {"num_adjacent": 2},
+        {"exact_keys": False},
+        {"chunk_size": 100},
+        {"neighbors": "nearest", "chunk_size": 4},
+        {"neighbors": "nearest", "chunk_size": 20, "num_adjacent": 2},
+    ],
+    ids=str,
 )
 def test_is_the_row_of_dense_attention(options: dict[str, Any]) -> None:
     pattern = lsp(**options)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparse_sr_attn import EDSR, ELAN, NLA, CategoryAttention, ConfigError, LCoA
 from sparse_sr_attn.capture import PATTERNS, Pattern, Setting, captured_mass, read_patterns
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.degradation import matlab_bicubic
+from sparse_sr_attn.functional.cluster_order import chain_rank
 from sparse_sr_attn.functional.kmeans import hash_directions
 from sparse_sr_attn.functional.lsh import initial_hash
 from sparse_sr_attn.reference import cluster as slow
@@ -54,9 +56,9 @@ def table(name: str, num_keys: int, *, steps: int = 3, seed: int = 0, trained: A
         return pattern.show(Setting(maps, num_keys, steps, seed, trained))(torch.arange(NUM_TOKENS))
 
 
-def clustered(assignment: Tensor, chunk_size: int, num_adjacent: int = 1) -> Tensor:
+def clustered(assignment: Tensor, chunk_size: int, num_adjacent: int = 1, place: Tensor | None = None) -> Tensor:
     """Return who sees whom in any of the rounds, by loops."""
-    pattern = slow.cluster_pattern(assignment, chunk_size=chunk_size, num_adjacent=num_adjacent)
+    pattern = slow.cluster_pattern(assignment, chunk_size=chunk_size, num_adjacent=num_adjacent, place=place)
     return slow.visible_pairs(pattern).any(dim=0)
 
 
@@ -142,9 +144,13 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type, message: str) -
 # ------------------------------------------------------------------------------------------------------------ patterns
 
 
+@pytest.mark.parametrize("order", ["index", "chain"])
 @pytest.mark.parametrize(("num_adjacent", "chunk_size"), [(0, 12), (1, 4), (2, 2)])
-def test_lcoa_is_its_clusters_on_a_ring(num_adjacent: int, chunk_size: int) -> None:
-    """K-means from tokens drawn by the seed; each step moves all centroids to the mean direction."""
+def test_lcoa_is_its_clusters_on_a_ring(num_adjacent: int, chunk_size: int, order: str) -> None:
+    """K-means from tokens drawn by the seed; each step moves all centroids to the mean direction.
+
+    The chain is that of the centroids as they are after the last step.
+    """
     generator = torch.Generator().manual_seed(3)
     centroids = units()[torch.randperm(NUM_TOKENS, generator=generator)[:5]]
     for _ in range(2):
@@ -152,10 +158,21 @@ def test_lcoa_is_its_clusters_on_a_ring(num_adjacent: int, chunk_size: int) -> N
         assert len(nearest.unique()) == 5  # else a dead one would start anew
         centroids = torch.stack([nn.functional.normalize(units()[nearest == k].sum(0), dim=0) for k in range(5)])
     assignment = slow_kmeans.assign(units()[None], centroids)
-    found = table(f"LCoA:num_clusters=5,num_adjacent={num_adjacent},cluster_order=index", 12, steps=2, seed=3)
-    assert torch.equal(found, clustered(assignment, chunk_size, num_adjacent))
-    if num_adjacent == 1:
+    place = chain_rank(centroids)[assignment] if order == "chain" else None
+    found = table(f"LCoA:num_clusters=5,num_adjacent={num_adjacent},cluster_order={order}", 12, steps=2, seed=3)
+    assert torch.equal(found, clustered(assignment, chunk_size, num_adjacent, place))
+    if num_adjacent == 1 and order == "index":
         assert torch.equal(table("CategoryAttention:num_clusters=5", 12, steps=2, seed=3), found)
+
+
+def test_nearest_chunks_are_those_of_similar_features() -> None:
+    assignment = slow_kmeans.assign(units()[None], hash_directions(6, DIM, 2).double())
+    pattern = slow.cluster_pattern(assignment, chunk_size=4, num_adjacent=1)
+    pattern = replace(pattern, neighbors=slow.nearest_chunks(units()[None], pattern))
+    name = "LCoA:num_clusters=6,routing=lsh,cluster_order=index"
+    found = table(f"{name},neighbors=nearest", 12, seed=2)
+    assert torch.equal(found, slow.visible_pairs(pattern)[0])
+    assert not torch.equal(found, table(name, 12, seed=2))
 
 
 @pytest.mark.parametrize("num_rounds", [1, 4])

@@ -17,6 +17,7 @@ from sparse_sr_attn import EDSR, ELAN, RCAN, ExportError, LCoAN
 from sparse_sr_attn import export as module
 from sparse_sr_attn.cli import main
 from sparse_sr_attn.export import TOLERANCE, compare, export_onnx
+from sparse_sr_attn.states import ClusterPattern
 
 OTHER_SIZES = [(17, 23), (5, 40), (30, 31), (1, 60), (1, 1), (48, 80)]
 
@@ -122,6 +123,25 @@ def test_cosines_and_chains_go_to_onnx(tmp_path: Path) -> None:
     model.eval()
     assert all(deviation.good for deviation in export_onnx(model, tmp_path / "net.onnx"))
     same_at_other_sizes(model, tmp_path / "net.onnx")
+
+
+def test_nearest_chunks_go_to_onnx(tmp_path: Path) -> None:
+    """Maps of fewer chunks than a token sees, too; and other neighbours than the network's are noticed."""
+    model = attending(neighbors="nearest", chunk_size=9, num_adjacent=2, num_clusters=12)
+    assert all(deviation.good for deviation in export_onnx(model, tmp_path / "net.onnx"))
+    same_at_other_sizes(model, tmp_path / "net.onnx")
+    proto, lsp = module._exported(model), model.attention[0].lsp
+    farthest = lsp.find_neighbors
+
+    def other(pattern: ClusterPattern, keys: Tensor) -> ClusterPattern:
+        return farthest(pattern, keys)._replace(neighbors=farthest(pattern, keys.flip(1)).neighbors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.LSP, "find_neighbors", lambda self, *given: other(*given))
+        found = compare(model, proto, (20, 20))
+    assert found.num_moved == 0
+    assert found.under_one_pattern <= TOLERANCE
+    assert not found.good
 
 
 def test_the_check_notices_other_clusters(exported: tuple[EDSR, onnx.ModelProto, Path]) -> None:
@@ -238,6 +258,9 @@ NETWORKS = {
     ),
     "rounds of hashes": lambda: attending(num_rounds=2, routing="lsh", share=1),
     "no neighbours": lambda: attending(num_adjacent=0),
+    "nearest chunks in rounds": lambda: attending(
+        neighbors="nearest", chunk_size=9, num_adjacent=2, num_rounds=2, reuse="pattern"
+    ),
     "states of patterns": lambda: attending(reuse="pattern"),
     "ELAN": lambda: ELAN(num_feat=12, num_block=2, upscale=2, window_sizes=(2, 4, 8), img_range=1.0),
     "RCAN x8": lambda: RCAN(num_feat=8, num_group=2, num_block=1, squeeze_factor=4, upscale=8),

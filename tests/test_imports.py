@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "foreign": {"errors", "attachment", "backbones"},
     "checkpoints": {"errors", "registry", "unwrapping", "foreign", "config", "functional", "layers", "backbones"},
     "conversion": {"errors", "files", "backbones", "checkpoints"},
-    "export": {"errors", "files", "functional", "layers", "backbones"},
+    "export": {"errors", "states", "files", "functional", "layers", "backbones"},
     "hub": {"errors", "unwrapping", "backbones", "checkpoints"},
     "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
     "capture": {"errors", "states", "config", "registry", "functional", "layers"},

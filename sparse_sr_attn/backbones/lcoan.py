@@ -11,7 +11,7 @@ from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.layers.base import AttentionLayer, Similarity, warn_of_range
-from sparse_sr_attn.layers.lcoa import ClusterOrder, LCoA, Reuse, Routing
+from sparse_sr_attn.layers.lcoa import ClusterOrder, LCoA, Neighbors, Reuse, Routing
 from sparse_sr_attn.states import ClusterAttention
 
 
@@ -69,6 +69,7 @@ class LCoAN(ResidualNetwork):
         chunk_size: as in `LSP`.
         reduction: as in `LSP`.
         num_adjacent: as in `LSP`.
+        neighbors: as in `LSP`.
         ema_decay: as in `LSP`.
         reseed_threshold: as in `LSP`.
         exact_keys: as in `LSP`.
@@ -108,6 +109,7 @@ class LCoAN(ResidualNetwork):
         chunk_size: PositiveInt = 384,
         reduction: PositiveInt = 1,
         num_adjacent: NonNegativeInt = 1,
+        neighbors: Neighbors = "ring",
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
@@ -134,6 +136,7 @@ class LCoAN(ResidualNetwork):
                     chunk_size=chunk_size,
                     reduction=reduction,
                     num_adjacent=num_adjacent,
+                    neighbors=neighbors,
                     ema_decay=ema_decay,
                     reseed_threshold=reseed_threshold,
                     exact_keys=exact_keys,

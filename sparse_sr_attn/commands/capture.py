@@ -33,7 +33,8 @@ Images are those of high resolution: they are shrunk as MATLAB's bicubic does, a
 Dense attention is the softmax of temperature * cosine."""
 EPILOG = f"""\
 patterns, each alone or as PATTERN:option=value,option=value with options of its layer:
-  LCoA               clusters of k-means, fitted to the image; chunks on a ring
+  LCoA               clusters of k-means, fitted to the image; chunks on a ring or, with neighbors=nearest,
+                     beside the most similar ones
   trained            the same with the centroids and options of the network, if its layer is an LCoA
   NLSA               buckets of a locality-sensitive hash
   CategoryAttention  what it sees token by token; its coarse part, attention to the categories, does not count

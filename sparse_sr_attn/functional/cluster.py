@@ -12,7 +12,7 @@ storing the weights. Each has two forms, equal to each other, and what stores no
 `resolve_form` tells which one runs on a device.
 
 Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chunks of $i$ slots. Chunk $t$ sees the
-chunks $t-a, \dots, t+a$ (mod $k$), in this order.
+chunks $t-a, \dots, t+a$ (mod $k$), in this order, or those that `pattern.neighbors` lists.
 """
 
 from typing import cast
@@ -26,6 +26,7 @@ from sparse_sr_attn.functional import cluster_flex as flex
 from sparse_sr_attn.functional import cluster_tiles as tiles
 from sparse_sr_attn.functional import cluster_triton as triton
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.cluster_neighbors import nearest_rows
 from sparse_sr_attn.functional.forms import Form, resolve_form
 from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys
@@ -40,8 +41,10 @@ __all__ = [
     "cluster_pattern",
     "cluster_weights",
     "cluster_weights_rounds",
+    "mean_keys",
     "resolve_form",
     "seen_keys",
+    "with_nearest_chunks",
 ]
 
 
@@ -81,6 +84,52 @@ def cluster_pattern(
     return ClusterPattern(order, assignment, chunk_size, num_adjacent, exact_keys)
 
 
+def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:
+    r"""Return the pattern in which each chunk sees the chunks of the most similar keys, not those beside it.
+
+    Chunk $t$ sees itself and the $2a$ others of largest $\langle \bar k_t, \bar k_s \rangle$, with $a$ the pattern's
+    `num_adjacent` and $\bar k_s$ the mean of the keys of chunk $s$, each at unit length.
+
+    Args:
+        pattern: from `cluster_pattern`, with exact keys.
+        key: one row per token, in image order.
+
+    Returns:
+        The pattern with `neighbors`: as many keys to a token as before. Similarities are compared in steps of
+        2**-20, and the lower chunk wins a tie. If there are fewer chunks, each counts once.
+
+    Raises:
+        ShapeError: `pattern` orders another number of tokens than `key` has.
+        ValueError: `pattern` counts keys as published, which is defined on the ring only.
+
+    Note:
+        No gradient flows through the choice. Time grows with the square of the number of chunks; memory does not,
+        but for plain code (export, transforms of `torch.func`).
+    """
+    if not pattern.exact_keys:
+        raise ValueError("nearest chunks need exact_keys=True, got False: the published counting is of a ring")
+    means = mean_keys(pattern, key)
+    return pattern._replace(neighbors=nearest_rows(means, 2 * pattern.num_adjacent + 1))
+
+
+def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Tensor, "b k d"]:
+    """Return the mean of the keys of each chunk, each at unit length, in float32 at least; without gradient.
+
+    Args:
+        pattern: from `cluster_pattern`, with exact keys.
+        key: one row per token, in image order.
+
+    Raises:
+        ShapeError: `pattern` orders another number of tokens than `key` has.
+    """
+    _check(pattern, key)
+    with without_autocast(key):
+        chunks = _Oneshot(pattern)
+        num_chunks, num_tokens = chunks.layout.num_chunks, chunks.layout.num_tokens
+        real = torch.arange(chunks.layout.num_slots, device=key.device).view(num_chunks, -1, 1) < num_tokens
+        return chunks.chunks(unit_keys(key.detach())).masked_fill(~real, 0).sum(dim=2) / real.sum(dim=1)
+
+
 def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Tensor, "b s j"], Bool[Tensor, "b s j"]]:
     """Return which keys tokens attend to.
 
@@ -113,6 +162,8 @@ def cluster_weights(
     r"""Softmax weights of every slot over its own chunk and the adjacent ones.
 
     $$P_t = \mathrm{softmax}(\mathrm{scale} \cdot Q_t [K_{t-a}, \dots, K_{t+a}]^\top)$$
+
+    With `pattern.neighbors`, the key chunks of $t$ are those of row $t$.
 
     Args:
         query: one row per token, in image order.
@@ -434,24 +485,24 @@ def _tiled(form: Form, rows: Tensor) -> bool:
     return resolve_form(form, rows.device) == "tiles"
 
 
-def _unpack(pattern: ClusterPattern) -> tuple[Tensor, int, int, bool]:
-    return pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+def _unpack(pattern: ClusterPattern) -> tuple[Tensor, Tensor | None, int, int, bool]:
+    return pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
 
 
 class _Oneshot:
     """Cluster attention on whole tensors under one pattern."""
 
     def __init__(self, pattern: ClusterPattern) -> None:
-        self.order = pattern.order
+        self.order, self.neighbors = pattern.order, pattern.neighbors
         self.layout = layout = ClusterLayout.of(pattern)
         slot = torch.arange(layout.num_slots, device=self.order.device)
         self.token = self.order[:, layout.rank(slot)]
-        keys = self._with_adjacent(slot.view(1, layout.num_chunks, layout.chunk_size, 1))[0, :, :, 0]
+        keys = self._with_adjacent(slot.view(1, layout.num_chunks, layout.chunk_size, 1))[..., 0]
         self.visible = layout.visible(keys)
 
     def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         scores = scale * self.chunks(query) @ self._with_adjacent(self.chunks(key)).transpose(-1, -2)
-        return scores.masked_fill(~self.visible[:, None, :], float("-inf"))
+        return scores.masked_fill(~self.visible[..., None, :], float("-inf"))
 
     def apply(self, weights: Tensor, value: Tensor) -> Tensor:
         return self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))
@@ -471,5 +522,11 @@ class _Oneshot:
         return of_slots.view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, rows.shape[-1])
 
     def _with_adjacent(self, chunks: Tensor) -> Tensor:
-        a = self.layout.num_adjacent
-        return torch.cat([chunks.roll(-offset, dims=1) for offset in range(-a, a + 1)], dim=2)
+        if self.neighbors is None:
+            a = self.layout.num_adjacent
+            return torch.cat([chunks.roll(-offset, dims=1) for offset in range(-a, a + 1)], dim=2)
+        # An index and not `gather`, whose gradient depends on the run where a row is read twice, on GPUs.
+        batch, num_chunks, _ = self.neighbors.shape
+        sample = torch.arange(batch, device=chunks.device)[:, None]
+        seen = chunks.expand(batch, -1, -1, -1)[sample, self.neighbors.flatten(1)]
+        return seen.view(batch, num_chunks, self.layout.num_offsets * self.layout.chunk_size, chunks.shape[-1])

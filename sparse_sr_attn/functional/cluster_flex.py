@@ -3,6 +3,7 @@
 Queries stand in slot order. Keys do, too, but the last chunks stand once more before the first one and the first ones
 after the last, so that what a chunk sees is one run of slots, in which each counts as often as it should. The kernel is
 compiled once for all image sizes of a chunk size (once more for the second one, from which torch learns what varies).
+Where a table says which chunks a chunk sees, keys stand in slot order and the table becomes the mask.
 """
 
 from collections.abc import Callable
@@ -40,10 +41,8 @@ def cluster_attention(
 
         request["return_aux"] = AuxRequest(lse=True)
     layout = ClusterLayout.of(pattern)
-    reach = layout.num_adjacent * layout.chunk_size
     slot = torch.arange(layout.num_slots, device=query.device)
-    seen = modulo(torch.arange(-reach, layout.num_slots + reach, device=query.device), layout.num_slots)
-    block_mask = _block_mask(layout, seen, _GPU_BLOCK if query.is_cuda else layout.chunk_size)
+    seen, block_mask = _seen(pattern, _GPU_BLOCK if query.is_cuda else layout.chunk_size)
     # Rows of the whole batch: to take them by one number is many times faster than `gather`.
     token = pattern.order + torch.arange(len(query), device=query.device)[:, None] * layout.num_tokens
     with without_autocast(query):
@@ -64,8 +63,56 @@ def _rows(rows: Tensor, token: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1])[token].float()[:, None]
 
 
+def _seen(pattern: ClusterPattern, block: int) -> tuple[Tensor, Any]:
+    """Return the slot at each place of the keys, and which blocks of so many queries see which blocks of keys."""
+    layout, device = ClusterLayout.of(pattern), pattern.order.device
+    if pattern.neighbors is not None:
+        return torch.arange(layout.num_slots, device=device), _table_mask(layout, pattern.neighbors, block)
+    reach = layout.num_adjacent * layout.chunk_size
+    seen = modulo(torch.arange(-reach, layout.num_slots + reach, device=device), layout.num_slots)
+    return seen, _block_mask(layout, seen, block)
+
+
+def _table_mask(layout: ClusterLayout, neighbors: Tensor, block: int) -> Any:
+    """Return which blocks of queries see which blocks of keys by a table of the chunks that each chunk sees."""
+    from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
+
+    i, k, device = layout.chunk_size, layout.num_chunks, neighbors.device
+    sees = torch.zeros(len(neighbors), k, k, dtype=torch.bool, device=device).scatter_(2, neighbors, True)
+    length, real, last = (torch.full((), number, device=device) for number in (i, layout.num_tokens, k - 1))
+
+    def mask(sample: Tensor, _h: Tensor, query: Tensor, place: Tensor) -> Tensor:
+        visible = place < real
+        if block == i:  # as on the ring
+            return visible
+        return visible & sees[sample, (query // length).minimum(last), (place // length).minimum(last)]
+
+    num_blocks = -(-layout.num_slots // block)
+    begin = torch.arange(num_blocks, device=device)[:, None] * block
+    # The chunks in each block, the last one again where there are fewer than in others.
+    chunk = begin // i + torch.arange((block - 2) // i + 2, device=device)
+    chunk = chunk.minimum(((begin + block).clamp(max=layout.num_slots) - 1) // i)
+    pairs = sees[:, chunk][..., chunk]  # of blocks and of chunks in them: (b, blocks, chunks, blocks, chunks)
+    some = pairs.any(dim=4).any(dim=2)
+    whole = pairs.all(dim=4).all(dim=2) & ((begin + block)[:, 0] <= layout.num_tokens)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole),
+        *_listed(some & whole),
+        BLOCK_SIZE=(block, block),
+        mask_mod=mask,
+        seq_lengths=(layout.num_slots, layout.num_slots),
+        compute_q_blocks=neighbors.is_cuda,  # for the backward
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many columns are chosen in each row of tables (b, r, c), and which, for all heads."""
+    front = chosen.int().argsort(dim=2, descending=True, stable=True)
+    return chosen.sum(dim=2, dtype=torch.int32)[:, None], front.int()[:, None]
+
+
 def _block_mask(layout: ClusterLayout, seen: Tensor, block: int) -> Any:
-    """Return which blocks of queries see which blocks of keys.
+    """Return which blocks of queries see which blocks of keys on the ring.
 
     Args:
         layout: of the pattern.

@@ -1,5 +1,6 @@
 """How sorted tokens fill chunks, and which chunks see which: what all forms of cluster attention agree on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,9 @@ class ClusterLayout:
         num_tokens: tokens of a sample.
         chunk_size: slots in a chunk; with exact keys cut to the number of tokens.
         num_chunks: enough for all tokens.
-        num_adjacent: chunks seen on each side.
+        num_adjacent: chunks seen on each side, or half of those seen beside a chunk's own.
         exact_keys: whether each key counts once.
+        nearest: whether a table says which chunks a chunk sees (`ClusterPattern.neighbors`), and not the ring.
     """
 
     num_tokens: int
@@ -28,6 +30,7 @@ class ClusterLayout:
     num_chunks: int
     num_adjacent: int
     exact_keys: bool
+    nearest: bool
 
     @classmethod
     def of(cls, pattern: ClusterPattern) -> "ClusterLayout":
@@ -37,7 +40,8 @@ class ClusterLayout:
         if pattern.exact_keys:
             chunk_size = smaller(chunk_size, num_tokens)
         num_chunks = (num_tokens + chunk_size - 1) // chunk_size
-        return cls(num_tokens, chunk_size, num_chunks, pattern.num_adjacent, pattern.exact_keys)
+        nearest = pattern.neighbors is not None
+        return cls(num_tokens, chunk_size, num_chunks, pattern.num_adjacent, pattern.exact_keys, nearest)
 
     @property
     def num_slots(self) -> int:
@@ -57,29 +61,44 @@ class ClusterLayout:
         repeated = modulo(slot - (self.num_slots - self.num_tokens), self.num_tokens)
         return torch.where(slot >= self.num_tokens, repeated, slot)
 
-    def visible(self, slot: Int[Tensor, "t j"]) -> Bool[Tensor, "t j"]:
-        """Return which key slots of chunks (`t` rows of `slot`, their keys) count.
+    @property
+    def counted(self) -> tuple[int, int]:
+        """Which places among the chunks that a chunk sees count, as the first one and the one after the last.
 
-        Of the offsets that lead to the same chunk one counts: those from `-(k - 1) // 2` to `k // 2`.
+        On a ring several places may lead to the same chunk, of which those around the middle count; in a table, all
+        chunks stand in the first places.
         """
+        first = 0 if self.nearest else self.num_adjacent - (self.num_chunks - 1) // 2
+        return first, first + self.num_chunks
+
+    def visible(self, slot: Int[Tensor, "*t j"]) -> Bool[Tensor, "*t j"]:
+        """Return which key slots of chunks (rows of `slot`, their keys) count."""
         if not self.exact_keys:
             return torch.ones_like(slot, dtype=torch.bool)
-        a, k = self.num_adjacent, self.num_chunks
         # A quotient and not `repeat_interleave`, which ONNX export gets wrong for a number that depends on the image.
-        offset = torch.arange(self.num_offsets * self.chunk_size, device=slot.device) // self.chunk_size - a
-        met_once = (offset >= -((k - 1) // 2)) & (offset <= k // 2)
-        return (slot < self.num_tokens) & met_once
+        place = torch.arange(self.num_offsets * self.chunk_size, device=slot.device) // self.chunk_size
+        first, stop = self.counted
+        return (slot < self.num_tokens) & (place >= first) & (place < stop)
 
-    def hidden(self, chunk: int) -> list[slice]:
-        """Return which keys of a chunk do not count, as runs of them: all that are not `visible`."""
+    def ring(self, chunk: int) -> list[int]:
+        """Return the chunks that a chunk sees on a ring."""
+        a = self.num_adjacent
+        return [(chunk + offset) % self.num_chunks for offset in range(-a, a + 1)]
+
+    def hidden(self, seen: Sequence[int]) -> list[slice]:
+        """Return which keys of a chunk that sees these chunks do not count, as runs of them: all not `visible`."""
         if not self.exact_keys:
             return []
-        a, i, k = self.num_adjacent, self.chunk_size, self.num_chunks
-        runs = []
-        for offset in range(-a, a + 1):
-            first, last = (offset + a) * i, (offset + a + 1) * i
-            if not -((k - 1) // 2) <= offset <= k // 2:
-                runs.append(slice(first, last))
-            elif (chunk + offset) % k == k - 1 and self.num_slots > self.num_tokens:
-                runs.append(slice(last - (self.num_slots - self.num_tokens), last))
+        i, tail = self.chunk_size, self.num_slots - self.num_tokens
+        first, stop = self.counted
+        tail = tail if self.num_chunks - 1 in seen else 0
+        runs: list[slice] = []
+        if not tail and first <= 0 and len(seen) <= stop:
+            return runs
+        for place, chunk in enumerate(seen):
+            last = (place + 1) * i
+            if not first <= place < stop:
+                runs.append(slice(last - i, last))
+            elif tail and chunk == self.num_chunks - 1:
+                runs.append(slice(last - tail, last))
         return runs

@@ -7,7 +7,7 @@ one go, because rows are read in any order several times faster than they are wr
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -49,9 +49,13 @@ class _Sorted:
     a row, and beyond each end those that the chunks there see at the other end.
     """
 
-    def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout) -> None:
+    reads_again: ClassVar[bool] = False
+    """Whether tiles have so much in common that work on a row should be done before it is read."""
+
+    def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout, reach: int | None = None) -> None:
         self.layout = layout
-        self.margin = layout.num_adjacent * layout.chunk_size
+        self.reach = layout.num_adjacent if reach is None else reach  # chunks beyond each end
+        self.margin = self.reach * layout.chunk_size
         slot = torch.arange(-self.margin, layout.num_slots + self.margin, device=order.device) % layout.num_slots
         self._token = order[layout.rank(slot)]
         self._slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -62,7 +66,12 @@ class _Sorted:
         step = max(1, (scores or _SCORES_PER_TILE) // (layout.num_offsets * layout.chunk_size**2))
         for start in range(0, layout.num_chunks, step):
             stop = min(start + step, layout.num_chunks)
-            yield _Tile(start, stop, [(t - start, keys) for t in range(start, stop) for keys in layout.hidden(t)])
+            hidden = [(t - start, keys) for t in range(start, stop) for keys in layout.hidden(self.seen(t))]
+            yield _Tile(start, stop, hidden)
+
+    def seen(self, chunk: int) -> list[int]:
+        """Return the chunks that a chunk sees."""
+        return self.layout.ring(chunk)
 
     def chunks(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t i c"]:
         """Return the rows of a tile's chunks; slots past the last token repeat some token."""
@@ -115,8 +124,8 @@ class _Sorted:
         layout, i = self.layout, self.layout.chunk_size
         slots = halo[self.margin : self.margin + layout.num_slots]
         for chunk in [
-            *range(-layout.num_adjacent, 0),
-            *range(layout.num_chunks, layout.num_chunks + layout.num_adjacent),
+            *range(-self.reach, 0),
+            *range(layout.num_chunks, layout.num_chunks + self.reach),
         ]:
             home, place = chunk % layout.num_chunks * i, chunk * i + self.margin
             slots[home : home + i] += halo[place : place + i]
@@ -129,6 +138,37 @@ class _Sorted:
         return slots.view(-1, self.layout.chunk_size, slots.shape[-1])
 
 
+class _Nearest(_Sorted):
+    """The same where a table says which chunks a chunk sees: there is no halo but the chunks themselves."""
+
+    reads_again: ClassVar[bool] = True
+
+    def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout, neighbors: Int[Tensor, "k m"]) -> None:
+        super().__init__(order, layout, reach=0)
+        self._neighbors, self._lists = neighbors, neighbors.tolist()
+
+    def seen(self, chunk: int) -> list[int]:
+        """Return the chunks that a chunk sees."""
+        seen: list[int] = self._lists[chunk]
+        return seen
+
+    def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
+        """Return the rows that each chunk of a tile sees, or `unit_keys` of them."""
+        token = self._token.view(self.layout.num_chunks, -1).index_select(0, self._neighbors[tile.chunks].flatten())
+        seen = rows.index_select(0, token.flatten())
+        return (unit_keys(seen) if unit else seen).view(tile.stop - tile.start, -1, rows.shape[-1])
+
+    def send_back(
+        self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
+    ) -> None:
+        """Add what each chunk sends, its rows by weights, to the sums of all that it sees."""
+        parts = torch.bmm(weights.transpose(1, 2), rows)
+        chunk_length = self.layout.chunk_size * rows.shape[-1]
+        halo.view(-1, chunk_length).index_add_(
+            0, self._neighbors[tile.chunks].flatten(), parts.view(-1, chunk_length).to(halo.dtype)
+        )
+
+
 class _Scored:
     """Queries and keys of one sample and what they make of its tiles; scores and gradients are in their precision."""
 
@@ -139,9 +179,12 @@ class _Scored:
         self.query, self.key = (rows.to(working_precision(rows)).contiguous() for rows in (query, key))
         self.scale = scale
         self.unit = unit
+        self._units = unit_keys(self.key) if unit and tokens.reads_again else None
 
     def keys(self, tile: _Tile) -> Float[Tensor, "t j d"]:
         """Return the keys that each chunk of a tile sees."""
+        if self._units is not None:
+            return self.tokens.windows(self._units, tile)
         return self.tokens.windows(self.key, tile, unit=self.unit)
 
     def scores(self, tile: _Tile, out: Tensor | None = None) -> Float[Tensor, "t i j"]:
@@ -207,9 +250,9 @@ class _ScoreGrads:
             tokens.halo_to_tokens(self._halo, grad_key)
 
 
-def _samples(order: Tensor, layout: ClusterLayout) -> Iterator[tuple[int, _Sorted]]:
+def _samples(order: Tensor, neighbors: Tensor | None, layout: ClusterLayout) -> Iterator[tuple[int, _Sorted]]:
     for sample, each in enumerate(order):
-        yield sample, _Sorted(each, layout)
+        yield sample, _Sorted(each, layout) if neighbors is None else _Nearest(each, layout, neighbors[sample])
 
 
 def _space(out: Tensor | None, like: Tensor) -> Tensor:
@@ -217,8 +260,10 @@ def _space(out: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(like.shape) if out is None else out
 
 
-def _layout(order: Tensor, chunk_size: int, num_adjacent: int, exact_keys: bool) -> ClusterLayout:
-    return ClusterLayout.of(ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys))
+def _layout(
+    order: Tensor, neighbors: Tensor | None, chunk_size: int, num_adjacent: int, exact_keys: bool
+) -> ClusterLayout:
+    return ClusterLayout.of(ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys, neighbors))
 
 
 def _weights_shape(order: Tensor, layout: ClusterLayout) -> tuple[int, ...]:
@@ -234,6 +279,7 @@ def weights_op(
     query: Tensor,
     key: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
@@ -243,10 +289,10 @@ def weights_op(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return `cluster.cluster_weights` and, `with_lse`, `cluster.cluster_lse`, tile by tile."""
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     weights, lse = query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
     with without_autocast(query):
-        for sample, tokens in _samples(order, layout):
+        for sample, tokens in _samples(order, neighbors, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             lse_slots = tokens.slots(lse[sample, :, None]) if with_lse else None
             for tile in tokens.tiles():
@@ -265,6 +311,7 @@ def _(
     query: Tensor,
     key: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
@@ -273,7 +320,7 @@ def _(
     dtype: torch.dtype,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     return query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
 
 
@@ -285,6 +332,7 @@ def _weights_backward_op(
     query: Tensor,
     key: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
@@ -292,10 +340,10 @@ def _weights_backward_op(
     unit: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
     with without_autocast(query):
-        for sample, tokens in _samples(order, layout):
+        for sample, tokens in _samples(order, neighbors, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             grads = _ScoreGrads(scored)
             for tile in tokens.tiles():
@@ -316,6 +364,7 @@ def lse_op(
     query: Tensor,
     key: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
@@ -323,10 +372,10 @@ def lse_op(
     unit: bool,
 ) -> Tensor:
     """Return `cluster.cluster_lse`, tile by tile."""
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     lse = query.new_empty(order.shape, dtype=working_precision(query))
     with without_autocast(query):
-        for sample, tokens in _samples(order, layout):
+        for sample, tokens in _samples(order, neighbors, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             slots = tokens.slots(lse[sample, :, None])
             for tile in tokens.tiles():
@@ -346,16 +395,17 @@ def _lse_backward_op(
     query: Tensor,
     key: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
     scale: float,
     unit: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
     with without_autocast(query):
-        for sample, tokens in _samples(order, layout):
+        for sample, tokens in _samples(order, neighbors, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             grads = _ScoreGrads(scored)
             for tile in tokens.tiles():
@@ -371,13 +421,19 @@ def _(grad: Tensor, query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Ten
 
 @torch.library.custom_op("sparse_sr_attn::apply_cluster_weights", mutates_args=())
 def apply_op(
-    weights: Tensor, value: Tensor, order: Tensor, chunk_size: int, num_adjacent: int, exact_keys: bool
+    weights: Tensor,
+    value: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
 ) -> Tensor:
     """Return `cluster.apply_cluster_weights`, tile by tile."""
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     out = None
     with without_autocast(value):
-        for sample, tokens in _samples(order, layout):
+        for sample, tokens in _samples(order, neighbors, layout):
             v = value[sample].to(lower_precision(weights, value)).contiguous()
             slots = tokens.slots(v)
             for tile in tokens.tiles(_WEIGHTS_PER_TILE):
@@ -399,14 +455,15 @@ def _apply_backward_op(
     weights: Tensor,
     value: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_weights, grad_value = weights.new_empty(weights.shape), value.new_empty(value.shape)
     with without_autocast(value):
-        for sample, tokens in _samples(order, layout):
+        for sample, tokens in _samples(order, neighbors, layout):
             v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
             halo = tokens.halo(v)
             for tile in tokens.tiles():
@@ -428,6 +485,7 @@ def attention_op(
     key: Tensor,
     value: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
@@ -436,10 +494,10 @@ def attention_op(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return `cluster.cluster_attention` and, `with_lse`, `cluster.cluster_lse`; a tile of weights exists at a time."""
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     out, lse = None, _new_lse(query, order, with_lse)
     with without_autocast(query):
-        for sample, tokens in _samples(order, layout):
+        for sample, tokens in _samples(order, neighbors, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             v = value[sample].contiguous()
             slots = tokens.slots(v)
@@ -468,6 +526,7 @@ def _attention_backward_op(
     key: Tensor,
     value: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
@@ -475,10 +534,10 @@ def _attention_backward_op(
     unit: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _layout(order, chunk_size, num_adjacent, exact_keys)
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key, grad_value = query.new_empty(query.shape), key.new_empty(key.shape), None
     with without_autocast(query):
-        for sample, tokens in _samples(order, layout):
+        for sample, tokens in _samples(order, neighbors, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
             v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
             grads, halo = _ScoreGrads(scored), tokens.halo(v)
@@ -505,13 +564,13 @@ def _(
 # --- their gradients --------------------------------------------------------------------------------------------------
 
 
-_NONE = (None,) * 6  # for the order and the options
+_NONE = (None,) * 7  # for the order, the neighbours and the options
 
 
 def _weights_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, order, *options, _, with_lse = inputs
+    query, key, order, neighbors, *options, _, with_lse = inputs
     ctx.options = (*options, with_lse)
-    ctx.save_for_backward(output[0], query, key, order)
+    ctx.save_for_backward(output[0], query, key, order, neighbors)
 
 
 def _weights_backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
@@ -520,8 +579,8 @@ def _weights_backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor 
 
 
 def _lse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, order, *ctx.options = inputs
-    ctx.save_for_backward(query, key, order)
+    query, key, order, neighbors, *ctx.options = inputs
+    ctx.save_for_backward(query, key, order, neighbors)
 
 
 def _lse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -529,19 +588,17 @@ def _lse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _apply_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weights, value, order, *ctx.options = inputs
-    ctx.save_for_backward(weights, value, order)
+    weights, value, order, neighbors, *ctx.options = inputs
+    ctx.save_for_backward(weights, value, order, neighbors)
 
 
 def _apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, value, order = ctx.saved_tensors
-    grad_weights, grad_value = _apply_backward_op(grad, weights, value, order, *ctx.options)
-    return grad_weights, grad_value, None, None, None, None
+    return (*_apply_backward_op(grad, *ctx.saved_tensors, *ctx.options), *_NONE[:5])
 
 
 def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, order, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, order)
+    query, key, value, order, neighbors, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, order, neighbors)
 
 
 def _attention_backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:

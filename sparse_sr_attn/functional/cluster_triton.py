@@ -54,8 +54,8 @@ class _Launch:
         grid: blocks of a chunk, chunks, samples.
         sizes: tokens, slots in a chunk, slots.
         fill: takes a slot past the last token to the slot whose token it repeats.
-        sees: the first slot that chunk 0 sees, and how many there are.
-        seen_by: the first slot from which chunk 0 is seen, and how many there are.
+        sees: the first slot that chunk 0 sees, and how many there are; not used with neighbours.
+        seen_by: the first slot from which chunk 0 is seen, and how many there are; likewise.
         num_repeats: how often a token may stand in slots past the last token.
         options: compile-time constants.
     """
@@ -72,7 +72,7 @@ class _Launch:
     def of(cls, kernel: str, query: Tensor, value: Tensor, pattern: ClusterPattern, scale: float) -> "_Launch":
         layout = ClusterLayout.of(pattern)
         n, i, k, a = layout.num_tokens, layout.chunk_size, layout.num_chunks, layout.num_adjacent
-        # Of the offsets that lead to the same chunk one counts (`ClusterLayout.visible`).
+        # Of the offsets that lead to the same chunk one counts (`ClusterLayout.counted`).
         behind, ahead = (min(a, (k - 1) // 2), min(a, k // 2)) if layout.exact_keys else (a, a)
         num_seen = (behind + 1 + ahead) * i
         padding = layout.num_slots - n
@@ -89,6 +89,7 @@ class _Launch:
             options={
                 "SCALE": scale,
                 "EXACT": layout.exact_keys,
+                "NEAREST": layout.nearest,
                 "QUERY_DIM": query.shape[-1],
                 "VALUE_DIM": value.shape[-1],
                 "BLOCK_D": block_d,
@@ -96,6 +97,7 @@ class _Launch:
                 "BLOCK_I": block_i,
                 "BLOCK_J": min(_padded(num_seen), most),
                 "num_warps": _KERNELS[kernel].warps[block_d + block_e > 128],
+                "num_stages": 2 if layout.nearest else 3,  # of the pipeline: more spill registers where lists are read
                 **_precision(query, value),
             },
         )
@@ -103,6 +105,29 @@ class _Launch:
     def column_blocks(self) -> range:
         """Return the first columns of the parts in which values are gathered."""
         return range(0, self.options["VALUE_DIM"], self.options["BLOCK_E"])
+
+
+def _sees(pattern: ClusterPattern) -> tuple[Tensor, Tensor]:
+    """Return which chunks each chunk sees, one list after the other, and where each begins; the order if on a ring."""
+    if pattern.neighbors is None:
+        return pattern.order, pattern.order
+    batch, num_chunks, num_seen = pattern.neighbors.shape
+    num_seen = min(num_seen, num_chunks)
+    chunk = torch.arange(num_chunks + 1, device=pattern.order.device)
+    starts = (chunk + num_chunks * torch.arange(batch, device=chunk.device)[:, None]) * num_seen
+    return pattern.neighbors[..., :num_seen].int(), starts
+
+
+def _seen_by(pattern: ClusterPattern) -> tuple[Tensor, Tensor]:
+    """Return which chunks see each chunk, as `_sees` does."""
+    if pattern.neighbors is None:
+        return pattern.order, pattern.order
+    _, num_chunks, num_seen = pattern.neighbors.shape
+    seen, place = pattern.neighbors[..., : min(num_seen, num_chunks)].flatten(1).sort(dim=1, stable=True)
+    chunk = torch.arange(num_chunks + 1, device=seen.device).expand(len(seen), -1).contiguous()
+    sample = torch.arange(len(seen), device=seen.device)[:, None]
+    by = (place // min(num_seen, num_chunks)).int()
+    return by, torch.searchsorted(seen, chunk) + sample * seen.shape[1]
 
 
 def _padded(size: int) -> int:
@@ -154,7 +179,8 @@ def _attention(
     launch = _Launch.of("forward", query, value, pattern, scale)
     output = value.new_empty(value.shape)
     statistics = _row_statistics(query)
-    arguments = (query, key, value, pattern.order, output, *statistics, *launch.sizes, *launch.sees, launch.fill)
+    rows = (query, key, value, pattern.order, *_sees(pattern))
+    arguments = (*rows, output, *statistics, *launch.sizes, *launch.sees, launch.fill)
     with torch.cuda.device_of(query):
         for start in launch.column_blocks():
             kernels.forward[launch.grid](*arguments, START=start, **launch.options)
@@ -176,13 +202,14 @@ def attention_op(
     key: Tensor,
     value: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     chunk_size: int,
     num_adjacent: int,
     exact_keys: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `cluster.cluster_attention`, `cluster.cluster_lse`, and what the backward needs (`_row_statistics`)."""
-    pattern = ClusterPattern(order.contiguous(), order, chunk_size, num_adjacent, exact_keys)
+    pattern = ClusterPattern(order.contiguous(), order, chunk_size, num_adjacent, exact_keys, neighbors)
     return _attention(query.contiguous(), key.contiguous(), value.contiguous(), pattern, scale)
 
 
@@ -199,6 +226,7 @@ def _attention_backward_op(
     key: Tensor,
     value: Tensor,
     order: Tensor,
+    neighbors: Tensor | None,
     largest: Tensor,
     inverse: Tensor,
     chunk_size: int,
@@ -211,12 +239,12 @@ def _attention_backward_op(
     grad_output, grad_lse, query, key, value, order = (
         tensor.contiguous() for tensor in (grad_output, grad_lse, query, key, value, order)
     )
-    pattern = ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys)
+    pattern = ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys, neighbors)
     queries, keys = (_Launch.of(name, query, value, pattern, scale) for name in ("backward_query", "backward_key"))
     grad_query, grad_key, grad_value = (torch.empty_like(rows) for rows in (query, key, value))
     delta = torch.empty_like(largest)
-    to_query = (grad_output, grad_lse, query, key, value, order, largest, inverse)
-    to_key = (grad_output, query, key, value, order, largest, inverse, delta)
+    to_query = (grad_output, grad_lse, query, key, value, order, *_sees(pattern), largest, inverse)
+    to_key = (grad_output, query, key, value, order, *_seen_by(pattern), largest, inverse, delta)
     sees = (*queries.sizes, *queries.sees, queries.fill)
     seen_by = (*keys.sizes, *keys.seen_by, keys.fill, keys.num_repeats)
     with torch.cuda.device_of(query):
@@ -239,13 +267,13 @@ def _(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, order, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, order, *output[2:])
+    query, key, value, order, neighbors, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, order, neighbors, *output[2:])
 
 
 def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grads = _attention_backward_op(grad_output, grad_lse, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 attention_op.register_autograd(_backward, setup_context=_context)

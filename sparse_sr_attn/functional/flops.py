@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 Shape = tuple[int, ...]
-"""Of a tensor; `torch.utils.flop_counter` hands these to formulas in place of tensors."""
+"""Of a tensor; `torch.utils.flop_counter` hands these to formulas in place of tensors (and `None` for none)."""
 
 
-def _scores(order: Shape, chunk_size: int, num_adjacent: int, exact_keys: bool) -> int:
+def _scores(order: Shape, _neighbors: Shape | None, chunk_size: int, num_adjacent: int, exact_keys: bool) -> int:
     """Return the scores of a pattern: slots times the keys that each sees."""
     b, n = order
     chunk_size = min(chunk_size, n) if exact_keys else chunk_size
@@ -23,13 +23,13 @@ def _scores(order: Shape, chunk_size: int, num_adjacent: int, exact_keys: bool) 
 
 
 def _cluster_attention(query: Shape, key: Shape, value: Shape, order: Shape, *options: Any, **_: Any) -> int:
-    return 2 * _scores(order, *options[:3]) * (query[-1] + value[-1])
+    return 2 * _scores(order, *options[:4]) * (query[-1] + value[-1])
 
 
 def _cluster_attention_backward(
     grad: Shape, _lse: Shape, query: Shape, key: Shape, value: Shape, order: Shape, *options: Any, **_: Any
 ) -> int:
-    return 2 * _scores(order, *options[:3]) * (3 * query[-1] + 2 * value[-1])
+    return 2 * _scores(order, *options[:4]) * (3 * query[-1] + 2 * value[-1])
 
 
 def _triton_backward(
@@ -39,17 +39,18 @@ def _triton_backward(
     key: Shape,
     value: Shape,
     order: Shape,
+    neighbors: Shape | None,
     _largest: Shape,
     _inverse: Shape,
     *options: Any,
     **_: Any,
 ) -> int:
     # Two kernels, each of which computes scores and gradients of weights.
-    return 2 * _scores(order, *options[:3]) * (5 * query[-1] + 3 * value[-1])
+    return 2 * _scores(order, neighbors, *options[:3]) * (5 * query[-1] + 3 * value[-1])
 
 
 def _cluster_weights(query: Shape, key: Shape, order: Shape, *options: Any, **_: Any) -> int:
-    return 2 * _scores(order, *options[:3]) * query[-1]
+    return 2 * _scores(order, *options[:4]) * query[-1]
 
 
 def _cluster_weights_backward(grad: Shape, _lse: Shape, weights: Shape, query: Shape, *_: Any, **__: Any) -> int:
@@ -57,7 +58,7 @@ def _cluster_weights_backward(grad: Shape, _lse: Shape, weights: Shape, query: S
 
 
 def _cluster_lse_backward(grad: Shape, query: Shape, key: Shape, order: Shape, *options: Any, **_: Any) -> int:
-    return 2 * _scores(order, *options[:3]) * 3 * query[-1]
+    return 2 * _scores(order, *options[:4]) * 3 * query[-1]
 
 
 def _apply_cluster_weights(weights: Shape, value: Shape, *_: Any, **__: Any) -> int:
@@ -103,6 +104,10 @@ def _sparsemax_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_:
     return 2 * query[0] * query[1] * key[1] * (3 * query[-1] + 2 * value[-1])
 
 
+def _nearest_rows(rows: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(rows) * rows[1]
+
+
 def _nearest(points: Shape, centroids: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(points) * centroids[0]
 
@@ -139,6 +144,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "sparsemax_attention": _sparsemax,
     "sparsemax_attention_backward": _sparsemax_backward,
     "nearest": _nearest,
+    "nearest_rows": _nearest_rows,
     "nearest_centroid_triton": _nearest,
     "kmeans_step": _nearest,
     "hash_step": _hash,

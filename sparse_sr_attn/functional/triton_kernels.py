@@ -2,8 +2,9 @@
 
 Chunks stand on a ring of slots, so the keys that a chunk sees are one run of slots from `first` on, around the end of
 the ring if need be; a run longer than the ring meets keys twice, as the published counting has it. The same is true of
-the queries that see a key. Rows are read by token: nothing is copied into slot order. Each row of each result is
-written by one program, without atomics, so results are the same in every run.
+the queries that see a key. Where there is no ring (NEAREST), lists name the chunks that a chunk sees, and those that
+see it. Rows are read by token: nothing is copied into slot order. Each row of each result is written by one program,
+without atomics, so results are the same in every run.
 """
 
 import triton
@@ -60,11 +61,38 @@ def _own(order, chunk_size, num_tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _seen(order, start, begin, num_seen, num_tokens, num_slots, fill, EXACT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the rows of BLOCK tokens that are seen from `start` on, those from `begin`, and which of them count."""
+def _listed(starts, chunk, chunk_size):
+    """Return where the list of a chunk of this sample begins, and how many slots its chunks have."""
+    starts += tl.program_id(2).to(tl.int64) * (tl.num_programs(1) + 1) + chunk
+    begin = tl.load(starts)
+    return begin, (tl.load(starts + 1) - begin).to(tl.int32) * chunk_size
+
+
+@triton.jit
+def _seen(
+    order,
+    num_tokens,
+    chunk_size,
+    num_slots,
+    fill,
+    chunks,
+    start,
+    begin,
+    num_seen,
+    EXACT: tl.constexpr,
+    NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the rows of BLOCK tokens that are seen, those from `begin` on, and which of them count.
+
+    They are seen from slot `start` on or, if NEAREST, in the chunks that are listed from `start` on.
+    """
     j = begin + tl.arange(0, BLOCK)
-    slot = (start + j) % num_slots
     mask = j < num_seen
+    if NEAREST:
+        slot = tl.load(chunks + start + j // chunk_size, mask=mask, other=0) * chunk_size + j % chunk_size
+    else:
+        slot = (start + j) % num_slots
     if EXACT:
         mask = mask & (slot < num_tokens)
     return _tokens(order, slot, mask, num_tokens, fill, EXACT), mask
@@ -76,6 +104,8 @@ def forward(
     key,
     value,
     order,
+    chunks,
+    starts,
     output,
     lse,
     maximum,
@@ -88,6 +118,7 @@ def forward(
     fill,
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
+    NEAREST: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     START: tl.constexpr,
@@ -101,7 +132,8 @@ def forward(
 ):
     """Attend from BLOCK_I queries of a chunk; program ids are (block of queries, chunk, sample).
 
-    `first` is the first slot that chunk 0 sees, in [0, num_slots), and `num_seen` how many there are from there on;
+    `first` is the first slot that chunk 0 sees, in [0, num_slots), and `num_seen` how many there are from there on; if
+    NEAREST, chunk t of sample b sees instead the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`.
     `fill` takes a slot past the last token to the slot whose token it repeats. SCALE multiplies scores. BLOCK_E columns
     of the values are gathered, from column START on.
     """
@@ -112,9 +144,14 @@ def forward(
     largest = tl.full([BLOCK_I], float("-inf"), WORK)
     total = tl.zeros([BLOCK_I], WORK)
     gathered = tl.zeros([BLOCK_I, BLOCK_E], WORK)
-    first = first + tl.program_id(1) * chunk_size
+    if NEAREST:
+        first, num_seen = _listed(starts, tl.program_id(1), chunk_size)
+    else:
+        first = first + tl.program_id(1) * chunk_size
     for begin in range(0, num_seen, BLOCK_J):
-        token, is_key = _seen(order, first, begin, num_seen, num_tokens, num_slots, fill, EXACT, BLOCK_J)
+        token, is_key = _seen(
+            order, num_tokens, chunk_size, num_slots, fill, chunks, first, begin, num_seen, EXACT, NEAREST, BLOCK_J
+        )
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
@@ -141,6 +178,8 @@ def backward_query(
     key,
     value,
     order,
+    chunks,
+    starts,
     maximum,
     inverse,
     grad_query,
@@ -153,6 +192,7 @@ def backward_query(
     fill,
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
+    NEAREST: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     START: tl.constexpr,
@@ -180,9 +220,14 @@ def backward_query(
     less = tl.zeros([BLOCK_I], WORK)
     result = tl.zeros([BLOCK_I, BLOCK_D], WORK)
     mean_key = tl.zeros([BLOCK_I, BLOCK_D], WORK)
-    first = first + tl.program_id(1) * chunk_size
+    if NEAREST:
+        first, num_seen = _listed(starts, tl.program_id(1), chunk_size)
+    else:
+        first = first + tl.program_id(1) * chunk_size
     for begin in range(0, num_seen, BLOCK_J):
-        token, is_key = _seen(order, first, begin, num_seen, num_tokens, num_slots, fill, EXACT, BLOCK_J)
+        token, is_key = _seen(
+            order, num_tokens, chunk_size, num_slots, fill, chunks, first, begin, num_seen, EXACT, NEAREST, BLOCK_J
+        )
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
@@ -205,6 +250,8 @@ def backward_key(
     key,
     value,
     order,
+    chunks,
+    starts,
     maximum,
     inverse,
     delta,
@@ -219,6 +266,7 @@ def backward_key(
     num_repeats,
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
+    NEAREST: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     START: tl.constexpr,
@@ -232,8 +280,9 @@ def backward_key(
 ):
     """Send gradients to BLOCK_I keys and values of a chunk; program ids are (block of keys, chunk, sample).
 
-    `first` is the first slot from which chunk 0 is seen, and `num_seen` how many slots see it from there on. The token
-    of a slot may be repeated in up to `num_repeats` slots past the last token, all in the last chunk: queries that see
+    `first` is the first slot from which chunk 0 is seen, and `num_seen` how many slots see it from there on; if
+    NEAREST, chunk t of sample b is seen by the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`. The token of a
+    slot may be repeated in up to `num_repeats` slots past the last token, all in the last chunk: queries that see
     that chunk see it there as well.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
@@ -251,8 +300,12 @@ def backward_key(
         is_shown = is_key & ((turn == 0) | (repeat + (turn - 1) * num_tokens < num_slots))
         chunk = tl.where(turn == 0, tl.program_id(1), tl.num_programs(1) - 1)
         start = first + chunk * chunk_size
+        if NEAREST:
+            start, num_seen = _listed(starts, chunk, chunk_size)
         for begin in range(0, num_seen, BLOCK_J):
-            token, is_query = _seen(order, start, begin, num_seen, num_tokens, num_slots, fill, True, BLOCK_J)
+            token, is_query = _seen(
+                order, num_tokens, chunk_size, num_slots, fill, chunks, start, begin, num_seen, True, NEAREST, BLOCK_J
+            )
             q = _rows(query, token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
             grad = _rows(grad_output, token, is_query, VALUE_DIM, START, BLOCK_E)
             largest = tl.load(maximum + token, mask=is_query, other=0.0)

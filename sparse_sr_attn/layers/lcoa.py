@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
+from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
     cluster_attention_rounds,
     cluster_pattern,
     cluster_weights_rounds,
+    with_nearest_chunks,
 )
 from sparse_sr_attn.functional.cluster_order import chain_rank, order_clusters
 from sparse_sr_attn.functional.kmeans import KMeansState, hash_directions, initial_state
@@ -42,6 +44,9 @@ Routing = Literal["kmeans", "lsh"]
 ClusterOrder = Literal["chain", "index"]
 """In which order clusters are sorted."""
 
+Neighbors = Literal["ring", "nearest"]
+"""Which other chunks a chunk sees."""
+
 Reuse = Literal["auto", "weights", "pattern"]
 """What a state keeps for later layers."""
 
@@ -64,11 +69,14 @@ class LSP(KMeansLearner):
         num_clusters: centroids, >= 1; more than there are tokens is allowed.
         chunk_size: sorted tokens that attend to each other, >= 1; cut to the number of tokens.
         reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
-        num_adjacent: neighbouring chunks seen on each side, >= 0.
+        num_adjacent: neighbouring chunks seen on each side, >= 0; of `neighbors="nearest"`, half of how many.
+        neighbors: "ring" for the chunks beside a chunk; "nearest" for as many whose mean keys are most similar to its
+            own, wherever they stand (`functional.cluster.with_nearest_chunks`). With smaller chunks and more of them,
+            it sees more of what matters.
         ema_decay: share of the old centroid that an update keeps, in [0, 1]; 1 freezes the centroids, as published.
         reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 switches that off, as
             published.
-        exact_keys: count every key once; `False` is the published counting.
+        exact_keys: count every key once; `False` is the published counting, of a ring.
         similarity: "cosine" for $\tau$ times the cosine, or "dot", as published: the query is raw, so its length is the
             temperature, and the key has unit length.
         logit_scale: $\tau$ at first, > 0; it is learnt, and at most 100. Only with "cosine".
@@ -112,6 +120,7 @@ class LSP(KMeansLearner):
         chunk_size: PositiveInt = 144,
         reduction: PositiveInt = 4,
         num_adjacent: NonNegativeInt = 1,
+        neighbors: Neighbors = "ring",
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
@@ -125,11 +134,15 @@ class LSP(KMeansLearner):
         half_weights: bool = False,
     ) -> None:
         super().__init__()
+        if neighbors == "nearest" and not exact_keys:
+            rule = "must be 'ring' with exact_keys=False, whose published counting is of a ring, got 'nearest'"
+            raise ConfigError([Problem("neighbors", rule)])
         self.embed_dim = embed_dim
         self.similarity = similarity
         self.cluster_order = cluster_order
         self.chunk_size = chunk_size
         self.num_adjacent = num_adjacent
+        self.neighbors = neighbors
         self.ema_decay = ema_decay
         self.reseed_threshold = reseed_threshold
         self.exact_keys = exact_keys
@@ -160,8 +173,8 @@ class LSP(KMeansLearner):
         """Return the options that shapes do not show."""
         return (
             f"num_clusters={len(self.centroids)}, chunk_size={self.chunk_size}, num_adjacent={self.num_adjacent}, "
-            f"ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, exact_keys={self.exact_keys}, "
-            f"similarity={self.similarity!r}, cluster_order={self.cluster_order!r}, "
+            f"neighbors={self.neighbors!r}, ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, "
+            f"exact_keys={self.exact_keys}, similarity={self.similarity!r}, cluster_order={self.cluster_order!r}, "
             f"routing={self.routing!r}, reuse={self.reuse!r}, half_weights={self.half_weights}"
         )
 
@@ -210,7 +223,20 @@ class LSP(KMeansLearner):
             exact_keys=self.exact_keys,
             place=torch.stack(places, dim=1).flatten(0, 1) if places else None,
         )
+        if self.neighbors == "nearest":
+            pattern = self.find_neighbors(pattern, _each_round(embedding, self.num_rounds))
         return embedding, pattern
+
+    def find_neighbors(self, pattern: ClusterPattern, keys: Float[Tensor, "br n d"]) -> ClusterPattern:
+        """Return the pattern in which each chunk sees those of the most similar keys."""
+        return with_nearest_chunks(pattern, keys)
+
+    @torch.no_grad()
+    def order_clusters(self) -> None:
+        """Let the order of the clusters follow the centroids at once, as it does in training now and then."""
+        for state, rank in self._states_and_orders():
+            if rank is not None:
+                rank.copy_(chain_rank(state.centroids))
 
     def _rounds(self) -> list[nn.Module]:
         return [self, *self.further_rounds]
@@ -291,10 +317,11 @@ class LCoA(AttentionLayer):
         num_clusters: centroids of k-means, >= 1; more of them are finer.
         chunk_size: sorted tokens that attend to each other, >= 1; cut to the number of tokens.
         reduction: `embed_dim` over the length of queries and keys, >= 1.
-        num_adjacent: neighbouring chunks seen on each side, >= 0.
+        num_adjacent: neighbouring chunks seen on each side, >= 0; of `neighbors="nearest"`, half of how many.
+        neighbors: "ring" for the chunks beside a chunk; "nearest" for as many of the most similar mean key.
         ema_decay: share of the old centroid that an update keeps, in [0, 1]; 1 freezes the centroids, as published.
         reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 switches that off.
-        exact_keys: count every key once; `False` is the published counting.
+        exact_keys: count every key once; `False` is the published counting, of a ring.
         similarity: "cosine", times a learnt temperature, or "dot", as published.
         logit_scale: that temperature's inverse at first, > 0.
         cluster_order: "chain", similar clusters beside each other, or "index", as published.
@@ -328,6 +355,7 @@ class LCoA(AttentionLayer):
         chunk_size: PositiveInt = 144,
         reduction: PositiveInt = 4,
         num_adjacent: NonNegativeInt = 1,
+        neighbors: Neighbors = "ring",
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
         exact_keys: bool = True,
@@ -349,6 +377,7 @@ class LCoA(AttentionLayer):
             chunk_size=chunk_size,
             reduction=reduction,
             num_adjacent=num_adjacent,
+            neighbors=neighbors,
             ema_decay=ema_decay,
             reseed_threshold=reseed_threshold,
             exact_keys=exact_keys,

@@ -26,6 +26,10 @@ class PatternLike(Protocol):
     def exact_keys(self) -> bool:
         """Whether each key counts once, or as often as the published code counts it."""
 
+    @property
+    def neighbors(self) -> Tensor | None:
+        """Chunks that each chunk sees, `(b, k, m)`; `None` for a ring."""
+
 
 @dataclass(frozen=True, eq=False)
 class ClusterPattern:
@@ -36,6 +40,7 @@ class ClusterPattern:
     chunk_size: int
     num_adjacent: int
     exact_keys: bool
+    neighbors: Tensor | None = None
 
 
 def cluster_pattern(
@@ -71,6 +76,34 @@ def cluster_pattern(
     )
 
 
+def nearest_chunks(key: Tensor, pattern: PatternLike) -> Tensor:
+    """Return the chunks that each chunk sees by content: itself, then those of the most similar mean key.
+
+    Args:
+        key: `(b, n, d)`; the mean is that of the keys at unit length.
+        pattern: which tokens stand in which chunk; it says how many chunks are seen, too.
+
+    Returns:
+        `(b, k, 2 * num_adjacent + 1)`. Products are compared in steps of 2**-20, the lower chunk wins a tie, and where
+        chunks run out, the own one stands again.
+    """
+    num_seen = 2 * pattern.num_adjacent + 1
+    samples = []
+    for b, order in enumerate(pattern.order.tolist()):
+        means = []
+        for chunk in slot_tokens(order, pattern.chunk_size, True):
+            rows = [key[b, token].detach() for token in chunk if token is not None]
+            means.append(sum(row / row.norm().clamp(min=5e-5) for row in rows) / len(rows))
+        table = []
+        for t, mean in enumerate(means):
+            steps = [round(float((mean * other).sum().nan_to_num()) * 2**20) for other in means]
+            others = sorted((s for s in range(len(means)) if s != t), key=lambda s: (-steps[s], s))
+            seen = [t, *others][:num_seen]
+            table.append(seen + [t] * (num_seen - len(seen)))
+        samples.append(table)
+    return torch.tensor(samples, dtype=torch.int64, device=key.device)
+
+
 def slot_tokens(order: list[int], chunk_size: int, exact_keys: bool) -> list[list[int | None]]:
     """Cut one sample's slots into chunks: the token at each slot, None where a slot is empty.
 
@@ -94,16 +127,20 @@ def slot_tokens(order: list[int], chunk_size: int, exact_keys: bool) -> list[lis
     return [slots[start : start + length] for start in range(0, num_chunks * length, length)]
 
 
-def seen_tokens(chunks: list[list[int | None]], num_adjacent: int, exact_keys: bool) -> list[list[int | None]]:
+def seen_tokens(
+    chunks: list[list[int | None]], num_adjacent: int, exact_keys: bool, neighbors: Tensor | None = None
+) -> list[list[int | None]]:
     """Return the tokens each chunk sees in the order of axis `j`: offset by offset, None where nothing is seen.
 
     Chunks form a ring. If the ring is so short that a chunk is met at two offsets, then with `exact_keys` only one of
-    them shows it, the one closest to 0 (between equals the following chunk's side); else both do.
+    them shows it, the one closest to 0 (between equals the following chunk's side); else both do. A table of neighbours
+    takes the place of the ring; of its columns, as many show something as there are chunks.
 
     Args:
         chunks: from `slot_tokens`.
         num_adjacent: neighbouring chunks seen on each side.
         exact_keys: as in `cluster_pattern`.
+        neighbors: the chunks that each chunk sees, `(k, 2 * num_adjacent + 1)`; `None` for the ring.
 
     Returns:
         `(2 * num_adjacent + 1) * length` entries for each chunk.
@@ -113,11 +150,21 @@ def seen_tokens(chunks: list[list[int | None]], num_adjacent: int, exact_keys: b
     seen: list[list[int | None]] = []
     for t in range(num_chunks):
         row: list[int | None] = []
+        if neighbors is not None:
+            for place, chunk in enumerate(neighbors[t].tolist()):
+                row += [token if place < num_chunks else None for token in chunks[chunk]]
+            seen.append(row)
+            continue
         for offset in range(-num_adjacent, num_adjacent + 1):
             shown = first <= offset <= last or not exact_keys
             row += [token if shown else None for token in chunks[(t + offset) % num_chunks]]
         seen.append(row)
     return seen
+
+
+def _seen_tokens(chunks: list[list[int | None]], pattern: PatternLike, sample: int) -> list[list[int | None]]:
+    neighbors = None if pattern.neighbors is None else pattern.neighbors[sample]
+    return seen_tokens(chunks, pattern.num_adjacent, pattern.exact_keys, neighbors)
 
 
 def multiplicity(pattern: PatternLike) -> Tensor:
@@ -133,7 +180,7 @@ def multiplicity(pattern: PatternLike) -> Tensor:
     counts = torch.zeros(batch, num_tokens, num_tokens, dtype=torch.int64)
     for b, order in enumerate(pattern.order.tolist()):
         chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
-        seen = seen_tokens(chunks, pattern.num_adjacent, pattern.exact_keys)
+        seen = _seen_tokens(chunks, pattern, b)
         for slot, query in enumerate(order):
             for key in seen[slot // len(chunks[0])]:
                 if key is not None:
@@ -199,7 +246,7 @@ def cluster_weights(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: 
     samples = []
     for b, order in enumerate(pattern.order.tolist()):
         chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
-        seen = seen_tokens(chunks, pattern.num_adjacent, pattern.exact_keys)
+        seen = _seen_tokens(chunks, pattern, b)
         length, num_seen = len(chunks[0]), len(seen[0])
         rows = []
         for slot in range(len(chunks) * length):
@@ -230,7 +277,7 @@ def apply_cluster_weights(weights: Tensor, value: Tensor, pattern: PatternLike) 
     samples = []
     for b, order in enumerate(pattern.order.tolist()):
         chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
-        seen = seen_tokens(chunks, pattern.num_adjacent, pattern.exact_keys)
+        seen = _seen_tokens(chunks, pattern, b)
         results: list[Tensor] = [value[b, 0]] * len(order)
         for slot, query in enumerate(order):
             chunk, row = divmod(slot, len(chunks[0]))

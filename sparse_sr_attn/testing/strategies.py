@@ -30,6 +30,7 @@ class Case:
         num_adjacent: neighbouring chunks seen on each side.
         exact_keys: each key counts once, or as published.
         seed: of all numbers.
+        nearest: neighbours are the most similar chunks, not those of a ring; only with `exact_keys`.
     """
 
     batch: int = 1
@@ -39,6 +40,7 @@ class Case:
     num_adjacent: int = 1
     exact_keys: bool = True
     seed: int = 0
+    nearest: bool = False
 
     def tensor(
         self, name: str, *shape: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
@@ -80,9 +82,10 @@ def cases(
     max_chunk_size: int = 9,
     max_adjacent: int = 2,
     exact_keys: bool | None = None,
+    nearest: bool | None = None,
 ) -> st.SearchStrategy[Case]:
-    """Return a strategy of cases within the given limits; `exact_keys` None draws both ways of counting."""
-    return st.builds(
+    """Return a strategy of cases within the given limits; None draws both ways of counting, and both of seeing."""
+    drawn = st.builds(
         Case,
         batch=st.integers(1, max_batch),
         num_tokens=st.integers(min_tokens, max_tokens),
@@ -91,4 +94,6 @@ def cases(
         num_adjacent=st.integers(0, max_adjacent),
         exact_keys=st.booleans() if exact_keys is None else st.just(exact_keys),
         seed=st.integers(0, 2**16),
+        nearest=st.booleans() if nearest is None else st.just(nearest),
     )
+    return drawn.map(lambda case: case if case.exact_keys else case.but(nearest=False))

@@ -24,6 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = "sparse_sr_attn/functional/cluster.py"
 LAYOUT = "sparse_sr_attn/functional/cluster_layout.py"
+NEIGHBORS = "sparse_sr_attn/functional/cluster_neighbors.py"
 TILES = "sparse_sr_attn/functional/cluster_tiles.py"
 KERNELS = "sparse_sr_attn/functional/triton_kernels.py"
 TRITON = "sparse_sr_attn/functional/cluster_triton.py"
@@ -89,6 +90,7 @@ MODEL = "integrations/sparse_sr_attn_basicsr/model.py"
 IN_BROKEN = "tests/integrations/test_broken_files.py"
 IN_RESUME = "tests/integrations/test_resume.py"
 IN_CLUSTER = "tests/functional/test_cluster.py"
+IN_NEIGHBORS = "tests/functional/test_cluster_neighbors.py"
 IN_TRITON = "tests/functional/test_cluster_triton.py"
 IN_FLEX = "tests/functional/test_cluster_flex.py"
 IN_FORMS = "tests/functional/test_forms.py"
@@ -171,66 +173,86 @@ FAULTS = [
     Fault(
         "a chunk met twice counts twice",
         LAYOUT,
-        "met_once = (offset >= -((k - 1) // 2)) & (offset <= k // 2)",
-        "met_once = offset >= -a",
+        "(place >= first) & (place < stop)",
+        "(place >= first)",
         f"{IN_CLUSTER}::test_a_key_counts_as_often_as_it_should",
     ),
     Fault(
         "the last chunk of an even ring is not seen",
         LAYOUT,
-        "(offset <= k // 2)",
-        "(offset <= (k - 1) // 2)",
+        "return first, first + self.num_chunks",
+        "return first, first + (self.num_chunks - 1) // 2 * 2 + 1",
         f"{IN_CLUSTER}::test_chunks_in_sight_of_all_are_plain_attention",
+    ),
+    Fault(
+        "the first chunks of a table do not count",
+        LAYOUT,
+        "first = 0 if self.nearest else self",
+        "first = self",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
         "padding is visible",
         LAYOUT,
-        "return (slot < self.num_tokens) & met_once",
-        "return (slot >= 0) & met_once",
+        "return (slot < self.num_tokens) & (place",
+        "return (slot >= 0) & (place",
         f"{IN_CLUSTER}::test_chunks_in_sight_of_all_are_plain_attention",
     ),
     Fault(
         "padding is visible around the ring (tiles)",
         LAYOUT,
-        "elif (chunk + offset) % k == k - 1",
-        "elif chunk + offset == k - 1",
-        f"{IN_CLUSTER}::test_hidden_is_what_is_not_visible",
+        "[(chunk + offset) % self.num_chunks for",
+        "[(chunk + offset) for",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
         "padding is visible (tiles)",
         LAYOUT,
-        "            elif (chunk + offset) % k == k - 1 and self.num_slots > self.num_tokens:\n"
-        "                runs.append(slice(last - (self.num_slots - self.num_tokens), last))\n",
-        "",
+        "                runs.append(slice(last - tail, last))\n",
+        "                pass\n",
         f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
         "every chunk hides as much as the last (tiles)",
         LAYOUT,
-        "elif (chunk + offset) % k == k - 1 and self.num_slots",
-        "elif self.num_slots",
+        "elif tail and chunk == self.num_chunks - 1:",
+        "elif tail:",
         f"{IN_CLUSTER}::test_hidden_is_what_is_not_visible",
-    ),
-    Fault(
-        "the last chunk of an even ring is not seen (tiles)",
-        LAYOUT,
-        "if not -((k - 1) // 2) <= offset <= k // 2:",
-        "if not -((k - 1) // 2) <= offset <= (k - 1) // 2:",
-        f"{IN_CLUSTER}::test_chunks_in_sight_of_all_are_plain_attention",
     ),
     Fault(
         "a chunk met twice counts twice (tiles)",
         LAYOUT,
-        "if not -((k - 1) // 2) <= offset <= k // 2:",
-        "if offset > a:",
+        "if not first <= place < stop:",
+        "if place < first:",
         f"{IN_CLUSTER}::test_a_key_counts_as_often_as_it_should",
     ),
     Fault(
         "hidden keys are those of the neighbour before (tiles)",
         LAYOUT,
-        "first, last = (offset + a) * i, (offset + a + 1) * i",
-        "first, last = (offset + a - 1) * i, (offset + a) * i",
+        "last = (place + 1) * i",
+        "last = max(place, 1) * i",
         f"{IN_CLUSTER}::test_hidden_is_what_is_not_visible",
+    ),
+    Fault(
+        "the higher chunk wins a tie",
+        NEIGHBORS,
+        "steps.mul_(num_rows).sub_(",
+        "steps.mul_(num_rows).add_(",
+        f"{IN_NEIGHBORS}::test_neighbors_equal_loops",
+    ),
+    Fault(
+        "what a chunk sends back goes to its chunks in another order (tiles)",
+        TILES,
+        "0, self._neighbors[tile.chunks].flatten(), parts",
+        "0, self._neighbors.sort(dim=1).values[tile.chunks].flatten(), parts",
+        f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
+    ),
+    Fault(
+        "who sees a chunk is who it sees",
+        TRITON,
+        "order, *_seen_by(pattern), largest",
+        "order, *_sees(pattern), largest",
+        f"{IN_TRITON}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
         "the published filling repeats the first tokens",
@@ -398,14 +420,14 @@ FAULTS = [
     Fault(
         "what goes back around the end of the ring is lost (tiles)",
         TILES,
-        "            *range(layout.num_chunks, layout.num_chunks + layout.num_adjacent),\n",
+        "            *range(layout.num_chunks, layout.num_chunks + self.reach),\n",
         "",
         f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
     ),
     Fault(
         "what goes back around the start of the ring is lost (tiles)",
         TILES,
-        "            *range(-layout.num_adjacent, 0),\n",
+        "            *range(-self.reach, 0),\n",
         "",
         f"{IN_CLUSTER}::test_attention_equals_masked_dense_attention",
     ),
@@ -426,8 +448,8 @@ FAULTS = [
     Fault(
         "all samples read the first (tiles)",
         TILES,
-        "yield sample, _Sorted(each, layout)",
-        "yield sample, _Sorted(order[0], layout)",
+        "yield sample, _Sorted(each, layout) if",
+        "yield sample, _Sorted(order[0], layout) if",
         f"{IN_CLUSTER}::test_a_batch_is_its_samples",
     ),
     Fault(
@@ -1483,8 +1505,8 @@ FAULTS = [
     Fault(
         "ties count as errors",
         EXPORT,
-        "with torch.no_grad(), _watched(model, clusters) as forced:",
-        "with torch.no_grad(), _watched(model, watched.clusters) as forced:",
+        "with torch.no_grad(), _watched(model, choices) as forced:",
+        "with torch.no_grad(), _watched(model, watched.choices) as forced:",
         f"{IN_EXPORT}::test_ties_may_fall_either_way",
     ),
     Fault(

@@ -41,15 +41,20 @@ WIDE_RING = Case(num_tokens=9, num_clusters=3, chunk_size=2, num_adjacent=2, see
 FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
 LONELY_TAIL = Case(num_tokens=4, num_clusters=1, chunk_size=3, num_adjacent=0, seed=1)
 NO_NEIGHBOURS = Case(num_tokens=8, num_clusters=3, chunk_size=3, num_adjacent=0, seed=9)
+NEAREST = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, num_adjacent=1, seed=10, nearest=True)
+NEAREST_ALL = NEAREST.but(num_adjacent=3)
+NEAREST_FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=2, seed=11, nearest=True)
 
 
 def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
-    return fast.cluster_pattern(
+    pattern = fast.cluster_pattern(
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
         exact_keys=case.exact_keys,
     )
+    routing = case.tokens("routing", 3, device=device)
+    return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
 
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,15 +106,21 @@ def test_hidden_is_what_is_not_visible() -> None:
             for num_adjacent in range(4):
                 for exact_keys in (True, False):
                     order = torch.arange(num_tokens)[None]
-                    layout = ClusterLayout.of(ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys))
-                    slots = torch.arange(layout.num_slots).view(layout.num_chunks, -1)
-                    around = [slots.roll(-offset, dims=0) for offset in range(-num_adjacent, num_adjacent + 1)]
-                    visible = layout.visible(torch.cat(around, dim=1))
-                    times = torch.zeros(visible.shape, dtype=torch.int64)
-                    for chunk in range(layout.num_chunks):
-                        for run in layout.hidden(chunk):
-                            times[chunk, run] += 1
-                    assert torch.equal(times, (~visible).long()), layout
+                    pattern = ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys)
+                    ring = ClusterLayout.of(pattern)
+                    seen = torch.tensor([ring.ring(chunk) for chunk in range(ring.num_chunks)])
+                    patterns = [pattern]
+                    if exact_keys:  # the last chunk stands first, in the middle and last
+                        patterns.append(pattern._replace(neighbors=seen.flip(0)[None]))
+                    for each in patterns:
+                        layout, table = ClusterLayout.of(each), seen if each.neighbors is None else each.neighbors[0]
+                        slots = torch.arange(layout.num_slots).view(layout.num_chunks, -1)
+                        visible = layout.visible(slots[table].flatten(1))
+                        times = torch.zeros(visible.shape, dtype=torch.int64)
+                        for chunk in range(layout.num_chunks):
+                            for run in layout.hidden(table[chunk].tolist()):
+                                times[chunk, run] += 1
+                        assert torch.equal(times, (~visible).long()), layout
 
 
 @given(case=cases(), form=forms, scale=st.sampled_from((1.0, 0.5, 3.0)))
@@ -132,6 +143,12 @@ def test_hidden_is_what_is_not_visible() -> None:
 @example(case=FOUR_CHUNKS_TWO_SIDES, form="tiles", scale=1.0)
 @example(case=NO_NEIGHBOURS, form="oneshot", scale=3.0)
 @example(case=NO_NEIGHBOURS, form="tiles", scale=3.0)
+@example(case=NEAREST, form="oneshot", scale=1.0)
+@example(case=NEAREST, form="tiles", scale=0.5)
+@example(case=NEAREST_ALL, form="oneshot", scale=1.0)
+@example(case=NEAREST_ALL, form="tiles", scale=1.0)
+@example(case=NEAREST_FEW, form="oneshot", scale=1.0)
+@example(case=NEAREST_FEW, form="tiles", scale=1.0)
 def test_attention_equals_masked_dense_attention(device: torch.device, case: Case, form: str, scale: float) -> None:
     query, key, value = inputs_of(case, device)
     pattern = pattern_of(case, device)
@@ -147,6 +164,8 @@ def test_attention_equals_masked_dense_attention(device: torch.device, case: Cas
 @example(case=PADDED_TAIL, form="oneshot")
 @example(case=PADDED_TAIL, form="tiles")
 @example(case=FOUR_CHUNKS_TWO_SIDES, form="tiles")
+@example(case=NEAREST_FEW, form="oneshot")
+@example(case=NEAREST_FEW, form="tiles")
 @example(case=REPEATED_TWICE_OVER, form="oneshot")
 @example(case=REPEATED_TWICE_OVER, form="tiles")
 def test_weights_equal_loops(device: torch.device, case: Case, form: str) -> None:
@@ -165,6 +184,8 @@ def test_weights_equal_loops(device: torch.device, case: Case, form: str) -> Non
 @example(case=PADDED_TAIL, form="oneshot")
 @example(case=PADDED_TAIL, form="tiles")
 @example(case=FOUR_CHUNKS_TWO_SIDES, form="tiles")
+@example(case=NEAREST_FEW, form="oneshot")
+@example(case=NEAREST_FEW, form="tiles")
 @example(case=REPEATED_TWICE_OVER, form="oneshot")
 @example(case=REPEATED_TWICE_OVER, form="tiles")
 def test_application_equals_loops(device: torch.device, case: Case, form: str) -> None:
@@ -246,13 +267,15 @@ def test_a_batch_is_its_samples(device: torch.device, case: Case, form: str) -> 
     query, key, value = inputs_of(case, device)
     together = fast.cluster_attention(query, key, value, pattern_of(case, device), form=form)
     for b in range(case.batch):
+        one = slice(b, b + 1)
         alone = fast.cluster_pattern(
-            case.assignment(device=device)[b : b + 1],
+            case.assignment(device=device)[one],
             chunk_size=case.chunk_size,
             num_adjacent=case.num_adjacent,
             exact_keys=case.exact_keys,
         )
-        one = slice(b, b + 1)
+        if case.nearest:
+            alone = fast.with_nearest_chunks(alone, case.tokens("routing", 3, device=device)[one])
         assert_values_close(fast.cluster_attention(query[one], key[one], value[one], alone, form=form), together[one])
 
 
@@ -285,6 +308,8 @@ def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, form: s
 @example(case=PADDED_TAIL_PUBLISHED)
 @example(case=REPEATED_TWICE_OVER)
 @example(case=FOUR_CHUNKS_TWO_SIDES)
+@example(case=NEAREST)
+@example(case=NEAREST_FEW)
 def test_seen_keys_equal_loops(device: torch.device, case: Case) -> None:
     """Of queries in any order, each key as often as it counts."""
     pattern = pattern_of(case, device)
@@ -428,7 +453,9 @@ def test_scores_and_softmax_of_half_inputs_are_float32(
     torch.testing.assert_close(real_rows(pattern, weights), real_rows(pattern, wide), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [ONE_TOKEN, PADDED_TAIL, PADDED_TAIL_PUBLISHED, FOUR_CHUNKS_TWO_SIDES], ids=str)
+@pytest.mark.parametrize(
+    "case", [ONE_TOKEN, PADDED_TAIL, PADDED_TAIL_PUBLISHED, FOUR_CHUNKS_TWO_SIDES, NEAREST_FEW], ids=str
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(device: torch.device, form: str, case: Case) -> None:
     """Numerical derivatives, independent of any other implementation."""
@@ -495,7 +522,7 @@ def test_normalised_keys_are_unit_keys(device: torch.device, case: Case, form: s
         assert_gradients_close((mine[0], size * mine[1]), (other[0], size * other[1]))
 
 
-@pytest.mark.parametrize("case", [ONE_TOKEN, PADDED_TAIL_PUBLISHED.but(batch=1)], ids=str)
+@pytest.mark.parametrize("case", [ONE_TOKEN, PADDED_TAIL_PUBLISHED.but(batch=1), NEAREST_FEW.but(batch=1)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck_of_normalised_keys(device: torch.device, form: str, case: Case) -> None:
     query, key, value = inputs_of(case, device)

@@ -10,7 +10,6 @@ from sparse_sr_attn.errors import FormError
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional import cluster_flex
 from sparse_sr_attn.functional.cluster_layout import ClusterLayout
-from sparse_sr_attn.functional.modulo import modulo
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
@@ -20,17 +19,21 @@ compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's o
 PADDED_TAIL = Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3)
 PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4)
 REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, exact_keys=False, seed=6)
+NEAREST = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, seed=10, nearest=True)
+NEAREST_LONG = Case(batch=2, num_tokens=17, num_clusters=5, chunk_size=5, num_adjacent=2, seed=11, nearest=True)
 FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
 TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, exact_keys=False, seed=2)
 
 
 def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
-    return fast.cluster_pattern(
+    pattern = fast.cluster_pattern(
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
         exact_keys=case.exact_keys,
     )
+    routing = case.tokens("routing", 3, device=device)
+    return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
 
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -41,7 +44,7 @@ def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float
 def entries(num_blocks: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
     """The blocks that are listed, as a table of queries by keys; none twice."""
     table = torch.zeros(shape, dtype=torch.int64)
-    for row, (count, columns) in enumerate(zip(num_blocks[0, 0], indices[0, 0], strict=True)):
+    for row, (count, columns) in enumerate(zip(num_blocks, indices, strict=True)):
         for column in columns[: int(count)].tolist():
             table[row, column] += 1
     return table
@@ -53,29 +56,34 @@ def entries(num_blocks: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tens
 @example(case=TWO_CHUNKS_PUBLISHED, block=4)
 @example(case=FOUR_CHUNKS_TWO_SIDES, block=4)
 @example(case=REPEATED_TWICE_OVER, block=2)
+@example(case=NEAREST, block=None)
+@example(case=NEAREST, block=4)
+@example(case=NEAREST_LONG, block=2)
+@example(case=NEAREST_LONG, block=4)
 def test_block_masks_show_what_the_pattern_shows(case: Case, block: int | None) -> None:
     """Blocks of a chunk, as on the CPU, and of any other size, as on GPUs; what is listed as whole is not masked."""
     pattern = pattern_of(case, torch.device("cpu"))
     layout = ClusterLayout.of(pattern)
-    reach = layout.num_adjacent * layout.chunk_size
     slot = torch.arange(layout.num_slots)
-    seen = modulo(torch.arange(-reach, layout.num_slots + reach), layout.num_slots)
     block = block or layout.chunk_size
-    mask = cluster_flex._block_mask(layout, seen, block)
+    seen, mask = cluster_flex._seen(pattern, block)
 
     shape = (-(-len(slot) // block), -(-len(seen) // block))
-    some, whole = (
-        entries(counts, indices, shape)
-        .repeat_interleave(block, 0)
-        .repeat_interleave(block, 1)[: len(slot), : len(seen)]
-        for counts, indices in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
-    )
-    assert (some + whole).max() <= 1, "a block is listed twice"
-    zero = torch.tensor(0)
-    asked = torch.zeros(len(slot), len(seen)).bool() | mask.mask_mod(zero, zero, slot[:, None], torch.arange(len(seen)))
-    shown = (whole + some * asked)[: layout.num_tokens]
-
     for b, order in enumerate(pattern.order):
+        row = b if pattern.neighbors is not None else 0  # on the ring, one mask serves all samples
+        some, whole = (
+            entries(counts[row, 0], indices[row, 0], shape)
+            .repeat_interleave(block, 0)
+            .repeat_interleave(block, 1)[: len(slot), : len(seen)]
+            for counts, indices in (
+                (mask.kv_num_blocks, mask.kv_indices),
+                (mask.full_kv_num_blocks, mask.full_kv_indices),
+            )
+        )
+        assert (some + whole).max() <= 1, "a block is listed twice"
+        asked = mask.mask_mod(torch.tensor(b), torch.tensor(0), slot[:, None], torch.arange(len(seen)))
+        shown = (whole + some * (torch.zeros(len(slot), len(seen)).bool() | asked))[: layout.num_tokens]
+
         by_query = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64)
         by_query.index_add_(1, order[layout.rank(seen)], shown)
         counts = torch.zeros_like(by_query).index_copy_(0, order, by_query)
@@ -85,12 +93,13 @@ def test_block_masks_show_what_the_pattern_shows(case: Case, block: int | None) 
 @compiles
 @pytest.mark.unhooked
 @pytest.mark.slow
-def test_attention_equals_masked_dense_attention(device: torch.device) -> None:
+@pytest.mark.parametrize("nearest", [False, True])
+def test_attention_equals_masked_dense_attention(device: torch.device, nearest: bool) -> None:
     """Built once for a chunk size, or twice: not for every image size, nor for every way of counting."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    base = Case(batch=2, num_tokens=30, num_clusters=9, chunk_size=4, seed=3)
-    for case in (base, base.but(num_tokens=23), base.but(num_tokens=40), base.but(num_tokens=50, exact_keys=False)):
+    base = Case(batch=2, num_tokens=30, num_clusters=9, chunk_size=4, seed=3, nearest=nearest)
+    for case in (base, base.but(num_tokens=23), base.but(num_tokens=40), base.but(num_tokens=50, exact_keys=nearest)):
         rows = inputs_of(case, device)
         pattern = pattern_of(case, device)
         with torch.no_grad():
@@ -115,10 +124,11 @@ def test_half_values_are_gathered_in_float32(device: torch.device) -> None:
 
 
 @pytest.mark.cuda
-def test_gradients_and_lse_on_a_gpu() -> None:
-    """In chunks of 144, which blocks of 128 do not divide."""
+@pytest.mark.parametrize(("chunk_size", "nearest"), [(144, False), (48, True)])
+def test_gradients_and_lse_on_a_gpu(chunk_size: int, nearest: bool) -> None:
+    """In chunks of 144 or 48, which blocks of 128 do not divide."""
     device = torch.device("cuda")
-    case = Case(batch=2, num_tokens=1000, num_clusters=20, chunk_size=144)
+    case = Case(batch=2, num_tokens=1000, num_clusters=20, chunk_size=chunk_size, nearest=nearest)
     rows = [case.tokens(name, 16, dtype=torch.float32, device=device).requires_grad_() for name in ("q", "k", "v")]
     pattern = pattern_of(case, device)
     probe = case.tokens("probe", 16, dtype=torch.float32, device=device)

@@ -42,6 +42,9 @@ FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adj
 LONELY_TAIL = Case(num_tokens=4, num_clusters=1, chunk_size=3, num_adjacent=0, seed=1)
 SEVERAL_BLOCKS = Case(num_tokens=45, num_clusters=5, chunk_size=18, seed=10)  # of 16 slots
 SEVERAL_BLOCKS_PUBLISHED = SEVERAL_BLOCKS.but(exact_keys=False)
+NEAREST = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, seed=10, nearest=True)
+NEAREST_FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=2, seed=11, nearest=True)
+NEAREST_BLOCKS = SEVERAL_BLOCKS.but(num_tokens=80, nearest=True)
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +54,14 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
-    return fast.cluster_pattern(
+    pattern = fast.cluster_pattern(
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
         exact_keys=case.exact_keys,
     )
+    routing = case.tokens("routing", 3, device=device)
+    return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
 
 
 def inputs_of(
@@ -78,6 +83,9 @@ def inputs_of(
 @example(case=LONELY_TAIL, scale=1.0)
 @example(case=SEVERAL_BLOCKS, scale=1.0)
 @example(case=SEVERAL_BLOCKS_PUBLISHED, scale=1.0)
+@example(case=NEAREST, scale=1.0)
+@example(case=NEAREST_FEW, scale=1.0)
+@example(case=NEAREST_BLOCKS, scale=0.3)
 def test_attention_equals_masked_dense_attention(device: torch.device, case: Case, scale: float) -> None:
     leaves = inputs_of(case, device)
     pattern = pattern_of(case, device)
@@ -93,6 +101,7 @@ def test_attention_equals_masked_dense_attention(device: torch.device, case: Cas
 @example(case=PADDED_TAIL, scale=0.3)
 @example(case=PADDED_TAIL_PUBLISHED, scale=0.3)
 @example(case=SEVERAL_BLOCKS, scale=1.0)
+@example(case=NEAREST_BLOCKS, scale=1.0)
 def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> None:
     leaves = inputs_of(case, device)[:2]
     pattern = pattern_of(case, device)
@@ -103,7 +112,7 @@ def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> Non
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
-@pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED], ids=["exact", "published"])
+@pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED, NEAREST], ids=["exact", "published", "nearest"])
 def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
     leaves = inputs_of(case, device)
     pattern = pattern_of(case.but(batch=2 * case.batch), device)
@@ -114,11 +123,18 @@ def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
-def test_gradcheck_of_both_outputs(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(num_tokens=3, chunk_size=2, exact_keys=False),
+        Case(num_tokens=5, num_clusters=3, chunk_size=1, nearest=True),
+    ],
+    ids=["published", "nearest"],
+)
+def test_gradcheck_of_both_outputs(device: torch.device, case: Case) -> None:
     """Numerical derivatives; the output and the lse of one call send gradients back together."""
-    case = Case(num_tokens=3, chunk_size=2, exact_keys=False)
     pattern = pattern_of(case, device)
-    layout = (pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
+    layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
 
     def both(*leaves: Tensor) -> Tensor:
         output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 0.7)
@@ -133,7 +149,7 @@ def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: 
     monkeypatch.setattr(cluster_triton, "_VALUE_COLUMNS", 16)
     leaves = inputs_of(case, device, value_width=35)
     pattern = pattern_of(case, device)
-    layout = (pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
+    layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
     output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 1.0)
     actual = torch.cat([output, lse[..., None]], dim=-1)
     output, lse = slow.cluster_attention(*leaves, pattern), slow.cluster_lse(*leaves[:2], pattern)
@@ -145,7 +161,11 @@ def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's in the interpreter, of who sees the NaN
 @pytest.mark.parametrize("filling", [1e4, float("nan")])
-@pytest.mark.parametrize("case", [FOUR_CHUNKS_TWO_SIDES.but(num_adjacent=1), LONELY_TAIL], ids=["ring", "tail"])
+@pytest.mark.parametrize(
+    "case",
+    [FOUR_CHUNKS_TWO_SIDES.but(num_adjacent=1), LONELY_TAIL, NEAREST.but(batch=1)],
+    ids=["ring", "tail", "nearest"],
+)
 def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, filling: float) -> None:
     query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
     pattern = pattern_of(case, device)
@@ -278,7 +298,8 @@ SIZES = {"num_tokens", "chunk_size", "num_slots", "first", "num_seen", "fill", "
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def compiled(kernel, options, work, value):
-    kinds = {"order": "i64", "index": "i64"} | dict.fromkeys(("value", "output", "grad_output", "grad_value"), value)
+    kinds = {"order": "i64", "chunks": "i32", "starts": "i64"}
+    kinds |= dict.fromkeys(("value", "output", "grad_output", "grad_value"), value)
     signature, constants = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in options:
@@ -287,7 +308,7 @@ def compiled(kernel, options, work, value):
             signature[name] = "i32" if name in SIZES else "*" + kinds.get(name, work)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     source = ASTSource(kernel, signature, constants)
-    return triton.compile(source, target=target, options={"num_warps": options["num_warps"]})
+    return triton.compile(source, target=target, options={name: options[name] for name in ("num_warps", "num_stages")})
 
 def stack(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -297,19 +318,24 @@ def stack(binary):
 
 # Bytes of registers that a thread may spill: few of its 1,020. Blocks of twice the size spill thousands.
 spills = {"80": 300, "90": 100}[sys.argv[1]]
-for dtype, query_dim, value_dim, exact_keys, chunk_size in (
-    (torch.float32, 16, 64, True, 144), (torch.bfloat16, 16, 64, False, 144),
-    (torch.float32, 128, 128, True, 384), (torch.bfloat16, 128, 128, True, 384),
-    (torch.float16, 16, 180, True, 144), (torch.float32, 256, 128, True, 144), (torch.float64, 16, 64, False, 144),
+for dtype, query_dim, value_dim, kind, chunk_size in (
+    (torch.float32, 16, 64, "exact", 144), (torch.bfloat16, 16, 64, "published", 144),
+    (torch.float32, 128, 128, "exact", 384), (torch.bfloat16, 128, 128, "exact", 384),
+    (torch.float16, 16, 180, "exact", 144), (torch.float32, 256, 128, "exact", 144),
+    (torch.float64, 16, 64, "published", 144), (torch.float32, 16, 64, "nearest", 48),
+    (torch.bfloat16, 128, 128, "nearest", 48),
 ):
     query = torch.empty(1, 1000, query_dim, dtype=torch.promote_types(dtype, torch.float32))
     value = torch.empty(1, 1000, value_dim, dtype=dtype)
-    pattern = cluster.cluster_pattern(torch.zeros(1, 1000).long(), chunk_size=chunk_size, exact_keys=exact_keys)
+    nobody = torch.zeros(1, 1000).long()
+    pattern = cluster.cluster_pattern(nobody, chunk_size=chunk_size, exact_keys=kind != "published")
+    if kind == "nearest":
+        pattern = cluster.with_nearest_chunks(pattern, query)
     for name in ("forward", "backward_query", "backward_key"):
         options = cluster_triton._Launch.of(name, query, value, pattern, 1.0).options | {"START": 0}
         kernel = compiled(getattr(triton_kernels, name), options, NAMES[query.dtype], NAMES[dtype])
         used, spilled = kernel.metadata.shared, stack(kernel.asm["cubin"])
-        print(dtype, query_dim, value_dim, exact_keys, name, used, spilled, flush=True)
+        print(dtype, query_dim, value_dim, kind, name, used, spilled, flush=True)
         assert used <= 99 * 1024, "more shared memory than a multiprocessor of the smallest GPUs gives a program"
         assert spilled <= spills or query_dim == 256 or dtype == torch.float64, "registers are spilled to memory"
 """

@@ -33,6 +33,7 @@ CASES = {
     "published": Case(num_tokens=7, num_clusters=3, chunk_size=4, exact_keys=False),
     "fewer than a chunk": Case(num_tokens=3, chunk_size=8),
     "two on each side": Case(num_tokens=25, num_clusters=3, chunk_size=3, num_adjacent=2),
+    "nearest": Case(batch=2, num_tokens=25, num_clusters=3, chunk_size=3, num_adjacent=2, nearest=True),
 }
 
 
@@ -43,6 +44,8 @@ def operations(case: Case) -> dict[str, tuple[Callable[..., Tensor], int]]:
     pattern = cluster_pattern(
         case.assignment(), chunk_size=case.chunk_size, num_adjacent=case.num_adjacent, exact_keys=case.exact_keys
     )
+    if case.nearest:
+        pattern = cluster.with_nearest_chunks(pattern, key)
     weights = cluster.cluster_weights(query, key, pattern).detach().requires_grad_()
     return {
         "attention": (lambda form: cluster.cluster_attention(query, key, value, pattern, form=form), 1),

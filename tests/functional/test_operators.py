@@ -20,6 +20,7 @@ CASES = {
     "published": Case(batch=2, num_tokens=10, num_clusters=3, chunk_size=4, exact_keys=False),
     "one token": Case(num_tokens=1, chunk_size=4),
     "many chunks": Case(num_tokens=17, num_clusters=5, chunk_size=2, num_adjacent=2),
+    "nearest": Case(batch=2, num_tokens=17, num_clusters=5, chunk_size=2, nearest=True),
 }
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 cases = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
@@ -41,14 +42,15 @@ def rows_of(case: Case, names: Sequence[str], device: torch.device, dtype: torch
     return [case.tokens(name, 4, dtype=dtype, device=device).requires_grad_() for name in names]
 
 
-def layout_of(case: Case, device: torch.device) -> tuple[Tensor, int, int, bool]:
+def layout_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor | None, int, int, bool]:
     pattern = slow.cluster_pattern(
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
         exact_keys=case.exact_keys,
     )
-    return pattern.order, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+    neighbors = slow.nearest_chunks(case.tokens("routing", 3, device=device), pattern) if case.nearest else None
+    return pattern.order, neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
 
 
 @cases
@@ -106,7 +108,7 @@ def test_cluster_attention_triton(device: torch.device, case: Case) -> None:
     check(operator("cluster_attention_triton"), (*rows, *layout, 0.5))
     query, key, value, grad = (row.detach() for row in (*rows, *rows_of(case, ("grad",), device)))
     _, lse, *statistics = operator("cluster_attention_triton")(query, key, value, *layout, 0.5)
-    args = (grad, torch.ones_like(lse), query, key, value, layout[0], *statistics, *layout[1:], 0.5)
+    args = (grad, torch.ones_like(lse), query, key, value, *layout[:2], *statistics, *layout[2:], 0.5)
     check(operator("cluster_attention_triton_backward"), args)
 
 
@@ -115,6 +117,11 @@ def test_cluster_attention_triton(device: torch.device, case: Case) -> None:
 def test_nearest_centroid_triton(device: torch.device, case: Case) -> None:
     points = case.tokens("points", 4, dtype=torch.float32, device=device)
     check(operator("nearest_centroid_triton"), (points, case.centroids(4, device=device).float()))
+
+
+@cases
+def test_nearest_rows(device: torch.device, case: Case) -> None:
+    check(operator("nearest_rows"), (case.tokens("rows", 4, device=device), 2 * case.num_adjacent + 1))
 
 
 @cases
@@ -218,8 +225,8 @@ def test_strides(device: torch.device, batch: int) -> None:
     if HAS_TRITON:
         check(operator("cluster_attention_triton"), (query, key, value, *layout, 0.5), test_utils=utils)
         ones = torch.ones_like(grad[..., 0])
-        inputs = (grad, ones, query, key, value, layout[0], ones, ones.clone())
-        check(operator("cluster_attention_triton_backward"), (*inputs, *layout[1:], 0.5), test_utils=utils)
+        inputs = (grad, ones, query, key, value, *layout[:2], ones, ones.clone())
+        check(operator("cluster_attention_triton_backward"), (*inputs, *layout[2:], 0.5), test_utils=utils)
         check(operator("nearest_centroid_triton"), (query, key[0]), test_utils=utils)
     check(operator("sparsemax_attention"), (query, key, value, 0.5), test_utils=utils)
     check(operator("sparsemax_attention_backward"), (grad, query, key, value, 0.5), test_utils=utils)
@@ -275,6 +282,7 @@ def test_every_operator_is_checked_here() -> None:
         "order_clusters",
         "move_running_statistics",
         "nearest",
+        "nearest_rows",
         "pointwise_conv2d",
         "pointwise_conv2d_backward",
         "nearest_centroid_triton",

@@ -1,5 +1,7 @@
 """Several rounds of cluster attention are dense attention in which a key counts once for each round that sees it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -14,6 +16,8 @@ from sparse_sr_attn.testing.tolerances import assert_gradients_close, assert_val
 
 @given(case=cases(max_batch=2), num_rounds=st.integers(1, 3), form=st.sampled_from(("oneshot", "tiles")))
 @example(case=Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3), num_rounds=2, form="tiles")
+@example(case=Case(batch=2, num_tokens=9, chunk_size=2, seed=3, nearest=True), num_rounds=2, form="tiles")
+@example(case=Case(batch=2, num_tokens=9, chunk_size=2, seed=3, nearest=True), num_rounds=2, form="oneshot")
 def test_rounds_are_dense_attention_over_what_any_round_sees(
     device: torch.device, case: Case, num_rounds: int, form: fast.Form
 ) -> None:
@@ -22,11 +26,15 @@ def test_rounds_are_dense_attention_over_what_any_round_sees(
     options = {"chunk_size": case.chunk_size, "num_adjacent": case.num_adjacent, "exact_keys": case.exact_keys}
 
     pattern = fast.cluster_pattern(torch.stack(rounds, dim=1).flatten(0, 1), **options)
+    patterns = [slow.cluster_pattern(assignment, **options) for assignment in rounds]
+    if case.nearest:
+        pattern = fast.with_nearest_chunks(pattern, key.repeat_interleave(num_rounds, dim=0))
+        patterns = [replace(each, neighbors=slow.nearest_chunks(key, each)) for each in patterns]
     weights = fast.cluster_weights_rounds(query, key, pattern, num_rounds, scale=0.7, form=form)
     attended = fast.apply_cluster_weights(weights, value.repeat_interleave(num_rounds, dim=0), pattern, form=form)
     actual = attended.unflatten(0, (-1, num_rounds)).sum(dim=1)
 
-    counts = sum(slow.multiplicity(slow.cluster_pattern(assignment, **options)) for assignment in rounds)
+    counts = sum(slow.multiplicity(each) for each in patterns)
     expected = slow.dense_attention(query, key, value, counts, scale=0.7)
     fused = fast.cluster_attention_rounds(query, key, value, pattern, num_rounds, scale=0.7, form=form)
     assert_values_close(slow.cluster_attention_rounds(query, key, value, pattern, num_rounds, scale=0.7), expected)
@@ -49,7 +57,7 @@ def test_no_samples(form: fast.Form, num_rounds: int) -> None:
     assert fast.cluster_lse(rows, rows, pattern, form=form).shape == (0, 7)
 
 
-@given(case=cases(), form=st.sampled_from(("oneshot", "tiles")), scale=st.sampled_from((1.0, 0.3)))
+@given(case=cases(nearest=False), form=st.sampled_from(("oneshot", "tiles")), scale=st.sampled_from((1.0, 0.3)))
 @example(case=Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3), form="tiles", scale=0.3)
 @example(case=Case(num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4), form="tiles", scale=1.0)
 def test_lse_equals_loops(device: torch.device, case: Case, form: fast.Form, scale: float) -> None:

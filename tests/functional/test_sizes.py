@@ -1,5 +1,7 @@
 """The whole layer against the slow twins, at each of the 289 sizes from 1x1 to 17x17 and at lopsided ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,8 +40,18 @@ def expected_of(layer: LCoA, x: Tensor) -> tuple[Tensor, Tensor]:
         num_adjacent=layer.lsp.num_adjacent,
         exact_keys=layer.lsp.exact_keys,
     )
+    if layer.lsp.neighbors == "nearest":
+        pattern = replace(pattern, neighbors=cluster.nearest_chunks(key, pattern))
     attended = cluster.cluster_attention(query, key, value, pattern)
     return x + 0.7 * attended.mT.reshape(batch, CHANNELS, height, width), assignment
+
+
+@pytest.mark.parametrize("num_adjacent", [0, 1, 4])
+@pytest.mark.parametrize("chunk_size", [1, 3, 48])
+def test_nearest_chunks(device: torch.device, chunk_size: int, num_adjacent: int) -> None:
+    layer = layer_of(device, chunk_size=chunk_size, num_adjacent=num_adjacent, neighbors="nearest")
+    for height, width in ((1, 1), (1, 5), (5, 6), (9, 7)):
+        check(layer, device, height, width)
 
 
 def check(layer: LCoA, device: torch.device, height: int, width: int) -> None:

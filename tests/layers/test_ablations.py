@@ -28,6 +28,7 @@ def layer(**options: Any) -> LCoA:
         {"chunk_size": 4},
         {"num_adjacent": 0},
         {"num_adjacent": 2},
+        {"neighbors": "nearest", "chunk_size": 4},
         {"seed": 1},
         {"exact_keys": False},
     ],
@@ -92,6 +93,13 @@ def test_a_network_takes_them() -> None:
         torch.manual_seed(0)
         outputs.append(LCoAN(**options, **change).eval()(x))
     assert not any(torch.equal(outputs[i], outputs[j]) for i in range(4) for j in range(i))
+
+
+def test_the_published_counting_needs_a_ring() -> None:
+    rule = r"neighbors: must be 'ring' with exact_keys=False, whose published counting is of a ring, got 'nearest'"
+    for build in (layer, lambda **options: LCoAN(num_feat=8, num_group=1, num_block=1, **options)):
+        with pytest.raises(ConfigError, match=rule):
+            build(neighbors="nearest", exact_keys=False)
 
 
 def test_unknown_routing_is_explained() -> None:

@@ -1,6 +1,7 @@
 """Every registered layer against every clause of the layer contract."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from sparse_sr_attn.testing.conformance import Clause, Subject
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 
-def _param(subject: Subject, clause: Clause) -> object:
+def _param(subject: Subject, clause: Clause, suffix: str = "") -> object:
     # Inductor's own imports use what Python 3.14 will drop.
     marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")] if clause.slow else []
     marks += [] if clause.hookable else [pytest.mark.unhooked]
-    return pytest.param(subject, clause, id=f"{subject}: {clause}", marks=marks)
+    return pytest.param(subject, clause, id=f"{subject}{suffix}: {clause}", marks=marks)
 
 
 @pytest.mark.parametrize(("subject", "clause"), [_param(*pair) for pair in conformance.matrix(LAYERS)])
@@ -26,6 +27,22 @@ def test_contract(
 ) -> None:
     for name, value in (clause.check(subject, device) or {}).items():
         record_property(name, value)
+
+
+NEAREST = {"neighbors": "nearest", "chunk_size": 3}
+"""So that a map of 5x7 has more chunks than one sees."""
+
+
+@pytest.mark.parametrize(
+    ("subject", "clause"),
+    [
+        _param(replace(subject, options=NEAREST), clause, " nearest")
+        for subject, clause in conformance.matrix(LAYERS)
+        if subject.entry.name == "LCoA"
+    ],
+)
+def test_contract_of_nearest_chunks(device: torch.device, subject: Subject, clause: Clause) -> None:
+    clause.check(subject, device)
 
 
 def test_every_layer_is_held_to_the_contract() -> None:

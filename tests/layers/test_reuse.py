@@ -25,6 +25,7 @@ KINDS = [
     for num_rounds in (1, 3)
     for exact_keys in (True, False)
 ]
+KINDS += [{"neighbors": "nearest", "chunk_size": 3, "num_rounds": num_rounds} for num_rounds in (1, 3)]
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 rounds = pytest.mark.parametrize("num_rounds", [1, 3])

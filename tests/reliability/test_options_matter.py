@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[object, object]] = {
     "form": ("slices", "masked"),
     "half_weights": (False, True),
     "max_buckets": (128, 2),
+    "neighbors": ("ring", "nearest"),
     "num_adjacent": (1, 0),
     "num_clusters": (5, 3),
     "num_features": (16, 13),

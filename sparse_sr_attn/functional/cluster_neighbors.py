@@ -1,0 +1,60 @@
+"""Which chunks of sorted tokens are similar: the neighbours of a chunk by content."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_sr_attn.functional.exporting import needs_plain_code
+from sparse_sr_attn.functional.flops import teach_flop_counters
+from sparse_sr_attn.functional.precision import without_autocast
+
+_STEPS = 2**20
+"""Similarities are compared in steps of 2**-20, which rounding rarely crosses: the same chunks on every device."""
+
+_PAIRS_PER_BLOCK = {"cpu": 2**18}  # they stay in cache
+_PAIRS_ELSEWHERE = 2**24  # few kernels
+
+
+def nearest_rows(rows: Float[Tensor, "b k d"], num: int) -> Int[Tensor, "b k m"]:
+    """Return for each row its own index, then those of the most similar others, the most similar first.
+
+    Args:
+        rows: of length at most 1.
+        num: how many indices, >= 1, its own included.
+
+    Returns:
+        Of fewer rows than `num`, each once, then the own index again. Products are compared in steps of 2**-20, one
+        with NaN as 0; the lower index wins a tie.
+    """
+    rows = rows.detach()
+    if needs_plain_code():
+        return _nearest(rows, rows, torch.arange(rows.shape[1], device=rows.device), num, missing=num - 1)
+    teach_flop_counters()
+    return _nearest_rows(rows, num)  # type: ignore[no-any-return]
+
+
+def _nearest(some: Tensor, rows: Tensor, own: Tensor, num: int, *, missing: int) -> Tensor:
+    """Return the answers for `some` of the rows, whose indices are `own`; up to `missing` rows are made up."""
+    batch, num_rows, _ = rows.shape
+    steps = (some @ rows.transpose(1, 2)).nan_to_num_().mul_(_STEPS).round_().long()
+    rank = steps.mul_(num_rows).sub_(torch.arange(num_rows, device=rows.device))  # no two alike
+    rank = rank.scatter(2, own[None, :, None].expand(batch, -1, -1), 2**62)
+    chosen = F.pad(rank, (0, missing), value=-(2**62)).topk(num, dim=-1).indices
+    return torch.where(chosen < num_rows, chosen, own[:, None])
+
+
+@torch.library.custom_op("sparse_sr_attn::nearest_rows", mutates_args=())
+def _nearest_rows(rows: Tensor, num: int) -> Tensor:
+    batch, num_rows, _ = rows.shape
+    found = torch.empty(batch, num_rows, num, dtype=torch.int64, device=rows.device)
+    step = max(1, _PAIRS_PER_BLOCK.get(rows.device.type, _PAIRS_ELSEWHERE) // max(1, batch * num_rows))
+    with without_autocast(rows):
+        for own in torch.arange(num_rows, device=rows.device).split(step):
+            found[:, own] = _nearest(rows[:, own], rows, own, num, missing=max(0, num - num_rows))
+    return found
+
+
+@_nearest_rows.register_fake
+def _(rows: Tensor, num: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], rows.shape[1], num, dtype=torch.int64)
