@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from skimage import data
 
-from sparse_sr_attn.pairs import write_pairs
+from sparse_sr_attn.data.pairs import write_pairs
 
 UPSCALE = 2
 CROP = 48  # `gt_size` of train.yml: the side of a training crop, in high-resolution pixels

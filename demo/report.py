@@ -24,9 +24,10 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from sparse_sr_attn import LSP, CoA, LCoAN, evaluation
-from sparse_sr_attn.degradation import imresize
-from sparse_sr_attn.visualize import cluster_map, colour_map, kinship_palette
+from sparse_sr_attn import LSP, CoA, LCoAN
+from sparse_sr_attn.data import metrics as evaluation
+from sparse_sr_attn.data.imresize import imresize
+from sparse_sr_attn.inference.visualize import cluster_map, colour_map, kinship_palette
 
 UPSCALE = 2
 REQUIRED_GAIN = 0.5  # dB

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn import EDSR, GMSA, NLA, LCoA
-from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.shift import shift2d
+from sparse_sr_attn.inference.visualize import attended, colour_map, heat, kinship_palette
 from sparse_sr_attn.states import ClusterPattern
-from sparse_sr_attn.visualize import attended, colour_map, heat, kinship_palette
 
 CHANNELS = 16
 AMBER = torch.tensor([255.0, 170.0, 0.0])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_sr_attn import LAYERS
-from sparse_sr_attn.cli import main as sparse_sr
+from sparse_sr_attn.cli.main import main as sparse_sr
 
 PAGE = Path(__file__).parent / "modules.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"

@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparse_sr_attn.attachment import attach, detach
     from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, RCAN, LCoAN, create_model
+    from sparse_sr_attn.backbones.attach import attach, detach
     from sparse_sr_attn.blocks import ELAB
-    from sparse_sr_attn.checkpoints import load_model
+    from sparse_sr_attn.checkpoints.load import load_model
     from sparse_sr_attn.errors import (
         CheckpointError,
         ConfigError,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         TrainingError,
         UnknownNameError,
     )
-    from sparse_sr_attn.inference import upscale_tiled
+    from sparse_sr_attn.inference.tiling import upscale_tiled
     from sparse_sr_attn.layers import (
         ENLA,
         GMSA,
@@ -98,7 +98,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attachment": (
+    "backbones.attach": (
         "attach",
         "detach",
     ),

@@ -142,7 +142,7 @@ def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """For operations and layers: no nondeterministic kernel; unwritten memory is NaN; small inputs have many tiles."""
     strict = {"functional", "layers"} & set(request.path.parts)
     if strict:
-        monkeypatch.setattr("sparse_sr_attn.functional.cluster_tiles._SCORES_PER_TILE", 64)
+        monkeypatch.setattr("sparse_sr_attn.functional.cluster.tiles._SCORES_PER_TILE", 64)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(bool(strict) or before)
     yield

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, GMSA, LSP, AttentionLayer, CoA, LCoA, LCoAN, ShapeError
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.functional.kmeans import initial_state
+from sparse_sr_attn.inference.visualize import attended, attention_entropy, attention_overlap, attention_states, heat
 from sparse_sr_attn.reference import cluster as reference
 from sparse_sr_attn.reference import window as slow_windows
-from sparse_sr_attn.visualize import attended, attention_entropy, attention_overlap, attention_states, heat
 
 SIZE = (6, 9)
 

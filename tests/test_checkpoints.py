@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
 from sparse_sr_attn.backbones.base import options_of, packed
-from sparse_sr_attn.checkpoints import LAYOUTS
+from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 
 GOLDEN = Path(__file__).parent / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
 GOLDEN_ELAN = Path(__file__).parent / "golden" / "elan_narrow_train_step.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["test", "--help"]])
@@ -30,7 +30,7 @@ def test_help_names_the_commands_and_where_results_go(capsys: pytest.CaptureFixt
 
 COLD = """
 import sys
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 status = main(sys.argv[1:])
 assert "torch" not in sys.modules, "torch was imported"
 sys.exit(status)
@@ -92,7 +92,7 @@ def _without_basicsr(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys; blocked = ('basicsr', 'yaml', 'torchvision', 'scipy', 'cv2')\n"
         "for name in blocked: sys.modules[name] = None\n"
-        f"from sparse_sr_attn.cli import main; sys.exit(main({arguments!r}))"
+        f"from sparse_sr_attn.cli.main import main; sys.exit(main({arguments!r}))"
     )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 
 FAST = ["--embed-dim", "8", "--chunk-size", "10", "--num-clusters", "4", "--rounds", "1", "--no-validity"]
 PEER = """

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sparse_sr_attn import EDSR, LAYERS, PRESETS, RCAN, AttentionLayer, LCoAN, create_model
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.layers.base import Registry
 
 
@@ -80,7 +80,7 @@ def test_layers_of_others_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: py
         def __init__(self, embed_dim: int, depth: int, width: float = 2.5) -> None:
             super().__init__()
 
-    monkeypatch.setattr("sparse_sr_attn.commands.list.LAYERS", other)
+    monkeypatch.setattr("sparse_sr_attn.cli.list.LAYERS", other)
     (row,) = tables(capsys)["layers"]
     assert row["about"] == "Does nothing."
     assert row["options"] == {"depth": None, "width": 2.5}
@@ -88,7 +88,7 @@ def test_layers_of_others_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
-    code = "from sparse_sr_attn.cli import main; import sys; sys.exit(main(['list', '--json']))"
+    code = "from sparse_sr_attn.cli.main import main; import sys; sys.exit(main(['list', '--json']))"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparse_sr_attn.cli import main
-from sparse_sr_attn.degradation import matlab_bicubic
+from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.data.imresize import matlab_bicubic
 
 
 @pytest.fixture

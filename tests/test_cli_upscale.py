@@ -21,8 +21,8 @@ from PIL import Image, ImageCms
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ImageError
-from sparse_sr_attn.cli import main
-from sparse_sr_attn.images import read_image
+from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.data.images import read_image
 
 Array = Any
 
@@ -753,7 +753,7 @@ def run_in_process(code: str) -> subprocess.CompletedProcess[str]:
 def test_a_full_disk_leaves_nothing(here: Path, nets: Any) -> None:
     Image.fromarray(noise(60, 60, 3)).save("a.png")
     done = run_in_process(
-        "import resource, sys; from sparse_sr_attn.cli import main\n"
+        "import resource, sys; from sparse_sr_attn.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         f"sys.exit(main(['upscale', 'a.png', '--weights', {str(nets[3][0])!r}]))"
     )
@@ -768,7 +768,7 @@ def test_killed_while_it_writes(here: Path, nets: Any, moment: str) -> None:
     photo("a.png")
     Path("a_x2.png").write_text("mine")
     done = run_in_process(
-        "import os, signal, sys; from sparse_sr_attn.cli import main\n"
+        "import os, signal, sys; from sparse_sr_attn.cli.main import main\n"
         f"{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"sys.exit(main(['upscale', 'a.png', '--overwrite', '--weights', {str(nets[3][0])!r}]))"
     )
@@ -861,7 +861,7 @@ def test_a_bar_on_a_terminal_and_none_elsewhere(here: Path, nets: Any) -> None:
 
 def test_progress_within_one_tile(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no terminal is, lines tell how far it is, by the parts of the network; hooks do not stay."""
-    monkeypatch.setattr("sparse_sr_attn.commands.upscale._REPORT_EVERY", 0)
+    monkeypatch.setattr("sparse_sr_attn.cli.upscale._REPORT_EVERY", 0)
     photo()
     torch.save(EDSR(num_feat=4, num_block=5, upscale=2).state_dict(), "net.pth")
     status, _, err = upscale("good.png", "--weights", "net.pth")
@@ -876,7 +876,7 @@ def test_freed_memory_is_kept_unless_the_user_says_how(here: Path, nets: Any) ->
     """Fewer pages are asked of the system; counted, not timed."""
     Image.fromarray(noise(300, 300, 3)).save("a.png")
     code = (
-        "import resource, sys; from sparse_sr_attn.cli import main\n"
+        "import resource, sys; from sparse_sr_attn.cli.main import main\n"
         "main(['upscale', 'a.png', '--overwrite', '--device', 'cpu', '--weights', 'LCoAN-light_x2'])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "main(['upscale', 'a.png', '--overwrite', '--device', 'cpu', '--weights', 'LCoAN-light_x2'])\n"
@@ -905,7 +905,7 @@ def test_memory_that_really_runs_out(here: Path) -> None:
     model = EDSR(num_feat=32, num_block=1, upscale=2).eval()
     torch.save(model.state_dict(), "net.pth")
     done = run_in_process(
-        "import re, resource, sys; from sparse_sr_attn.cli import main\n"
+        "import re, resource, sys; from sparse_sr_attn.cli.main import main\n"
         "main(['upscale', 'small.png', '--weights', 'net.pth'])\n"  # all that it needs is in memory then
         "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 60 * 2**20,) * 2)\n"
@@ -992,7 +992,7 @@ def test_options_that_weights_do_not_tell_change_the_result(upscale: Any, nets: 
 def test_without_pillow_it_says_what_to_install(nets: Any) -> None:
     done = run_in_process(
         "import sys; sys.modules['PIL'] = None\n"
-        f"from sparse_sr_attn.cli import main; sys.exit(main(['upscale', 'x', '--weights', {str(nets[3][0])!r}]))"
+        f"from sparse_sr_attn.cli.main import main; sys.exit(main(['upscale', 'x', '--weights', {str(nets[3][0])!r}]))"
     )
     assert done.returncode == 1
     assert done.stderr == "sparse-sr: pillow must be installed: python -m pip install pillow\n"

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, RCAN, CheckpointError, LCoAN, load_model
-from sparse_sr_attn.checkpoints import LAYOUTS
-from sparse_sr_attn.cli import main
-from sparse_sr_attn.conversion import convert_weights, unsaid_options
+from sparse_sr_attn.checkpoints.convert import convert_weights, unsaid_options
+from sparse_sr_attn.checkpoints.layouts import LAYOUTS
+from sparse_sr_attn.cli.main import main
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("lcoan_*.safetensors"))
 GOLDEN_ELAN = sorted((Path(__file__).parent / "golden").glob("elan_*x2*.safetensors"))
@@ -240,7 +240,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     target.write_bytes(b"mine")
     for suffix in (".pth", ".safetensors"):
         code = (
-            "import resource, sys; from sparse_sr_attn.cli import main\n"
+            "import resource, sys; from sparse_sr_attn.cli.main import main\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
             f"sys.exit(main(['convert', {str(source)!r}, {str(target.with_suffix(suffix))!r}, '--overwrite']))"
         )

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.settings import Settings
 from sparse_sr_attn import EDSR, ELAN, LAYERS, PRESETS, RCAN, ConfigError, LCoAN
-from sparse_sr_attn.bench.settings import Settings
 from sparse_sr_attn.config import fields
 
 RECORD = Path(__file__).with_name("defaults.json")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_sr_attn.degradation import crop_to_multiple, imresize, matlab_bicubic
+from sparse_sr_attn.data.imresize import crop_to_multiple, imresize, matlab_bicubic
 from sparse_sr_attn.errors import ShapeError
 
 

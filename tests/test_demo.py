@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from sparse_sr_attn import PRESETS, LCoAN
-from sparse_sr_attn.degradation import matlab_bicubic
+from sparse_sr_attn.data.imresize import matlab_bicubic
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 

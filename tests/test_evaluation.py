@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.data.metrics import bicubic_luma, luma, psnr, score, ssim
 from sparse_sr_attn.errors import ShapeError
-from sparse_sr_attn.evaluation import bicubic_luma, luma, psnr, score, ssim
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

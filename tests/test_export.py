@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, RCAN, ExportError, LCoAN
-from sparse_sr_attn import export as module
-from sparse_sr_attn.cli import main
-from sparse_sr_attn.export import TOLERANCE, compare, export_onnx
+from sparse_sr_attn.inference import onnx as module
+from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.inference.onnx import TOLERANCE, compare, export_onnx
 from sparse_sr_attn.states import ClusterPattern
 
 OTHER_SIZES = [(17, 23), (5, 40), (30, 31), (1, 60), (1, 1), (48, 80)]
@@ -236,7 +236,7 @@ def test_training_mode_and_suffix_are_refused(tmp_path: Path) -> None:
 def test_without_the_packages_it_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = sys.modules['onnxscript'] = None\n"
-        "from sparse_sr_attn.cli import main; sys.exit(main(['export', 'a.pth', 'a.onnx']))"
+        "from sparse_sr_attn.cli.main import main; sys.exit(main(['export', 'a.pth', 'a.onnx']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from sparse_sr_attn import ImageError
-from sparse_sr_attn.images import Picture, check_format, read_image, write_image
+from sparse_sr_attn.data.images import Picture, check_format, read_image, write_image
 
 SUFFIXES = sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE)
 LOSSY = ("JPEG", "MPO", "AVIF")

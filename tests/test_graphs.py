@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from sparse_sr_attn import CoA, LCoA
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.errors import FormError, ShapeError
-from sparse_sr_attn.functional import forms
-from sparse_sr_attn.functional.forms import Form
-from sparse_sr_attn.graphs import capture
+from sparse_sr_attn.functional import backend as forms
+from sparse_sr_attn.functional.backend import Form
+from sparse_sr_attn.inference.cuda_graph import capture
 
 IMAGES = torch.rand(1, 3, 12, 10)
 gpu_forms = pytest.mark.parametrize("form", ["oneshot", "triton"])

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparse_sr_attn import EDSR, LAYERS, AttentionLayer, CheckpointError, ConfigError, LCoAN, hub, load_model
+from sparse_sr_attn import EDSR, LAYERS, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
 from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.checkpoints.load import hub
 
 FILES = {"README.md", "config.json", "model.safetensors"}
 
@@ -251,9 +252,9 @@ def test_publishing_without_a_network_fails_and_says_so() -> None:
 
 def test_the_package_does_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.delitem(sys.modules, "sparse_sr_attn.hub")
+    monkeypatch.delitem(sys.modules, "sparse_sr_attn.checkpoints.hub")
     with pytest.raises(ImportError, match="pip install huggingface_hub safetensors"):
-        importlib.import_module("sparse_sr_attn.hub")
+        importlib.import_module("sparse_sr_attn.checkpoints.hub")
 
 
 # ---------------------------------------------------------------------------------- publishing, to a hub of our own
@@ -321,7 +322,8 @@ def own_hub() -> Iterator[tuple[str, type[Hub]]]:
 PUBLISH = """
 import sys
 import torch
-from sparse_sr_attn import CheckpointError, hub, load_model
+from sparse_sr_attn import CheckpointError, load_model
+from sparse_sr_attn.checkpoints.load import hub
 model = load_model(sys.argv[1])
 print(hub.push_to_hub(model, "me/tiny", private=True))
 x = torch.rand(1, 3, 9, 10)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sparse_sr_attn import ImageError
-from sparse_sr_attn.images import as_rgb, read_pixels
+from sparse_sr_attn.data.images import as_rgb, read_pixels
 
 
 def noise(*shape: int) -> np.ndarray:

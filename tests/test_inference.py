@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, LCoAN
-from sparse_sr_attn.inference import upscale_tiled, upscaled_strips, with_smaller_tiles
+from sparse_sr_attn.inference.tiling import upscale_tiled, upscaled_strips, with_smaller_tiles
 
 SIZES = st.tuples(*[st.integers(1, 40)] * 2)
 

@@ -42,7 +42,7 @@ def test_wheel(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "sparse-sr = sparse_sr_attn.cli:main" in archive.read(entry_points).decode()
+        assert "sparse-sr = sparse_sr_attn.cli.main:main" in archive.read(entry_points).decode()
     homes = {"sparse_sr_attn": ROOT} | {path.name: path.parent for path in (ROOT / "integrations").iterdir()}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(homes)
     for folder, home in homes.items():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from sparse_sr_attn.degradation import matlab_bicubic
+from sparse_sr_attn.data.imresize import matlab_bicubic
+from sparse_sr_attn.data.pairs import tiles, write_pairs
 from sparse_sr_attn.errors import ImageError, ShapeError
-from sparse_sr_attn.pairs import tiles, write_pairs
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:

@@ -14,26 +14,26 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn import EDSR, ELAB, ELAN, CoA, LCoAN, SharedGMSA
-from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.cli import main
-from sparse_sr_attn.commands import paper as command
-from sparse_sr_attn.degradation import matlab_bicubic
-from sparse_sr_attn.errors import ImageError, SparseSRError, TrainingError
-from sparse_sr_attn.evaluation import luma, psnr
-from sparse_sr_attn.layers.base import AttentionLayer
-from sparse_sr_attn.paper import training
-from sparse_sr_attn.paper.cost import costs, growth
-from sparse_sr_attn.paper.figures import FIGURES, SCALES, SMALL, overlap
-from sparse_sr_attn.paper.pictures import Pair, as_input, as_picture, patches, read_pairs
-from sparse_sr_attn.paper.report import differences, fill, markdown, section, stands_out
-from sparse_sr_attn.paper.training import Budget, Trainer, Variant, count_parameters, fit, rate, validate
-from sparse_sr_attn.paper.variants import (
+from benchmarks.paper import cli as command
+from benchmarks.paper import training
+from benchmarks.paper.cost import costs, growth
+from benchmarks.paper.figures import FIGURES, SCALES, SMALL, overlap
+from benchmarks.paper.pictures import Pair, as_input, as_picture, patches, read_pairs
+from benchmarks.paper.report import differences, fill, markdown, section, stands_out
+from benchmarks.paper.training import Budget, Trainer, Variant, count_parameters, fit, rate, validate
+from benchmarks.paper.variants import (
     StandardWindowAttention,
     with_plain_convolutions,
     with_standard_attention,
     without_attention,
 )
+from sparse_sr_attn import EDSR, ELAB, ELAN, CoA, LCoAN, SharedGMSA
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.data.imresize import matlab_bicubic
+from sparse_sr_attn.data.metrics import luma, psnr
+from sparse_sr_attn.errors import ImageError, SparseSRError, TrainingError
+from sparse_sr_attn.layers.base import AttentionLayer
 
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -474,7 +474,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         saved(tmp_path / "train", f"{index}.png", noise(40, 36, 3, seed=index))
         saved(tmp_path / "val", f"{index}.png", noise(36, 40, 3, seed=9 + index))
     monkeypatch.setitem(command.SCALES, "small", TINY)
-    monkeypatch.setattr("sparse_sr_attn.paper.experiment._ROUNDS", 1)
+    monkeypatch.setattr("benchmarks.paper.experiment._ROUNDS", 1)
     return ["--data", str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / "out")]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from sparse_sr_attn import EDSR, LCoA, LCoAN
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.kmeans import initial_state
+from sparse_sr_attn.inference.visualize import cluster_map, colour_map, kinship_palette, palette
 from sparse_sr_attn.layers.lcoa import LSP
-from sparse_sr_attn.visualize import cluster_map, colour_map, kinship_palette, palette
 
 
 def lcoan() -> nn.Module:

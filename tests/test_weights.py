@@ -12,11 +12,12 @@ from skimage import data
 
 from sparse_sr_attn import PRESETS, CheckpointError, load_model
 from sparse_sr_attn.backbones.base import options_of
-from sparse_sr_attn.checkpoints import trained_weights
-from sparse_sr_attn.cli import main
-from sparse_sr_attn.degradation import crop_to_multiple, imresize, matlab_bicubic
-from sparse_sr_attn.evaluation import luma, psnr
-from sparse_sr_attn.images import Picture, upscale_image
+from sparse_sr_attn.checkpoints.read import trained_weights
+from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.data.images import Picture
+from sparse_sr_attn.data.imresize import crop_to_multiple, imresize, matlab_bicubic
+from sparse_sr_attn.data.metrics import luma, psnr
+from sparse_sr_attn.inference.upscale import upscale_image
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = list(trained_weights())

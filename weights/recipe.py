@@ -3,7 +3,7 @@
     python weights/recipe.py train LCoAN-light 2 --data T91/ BSD400/           one network, one factor
     python weights/recipe.py train LCoAN-light 4 --data ... --start LCoAN-light_x2     its body starts from that of x2
     python weights/recipe.py train LCoAN-light 2 --data ... --teacher outputs/ --label taught       targets of a teacher
-    python weights/recipe.py ship LCoAN-light_x2                               into sparse_sr_attn/weights
+    python weights/recipe.py ship LCoAN-light_x2                               into the package
     python weights/recipe.py report --test Set5/ Set14/ Urban25/               figures into docs/weights.md
 
 Folders hold photographs of high resolution; low resolution is made of them (`sparse-sr prepare`). Everything is written
@@ -23,14 +23,15 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.paper.figures import LIGHT_EDSR, LIGHT_LCOA
 from sparse_sr_attn import PRESETS, CoA, load_model
-from sparse_sr_attn.commands.common import images_in
-from sparse_sr_attn.conversion import convert_weights, write_weights
-from sparse_sr_attn.degradation import crop_to_multiple, matlab_bicubic
-from sparse_sr_attn.evaluation import Score, bicubic_luma, luma, score
-from sparse_sr_attn.images import Picture, as_rgb, read_pixels, upscale_image
-from sparse_sr_attn.paper.figures import LIGHT_EDSR, LIGHT_LCOA
-from sparse_sr_attn.visualize import attention_entropy, attention_states
+from sparse_sr_attn.checkpoints.convert import convert_weights, write_weights
+from sparse_sr_attn.cli.common import images_in
+from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
+from sparse_sr_attn.data.imresize import crop_to_multiple, matlab_bicubic
+from sparse_sr_attn.data.metrics import Score, bicubic_luma, luma, score
+from sparse_sr_attn.inference.upscale import upscale_image
+from sparse_sr_attn.inference.visualize import attention_entropy, attention_states
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "weights"
@@ -161,7 +162,7 @@ def train(arguments: argparse.Namespace) -> None:
 def ship(arguments: argparse.Namespace) -> None:
     model = load_model(trained(arguments.name))
     network, upscale = arguments.name.split("_")[:2]
-    file = ROOT / "sparse_sr_attn" / "weights" / f"{network}_{upscale}.safetensors"
+    file = ROOT / "sparse_sr_attn" / "checkpoints" / "trained" / f"{network}_{upscale}.safetensors"
     file.parent.mkdir(exist_ok=True)
     write_weights(convert_weights(model, "ours"), file, nested=False, overwrite=True)
     print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")

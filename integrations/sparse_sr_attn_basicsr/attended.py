@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from sparse_sr_attn import attach
-from sparse_sr_attn.foreign import ATTENDED, carry_options
+from sparse_sr_attn.checkpoints.foreign import ATTENDED, carry_options
 
 
 def Attended(  # noqa: N802  (a network's name in option files)

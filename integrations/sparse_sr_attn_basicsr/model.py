@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.errors import CheckpointError, TrainingError
-from sparse_sr_attn.foreign import find_facts, run_padded
-from sparse_sr_attn.inference import upscale_tiled
+from sparse_sr_attn.checkpoints.foreign import find_facts, run_padded
+from sparse_sr_attn.inference.tiling import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
 from sparse_sr_attn_basicsr import changed_options, option_lookups, pretrained, state

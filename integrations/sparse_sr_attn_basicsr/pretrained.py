@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.attachment import evaluating
+from sparse_sr_attn.backbones.attach import evaluating
 from sparse_sr_attn.backbones.base import OPTIONS
-from sparse_sr_attn.checkpoints import carried_options, listed, unusable
+from sparse_sr_attn.checkpoints.load import carried_options, listed, unusable
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.layers.base import AttentionLayer
 

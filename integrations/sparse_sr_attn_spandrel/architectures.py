@@ -7,7 +7,8 @@ from spandrel import MAIN_REGISTRY, Architecture, ArchRegistry, ArchSupport, Ima
 from torch import Tensor
 
 from sparse_sr_attn.backbones.base import OPTIONS, options_of
-from sparse_sr_attn.checkpoints import carried_options, load_model
+from sparse_sr_attn.checkpoints.load import load_model
+from sparse_sr_attn.checkpoints.read import carried_options
 from sparse_sr_attn.errors import CheckpointError
 
 _UNITS = {"num_feat": "nf", "num_group": "ng", "num_block": "nb"}

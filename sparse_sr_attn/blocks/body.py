@@ -2,235 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_sr_attn.config import NonNegativeInt, PositiveInt, ProblemList, fields, join_path, read
-from sparse_sr_attn.errors import ConfigError, Problem, UnknownNameError
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, build_layer, find_layer
-from sparse_sr_attn.registry import Entry
-
-
-@dataclass(frozen=True)
-class AttentionMap:
-    """One map of the option `attention`.
-
-    Attributes:
-        type: name of a registered layer, or `timm:<name>`.
-        every: after every so many blocks: 4 means after blocks 3, 7, 11, ...
-        after: after these blocks, counted from 0; instead of `every`.
-        share: one layer computes, the next `share - 1` sites reuse its state; 1: nobody shares. A layer that has an
-            option `share` of its own gets it, and no site reuses another's.
-        options: of the layer, checked.
-        path: where the map stands, for messages.
-    """
-
-    type: str
-    every: PositiveInt | None = None
-    after: Sequence[NonNegativeInt] | None = None
-    share: PositiveInt = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
-    path: str = "attention"
-
-    def sites(self, num_blocks: int) -> tuple[int, ...]:
-        """Return the blocks, of `num_blocks`, after which a layer stands."""
-        if self.after is not None:
-            return tuple(self.after)
-        every = cast(int, self.every)
-        return tuple(range(every - 1, num_blocks, every))
-
-
-def read_attention(attention: object, num_blocks: int, path: str = "attention") -> tuple[AttentionMap, ...]:
-    """Read the option `attention` of a network.
-
-    Args:
-        attention: `None`, a map or a list of maps, each with the keys of `AttentionMap` and the layer's options; or the
-            name of a layer, which stands for `default_map(name)`.
-        num_blocks: blocks of the trunk.
-        path: where the option stands, for messages.
-
-    Returns:
-        The maps. Layers that can start as the identity do so (`zero_init`), unless told otherwise.
-
-    Raises:
-        ConfigError: names all problems of all maps, each with its path.
-    """
-    if attention is None:
-        return ()
-    if isinstance(attention, str):
-        attention = default_map(attention)
-    alone = isinstance(attention, Mapping)
-    if not alone and not isinstance(attention, Sequence):
-        message = f"must be a name, a map, a list of maps or ~ (no attention), got {attention!r}"
-        raise ConfigError([Problem(path, message)])
-    maps: list[AttentionMap] = []
-    problems = ProblemList()
-    for index, item in enumerate([attention] if alone else cast(Sequence[object], attention)):
-        with problems.gathered():
-            maps.append(_read_map(item, num_blocks, path if alone else f"{path}.{index}"))
-    problems.raise_if_any()
-    return tuple(maps)
-
-
-def default_map(name: str, *, shares: bool = True) -> dict[str, Any]:
-    """Return the map that the name of a layer alone stands for: after every 4th block, 4 layers sharing if they can.
-
-    Args:
-        name: of a registered layer, or `timm:<name>`.
-        shares: whether states can travel between the blocks.
-    """
-    provides = name in LAYERS and getattr(LAYERS.get(name).build, "provides", None) is not None
-    return {"type": name, "every": 4, "share": 4 if shares and provides else 1}
-
-
-def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
-    if not isinstance(item, Mapping):
-        raise ConfigError([Problem(path, f"must be a map with a key 'type', got {item!r}")])
-    own = ["type", "every", "after", *([] if _shares_inside(item.get("type")) else ["share"])]
-    problems = ProblemList()
-    entry = None
-    options: dict[str, Any] = {}
-    values: dict[str, Any] = {}
-    with problems.gathered():
-        values = read(AttentionMap, {name: value for name, value in item.items() if name in own}, path)
-    if isinstance(item.get("type"), str):
-        with problems.gathered():
-            entry, options = _read_layer(item, path, own)
-            if "zero_init" in fields(entry.build):
-                options.setdefault("zero_init", True)
-    if values.get("share", 1) > 1 and entry is not None and getattr(entry.build, "provides", None) is None:
-        problems.add(
-            join_path(path, "share"), f"must be 1, because {entry.name} has nothing to share, got {values['share']}"
-        )
-    if (item.get("every") is None) == (item.get("after") is None):
-        got = "neither" if item.get("every") is None else "both"
-        problems.add(path, f"must have one of 'every' and 'after', which say where attention stands, got {got}")
-    problems.raise_if_any()
-    result = AttentionMap(**values, options=options, path=path)
-    _check_sites(result, num_blocks, path)
-    return result
-
-
-def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Module] | None:
-    """Read the option `block` of a network, which puts a layer in place of each of its blocks.
-
-    Args:
-        block: `None`, or a map of a layer's `type` and options.
-        path: where the option stands, for messages.
-
-    Returns:
-        What builds the block of an index and a number of channels; `None` for the network's own blocks.
-
-    Raises:
-        ConfigError: names all problems, each with its path.
-    """
-    if block is None:
-        return None
-    if not isinstance(block, Mapping):
-        raise ConfigError([Problem(path, f"must be a map with a key 'type' or ~ (the network's own), got {block!r}")])
-    entry, options = _read_layer(block, path, ["type"])
-    return lambda index, embed_dim: _build(entry, embed_dim, options, index, path)
-
-
-def read_trunk(
-    block: object, attention: object, num_sites: int
-) -> tuple[Callable[[int, int], nn.Module] | None, tuple[AttentionMap, ...]]:
-    """Read the options `block` and `attention` of a network; see `read_block` and `read_attention`.
-
-    Raises:
-        ConfigError: names all problems of both.
-    """
-    problems = ProblemList()
-    build: Callable[[int, int], nn.Module] | None = None
-    maps: tuple[AttentionMap, ...] = ()
-    with problems.gathered():
-        build = read_block(block)
-    with problems.gathered():
-        maps = read_attention(attention, num_sites)
-    problems.raise_if_any()
-    return build, maps
-
-
-def _shares_inside(name: object) -> bool:
-    """Return whether this is a layer with an option `share` of its own."""
-    return isinstance(name, str) and name in LAYERS and "share" in fields(LAYERS.get(name).build)
-
-
-def _read_layer(item: Mapping[str, object], path: str, own: Sequence[str]) -> tuple[Entry[nn.Module], dict[str, Any]]:
-    """Return the layer that a map names, and its checked options: all keys but those in `own`.
-
-    `shift: auto`, the default, is left out: who builds the layers shifts every second.
-    """
-    name = item.get("type")
-    if not isinstance(name, str):
-        got = f"must be a string, got {name!r}" if "type" in item else "missing; it has no default"
-        raise ConfigError([Problem(join_path(path, "type"), got)])
-    entry = _drop_in(name, join_path(path, "type"))
-    rest = {key: value for key, value in item.items() if key not in own}
-    if rest.get("shift") == "auto" and _shifts(entry):
-        del rest["shift"]
-    return entry, read(entry.build, rest, path, given=1, siblings=own)
-
-
-def _shifted(entry: Entry[nn.Module], options: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """Return the options of the layer number `index` of its like: every second shifts, unless told otherwise."""
-    return {"shift": index % 2 == 1, **options} if _shifts(entry) else options
-
-
-def _build(entry: Entry[nn.Module], embed_dim: int, options: Mapping[str, Any], index: int, path: str) -> nn.Module:
-    """Return the layer number `index` of its like.
-
-    Raises:
-        ConfigError: options break a rule that joins several, or the width.
-    """
-    try:
-        return build_layer(entry.name, embed_dim, **_shifted(entry, options, index))
-    except ConfigError as error:
-        raise error.under(path) from None
-
-
-def _shifts(entry: Entry[nn.Module]) -> bool:
-    """Return whether a layer can shift its windows, or not: whether it has an option `shift` that says so."""
-    return "shift" in fields(entry.build) and fields(entry.build)["shift"].annotation is bool
-
-
-def _drop_in(name: str, path: str) -> Entry[nn.Module]:
-    try:
-        entry = find_layer(name)
-    except UnknownNameError as error:
-        raise ConfigError([Problem(path, str(error))]) from None
-    except ConfigError as error:
-        raise error.under(path) from None
-    if entry.kind != "layer":
-        required = getattr(entry.build, "requires", None)
-        drop_ins = [LAYERS.get(other) for other in LAYERS if LAYERS.get(other).kind == "layer"]
-        names = [e.name for e in drop_ins if required is None or getattr(e.build, "provides", None) is required]
-        at_sites = entry.kind == "consumer" and not path.endswith("block.type")
-        hint = "with share: n, whose later sites use it" if at_sites else "instead"
-        kind = f"an {entry.kind}" if entry.kind == "operator" else f"a {entry.kind}"
-        message = f"must be a drop-in layer, got {name!r}, {kind}; use {' or '.join(names)} {hint}"
-        raise ConfigError([Problem(path, message)])
-    return entry
-
-
-def _check_sites(attention: AttentionMap, num_blocks: int, path: str) -> None:
-    """Refuse a map that hits no site, or one that does not exist, or one twice."""
-    sites = attention.sites(num_blocks)
-    name = "every" if attention.after is None else "after"
-    value = attention.every if attention.after is None else list(attention.after)
-    rule = None
-    if not sites:
-        rule = f"must hit at least one of the {num_blocks} blocks"
-    elif max(sites) >= num_blocks:
-        rule = f"must be blocks from 0 to {num_blocks - 1}"
-    elif len(set(sites)) < len(sites) or list(sites) != sorted(sites):
-        rule = "must be rising, each block once"
-    if rule:
-        raise ConfigError([Problem(join_path(path, name), f"{rule}, got {value}")])
+from sparse_sr_attn.blocks.attention_config import AttentionMap, build_numbered
+from sparse_sr_attn.layers.base import AttentionLayer
+from sparse_sr_attn.layers.build import find_layer
 
 
 @dataclass(frozen=True)
@@ -288,7 +69,7 @@ class SiteAttention(nn.ModuleList):
             first = index_of[number, turn - place]
             if place == 0:
                 entry, number_of_its_like = find_layer(attention.type), turn // attention.share
-                layer = _build(entry, embed_dim, attention.options, number_of_its_like, attention.path)
+                layer = build_numbered(entry, embed_dim, attention.options, number_of_its_like, attention.path)
             else:
                 layer = cast(AttentionLayer, self[first]).make_consumer()
             self.append(layer)

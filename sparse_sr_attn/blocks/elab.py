@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
-from sparse_sr_attn.functional.layout import channels_last
+from sparse_sr_attn.functional.channels_last import channels_last
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_alone, check_map
 from sparse_sr_attn.layers.gmsa import GMSA
 from sparse_sr_attn.layers.shift_conv import LFE

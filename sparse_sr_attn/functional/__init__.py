@@ -1,5 +1,6 @@
 """The mathematics, without parameters and without state. Each operation has a slow twin in `reference`."""
 
-from sparse_sr_attn.functional import batch_norm, cluster, dense, kernel, kmeans, lsh, shift, sparsemax, window
+from sparse_sr_attn.functional import batch_norm, cluster, dense, kmeans, lsh, shift, sparsemax, window
+from sparse_sr_attn.functional import random_features as kernel
 
 __all__ = ["batch_norm", "cluster", "dense", "kernel", "kmeans", "lsh", "shift", "sparsemax", "window"]

@@ -43,7 +43,7 @@ def needs_plain_code() -> bool:
     if is_exporting_to_old_onnx():
         raise ExportError(
             "sparse attention must be exported to ONNX with dynamo=True, got the TorchScript-based exporter; "
-            "call torch.onnx.export(..., dynamo=True) or sparse_sr_attn.export.export_onnx"
+            "call torch.onnx.export(..., dynamo=True) or sparse_sr_attn.inference.onnx.export_onnx"
         )
     return is_exporting() or is_transformed()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.errors import FormError
-from sparse_sr_attn.functional.layout import is_channels_last, pointwise_conv2d
+from sparse_sr_attn.functional.channels_last import is_channels_last, pointwise_conv2d
 
 Form = Literal["slices", "masked"]
 """How a shift convolution is carried out: by moved slices, or as a 3x3 convolution with five taps."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_sr_attn.functional.forms import uses_operator
+from sparse_sr_attn.functional.backend import uses_operator
 from sparse_sr_attn.functional.precision import without_autocast, working_precision
 
 Form = Literal["auto", "oneshot", "tiles"]

@@ -14,17 +14,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from sparse_sr_attn.errors import ShapeError, SharingError, UnknownNameError
-from sparse_sr_attn.functional.layout import pointwise_conv2d
+from sparse_sr_attn.errors import ShapeError, SharingError
+from sparse_sr_attn.functional.channels_last import pointwise_conv2d
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys
-from sparse_sr_attn.registry import Entry, Registry
+from sparse_sr_attn.registry import Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
-
 SATURATING_RANGE = 16.0
 """Factor on images in 0..1 above which raw queries make the softmax pick one token."""
-
 _LAYER_OF_NETWORK = {"elan": "ELAB", "elan-light": "ELAB", "lcoan": "LCoA", "lcoan-light": "LCoA", "nlsn": "NLSA"}
 """What somebody wants who asks for a layer by the name of its network, in lower case."""
 
@@ -75,38 +73,6 @@ class AttentionLayer(nn.Module):
         raise SharingError(
             f"make_consumer needs a layer that provides a state, got {type(self).__name__}, which does not"
         )
-
-
-def find_layer(name: str) -> Entry[nn.Module]:
-    """Return the entry of a layer, registered or, as `timm:<name>`, of timm.
-
-    Raises:
-        UnknownNameError: no layer has that name.
-        ConfigError: timm is not installed, or its layer is none for feature maps of any size.
-    """
-    if isinstance(name, str) and name.startswith("timm:"):
-        from sparse_sr_attn.layers.timm_layers import timm_entry  # noqa: PLC0415  it imports this module
-
-        return timm_entry(name)
-    layer = _LAYER_OF_NETWORK.get(str(name).casefold())
-    if layer is not None and name not in LAYERS:
-        raise UnknownNameError(f"no layer named {name!r}, which is a network; did you mean {layer!r}, its layer?")
-    return LAYERS.get(name)
-
-
-def build_layer(name: str, embed_dim: int, **options: Any) -> nn.Module:
-    """Return the layer called `name`, for feature maps of `embed_dim` channels.
-
-    Args:
-        name: as registered, or `timm:<name>` for a layer of timm.
-        embed_dim: channels, >= 1.
-        **options: of the layer.
-
-    Raises:
-        UnknownNameError: no layer has that name.
-        ConfigError: an option breaks a rule, or the name is one of timm's that cannot be used.
-    """
-    return find_layer(name).build(embed_dim, **options)
 
 
 def check_map(x: Tensor, embed_dim: int, name: str = "embed_dim") -> None:

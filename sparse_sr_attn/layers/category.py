@@ -24,7 +24,7 @@ from sparse_sr_attn.layers.base import (
     last_conv,
     tokens,
 )
-from sparse_sr_attn.layers.learners import KMeansLearner, state_of
+from sparse_sr_attn.layers.running_state import KMeansLearner, state_of
 
 Categories = Literal["kmeans", "learnt"]
 """How categories are found."""

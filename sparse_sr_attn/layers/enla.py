@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
-from sparse_sr_attn.functional.kernel import contrastive_loss, kernel_attention, random_directions
+from sparse_sr_attn.functional.random_features import contrastive_loss, kernel_attention, random_directions
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
@@ -107,7 +107,7 @@ class ENLA(AttentionLayer):
             ShapeError: `x` is not a map of `embed_dim` channels, or has one pixel.
 
         Source:
-            `functional.kernel.contrastive_loss`.
+            `functional.random_features.contrastive_loss`.
         """
         check_map(x, self.embed_dim)
         return contrastive_loss(*self._query_and_key(x), num_queries=num_queries, seed=seed)

@@ -9,92 +9,29 @@ from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.errors import ConfigError, Problem
-from sparse_sr_attn.functional.batch_norm import batch_norm
+from sparse_sr_attn.functional.channels_last import channels_last
 from sparse_sr_attn.functional.exporting import is_exporting
-from sparse_sr_attn.functional.layout import channels_last, pointwise_conv2d
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.window import apply_window_weights, window_attention, window_weights
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
-    PointwiseConv2d,
     check_map,
     fitting,
-    is_unmodified,
     last_conv,
 )
-from sparse_sr_attn.layers.learners import Learner
+from sparse_sr_attn.layers.batch_norm import ConvNorm
 from sparse_sr_attn.states import WindowAttention
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
 _LARGEST_KEPT = 8
 """Side of the largest windows whose weights a state keeps where nothing learns: those of 16x16 pixels are 256 numbers a
 pixel, which cost more to write into fresh memory and to read again than to make again."""
-
 _HINT = "call shared = GMSA(...).attend(x) and pass it: later(x, shared)"
-
-
-class BatchNorm2d(Learner, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose running statistics move once a forward, and only to finite values.
-
-    See `functional.batch_norm` for what differs in training.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the normalised map."""
-        if not self.training:
-            return super().forward(x)
-        return batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-
-
-class ConvNorm(nn.Module):
-    """1x1 convolution and batch normalisation; in evaluation they are one convolution, unless hooks watch them.
-
-    The weights of that one are computed in every forward, which costs next to nothing, so they cannot be out of date.
-
-    Args:
-        in_channels: of the map.
-        out_channels: of the result.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = PointwiseConv2d(in_channels, out_channels, 1)
-        self.norm = BatchNorm2d(out_channels)
-
-    def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
-        """Return the normalised map."""
-        if not self.training and is_unmodified(self.conv, PointwiseConv2d) and is_unmodified(self.norm, BatchNorm2d):
-            return pointwise_conv2d(x, *self.folded())
-        normalised: Tensor = self.norm(self.conv(x))
-        return normalised
-
-    def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
-        """Return weight and bias of the convolution that does what both do in evaluation."""
-        weight, norm = self.conv.weight, self.norm
-        precision = working_precision(weight)
-        factor = norm.weight.to(precision) * (norm.running_var.to(precision) + norm.eps).rsqrt()
-        offset = cast(Tensor, self.conv.bias).to(precision) - norm.running_mean.to(precision)
-        bias = offset * factor + norm.bias.to(precision)
-        return (weight.to(precision) * factor[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
 
 
 @LAYERS.register("SharedGMSA", kind="consumer", source=_SOURCE)

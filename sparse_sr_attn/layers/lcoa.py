@@ -20,7 +20,7 @@ from sparse_sr_attn.functional.cluster import (
     cluster_weights_rounds,
     with_nearest_chunks,
 )
-from sparse_sr_attn.functional.cluster_order import chain_rank, order_clusters
+from sparse_sr_attn.functional.cluster.order import chain_rank, order_clusters
 from sparse_sr_attn.functional.kmeans import KMeansState, hash_directions, initial_state
 from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.layers.base import (
@@ -34,7 +34,7 @@ from sparse_sr_attn.layers.base import (
     last_conv,
     tokens,
 )
-from sparse_sr_attn.layers.learners import KMeansLearner, KMeansRound, state_of
+from sparse_sr_attn.layers.running_state import KMeansLearner, KMeansRound, state_of
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
@@ -80,7 +80,7 @@ class LSP(KMeansLearner):
         similarity: "cosine" for $\tau$ times the cosine, or "dot", as published: the query is raw, so its length is the
             temperature, and the key has unit length.
         logit_scale: $\tau$ at first, > 0; it is learnt, and at most 100. Only with "cosine".
-        cluster_order: "chain" puts similar clusters beside each other (`functional.cluster_order`); "index" keeps the
+        cluster_order: "chain" puts similar clusters beside each other (`functional.cluster.order`); "index" keeps the
             order of their indices, which means nothing, as published.
         routing: "kmeans", or "lsh" for a locality-sensitive hash with `num_clusters` buckets that never learns, the
             paper's ablation: the centroids are the directions of the hash.

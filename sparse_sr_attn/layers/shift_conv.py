@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.config import PositiveInt, checked
-from sparse_sr_attn.functional.layout import channels_last
+from sparse_sr_attn.functional.channels_last import channels_last
 from sparse_sr_attn.functional.shift import Form, shift2d, shift_conv2d
 from sparse_sr_attn.layers.base import LAYERS, PointwiseConv2d, check_map, is_unmodified
 

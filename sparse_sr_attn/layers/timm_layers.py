@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.config import Finite, PositiveInt, checked
 from sparse_sr_attn.errors import ConfigError, Problem, ShapeError, UnknownNameError
 from sparse_sr_attn.layers.base import AttentionLayer, check_alone, check_map
-from sparse_sr_attn.layers.gmsa import BatchNorm2d
+from sparse_sr_attn.layers.batch_norm import BatchNorm2d
 from sparse_sr_attn.registry import Entry, suggestion
 
 # What `timm.layers.create_attn` knows by name; timm itself keeps no list.

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from sparse_sr_attn import ELAN, ConfigError, create_model, load_model
 from sparse_sr_attn.backbones.base import DIV2K_MEAN
 from sparse_sr_attn.backbones.elan import _reflected
-from sparse_sr_attn.checkpoints import LAYOUTS
-from sparse_sr_attn.layers.gmsa import ConvNorm
+from sparse_sr_attn.checkpoints.layouts import LAYOUTS
+from sparse_sr_attn.layers.batch_norm import ConvNorm
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES: dict[str, Any] = json.loads((GOLDEN / "elan_index.json").read_text())

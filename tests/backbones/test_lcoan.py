@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparse_sr_attn import ConfigError, LCoAN, ShapeError, create_model, load_model
-from sparse_sr_attn.checkpoints import LAYOUTS
+from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "lcoan_index.json").read_text())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.bench.memory import NewMemory, in_maps, new_memory
+from sparse_sr_attn.testing.memory import NewMemory, in_maps, new_memory
 
 
 def test_a_case_counted_by_hand() -> None:

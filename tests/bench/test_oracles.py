@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.bench.methods import LAYER_METHODS, NETWORK_METHODS, Method
-from sparse_sr_attn.bench.oracles import ALLOWED, TWINS, Check, check, seen
-from sparse_sr_attn.bench.run import _built, _check_size, _input
-from sparse_sr_attn.bench.settings import Settings
+from benchmarks.methods import LAYER_METHODS, NETWORK_METHODS, Method
+from benchmarks.oracles import ALLOWED, TWINS, Check, check, seen
+from benchmarks.run import _built, _check_size, _input
+from benchmarks.settings import Settings
 from sparse_sr_attn.reference import cluster
 
 SMALL = Settings(embed_dim=12, chunk_size=20, num_clusters=6, reduction=3, sizes=(16,), threads=1)
@@ -113,7 +113,7 @@ def test_a_missing_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tokens_in_a_cluster_that_is_not_the_nearest_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is consistent with the assignment, which is wrong itself."""
-    from sparse_sr_attn.layers import learners
+    from sparse_sr_attn.layers import running_state as learners
 
     nearest = learners.assign
     monkeypatch.setattr(learners, "assign", lambda points, centroids: nearest(-points, centroids))

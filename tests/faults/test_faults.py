@@ -23,28 +23,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = "sparse_sr_attn/functional/cluster.py"
-LAYOUT = "sparse_sr_attn/functional/cluster_layout.py"
+LAYOUT = "sparse_sr_attn/functional/cluster/layout.py"
 NEIGHBORS = "sparse_sr_attn/functional/cluster_neighbors.py"
-TILES = "sparse_sr_attn/functional/cluster_tiles.py"
-KERNELS = "sparse_sr_attn/functional/triton_kernels.py"
-TRITON = "sparse_sr_attn/functional/cluster_triton.py"
-FLEX = "sparse_sr_attn/functional/cluster_flex.py"
-FORMS = "sparse_sr_attn/functional/forms.py"
+TILES = "sparse_sr_attn/functional/cluster/tiles.py"
+KERNELS = "sparse_sr_attn/functional/cluster/triton_kernels.py"
+TRITON = "sparse_sr_attn/functional/cluster/triton.py"
+FLEX = "sparse_sr_attn/functional/cluster/flex.py"
+FORMS = "sparse_sr_attn/functional/backend.py"
 EXPORTING = "sparse_sr_attn/functional/exporting.py"
 PRECISION = "sparse_sr_attn/functional/precision.py"
 KMEANS = "sparse_sr_attn/functional/kmeans.py"
 RECOMPUTATION = "sparse_sr_attn/functional/recomputation.py"
 BASE = "sparse_sr_attn/layers/base.py"
 LCOA = "sparse_sr_attn/layers/lcoa.py"
-LEARNERS = "sparse_sr_attn/layers/learners.py"
+LEARNERS = "sparse_sr_attn/layers/running_state.py"
 PROCESSES = "sparse_sr_attn/functional/processes.py"
 BASICSR_MODEL = "integrations/sparse_sr_attn_basicsr/model.py"
 BASICSR_COMMANDS = "integrations/sparse_sr_attn_basicsr/commands.py"
 LCOAN = "sparse_sr_attn/backbones/lcoan.py"
 UNIT_KEYS = "sparse_sr_attn/functional/unit_keys.py"
 SHIFT = "sparse_sr_attn/functional/shift.py"
-GRID = "sparse_sr_attn/functional/window_grid.py"
-WINDOWS = "sparse_sr_attn/functional/window_operators.py"
+GRID = "sparse_sr_attn/functional/window/grid.py"
+WINDOWS = "sparse_sr_attn/functional/window/tiles.py"
 BATCH_NORM = "sparse_sr_attn/functional/batch_norm.py"
 GMSA = "sparse_sr_attn/layers/gmsa.py"
 ELAB = "sparse_sr_attn/blocks/elab.py"
@@ -53,21 +53,21 @@ NETWORK = "sparse_sr_attn/backbones/base.py"
 ELAN = "sparse_sr_attn/backbones/elan.py"
 RCAN = "sparse_sr_attn/backbones/rcan.py"
 RESIDUAL = "sparse_sr_attn/blocks/residual.py"
-CHECKPOINTS = "sparse_sr_attn/checkpoints.py"
-CONVERSION = "sparse_sr_attn/conversion.py"
-EXPORT = "sparse_sr_attn/export.py"
-FILES = "sparse_sr_attn/files.py"
-IMAGES = "sparse_sr_attn/images.py"
-INFERENCE = "sparse_sr_attn/inference.py"
-VISUALIZE = "sparse_sr_attn/visualize.py"
-HUB = "sparse_sr_attn/hub.py"
+CHECKPOINTS = "sparse_sr_attn/checkpoints/load.py"
+CONVERSION = "sparse_sr_attn/checkpoints/convert.py"
+EXPORT = "sparse_sr_attn/inference/onnx.py"
+FILES = "sparse_sr_attn/data/atomic.py"
+IMAGES = "sparse_sr_attn/data/images.py"
+INFERENCE = "sparse_sr_attn/inference/tiling.py"
+VISUALIZE = "sparse_sr_attn/inference/visualize.py"
+HUB = "sparse_sr_attn/checkpoints/hub.py"
 SPANDREL = "integrations/sparse_sr_attn_spandrel/architectures.py"
-ATTACHMENT = "sparse_sr_attn/attachment.py"
+ATTACHMENT = "sparse_sr_attn/backbones/attach.py"
 DENSE = "sparse_sr_attn/functional/dense.py"
-EVALUATION = "sparse_sr_attn/evaluation.py"
+EVALUATION = "sparse_sr_attn/data/metrics.py"
 PAPER = "sparse_sr_attn/paper"
 SPARSEMAX = "sparse_sr_attn/functional/sparsemax.py"
-KERNEL = "sparse_sr_attn/functional/kernel.py"
+KERNEL = "sparse_sr_attn/functional/random_features.py"
 LSH = "sparse_sr_attn/functional/lsh.py"
 NLA = "sparse_sr_attn/layers/nla.py"
 HSPA = "sparse_sr_attn/layers/hspa.py"
@@ -75,13 +75,13 @@ ENLA = "sparse_sr_attn/layers/enla.py"
 NLSA = "sparse_sr_attn/layers/nlsa.py"
 CATEGORY = "sparse_sr_attn/layers/category.py"
 TIMM = "sparse_sr_attn/layers/timm_layers.py"
-BENCH_MEMORY = "sparse_sr_attn/bench/memory.py"
-BENCH_ORACLES = "sparse_sr_attn/bench/oracles.py"
-BENCH_PEERS = "sparse_sr_attn/bench/peers.py"
-BENCH_REPORT = "sparse_sr_attn/bench/report.py"
-BENCH_RUN = "sparse_sr_attn/bench/run.py"
-BENCH_STANDINS = "sparse_sr_attn/bench/standins.py"
-BENCH_TIMING = "sparse_sr_attn/bench/timing.py"
+BENCH_MEMORY = "sparse_sr_attn/testing/memory.py"
+BENCH_ORACLES = "benchmarks/oracles.py"
+BENCH_PEERS = "benchmarks/peers.py"
+BENCH_REPORT = "benchmarks/report.py"
+BENCH_RUN = "benchmarks/run.py"
+BENCH_STANDINS = "benchmarks/standins.py"
+BENCH_TIMING = "benchmarks/timing.py"
 
 COMMANDS = "integrations/sparse_sr_attn_basicsr/commands.py"
 LOADING = "integrations/sparse_sr_attn_basicsr/data.py"
@@ -1134,7 +1134,7 @@ FAULTS = [
     ),
     Fault(
         "a value has no bias",
-        "sparse_sr_attn/functional/layout.py",
+        "sparse_sr_attn/functional/channels_last.py",
         "torch.baddbmm(bias, x",
         "torch.baddbmm(0 * bias, x",
         f"{IN_SIZES}::test_every_size[5-each key once]",
@@ -2719,21 +2719,21 @@ FAULTS = [
     ),
     Fault(
         "the tiles of training pairs do not overlap by a crop",
-        "sparse_sr_attn/pairs.py",
+        "sparse_sr_attn/data/pairs.py",
         "range(0, last, tile - crop)",
         "range(0, last, tile)",
         "tests/test_pairs.py::test_every_crop_lies_in_a_tile",
     ),
     Fault(
         "the low resolution is cut at the place of the high one",
-        "sparse_sr_attn/pairs.py",
+        "sparse_sr_attn/data/pairs.py",
         "top // upscale, left // upscale, tile // upscale",
         "top, left, tile // upscale",
         "tests/test_pairs.py::test_every_crop_lies_in_a_tile",
     ),
     Fault(
         "pairs that failed half-way leave what they wrote",
-        "sparse_sr_attn/pairs.py",
+        "sparse_sr_attn/data/pairs.py",
         "    finally:\n        shutil.rmtree(partial, ignore_errors=True)",
         "    finally:\n        pass",
         "tests/test_pairs.py::test_files_replace_what_was_there_only_when_all_are_written",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import cluster as fast
-from sparse_sr_attn.functional import cluster_tiles
-from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.cluster import tiles as cluster_tiles
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparse_sr_attn.errors import FormError
 from sparse_sr_attn.functional import cluster as fast
-from sparse_sr_attn.functional import cluster_flex
-from sparse_sr_attn.functional.cluster_layout import ClusterLayout
+from sparse_sr_attn.functional.cluster import flex as cluster_flex
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn import LSP
+from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.functional.cluster import cluster_pattern
-from sparse_sr_attn.functional.cluster_order import chain_rank, order_clusters
-from sparse_sr_attn.functional.forms import HAS_TRITON
+from sparse_sr_attn.functional.cluster.order import chain_rank, order_clusters
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
@@ -63,8 +63,8 @@ def test_the_order_follows_the_centroids_after_some_updates(device: torch.device
 @given(num_clusters=st.integers(1, 20), dim=st.integers(1, 4), seed=st.integers(0, 99))
 @example(num_clusters=9, dim=1, seed=0)
 def test_the_kernel_walks_the_same_path(device: torch.device, num_clusters: int, dim: int, seed: int) -> None:
-    from sparse_sr_attn.functional import cluster_order
-    from sparse_sr_attn.functional.cluster_triton import chain_op
+    from sparse_sr_attn.functional.cluster import order as cluster_order
+    from sparse_sr_attn.functional.cluster.triton import chain_op
 
     centroids = centroids_of(num_clusters, dim, seed, device)
     similarity = cluster_order._similarity(centroids).int()

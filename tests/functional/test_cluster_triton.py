@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_sr_attn.errors import FormError
 from sparse_sr_attn.functional import cluster as fast
-from sparse_sr_attn.functional import cluster_triton
+from sparse_sr_attn.functional.cluster import triton as cluster_triton
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
@@ -291,7 +291,9 @@ import torch, triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sparse_sr_attn.functional import cluster, cluster_triton, triton_kernels
+from sparse_sr_attn.functional import cluster
+from sparse_sr_attn.functional.cluster import triton as cluster_triton
+from sparse_sr_attn.functional.cluster import triton_kernels
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 SIZES = {"num_tokens", "chunk_size", "num_slots", "first", "num_seen", "fill", "num_repeats"}

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_sr_attn import GMSA, NLSA, LCoA, ShiftConv2d
-from sparse_sr_attn.functional import cluster, flops, layout, sparsemax, window
+from sparse_sr_attn.functional import channels_last as layout
+from sparse_sr_attn.functional import cluster, flops, sparsemax, window
 from sparse_sr_attn.functional.cluster import cluster_pattern
 from sparse_sr_attn.testing.strategies import Case
 

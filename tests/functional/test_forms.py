@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparse_sr_attn.errors import FormError
-from sparse_sr_attn.functional import cluster, forms, kmeans
+from sparse_sr_attn.functional import backend as forms
+from sparse_sr_attn.functional import cluster, kmeans
 from sparse_sr_attn.functional.cluster import Form, resolve_form
 from sparse_sr_attn.testing.strategies import Case
 

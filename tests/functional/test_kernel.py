@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from sparse_sr_attn.errors import ShapeError
-from sparse_sr_attn.functional import kernel as fast
+from sparse_sr_attn.functional import random_features as fast
 from sparse_sr_attn.reference import dense
-from sparse_sr_attn.reference import kernel as slow
+from sparse_sr_attn.reference import random_features as slow
 from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import assert_gradients_close, assert_values_close, gradients, rms
 

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn import LAYERS, CheckpointError, ConfigError, attach, detach, load_model
 from sparse_sr_attn.backbones.base import packed
-from sparse_sr_attn.checkpoints import carried_options
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.checkpoints.read import carried_options
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn_basicsr import preflight, register
 from sparse_sr_attn_basicsr.option_file import load
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.commands import _record_options
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 
 Write = Callable[..., str]
 

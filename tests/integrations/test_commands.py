@@ -75,7 +75,7 @@ def test_a_fork_that_lacks_parts_is_told_apart(training: Write, fork: Path) -> N
 def test_another_basicsr_that_is_imported_already_is_not_taken_for_it(
     training: Write, fork: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sparse_sr_attn.cli import main
+    from sparse_sr_attn.cli.main import main
 
     assert main(["train", "-opt", training()]) == 2
     assert "the BasicSR of this folder cannot be used, because that in " in capsys.readouterr().err

@@ -140,7 +140,7 @@ def test_loaders_that_are_spawned_find_basicsr(training: Callable[..., str], her
     file = training({"datasets.train.num_worker_per_gpu": 1, "train.total_iter": 1, "val": ...})
     code = (
         "import multiprocessing, sys; multiprocessing.set_start_method('spawn')\n"
-        f"from sparse_sr_attn.cli import main; sys.exit(main(['train', '-opt', {file!r}]))"
+        f"from sparse_sr_attn.cli.main import main; sys.exit(main(['train', '-opt', {file!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

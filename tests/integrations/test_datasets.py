@@ -11,7 +11,7 @@ import torch
 from basicsr.data import build_dataset
 from skimage import io
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.option_file import load

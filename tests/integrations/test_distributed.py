@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn import PRESETS
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 
 Write = Callable[..., str]
 

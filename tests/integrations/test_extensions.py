@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparse_sr_attn import LAYERS, UnknownNameError
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 
 Write = Callable[..., str]
 

@@ -10,7 +10,7 @@ import torch
 from basicsr.models import build_model
 from torch import Tensor, nn
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import TrainingError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.option_file import load

@@ -10,7 +10,7 @@ import pytest
 import torch
 from basicsr.data import build_dataset
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.data import PortableDataset, SampleError

@@ -17,7 +17,7 @@ from basicsr.models.sr_model import SRModel
 from torch import Tensor, nn
 
 import sparse_sr_attn
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import ConfigError, TrainingError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.losses import FFTLoss

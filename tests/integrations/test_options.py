@@ -13,7 +13,7 @@ from skimage import data, io
 
 from sparse_sr_attn import EDSR, ELAN, PRESETS
 from sparse_sr_attn.blocks import ELAB, SiteAttention
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.config import fields
 from sparse_sr_attn.layers import GMSA, LSP, SharedGMSA
 from sparse_sr_attn_basicsr.option_file import load

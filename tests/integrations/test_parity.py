@@ -10,7 +10,7 @@ from basicsr.archs import build_network, edsr_arch, rcan_arch
 from torch import nn
 
 from sparse_sr_attn import ConfigError, load_model
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn_basicsr import SparseEDSR, SparseRCAN
 from sparse_sr_attn_basicsr.option_file import load
 from sparse_sr_attn_basicsr.preflight import check

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image
 from skimage import io
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.option_file import load

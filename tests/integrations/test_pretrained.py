@@ -11,7 +11,7 @@ import pytest
 import torch
 from basicsr.models import build_model
 
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.option_file import load

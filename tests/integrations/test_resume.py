@@ -16,7 +16,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY
 from torch import Tensor, nn
 
 from sparse_sr_attn import PRESETS
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn_basicsr import SparseEDSR
 from sparse_sr_attn_basicsr.randomness import random_state, seeded
 

@@ -24,7 +24,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 from skimage import io
 
 from sparse_sr_attn import load_model
-from sparse_sr_attn.cli import main
+from sparse_sr_attn.cli.main import main
 from sparse_sr_attn_basicsr.option_file import load
 
 Write = Callable[..., str]

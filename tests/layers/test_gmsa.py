@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d, build_layer
 from sparse_sr_attn.functional.shift import shift2d, shift_conv2d
 from sparse_sr_attn.layers import shift_conv
-from sparse_sr_attn.layers.gmsa import BatchNorm2d, ConvNorm, group_widths
+from sparse_sr_attn.layers.batch_norm import BatchNorm2d, ConvNorm
+from sparse_sr_attn.layers.gmsa import group_widths
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
 

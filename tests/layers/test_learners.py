@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn import CategoryAttention, LCoA
-from sparse_sr_attn.functional.cluster_order import chain_rank
+from sparse_sr_attn.functional.cluster.order import chain_rank
 from sparse_sr_attn.functional.kmeans import KMeansState, cluster_sums
-from sparse_sr_attn.layers.learners import KMeansStatistics
+from sparse_sr_attn.layers.running_state import KMeansStatistics
 
 STATISTICS = tuple(name for name in KMeansState._fields if not name.startswith("num_"))
 

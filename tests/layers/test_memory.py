@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn import CoA, LCoA
-from sparse_sr_attn.bench.memory import NewMemory, in_maps, new_memory
-from sparse_sr_attn.functional import cluster_tiles
+from sparse_sr_attn.functional.cluster import tiles as cluster_tiles
+from sparse_sr_attn.testing.memory import NewMemory, in_maps, new_memory
 
 SCORES_PER_TILE = cluster_tiles._SCORES_PER_TILE  # before the tests of layers make it small
 

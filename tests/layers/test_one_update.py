@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn import EDSR, LSP, CategoryAttention, LCoA, one_kmeans_update
 from sparse_sr_attn.errors import ShapeError
-from sparse_sr_attn.layers.learners import KMeansLearner
+from sparse_sr_attn.layers.running_state import KMeansLearner
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 CHANNELS = 8

@@ -22,7 +22,8 @@ from sparse_sr_attn import (
     build_layer,
 )
 from sparse_sr_attn.errors import ShapeError
-from sparse_sr_attn.reference import cluster, dense, kernel, kmeans, lsh, sparsemax
+from sparse_sr_attn.reference import cluster, dense, kmeans, lsh, sparsemax
+from sparse_sr_attn.reference import random_features as kernel
 from sparse_sr_attn.testing import conformance
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, LSP, CoA, ConfigError, LCoA, LCoAN
+from sparse_sr_attn.inference.visualize import attended, attention_overlap
 from sparse_sr_attn.states import ClusterAttention
 from sparse_sr_attn.testing.tolerances import (
     assert_bit_equal,
@@ -16,7 +17,6 @@ from sparse_sr_attn.testing.tolerances import (
     gradients,
     rms,
 )
-from sparse_sr_attn.visualize import attended, attention_overlap
 
 SMALL: dict[str, Any] = {"num_clusters": 6, "chunk_size": 7, "reduction": 2, "res_scale": 1.0}
 KINDS = [

@@ -48,7 +48,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "keeps = (counts == 0) | (sums.norm(dim=-1) <= _EPS) + (moved.norm(dim=-1) <= _EPS)",
     ): "the sum of two conditions is their union",
     (
-        "sparse_sr_attn/functional/cluster_flex.py",
+        "sparse_sr_attn/functional/cluster/flex.py",
         "return visible & (offset >= least) * (offset <= most)",
     ): "the product of two conditions is their intersection",
     (
@@ -56,15 +56,15 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         'if self.categories == "kmeans" and self.training and self.ema_decay != 1:',
     ): "a decay is at most 1",
     (
-        "sparse_sr_attn/functional/cluster_tiles.py",
+        "sparse_sr_attn/functional/cluster/tiles.py",
         "return slots.view(-1, self.layout.chunk_size, slots.shape[1])",
     ): "slots have two axes",
     (
-        "sparse_sr_attn/functional/window_operators.py",
+        "sparse_sr_attn/functional/window/tiles.py",
         "if scale != 0:",
     ): "a factor of 1 may be multiplied by or not",
     (
-        "sparse_sr_attn/bench/timing.py",
+        "benchmarks/timing.py",
         "start = turn % max( 0, len(names))",
     ): "something is always timed",
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from sparse_sr_attn import LCoA
-from sparse_sr_attn.bench.memory import in_maps, new_memory
+from sparse_sr_attn.testing.memory import in_maps, new_memory
 
 SIDE, CHANNELS = 256, 64
 

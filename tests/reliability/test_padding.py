@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparse_sr_attn.functional.cluster import cluster_pattern
-from sparse_sr_attn.functional.cluster_layout import ClusterLayout
-from sparse_sr_attn.functional.window_grid import WindowGrid
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
+from sparse_sr_attn.functional.window.grid import WindowGrid
 
 
 @pytest.mark.parametrize("num_tokens", range(1, 50))

@@ -1,0 +1,5 @@
+"""Weights in and out: recognise a layout, build its network, load, convert and share."""
+
+from sparse_sr_attn.checkpoints.load import load_model
+
+__all__ = ["load_model"]

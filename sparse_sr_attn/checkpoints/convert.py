@@ -1,0 +1,142 @@
+"""Weights of our networks under the names of other code bases, and into files."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of
+from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, key_pattern
+from sparse_sr_attn.checkpoints.load import load_model
+from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.errors import CheckpointError
+
+Names = Literal["ours", "released"]
+"""`ours` are BasicSR's for EDSR and RCAN; `released` are EDSR-PyTorch's, and those of the authors of LCoAN and ELAN."""
+
+
+def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
+    """Return the weights of `model` under other names, for a code base that loads them strictly.
+
+    Args:
+        model: from `load_model`, or one that was trained.
+        names: under which names, see `Names`.
+
+    Returns:
+        A state dict on the CPU. With released names it has all that the released code expects, what that never uses
+        as zeros; k-means' update that is pending is left out, for which there is no name.
+
+    Raises:
+        CheckpointError: the layout has no place for a part of the network (attention in EDSR or RCAN, several
+            patterns in an LCoAN, an ELAN of other than three windows, another mean than of three channels).
+
+    Note:
+        What is returned has been read back by `load_model`, and every weight was the same.
+
+    Example:
+        `torch.save(convert_weights(load_model("net_g_latest.pth"), "released"), "lcoan_x2.pt")`
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    if names == "ours":
+        return state
+    layout = next((x for x in LAYOUTS if x.build is type(model) and x.filling), None)
+    if layout is None or layout.filling is None:
+        raise CheckpointError(f"the released names of {type(model).__name__} are not known; its own can be written")
+    renamed = _renamed(layout, {key: value for key, value in state.items() if key != OPTIONS})
+    named = {**layout.revert(renamed, model), **layout.filling(model)}
+    _check(layout, model, named)
+    return named
+
+
+def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwrite: bool = False) -> None:
+    """Write a state dict; the file is there whole or not at all.
+
+    Args:
+        state: on the CPU.
+        file: its suffix says how: `.safetensors`, or `.pth` or `.pt` for `torch.save`.
+        nested: put it under `params`, where BasicSR looks; not in `.safetensors`.
+        overwrite: whether a file that is there may be replaced.
+
+    Raises:
+        CheckpointError: the suffix is another, the file is there already, or cannot be written.
+    """
+    if file.suffix not in (".safetensors", ".pth", ".pt"):
+        raise CheckpointError(f"{file} must end in .safetensors, .pth or .pt")
+    try:
+        with replacing(file, overwrite=overwrite) as stream:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import save  # noqa: PLC0415
+
+                stream.write(save(state))
+            else:
+                torch.save({"params": state} if nested else state, stream)
+    except ImportError as error:
+        raise CheckpointError("writing .safetensors needs safetensors: pip install safetensors") from error
+    except FileExistsError as error:
+        raise CheckpointError(f"{file} is there already, and stays; --overwrite replaces it") from error
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides why
+        raise CheckpointError(f"{file} cannot be written: {getattr(cause, 'strerror', None) or cause}") from error
+
+
+def unsaid_options(model: Network, state: dict[str, Tensor]) -> list[str]:
+    """Return the options of `model` that `load_model(state)` would assume otherwise, because no weight tells them.
+
+    Of networks with options that JSON has no word for, nothing is said.
+    """
+    ours = options_of(model)
+    if ours is None:
+        return []
+    again = load_model(state)
+    theirs = options_of(again) or {}
+    if "rgb_mean" in ours and torch.allclose(again.mean, model.mean.cpu(), atol=1e-6):
+        theirs["rgb_mean"] = ours["rgb_mean"]  # written out, or by name
+    return [f"{name}={json.dumps(value)}" for name, value in ours.items() if value != theirs.get(name)]
+
+
+def _renamed(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    after_the_last: dict[str, Tensor] = {}
+    for key, value in state.items():
+        theirs = _their_key(layout, key)
+        if theirs is not None:
+            (after_the_last if "<" in theirs else named)[theirs] = value
+        elif not re.fullmatch(layout.fresh, key):
+            raise CheckpointError(f"{layout.name} has no place for {key}")
+    # Where ours have a name and theirs a number, it is the next one: the convolution that follows the last block.
+    numbered = dict(named)
+    for theirs, value in after_the_last.items():
+        start = theirs.partition("<")[0]
+        last = max(int(key.removeprefix(start).partition(".")[0]) for key in numbered if key.startswith(start))
+        named[re.sub(r"<\w>", str(last + 1), theirs)] = value
+    # The released k-means has one more axis, of length 1.
+    return {key: value[None] if key.endswith(".kmeans.means") else value for key, value in named.items()}
+
+
+def _their_key(layout: Layout, key: str) -> str | None:
+    """Return their name of our key, with `<b>` for a number that ours does not have; `None` if there is none."""
+    for pattern, ours in layout.names.items():
+        if ours is not None and (found := key_pattern(ours).fullmatch(key)):
+            numbers = found.groupdict()
+            rest = numbers.pop("rest", "*")
+            return re.sub(r"<(\w)>", partial(_filled, numbers), pattern).replace("*", rest)
+    return None
+
+
+def _filled(numbers: dict[str, str], part: re.Match[str]) -> str:
+    return numbers.get(part[1], part[0])
+
+
+def _check(layout: Layout, model: Network, named: dict[str, Tensor]) -> None:
+    """Refuse weights that would not come back as they were."""
+    again = load_model(named).state_dict()
+    before = {key: value.cpu() for key, value in model.state_dict().items() if key != OPTIONS}
+    kept = [key for key in before if not re.fullmatch(layout.fresh, key)]
+    if wrong := [key for key in kept if key not in again or not torch.equal(again[key], before[key])]:
+        raise CheckpointError(f"{layout.name} has no place for {wrong[0]}, which would not come back")
+    if more := (again.keys() ^ before.keys()) - {OPTIONS}:
+        raise CheckpointError(f"{layout.name} has no place for {min(more)}")

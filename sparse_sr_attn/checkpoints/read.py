@@ -1,0 +1,143 @@
+"""Read files of weights as data, and find the weights inside whatever containers they are in."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_sr_attn.backbones.base import OPTIONS
+from sparse_sr_attn.checkpoints.load import unwrap
+from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Options, State
+from sparse_sr_attn.errors import CheckpointError
+
+_NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
+_WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
+_MOST_OPTIONS = 2**20  # bytes
+_TRAINED = Path(__file__).with_name("trained")
+_SHOWN = 6  # keys or problems that a message lists before it counts the rest
+
+
+def trained_weights() -> dict[str, Path]:
+    """Return the files of the trained weights that come with the library, by name: `{"LCoAN-light_x2": ..., ...}`.
+
+    `docs/weights.md` tells how they were trained and how good they are.
+    """
+    return {file.stem: file for file in sorted(_TRAINED.glob("*.safetensors"))}
+
+
+def read_file(source: object) -> object:
+    """Return what a file holds, or the file of trained weights of that name.
+
+    Raises:
+        CheckpointError: there is no such file, or it cannot be read as data.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"source must be a file or a state dict, got a {type(source).__name__}")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        known = trained_weights()
+        if str(source) not in known:
+            names = "" if path.suffix else f", nor are they weights of the library: {', '.join(known)}"
+            raise CheckpointError(f"there is no such file{names}")
+        path = known[str(source)]
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # noqa: PLC0415  (only here is it needed)
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise CheckpointError("reading .safetensors needs safetensors: pip install safetensors") from error
+    except Exception as error:  # a malformed file can make the reader raise anything
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            "must be weights that can be read as data, from a .safetensors or a whole torch.save file without code; "
+            f"got {type(error).__name__}: {reason}"
+        ) from error
+
+
+def find_weights(content: object) -> tuple[dict[str, Tensor], State, unwrap.Found | None]:
+    """Return the weights that a file holds, without wrappers, and what is beside them; see `unwrap.Found`."""
+    found = unwrap.find(content, is_known)
+    if found is None:
+        return _checked(_innermost(content)), {}, None
+    own = found.chosen.state.items()
+    # Numbers and texts beside weights, an epoch say, are none. Those in place of weights have a dot in their key.
+    weights = {k: v for k, v in own if isinstance(v, Tensor) or k == OPTIONS or not isinstance(k, str) or "." in k}
+    return _checked(weights), {k: v for k, v in found.beside.items() if is_plain(k, v)}, found
+
+
+def is_known(state: State) -> bool:
+    """Return whether some layout has such keys, or the options beside them name a network."""
+    if any(layout.recognises(state) for layout in LAYOUTS):
+        return True
+    try:
+        return "type" in carried_options(state.get(OPTIONS))
+    except CheckpointError:
+        return False
+
+
+def _innermost(content: object) -> object:
+    """Return what is closest to weights in a file without a known network, so that messages are about that."""
+    for _ in _NESTS:  # no deeper: a map may hold itself
+        inner = [
+            content[key] for key in _NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ]
+        content = inner[0] if inner else content
+    if isinstance(content, Mapping) and content and all(isinstance(key, str) for key in content):
+        wrapped = [re.match(_WRAPPERS, key) for key in content]
+        depth = min(len(found[0]) if found else 0 for found in wrapped)
+        if depth and len({key[:depth] for key in content}) == 1:
+            return {key[depth:]: value for key, value in content.items()}
+    return content
+
+
+def _checked(content: object) -> dict[str, Tensor]:
+    """Refuse what is no state dict of dense tensors."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"must hold a state dict, a map from keys to tensors, got a {type(content).__name__}")
+    if not content:
+        raise CheckpointError("must hold weights, got an empty map")
+    strange = [f"{key!r}: {type(value).__name__}" for key, value in content.items() if not is_plain(key, value)]
+    if strange:
+        hint = f", or such a map under one of {', '.join(_NESTS)}"
+        if {"epoch", "iter"} & content.keys():
+            hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
+        raise CheckpointError(f"must hold a map from keys to dense tensors, got {listed(strange)}{hint}")
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in content.values()}
+    if sum(value.nbytes for value in content.values()) > sum(storages.values()):
+        raise CheckpointError("must hold each number of its weights, got weights that repeat numbers or share them")
+    return dict(content)
+
+
+def is_plain(key: object, value: object) -> bool:
+    """Return whether this is a dense tensor under a text."""
+    return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
+def carried_options(tensor: Tensor | None) -> Options:
+    """Return the options that the weights of our networks carry, and the network's name as `type`.
+
+    Raises:
+        CheckpointError: this is not how they are carried.
+    """
+    if tensor is None:
+        return {}
+    try:
+        if tensor.numel() > _MOST_OPTIONS:
+            raise ValueError(f"got {tensor.numel()} numbers")
+        return dict(json.loads(bytes(round(value) for value in tensor.tolist())))
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(
+            f"the key {OPTIONS!r} must hold the bytes of a JSON map ({error}); take it away and say the options"
+        ) from error
+
+
+def listed(items: list[str]) -> str:
+    """Return names as messages show them: the first ones, and how many there are."""
+    rest = f", ... ({len(items)})" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + rest

@@ -1,0 +1,239 @@
+"""`sparse-sr capture`: how much of dense attention the keys of sparse patterns capture."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.report import table
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.cli.common import UsageError, add_weights, images_in, load, name, require, show
+from sparse_sr_attn.data.atomic import check_writable, replacing
+from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
+from sparse_sr_attn.data.imresize import matlab_bicubic
+from sparse_sr_attn.errors import ConfigError, ImageError, ShapeError, SparseSRError
+from sparse_sr_attn.inference.captured_mass import PATTERNS, Capture, Pattern, captured_mass, read_patterns
+from sparse_sr_attn.inference.upscale import network_input
+from sparse_sr_attn.inference.visualize import attention_features
+from sparse_sr_attn.layers.lcoa import LSP
+
+DESCRIPTION = """\
+Measure how much of dense attention's softmax mass falls on the keys that sparse patterns show to each query, beside
+the best possible for as many keys. Features are those of an attention layer of a trained network on your images.
+
+  sparse-sr capture --images photos
+  sparse-sr capture --images photos --weights net_g_latest.pth --layer 1 --temperature 30
+  sparse-sr capture --images photos --patterns LCoA LCoA:num_clusters=64,num_adjacent=4 NLSA:num_rounds=4
+
+Images are those of high resolution: they are shrunk as MATLAB's bicubic does, and the middle goes through the network.
+Dense attention is the softmax of temperature * cosine."""
+EPILOG = f"""\
+patterns, each alone or as PATTERN:option=value,option=value with options of its layer:
+  LCoA               clusters of k-means, fitted to the image; chunks on a ring or, with neighbors=nearest,
+                     beside the most similar ones
+  trained            the same with the centroids and options of the network, if its layer is an LCoA
+  NLSA               buckets of a locality-sensitive hash
+  CategoryAttention  what it sees token by token; its coarse part, attention to the categories, does not count
+  windows            squares, as large as the keys allow
+  raster             chunks in image order
+All see the same number of keys, in all rounds together; chunks are as large as that allows. By default:
+  {(chr(10) + "  ").join(PATTERNS)}"""
+
+_BEST = "best possible"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="FOLDER", help="images of high resolution, or one")
+    add_weights(parser)
+    add("--layer", type=int, default=0, metavar="N", help="which layer that computes attention, from 0")
+    add("--patterns", nargs="+", metavar="PATTERN", help="what to compare; see below")
+    add("--keys", type=int, default=432, metavar="N", help="keys that a token sees (default: %(default)s)")
+    add("--temperature", type=float, default=10.0, metavar="X", help="of dense attention (default: %(default)g)")
+    add("--steps", type=int, default=10, metavar="N", help="of k-means on each image (default: %(default)s)")
+    add("--crop", type=int, default=96, metavar="N", help="side of the middle, in pixels of the input (%(default)s)")
+    add("--limit", type=int, metavar="N", help="take so many images, the first ones")
+    add("--json", type=Path, metavar="FILE", help="keep all figures, of each image too")
+    add("--plot", type=Path, metavar="FILE", help="draw the table (.png; needs matplotlib)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print the table and keep it; return the exit status.
+
+    Raises:
+        UsageError: the arguments are wrong.
+        SparseSRError: images or weights cannot be used, there is no attention, or a file cannot be written.
+    """
+    require("PIL", "numpy")
+    patterns = _checked(arguments)
+    files = images_in(arguments.images)[: arguments.limit]
+    model = load(arguments)
+    layer, captures = "", {}
+    for number, file in enumerate(files):
+        _progress(f"{number + 1}/{len(files)} {name(file.name)}")
+        try:
+            image = _input(file, model, arguments.crop)
+            layer, captures[file.name] = _captured(model, image, patterns, number, arguments)
+        except (ImageError, ShapeError) as error:
+            raise ImageError(f"{name(file)}: {error}") from error
+    _progress("")
+    document = _document(arguments, layer, captures)
+    show(_report(document))
+    try:
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(arguments.json) as stream:
+                stream.write(json.dumps(document, indent=1).encode() + b"\n")
+        if arguments.plot:
+            _plot(document, arguments.plot)
+    except OSError as error:
+        raise SparseSRError(f"cannot write: {error}") from error
+    return 0
+
+
+def _checked(arguments: argparse.Namespace) -> list[Pattern]:
+    """Return the patterns, when all arguments are right and what is asked for can be written."""
+    for option, least in (("keys", 1), ("steps", 0), ("crop", 2), ("limit", 1), ("layer", 0)):
+        value = getattr(arguments, option)
+        if value is not None and value < least:
+            raise UsageError(f"--{option} must be >= {least}, got {value}")
+    if not 0 < arguments.temperature < math.inf:
+        raise UsageError(f"--temperature must be > 0 and finite, got {arguments.temperature:g}")
+    if arguments.plot:
+        if arguments.plot.suffix != ".png":
+            raise UsageError(f"--plot must end in .png, got {name(arguments.plot)}")
+        require("matplotlib")
+    for file in filter(None, (arguments.json, arguments.plot)):
+        try:
+            check_writable(file)
+        except OSError as error:
+            raise UsageError(f"{name(file)} cannot be written: {error.strerror}") from error
+    try:
+        return read_patterns(arguments.patterns or PATTERNS, num_keys=arguments.keys)
+    except ConfigError as error:
+        raise UsageError("; ".join(f"--patterns {problem}" for problem in error.problems)) from error
+
+
+def _input(file: Path, model: Network, side: int) -> Tensor:
+    """Return the middle of an image, shrunk, as the network takes it."""
+    small = matlab_bicubic(as_rgb(read_pixels(file)), model.upscale)
+    for axis in (0, 1):
+        length = min(side, small.shape[axis])
+        small = small.narrow(axis, (small.shape[axis] - length) // 2, length)
+    return network_input(Picture(small.numpy()), model.num_in_ch)
+
+
+def _captured(
+    model: Network, image: Tensor, patterns: list[Pattern], number: int, arguments: argparse.Namespace
+) -> tuple[str, Capture]:
+    """Return the name of the layer, and what patterns capture on an image."""
+    try:
+        features = attention_features(model, image.to(model.mean.device))
+    except ShapeError:
+        raise
+    except ValueError as error:
+        raise SparseSRError(str(error)) from error
+    if arguments.layer >= len(features):
+        raise UsageError(f"--layer must be from 0 to {len(features) - 1}, got {arguments.layer}")
+    layer = list(features)[arguments.layer]
+    module = model.get_submodule(layer)
+    trained = module if isinstance(module, LSP) else None
+    if trained is None:
+        if "trained" in (arguments.patterns or ()):
+            raise UsageError(f"--patterns trained needs a layer with clusters (LCoA), and {layer} is none")
+        patterns = [pattern for pattern in patterns if pattern.name != "trained"]
+    try:
+        found = captured_mass(
+            features[layer],
+            patterns,
+            num_keys=arguments.keys,
+            temperature=arguments.temperature,
+            steps=arguments.steps,
+            seed=number,
+            trained=trained,
+        )
+    except ConfigError as error:
+        raise UsageError(f"--keys: {error}") from error
+    return layer, found
+
+
+def _document(arguments: argparse.Namespace, layer: str, captures: dict[str, Capture]) -> dict[str, Any]:
+    """Return all that was found, means and images."""
+    each = {
+        file: {
+            "entropy": one.entropy,
+            "best": one.best,
+            "patterns": {pattern: seen._asdict() for pattern, seen in one.patterns.items()},
+        }
+        for file, one in captures.items()
+    }
+    found = list(captures.values())
+    return {
+        "settings": {
+            "weights": str(arguments.weights),
+            "layer": layer,
+            **{key: getattr(arguments, key) for key in ("keys", "temperature", "steps", "crop")},
+        },
+        "mean": {
+            "entropy": mean(one.entropy for one in found),
+            "best": mean(one.best for one in found),
+            "patterns": {
+                pattern: {
+                    key: mean(getattr(one.patterns[pattern], key) for one in found) for key in ("num_keys", "mass")
+                }
+                for pattern in found[0].patterns
+            },
+        },
+        "images": each,
+    }
+
+
+def _report(document: dict[str, Any]) -> str:
+    settings, found = document["settings"], document["mean"]
+    rows = [[_BEST, str(settings["keys"]), f"{found['best']:.3f}", "1.00"]]
+    rows += [
+        [pattern, f"{seen['num_keys']:.0f}", f"{seen['mass']:.3f}", f"{seen['mass'] / found['best']:.2f}"]
+        for pattern, seen in found["patterns"].items()
+    ]
+    images = document["images"]
+    return (
+        f"{table(['pattern', 'keys', 'captured', 'of the best possible'], rows)}\n\n"
+        f"{len(images)} image{'s' * (len(images) > 1)}, at most {settings['crop']}x{settings['crop']}; features of "
+        f"{settings['layer']} of {name(settings['weights'])}.\n"
+        f"Dense attention at temperature {settings['temperature']:g}; its entropy is {found['entropy']:.3f} of log(n)."
+    )
+
+
+def _plot(document: dict[str, Any], path: Path) -> None:
+    """Draw what is captured: the mean as a bar, each image as a dot; needs matplotlib."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  an extra
+
+    found, images = document["mean"], document["images"].values()
+    names = list(found["patterns"])
+    figure = Figure(figsize=(8, 1.4 + 0.34 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for place, pattern in enumerate(names):
+        axes.barh(-place, found["patterns"][pattern]["mass"], color="C0", alpha=0.6)
+        axes.plot([one["patterns"][pattern]["mass"] for one in images], [-place] * len(images), ".", color="C0")
+    axes.axvline(found["best"], color="black", linestyle=":", label=_BEST)
+    settings = document["settings"]
+    axes.set_yticks([-place for place in range(len(names))], names)
+    axes.set(xlabel=f"mass of dense attention on {settings['keys']} keys, temperature {settings['temperature']:g}")
+    axes.set_xlim(0, 1)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
+
+
+def _progress(text: str) -> None:
+    """Show on one line what is being done, to somebody who looks at a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,216 @@
+"""What the commands share: how they speak, load weights and ask for packages."""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from sparse_sr_attn.errors import ConfigError, SparseSRError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparse_sr_attn.backbones.base import Network
+
+_PACKAGES = {"PIL": "pillow"}
+"""What a module's package is called, where it is called otherwise."""
+
+
+NETWORK = "LCoAN-light"
+"""What a command works with that is told no weights."""
+
+
+class UsageError(SparseSRError):
+    """The command line asks for what cannot be; nothing was done."""
+
+
+def say(text: str, *, everywhere: bool = False) -> None:
+    """Print an error or a note, of the first process only unless `everywhere`."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        show(f"sparse-sr: {text}", sys.stderr)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, whatever is in a file's name."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def name(path: Path | str) -> str:
+    """Return a path as one line."""
+    return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(path))
+
+
+def require(*modules: str) -> None:
+    """Raise an error that says what to install, if a package is not there.
+
+    Raises:
+        SparseSRError: one of `modules` is missing.
+    """
+    missing = [_PACKAGES.get(module, module) for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise SparseSRError(f"{', '.join(missing)} must be installed: python -m pip install {' '.join(missing)}")
+
+
+def images_in(path: Path) -> list[Path]:
+    """Return the images of a folder, sorted, without hidden ones; an image alone is one.
+
+    Raises:
+        UsageError: there is no such path, or no image in the folder.
+    """
+    if not os.path.lexists(path):
+        raise UsageError(f"{name(path)}: no such image or folder")
+    if not os.path.isdir(path):
+        return [path]
+    try:
+        files = sorted(file for file in path.iterdir() if not file.is_dir())
+    except OSError as error:
+        raise UsageError(f"{name(path)}: {error.strerror}") from error
+    from sparse_sr_attn.data.images import looks_like_image  # noqa: PLC0415
+
+    images = [file for file in files if looks_like_image(file) and not file.name.startswith(".")]
+    if not images:
+        raise UsageError(f"{name(path)} must hold images, and none of its {len(files)} files has the suffix of one")
+    return images
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """Return a name for each file: its stem where no other file has it, else its whole name, else its folder's too.
+
+    Names that differ only in case count as one.
+
+    Raises:
+        UsageError: two files have one name even so.
+    """
+    choices = [(file.stem, file.name, f"{file.resolve().parent.name}_{file.name}") for file in files]
+    chosen = [0] * len(files)
+    while True:
+        names = [choice[level] for choice, level in zip(choices, chosen, strict=True)]
+        times = Counter(one.casefold() for one in names)
+        twice = [index for index, one in enumerate(names) if times[one.casefold()] > 1]
+        if not twice:
+            return names
+        for index in twice:
+            chosen[index] += 1
+        if max(chosen) == 3:
+            same = [name(files[index]) for index in twice if names[index].casefold() == names[twice[0]].casefold()]
+            raise UsageError(f"{' and '.join(same)} would get one name; give them in two runs, or rename one")
+
+
+def add_weights(parser: argparse.ArgumentParser, group: argparse._MutuallyExclusiveGroup | None = None) -> None:
+    """Add the arguments that `load` reads; `--weights` to a group, if there is one."""
+    (group or parser).add_argument(
+        "-w",
+        "--weights",
+        default=f"{NETWORK}_x2",
+        type=Path,
+        metavar="FILE|NAME",
+        help=".pth or .safetensors, ours or of another code base, or weights that come with the "
+        "library (`sparse-sr list`); they tell the network (default: %(default)s)",
+    )
+    add_options(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the GPU if there is one")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for options that weights do not tell."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of the network that its weights do not tell, e.g. img_range=1.0; values as in JSON",
+    )
+    add_imports(parser)
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for modules of the user's own."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE|FILE.py",
+        help="run this code first, for the layers and networks that it registers (`custom_imports` of option files); "
+        "can be given several times",
+    )
+
+
+def import_modules(arguments: argparse.Namespace) -> None:
+    """Import what `--import` names.
+
+    Raises:
+        UsageError: something cannot be imported.
+    """
+    if not arguments.imports:
+        return
+    if importlib.util.find_spec("basicsr") is not None:
+        importlib.import_module("sparse_sr_attn_basicsr").apply()  # the modules may import BasicSR
+    try:
+        importlib.import_module("sparse_sr_attn_basicsr.extensions").load(arguments.imports, "--import")
+    except ConfigError as error:
+        raise UsageError("--import: " + "; ".join(problem.message for problem in error.problems)) from error
+
+
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options given by `--set`.
+
+    Raises:
+        UsageError: one is not of the form NAME=VALUE.
+    """
+    given = {}
+    for item in arguments.set:
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--set needs NAME=VALUE, got {item!r}")
+        try:
+            given[key] = json.loads(value)
+        except ValueError:
+            given[key] = value
+    return given
+
+
+def load(arguments: argparse.Namespace) -> "Network":
+    """Return the network of `--weights` and `--set`, on `--device` if there is such an argument.
+
+    Raises:
+        UsageError: there is no such device, or `--set` is wrong.
+        CheckpointError: the weights cannot be read.
+        ConfigError: an option is wrong.
+    """
+    from sparse_sr_attn.checkpoints.load import load_and_tell  # noqa: PLC0415
+
+    device = find_device(getattr(arguments, "device", "cpu"))
+    import_modules(arguments)
+    model, told = load_and_tell(arguments.weights, options(arguments))
+    if told:
+        say(f"note: {name(arguments.weights)}: {told}")
+    return model.to(device)
+
+
+def find_device(asked: str | None) -> "torch.device":
+    """Return a device by its name; without one, the GPU if torch can use one.
+
+    Raises:
+        UsageError: torch cannot use it here.
+    """
+    import torch  # noqa: PLC0415
+
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device).add(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"--device must be one that torch can use here, got {asked!r}: {reason}") from error
+    return device

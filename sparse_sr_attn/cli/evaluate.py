@@ -1,0 +1,155 @@
+"""`sparse-sr evaluate`: PSNR and SSIM of pictures against the true ones, as papers count them."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+from torch import Tensor
+
+from sparse_sr_attn.cli.common import UsageError, images_in, name, require, show
+from sparse_sr_attn.data.images import as_rgb, read_pixels
+from sparse_sr_attn.data.imresize import crop_to_multiple
+from sparse_sr_attn.data.metrics import Protocol, Score, bicubic_luma, luma, score
+from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
+
+DESCRIPTION = """\
+Compare upscaled pictures with the true ones, on luma, without the border.
+
+  sparse-sr evaluate results/ Set5/HR --upscale 2
+  sparse-sr evaluate results/ Set5/HR --upscale 4 --names {}_RCAN {}_HR_x4    baby_RCAN.png belongs to baby_HR_x4.png
+  sparse-sr evaluate --bicubic Set14/HR --upscale 3 --grey bridge             the row "bicubic" of papers' tables
+"""
+EPILOG = """\
+Protocols: basicsr (BasicSR, EDSR and most networks since): luma in floating point, grey pictures as RGB. matlab (SRCNN
+and who copied its figures): luma rounded to 8 bits, grey pictures as they are, whose PSNR is 1.3 dB lower. Set14 has
+two grey pictures; published figures of bicubic take one of them (bridge) as grey and the other as RGB. Where both are
+stored as RGB, --grey says so."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help="of the results, then of the true pictures")
+    add("--upscale", type=int, required=True, metavar="N", help="factor; so many pixels of border are left out")
+    add("--border", type=int, metavar="N", help="leave out so many instead")
+    add("--protocol", choices=get_args(Protocol), help="see below (basicsr; with --bicubic always matlab)")
+    add("--grey", nargs="+", default=[], metavar="NAME", help="RGB pictures that shall count as grey ones")
+    add("--bicubic", action="store_true", help="no results: shrink and enlarge the true pictures, as SRCNN's code does")
+    add("--names", nargs=2, default=["{}", "{}"], metavar=("RESULT", "TRUE"), help="names of files, {} for what agrees")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a line for each picture and one for their mean; return the exit status.
+
+    Raises:
+        UsageError: the arguments are wrong.
+        SparseSRError: pictures cannot be read or do not fit together.
+    """
+    require("PIL", "numpy")
+    _check(arguments)
+    scores = dict(_bicubic(arguments) if arguments.bicubic else _results(arguments))
+    values = scores.values()
+    mean = Score(sum(one.psnr for one in values) / len(values), sum(one.ssim for one in values) / len(values))
+    rows = [(name(label), one) for label, one in [*scores.items(), ("mean", mean)]]
+    width = max(len(label) for label, _ in rows)
+    for label, one in rows:
+        show(f"{label:<{width}}  {one.psnr:6.3f} dB  {one.ssim:.4f}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    wanted = 1 if arguments.bicubic else 2
+    if len(arguments.folders) != wanted:
+        what = "the folder of true pictures" if arguments.bicubic else "the results and the true pictures"
+        raise UsageError(f"needs {wanted} FOLDER, {what}; got {len(arguments.folders)}")
+    if arguments.bicubic and arguments.protocol == "basicsr":
+        raise UsageError("--bicubic is by --protocol matlab, as the published figures are")
+    if arguments.upscale < 1:
+        raise UsageError(f"--upscale must be >= 1, got {arguments.upscale}")
+    if arguments.border is not None and arguments.border < 0:
+        raise UsageError(f"--border must be >= 0, got {arguments.border}")
+    for template in arguments.names:
+        if template.count("{}") != 1:
+            raise UsageError(f"--names must each have one {{}}, got {template}")
+
+
+def _bicubic(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
+    pictures = _pictures(arguments.folders[0], arguments.names[1])
+    _check_grey(arguments, pictures)
+    for label, path in pictures.items():
+        with _about(path):
+            truth, enlarged = bicubic_luma(_read(path, grey=label in arguments.grey), arguments.upscale)
+            yield label, score(enlarged, truth, border=_border(arguments))
+
+
+def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
+    results, truths = (
+        _pictures(folder, template) for folder, template in zip(arguments.folders, arguments.names, strict=True)
+    )
+    if missing := sorted(truths.keys() - results.keys()):
+        some = f"{name(next(iter(results.values())).name)}, {name(truths[missing[0]].name)}"
+        near = [path.stem.replace(missing[0], "{}", 1) for path in results.values() if missing[0] in path.stem]
+        remedy = f"; try --names {name(near[0])} {name(arguments.names[1])}" if near else ""
+        raise UsageError(
+            f"no result for {', '.join(map(name, missing))} in {name(arguments.folders[0])}; --names says what files "
+            f"are called, which are like {some}{remedy}"
+        )
+    _check_grey(arguments, truths)
+    protocol: Protocol = arguments.protocol or "basicsr"
+    for label, path in truths.items():
+        grey = label in arguments.grey
+        with _about(results[label]):
+            result = _read(results[label], grey=grey)
+        with _about(path):
+            truth = crop_to_multiple(_read(path, grey=grey), arguments.upscale)
+        with _about(results[label]):
+            if protocol == "matlab" and truth.dim() != result.dim():  # what a picture is, the true one says
+                result = _grey(result) if truth.dim() == 2 else as_rgb(result)
+            yield label, score(luma(result, protocol), luma(truth, protocol), border=_border(arguments))
+
+
+def _border(arguments: argparse.Namespace) -> int:
+    return int(arguments.upscale if arguments.border is None else arguments.border)
+
+
+def _pictures(folder: Path, template: str) -> dict[str, Path]:
+    """Return the pictures of a folder by what stands for {} in their names."""
+    before, after = template.split("{}")
+    found: dict[str, Path] = {}
+    for path in images_in(folder):
+        if path.stem.startswith(before) and path.stem.endswith(after):
+            label = path.stem[len(before) : len(path.stem) - len(after)]
+            if label in found:
+                raise UsageError(f"{name(path)} and {name(found[label].name)} have one name, and must have two")
+            found[label] = path
+    if not found:
+        raise UsageError(f"{name(folder)} must hold pictures called like {template}, and holds none")
+    return found
+
+
+def _check_grey(arguments: argparse.Namespace, truths: dict[str, Path]) -> None:
+    if unknown := [label for label in arguments.grey if label not in truths]:
+        raise UsageError(f"--grey must name pictures, and {', '.join(unknown)} is none of {', '.join(truths)}")
+
+
+def _read(path: Path, *, grey: bool) -> Tensor:
+    pixels = read_pixels(path)
+    return _grey(pixels) if grey and pixels.dim() == 3 else pixels
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """Return the one channel of an RGB picture without colours."""
+    if not bool((pixels == pixels[..., :1]).all()):
+        raise ImageError("must be grey, like the true picture or as --grey says, and has colours")
+    return pixels[..., 0]
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Say of which file an error is."""
+    try:
+        yield
+    except (ImageError, ShapeError) as error:
+        raise SparseSRError(f"{name(path)}: {error}") from error

@@ -1,0 +1,170 @@
+"""`sparse-sr inspect`: pictures of what a network does with an image."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_sr_attn.cli.common import UsageError, add_weights, load, name, require, show
+from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, read_image, write_image
+from sparse_sr_attn.errors import ImageError, SparseSRError
+from sparse_sr_attn.inference.upscale import network_input
+from sparse_sr_attn.inference.visualize import (
+    attended,
+    attention_entropy,
+    attention_overlap,
+    attention_states,
+    colour_map,
+    heat,
+    kinship_palette,
+)
+from sparse_sr_attn.layers.lcoa import LCoA
+from sparse_sr_attn.states import ClusterAttention, WindowAttention
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DESCRIPTION = """\
+Draw what a network with attention does with an image.
+
+  sparse-sr inspect clusters  photo.png --weights w.pth          which cluster each pixel belongs to
+  sparse-sr inspect attention photo.png --weights w.pth --pixel 40 25
+                                                                 where that pixel attends, the brighter the more
+  sparse-sr inspect overlap   photo.png --weights w.pth          how much of their attention layers have in common
+
+Clusters of similar centroids have similar colours. The overlap of two layers is the share of weight that they put on
+the same keys, averaged over pixels: 1 for layers that share a state, by construction."""
+EPILOG = "The whole image goes through the network at once: take a part of a large one. Pixels are those of the input."
+
+_CELL = 56
+_SHORTEST = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("what", choices=["clusters", "attention", "overlap"], help="what to draw")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="any that Pillow reads")
+    add_weights(parser)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture (default: IMAGE_WHAT.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there already")
+    parser.add_argument(
+        "--pixel", type=int, nargs=2, metavar=("X", "Y"), help="from the upper left, from 0 (default: the middle)"
+    )
+    parser.add_argument("--layer", type=int, default=0, metavar="N", help="which attention layer, from 0")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw what the command line asks for; return the exit status.
+
+    Raises:
+        UsageError: nothing can be drawn as it was asked.
+        SparseSRError: the image or the weights cannot be used, or the network has no such attention.
+    """
+    require("PIL", "numpy")
+    import numpy as np  # noqa: PLC0415
+
+    output = arguments.output or arguments.image.with_name(f"{arguments.image.stem}_{arguments.what}.png")
+    try:
+        check_format(output, Picture(np.zeros((1, 1, 3), np.uint8)))
+    except ImageError as error:
+        raise UsageError(f"--output {error}") from error
+    model = load(arguments)
+    try:
+        low = network_input(read_image(arguments.image, max_pixels=MAX_PIXELS), model.num_in_ch)
+        states = attention_states(model, low.to(model.mean.device))
+    except ImageError as error:
+        raise ImageError(f"{name(arguments.image)}: {error}") from error
+    except (ValueError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        reason = str(error).partition("\n")[0] or "memory does not suffice"
+        raise SparseSRError(f"{name(arguments.image)}: {reason}") from error
+    if not 0 <= arguments.layer < len(states):
+        raise UsageError(f"--layer must be from 0 to {len(states) - 1}, got {arguments.layer}")
+    layer = list(states)[arguments.layer]
+    if arguments.what == "clusters":
+        if not isinstance(states[layer], ClusterAttention):
+            raise UsageError(f"clusters are of LCoA and CoA, and {layer} has windows; --layer chooses another")
+        picture = _clusters(model.get_submodule(layer), states[layer])
+    elif arguments.what == "attention":
+        picture = _attention(states[layer], low, _pixel(arguments.pixel, low))
+    else:
+        picture = _overlap(states)
+    _write(picture, output, arguments)
+    return 0
+
+
+def _write(picture: "Image.Image", output: Path, arguments: argparse.Namespace) -> None:
+    import numpy as np  # noqa: PLC0415
+
+    write_image(Picture(np.asarray(picture)), output, overwrite=arguments.overwrite)
+    show(f"{name(arguments.image)} -> {name(output)}")
+
+
+def _pixel(asked: list[int] | None, low: Tensor) -> tuple[int, int]:
+    height, width = low.shape[-2:]
+    x, y = asked or (width // 2, height // 2)
+    if not (0 <= x < width and 0 <= y < height):
+        raise UsageError(f"--pixel must lie in the image, 0..{width - 1} and 0..{height - 1}, got {x} {y}")
+    return x, y
+
+
+def _clusters(layer: object, state: ClusterAttention) -> "Image.Image":
+    clusters = state.pattern.assignment[0].view(state.height, state.width).cpu()
+    show(
+        f"{len(clusters.unique())} clusters in use, the largest with {int(clusters.flatten().bincount().max())} pixels"
+    )
+    if not isinstance(layer, LCoA):  # one that reads the state of another
+        return _large(colour_map(clusters))
+    centroids = layer.lsp.centroids.cpu()
+    return _large(
+        colour_map(clusters, kinship_palette(centroids, clusters.flatten().bincount(minlength=len(centroids))))
+    )
+
+
+def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tuple[int, int]) -> "Image.Image":
+    x, y = pixel
+    side = max(1, round(low.shape[3] / state.width))  # of a token in pixels: some networks work on smaller maps
+    (weights,) = attended(state, torch.tensor([y // side * state.width + x // side], device=low.device)).cpu()
+    weights = weights[: -(-low.shape[2] // side), : -(-low.shape[3] // side)]  # some networks pad the image
+    width = weights.shape[1]
+    strongest = weights.flatten().topk(min(5, weights.numel()))
+    for weight, token in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
+        show(f"{weight:.4f} at pixel {token % width * side} {token // width * side}")
+    weights = weights.repeat_interleave(side, 0).repeat_interleave(side, 1)[: low.shape[2], : low.shape[3]]
+    show(f"entropy over the image: {attention_entropy(state):.2f} of an even spread")
+    behind = (low[0].mean(dim=0, keepdim=True).clamp(0, 1) * 90).round().to(torch.uint8).permute(1, 2, 0)
+    colours = torch.maximum(behind.expand(-1, -1, 3), heat(weights.sqrt()))  # the root shows weak ones, too
+    colours[y, x] = torch.tensor([0, 255, 0], dtype=torch.uint8)
+    return _large(colours)
+
+
+def _large(colours: Tensor) -> "Image.Image":
+    """Return a picture in which a pixel of the map is a square that can be seen."""
+    from PIL import Image  # noqa: PLC0415
+
+    factor = max(1, -(-_SHORTEST // max(colours.shape[:2])))
+    large = F.interpolate(colours.permute(2, 0, 1)[None].float(), scale_factor=factor)[0].permute(1, 2, 0)
+    return Image.fromarray(large.to(torch.uint8).numpy())
+
+
+def _overlap(states: dict[str, Any]) -> "Image.Image":
+    from PIL import Image, ImageDraw  # noqa: PLC0415
+
+    overlap = attention_overlap(list(states.values())).tolist()
+    for layer, row in zip(states, overlap, strict=True):
+        show(f"{layer:<28} {' '.join(f'{value:.2f}' for value in row)}")
+    side = (len(overlap) + 1) * _CELL
+    picture = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(picture)
+    for a, row in enumerate(overlap):
+        for place in ((a + 1, 0), (0, a + 1)):
+            draw.text(((place[0] + 0.5) * _CELL, (place[1] + 0.5) * _CELL), str(a), fill="black", anchor="mm")
+        for b, value in enumerate(row):
+            left, top = (b + 1) * _CELL, (a + 1) * _CELL
+            shade = round(255 * (1 - value))
+            draw.rectangle((left, top, left + _CELL - 2, top + _CELL - 2), fill=(shade, shade, 255))
+            text = "white" if value > 0.6 else "black"
+            draw.text((left + _CELL / 2, top + _CELL / 2), f"{value:.2f}", fill=text, anchor="mm")
+    return picture

@@ -1,0 +1,150 @@
+"""`sparse-sr list`: what there is to name in option files and in code."""
+
+import argparse
+import inspect
+import json
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from sparse_sr_attn.backbones.presets import PRESETS
+from sparse_sr_attn.checkpoints.layouts import LAYOUTS
+from sparse_sr_attn.checkpoints.load import load_model
+from sparse_sr_attn.checkpoints.read import trained_weights
+from sparse_sr_attn.cli.common import UsageError, add_imports, import_modules, show
+from sparse_sr_attn.config import fields
+from sparse_sr_attn.errors import SparseSRError
+from sparse_sr_attn.layers.base import LAYERS
+
+DESCRIPTION = """\
+Show what can be named: attention layers (in `attention: {type: NAME}`), networks, presets (networks with options), and
+trained weights that come with the library (for --weights and load_model).
+
+  sparse-sr list                  one line each
+  sparse-sr list LCoA EDSR        these in full, with their options and defaults
+  sparse-sr list --json           all, for programs"""
+EPILOG = "Parameters of layers are counted at 64 channels; of networks, as their defaults make them."
+
+_LAYER_WIDTH = 64
+_INDENT = " " * 6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="show these in full")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_imports(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the tables; return the exit status.
+
+    Raises:
+        UsageError: a name is unknown, or a module cannot be imported.
+    """
+    import_modules(arguments)
+    tables = {"layers": _layers(), "networks": _networks(), "presets": _presets(), "weights": _weights()}
+    if arguments.names:
+        known = {row["name"] for table in tables.values() for row in table}
+        if unknown := [name for name in arguments.names if name not in known]:
+            raise UsageError(
+                f"no layer, network, preset or weights named {', '.join(unknown)} (known: {', '.join(sorted(known))}; "
+                "--import FILE.py adds what a file of yours registers)"
+            )
+        tables = {title: [row for row in table if row["name"] in arguments.names] for title, table in tables.items()}
+    if arguments.json:
+        show(json.dumps(tables, indent=2, default=str))
+        return 0
+    show("\n\n".join(_text(title, table, bool(arguments.names)) for title, table in tables.items() if table))
+    return 0
+
+
+def _layers() -> list[dict[str, Any]]:
+    rows = []
+    for name in LAYERS:
+        entry = LAYERS.get(name)
+        options = dict(list(_options(entry.build).items())[1:])  # without the width, which the network says
+        rows.append(
+            {
+                "name": name,
+                "kind": entry.kind,
+                "source": entry.source,
+                "about": _about(entry.build),
+                "parameters": _num_parameters(partial(entry.build, _LAYER_WIDTH)),
+                "options": options,
+            }
+        )
+    return rows
+
+
+def _networks() -> list[dict[str, Any]]:
+    builds = {layout.build.__name__: layout.build for layout in LAYOUTS}
+    return [
+        {
+            "name": name,
+            "source": inspect.cleandoc(build.__doc__ or "").partition("Source:\n")[2].strip() or _about(build),
+            "about": _about(build),
+            "parameters": _num_parameters(build),
+            "options": _options(build),
+        }
+        for name, build in sorted(builds.items())
+    ]
+
+
+def _presets() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "source": preset.source,
+            "about": preset.build.__name__,
+            "parameters": _num_parameters(partial(preset.build, **preset.options)),
+            "options": dict(preset.options),
+        }
+        for name, preset in PRESETS.items()
+    ]
+
+
+def _weights() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "source": "trained on T91 and BSD400",
+            "about": f"load_model({name!r}), --weights {name}",
+            "parameters": _num_parameters(partial(load_model, name)),
+            "options": {},
+        }
+        for name in trained_weights()
+    ]
+
+
+def _about(build: Callable[..., object]) -> str:
+    return inspect.cleandoc(build.__doc__ or "").partition("\n")[0]
+
+
+def _options(build: Callable[..., object]) -> dict[str, Any]:
+    return {name: None if field.default is field.empty else field.default for name, field in fields(build).items()}
+
+
+def _num_parameters(build: Callable[[], nn.Module]) -> int | None:
+    try:
+        return sum(parameter.numel() for parameter in build().parameters())
+    except (TypeError, SparseSRError):  # there are options without a default, or a package is not there
+        return None
+
+
+def _text(title: str, table: list[dict[str, Any]], full: bool) -> str:
+    width = max(len(row["name"]) for row in table)
+    lines = [title]
+    for row in table:
+        kind = f"{row['kind']:<9} " if "kind" in row else ""
+        count = "?" if row["parameters"] is None else f"{row['parameters']:,}"
+        head = f"  {row['name']:<{width}}  {kind}{count:>11}  "
+        lines.append(head + textwrap.shorten(row["source"], 118 - len(head)))
+        if full:
+            for text in dict.fromkeys((row["about"], row["source"])):
+                lines += textwrap.wrap(text, 110, initial_indent=_INDENT, subsequent_indent=_INDENT)
+            lines += [f"{_INDENT}{name}={value!r}" for name, value in row["options"].items()]
+    return "\n".join(lines)

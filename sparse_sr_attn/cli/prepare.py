@@ -1,0 +1,99 @@
+"""`sparse-sr prepare`: photographs become pairs to train and validate on."""
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sparse_sr_attn.cli.common import UsageError, distinct_names, images_in, name, require, say, show
+from sparse_sr_attn.data.images import as_rgb, read_pixels
+from sparse_sr_attn.data.pairs import write_pairs
+from sparse_sr_attn.errors import ImageError
+
+DESCRIPTION = """\
+Make pairs of high and low resolution from the photographs in folders: what MATLAB's bicubic imresize makes of them, to
+the last bit, as papers train and test on it ("BI").
+
+  sparse-sr prepare DIV2K/ --scale 2 --tile 480 --crop 96 -o datasets/DIV2K_x2     to train with gt_size: 96
+  sparse-sr prepare DIV2K/ --scale 2 --crop 96 -o datasets/DIV2K_x2                for CachedPairedImageDataset
+  sparse-sr prepare Set5/ --scale 2 -o datasets/Set5_x2                            to validate
+
+In the option file, dataroot_gt is OUT/HR, dataroot_lq is OUT/LR_xN, and filename_tmpl is '{}'."""
+EPILOG = """\
+Sides are cut to a multiple of the scale. Grey becomes three equal channels, alpha is left out. Pairs are named after
+their images, with the suffix or the folder too where two would have one name. Nothing stands in OUT before everything
+does.
+
+Exit status: 0 done; 1 an image cannot be read, or nothing could be written; 2 the command line is wrong."""
+
+_NAMED = 3  # images left out that are named
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "input", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="of high resolution; folders are not descended"
+    )
+    parser.add_argument("-s", "--scale", type=int, required=True, metavar="N", help="factor to shrink by, >= 1")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for HR and LR_xN")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="side of the pieces that images are cut into, so that training decodes less (default: 0, whole)",
+    )
+    parser.add_argument(
+        "--crop",
+        type=int,
+        default=0,
+        metavar="N",
+        help="gt_size of the training to come: smaller images are left out, and tiles overlap by it (default: 0)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT/HR and OUT/LR_xN if they are there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the pairs; return the exit status.
+
+    Raises:
+        UsageError: nothing can be done as it was asked.
+        ImageError: an image cannot be read, or a pair not be written.
+    """
+    require("PIL", "numpy")
+    scale, tile, crop, output = arguments.scale, arguments.tile, arguments.crop, arguments.output
+    if scale < 1:
+        raise UsageError(f"--scale must be >= 1, got {scale}")
+    if tile < 0 or tile % scale:
+        raise UsageError(f"--tile must be a multiple of the scale, {scale}, got {tile}")
+    if crop < 0 or crop % scale:
+        raise UsageError(f"--crop must be a multiple of the scale, {scale}, got {crop}")
+    if tile and crop >= tile:
+        raise UsageError(f"--crop must be smaller than --tile, {tile}, got {crop}")
+    taken = [part for part in (output / "HR", output / f"LR_x{scale}") if os.path.lexists(part)]
+    if taken and not arguments.overwrite:
+        raise UsageError(f"{name(taken[0])} is there already, and stays; --overwrite replaces it")
+    files = list({file.absolute(): file for path in arguments.input for file in images_in(path)}.values())
+    named = dict(zip(distinct_names(files), files, strict=True))
+    small: list[Path] = []
+    count = write_pairs(_read(named, max(crop, scale), small), output, scale, tile=tile, crop=crop)
+    if small:
+        some = ", ".join(map(name, small[:_NAMED])) + (", ..." if len(small) > _NAMED else "")
+        say(f"note: left out, because a side is shorter than {max(crop, scale)}: {len(small)} of {len(files)}, {some}")
+    show(f"{count} pairs from {len(files) - len(small)} images -> {name(output)}")
+    return 0
+
+
+def _read(files: Mapping[str, Path], smallest: int, small: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and pictures, and remember those that are too small."""
+    for label, file in files.items():
+        try:
+            pixels = read_pixels(file)
+        except ImageError as error:
+            raise ImageError(f"{name(file)}: {error}") from error
+        if min(pixels.shape[:2]) < smallest:
+            small.append(file)
+            continue
+        yield label, as_rgb(pixels)

@@ -1,0 +1,373 @@
+"""`sparse-sr upscale`: images through a network, one by one, whatever is wrong with some of them."""
+
+import argparse
+import ctypes
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.checkpoints.read import trained_weights
+from sparse_sr_attn.cli.common import (
+    NETWORK,
+    UsageError,
+    add_weights,
+    distinct_names,
+    images_in,
+    load,
+    name,
+    require,
+    say,
+    show,
+)
+from sparse_sr_attn.data.atomic import check_writable
+from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, format_of, read_image, suffixes, write_image
+from sparse_sr_attn.errors import ImageError, ShapeError
+from sparse_sr_attn.inference.tiling import Progress, num_tiles, with_smaller_tiles
+from sparse_sr_attn.inference.upscale import upscale_image
+
+DESCRIPTION = """\
+Enlarge images, or all images of folders, with the network that the weights belong to.
+
+  sparse-sr upscale photo.jpg                                           writes photo_x2.png beside it
+  sparse-sr upscale photo.jpg --scale 4                                 likewise photo_x4.png
+  sparse-sr upscale a.jpg b.jpg --output results/                       writes results/a_x2.png and b_x2.png
+  sparse-sr upscale photos/ --weights net_g_latest.pth                  writes photos_x2/*.png
+  sparse-sr upscale scan.tif --weights w.pth --output big.tif --tile 256
+  sparse-sr upscale - < photo.jpg > large.png                           standard input and output
+
+Any image that Pillow reads: grey stays grey, 16-bit grey stays 16-bit, alpha and the colour profile are kept, and EXIF
+rotation is applied. An image that cannot be read is reported in one line, and the others go on. When there are several
+images, those with a result are skipped, so a run that was stopped can be repeated."""
+EPILOG = """\
+Images are cut into tiles, and where tiles meet one passes into the other. Attention sees its own tile only: smaller
+tiles need less memory and give attention less to look at. When memory runs out, the image is done again in smaller
+tiles.
+
+Exit status: 0 all images are done; 1 some are not; 2 the command line is wrong, and nothing was done."""
+
+STREAM = Path("-")
+"""Standard input or output."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+_REPORT_EVERY = 30
+"""Seconds between two lines of progress where there is no terminal for a bar."""
+
+
+class _Job(NamedTuple):
+    """An image and the file it becomes; either may be `STREAM`."""
+
+    source: Path
+    target: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "input",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE|FOLDER",
+        help="what to enlarge; subfolders are skipped; - is standard input",
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("-s", "--scale", type=int, metavar="N", help=f"take the library's weights {NETWORK}_xN")
+    add_weights(parser, weights)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE|FOLDER",
+        help="a file, whose suffix says the format; or a folder, which gets NAME_xN.png: one that exists, ends with /, "
+        "or is named for several images; - is standard output, as PNG",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        default=512,
+        metavar="N",
+        help="side of the tiles in pixels of the input; 0 for the whole image at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=int,
+        metavar="N",
+        help="pixels that neighbouring tiles share (default: 64, and at most a quarter of the tile)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse larger images, which may be attacks on memory (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Upscale what the command line names; return the exit status.
+
+    Raises:
+        UsageError: nothing can be done as it was asked.
+        CheckpointError: the weights cannot be read.
+    """
+    require("PIL", "numpy", "tqdm")
+    _check(arguments)
+    sources = _sources(arguments)
+    several = len(sources) > 1 or any(os.path.isdir(path) for path in arguments.input)
+    if arguments.output not in (None, "-"):
+        _folder(arguments, several=several)
+    model = load(arguments)
+    if next(model.parameters()).device.type == "cpu":
+        keep_freed_memory()
+    jobs = _jobs(arguments, sources, model.upscale, several=several)
+    if several:
+        jobs = _unfinished(jobs, arguments)
+    _check_folders(jobs)
+    failed = 0
+    for number, job in enumerate(jobs, 1):
+        label = (f"[{number}/{len(jobs)}] " if len(jobs) > 1 else "") + name(job.source.name)
+        try:
+            picture = _read(job.source, arguments)
+            try:
+                _check_target(job, picture, model.upscale, arguments)
+            except ImageError as error:
+                if several:
+                    raise
+                raise UsageError(f"{name(job.source)}: {' '.join(str(error).split())}") from error
+            if picture.reduced:
+                say(f"note: {name(job.source)}: Pillow reads 8 bits a channel of it, and the result has 8")
+            large = _enlarged(arguments, model, picture, label)
+            _write(large, job.target, arguments)
+        except ImageError as error:
+            say(f"{name(job.source)}: {' '.join(str(error).split())}")
+            failed += 1
+        else:
+            if job.target != STREAM:
+                show(f"{name(job.source)} -> {name(job.target)}")
+    if failed and len(jobs) > 1:
+        say(f"{failed} of {len(jobs)} images failed")
+    return 1 if failed else 0
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Have glibc keep the memory that layers free for the layers that follow, or give it back as it does by default.
+
+    By default it gives large blocks back to the system, which then fills new ones with zeros, page by page, in every
+    layer. Settings of the user (`MALLOC_...`, `GLIBC_TUNABLES`) go before; other C libraries are left alone.
+    """
+    if any(variable.startswith(("MALLOC_", "GLIBC_TUNABLES")) for variable in os.environ) or sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0 if keep else 65536)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if keep else 128 << 10)
+        if not keep:
+            libc.malloc_trim(0)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.tile < 0:
+        raise UsageError(f"--tile must be >= 1, or 0 for the whole image, got {arguments.tile}")
+    if arguments.scale is not None:
+        _choose(arguments)
+    if arguments.max_pixels < 1:
+        raise UsageError(f"--max-pixels must be >= 1, got {arguments.max_pixels}")
+    overlap = arguments.overlap
+    if overlap is not None and (overlap < 0 or 0 < arguments.tile <= overlap):
+        raise UsageError(f"--overlap must be >= 0 and smaller than the tile, {arguments.tile}, got {overlap}")
+    if arguments.output == "":
+        raise UsageError("--output must name a file or a folder, got ''")
+    if STREAM in arguments.input and len(arguments.input) > 1:
+        raise UsageError("standard input, -, must be the only input")
+    if arguments.input == [STREAM] and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("standard input must be an image, and is closed or a terminal")
+    if _to_stdout(arguments) and (sys.stdout is None or sys.stdout.isatty()):
+        raise UsageError("standard output is closed or a terminal; name a file with --output")
+
+
+def _choose(arguments: argparse.Namespace) -> None:
+    """Take the weights of `--scale`."""
+    known = trained_weights()
+    scales = [scale for scale in range(1, 17) if f"{NETWORK}_x{scale}" in known]
+    if arguments.scale not in scales:
+        raise UsageError(f"--scale must be one of {scales}, got {arguments.scale}")
+    arguments.weights = Path(f"{NETWORK}_x{arguments.scale}")
+
+
+def _to_stdout(arguments: argparse.Namespace) -> bool:
+    return arguments.output == "-" or (arguments.output is None and arguments.input == [STREAM])
+
+
+def _sources(arguments: argparse.Namespace) -> dict[Path, Path]:
+    """Return each image once, with the input that named it."""
+    found: dict[Path, Path] = {}
+    seen: set[Path] = set()
+    for path in arguments.input:
+        for image in [STREAM] if path == STREAM else images_in(path):
+            if image.absolute() not in seen:
+                seen.add(image.absolute())
+                found[image] = path
+    return found
+
+
+def _folder(arguments: argparse.Namespace, *, several: bool) -> Path | None:
+    """Return the folder that `--output` names; `None` if it names a file.
+
+    Raises:
+        UsageError: it names neither as it should.
+    """
+    output, path = arguments.output, Path(arguments.output)
+    ends_so = output.endswith((os.sep, os.altsep or os.sep))
+    if os.path.isdir(path):
+        return path
+    if (ends_so or several) and os.path.lexists(path):
+        raise UsageError(f"--output must be a folder, and {name(path)} is a file")
+    if several and not ends_so and path.suffix.lower() in suffixes():
+        raise UsageError(f"--output must be a folder for several images; {name(path)}/ is one, {name(path)} a file")
+    if ends_so or several or not (path.suffix or os.path.lexists(path)):
+        return path
+    try:
+        format_of(path)
+    except ImageError as error:
+        remedy = "" if os.path.lexists(path) else f"; {name(path)}/ is a folder"
+        raise UsageError(f"--output {error}{remedy}") from error
+    return None
+
+
+def _jobs(arguments: argparse.Namespace, sources: dict[Path, Path], upscale: int, *, several: bool) -> list[_Job]:
+    """Return each image with the file it becomes."""
+    if _to_stdout(arguments):
+        if several:
+            raise UsageError("--output - takes one image, and there are several")
+        return [_Job(source, STREAM) for source in sources]
+    output = None if arguments.output is None else _folder(arguments, several=several)
+    if arguments.output is not None and output is None:
+        return [_Job(source, Path(arguments.output)) for source in sources]
+    folders: dict[Path, list[Path]] = {}
+    for source, given in sources.items():
+        beside = given.resolve()
+        default = beside.with_name(f"{beside.name}_x{upscale}") if os.path.isdir(given) else source.parent
+        folders.setdefault(output or default, []).append(source)
+    return [
+        _Job(source, folder / f"{'stdin' if source == STREAM else label}_x{upscale}.png")
+        for folder, members in folders.items()
+        for source, label in zip(members, distinct_names(members), strict=True)
+    ]
+
+
+def _check_folders(jobs: list[_Job]) -> None:
+    for folder in dict.fromkeys(job.target.parent for job in jobs if job.target != STREAM):
+        try:
+            check_writable(folder / "x.png")
+        except OSError as error:
+            raise UsageError(f"{name(folder)} cannot be written to: {error.strerror}; try another --output") from error
+
+
+def _unfinished(jobs: list[_Job], arguments: argparse.Namespace) -> list[_Job]:
+    """Leave out what an earlier run has done, and say so: results that exist, and images that are results."""
+    targets = {job.target.absolute() for job in jobs}
+    images = [job for job in jobs if job.source.absolute() not in targets]
+    if len(images) < len(jobs):
+        say(f"note: {len(jobs) - len(images)} of {len(jobs)} images are results of others and are skipped")
+    left = [job for job in images if arguments.overwrite or not os.path.isfile(job.target)]
+    if len(left) < len(images):
+        say(
+            f"note: {len(images) - len(left)} of {len(images)} results exist and are skipped; --overwrite replaces them"
+        )
+    return left
+
+
+def _read(source: Path, arguments: argparse.Namespace) -> Picture:
+    stream = io.BytesIO(sys.stdin.buffer.read()) if source == STREAM else source
+    return read_image(stream, max_pixels=arguments.max_pixels)
+
+
+def _check_target(job: _Job, picture: Picture, upscale: int, arguments: argparse.Namespace) -> None:
+    """Refuse before the work what could not be written after it."""
+    target = job.target
+    if target == STREAM:
+        return
+    if os.path.exists(target) and job.source != STREAM and target.samefile(job.source):
+        raise ImageError("would be replaced by its own result; give another --output")
+    if not arguments.overwrite and os.path.lexists(target):
+        raise ImageError(f"{name(target)} already exists; --overwrite replaces it")
+    try:
+        check_writable(target)
+    except OSError as error:
+        raise ImageError(f"{name(target)} cannot be written: {error.strerror}") from error
+    check_format(target, picture, upscale=upscale)
+
+
+def _enlarged(arguments: argparse.Namespace, model: Network, picture: Picture, label: str) -> Picture:
+    height, width = picture.pixels.shape[:2]
+
+    def attempt(tile: int) -> Picture:
+        overlap = min(64, tile // 4) if arguments.overlap is None else min(arguments.overlap, tile - 1)
+        with _reported(model, label, num_tiles(height, width, tile, overlap)) as progress:
+            return upscale_image(
+                model, picture, tile=tile, overlap=overlap, blend=min(16, overlap // 2), progress=progress
+            )
+
+    def notice(tile: int) -> None:
+        keep_freed_memory(False)
+        say(f"{label}: memory ran out; trying tiles of {tile} pixels")
+
+    try:
+        return with_smaller_tiles(attempt, arguments.tile or max(height, width), notice=notice)
+    except (MemoryError, ShapeError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        raise ImageError(str(error).partition("\n")[0]) from error
+
+
+def _write(picture: Picture, target: Path, arguments: argparse.Namespace) -> None:
+    if target == STREAM:
+        whole = io.BytesIO()
+        write_image(picture, whole)
+        sys.stdout.buffer.write(whole.getbuffer())
+        sys.stdout.buffer.flush()
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"{name(target.parent)} cannot be made: {error.strerror}") from error
+    write_image(picture, target, overwrite=arguments.overwrite)
+
+
+@contextmanager
+def _reported(model: Network, label: str, tiles: int) -> Iterator[Progress]:
+    """Show how far an image is, by the parts of the network that have run: by a bar, or by a line every half minute."""
+    from tqdm import tqdm  # noqa: PLC0415
+
+    parts = [part for group in model.children() for part in group.children()]
+    total = tiles * (len(parts) + 1)
+    started = reported = time.monotonic()
+    done = 0  # parts
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=total, desc=label, disable=None, leave=False, file=sys.stderr, bar_format=shape)
+        )
+
+        def show_progress(now: int) -> None:
+            nonlocal done, reported
+            done = now
+            bar.update(done - bar.n)
+            seconds = time.monotonic()
+            if bar.disable and done < total and seconds - reported >= _REPORT_EVERY:
+                reported = seconds
+                rest = (seconds - started) * (total - done) / done
+                left = f"{rest:.0f} s" if rest < 90 else f"{rest / 60:.0f} min"
+                say(f"{label}: {done / total:.0%}, about {left} left")
+
+        def part_done(*_: object) -> None:
+            if (done + 1) % (len(parts) + 1):  # a part that runs twice must not count as the next tile
+                show_progress(done + 1)
+
+        for part in parts:
+            stack.callback(part.register_forward_hook(part_done).remove)
+        yield lambda tile, _: show_progress(tile * (len(parts) + 1))

@@ -1,0 +1,1 @@
+"""Image files and pairs of them, resampling, and image metrics."""

@@ -1,0 +1,377 @@
+"""Image files: read as they are, written whole. Needs Pillow and NumPy."""
+
+import contextlib
+import io
+import math
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.errors import ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+MAX_PIXELS = 178_956_970
+"""Pixels above which Pillow takes a file for an attack on memory."""
+
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
+"""Formats whose first frame is the picture; the others are previews, layers or sizes of it."""
+
+_SAVING: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95},
+    "MPO": {"quality": 95},
+    "AVIF": {"quality": 95},
+    "WEBP": {"lossless": True, "exact": True},
+}
+_CODESTREAMS = (".j2k", ".j2c", ".jpc")
+"""Suffixes of JPEG 2000 files without the container that .jp2 has."""
+
+_NETPBM = {".pbm": b"P4", ".pgm": b"P5", ".ppm": b"P6", ".pfm": b"Pf"}
+"""How such files begin. Pillow writes all four alike and chooses by the pixels, whatever the suffix says."""
+
+_MAX_BYTES = {"BMP": 2**32, "DIB": 2**32}
+"""Formats that count their bytes in 32 bits."""
+
+_MAX_SIDE = {"JPEG": 65500, "MPO": 65500}
+"""Formats whose encoder would say on the console that a side is too long."""
+
+_SUGGESTED = (".png", ".tif", ".webp", ".jp2", ".jpg")
+_SAMPLE = 32
+_TOLERANCE = 2
+"""Mean error of the sample, in levels, that a lossy format may make; 256 colours cost more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image as a file has it.
+
+    Attributes:
+        pixels: (h, w) of grey or (h, w, 3) of RGB, uint8 or uint16.
+        alpha: (h, w) of opacity, uint8; `None` for an opaque image.
+        icc_profile: of its colours, `None` for sRGB.
+        reduced: whether the file has more bits a channel than `pixels`.
+    """
+
+    pixels: "NDArray[np.integer[Any]]"
+    alpha: "NDArray[np.uint8] | None" = None
+    icc_profile: bytes | None = None
+    reduced: bool = False
+
+
+def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Return the image in a file, turned as its EXIF says.
+
+    Args:
+        path: of any format that Pillow reads, or a binary stream that can seek.
+        max_pixels: largest size that is believed, >= 1.
+
+    Raises:
+        ImageError: the file cannot be read, is no image, is broken, is larger than `max_pixels`, is animated, or has
+            pixels that no network here takes.
+
+    Note:
+        Palettes become RGB. CMYK and other colour spaces become sRGB without their profile, as Pillow converts them.
+        Pillow reads 16 bits a channel of grey images only, and 8 bits of the others; `reduced` is set for these.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415
+
+    with warnings.catch_warnings(), _limit(max_pixels):
+        warnings.simplefilter("ignore")  # what is wrong with a file is said once, by an error
+        try:
+            with Image.open(path) as image:
+                num_frames = getattr(image, "n_frames", 1)
+                if num_frames > 1 and image.format not in _ONE_PICTURE:
+                    raise ImageError(f"has {num_frames} frames, and must be one picture; save the frames one by one")
+                depth = str(image.tile[0].args) if image.tile else ""
+                reduced = is_reduced(image)
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+                return replace(_picture(upright, grey_alpha="LA;16" in depth), reduced=reduced)
+        except ImageError:
+            raise
+        except UnidentifiedImageError as error:
+            raise ImageError("is not an image that Pillow knows, or is cut off at its beginning") from error
+        except Image.DecompressionBombError as error:
+            size = re.search(r"\d+", str(error))
+            number = f"{int(size[0]):,}" if size else "many"
+            raise ImageError(f"has {number} pixels, and at most {max_pixels:,} are believed (--max-pixels)") from error
+        except MemoryError as error:
+            raise ImageError("does not fit in memory") from error
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or _line(error)}") from error
+        except Exception as error:  # decoders raise anything over a broken file
+            raise ImageError(f"is broken: {type(error).__name__}: {_line(error)}") from error
+
+
+def is_reduced(image: "Image.Image") -> bool:
+    """Return whether Pillow keeps 8 of more bits a channel of an image that it has opened and not yet loaded."""
+    if image.mode in (*_SIXTEEN_BITS, "I", "F") or not image.tile:  # type: ignore[attr-defined]
+        return False
+    decoder, arguments = image.tile[0][0], image.tile[0][3]  # type: ignore[attr-defined]
+    if decoder == "jpeg2k":
+        return b"\xff\x4f\xff\x51" in (head := _head(image)) and _jpeg2000_depth(head) > 8
+    if image.format == "AVIF":
+        return bool(re.search(rb"av1C..[\x40-\x7f\xc0-\xff]", _head(image), re.DOTALL))
+    deeper = (
+        isinstance(arguments, tuple) and isinstance(arguments[-1], int) and "ppm" in decoder and arguments[-1] > 255
+    )
+    return deeper or ";16" in str(arguments)
+
+
+def _head(image: "Image.Image") -> bytes:
+    """Return the first bytes of the file of an image that has been opened."""
+    stream = image.fp  # type: ignore[attr-defined]
+    place = stream.tell()
+    stream.seek(0)
+    head: bytes = stream.read(1 << 16)
+    stream.seek(place)
+    return head
+
+
+def _jpeg2000_depth(head: bytes) -> int:
+    """Return the most bits a channel that the SIZ segment of a JPEG 2000 codestream names."""
+    components = head[head.index(b"\xff\x4f\xff\x51") + 4 :][36:]
+    (count,) = struct.unpack_from(">H", components)
+    return max(((depth & 0x7F) + 1 for depth in components[2 : 2 + 3 * count : 3]), default=8)
+
+
+@contextlib.contextmanager
+def _limit(max_pixels: int) -> Iterator[None]:
+    """Let Pillow refuse what has more pixels; its only way to say so is a global, at half of where it refuses."""
+    from PIL import Image  # noqa: PLC0415
+
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _picture(image: "Image.Image", *, grey_alpha: bool) -> Picture:
+    import numpy as np  # noqa: PLC0415
+
+    profile = image.info.get("icc_profile")
+    if image.mode in (*_SIXTEEN_BITS, "I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ImageError(f"must have values in 0..65535, got {pixels.min()}..{pixels.max()}")
+        if "transparency" in image.info:
+            raise ImageError("is 16-bit grey with a transparent value, which Pillow cannot write again")
+        return Picture(pixels.astype(np.uint16), None, profile)
+    if image.mode == "F":
+        raise ImageError("has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
+    grey = image.mode in ("1", "L", "LA", "La") or grey_alpha
+    alpha = image.has_transparency_data
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        profile = None  # of a space that is left
+    try:
+        pixels = np.asarray(image.convert(("L" if grey else "RGB") + "A" * alpha))
+    except ValueError as error:
+        raise ImageError(f"has pixels of kind {image.mode}, which Pillow cannot make RGB") from error
+    if not alpha:
+        return Picture(pixels, None, profile)
+    colours = pixels[..., 0] if grey else pixels[..., :3]
+    return Picture(colours, pixels[..., -1], profile)
+
+
+def read_pixels(path: Path) -> UInt8[Tensor, "h w *c"]:
+    """Return the image in a file, without alpha, as `degradation` and `evaluation` take it.
+
+    Args:
+        path: as in `read_image`.
+
+    Returns:
+        Grey `(h, w)` or RGB `(h, w, 3)`, uint8.
+
+    Raises:
+        ImageError: `read_image` refuses the file, or it has more than 8 bits a channel.
+    """
+    picture = read_image(path)
+    if picture.reduced or picture.pixels.dtype != "uint8":
+        got = "more" if picture.reduced else "16"
+        raise ImageError(f"must have 8 bits a channel, got {got}; save it with 8 bits")
+    return torch.from_numpy(picture.pixels.copy())  # Pillow's memory is read-only
+
+
+def as_rgb(pixels: UInt8[Tensor, "h w *c"]) -> UInt8[Tensor, "h w 3"]:
+    """Return grey `(h, w)` as three equal channels, which share its memory, and RGB `(h, w, 3)` as it is."""
+    return pixels[..., None].expand(-1, -1, 3) if pixels.dim() == 2 else pixels
+
+
+def write_image(picture: Picture, path: Path | BinaryIO, *, overwrite: bool = False) -> None:
+    """Write the picture; the file is there whole or not at all.
+
+    Args:
+        picture: what is written, with its profile.
+        path: its suffix says the format; JPEG and AVIF have quality 95, WebP no loss. Or a stream, which gets a PNG.
+        overwrite: whether a file that is there may be replaced.
+
+    Raises:
+        ImageError: the format cannot hold the picture, the file exists already, or cannot be written.
+    """
+    if not isinstance(path, Path):
+        _save(picture, path, ".png")
+        return
+    check_format(path, picture)
+    try:
+        with replacing(path, overwrite=overwrite) as stream:
+            _save(picture, stream, path.suffix.lower())
+    except FileExistsError as error:
+        raise ImageError(f"{path} already exists; --overwrite replaces it") from error
+    except (OSError, ValueError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or _line(error) or type(error).__name__
+        raise ImageError(f"{path} cannot be written: {reason}") from error
+
+
+def _save(picture: Picture, stream: BinaryIO, suffix: str) -> None:
+    import numpy as np  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
+
+    kind = format_of(Path(f"a{suffix}"))
+    pixels = picture.pixels
+    if picture.alpha is not None:
+        pixels = np.dstack([pixels, picture.alpha])
+    options: dict[str, Any] = {**_SAVING.get(kind, {}), "icc_profile": picture.icc_profile}
+    if kind == "ICO":
+        options["sizes"] = [(pixels.shape[1], pixels.shape[0])]
+    elif kind == "JPEG2000":
+        options["no_jp2"] = suffix in _CODESTREAMS
+    elif kind == "TIFF":
+        options["big_tiff"] = pixels.nbytes >= 2**31
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of formats that Pillow will drop one day
+        Image.fromarray(pixels).save(stream, format=kind, **options)
+
+
+def check_format(path: Path, picture: Picture, *, upscale: int = 1) -> None:
+    """Refuse a format that cannot hold a picture.
+
+    Small samples of its kind, and lines as long as its sides, are written and read back: what comes back must be the
+    same, up to the small error of a lossy format.
+
+    Args:
+        path: its suffix says the format.
+        picture: of the kind that is to be written: grey or colours, of 8 or 16 bits, with alpha and profile or without.
+        upscale: factor by which what will be written is larger than `picture`.
+
+    Raises:
+        ImageError: the format is unknown, or cannot hold it; the message names formats that can.
+    """
+    format_of(path)
+    reason = _obstacle(path.suffix.lower(), picture, upscale)
+    if reason is None:
+        return
+    others = list(islice((suffix for suffix in _SUGGESTED if _obstacle(suffix, picture, upscale) is None), 3))
+    remedy = f"; {', '.join(others)} can" if others else ""
+    height, width = (upscale * side for side in picture.pixels.shape[:2])
+    bits = 8 * picture.pixels.dtype.itemsize
+    what = f"{width}x{height}, {bits}-bit {'grey' if picture.pixels.ndim == 2 else 'RGB'}"
+    what += " with transparency" if picture.alpha is not None else ""
+    raise ImageError(f"{path} cannot hold this picture ({what}): {reason}{remedy}")
+
+
+def _obstacle(suffix: str, picture: Picture, upscale: int) -> str | None:
+    """Return why files with this suffix cannot hold such a picture; `None` if they can."""
+    height, width = (upscale * side for side in picture.pixels.shape[:2])
+    kind = format_of(Path(f"a{suffix}"))
+    if picture.pixels.nbytes * upscale**2 >= _MAX_BYTES.get(kind, 2**63) or max(height, width) > _MAX_SIDE.get(
+        kind, 2**31
+    ):
+        return "it is too large"
+    # Only the first says something about values: a line may be too short for its ramps.
+    for *size, tolerance in ((_SAMPLE, _SAMPLE, _TOLERANCE), (1, width, math.inf), (height, 1, math.inf)):
+        one = _sample(picture, *size)
+        stream = io.BytesIO()
+        try:
+            _save(one, stream, suffix)
+            if not stream.getvalue().startswith(_NETPBM.get(suffix, b"")):
+                return f"{suffix} files hold another kind of picture"
+            found = read_image(io.BytesIO(stream.getvalue()), max_pixels=1 << 40)
+        except ImageError:
+            return "Pillow cannot read such files again"
+        except Exception as error:  # encoders raise anything
+            return _line(error) or type(error).__name__
+        if (reason := next(_differences(found, one, tolerance), None)) is not None:
+            return reason
+    return None
+
+
+def _sample(picture: Picture, height: int, width: int) -> Picture:
+    """Return ramps of the picture's kind in another size, of more than 256 colours if it is large enough."""
+    import numpy as np  # noqa: PLC0415
+
+    y, x = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
+    ramps = np.stack(np.broadcast_arrays(x, y, (x + y) / 2), axis=-1)
+    kind = picture.pixels.dtype
+    pixels = (ramps * np.iinfo(kind).max).astype(kind)
+    alpha = None if picture.alpha is None else (255 * (1 + x - y) / 2).astype(np.uint8)
+    return replace(picture, pixels=pixels[..., 2] if picture.pixels.ndim == 2 else pixels, alpha=alpha)
+
+
+def _differences(found: Picture, wanted: Picture, tolerance: float) -> Iterator[str]:
+    """Yield how what was read differs from what was written, values in the mean by more than `tolerance` levels."""
+    import numpy as np  # noqa: PLC0415
+
+    if found.pixels.shape[:2] != wanted.pixels.shape[:2]:
+        yield "it changes the size"
+        return
+    if found.pixels.dtype != wanted.pixels.dtype:
+        yield f"it keeps {8 * found.pixels.dtype.itemsize} bits a channel"
+    if wanted.icc_profile != found.icc_profile:
+        yield "it loses the colour profile"
+    if wanted.alpha is not None and found.alpha is None:
+        yield "it loses the transparency"
+        return
+    opacity = np.full(wanted.pixels.shape[:2], 255.0) if wanted.alpha is None else wanted.alpha.astype(np.float64)
+    if found.alpha is not None and np.abs(found.alpha - opacity).mean() > tolerance:
+        yield "it changes the transparency"
+    one, other = (np.atleast_3d(picture.pixels).astype(np.float64) for picture in (found, wanted))
+    if (np.abs(one - other) * opacity[..., None] / 255).mean() > tolerance:
+        yield "it changes the colours"
+
+
+def format_of(path: Path) -> str:
+    """Return Pillow's name of the format that the suffix of `path` stands for.
+
+    Raises:
+        ImageError: Pillow writes no such files.
+    """
+    from PIL import Image  # noqa: PLC0415
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise ImageError(f"{path} must end like an image that Pillow writes, e.g. in .png")
+    return kind
+
+
+def suffixes() -> list[str]:
+    """Return the suffixes of the formats that Pillow knows, `.png` among them."""
+    from PIL import Image  # noqa: PLC0415
+
+    return list(Image.registered_extensions())
+
+
+def looks_like_image(path: Path) -> bool:
+    """Return whether the suffix of `path` is that of images which Pillow reads."""
+    from PIL import Image  # noqa: PLC0415
+
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

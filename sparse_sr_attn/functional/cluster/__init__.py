@@ -1,0 +1,532 @@
+r"""Attention over chunks of tokens sorted by cluster: the pattern, its weights, and their application.
+
+LSP of LCoAN is `cluster_weights`; CoA is `apply_cluster_weights`; `cluster_attention` is one after the other without
+storing the weights. Each has two forms, equal to each other, and what stores no weights has four:
+
+- *oneshot*: index masks and whole tensors, no branch and no loop; for export and for devices that like large batches;
+- *tiles*: a loop over a few chunks at a time, so that scores stay in cache, inside an operator that compilers do not
+  look into; for the CPU;
+- *triton*: kernels that read and write rows by token, for GPUs;
+- *flex*: torch's FlexAttention, compiled; on request.
+
+`resolve_form` tells which one runs on a device.
+
+Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chunks of $i$ slots. Chunk $t$ sees the
+chunks $t-a, \dots, t+a$ (mod $k$), in this order, or those that `pattern.neighbors` lists.
+"""
+
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_sr_attn.errors import FormError, ShapeError
+from sparse_sr_attn.functional.cluster import flex
+from sparse_sr_attn.functional.cluster import tiles
+from sparse_sr_attn.functional.cluster import triton
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
+from sparse_sr_attn.functional.cluster_neighbors import nearest_rows
+from sparse_sr_attn.functional.backend import Form, resolve_form
+from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
+from sparse_sr_attn.functional.unit_keys import unit_keys
+from sparse_sr_attn.states import ClusterPattern
+
+__all__ = [
+    "Form",
+    "apply_cluster_weights",
+    "cluster_attention",
+    "cluster_attention_rounds",
+    "cluster_lse",
+    "cluster_pattern",
+    "cluster_weights",
+    "cluster_weights_rounds",
+    "mean_keys",
+    "resolve_form",
+    "seen_keys",
+    "with_nearest_chunks",
+]
+
+
+def cluster_pattern(
+    assignment: Int[Tensor, "b n"],
+    *,
+    chunk_size: int,
+    num_adjacent: int = 1,
+    exact_keys: bool = True,
+    place: Int[Tensor, "b n"] | None = None,
+) -> ClusterPattern:
+    """Sort the tokens by cluster.
+
+    Args:
+        assignment: the cluster of each token, in image order, >= 0.
+        chunk_size: slots in a chunk, >= 1. Memory of weights grows as `n * chunk_size`.
+        num_adjacent: neighbouring chunks seen on each side, >= 0.
+        exact_keys: whether each key counts once. With `False`, as published, the slots that fill the last chunk
+            repeat the last tokens visibly, and a chunk that is a neighbour twice counts twice.
+        place: of the cluster of each token among the clusters, as `cluster_order.chain_rank` gives it; `None` for the
+            order of their indices, as published.
+
+    Returns:
+        The pattern. Ties do not exist (sorted by the cluster's place, then position): it is the same on every device.
+
+    Raises:
+        ValueError: `chunk_size < 1` or `num_adjacent < 0`.
+
+    Source:
+        LSP of LCoAN (arXiv 2404.04922). Deviation: the released sort is unstable, hence not reproducible.
+    """
+    if chunk_size < 1 or num_adjacent < 0:
+        raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
+    num_tokens = assignment.shape[1]
+    position = torch.arange(num_tokens, device=assignment.device)
+    order = ((assignment if place is None else place) * num_tokens + position).argsort(dim=1)
+    return ClusterPattern(order, assignment, chunk_size, num_adjacent, exact_keys)
+
+
+def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:
+    r"""Return the pattern in which each chunk sees the chunks of the most similar keys, not those beside it.
+
+    Chunk $t$ sees itself and the $2a$ others of largest $\langle \bar k_t, \bar k_s \rangle$, with $a$ the pattern's
+    `num_adjacent` and $\bar k_s$ the mean of the keys of chunk $s$, each at unit length.
+
+    Args:
+        pattern: from `cluster_pattern`, with exact keys.
+        key: one row per token, in image order.
+
+    Returns:
+        The pattern with `neighbors`: as many keys to a token as before. Similarities are compared in steps of
+        2**-20, and the lower chunk wins a tie. If there are fewer chunks, each counts once.
+
+    Raises:
+        ShapeError: `pattern` orders another number of tokens than `key` has.
+        ValueError: `pattern` counts keys as published, which is defined on the ring only.
+
+    Note:
+        No gradient flows through the choice. Time grows with the square of the number of chunks; memory does not,
+        but for plain code (export, transforms of `torch.func`).
+    """
+    if not pattern.exact_keys:
+        raise ValueError("nearest chunks need exact_keys=True, got False: the published counting is of a ring")
+    means = mean_keys(pattern, key)
+    return pattern._replace(neighbors=nearest_rows(means, 2 * pattern.num_adjacent + 1))
+
+
+def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Tensor, "b k d"]:
+    """Return the mean of the keys of each chunk, each at unit length, in float32 at least; without gradient.
+
+    Args:
+        pattern: from `cluster_pattern`, with exact keys.
+        key: one row per token, in image order.
+
+    Raises:
+        ShapeError: `pattern` orders another number of tokens than `key` has.
+    """
+    _check(pattern, key)
+    with without_autocast(key):
+        chunks = _Oneshot(pattern)
+        num_chunks, num_tokens = chunks.layout.num_chunks, chunks.layout.num_tokens
+        real = torch.arange(chunks.layout.num_slots, device=key.device).view(num_chunks, -1, 1) < num_tokens
+        return chunks.chunks(unit_keys(key.detach())).masked_fill(~real, 0).sum(dim=2) / real.sum(dim=1)
+
+
+def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Tensor, "b s j"], Bool[Tensor, "b s j"]]:
+    """Return which keys tokens attend to.
+
+    Args:
+        pattern: from `cluster_pattern`.
+        tokens: the queries, by their place in image order.
+
+    Returns:
+        The keys of each query, by their place in image order, and which of them count. With `exact_keys` no key
+        counts twice.
+    """
+    oneshot = _Oneshot(pattern)
+    keys = oneshot._with_adjacent(oneshot.token.view(len(oneshot.order), oneshot.layout.num_chunks, -1, 1))[..., 0]
+    chunk = (pattern.order.argsort(dim=1)[:, tokens] // oneshot.layout.chunk_size)[..., None].expand(
+        -1, -1, keys.shape[2]
+    )
+    return keys.gather(1, chunk), oneshot.visible.expand_as(keys).gather(1, chunk)
+
+
+def cluster_weights(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    pattern: ClusterPattern,
+    *,
+    scale: float = 1.0,
+    normalize_keys: bool = False,
+    dtype: torch.dtype | None = None,
+    form: Form = "auto",
+) -> Float[Tensor, "b k i j"]:
+    r"""Softmax weights of every slot over its own chunk and the adjacent ones.
+
+    $$P_t = \mathrm{softmax}(\mathrm{scale} \cdot Q_t [K_{t-a}, \dots, K_{t+a}]^\top)$$
+
+    With `pattern.neighbors`, the key chunks of $t$ are those of row $t$.
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order.
+        pattern: from `cluster_pattern`, of as many tokens.
+        scale: factor on the dot products, dimensionless.
+        normalize_keys: bring keys to unit length first, as `unit_keys` does; tiles do so without a copy of all keys.
+        dtype: of the result; `None` for float32, or that of the query if higher.
+        form: "oneshot", "tiles", or "auto": tiles on the CPU, oneshot elsewhere and for export.
+
+    Returns:
+        Weights in slot order, $j = (2a + 1)\,i$, in float32 at least. Rows of real slots sum to 1; slots that do not
+        exist and chunks met twice (because $k < 2a + 1$) have weight 0, so no token counts twice. Rows of slots past
+        the last token mean nothing.
+
+    Raises:
+        FormError: `form` was asked for by name and stores no weights.
+        ShapeError: `pattern` orders another number of tokens than `query` has.
+
+    Note:
+        Differentiable in `query` and `key`; the pattern carries no gradient. Dense attention is the case
+        `chunk_size >= n`. Oracle: `reference.cluster`.
+
+    Source:
+        LSP of LCoAN (arXiv 2404.04922, section 1 of its released code's behaviour), which has its key chunks in the
+        order own, previous, next: the same weights.
+    """
+    return _weights(query, key, pattern, scale, normalize_keys, dtype, form, with_lse=False)[0]
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    pattern: ClusterPattern,
+    scale: float,
+    normalize_keys: bool,
+    dtype: torch.dtype | None,
+    form: Form,
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weights and, `with_lse`, the logsumexp of the same scores."""
+    _check(pattern, query, key)
+    dtype = dtype or working_precision(query)
+    if _tiled(form, query):
+        weights, lse = tiles.weights_op(query, key, *_unpack(pattern), scale, normalize_keys, dtype, with_lse)
+        return weights, lse if with_lse else None
+    query, key = (
+        query.to(working_precision(query)),
+        unit_keys(key) if normalize_keys else key.to(working_precision(key)),
+    )
+    with without_autocast(query):
+        oneshot = _Oneshot(pattern)
+        scores = oneshot.scores(query, key, scale)
+        return scores.softmax(dim=-1).to(dtype), oneshot.lse(scores) if with_lse else None
+
+
+def apply_cluster_weights(
+    weights: Float[Tensor, "b k i j"],
+    value: Float[Tensor, "b n e"],
+    pattern: ClusterPattern,
+    *,
+    form: Form = "auto",
+) -> Float[Tensor, "b n e"]:
+    """Gather values by weights: the second half of attention, for values that the weights were not made with.
+
+    Args:
+        weights: from `cluster_weights` under the same pattern.
+        value: one row per token, in image order.
+        pattern: of as many tokens.
+        form: as in `cluster_weights`.
+
+    Returns:
+        One row per token, in image order, in the dtype of `value`.
+
+    Raises:
+        FormError: `form` was asked for by name and stores no weights.
+        ShapeError: `pattern`, `weights` and `value` are not of one size.
+
+    Note:
+        Differentiable in `weights` and `value`.
+
+    Source:
+        CoA of LCoAN (arXiv 2404.04922).
+    """
+    _check(pattern, value)
+    layout = ClusterLayout.of(pattern)
+    expected = (value.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
+    if tuple(weights.shape) != expected:
+        raise ShapeError(f"weights under this pattern must be of shape {expected}, got {tuple(weights.shape)}")
+    if _tiled(form, value):
+        return tiles.apply_op(weights, value, *_unpack(pattern))  # type: ignore[no-any-return]
+    with without_autocast(value):
+        dtype = lower_precision(weights, value)
+        return _Oneshot(pattern).apply(weights.to(dtype), value.to(dtype)).to(value.dtype)
+
+
+def cluster_attention(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    value: Float[Tensor, "b n e"],
+    pattern: ClusterPattern,
+    *,
+    scale: float = 1.0,
+    normalize_keys: bool = False,
+    form: Form = "auto",
+) -> Float[Tensor, "b n e"]:
+    """Return `apply_cluster_weights(cluster_weights(query, key, ...), value, ...)` without storing the weights.
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order.
+        value: one row per token, in image order.
+        pattern: from `cluster_pattern`, of as many tokens.
+        scale: factor on the dot products, dimensionless.
+        normalize_keys: as in `cluster_weights`.
+        form: as `resolve_form` takes it; all but oneshot save the memory of the weights.
+
+    Returns:
+        One row per token, in image order, in the dtype of `value`.
+
+    Raises:
+        FormError: `form` was asked for by name and cannot run here.
+        ShapeError: `pattern` orders another number of tokens than there are.
+
+    Note:
+        Differentiable in `query`, `key` and `value` (flex: on GPUs); the backward recomputes the weights.
+    """
+    return _attention(query, key, value, pattern, scale, normalize_keys, form, with_lse=False)[0]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: ClusterPattern,
+    scale: float,
+    normalize_keys: bool,
+    form: Form,
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the attention and, `with_lse`, the logsumexp of the same scores."""
+    _check(pattern, query, key, value)
+    form = _form(form, query)
+    if form == "tiles":
+        output, lse = tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys, with_lse)
+        return output, lse if with_lse else None
+    key = unit_keys(key) if normalize_keys else key
+    if form == "triton":
+        return triton.attention_op(query, key, value, *_unpack(pattern), scale)[:2]  # type: ignore[no-any-return]
+    if form == "flex":
+        return flex.cluster_attention(query, key, value, pattern, scale, with_lse=with_lse)
+    query, key = (rows.to(working_precision(rows)) for rows in (query, key))
+    with without_autocast(query):
+        oneshot = _Oneshot(pattern)
+        scores = oneshot.scores(query, key, scale)
+        weights = scores.softmax(dim=-1).to(lower_precision(scores, value))
+        output = oneshot.apply(weights, value.to(weights.dtype)).to(value.dtype)
+        return output, oneshot.lse(scores) if with_lse else None
+
+
+def cluster_lse(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    pattern: ClusterPattern,
+    *,
+    scale: float = 1.0,
+    normalize_keys: bool = False,
+    form: Form = "auto",
+) -> Float[Tensor, "b n"]:
+    r"""Return $\log \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys that each token sees.
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order.
+        pattern: from `cluster_pattern`, of as many tokens.
+        scale: factor on the dot products, dimensionless.
+        normalize_keys: as in `cluster_weights`.
+        form: as in `cluster_attention`.
+
+    Returns:
+        One number per token, in image order, in float32 at least: how much similar the pattern shows to a token.
+
+    Raises:
+        FormError: `form` was asked for by name and cannot run here.
+        ShapeError: `pattern` orders another number of tokens than `query` has.
+
+    Note:
+        Differentiable in `query` and `key`.
+    """
+    _check(pattern, query, key)
+    form = _form(form, query)
+    if form == "tiles":
+        return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)  # type: ignore[no-any-return]
+    key = unit_keys(key) if normalize_keys else key
+    if form == "triton":
+        nothing = query.new_zeros(*query.shape[:2], 1)
+        return triton.attention_op(query, key, nothing, *_unpack(pattern), scale)[1]  # type: ignore[no-any-return]
+    if form == "flex":
+        return cast(Tensor, flex.cluster_attention(query, key, key, pattern, scale, with_lse=True)[1])
+    query, key = query.to(working_precision(query)), key.to(working_precision(key))
+    with without_autocast(query):
+        oneshot = _Oneshot(pattern)
+        return oneshot.lse(oneshot.scores(query, key, scale))
+
+
+def cluster_attention_rounds(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    value: Float[Tensor, "b n e"],
+    pattern: ClusterPattern,
+    num_rounds: int,
+    *,
+    scale: float = 1.0,
+    normalize_keys: bool = False,
+    form: Form = "auto",
+) -> Float[Tensor, "b n e"]:
+    r"""Return cluster attention in several rounds, in which a key counts once for each round that shows it.
+
+    It is `cluster_weights_rounds` without storing the weights: $\sum_r Z_r O_r / \sum_r Z_r$, with the attention
+    $O_r$ of each round and the normaliser $Z_r$ of its softmax.
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order.
+        value: one row per token, in image order.
+        pattern: of `b * num_rounds` samples: the rounds of a sample one after the other.
+        num_rounds: patterns of each sample, >= 1.
+        scale: factor on the dot products, dimensionless.
+        normalize_keys: as in `cluster_weights`.
+        form: as in `cluster_attention`.
+
+    Returns:
+        One row per token, in image order, in the dtype of `value`.
+
+    Raises:
+        FormError: `form` was asked for by name and cannot run here.
+        ShapeError: `pattern` orders another number of samples or tokens.
+
+    Source:
+        NLSA (Mei et al., CVPR 2021).
+    """
+    if num_rounds == 1:
+        return cluster_attention(query, key, value, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
+    query, key, rows = (tensor.repeat_interleave(num_rounds, dim=0) for tensor in (query, key, value))
+    each, lse = _attention(query, key, rows, pattern, scale, normalize_keys, form, with_lse=True)
+    share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1)
+    with without_autocast(value):
+        merged: Tensor = (share[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
+        return merged.to(value.dtype)
+
+
+def cluster_weights_rounds(
+    query: Float[Tensor, "b n d"],
+    key: Float[Tensor, "b n d"],
+    pattern: ClusterPattern,
+    num_rounds: int,
+    *,
+    scale: float = 1.0,
+    normalize_keys: bool = False,
+    dtype: torch.dtype | None = None,
+    form: Form = "auto",
+) -> Float[Tensor, "br k i j"]:
+    r"""Return the weights of attention in several rounds, whose sum over the rounds is one attention.
+
+    A round with more similar keys counts more: $P_r \leftarrow P_r\, Z_r / \sum_{r'} Z_{r'}$ with
+    $Z_r = \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys that the round sees.
+
+    Args:
+        query: one row per token, in image order.
+        key: one row per token, in image order.
+        pattern: of `b * num_rounds` samples: the rounds of a sample one after the other.
+        num_rounds: $r$, >= 1.
+        scale: as in `cluster_weights`.
+        normalize_keys: as in `cluster_weights`.
+        dtype: as in `cluster_weights`.
+        form: as in `cluster_weights`.
+
+    Returns:
+        Weights as of `cluster_weights`, whose rows sum to 1 over the rounds together.
+
+    Raises:
+        FormError: `form` was asked for by name and stores no weights.
+        ShapeError: `pattern` orders another number of samples or tokens.
+
+    Source:
+        NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
+    """
+    if num_rounds == 1:
+        return cluster_weights(query, key, pattern, scale=scale, normalize_keys=normalize_keys, dtype=dtype, form=form)
+    query, key = (rows.repeat_interleave(num_rounds, dim=0) for rows in (query, key))
+    weights, lse = _weights(query, key, pattern, scale, normalize_keys, None, form, with_lse=True)
+    share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
+    weights = weights * _Oneshot(pattern).chunks(share[..., None])
+    return weights if dtype is None else weights.to(dtype)
+
+
+def _check(pattern: ClusterPattern, *rows: Tensor) -> None:
+    for tensor in rows:
+        if tensor.ndim != 3 or tensor.shape[:2] != pattern.order.shape:
+            raise ShapeError(
+                f"pattern must order the tokens of rows (b, n, c); it orders (b, n) = {tuple(pattern.order.shape)}, "
+                f"got rows of shape {tuple(tensor.shape)}"
+            )
+
+
+def _form(form: Form, query: Tensor) -> Form:
+    chosen = resolve_form(form, query.device)
+    if form == "auto" and chosen == "triton" and query.shape[-1] > triton.MAX_QUERY_DIM:
+        return "oneshot"
+    return chosen
+
+
+def _tiled(form: Form, rows: Tensor) -> bool:
+    """Whether weights that are stored are made or applied by tiles."""
+    if form in ("flex", "triton"):
+        raise FormError(f"form {form!r} stores no weights, and weights were asked for; 'oneshot' works on any device")
+    return resolve_form(form, rows.device) == "tiles"
+
+
+def _unpack(pattern: ClusterPattern) -> tuple[Tensor, Tensor | None, int, int, bool]:
+    return pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+
+
+class _Oneshot:
+    """Cluster attention on whole tensors under one pattern."""
+
+    def __init__(self, pattern: ClusterPattern) -> None:
+        self.order, self.neighbors = pattern.order, pattern.neighbors
+        self.layout = layout = ClusterLayout.of(pattern)
+        slot = torch.arange(layout.num_slots, device=self.order.device)
+        self.token = self.order[:, layout.rank(slot)]
+        keys = self._with_adjacent(slot.view(1, layout.num_chunks, layout.chunk_size, 1))[..., 0]
+        self.visible = layout.visible(keys)
+
+    def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        scores = scale * self.chunks(query) @ self._with_adjacent(self.chunks(key)).transpose(-1, -2)
+        return scores.masked_fill(~self.visible[..., None, :], float("-inf"))
+
+    def apply(self, weights: Tensor, value: Tensor) -> Tensor:
+        return self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))
+
+    def lse(self, scores: Tensor) -> Tensor:
+        return self.to_tokens(scores.logsumexp(dim=-1)[..., None])[..., 0]
+
+    def to_tokens(self, chunks: Tensor) -> Tensor:
+        # By the slot of each token: strides of a slice to the tokens would tell export whether the last chunk is full.
+        slot = torch.arange(self.layout.num_tokens, device=self.order.device).expand_as(self.order)
+        inverse = torch.empty_like(self.order).scatter(1, self.order, slot)
+        return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, chunks.shape[-1]))
+
+    def chunks(self, rows: Tensor) -> Tensor:
+        index = self.token[..., None].expand(-1, -1, rows.shape[-1])
+        of_slots = rows.gather(1, index)
+        return of_slots.view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, rows.shape[-1])
+
+    def _with_adjacent(self, chunks: Tensor) -> Tensor:
+        if self.neighbors is None:
+            a = self.layout.num_adjacent
+            return torch.cat([chunks.roll(-offset, dims=1) for offset in range(-a, a + 1)], dim=2)
+        # An index and not `gather`, whose gradient depends on the run where a row is read twice, on GPUs.
+        batch, num_chunks, _ = self.neighbors.shape
+        sample = torch.arange(batch, device=chunks.device)[:, None]
+        seen = chunks.expand(batch, -1, -1, -1)[sample, self.neighbors.flatten(1)]
+        return seen.view(batch, num_chunks, self.layout.num_offsets * self.layout.chunk_size, chunks.shape[-1])

@@ -1,0 +1,75 @@
+"""An order of clusters in which neighbours are similar: the neighbouring chunks of a chunk become worth reading."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sparse_sr_attn.functional.backend import resolve_form
+from sparse_sr_attn.functional.cluster.triton import chain_op
+from sparse_sr_attn.functional.recomputation import backward_is_running
+
+_STEPS = 2**24
+"""Similarities are compared in steps of 2**-24, computed in float64: the same on every device."""
+
+_EVERY = 16
+"""Updates of the centroids after which the order follows them; also after 0, 1, 2, 4 and 8."""
+
+
+def chain_rank(centroids: Tensor) -> Int[Tensor, "k"]:
+    """Return the place of each cluster on a path that starts at cluster 0 and goes on to the most similar one left.
+
+    Args:
+        centroids: unit vectors, (k, d).
+
+    Returns:
+        A permutation; the lowest index wins a tie.
+    """
+    if centroids.is_meta:
+        return torch.empty(len(centroids), dtype=torch.int64, device="meta")
+    similarity = _similarity(centroids).cpu()
+    rank = torch.zeros(len(centroids), dtype=torch.int64, device="cpu")
+    visited = torch.zeros_like(similarity[0])
+    here = 0
+    for place in range(len(centroids)):
+        rank[here] = place
+        visited[here] = -4 * _STEPS
+        here = int((similarity[here] + visited).argmax())
+    return rank.to(centroids.device)
+
+
+def order_clusters(centroids: Tensor, num_updates: Int[Tensor, ""], rank: Int[Tensor, "k"]) -> None:
+    """Let `rank` follow the centroids, in training: it becomes their `chain_rank` after some of their updates.
+
+    Between two forwards the centroids stay in place, so a recomputation of a forward finds the same ranks; nothing is
+    moved there.
+
+    Args:
+        centroids: of k-means.
+        num_updates: of the centroids, as k-means counts them.
+        rank: moved in place.
+
+    Note:
+        On GPUs with triton one program walks along the path; elsewhere, the CPU does.
+    """
+    _order_clusters(centroids.detach(), num_updates, rank)
+
+
+@torch.library.custom_op("sparse_sr_attn::order_clusters", mutates_args=("rank",))
+def _order_clusters(centroids: Tensor, num_updates: Tensor, rank: Tensor) -> None:
+    if backward_is_running():
+        return
+    if resolve_form("auto", centroids.device) == "triton":
+        chain_op(_similarity(centroids).int(), num_updates, rank, _EVERY)
+        return
+    updates = int(num_updates)
+    if updates & (updates - 1) == 0 or updates % _EVERY == 0:
+        rank.copy_(chain_rank(centroids))
+
+
+@_order_clusters.register_fake
+def _(centroids: Tensor, num_updates: Tensor, rank: Tensor) -> None: ...
+
+
+def _similarity(centroids: Tensor) -> Int[Tensor, "k k"]:
+    centroids = centroids.double()
+    return (centroids @ centroids.T * _STEPS).round().long()

@@ -1,0 +1,612 @@
+"""Cluster attention by tiles of a few chunks, as operators that compilers and autograd see whole.
+
+Scores of a tile stay in cache, and no operator keeps more than one tile of them but for the weights it returns. The
+backward of `attention` computes the weights again. Results are collected in sorted order and moved to image order in
+one go, because rows are read in any order several times faster than they are written so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
+from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
+from sparse_sr_attn.functional.unit_keys import unit_keys, unit_keys_backward
+from sparse_sr_attn.states import ClusterPattern
+
+_SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
+_WEIGHTS_PER_TILE = 2**21  # where weights are only read, once: what counts is that few rows of values are read twice
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A few consecutive chunks.
+
+    Attributes:
+        start: the first chunk.
+        stop: the one after the last.
+        hidden: keys that do not count, as (chunk of the tile, keys).
+    """
+
+    start: int
+    stop: int
+    hidden: list[tuple[int, slice]]
+
+    @property
+    def chunks(self) -> slice:
+        """The chunks, to index what has a row for each."""
+        return slice(self.start, self.stop)
+
+
+class _Sorted:
+    """The tokens of one sample in sorted order: its tiles, and rows in and out of them.
+
+    A tile reads its *halo*, the slots that any of its chunks sees. In the halo of the whole sample all chunks stand in
+    a row, and beyond each end those that the chunks there see at the other end.
+    """
+
+    reads_again: ClassVar[bool] = False
+    """Whether tiles have so much in common that work on a row should be done before it is read."""
+
+    def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout, reach: int | None = None) -> None:
+        self.layout = layout
+        self.reach = layout.num_adjacent if reach is None else reach  # chunks beyond each end
+        self.margin = self.reach * layout.chunk_size
+        slot = torch.arange(-self.margin, layout.num_slots + self.margin, device=order.device) % layout.num_slots
+        self._token = order[layout.rank(slot)]
+        self._slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+    def tiles(self, scores: int | None = None) -> Iterator[_Tile]:
+        """Yield all tiles, of about so many scores each."""
+        layout = self.layout
+        step = max(1, (scores or _SCORES_PER_TILE) // (layout.num_offsets * layout.chunk_size**2))
+        for start in range(0, layout.num_chunks, step):
+            stop = min(start + step, layout.num_chunks)
+            hidden = [(t - start, keys) for t in range(start, stop) for keys in layout.hidden(self.seen(t))]
+            yield _Tile(start, stop, hidden)
+
+    def seen(self, chunk: int) -> list[int]:
+        """Return the chunks that a chunk sees."""
+        return self.layout.ring(chunk)
+
+    def chunks(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t i c"]:
+        """Return the rows of a tile's chunks; slots past the last token repeat some token."""
+        first, last = (chunk * self.layout.chunk_size + self.margin for chunk in (tile.start, tile.stop))
+        return self._chunks(rows.index_select(0, self._token[first:last]))
+
+    def real_chunks(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t i c"]:
+        """Return the rows of a tile's chunks; 0 in slots past the last token."""
+        chunks = self.chunks(rows, tile)
+        chunks.flatten(0, 1)[self.layout.num_tokens - tile.start * self.layout.chunk_size :] = 0
+        return chunks
+
+    def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
+        """Return the rows that each chunk of a tile sees, or `unit_keys` of them: overlapping views of its halo."""
+        i = self.layout.chunk_size
+        halo = rows.index_select(0, self._token[tile.start * i : tile.stop * i + 2 * self.margin])
+        return (unit_keys(halo) if unit else halo).unfold(0, self.layout.num_offsets * i, i).transpose(1, 2)
+
+    def slots(self, rows: Tensor) -> Float[Tensor, "s c"]:
+        """Return space for a row at each slot, like `rows`."""
+        return rows.new_empty(self.layout.num_slots, rows.shape[-1])
+
+    def at(self, slots: Float[Tensor, "s c"], tile: _Tile) -> Float[Tensor, "t i c"]:
+        """Return a tile's chunks as a view of `slots`."""
+        i = self.layout.chunk_size
+        return self._chunks(slots[tile.start * i : tile.stop * i])
+
+    def to_tokens(self, slots: Float[Tensor, "s c"], out: Float[Tensor, "n c"]) -> None:
+        """Write the row at the slot of each token to `out`."""
+        if slots.dtype == out.dtype:
+            torch.index_select(slots, 0, self._slot, out=out)
+        else:
+            out.copy_(slots.index_select(0, self._slot))
+
+    def halo(self, rows: Tensor) -> Float[Tensor, "h c"]:
+        """Return a sum, still 0, for each place of the halo, like `rows`."""
+        return rows.new_zeros(self.layout.num_slots + 2 * self.margin, rows.shape[-1])
+
+    def send_back(
+        self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
+    ) -> None:
+        """Add what each chunk sends, its rows by weights, to the sums of all that it sees."""
+        i = self.layout.chunk_size
+        for offset, part in enumerate(weights.split(i, dim=2)):
+            first = (tile.start + offset) * i
+            self._chunks(halo[first : first + (tile.stop - tile.start) * i]).baddbmm_(part.transpose(1, 2), rows)
+
+    def halo_to_tokens(self, halo: Float[Tensor, "h c"], out: Float[Tensor, "n c"]) -> None:
+        """Write the sum over all places of each token to `out`."""
+        layout, i = self.layout, self.layout.chunk_size
+        slots = halo[self.margin : self.margin + layout.num_slots]
+        for chunk in [
+            *range(-self.reach, 0),
+            *range(layout.num_chunks, layout.num_chunks + self.reach),
+        ]:
+            home, place = chunk % layout.num_chunks * i, chunk * i + self.margin
+            slots[home : home + i] += halo[place : place + i]
+        self.to_tokens(slots, out)
+        if not layout.exact_keys:  # slots past the last token are seen, and stand for a token
+            first, last = self.margin + layout.num_tokens, self.margin + layout.num_slots
+            out.index_add_(0, self._token[first:last], slots[layout.num_tokens :].to(out.dtype))
+
+    def _chunks(self, slots: Tensor) -> Tensor:
+        return slots.view(-1, self.layout.chunk_size, slots.shape[-1])
+
+
+class _Nearest(_Sorted):
+    """The same where a table says which chunks a chunk sees: there is no halo but the chunks themselves."""
+
+    reads_again: ClassVar[bool] = True
+
+    def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout, neighbors: Int[Tensor, "k m"]) -> None:
+        super().__init__(order, layout, reach=0)
+        self._neighbors, self._lists = neighbors, neighbors.tolist()
+
+    def seen(self, chunk: int) -> list[int]:
+        """Return the chunks that a chunk sees."""
+        seen: list[int] = self._lists[chunk]
+        return seen
+
+    def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
+        """Return the rows that each chunk of a tile sees, or `unit_keys` of them."""
+        token = self._token.view(self.layout.num_chunks, -1).index_select(0, self._neighbors[tile.chunks].flatten())
+        seen = rows.index_select(0, token.flatten())
+        return (unit_keys(seen) if unit else seen).view(tile.stop - tile.start, -1, rows.shape[-1])
+
+    def send_back(
+        self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
+    ) -> None:
+        """Add what each chunk sends, its rows by weights, to the sums of all that it sees."""
+        parts = torch.bmm(weights.transpose(1, 2), rows)
+        chunk_length = self.layout.chunk_size * rows.shape[-1]
+        halo.view(-1, chunk_length).index_add_(
+            0, self._neighbors[tile.chunks].flatten(), parts.view(-1, chunk_length).to(halo.dtype)
+        )
+
+
+class _Scored:
+    """Queries and keys of one sample and what they make of its tiles; scores and gradients are in their precision."""
+
+    def __init__(
+        self, tokens: _Sorted, query: Float[Tensor, "n d"], key: Float[Tensor, "n d"], scale: float, unit: bool
+    ) -> None:
+        self.tokens = tokens
+        self.query, self.key = (rows.to(working_precision(rows)).contiguous() for rows in (query, key))
+        self.scale = scale
+        self.unit = unit
+        self._units = unit_keys(self.key) if unit and tokens.reads_again else None
+
+    def keys(self, tile: _Tile) -> Float[Tensor, "t j d"]:
+        """Return the keys that each chunk of a tile sees."""
+        if self._units is not None:
+            return self.tokens.windows(self._units, tile)
+        return self.tokens.windows(self.key, tile, unit=self.unit)
+
+    def scores(self, tile: _Tile, out: Tensor | None = None) -> Float[Tensor, "t i j"]:
+        """Return the scores of a tile."""
+        queries = self.tokens.chunks(self.query, tile)
+        queries = queries if self.scale == 1 else self.scale * queries
+        scores = torch.bmm(queries, self.keys(tile).transpose(1, 2), out=out)
+        for chunk, hidden in tile.hidden:
+            scores[chunk, :, hidden] = float("-inf")
+        return scores
+
+    def weights(
+        self, tile: _Tile, out: Tensor | None = None, lse: Float[Tensor, "t i 1"] | None = None
+    ) -> Float[Tensor, "t i j"]:
+        """Return the softmax of the scores of a tile; write their logsumexp to `lse`."""
+        scores = self.scores(tile, out)
+        if lse is None:
+            return torch.softmax(scores, dim=-1, out=scores)
+        largest = scores.amax(dim=-1, keepdim=True)
+        weights = torch.softmax(scores, dim=-1, out=scores)
+        # The largest weight is one over the sum of exp(score - largest): two maxima are cheaper than another sum.
+        torch.sub(largest, weights.amax(dim=-1, keepdim=True).log(), out=lse)
+        return weights
+
+
+class _ScoreGrads:
+    """The gradients of queries and keys of one sample, collected tile by tile."""
+
+    def __init__(self, scored: _Scored) -> None:
+        self.scored = scored
+        self._slots, self._halo = scored.tokens.slots(scored.query), scored.tokens.halo(scored.key)
+
+    def add(self, grad_scores: Float[Tensor, "t i j"], tile: _Tile) -> None:
+        """Add what the scores of a tile send back; writes over `grad_scores`."""
+        scored, tokens = self.scored, self.scored.tokens
+        if scored.scale != 1:
+            grad_scores.mul_(scored.scale)
+        torch.bmm(grad_scores, scored.keys(tile), out=tokens.at(self._slots, tile))
+        tokens.send_back(grad_scores, tokens.chunks(scored.query, tile), self._halo, tile)
+
+    def add_of_weights(
+        self,
+        grad_weights: Float[Tensor, "t i j"],
+        weights: Float[Tensor, "t i j"],
+        tile: _Tile,
+        grad_lse: Float[Tensor, "t i 1"] | None = None,
+    ) -> None:
+        """Add what the weights of a tile, and the logsumexp of its scores, send back; writes over `grad_weights`."""
+        torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
+        if grad_lse is not None:
+            grad_weights.addcmul_(weights, grad_lse)
+        self.add(grad_weights, tile)
+
+    def write(self, grad_query: Float[Tensor, "n d"], grad_key: Float[Tensor, "n d"]) -> None:
+        """Write both, in image order."""
+        scored, tokens = self.scored, self.scored.tokens
+        tokens.to_tokens(self._slots, grad_query)
+        if scored.unit:
+            grad_units = torch.empty_like(scored.key)
+            tokens.halo_to_tokens(self._halo, grad_units)
+            grad_key.copy_(unit_keys_backward(grad_units, scored.key))
+        else:
+            tokens.halo_to_tokens(self._halo, grad_key)
+
+
+def _samples(order: Tensor, neighbors: Tensor | None, layout: ClusterLayout) -> Iterator[tuple[int, _Sorted]]:
+    for sample, each in enumerate(order):
+        yield sample, _Sorted(each, layout) if neighbors is None else _Nearest(each, layout, neighbors[sample])
+
+
+def _space(out: Tensor | None, like: Tensor) -> Tensor:
+    """Return `out`, made now if it is not there: of one sample, when all that its tiles needed is gone."""
+    return like.new_empty(like.shape) if out is None else out
+
+
+def _layout(
+    order: Tensor, neighbors: Tensor | None, chunk_size: int, num_adjacent: int, exact_keys: bool
+) -> ClusterLayout:
+    return ClusterLayout.of(ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys, neighbors))
+
+
+def _weights_shape(order: Tensor, layout: ClusterLayout) -> tuple[int, ...]:
+    return (order.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
+
+
+def _new_lse(query: Tensor, order: Tensor, with_lse: bool) -> Tensor:
+    return query.new_empty(order.shape if with_lse else (0,), dtype=working_precision(query))
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_weights", mutates_args=())
+def weights_op(
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+    dtype: torch.dtype,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `cluster.cluster_weights` and, `with_lse`, `cluster.cluster_lse`, tile by tile."""
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    weights, lse = query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
+    with without_autocast(query):
+        for sample, tokens in _samples(order, neighbors, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            lse_slots = tokens.slots(lse[sample, :, None]) if with_lse else None
+            for tile in tokens.tiles():
+                out, of_tile = weights[sample, tile.chunks], None if lse_slots is None else tokens.at(lse_slots, tile)
+                if dtype == scored.query.dtype:
+                    scored.weights(tile, out, of_tile)
+                else:
+                    out.copy_(scored.weights(tile, lse=of_tile))
+            if lse_slots is not None:
+                tokens.to_tokens(lse_slots, lse[sample, :, None])
+    return weights, lse
+
+
+@weights_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+    dtype: torch.dtype,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    return query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_weights_backward", mutates_args=())
+def _weights_backward_op(
+    grad: Tensor,
+    grad_lse: Tensor,
+    weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
+    with without_autocast(query):
+        for sample, tokens in _samples(order, neighbors, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            grads = _ScoreGrads(scored)
+            for tile in tokens.tiles():
+                part, sent = (each[sample, tile.chunks].to(scored.query.dtype) for each in (weights, grad))
+                of_lse = tokens.real_chunks(grad_lse[sample, :, None], tile) if with_lse else None
+                grads.add_of_weights(sent.clone() if sent.dtype == grad.dtype else sent, part, tile, of_lse)
+            grads.write(grad_query[sample], grad_key[sample])
+    return grad_query, grad_key
+
+
+@_weights_backward_op.register_fake
+def _(grad: Tensor, grad_lse: Tensor, weights: Tensor, query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_lse", mutates_args=())
+def lse_op(
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+) -> Tensor:
+    """Return `cluster.cluster_lse`, tile by tile."""
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    lse = query.new_empty(order.shape, dtype=working_precision(query))
+    with without_autocast(query):
+        for sample, tokens in _samples(order, neighbors, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            slots = tokens.slots(lse[sample, :, None])
+            for tile in tokens.tiles():
+                tokens.at(slots, tile).copy_(scored.scores(tile).logsumexp(dim=-1, keepdim=True))
+            tokens.to_tokens(slots, lse[sample, :, None])
+    return lse
+
+
+@lse_op.register_fake
+def _(query: Tensor, key: Tensor, order: Tensor, *_: object) -> Tensor:
+    return query.new_empty(order.shape, dtype=working_precision(query))
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_lse_backward", mutates_args=())
+def _lse_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
+    with without_autocast(query):
+        for sample, tokens in _samples(order, neighbors, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            grads = _ScoreGrads(scored)
+            for tile in tokens.tiles():
+                grads.add(scored.weights(tile).mul_(tokens.real_chunks(grad[sample, :, None], tile)), tile)
+            grads.write(grad_query[sample], grad_key[sample])
+    return grad_query, grad_key
+
+
+@_lse_backward_op.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@torch.library.custom_op("sparse_sr_attn::apply_cluster_weights", mutates_args=())
+def apply_op(
+    weights: Tensor,
+    value: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+) -> Tensor:
+    """Return `cluster.apply_cluster_weights`, tile by tile."""
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    out = None
+    with without_autocast(value):
+        for sample, tokens in _samples(order, neighbors, layout):
+            v = value[sample].to(lower_precision(weights, value)).contiguous()
+            slots = tokens.slots(v)
+            for tile in tokens.tiles(_WEIGHTS_PER_TILE):
+                part = weights[sample, tile.chunks].to(v.dtype)
+                torch.bmm(part, tokens.windows(v, tile), out=tokens.at(slots, tile))
+            out = _space(out, value)
+            tokens.to_tokens(slots, out[sample])
+    return _space(out, value)
+
+
+@apply_op.register_fake
+def _(weights: Tensor, value: Tensor, *_: object) -> Tensor:
+    return value.new_empty(value.shape)
+
+
+@torch.library.custom_op("sparse_sr_attn::apply_cluster_weights_backward", mutates_args=())
+def _apply_backward_op(
+    grad: Tensor,
+    weights: Tensor,
+    value: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    grad_weights, grad_value = weights.new_empty(weights.shape), value.new_empty(value.shape)
+    with without_autocast(value):
+        for sample, tokens in _samples(order, neighbors, layout):
+            v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
+            halo = tokens.halo(v)
+            for tile in tokens.tiles():
+                sent = tokens.real_chunks(g, tile)
+                grad_weights[sample, tile.chunks] = torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2))
+                tokens.send_back(weights[sample, tile.chunks].to(v.dtype), sent, halo, tile)
+            tokens.halo_to_tokens(halo, grad_value[sample])
+    return grad_weights, grad_value
+
+
+@_apply_backward_op.register_fake
+def _(grad: Tensor, weights: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return weights.new_empty(weights.shape), value.new_empty(value.shape)
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_attention", mutates_args=())
+def attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `cluster.cluster_attention` and, `with_lse`, `cluster.cluster_lse`; a tile of weights exists at a time."""
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    out, lse = None, _new_lse(query, order, with_lse)
+    with without_autocast(query):
+        for sample, tokens in _samples(order, neighbors, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            v = value[sample].contiguous()
+            slots = tokens.slots(v)
+            lse_slots = tokens.slots(lse[sample, :, None]) if with_lse else None
+            for tile in tokens.tiles():
+                of_lse = None if lse_slots is None else tokens.at(lse_slots, tile)
+                out_of_tile = tokens.at(slots, tile)
+                torch.bmm(scored.weights(tile, lse=of_lse).to(v.dtype), tokens.windows(v, tile), out=out_of_tile)
+            out = _space(out, value)
+            tokens.to_tokens(slots, out[sample])
+            if lse_slots is not None:
+                tokens.to_tokens(lse_slots, lse[sample, :, None])
+    return _space(out, value), lse
+
+
+@attention_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, order: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return value.new_empty(value.shape), _new_lse(query, order, options[-1])
+
+
+@torch.library.custom_op("sparse_sr_attn::cluster_attention_backward", mutates_args=())
+def _attention_backward_op(
+    grad: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    neighbors: Tensor | None,
+    chunk_size: int,
+    num_adjacent: int,
+    exact_keys: bool,
+    scale: float,
+    unit: bool,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    grad_query, grad_key, grad_value = query.new_empty(query.shape), key.new_empty(key.shape), None
+    with without_autocast(query):
+        for sample, tokens in _samples(order, neighbors, layout):
+            scored = _Scored(tokens, query[sample], key[sample], scale, unit)
+            v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
+            grads, halo = _ScoreGrads(scored), tokens.halo(v)
+            for tile in tokens.tiles():
+                weights, sent = scored.weights(tile), tokens.real_chunks(g, tile)
+                tokens.send_back(weights, sent, halo, tile)
+                of_lse = tokens.real_chunks(grad_lse[sample, :, None], tile) if with_lse else None
+                # No name for the product: it would keep the memory of a tile while the next one is made.
+                grads.add_of_weights(torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2)), weights, tile, of_lse)
+            del g
+            grads.write(grad_query[sample], grad_key[sample])
+            grad_value = _space(grad_value, value)
+            tokens.halo_to_tokens(halo, grad_value[sample])
+    return grad_query, grad_key, _space(grad_value, value)
+
+
+@_attention_backward_op.register_fake
+def _(
+    grad: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+# --- their gradients --------------------------------------------------------------------------------------------------
+
+
+_NONE = (None,) * 7  # for the order, the neighbours and the options
+
+
+def _weights_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, order, neighbors, *options, _, with_lse = inputs
+    ctx.options = (*options, with_lse)
+    ctx.save_for_backward(output[0], query, key, order, neighbors)
+
+
+def _weights_backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grad_query, grad_key = _weights_backward_op(grad, grad_lse, *ctx.saved_tensors, *ctx.options)
+    return grad_query, grad_key, *_NONE, None, None
+
+
+def _lse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, order, neighbors, *ctx.options = inputs
+    ctx.save_for_backward(query, key, order, neighbors)
+
+
+def _lse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_lse_backward_op(grad, *ctx.saved_tensors, *ctx.options), *_NONE)
+
+
+def _apply_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, value, order, neighbors, *ctx.options = inputs
+    ctx.save_for_backward(weights, value, order, neighbors)
+
+
+def _apply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_apply_backward_op(grad, *ctx.saved_tensors, *ctx.options), *_NONE[:5])
+
+
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, order, neighbors, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, order, neighbors)
+
+
+def _attention_backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward_op(grad, grad_lse, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *_NONE, None)
+
+
+weights_op.register_autograd(_weights_backward, setup_context=_weights_context)
+lse_op.register_autograd(_lse_backward, setup_context=_lse_context)
+apply_op.register_autograd(_apply_backward, setup_context=_apply_context)
+attention_op.register_autograd(_attention_backward, setup_context=_attention_context)

@@ -1,0 +1,358 @@
+"""Window attention as operators that compilers see whole: what they would trace depends on the size of the map.
+
+On the CPU scores are made a few windows at a time, so that they stay in cache; only `weights_op` keeps them. The
+backward of `attention_op` computes them again, and all backwards cut the maps again instead of keeping their windows.
+Maps that come out are in channels-last memory.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sparse_sr_attn.functional.channels_last import new_map
+from sparse_sr_attn.functional.precision import without_autocast, working_precision
+from sparse_sr_attn.functional.window.grid import WindowGrid
+
+_SCORES_PER_TILE = 2**18  # on the CPU, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
+_SCORES_PER_LAUNCH = 2**27  # elsewhere, 512 MiB: a GPU waits for each launch, and fills itself with large ones only
+
+
+def weights(query: Tensor, key: Tensor | None, grid: WindowGrid, shift: int, scale: float) -> Tensor:
+    """Return the softmax weights `(b, k, i, i)` of maps, in float32 at least, as plain differentiable code."""
+    precision = working_precision(query)
+    queries = grid.cut(query.to(precision), shift)
+    keys = queries if key is None else grid.cut(key.to(precision), shift)
+    scores = scale * queries @ keys.transpose(-1, -2)
+    if not grid.is_whole:
+        # The lowest number, not -inf: the spare window of an exported program, all pads, must not become NaN.
+        scores = scores.masked_fill(~grid.is_real(shift, query.device)[:, None], torch.finfo(precision).min)
+    return scores.softmax(dim=-1)
+
+
+def apply(weights: Tensor, value: Tensor, grid: WindowGrid, shift: int, unshift: int) -> Tensor:
+    """Return the map of values that weights gather, as plain differentiable code."""
+    return grid.join(weights.to(value.dtype) @ grid.cut(value, shift), unshift)
+
+
+# --- windows and tiles of them
+
+
+class _Windows:
+    """How maps of some size are cut into windows `(b * k, i, c)` and joined again.
+
+    Args:
+        like: a map of that size.
+        window_size: side of a window.
+    """
+
+    def __init__(self, like: Float[Tensor, "b _ h w"], window_size: int) -> None:
+        self.grid = WindowGrid(like.shape[2], like.shape[3], window_size)
+        self.batch = like.shape[0]
+        self.padded = self.grid.rows * window_size, self.grid.columns * window_size
+
+    def cut(self, x: Float[Tensor, "b c h w"], shift: int, dtype: torch.dtype | None = None) -> Float[Tensor, "bk i c"]:
+        """Return the windows of a map; pads are zeros."""
+        x = x.permute(0, 2, 3, 1)
+        if shift or not self.grid.is_whole:
+            rolled = x.new_zeros(self.batch, *self.padded, x.shape[-1])
+            for here, there in self._blocks(shift):
+                rolled[there] = x[here]
+            x = rolled
+        size = self.grid.window_size
+        windows: Tensor = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+        return windows.reshape(self.batch * self.grid.rows * self.grid.columns, size**2, x.shape[-1]).to(
+            dtype or x.dtype
+        )
+
+    def join(self, windows: Float[Tensor, "bk i c"], shift: int) -> Float[Tensor, "b c h w"]:
+        """Return the map of windows, in channels-last memory: the inverse of `cut`."""
+        size, grid = self.grid.window_size, self.grid
+        x = windows.new_empty(self.batch, grid.height, grid.width, windows.shape[-1])
+        whole = shift == 0 and grid.is_whole
+        rolled = x if whole else windows.new_empty(self.batch, *self.padded, windows.shape[-1])
+        rolled.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).copy_(
+            windows.view(self.batch, grid.rows, grid.columns, size, size, windows.shape[-1])
+        )
+        if not whole:
+            for here, there in self._blocks(shift):
+                x[here] = rolled[there]
+        return x.permute(0, 3, 1, 2)
+
+    def _blocks(self, shift: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """Yield where each of four blocks lies in the map, and where once it is padded and rolled."""
+        rows, columns = (
+            _pieces(side, padded, shift)
+            for side, padded in zip((self.grid.height, self.grid.width), self.padded, strict=True)
+        )
+        for row, rolled_row in rows:
+            for column, rolled_column in columns:
+                yield (slice(None), row, column), (slice(None), rolled_row, rolled_column)
+
+    def is_real(self, shift: int, device: torch.device) -> Bool[Tensor, "bk 1 i"] | None:
+        """Return which slots hold a pixel; `None` for all."""
+        if self.grid.is_whole:
+            return None
+        return self.grid.is_real(shift, device).repeat(self.batch, 1)[:, None]
+
+
+def _pieces(side: int, padded: int, shift: int) -> list[tuple[slice, slice]]:
+    """Return where the two pieces of a side lie, and where once it is padded and rolled."""
+    shift %= padded
+    front = min(shift, side)  # what goes around to the end
+    return [
+        (slice(front, side), slice(0, side - front)),
+        (slice(0, front), slice(padded - shift, padded - shift + front)),
+    ]
+
+
+def _tiles(windows: Tensor) -> Iterator[slice]:
+    """Yield which windows to do at a time."""
+    scores = _SCORES_PER_TILE if windows.device.type == "cpu" else _SCORES_PER_LAUNCH
+    step = max(1, scores // windows.shape[1] ** 2)
+    for start in range(0, len(windows), step):
+        yield slice(start, start + step)
+
+
+def _weights_of(
+    queries: Tensor, keys: Tensor, real: Tensor | None, tile: slice, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """Return the softmax weights of a tile."""
+    scores = torch.bmm(queries[tile], keys[tile].transpose(1, 2))
+    if scale != 1:
+        scores *= scale
+    if real is not None:
+        scores.masked_fill_(~real[tile], torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1, out=out)
+
+
+def _product(one: Tensor, other: Tensor, out: Tensor) -> None:
+    """Write the products of matrices into `out`, of their precision or a higher one."""
+    if out.dtype == one.dtype:
+        torch.bmm(one, other, out=out)
+    else:
+        out.copy_(torch.bmm(one, other))
+
+
+def _scores_backward(
+    grad_weights: Tensor, weights: Tensor, queries: Tensor, keys: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return what the weights of a tile send back to queries and keys; `None` for keys that are the queries."""
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    if scale != 1:
+        grad_scores *= scale
+    if keys is None:
+        return torch.bmm(grad_scores + grad_scores.transpose(1, 2), queries), None
+    return torch.bmm(grad_scores, keys), torch.bmm(grad_scores.transpose(1, 2), queries)
+
+
+def _cut_both(
+    windows: _Windows, query: Tensor, key: Tensor | None, shift: int
+) -> tuple[Float[Tensor, "bk i d"], Float[Tensor, "bk i d"]]:
+    """Return the windows of queries and keys in working precision; the same where there is no key."""
+    queries = windows.cut(query, shift, working_precision(query))
+    return queries, queries if key is None else windows.cut(key, shift, queries.dtype)
+
+
+def _new_maps(query: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
+    return new_map(query, query.shape[1]), query.new_empty(0) if key is None else new_map(key, key.shape[1])
+
+
+def _sent_back(
+    windows: _Windows, grads: tuple[Tensor, Tensor | None], query: Tensor, shift: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of query and key as maps; an empty one where there is no key."""
+    grad_query, grad_key = grads
+    return (
+        windows.join(grad_query.to(query.dtype), shift),
+        query.new_empty(0) if grad_key is None else windows.join(grad_key.to(query.dtype), shift),
+    )
+
+
+# --- weights
+
+
+@torch.library.custom_op("sparse_sr_attn::window_weights", mutates_args=())
+def weights_op(query: Tensor, key: Tensor | None, window_size: int, shift: int, scale: float) -> Tensor:
+    """See `weights`."""
+    windows = _Windows(query, window_size)
+    with without_autocast(query):
+        queries, keys = _cut_both(windows, query, key, shift)
+        real = windows.is_real(shift, query.device)
+        weights = queries.new_empty(*queries.shape[:2], queries.shape[1])
+        for tile in _tiles(queries):
+            _weights_of(queries, keys, real, tile, scale, out=weights[tile])
+    return weights.view(query.shape[0], windows.grid.rows * windows.grid.columns, *weights.shape[1:])
+
+
+@weights_op.register_fake
+def _(query: Tensor, key: Tensor | None, window_size: int, shift: int, scale: float) -> Tensor:
+    grid = WindowGrid(query.shape[2], query.shape[3], window_size)
+    shape = (query.shape[0], grid.num_windows, window_size**2, window_size**2)
+    return query.new_empty(shape, dtype=working_precision(query))
+
+
+@torch.library.custom_op("sparse_sr_attn::window_weights_backward", mutates_args=())
+def _weights_backward(
+    grad: Tensor, weights: Tensor, query: Tensor, key: Tensor | None, shift: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    windows = _Windows(query, math.isqrt(weights.shape[-1]))
+    with without_autocast(query):
+        queries, keys = _cut_both(windows, query, key, shift)
+        grads = torch.empty_like(queries), None if key is None else torch.empty_like(keys)
+        grad, weights = grad.flatten(0, 1), weights.flatten(0, 1)
+        for tile in _tiles(queries):
+            tile_keys = None if key is None else keys[tile]
+            back = _scores_backward(grad[tile], weights[tile], queries[tile], tile_keys, scale)
+            _put(grads, tile, back)
+        return _sent_back(windows, grads, query, shift)
+
+
+@_weights_backward.register_fake
+def _(
+    grad: Tensor, weights: Tensor, query: Tensor, key: Tensor | None, shift: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _new_maps(query, key)
+
+
+def _put(grads: tuple[Tensor, Tensor | None], tile: slice, back: tuple[Tensor, Tensor | None]) -> None:
+    for whole, part in zip(grads, back, strict=True):
+        if whole is not None and part is not None:
+            whole[tile] = part
+
+
+def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, _, ctx.shift, ctx.scale = inputs
+    ctx.save_for_backward(output, query, key)
+
+
+def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, query, key = ctx.saved_tensors
+    grad_query, grad_key = _weights_backward(grad, weights, query, key, ctx.shift, ctx.scale)
+    return grad_query, None if key is None else grad_key, None, None, None
+
+
+weights_op.register_autograd(_backward_weights, setup_context=_keep_weights)
+
+# --- apply
+
+
+@torch.library.custom_op("sparse_sr_attn::apply_window_weights", mutates_args=())
+def apply_op(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int) -> Tensor:
+    """See `apply`."""
+    windows = _Windows(value, window_size)
+    with without_autocast(value):
+        values, weights = windows.cut(value, shift), weights.flatten(0, 1)
+        gathered = torch.empty_like(values)
+        for tile in _tiles(values):
+            torch.bmm(weights[tile].to(value.dtype), values[tile], out=gathered[tile])
+        return windows.join(gathered, unshift)
+
+
+@apply_op.register_fake
+def _(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int) -> Tensor:
+    return new_map(value, value.shape[1])
+
+
+@torch.library.custom_op("sparse_sr_attn::apply_window_weights_backward", mutates_args=())
+def _apply_backward(grad: Tensor, weights: Tensor, value: Tensor, shift: int, unshift: int) -> tuple[Tensor, Tensor]:
+    windows = _Windows(value, math.isqrt(weights.shape[-1]))
+    with without_autocast(value):
+        values, grads = windows.cut(value, shift), windows.cut(grad, unshift)
+        grad_values, grad_weights = torch.empty_like(values), weights.new_empty(weights.shape)
+        flat, grad_flat = weights.flatten(0, 1), grad_weights.flatten(0, 1)
+        for tile in _tiles(values):
+            _product(grads[tile], values[tile].transpose(1, 2), out=grad_flat[tile])
+            torch.bmm(flat[tile].to(grads.dtype).transpose(1, 2), grads[tile], out=grad_values[tile])
+        return grad_weights, windows.join(grad_values, shift)
+
+
+@_apply_backward.register_fake
+def _(grad: Tensor, weights: Tensor, value: Tensor, shift: int, unshift: int) -> tuple[Tensor, Tensor]:
+    return weights.new_empty(weights.shape), new_map(value, value.shape[1])
+
+
+def _keep_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, value, _, ctx.shift, ctx.unshift = inputs
+    ctx.save_for_backward(weights, value)
+
+
+def _backward_apply(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_apply_backward(grad, *ctx.saved_tensors, ctx.shift, ctx.unshift), None, None, None)
+
+
+apply_op.register_autograd(_backward_apply, setup_context=_keep_values)
+
+# --- attention
+
+
+@torch.library.custom_op("sparse_sr_attn::window_attention", mutates_args=())
+def attention_op(
+    query: Tensor, key: Tensor | None, value: Tensor, window_size: int, shift: int, unshift: int, scale: float
+) -> Tensor:
+    """Return what `apply` makes of `weights`; only a tile of weights exists at a time."""
+    windows = _Windows(value, window_size)
+    with without_autocast(value):
+        queries, keys = _cut_both(windows, query, key, shift)
+        values, real = windows.cut(value, shift), windows.is_real(shift, value.device)
+        gathered = torch.empty_like(values)
+        for tile in _tiles(values):
+            weights = _weights_of(queries, keys, real, tile, scale)
+            torch.bmm(weights.to(value.dtype), values[tile], out=gathered[tile])
+        return windows.join(gathered, unshift)
+
+
+@attention_op.register_fake
+def _(
+    query: Tensor, key: Tensor | None, value: Tensor, window_size: int, shift: int, unshift: int, scale: float
+) -> Tensor:
+    return new_map(value, value.shape[1])
+
+
+@torch.library.custom_op("sparse_sr_attn::window_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    window_size: int,
+    shift: int,
+    unshift: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    windows = _Windows(value, window_size)
+    with without_autocast(value):
+        queries, keys = _cut_both(windows, query, key, shift)
+        values, real = windows.cut(value, shift), windows.is_real(shift, value.device)
+        grads = windows.cut(grad, unshift)
+        grad_values = torch.empty_like(values)
+        sent = torch.empty_like(queries), None if key is None else torch.empty_like(keys)
+        for tile in _tiles(values):
+            weights = _weights_of(queries, keys, real, tile, scale)
+            torch.bmm(weights.to(grads.dtype).transpose(1, 2), grads[tile], out=grad_values[tile])
+            grad_weights = torch.bmm(grads[tile], values[tile].transpose(1, 2)).to(weights.dtype)
+            tile_keys = None if key is None else keys[tile]
+            _put(sent, tile, _scores_backward(grad_weights, weights, queries[tile], tile_keys, scale))
+        return (*_sent_back(windows, sent, query, shift), windows.join(grad_values, shift))
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor | None, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_new_maps(query, key), new_map(value, value.shape[1]))
+
+
+def _keep_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value)
+
+
+def _backward_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value = ctx.saved_tensors
+    grad_query, grad_key, grad_value = _attention_backward(grad, query, key, value, *ctx.options)
+    return grad_query, None if key is None else grad_key, grad_value, None, None, None, None
+
+
+attention_op.register_autograd(_backward_attention, setup_context=_keep_maps)

@@ -1,0 +1,358 @@
+"""Captured mass: how much of dense attention falls on the keys that a sparse pattern shows to each query.
+
+A pattern is named by a text, as in `LCoA:num_clusters=64,num_adjacent=4`: a kind of `KINDS`, and options of its layer.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sparse_sr_attn.config import ProblemList, read
+from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
+from sparse_sr_attn.functional.cluster import cluster_pattern, seen_keys
+from sparse_sr_attn.functional.lsh import bucket_count, hash_tokens
+from sparse_sr_attn.functional.unit_keys import unit_keys
+from sparse_sr_attn.functional.window.grid import WindowGrid
+from sparse_sr_attn.layers.base import tokens
+from sparse_sr_attn.layers.category import CategoryAttention
+from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn.layers.nlsa import NLSA
+from sparse_sr_attn.layers.running_state import KMeansLearner
+from sparse_sr_attn.registry import suggestion
+from sparse_sr_attn.states import ClusterPattern
+
+_SCORES_PER_BLOCK = 2**22
+
+
+class Setting(NamedTuple):
+    """What a pattern is made for.
+
+    Attributes:
+        features: one map of unit vectors, the query and the key of each token.
+        num_keys: how many keys a token may see.
+        steps: of k-means on these features.
+        seed: of hashes and of the first centroids.
+        trained: the layer that made the features, if it is an LSP.
+    """
+
+    features: Float[Tensor, "1 d h w"]
+    num_keys: int
+    steps: int
+    seed: int
+    trained: LSP | None
+
+
+Visible = Callable[[Int[Tensor, "s"]], Bool[Tensor, "s n"]]
+"""For some queries: whether they see each token."""
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+def _lcoa(setting: Setting, **options: Any) -> Visible:
+    """LCoA with k-means fitted to the image."""
+    lsp = LSP(setting.features.shape[1], reduction=1, ema_decay=0.0, seed=setting.seed, **options)
+    _fit(lsp, setting)
+    lsp.order_clusters()
+    return _routed(lsp, setting)
+
+
+def _trained(setting: Setting) -> Visible:
+    """LCoA as it was trained: its centroids and options, for `num_keys`."""
+    if setting.trained is None:
+        raise ConfigError([Problem("", "pattern 'trained' needs features of an LSP (of an LCoA)")])
+    lsp = deepcopy(setting.trained).eval()
+    lsp.embed_dim = setting.features.shape[1]
+    return _routed(lsp, setting)
+
+
+def _nlsa(setting: Setting, **options: Any) -> Visible:
+    """NLSA: buckets of a hash that is drawn anew for each image."""
+    layer = NLSA(setting.features.shape[1], reduction=1, seed=setting.seed, **options)
+    points, chunk_size = tokens(setting.features), _chunk_size(layer, setting.num_keys)
+    num_buckets = bucket_count(points.shape[1], chunk_size, 2 * layer.rotations.shape[1])
+    buckets = hash_tokens(points, layer.rotations.to(points.device), num_buckets).flatten(0, 1)
+    return _clustered(cluster_pattern(buckets, chunk_size=chunk_size, num_adjacent=layer.num_adjacent))
+
+
+def _category(setting: Setting, **options: Any) -> Visible:
+    """The tokens that CategoryAttention sees one by one, with k-means fitted to the image."""
+    layer = CategoryAttention(setting.features.shape[1], reduction=1, ema_decay=0.0, seed=setting.seed, **options)
+    assignment = _fit(layer, setting)
+    chunk_size = _chunk_size(layer, setting.num_keys)
+    return _clustered(cluster_pattern(assignment, chunk_size=chunk_size, num_adjacent=layer.num_adjacent))
+
+
+def _windows(setting: Setting) -> Visible:
+    """Square windows, as large as `num_keys` allows."""
+    side = math.isqrt(setting.num_keys)
+    height, width = setting.features.shape[2:]
+    window = WindowGrid(height, width, side).slots(0, setting.features.device) // side**2
+    return lambda queries: window[queries, None] == window
+
+
+def _raster(setting: Setting) -> Visible:
+    """Chunks of tokens in image order, and the chunks next to them."""
+    nobody = torch.zeros_like(tokens(setting.features)[..., 0], dtype=torch.int64)
+    return _clustered(cluster_pattern(nobody, chunk_size=max(1, setting.num_keys // 3)))
+
+
+class Kind(NamedTuple):
+    """A kind of patterns.
+
+    Attributes:
+        show: makes the pattern.
+        layer: the layer whose options it takes; `None` if it takes none.
+    """
+
+    show: Callable[..., Visible]
+    layer: type[nn.Module] | None = None
+
+
+KINDS: Mapping[str, Kind] = {
+    "LCoA": Kind(_lcoa, LSP),
+    "trained": Kind(_trained),
+    "NLSA": Kind(_nlsa, NLSA),
+    "CategoryAttention": Kind(_category, CategoryAttention),
+    "windows": Kind(_windows),
+    "raster": Kind(_raster),
+}
+
+PATTERNS = (
+    "LCoA",
+    "LCoA:num_clusters=32",
+    "LCoA:num_clusters=64",
+    "LCoA:num_clusters=256",
+    "LCoA:cluster_order=index",
+    "LCoA:num_clusters=16,cluster_order=index",
+    "LCoA:num_clusters=32,cluster_order=index",
+    "LCoA:num_clusters=64,cluster_order=index",
+    "LCoA:num_clusters=64,num_adjacent=4",
+    "LCoA:num_clusters=128,num_adjacent=4",
+    "LCoA:neighbors=nearest,num_adjacent=4",
+    "LCoA:num_clusters=64,neighbors=nearest,num_adjacent=4",
+    "LCoA:num_clusters=64,num_rounds=2",
+    "LCoA:num_clusters=64,routing=lsh",
+    "trained",
+    "NLSA:num_rounds=1",
+    "NLSA:num_rounds=4",
+    "CategoryAttention",
+    "windows",
+    "raster",
+)
+"""The patterns that are compared unless others are asked for."""
+
+_SET_HERE = {
+    "chunk_size": "follows from the number of keys",
+    "reduction": "plays no part: the features are queries and keys",
+    "ema_decay": "plays no part: k-means is fitted to the image",
+    "redraw": "plays no part: the hash is drawn anew for each image",
+    "categories": "must be kmeans: a dictionary must be trained",
+    "seed": "is the number of the image",
+}
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A pattern by its name.
+
+    Attributes:
+        name: as it was asked for.
+        show: returns which keys each query sees.
+    """
+
+    name: str
+    show: Callable[[Setting], Visible]
+
+
+def read_patterns(names: Iterable[str], *, num_keys: int) -> list[Pattern]:
+    """Return the patterns that names ask for.
+
+    Args:
+        names: each a kind of `KINDS`, or `kind:option=value,option=value` with options of its layer.
+        num_keys: how many keys a token may see.
+
+    Raises:
+        ConfigError: there is no such kind, an option breaks a rule, or `num_keys` does not fill the chunks that a token
+            sees.
+    """
+    problems, patterns = ProblemList(), []
+    for name in dict.fromkeys(names):
+        try:
+            patterns.append(_read(name, num_keys))
+        except ConfigError as error:
+            for problem in error.problems:
+                problems.add(name, str(problem))
+    problems.raise_if_any()
+    return patterns
+
+
+def _read(name: str, num_keys: int) -> Pattern:
+    label, _, text = name.partition(":")
+    if label not in KINDS:
+        raise ConfigError([Problem("", f"no such pattern{suggestion(label, list(KINDS))}")])
+    kind, options = KINDS[label], {}
+    for item in filter(None, text.split(",")):
+        option, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError([Problem("", f"options must be option=value,option=value, got {item!r}")])
+        if option in _SET_HERE:
+            raise ConfigError([Problem(option, _SET_HERE[option])])
+        try:
+            options[option] = json.loads(value)
+        except ValueError:
+            options[option] = value
+    if kind.layer is not None:
+        options = read(kind.layer, options, given=1)
+        _chunk_size(kind.layer(1, **options), num_keys)
+    elif options:
+        raise ConfigError([Problem(next(iter(options)), f"{label} has no options")])
+    return Pattern(name, partial(kind.show, **options))
+
+
+def _chunk_size(layer: Any, num_keys: int) -> int:
+    """Return the size of chunks of which a token sees at most `num_keys` slots, in all rounds together."""
+    num_rounds = len(layer.rotations) if isinstance(layer, NLSA) else getattr(layer, "num_rounds", 1)
+    num_chunks = int(num_rounds * (2 * layer.num_adjacent + 1))
+    if num_keys < num_chunks:
+        raise ConfigError([Problem("", f"a token sees {num_chunks} chunks, which need as many keys; got {num_keys}")])
+    return num_keys // num_chunks
+
+
+def _fit(layer: KMeansLearner, setting: Setting) -> Int[Tensor, "b n"]:
+    """Fit k-means of a layer to the features, from tokens drawn at random; return the clusters of the first round."""
+    points = tokens(setting.features)
+    layer.to(points.device).train()
+    assignments = []
+    for turn, state in enumerate(layer.states()):
+        if layer.learns():
+            generator = torch.Generator().manual_seed(setting.seed + turn)
+            drawn = torch.randperm(points.shape[1], generator=generator)[: len(state.centroids)].to(points.device)
+            state.centroids[: len(drawn)] = points[0, drawn]
+            for _ in range(setting.steps):  # each applies what the one before it has found
+                layer.assign_points(points, state)
+        assignments.append(layer.assign_points(points, state))
+    layer.eval()
+    return assignments[0]
+
+
+def _routed(lsp: LSP, setting: Setting) -> Visible:
+    """Return who sees whom by a layer that takes the features as they are."""
+    lsp.embed = nn.Identity()  # type: ignore[assignment]
+    lsp.chunk_size = _chunk_size(lsp, setting.num_keys)
+    return _clustered(lsp.route(setting.features)[1])
+
+
+def _clustered(pattern: ClusterPattern) -> Visible:
+    """Return who sees whom by patterns of one map: those of its rounds."""
+    num_tokens = pattern.order.shape[1]
+
+    def visible(queries: Tensor) -> Tensor:
+        table = torch.zeros(len(queries), num_tokens + 1, dtype=torch.bool, device=queries.device)
+        for keys, counts in zip(*seen_keys(pattern, queries), strict=True):
+            table.scatter_(1, keys.masked_fill(~counts, num_tokens), True)
+        return table[:, :-1]
+
+    return visible
+
+
+# --- mass -------------------------------------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What a pattern captures.
+
+    Attributes:
+        num_keys: different keys that a token sees, in the mean.
+        mass: share of dense attention that falls on them, in the mean over tokens.
+    """
+
+    num_keys: float
+    mass: float
+
+
+class Capture(NamedTuple):
+    """What patterns capture of dense attention on one map.
+
+    Attributes:
+        entropy: of dense attention, in the mean over tokens, as a share of that of uniform attention: log(tokens).
+        best: what the pattern with the `num_keys` largest weights of each token captures.
+        patterns: what each pattern captures, by its name.
+    """
+
+    entropy: float
+    best: float
+    patterns: dict[str, Seen]
+
+
+@torch.no_grad()
+def captured_mass(
+    features: Float[Tensor, "c h w"],
+    patterns: Iterable[Pattern],
+    *,
+    num_keys: int = 432,
+    temperature: float = 10.0,
+    steps: int = 10,
+    seed: int = 0,
+    trained: LSP | None = None,
+) -> Capture:
+    r"""Return how much of dense attention falls on the keys that patterns show.
+
+    $$m = \frac{1}{n} \sum_i \sum_{j \in S_i} P_{ij}, \quad P = \mathrm{softmax}(\tau \hat F \hat F^\top)$$
+
+    with the features $\hat F$ at unit length and the keys $S_i$ that the pattern shows to token $i$.
+
+    Args:
+        features: a map, e.g. of `visualize.attention_features`.
+        patterns: from `read_patterns`, for as many keys.
+        num_keys: how many keys a token may see, >= 1. Chunks and windows are as large as that allows, rounded down. A
+            key that several rounds show takes a place in each.
+        temperature: $\tau$, > 0.
+        steps: of k-means on the features, >= 0.
+        seed: of hashes and of the tokens that k-means starts from.
+        trained: the LSP that made the features, for the pattern `trained`.
+
+    Raises:
+        ShapeError: `features` is no map of two tokens or more.
+        ValueError: a feature is not finite, or a number is out of its range.
+        ConfigError: pattern `trained` is asked for, and `trained` is not given.
+
+    Note:
+        Time grows with the square of the number of tokens, memory with their number: rows are made in blocks.
+    """
+    if features.ndim != 3 or features.shape[0] < 1 or features.shape[1] * features.shape[2] < 2:
+        raise ShapeError(f"features must be a map (c, h, w) of two tokens or more, got shape {tuple(features.shape)}")
+    if not features.isfinite().all():
+        raise ValueError("features must be finite, got infinities or NaN")
+    if num_keys < 1 or not 0 < temperature < math.inf or steps < 0:
+        raise ValueError(
+            f"num_keys must be >= 1, temperature > 0 and finite, steps >= 0; got {num_keys=}, {temperature=}, {steps=}"
+        )
+    units = unit_keys(tokens(features[None]))[0]
+    maps = units.T.unflatten(1, features.shape[1:])[None].contiguous()
+    setting = Setting(maps, num_keys, steps, seed, trained)
+    visible = {pattern.name: pattern.show(setting) for pattern in patterns}
+    num_tokens = len(units)
+    entropy = best = 0.0
+    mass, keys = dict.fromkeys(visible, 0.0), dict.fromkeys(visible, 0)
+    for queries in torch.arange(num_tokens, device=units.device).split(max(1, _SCORES_PER_BLOCK // num_tokens)):
+        weights = (temperature * units[queries] @ units.T).softmax(dim=-1)
+        entropy += float(torch.special.entr(weights).double().sum())
+        best += float(weights.topk(min(num_keys, num_tokens), sorted=False).values.double().sum())
+        for name, show in visible.items():
+            table = show(queries)
+            mass[name] += float((weights * table).sum(dim=-1).double().sum())
+            keys[name] += int(table.sum())
+    return Capture(
+        entropy / num_tokens / math.log(num_tokens),
+        best / num_tokens,
+        {name: Seen(keys[name] / num_tokens, mass[name] / num_tokens) for name in visible},
+    )

@@ -1,0 +1,278 @@
+"""ONNX files of our networks, for images of any size, checked against the network before they are written."""
+
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.errors import ExportError
+from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.functional.cluster import mean_keys
+from sparse_sr_attn.functional.kmeans import KMeansState
+from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn.states import ClusterPattern
+
+if TYPE_CHECKING:
+    import onnx
+
+TOLERANCE = 1e-4
+"""How far an image (0..1) from onnxruntime may be from the network's, under one pattern."""
+
+_TIE = 1e-4  # of a token's length: how far its cluster may be from the nearest one to count as a tie
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How onnxruntime and PyTorch differ on one image.
+
+    Attributes:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        as_is: largest difference of the two results, in 0..1.
+        under_one_pattern: the same when the network takes the clusters, and the neighbours, that onnxruntime found.
+        num_moved: tokens that the two put into different clusters; a tie may fall either way by rounding.
+        num_tokens: of how many, in all patterns of the network.
+        margin: how far the worst of these was from a tie, as a share of the token's length; or a neighbour, of 1.
+    """
+
+    height: int
+    width: int
+    as_is: float
+    under_one_pattern: float
+    num_moved: int
+    num_tokens: int
+    margin: float
+
+    @property
+    def good(self) -> bool:
+        """Whether all of it is rounding."""
+        return self.under_one_pattern <= TOLERANCE and self.margin <= _TIE
+
+
+def export_onnx(
+    model: Network, file: str | Path, *, overwrite: bool = False, sizes: Sequence[tuple[int, int]] | None = None
+) -> list[Deviation]:
+    """Write `model` as ONNX for any height and width, once onnxruntime has given the same images at several sizes.
+
+    Args:
+        model: in evaluation mode, on the CPU, in float32.
+        file: ends in `.onnx`. It takes `image`, (1, c, h, w) in 0..1, and gives `upscaled`; its metadata tell
+            `upscale`, `channels` and the network.
+        overwrite: whether a file that is there may be replaced.
+        sizes: (h, w) of the images that are compared; four by default, none of which the export has seen.
+
+    Returns:
+        The deviation at each size; all are good.
+
+    Raises:
+        ExportError: the network cannot be exported, or onnxruntime gives other images; nothing was written. Or `file`
+            cannot be written.
+
+    Note:
+        k-means puts a token into the cluster whose centroid is most similar. Where two are as similar but for rounding,
+        onnxruntime may choose the other, and the image differs there by what the pattern changes. So the check is in
+        two parts: tokens that moved must have been ties, and the image must be the same under the clusters that
+        onnxruntime found. The same goes for neighbours of chunks that are chosen by similarity.
+    """
+    file = Path(file)
+    if file.suffix != ".onnx":
+        raise ExportError(f"{file} must end in .onnx")
+    if model.training:
+        raise ExportError("the network must be in evaluation mode; call .eval()")
+    proto = _exported(model)
+    found = [compare(model, proto, size) for size in sizes or _sizes(model)]
+    if bad := [deviation for deviation in found if not deviation.good]:
+        worst = bad[0]
+        where = f"{worst.height}x{worst.width}"
+        raise ExportError(
+            f"onnxruntime must give the same image within {TOLERANCE}, and does not at {where}: off by "
+            f"{worst.under_one_pattern:.1e} under one pattern, {worst.num_moved} of {worst.num_tokens} tokens in "
+            f"other clusters, by up to {worst.margin:.1e} of their length; nothing was written"
+        )
+    _without_patterns(proto)
+    try:
+        with replacing(file, overwrite=overwrite) as stream:
+            stream.write(proto.SerializeToString())
+    except FileExistsError as error:
+        raise ExportError(f"{file} is there already, and stays; --overwrite replaces it") from error
+    except OSError as error:
+        raise ExportError(f"{file} cannot be written: {error.strerror or error}") from error
+    return found
+
+
+def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> Deviation:
+    """Return how onnxruntime and the network differ on an image of `size` (h, w).
+
+    Args:
+        model: as it was exported.
+        proto: as `export_onnx` makes it: its outputs are the image and what was chosen for each pattern, its clusters
+            and, where they are chosen, its neighbours.
+        size: (h, w).
+    """
+    import onnxruntime  # noqa: PLC0415
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    image = _image(model.num_in_ch, size)
+    try:
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        outputs = session.run(None, {"image": image.numpy()})
+    except Exception as error:  # its exceptions have no common root
+        raise ExportError(f"onnxruntime fails for {size[0]}x{size[1]}: {str(error).partition(chr(10))[0]}") from error
+    result, *choices = (torch.from_numpy(output) for output in outputs)
+    with torch.no_grad(), _watched(model) as watched:
+        as_is = model(image)
+    with torch.no_grad(), _watched(model, choices) as forced:
+        under_one_pattern = model(image)
+    if result.shape != as_is.shape:
+        raise ExportError(f"onnxruntime gives {tuple(result.shape)}, and must give {tuple(as_is.shape)}")
+    return Deviation(
+        *size,
+        float((result - as_is).abs().max()),
+        float((result - under_one_pattern).abs().max()),
+        sum(int((one != other).sum()) for one, other in zip(watched.choices, choices, strict=True) if one.ndim == 2),
+        sum(one.numel() for one in choices if one.ndim == 2),
+        forced.margin,
+    )
+
+
+class _Watch:
+    """The clusters and neighbours that the patterns of a network find, one after the other, or those they shall take.
+
+    Attributes:
+        choices: of each pattern, in the order in which they run: clusters (b, n) and neighbours (b, k, m).
+        margin: how far the worst of those given was from the best choice, as a share of the token's length.
+    """
+
+    def __init__(self, given: Sequence[Tensor] | None) -> None:
+        self.choices: list[Tensor] = []
+        self.margin = 0.0
+        self._given = given
+
+    def assign(self, pattern: LSP, points: Tensor, state: KMeansState) -> Tensor:
+        if self._given is None:
+            found = LSP.assign_points(pattern, points, state)
+        else:
+            found = self._given[len(self.choices)]
+            scores = points @ state.centroids.T
+            short = scores.amax(dim=-1) - scores.gather(-1, found[..., None])[..., 0]
+            self.margin = max(self.margin, float((short / points.norm(dim=-1).clamp(min=1e-12)).max()))
+        self.choices.append(found)
+        return found
+
+    def find_neighbors(self, lsp: LSP, pattern: ClusterPattern, keys: Tensor) -> ClusterPattern:
+        nearest = found = LSP.find_neighbors(lsp, pattern, keys)
+        if self._given is not None:
+            found = pattern._replace(neighbors=self._given[len(self.choices)])
+            means = mean_keys(pattern, keys)
+            best, taken = ((means @ means.mT).gather(2, cast(Tensor, each.neighbors)) for each in (nearest, found))
+            self.margin = max(self.margin, float((best - taken).abs().max()))
+        self.choices.append(cast(Tensor, found.neighbors))
+        return found
+
+
+@contextmanager
+def _watched(model: nn.Module, given: Sequence[Tensor] | None = None) -> Iterator[_Watch]:
+    watch = _Watch(given)
+    patterns = [module for module in model.modules() if isinstance(module, LSP)]
+    watched: dict[str, Callable[..., Any]] = {"assign_points": watch.assign, "find_neighbors": watch.find_neighbors}
+    for pattern in patterns:
+        for name, method in watched.items():
+            # An attribute of the instance goes before the method of the class.
+            object.__setattr__(pattern, name, partial(method, pattern))
+    try:
+        yield watch
+    finally:
+        for pattern in patterns:
+            for name in watched:
+                object.__delattr__(pattern, name)
+
+
+class _WithClusters(nn.Module):
+    """The network, giving what its patterns chose beside the image."""
+
+    def __init__(self, model: Network) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        with _watched(self.model) as watch:
+            upscaled = self.model(image)
+        return (upscaled, *watch.choices)
+
+
+def _exported(model: Network) -> "onnx.ModelProto":
+    sides = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
+    low = _image(model.num_in_ch, _export_size(model))
+    with torch.no_grad(), _watched(model) as watch:
+        model(low)
+    names = [f"choices_{number}" for number in range(len(watch.choices))]
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # what the exporter says is for its authors
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                _WithClusters(model),
+                (low,),
+                dynamo=True,
+                dynamic_shapes=(sides,),
+                input_names=["image"],
+                output_names=["upscaled", *names],
+                verbose=False,
+            )
+    except Exception as error:  # whatever export or translation meets
+        while error.__cause__ is not None:  # the exporter wraps it in advice for its authors
+            error = error.__cause__  # type: ignore[assignment]
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}") from error
+    finally:
+        log.setLevel(level)
+    proto: onnx.ModelProto = program.model_proto
+    facts = {"upscale": model.upscale, "channels": model.num_in_ch, "network": type(model).__name__}
+    for key, value in facts.items():
+        proto.metadata_props.add(key=key, value=str(value))
+    return proto
+
+
+def _without_patterns(proto: "onnx.ModelProto") -> None:
+    """Leave the image alone as output."""
+    del proto.graph.output[1:]
+
+
+def _image(num_channels: int, size: tuple[int, int]) -> Tensor:
+    """Return an image with smooth parts and edges, the same every time."""
+    generator = torch.Generator().manual_seed(size[0] * 10_007 + size[1])
+    coarse = torch.rand(1, num_channels, max(2, size[0] // 6), max(2, size[1] // 6), generator=generator)
+    image = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
+    edges = torch.rand(1, num_channels, *size, generator=generator) > 0.97
+    return torch.where(edges, 1 - image, image).clamp(0, 1)
+
+
+def _export_size(model: nn.Module) -> tuple[int, int]:
+    """Return a size with three chunks and more: with one chunk, some dimension is 1, which is another program."""
+    chunk_size = max([module.chunk_size for module in model.modules() if isinstance(module, LSP)], default=1)
+    side = max(12, math.isqrt(3 * chunk_size) + 1)
+    return side, side + 2
+
+
+def _sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Return four sizes: within one chunk where there is one, odd, wide, and larger than that of the export."""
+    height, width = _export_size(model)
+    return [
+        (3, 5),
+        (height + 1, width - 5),
+        (height // 2, 2 * width + 1),
+        (max(2 * height - 1, 64), max(width + 9, 81)),
+    ]

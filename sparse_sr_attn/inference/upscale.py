@@ -1,0 +1,119 @@
+"""Upscale a picture by a network, whatever its kind and depth of pixels. Needs Pillow and NumPy."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_sr_attn.data.images import Picture
+from sparse_sr_attn.errors import ImageError
+from sparse_sr_attn.inference.tiling import Progress, upscaled_strips
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
+
+_VISIBLE = 16
+"""Alpha, of 255, from which a pixel's own colour counts in full."""
+
+
+def network_input(picture: Picture, num_channels: int) -> Float[Tensor, "1 c h w"]:
+    """Return the picture, without alpha, as a network of `num_channels`, 1 or 3, takes it whole: in 0..1."""
+    import numpy as np  # noqa: PLC0415
+
+    pixels = torch.from_numpy(picture.pixels.astype(np.float32) / np.iinfo(picture.pixels.dtype).max)
+    image = pixels.expand(3, -1, -1) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    if num_channels == 1:
+        image = _luma(image[None])[0]
+    return image[None].contiguous()
+
+
+def upscale_image(
+    model: nn.Module,
+    picture: Picture,
+    *,
+    tile: int,
+    overlap: int,
+    blend: int = 0,
+    progress: Progress | None = None,
+) -> Picture:
+    """Return the picture enlarged by `model`, with the same kind and depth of pixels.
+
+    A network of three channels gets grey three times, and its result is made grey again; one of one channel gets the
+    colours one after the other. Alpha is enlarged by bicubic interpolation. Pixels that alpha hides take the colours of
+    the visible pixels around them first, so that no hidden colour shows at an edge.
+
+    Args:
+        model: one of this library's networks, of one or three channels, in evaluation mode, on any device.
+        picture: from `read_image`.
+        tile: as in `upscale_tiled`.
+        overlap: as in `upscale_tiled`.
+        blend: as in `upscale_tiled`.
+        progress: as in `upscale_tiled`.
+
+    Raises:
+        ImageError: `model` has another number of channels, or gives numbers that are not finite.
+        ValueError: `tile`, `overlap` or `blend` is out of its range.
+    """
+    import numpy as np  # noqa: PLC0415
+    from PIL import Image  # noqa: PLC0415
+
+    height, width = picture.pixels.shape[:2]
+    upscale, num_channels = int(model.upscale), int(model.num_in_ch)  # type: ignore[arg-type]
+    if num_channels not in (1, 3):
+        raise ImageError(f"images go through networks of 1 or 3 channels, and this one has {num_channels}")
+    peak = int(np.iinfo(picture.pixels.dtype).max)
+    device = next(model.parameters()).device
+    grey = picture.pixels.ndim == 2
+
+    def net(part: Tensor) -> Tensor:
+        low = part.float().to(device) / peak
+        low = low.transpose(0, 1) if num_channels == 1 else low.expand(-1, 3, -1, -1)
+        high: Tensor = model(low)
+        if high.shape[1] != num_channels:
+            raise ImageError(f"a network must give as many channels as it takes, {num_channels}, got {high.shape[1]}")
+        if num_channels == 1:
+            return high.transpose(0, 1)
+        return _luma(high) if grey else high
+
+    source = picture.pixels[None] if grey else picture.pixels.transpose(2, 0, 1)
+    images = torch.from_numpy(np.array(source, order="C"))[None]
+    if picture.alpha is not None:
+        images = _without_hidden_colours(images, torch.from_numpy(picture.alpha.copy()))
+    try:
+        pixels = np.empty((height * upscale, width * upscale, *picture.pixels.shape[2:]), picture.pixels.dtype)
+    except (MemoryError, ValueError) as error:
+        raise ImageError(f"becomes {width * upscale}x{height * upscale}, which does not fit in memory") from error
+    first = 0
+    with torch.inference_mode():
+        for strip in upscaled_strips(net, images, tile, overlap, blend=blend, progress=progress):
+            if not strip.isfinite().all():
+                raise ImageError("the network gives numbers that are not finite")
+            values = (strip[0] * peak).round().clamp(0, peak).to("cpu", torch.int32).numpy()
+            pixels[first : first + strip.shape[-2]] = values[0] if grey else values.transpose(1, 2, 0)
+            first += strip.shape[-2]
+    alpha = picture.alpha
+    if alpha is not None:
+        size = (width * upscale, height * upscale)
+        alpha = np.asarray(Image.fromarray(alpha).resize(size, Image.Resampling.BICUBIC))
+    return Picture(pixels, alpha, picture.icc_profile)
+
+
+def _without_hidden_colours(images: Tensor, alpha: UInt8[Tensor, "h w"]) -> Tensor:
+    """Return `images` (1, c, h, w) with colours from around where `alpha` hides their own."""
+    certainty = (alpha[None, None].float() / _VISIBLE).clamp(max=1)
+    if not 0 < certainty.mean() < 1:
+        return images
+    return _filled(images.float(), certainty).round().to(images.dtype)
+
+
+def _filled(colours: Tensor, certainty: Tensor) -> Tensor:
+    """Blend what is uncertain with the certain colours around it, those of a coarser image first."""
+    if max(colours.shape[2:]) == 1 or bool((certainty == 1).all()):
+        return colours
+    share = F.avg_pool2d(certainty, 2, ceil_mode=True)
+    coarse = F.avg_pool2d(colours * certainty, 2, ceil_mode=True) / share.clamp(min=1e-9)
+    around = F.interpolate(_filled(coarse, (4 * share).clamp(max=1)), scale_factor=2, mode="bilinear")
+    return torch.lerp(around[..., : colours.shape[2], : colours.shape[3]], colours, certainty)
+
+
+def _luma(images: Tensor) -> Tensor:
+    return (images * images.new_tensor(_LUMA).view(3, 1, 1)).sum(dim=1, keepdim=True)

@@ -1,0 +1,418 @@
+"""Pictures of what a network has learnt: which cluster each pixel belongs to, and where it attends."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
+from sparse_sr_attn.functional.kmeans import assign
+from sparse_sr_attn.functional.window import window_weights
+from sparse_sr_attn.functional.window.grid import WindowGrid
+from sparse_sr_attn.layers.base import AttentionLayer
+from sparse_sr_attn.layers.gmsa import window_shifts
+from sparse_sr_attn.layers.lcoa import LSP, weights_of
+from sparse_sr_attn.states import ClusterAttention, WindowAttention
+
+_GOLDEN = 0.6180339887498949
+_ROWS_AT_A_TIME = 16
+
+
+def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tensor, "h2 w2"]:
+    """The k-means cluster of each token of `image`, as the first LSP that `model` runs sees it.
+
+    Args:
+        model: a network with an LSP in it: an LCoAN, an EDSR with LCoA, or one of your own. It is run as in evaluation
+            and left as it was: neither its mode nor its centroids change.
+        image: what the model takes: one image `(c, h, w)` or a batch of one, `(1, c, h, w)`.
+
+    Returns:
+        A cluster number in `0..num_clusters - 1` for each pixel of the feature map: that of the low-resolution image
+        in networks that upscale at their end.
+
+    Raises:
+        ValueError: `model` has no LSP, or its forward reaches none.
+        ShapeError: `image` is not one image.
+    """
+    batch = _one_image(image)
+    patterns = [module for module in model.modules() if isinstance(module, LSP)]
+    if not patterns:
+        raise ValueError(
+            f"a cluster map needs a network with an LSP (LCoA has one), but {type(model).__name__} has none; "
+            "build it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+        )
+    maps: list[Tensor] = []
+
+    def note(pattern: LSP, embedding: Tensor) -> None:
+        if not maps:
+            tokens = embedding.flatten(2).transpose(1, 2)
+            maps.append(assign(tokens, pattern.centroids).view(embedding.shape[-2:]))
+
+    hooks = [
+        # One hook each, and `pattern` bound as a default: a closure would see the last of them only.
+        pattern.embed.register_forward_hook(lambda _, __, output, pattern=pattern: note(pattern, output))
+        for pattern in patterns
+    ]
+    with _removed(hooks):
+        _run(model, batch)
+    if not maps:
+        raise ValueError(f"{type(model).__name__} has an LSP, but its forward does not reach it")
+    return maps[0]
+
+
+def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Any]:
+    """What each attention layer of `model` attends by on `image`, in the order in which they run.
+
+    Args:
+        model: a network with layers that make or read a state. It is run as in evaluation and left as it was.
+        image: as in `cluster_map`.
+
+    Returns:
+        The state of each layer, under the layer's name in `model`. Layers that share one have the same object.
+
+    Raises:
+        ValueError: no layer of `model` has a state.
+        ShapeError: `image` is not one image.
+    """
+    batch = _one_image(image)
+    states: dict[str, Any] = {}
+
+    def note(name: str, layer: AttentionLayer, x: Tensor, state: Any = None) -> None:
+        states[name] = layer.attend(x) if state is None else state
+
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs, name=name: note(name, layer, *args, **kwargs), with_kwargs=True
+        )
+        for name, layer in _outermost(model)
+    ]
+    with _removed(hooks):
+        _run(model, batch)
+    if not states:
+        raise ValueError(
+            "attention can be shown of layers with a state (LCoA, GMSA and who reads them), and "
+            f"{type(model).__name__} runs none; build it with attention, "
+            "e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+        )
+    return states
+
+
+def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Float[Tensor, "_ h2 w2"]]:
+    """The features by which each attention layer of `model` compares tokens on `image`.
+
+    Args:
+        model: a network with attention layers. It is run as in evaluation and left as it was.
+        image: as in `cluster_map`.
+
+    Returns:
+        For each layer that computes attention, under its name in `model`: the embedding that is its query and its key
+        (LSP, NLSA, NLA, HSPA), or the map that it is given where it has no such embedding. Layers that read the state
+        of another are left out.
+
+    Raises:
+        ValueError: `model` has no attention layer, or its forward reaches none.
+        ShapeError: `image` is not one image.
+    """
+    batch = _one_image(image)
+    features: dict[str, Tensor] = {}
+    hooks = []
+    for name, layer in model.named_modules():
+        if not _computes(layer) or any(map(_computes, list(layer.modules())[1:])):  # an ELAB, an LCoA: their parts do
+            continue
+        embed = getattr(layer, "embed", None)
+        if isinstance(embed, nn.Module):
+            hooks.append(
+                embed.register_forward_hook(lambda _, __, output, name=name: features.__setitem__(name, output[0]))
+            )
+        else:
+            hooks.append(
+                layer.register_forward_pre_hook(lambda _, args, name=name: features.__setitem__(name, args[0][0]))
+            )
+    with _removed(hooks):
+        _run(model, batch)
+    if not features:
+        raise ValueError(
+            f"features of attention need a network with attention layers, and {type(model).__name__} runs none; build "
+            "it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+        )
+    return features
+
+
+def attended(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
+    """Where tokens attend, as weights over the whole map.
+
+    Args:
+        state: of one image, from `attention_states`, `LCoA.attend` or `GMSA.attend`.
+        tokens: which, in raster order: y * w + x.
+
+    Returns:
+        A map for each token, all its rounds together, or the mean of its windows; each adds up to 1 (with the published
+        counting, a token that is a key several times has the sum of its weights).
+
+    Raises:
+        ShapeError: `state` is of several images, or a token lies outside the map.
+        TypeError: `state` is neither a ClusterAttention nor a WindowAttention.
+    """
+    if not isinstance(state, (ClusterAttention, WindowAttention)):
+        raise TypeError(f"state must be a ClusterAttention or a WindowAttention, got a {type(state).__name__}")
+    num_images, height, width = state.made_for()
+    if num_images != 1:
+        raise ShapeError(f"state must be of one image, got one of {num_images}")
+    last = height * width - 1
+    if tokens.dim() != 1 or (len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) <= last):
+        raise ShapeError(f"tokens must be a list of numbers from 0 to {last}, got {tokens.tolist()}")
+    look = _in_clusters(state, tokens) if isinstance(state, ClusterAttention) else _in_windows(state, tokens)
+    return look.view(-1, height, width)
+
+
+def _in_clusters(state: ClusterAttention, tokens: Tensor) -> Tensor:
+    pattern, layout = state.pattern, ClusterLayout.of(state.pattern)
+    every = weights_of(state)
+    maps = every.new_zeros(len(tokens), layout.num_tokens)
+    key = torch.arange(layout.num_offsets * layout.chunk_size, device=pattern.order.device)
+    around = torch.arange(layout.num_chunks, device=key.device)[:, None] + torch.arange(
+        -layout.num_adjacent, layout.num_adjacent + 1, device=key.device
+    )
+    tables = [around % layout.num_chunks] * len(every) if pattern.neighbors is None else pattern.neighbors
+    for order, table, weights in zip(pattern.order, tables, every, strict=True):
+        slot = order.argsort()[tokens]
+        chunk, row = slot // layout.chunk_size, slot % layout.chunk_size
+        key_chunk = table[chunk][:, key // layout.chunk_size]
+        keys = order[layout.rank(key_chunk * layout.chunk_size + key % layout.chunk_size)]
+        maps.scatter_add_(1, keys, weights[chunk, row])
+    return maps
+
+
+def _in_windows(state: WindowAttention, tokens: Tensor) -> Tensor:
+    total = torch.zeros((), device=tokens.device)
+    for kept, query, size in zip(state.weights, state.queries, state.window_sizes, strict=True):
+        grid = WindowGrid(state.height, state.width, size)
+        shift, _ = window_shifts(size, state.shift, state.exact_shift)
+        weights = window_weights(cast(Tensor, query), window_size=size, shift=shift) if kept is None else kept
+        slot = grid.slots(shift, weights.device)[tokens]
+        window, row = slot // size**2, slot % size**2
+        keys = grid.pixels(shift, weights.device).view(-1, size**2)[window]
+        maps = weights.new_zeros(len(tokens), state.height * state.width + 1)  # the last one is for pads
+        total = total + maps.scatter_(1, keys, weights[0, window, row])[:, :-1]
+    return total / len(state.weights)
+
+
+def attention_entropy(state: ClusterAttention | WindowAttention, *, num_tokens: int = 256) -> float:
+    r"""Return how evenly tokens spread their attention over the keys that they see.
+
+    $$\frac{1}{|S|} \sum_{i \in S} \frac{-\sum_j P(i, j) \log P(i, j)}{\log |\{j : P(i, j) > 0\}|}$$
+
+    Args:
+        state: of one image, from `attention_states`, `LCoA.attend` or `GMSA.attend`.
+        num_tokens: how many pixels $S$ to take, spread evenly; all, if there are not more.
+
+    Returns:
+        A number in [0, 1]: 0 where each token attends to one key alone, 1 where all keys weigh the same.
+
+    Raises:
+        ShapeError: `state` is of several images.
+        TypeError: `state` is neither a ClusterAttention nor a WindowAttention.
+    """
+    total = 0.0
+    tokens = _spread_tokens(state.height, state.width, num_tokens)
+    for some in tokens.to(_device_of(state)).split(_ROWS_AT_A_TIME):
+        weights = attended(state, some).detach().flatten(1).double()
+        entropy = -torch.xlogy(weights, weights).sum(dim=1)
+        total += float((entropy / (weights > 0).sum(dim=1).clamp(min=2).log()).sum())
+    return total / len(tokens)
+
+
+def _spread_tokens(height: int, width: int, num_tokens: int) -> Tensor:
+    last = height * width - 1
+    return torch.linspace(0, last, min(num_tokens, last + 1), dtype=torch.float64).round().long()
+
+
+def _device_of(state: ClusterAttention | WindowAttention) -> torch.device:
+    return next(leaf.device for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+def attention_overlap(
+    states: Sequence[ClusterAttention | WindowAttention], *, num_tokens: int = 256
+) -> Float[Tensor, "l l"]:
+    r"""How much of their attention layers have in common, two by two.
+
+    $$o_{ab} = \frac{1}{|S|} \sum_{i \in S} \sum_j \min(P_a(i, j), P_b(i, j))$$
+
+    Args:
+        states: of several layers on one image, on maps of one size.
+        num_tokens: how many pixels $S$ to take, spread evenly; all, if there are not more.
+
+    Returns:
+        A symmetric matrix of shares: 1 where two layers attend alike, as those that share a state do, 0 where no key
+        is common to them. The diagonal is 1.
+
+    Raises:
+        ShapeError: there is no state, or their maps differ in size.
+
+    Source:
+        The question of the paper's figure 5 (arXiv 2404.04922), how similar the attention of different layers is; the
+        measure is this library's.
+    """
+    sizes = {(state.height, state.width) for state in states}
+    if len(sizes) != 1:
+        raise ShapeError(f"layers must have maps of one size, got {sorted(sizes) or 'no layer'}")
+    ((height, width),) = sizes
+    tokens = _spread_tokens(height, width, num_tokens)
+    total = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for some in tokens.to(_device_of(states[0])).split(_ROWS_AT_A_TIME):
+        maps = [attended(state, some) for state in states]
+        for a, one in enumerate(maps):
+            for b, other in enumerate(maps[: a + 1]):
+                total[a, b] += torch.minimum(one, other).double().sum().cpu()
+    lower = total / len(tokens)
+    return lower + lower.tril(-1).T
+
+
+def heat(values: Float[Tensor, "h w"]) -> UInt8[Tensor, "h w 3"]:
+    """Colours from black over red and yellow to white, white at the largest of `values`, which are >= 0."""
+    rising = 3 * values.float() / values.max().clamp(min=1e-12)
+    return (255 * torch.stack([rising, rising - 1, rising - 2], dim=-1).clamp(0, 1)).round().to(torch.uint8)
+
+
+def _one_image(image: Tensor) -> Tensor:
+    batch = image[None] if image.dim() == 3 else image
+    if batch.dim() != 4 or len(batch) != 1:
+        raise ShapeError(f"image must be one image, (c, h, w) or (1, c, h, w), got shape {tuple(image.shape)}")
+    return batch
+
+
+def _run(model: nn.Module, batch: Tensor) -> None:
+    """Run the model as in evaluation, and leave it in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(batch)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _removed(hooks: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _computes(module: nn.Module) -> bool:
+    """Return whether a module makes attention of its own."""
+    return isinstance(module, LSP) or (isinstance(module, AttentionLayer) and not module.requires)
+
+
+def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, AttentionLayer]]:
+    """Yield the layers that have a state, with their names, but none that is part of another."""
+    for name, child in model.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, AttentionLayer) and (child.provides or child.requires):
+            yield path, child
+        else:
+            yield from _outermost(child, f"{path}.")
+
+
+def palette(num_clusters: int) -> UInt8[Tensor, "k 3"]:
+    """Colours (RGB) that differ between neighbours in number; the same in every run and on every machine.
+
+    The hue turns by the golden ratio from each to the next, so that any first few are spread evenly, while saturation
+    and brightness take turns.
+
+    Args:
+        num_clusters: colours wanted, `>= 1`.
+
+    Raises:
+        ValueError: `num_clusters < 1`.
+    """
+    if num_clusters < 1:
+        raise ValueError(f"num_clusters must be >= 1, got {num_clusters}")
+    index = torch.arange(num_clusters, dtype=torch.float64)
+    return _rgb((index * _GOLDEN) % 1, 0.85 - 0.2 * (index % 3), 1.0 - 0.2 * (index // 3 % 3))
+
+
+def kinship_palette(centroids: Float[Tensor, "k d"], counts: Int[Tensor, "k"] | None = None) -> UInt8[Tensor, "k 3"]:
+    """Colours (RGB) that are alike where centroids are alike, so that a map shows more than borders.
+
+    The plane of the two main components of the centroids becomes the circle of hues, the distance from its centre
+    saturation, and the third component brightness, each spread evenly.
+
+    Args:
+        centroids: those of an `LSP`, one row a cluster.
+        counts: how many pixels each cluster has, to spread the colours evenly over a picture instead of over the
+            clusters: `torch.bincount(clusters.flatten(), minlength=len(centroids))`.
+
+    Raises:
+        ShapeError: `centroids` is no matrix with at least one row and one column, or `counts` is not one number a row.
+        ValueError: `counts` has a negative number, or nothing else than zeros.
+    """
+    if centroids.dim() != 2 or 0 in centroids.shape:
+        raise ShapeError(f"centroids must be (k >= 1, d >= 1), got shape {tuple(centroids.shape)}")
+    if counts is None:
+        counts = torch.ones(len(centroids), dtype=torch.int64)
+    if counts.shape != centroids.shape[:1]:
+        raise ShapeError(
+            f"counts must be one number for each of {len(centroids)} rows, got shape {tuple(counts.shape)}"
+        )
+    if int(counts.min()) < 0 or int(counts.max()) == 0:
+        raise ValueError(f"counts must be >= 0 and not all 0, got {counts.tolist()}")
+    weights = counts.detach().to("cpu", torch.float64)
+    weights = weights / weights.sum()
+    points = centroids.detach().to("cpu", torch.float64)
+    points = points - weights @ points
+    directions = torch.linalg.svd(weights.sqrt()[:, None] * points, full_matrices=False).Vh[:3]
+    # The sign of a singular vector is the library's whim; the largest entry shall be positive.
+    directions = directions * directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
+    x, y, z = torch.nn.functional.pad(points @ directions.T, (0, 3 - len(directions))).unbind(dim=1)
+    angle = torch.atan2(y, x) / (2 * math.pi) % 1
+    hue = (angle + _spread(angle, weights)) / 2
+    return _rgb(hue, 0.55 + 0.4 * _spread(torch.hypot(x, y), weights), 0.55 + 0.45 * _spread(z, weights))
+
+
+def _spread(values: Float[Tensor, "k"], weights: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """The share of all weight that lies at lower values, from 0 to 1."""
+    order = values.argsort(stable=True)
+    below = weights[order].cumsum(0) - weights[order] / 2
+    return torch.empty_like(values).scatter_(0, order, below.clamp(0, 1))
+
+
+def _rgb(
+    hue: Float[Tensor, "k"], saturation: Float[Tensor, "k"], brightness: Float[Tensor, "k"]
+) -> UInt8[Tensor, "k 3"]:
+    # Each channel is a trapezium over the circle of hues; the three are a third of the circle apart.
+    turns = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)) % 6
+    lack = torch.minimum(turns, 4 - turns).clamp(0, 1)
+    return (255 * brightness[:, None] * (1 - saturation[:, None] * lack)).round().to(torch.uint8)
+
+
+def colour_map(clusters: Int[Tensor, "h w"], colours: UInt8[Tensor, "k 3"] | None = None) -> UInt8[Tensor, "h w 3"]:
+    """Paint each cluster in a colour of its own.
+
+    Args:
+        clusters: from `cluster_map`.
+        colours: RGB of each cluster; `palette` of as many as needed if not given.
+
+    Returns:
+        A picture with channels last, as image files have it.
+
+    Raises:
+        ShapeError: `clusters` is not a map, or there are fewer colours than clusters.
+    """
+    if clusters.dim() != 2 or 0 in clusters.shape:
+        raise ShapeError(f"clusters must be a map (h, w) with no empty axis, got shape {tuple(clusters.shape)}")
+    needed = int(clusters.max()) + 1
+    if colours is None:
+        colours = palette(needed).to(clusters.device)
+    if colours.dim() != 2 or colours.shape[1] != 3 or len(colours) < needed:
+        raise ShapeError(f"colours must be (k, 3) with k >= {needed} clusters, got shape {tuple(colours.shape)}")
+    return colours[clusters]

@@ -1,0 +1,40 @@
+"""Find a registered layer by name, or timm's, and build it."""
+
+from typing import Any
+
+from torch import nn
+
+from sparse_sr_attn.errors import UnknownNameError
+from sparse_sr_attn.registry import Entry
+
+
+def find_layer(name: str) -> Entry[nn.Module]:
+    """Return the entry of a layer, registered or, as `timm:<name>`, of timm.
+
+    Raises:
+        UnknownNameError: no layer has that name.
+        ConfigError: timm is not installed, or its layer is none for feature maps of any size.
+    """
+    if isinstance(name, str) and name.startswith("timm:"):
+        from sparse_sr_attn.layers.timm_layers import timm_entry  # noqa: PLC0415  it imports this module
+
+        return timm_entry(name)
+    layer = _LAYER_OF_NETWORK.get(str(name).casefold())
+    if layer is not None and name not in LAYERS:
+        raise UnknownNameError(f"no layer named {name!r}, which is a network; did you mean {layer!r}, its layer?")
+    return LAYERS.get(name)
+
+
+def build_layer(name: str, embed_dim: int, **options: Any) -> nn.Module:
+    """Return the layer called `name`, for feature maps of `embed_dim` channels.
+
+    Args:
+        name: as registered, or `timm:<name>` for a layer of timm.
+        embed_dim: channels, >= 1.
+        **options: of the layer.
+
+    Raises:
+        UnknownNameError: no layer has that name.
+        ConfigError: an option breaks a rule, or the name is one of timm's that cannot be used.
+    """
+    return find_layer(name).build(embed_dim, **options)

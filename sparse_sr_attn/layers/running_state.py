@@ -1,0 +1,140 @@
+"""Modules whose buffers learn in each forward of training, and how to have several forwards make one update."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparse_sr_attn.functional.cluster.order import chain_rank
+from sparse_sr_attn.functional.kmeans import KMeansState, apply_pending, assign, kmeans_step
+from sparse_sr_attn.functional.precision import working_precision
+
+
+class Learner(nn.Module):
+    """A module whose buffers learn from the forwards of training; says what is lost under `nn.DataParallel`."""
+
+    def learns(self) -> bool:
+        """Return whether a forward would move the buffers now."""
+        return self.training
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.learns():
+            _warn_of_replicas()
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+
+
+class KMeansStatistics(nn.Module):
+    """A module whose buffers are a state of k-means.
+
+    They stay in float32 at least, whatever precision the module is cast to or the loaded weights are in: float16 counts
+    end at 65,504 tokens.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self._statistics()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, cast in self._statistics().items():
+            if cast.dtype != working_precision(cast):
+                self._buffers[name] = before[name].to(cast.device, working_precision(cast))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._statistics():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor):
+                state_dict[prefix + name] = value.to(working_precision(value))
+        rank, centroids = (state_dict.get(prefix + name) for name in ("rank", "centroids"))
+        if isinstance(rank, Tensor) and isinstance(centroids, Tensor) and not _is_order(rank):
+            state_dict[prefix + "rank"] = chain_rank(centroids)  # averages of buffers make of it what is none
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """Return the buffers of the state that hold floating-point numbers."""
+        found = {name: self._buffers.get(name) for name in KMeansState._fields}
+        return {name: value for name, value in found.items() if value is not None and value.is_floating_point()}
+
+
+def _is_order(rank: Tensor) -> bool:
+    return rank.is_meta or torch.equal(rank.cpu().sort().values, torch.arange(len(rank)))
+
+
+class KMeansRound(KMeansStatistics):
+    """A state of k-means and the order of its clusters, which are what a call returns."""
+
+    def forward(self) -> tuple[KMeansState, Tensor | None]:
+        """Return the state and, if it has one, the order of clusters: the buffers themselves."""
+        return state_of(self), self._buffers.get("rank")
+
+
+class KMeansLearner(KMeansStatistics, Learner):
+    """A module that keeps the states of k-means."""
+
+    ema_decay: float
+    reseed_threshold: float
+    _accumulates = False
+
+    def states(self) -> list[KMeansState]:
+        """Return the states of k-means, the buffers themselves."""
+        return [state_of(self)]
+
+    def assign_points(self, points: Float[Tensor, "b n d"], state: KMeansState) -> Int[Tensor, "b n"]:
+        """Return the cluster of each point; where the module learns, `state` moves in place."""
+        if not self.learns():
+            return assign(points, state.centroids)
+        return kmeans_step(
+            points,
+            state,
+            ema_decay=self.ema_decay,
+            reseed_threshold=self.reseed_threshold,
+            accumulate=self._accumulates,
+        )
+
+
+def state_of(module: nn.Module) -> KMeansState:
+    """Return the state that the buffers of a module are."""
+    return KMeansState(*(getattr(module, name) for name in KMeansState._fields))
+
+
+@contextmanager
+def one_kmeans_update(model: nn.Module) -> Iterator[None]:
+    """Have all forwards inside make one update of k-means, that of their tokens together; else each makes its own.
+
+        with one_kmeans_update(model):  # once a step of the optimizer
+            for part in parts:
+                loss(model(part)).backward()
+        optimizer.step()
+
+    The centroids move when the context is entered, by what the forwards before it have left, and then stay. So under
+    activation checkpointing several forwards may go before one backward.
+
+    Args:
+        model: a layer, or what has layers in it, wrapped or compiled or not. In evaluation nothing moves.
+
+    Note:
+        Save weights and states outside. A context inside another of the same layers changes nothing.
+    """
+    learners = [m for m in model.modules() if isinstance(m, KMeansLearner) and m.learns() and not m._accumulates]
+    with torch.no_grad():
+        for learner in learners:
+            for state in learner.states():
+                apply_pending(state, ema_decay=learner.ema_decay, reseed_threshold=learner.reseed_threshold)
+            learner._accumulates = True
+    try:
+        yield
+    finally:
+        for learner in learners:
+            learner._accumulates = False
+
+
+@functools.cache
+def _warn_of_replicas() -> None:
+    warnings.warn(
+        "under nn.DataParallel k-means and batch normalisation learn from the first device's part of each batch only; "
+        "nn.parallel.DistributedDataParallel joins all parts",
+        stacklevel=2,
+    )
