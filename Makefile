@@ -33,14 +33,14 @@ demo: setup  ## Train LCoAN-light x2 through BasicSR on real photographs, and sh
 # More in docs/benchmarks.md; for the other allocator, too: make bench BENCH=--allocators
 BENCH ?=
 bench: setup  ## Measure time and memory of layers, training and networks; figures and plots come to lie in bench/.
-	$(BIN)/sparse-sr bench $(BENCH) --json bench/layers.json --plot bench/layers.png
-	$(BIN)/sparse-sr bench $(BENCH) --passes forward+backward --sizes 48 96 128 --limit 3 --json bench/training.json --plot bench/training.png
-	$(BIN)/sparse-sr bench $(BENCH) --networks --json bench/networks.json --plot bench/networks.png
+	$(BIN)/python -m benchmarks.speed $(BENCH) --json bench/layers.json --plot bench/layers.png
+	$(BIN)/python -m benchmarks.speed $(BENCH) --passes forward+backward --sizes 48 96 128 --limit 3 --json bench/training.json --plot bench/training.png
+	$(BIN)/python -m benchmarks.speed $(BENCH) --networks --json bench/networks.json --plot bench/networks.png
 
 # More in docs/paper.md; for example: make paper DATA="DIV2K_train_HR" VAL="Set5" PAPER="--device cuda --scale full"
 PAPER ?=
 paper: setup  ## Repeat the papers' experiments on the folders DATA and VAL; tables and plots come to lie in paper/.
-	$(BIN)/sparse-sr paper all --data $(DATA) --val $(VAL) $(PAPER)
+	$(BIN)/python -m benchmarks.paper all --data $(DATA) --val $(VAL) $(PAPER)
 
 test: setup  ## Run the tests (under 20 minutes on two cores).
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)

@@ -1,4 +1,6 @@
-"""Benchmarks: time, memory and the floor of attention layers and networks, ours and others'.
+"""What the figures in the documentation were measured with; not part of the installed package.
 
-`sparse-sr bench` runs them; `docs/benchmarks.md` says what the figures mean. `bench.memory` is of use to tests.
+python -m benchmarks.speed      time and memory of layers and networks
+python -m benchmarks.paper      the comparisons of the papers
+python -m benchmarks.weights    the trained weights and the networks they are compared with
 """

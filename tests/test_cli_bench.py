@@ -1,4 +1,4 @@
-"""`sparse-sr bench` from the command line."""
+"""`python -m benchmarks.speed` from the command line."""
 
 import json
 import sys

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.settings import Settings
+from benchmarks.speed.settings import Settings
 from sparse_sr_attn import EDSR, ELAN, LAYERS, PRESETS, RCAN, ConfigError, LCoAN
 from sparse_sr_attn.config import fields
 

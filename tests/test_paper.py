@@ -456,7 +456,7 @@ def test_a_page_is_filled_between_its_marks() -> None:
 
 @pytest.mark.parametrize("label", FIGURES)
 def test_the_page_says_what_is_on_record(label: str) -> None:
-    """`sparse-sr paper page --page docs/paper.md` writes both."""
+    """`python -m benchmarks.paper page --page docs/paper.md` writes both."""
     page = (DOCS / "paper.md").read_text(encoding="utf-8")
     record = DOCS / "assets" / f"paper-{label}.json"
     figure = FIGURES[label](SMALL)

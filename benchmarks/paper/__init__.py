@@ -1,1 +1,1 @@
-"""The experiments of the LCoA and ELAN papers, repeated: `sparse-sr paper`."""
+"""The experiments of the LCoA and ELAN papers, repeated: `python -m benchmarks.paper`."""

@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from benchmarks.settings import Pass
-from benchmarks.timing import Spread, alternate, sample
+from benchmarks.speed.settings import Pass
+from benchmarks.speed.timing import Spread, alternate, sample
 from sparse_sr_attn.backbones.base import ResidualNetwork
 from sparse_sr_attn.testing.memory import new_memory
 

@@ -12,7 +12,7 @@ from benchmarks.paper.cost import PASSES, Body, costs
 from benchmarks.paper.figures import Figure, Scale
 from benchmarks.paper.pictures import Pair
 from benchmarks.paper.training import Budget, Trainer, count_parameters
-from benchmarks.run import environment, features, images
+from benchmarks.speed.run import environment, features, images
 from sparse_sr_attn.data import metrics as evaluation
 from sparse_sr_attn.data.atomic import replacing
 from sparse_sr_attn.data.imresize import imresize

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.report import table
+from benchmarks.speed.report import table
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.cli.common import UsageError, add_weights, images_in, load, name, require, show
 from sparse_sr_attn.data.atomic import check_writable, replacing

@@ -7,11 +7,11 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sparse_sr_attn.errors import ConfigError, SparseSRError
+from sparse_sr_attn.errors import ConfigError, ProcessError, SparseSRError
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,32 @@ def say(text: str, *, everywhere: bool = False) -> None:
     """Print an error or a note, of the first process only unless `everywhere`."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         show(f"sparse-sr: {text}", sys.stderr)
+
+
+def exit_status(run: Callable[[], int], *, options: str = "--set", interrupted: str = "interrupted") -> int:
+    """Return what `run` returns, or the exit status of what it raises, after saying what that was.
+
+    Args:
+        run: the command.
+        options: where the options come from that a `ConfigError` is about.
+        interrupted: what to say when the user interrupts.
+    """
+    try:
+        return run()
+    except ConfigError as error:
+        problems = [str(problem).replace("\n", "\n    ") for problem in error.problems]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        say(f"{count} in {options}; nothing was run\n  " + "\n  ".join(problems))
+        return 2
+    except SparseSRError as error:
+        say(str(error), everywhere=isinstance(error, ProcessError))  # the first may be the one that is gone
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        say(interrupted)
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains when it ends)
+        return 1
 
 
 def show(text: str, stream: TextIO | None = None) -> None:

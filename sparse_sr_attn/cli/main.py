@@ -7,14 +7,14 @@ interrupted.
 import argparse
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import sparse_sr_attn
-from sparse_sr_attn.cli.common import UsageError, say
-from sparse_sr_attn.errors import ConfigError, ProcessError, SparseSRError
+from sparse_sr_attn.cli.common import UsageError, exit_status, say
+from sparse_sr_attn.errors import SparseSRError
 
 _INSTALL = (
     "BasicSR is not installed, and `sparse-sr {command}` runs it. After torch and torchvision:\n"
@@ -34,8 +34,6 @@ _OWN = {
     "export": "write a network as ONNX, for images of any size, checked with onnxruntime",
     "evaluate": "PSNR and SSIM of upscaled pictures, as papers count them, and their row “bicubic”",
     "capture": "how much of dense attention the keys of sparse patterns capture, beside the best possible",
-    "bench": "measure time and memory of layers and networks: ours, peers, and your own",
-    "paper": "repeat the figures and ablations of the LCoA and ELAN papers, in small or in full",
 }
 """Modules of `sparse_sr_attn.commands`, each imported when it is called; `--version` and `--help` need no torch."""
 
@@ -53,26 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or an error
         return stop.code if isinstance(stop.code, int) else 2
-    try:
-        return _run(arguments)
-    except ConfigError as error:
-        problems = [str(problem).replace("\n", "\n    ") for problem in error.problems]
-        where = getattr(arguments, "opt", "--set")
-        say(f"{_count(len(problems))} in {where}; nothing was run\n  " + "\n  ".join(problems))
-        return 2
-    except SparseSRError as error:
-        say(str(error), everywhere=isinstance(error, ProcessError))  # the first may be the one that is gone
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        say(
-            "interrupted; `--auto_resume` goes on from the last saved state, or begins anew if none was saved"
-            if arguments.command == "train"
-            else "interrupted"
-        )
-        return 130
-    except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains when it ends)
-        return 1
+    return exit_status(
+        partial(_run, arguments),
+        options=getattr(arguments, "opt", "--set"),
+        interrupted="interrupted; `--auto_resume` resumes from the last saved state, or starts anew if there is none"
+        if arguments.command == "train"
+        else "interrupted",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -154,7 +139,3 @@ def _add_basicsr_arguments(command: argparse.ArgumentParser, *, training: bool) 
         )
     else:
         command.set_defaults(auto_resume=False)
-
-
-def _count(problems: int) -> str:
-    return "1 problem" if problems == 1 else f"{problems} problems"

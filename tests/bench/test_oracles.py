@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.methods import LAYER_METHODS, NETWORK_METHODS, Method
-from benchmarks.oracles import ALLOWED, TWINS, Check, check, seen
-from benchmarks.run import _built, _check_size, _input
-from benchmarks.settings import Settings
+from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS, Method
+from benchmarks.speed.oracles import ALLOWED, TWINS, Check, check, seen
+from benchmarks.speed.run import _built, _check_size, _input
+from benchmarks.speed.settings import Settings
 from sparse_sr_attn.reference import cluster
 
 SMALL = Settings(embed_dim=12, chunk_size=20, num_clusters=6, reduction=3, sizes=(16,), threads=1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.peers import FACTORS, WIDTHS, PeerError, build_peer, label
+from benchmarks.speed.peers import FACTORS, WIDTHS, PeerError, build_peer, label
 from sparse_sr_attn.errors import ConfigError
 
 CODE = """

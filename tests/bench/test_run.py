@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import run as bench
-from benchmarks.methods import LAYER_METHODS, NETWORK_METHODS, Method, Subject
-from benchmarks.report import markdown, write_json, write_plot
-from benchmarks.run import Run, run
-from benchmarks.settings import Settings
+from benchmarks.speed import run as bench
+from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS, Method, Subject
+from benchmarks.speed.report import markdown, write_json, write_plot
+from benchmarks.speed.run import Run, run
+from benchmarks.speed.settings import Settings
 from sparse_sr_attn.errors import ConfigError
 
 SMALL = Settings(
@@ -296,7 +296,7 @@ def test_ten_layers() -> None:
 
 
 def test_layers_that_others_register_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import methods
+    from benchmarks.speed import methods
     from sparse_sr_attn.layers.base import AttentionLayer
     from sparse_sr_attn.registry import Registry
 

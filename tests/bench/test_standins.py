@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks import standins
+from benchmarks.speed import standins
 from sparse_sr_attn import ELAN, GMSA, LFE, NLA, NLSA, LCoA, ShiftConv2d
 from sparse_sr_attn.reference import cluster, dense, kmeans, lsh, shift, window
 from sparse_sr_attn.testing.tolerances import assert_values_close

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.floor import Cost, Rates, Yardstick, rates_of, yardsticks
-from benchmarks.methods import LAYER_METHODS
-from benchmarks.settings import Settings
-from benchmarks.timing import Sample, Spread, alternate, exponent, ratio, sample
+from benchmarks.speed.floor import Cost, Rates, Yardstick, rates_of, yardsticks
+from benchmarks.speed.methods import LAYER_METHODS
+from benchmarks.speed.settings import Settings
+from benchmarks.speed.timing import Sample, Spread, alternate, exponent, ratio, sample
 
 CPU = torch.device("cpu")
 
@@ -104,7 +104,7 @@ def test_products_are_as_many_as_torch_counts(name: str) -> None:
     """torch's own counter sees products and convolutions, if not those inside our operators."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks.run import _built, _input
+    from benchmarks.speed.run import _built, _input
 
     method = LAYER_METHODS[name]
     assert method.cost is not None

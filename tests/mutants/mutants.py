@@ -64,7 +64,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "if scale != 0:",
     ): "a factor of 1 may be multiplied by or not",
     (
-        "benchmarks/timing.py",
+        "benchmarks/speed/timing.py",
         "start = turn % max( 0, len(names))",
     ): "something is always timed",
 }

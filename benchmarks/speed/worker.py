@@ -1,15 +1,15 @@
-"""A run in a process of its own: `python -m benchmarks FILE`, settings as JSON on the standard input.
+"""A run in a process of its own: `python -m benchmarks.speed.worker FILE`, settings as JSON on the standard input.
 
-`sparse-sr bench --allocators` starts it, because an allocator is chosen when a process begins.
+`python -m benchmarks.speed --allocators` starts it, because an allocator is chosen when a process begins.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from benchmarks.report import markdown
-from benchmarks.run import run
-from benchmarks.settings import Settings
+from benchmarks.speed.report import markdown
+from benchmarks.speed.run import run
+from benchmarks.speed.settings import Settings
 from sparse_sr_attn.config import read
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.timing import Call, Sample, Spread
+from benchmarks.speed.timing import Call, Sample, Spread
 
 
 @dataclass(frozen=True)

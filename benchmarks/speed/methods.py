@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks import standins
-from benchmarks.floor import Cost
-from benchmarks.settings import Settings
+from benchmarks.speed import standins
+from benchmarks.speed.floor import Cost
+from benchmarks.speed.settings import Settings
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.presets import PRESETS, create_model

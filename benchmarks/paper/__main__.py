@@ -1,8 +1,9 @@
-"""`sparse-sr paper`: the figures and ablations of the LCoA and ELAN papers, on pictures that the user points to."""
+"""`python -m benchmarks.paper`: the figures and ablations of the LCoA and ELAN papers, on pictures that the user points to."""
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks.paper.figures import FIGURES, SCALES, Figure, Scale
 from benchmarks.paper.pictures import read_pairs
 from benchmarks.paper.report import fill, markdown, section, write_plot
 from benchmarks.paper.training import Budget, Trainer
-from sparse_sr_attn.cli.common import UsageError, find_device, images_in, name, require, say, show
+from sparse_sr_attn.cli.common import UsageError, exit_status, find_device, images_in, name, require, say, show
 from sparse_sr_attn.config import read
 from sparse_sr_attn.data.atomic import replacing
 from sparse_sr_attn.errors import ConfigError, SparseSRError
@@ -24,10 +25,10 @@ DESCRIPTION = """\
 Repeat a comparison of the papers: train all networks with the same seeds, patches and steps, measure what they cost,
 and write a table and a plot.
 
-  sparse-sr paper lcoa-2                                         memory and time; needs no pictures
-  sparse-sr paper lcoa-3 elan-lfe --data DIV2K/HR --val Set5/HR  two comparisons
-  sparse-sr paper all --data A B --val C D --iterations 2000
-  sparse-sr paper page --page paper.md                           put what is in OUT into a page
+  python -m benchmarks.paper lcoa-2                                         memory and time; needs no pictures
+  python -m benchmarks.paper lcoa-3 elan-lfe --data DIV2K/HR --val Set5/HR  two comparisons
+  python -m benchmarks.paper all --data A B --val C D --iterations 2000
+  python -m benchmarks.paper page --page paper.md                           put what is in OUT into a page
 
 Trainings that are finished are kept in OUT: the same command again goes on where it was interrupted, or adds seeds."""
 EPILOG = "figures:\n" + "\n".join(
@@ -152,7 +153,7 @@ def _page(arguments: argparse.Namespace, scale: Scale) -> int:
     """Put what is kept of each figure between its marks in the page, and its plot and its record beside it."""
     page = arguments.page
     if arguments.figures != ["page"] or page is None:
-        raise UsageError("`sparse-sr paper page` needs --page FILE, and no figure beside it")
+        raise UsageError("`python -m benchmarks.paper page` needs --page FILE, and no figure beside it")
     if not page.is_file():
         raise UsageError(f"--page must be a file that is there, got {name(page)}")
     text = page.read_text(encoding="utf-8")
@@ -179,3 +180,23 @@ def _progress(label: str = "", text: str = "") -> None:
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     elif line:
         print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or an error
+        return stop.code if isinstance(stop.code, int) else 2
+    return exit_status(partial(run, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`sparse-sr bench`: time, memory and the floor of layers and networks, ours and others'."""
+"""`python -m benchmarks.speed`: time, memory and the floor of layers and networks, ours and others'."""
 
 import argparse
 import json
@@ -6,25 +6,27 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.methods import LAYER_METHODS, NETWORK_METHODS
-from benchmarks.report import markdown, write_json, write_plot
-from benchmarks.run import run as measure
-from benchmarks.settings import DEFAULT_NETWORKS, DTYPES, Pass, Settings
-from sparse_sr_attn.cli.common import UsageError, find_device, name, require, say, show
+from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS
+from benchmarks.speed.report import markdown, write_json, write_plot
+from benchmarks.speed.run import run as measure
+from benchmarks.speed.settings import DEFAULT_NETWORKS, DTYPES, Pass, Settings
+from sparse_sr_attn.cli.common import UsageError, exit_status, find_device, name, require, say, show
 from sparse_sr_attn.config import read
 from sparse_sr_attn.errors import ConfigError, SparseSRError
 
 DESCRIPTION = """\
 Measure time, memory and the floor of attention layers or networks, all in one process, in turn.
 
-  sparse-sr bench
-  sparse-sr bench --methods LCoA plain-LCoA --sizes 48 96 --passes forward forward+backward
-  sparse-sr bench --networks --methods ELAN-light plain-ELAN-light --sizes 64 128
-  sparse-sr bench --peer their/code.py:Attention:channels=64,reduction=4
+  python -m benchmarks.speed
+  python -m benchmarks.speed --methods LCoA plain-LCoA --sizes 48 96 --passes forward forward+backward
+  python -m benchmarks.speed --networks --methods ELAN-light plain-ELAN-light --sizes 64 128
+  python -m benchmarks.speed --peer their/code.py:Attention:channels=64,reduction=4
 
 Outputs are compared with slow references first; one that is wrong gets no speed-up. Names that begin with `plain-` are
 stand-ins for released codes, written anew."""
@@ -129,7 +131,7 @@ def _with_huge_pages(settings: Settings) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         child = subprocess.run(  # noqa: S603  our own module
-            [sys.executable, "-m", "benchmarks", str(file)],
+            [sys.executable, "-m", "benchmarks.speed.worker", str(file)],
             input=json.dumps(asdict(settings)),
             env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1"},
             text=True,
@@ -138,3 +140,23 @@ def _with_huge_pages(settings: Settings) -> Any:
         if child.returncode:
             raise SparseSRError(f"the process with THP_MEM_ALLOC_ENABLE=1 failed with status {child.returncode}")
         return json.loads(file.read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or an error
+        return stop.code if isinstance(stop.code, int) else 2
+    return exit_status(partial(run, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,10 @@
 """Train the weights that come with the library and the networks they are compared with, and measure them.
 
-    python weights/recipe.py train LCoAN-light 2 --data T91/ BSD400/           one network, one factor
-    python weights/recipe.py train LCoAN-light 4 --data ... --start LCoAN-light_x2     its body starts from that of x2
-    python weights/recipe.py train LCoAN-light 2 --data ... --teacher outputs/ --label taught       targets of a teacher
-    python weights/recipe.py ship LCoAN-light_x2                               into the package
-    python weights/recipe.py report --test Set5/ Set14/ Urban25/               figures into docs/weights.md
+    python -m benchmarks.weights train LCoAN-light 2 --data T91/ BSD400/           one network, one factor
+    python -m benchmarks.weights train LCoAN-light 4 --data ... --start LCoAN-light_x2     its body starts from that of x2
+    python -m benchmarks.weights train LCoAN-light 2 --data ... --teacher outputs/ --label taught       targets of a teacher
+    python -m benchmarks.weights ship LCoAN-light_x2                               into the package
+    python -m benchmarks.weights report --test Set5/ Set14/ Urban25/               figures into docs/weights.md
 
 Folders hold photographs of high resolution; low resolution is made of them (`sparse-sr prepare`). Everything is written
 to build/weights, and a training that was stopped resumes. All networks see the same patches in the same order.
@@ -33,11 +33,11 @@ from sparse_sr_attn.data.metrics import Score, bicubic_luma, luma, score
 from sparse_sr_attn.inference.upscale import upscale_image
 from sparse_sr_attn.inference.visualize import attention_entropy, attention_states
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "weights"
 PAGE = ROOT / "docs" / "weights.md"
 RECORD = Path(__file__).with_name("figures.json")
-BEGIN, END = "<!-- figures of weights/recipe.py -->\n", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures of benchmarks/weights/recipe.py -->\n", "<!-- end of figures -->"
 
 _EDSR = {"type": "SparseEDSR", **LIGHT_EDSR}
 _LCOA = dict(LIGHT_LCOA)
@@ -350,7 +350,3 @@ def main() -> None:
         command.set_defaults(function=function)
     arguments = parser.parse_args()
     arguments.function(arguments)
-
-
-if __name__ == "__main__":
-    main()

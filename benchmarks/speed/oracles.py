@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import standins
-from benchmarks.methods import Stack
+from benchmarks.speed import standins
+from benchmarks.speed.methods import Stack
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.layers.base import tokens

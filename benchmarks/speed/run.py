@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import sparse_sr_attn
-from benchmarks import oracles
-from benchmarks.floor import Cost, Rates, Yardstick, rates_of, yardsticks
-from benchmarks.methods import Method, Subject, compiled, methods_of
-from benchmarks.oracles import Check
-from benchmarks.peers import FACTORS, WIDTHS, build_peer, label
-from benchmarks.settings import DTYPES, Pass, Settings
-from benchmarks.timing import Sample, Spread, alternate, exponent, ratio, sample
+from benchmarks.speed import oracles
+from benchmarks.speed.floor import Cost, Rates, Yardstick, rates_of, yardsticks
+from benchmarks.speed.methods import Method, Subject, compiled, methods_of
+from benchmarks.speed.oracles import Check
+from benchmarks.speed.peers import FACTORS, WIDTHS, build_peer, label
+from benchmarks.speed.settings import DTYPES, Pass, Settings
+from benchmarks.speed.timing import Sample, Spread, alternate, exponent, ratio, sample
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn.testing.memory import NewMemory, in_maps, new_memory

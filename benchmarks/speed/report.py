@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import Row, Run
-from benchmarks.settings import Pass
-from benchmarks.timing import Spread
+from benchmarks.speed.run import Row, Run
+from benchmarks.speed.settings import Pass
+from benchmarks.speed.timing import Spread
 from sparse_sr_attn.data.atomic import replacing
 
 
