@@ -1,4 +1,4 @@
-"""`python -m benchmarks.paper`: the figures and ablations of the LCoA and ELAN papers, on pictures that the user points to."""
+"""`python -m benchmarks.paper`: figures and ablations of the LCoA and ELAN papers, on pictures of your own."""
 
 import argparse
 import os

@@ -1,10 +1,10 @@
 """Train the weights that come with the library and the networks they are compared with, and measure them.
 
-    python -m benchmarks.weights train LCoAN-light 2 --data T91/ BSD400/           one network, one factor
-    python -m benchmarks.weights train LCoAN-light 4 --data ... --start LCoAN-light_x2     its body starts from that of x2
-    python -m benchmarks.weights train LCoAN-light 2 --data ... --teacher outputs/ --label taught       targets of a teacher
-    python -m benchmarks.weights ship LCoAN-light_x2                               into the package
-    python -m benchmarks.weights report --test Set5/ Set14/ Urban25/               figures into docs/weights.md
+    python -m benchmarks.weights train LCoAN-light 2 --data T91/ BSD400/     one network, one factor
+    python -m benchmarks.weights train LCoAN-light 4 --data ... --start LCoAN-light_x2      start from the body of x2
+    python -m benchmarks.weights train LCoAN-light 2 --data ... --teacher outputs/ --label taught
+    python -m benchmarks.weights ship LCoAN-light_x2                         into the package
+    python -m benchmarks.weights report --test Set5/ Set14/ Urban25/         figures into docs/weights.md
 
 Folders hold photographs of high resolution; low resolution is made of them (`sparse-sr prepare`). Everything is written
 to build/weights, and a training that was stopped resumes. All networks see the same patches in the same order.

@@ -35,7 +35,7 @@ _OWN = {
     "evaluate": "PSNR and SSIM of upscaled pictures, as papers count them, and their row “bicubic”",
     "capture": "how much of dense attention the keys of sparse patterns capture, beside the best possible",
 }
-"""Modules of `sparse_sr_attn.commands`, each imported when it is called; `--version` and `--help` need no torch."""
+"""Modules of `sparse_sr_attn.cli`, each imported when it is called; `--version` and `--help` need no torch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command in _OWN:
-        status: int = importlib.import_module(f"sparse_sr_attn.commands.{arguments.command}").run(arguments)
+        status: int = importlib.import_module(f"sparse_sr_attn.cli.{arguments.command}").run(arguments)
         return status
     _prefer_fork(Path.cwd())
     if importlib.util.find_spec("basicsr") is None:
@@ -108,7 +108,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, text in _OWN.items():
         command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == called:
-            module = importlib.import_module(f"sparse_sr_attn.commands.{name}")
+            module = importlib.import_module(f"sparse_sr_attn.cli.{name}")
             command.description, command.epilog = module.DESCRIPTION, module.EPILOG
             module.add_arguments(command)
     return parser
