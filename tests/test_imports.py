@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,82 +12,96 @@ import pytest
 import sparse_sr_attn
 
 ROOT = Path(sparse_sr_attn.__file__).parent
+CLONE = Path(__file__).resolve().parents[1]
 
-# Who may import whom, inside the package. CONTRIBUTING.md draws the same arrows.
+# Who may import whom; docs/architecture.md draws the same arrows.
+_OPTIONS = {"errors", "registry", "config"}
+_NETWORKS = {*_OPTIONS, "states", "functional", "layers", "blocks", "backbones"}
+_TOOLS = {*_NETWORKS, "checkpoints", "data", "inference", "cli"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
     "config": {"errors", "registry"},
-    "states": {"errors"},
+    "states": set(),
     "reference": set(),
-    "degradation": {"errors"},
-    "evaluation": {"errors", "degradation"},
     "functional": {"errors", "states"},
-    "layers": {"errors", "states", "registry", "config", "functional"},
-    "blocks": {"errors", "states", "registry", "config", "functional", "layers"},
-    "attachment": {"errors", "registry", "config", "layers", "blocks"},
-    "backbones": {"errors", "states", "registry", "config", "functional", "layers", "blocks"},
-    "files": set(),
-    "pairs": {"errors", "files", "degradation"},
-    "inference": set(),
-    "graphs": {"errors"},
-    "images": {"errors", "files", "inference"},
-    "unwrapping": {"errors"},
-    "foreign": {"errors", "attachment", "backbones"},
-    "checkpoints": {"errors", "registry", "unwrapping", "foreign", "config", "functional", "layers", "backbones"},
-    "conversion": {"errors", "files", "backbones", "checkpoints"},
-    "export": {"errors", "states", "files", "functional", "layers", "backbones"},
-    "hub": {"errors", "unwrapping", "backbones", "checkpoints"},
-    "visualize": {"errors", "states", "registry", "config", "functional", "layers", "blocks", "backbones"},
-    "capture": {"errors", "states", "config", "registry", "functional", "layers"},
-    "testing": {"errors", "states", "registry", "config", "functional", "layers", "reference"},
-    "bench": {"errors", "registry", "config", "files", "layers", "blocks", "backbones", "reference"},
-    "paper": {
-        *("errors", "config", "files", "functional", "layers", "blocks", "backbones", "visualize", "images"),
-        *("degradation", "evaluation", "bench"),
-    },
-    "commands": {
-        *("errors", "states", "config", "files", "layers", "backbones", "checkpoints", "conversion", "export"),
-        *("images", "inference", "visualize", "degradation", "evaluation", "bench", "paper", "pairs"),
-        "capture",
-    },
-    "cli": {"errors", "commands"},  # and the integrations, lazily
+    "layers": {*_OPTIONS, "states", "functional"},
+    "blocks": {*_OPTIONS, "states", "functional", "layers"},
+    "backbones": {*_OPTIONS, "states", "functional", "layers", "blocks"},
+    "data": {"errors"},
+    "checkpoints": {*_NETWORKS, "data"},
+    "inference": {*_NETWORKS, "data"},
+    "testing": {*_OPTIONS, "states", "functional", "layers", "reference"},
+    "cli": {*_NETWORKS, "checkpoints", "data", "inference", "sparse_sr_attn"},
     "__main__": {"cli"},
+    "sparse_sr_attn_basicsr": {*_TOOLS, "sparse_sr_attn"},
+    "sparse_sr_attn_spandrel": {"errors", "backbones", "checkpoints"},
+    "benchmarks": {*_TOOLS, "testing", "reference", "sparse_sr_attn"},
 }
 
 
-def part(path: Path) -> str:
-    relative = path.relative_to(ROOT)
-    return relative.parts[0].removesuffix(".py")
+def files() -> dict[str, Path]:
+    """Return the files of all packages by the name that they are imported by."""
+    found = {}
+    for parent, package in (
+        (CLONE, "sparse_sr_attn"),
+        (CLONE, "benchmarks"),
+        (CLONE / "integrations", "sparse_sr_attn_basicsr"),
+        (CLONE / "integrations", "sparse_sr_attn_spandrel"),
+    ):
+        for file in sorted((parent / package).rglob("*.py")):
+            found[".".join(file.relative_to(parent).with_suffix("").parts).removesuffix(".__init__")] = file
+    return found
+
+
+FILES = files()
+
+
+def room(module: str) -> str:
+    """Return the folder or file of the package in which a module is, or the name of another package."""
+    package, _, rest = module.partition(".")
+    return rest.partition(".")[0] or package if package == "sparse_sr_attn" else package
 
 
 def imported(path: Path) -> set[str]:
-    """Return the modules that a file imports, as written, wherever in the file."""
+    """Return the modules that a file imports, wherever in the file, but for type checkers alone."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    unseen = {
+        id(inner)
+        for node in nodes
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in nodes:
+        if id(node) in unseen:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            module = node.module or ""
-            if module == "sparse_sr_attn":
-                names |= {f"sparse_sr_attn.{alias.name}" for alias in node.names}
-            else:
-                names.add(module)
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {part if part in FILES else str(node.module) for part in parts}
     return names
 
 
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+def test_rooms_import_only_what_is_below_them() -> None:
+    for module, file in FILES.items():
+        own = room(module)
+        if module == "sparse_sr_attn":
+            continue
+        assert own in MAY_IMPORT, f"{own} is new: say in MAY_IMPORT and docs/architecture.md what it may import"
+        for name in imported(file) & FILES.keys():
+            assert room(name) in {own, *MAY_IMPORT[own]}, f"{module} must not import {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way(path: Path) -> None:
-    own = part(path)
-    assert own in MAY_IMPORT, f"{own} is new: say in MAY_IMPORT and CONTRIBUTING.md what it may import"
-    for name in imported(path):
-        if name.startswith("sparse_sr_attn."):
-            target = name.split(".")[1]
-            assert target == own or target in MAY_IMPORT[own], f"{own} must not import {name}"
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {module: (imported(file) & FILES.keys()) - {module} for module, file in FILES.items()}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_root_of_the_package_holds_few_modules() -> None:
+    assert len([file for file in ROOT.glob("*.py") if not file.name.startswith("__")]) <= 8
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "reference").glob("*.py")), ids=lambda path: path.name)
@@ -166,6 +181,6 @@ for module in sys.argv[1:]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="takes a process for each")
 def test_every_part_can_be_imported_first() -> None:
-    parts = sorted({part(path) for path in FILES} - {"__main__"})
+    parts = sorted({room(name) for name in FILES if name.startswith("sparse_sr_attn.")} - {"__main__"})
     done = subprocess.run([sys.executable, "-c", FIRST, *parts], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

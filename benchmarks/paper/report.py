@@ -10,8 +10,8 @@ from benchmarks.paper.cost import PASSES, growth
 from benchmarks.paper.experiment import described
 from benchmarks.paper.figures import Figure
 from benchmarks.paper.training import Budget
-from benchmarks.speed.report import table
 from benchmarks.speed.timing import Spread
+from sparse_sr_attn.cli.common import table
 from sparse_sr_attn.data.atomic import replacing
 from sparse_sr_attn.errors import SparseSRError
 

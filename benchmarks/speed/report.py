@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.speed.run import Row, Run
 from benchmarks.speed.settings import Pass
 from benchmarks.speed.timing import Spread
+from sparse_sr_attn.cli.common import table
 from sparse_sr_attn.data.atomic import replacing
 
 
@@ -71,12 +72,6 @@ def _draw(time: Any, memory: Any, rows: list[Row], index: int, kind: str) -> Non
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
 
 
 def _where(found: Run) -> str:

@@ -11,8 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparse_sr_attn.blocks.attention_config import AttentionMap
+from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.blocks.upsample import Upsample, Upscale
 from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
+from sparse_sr_attn.layers.base import warn_of_range
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean of DIV2K's training images (RGB, 0..1)."""
@@ -214,6 +217,27 @@ class ResidualNetwork(Network):
         deep = self.conv_after_body(self.features(first)) + first
         output: Tensor = self.conv_last(self.upsample(deep))
         return output
+
+
+class TrunkNetwork(ResidualNetwork):
+    """Abstract residual network with attention between the parts of its trunk, by config.
+
+    Subclasses call `_build_trunk` in their constructor. State-dict keys are BasicSR's, in which `attention.<i>.` and
+    `options` (see `load_model`) are new: weights of the plain network load strictly without attention, and with
+    attention the image is the same at first.
+    """
+
+    def _build_trunk(
+        self, parts: Sequence[nn.Module], attention: Sequence[AttentionMap], *, activation_checkpointing: bool
+    ) -> None:
+        self.activation_checkpointing = activation_checkpointing
+        self.body = nn.Sequential(*parts)
+        self.attention = SiteAttention(attention, len(parts), self.conv_first.out_channels)
+        warn_of_range(self, self.img_range)
+
+    def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return what the trunk and the attention in it make of the first features."""
+        return self.attention.run(self.body, x, activation_checkpointing=self.activation_checkpointing)
 
 
 def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> tuple[float, ...]:

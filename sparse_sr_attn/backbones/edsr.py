@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
-from sparse_sr_attn.blocks import ResidualBlock, SiteAttention, read_trunk
+from sparse_sr_attn.backbones.base import TrunkNetwork, remembered
+from sparse_sr_attn.blocks import ResidualBlock, read_trunk
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
-from sparse_sr_attn.layers.base import warn_of_range
 
 
-class EDSR(ResidualNetwork):
+class EDSR(TrunkNetwork):
     """EDSR (Lim et al., CVPRW 2017) whose body can hold any registered attention layer.
 
     Args:
@@ -38,8 +34,7 @@ class EDSR(ResidualNetwork):
         ConfigError: options break their rules; all that do are named.
 
     Note:
-        State-dict keys are BasicSR's, in which `attention.<i>.` and `options` (see `load_model`) are new. So its
-        weights load strictly without attention, and with attention the image is the same at first.
+        State-dict keys are those of `TrunkNetwork`.
     """
 
     @remembered
@@ -59,13 +54,7 @@ class EDSR(ResidualNetwork):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
-        self.activation_checkpointing = activation_checkpointing
-        build, maps = read_trunk(block, attention, num_block)
+        build, configs = read_trunk(block, attention, num_block)
         build = build or (lambda index, num_feat: ResidualBlock(num_feat, res_scale))
-        self.body = nn.Sequential(*(build(index, num_feat) for index in range(num_block)))
-        self.attention = SiteAttention(maps, num_block, num_feat)
-        warn_of_range(self, img_range)
-
-    def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return what the residual blocks and the attention between them make of the first features."""
-        return self.attention.run(self.body, x, activation_checkpointing=self.activation_checkpointing)
+        parts = [build(index, num_feat) for index in range(num_block)]
+        self._build_trunk(parts, configs, activation_checkpointing=activation_checkpointing)

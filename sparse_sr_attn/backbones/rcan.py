@@ -2,18 +2,14 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
-from sparse_sr_attn.blocks import ResidualGroup, SiteAttention, read_trunk
+from sparse_sr_attn.backbones.base import TrunkNetwork, remembered
+from sparse_sr_attn.blocks import ResidualGroup, read_trunk
 from sparse_sr_attn.blocks.residual import ChannelAttentionBlock
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
-from sparse_sr_attn.layers.base import warn_of_range
 
 
-class RCAN(ResidualNetwork):
+class RCAN(TrunkNetwork):
     """RCAN (Zhang et al., ECCV 2018) whose body can hold any registered attention layer after its residual groups.
 
     Args:
@@ -35,8 +31,7 @@ class RCAN(ResidualNetwork):
         ConfigError: options break their rules; all that do are named.
 
     Note:
-        State-dict keys are BasicSR's, in which `attention.<i>.` and `options` (see `load_model`) are new. So its
-        weights load strictly without attention, and with attention the image is the same at first.
+        State-dict keys are those of `TrunkNetwork`.
     """
 
     @remembered
@@ -58,16 +53,8 @@ class RCAN(ResidualNetwork):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
-        self.activation_checkpointing = activation_checkpointing
-        build, maps = read_trunk(block, attention, num_group)
+        build, configs = read_trunk(block, attention, num_group)
         build = build or (lambda index, num_feat: ChannelAttentionBlock(num_feat, squeeze_factor, res_scale))
         groups = (range(num_block * group, num_block * (group + 1)) for group in range(num_group))
-        self.body = nn.Sequential(
-            *(ResidualGroup(num_feat, [build(index, num_feat) for index in group]) for group in groups)
-        )
-        self.attention = SiteAttention(maps, num_group, num_feat)
-        warn_of_range(self, img_range)
-
-    def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return what the residual groups and the attention between them make of the first features."""
-        return self.attention.run(self.body, x, activation_checkpointing=self.activation_checkpointing)
+        parts = [ResidualGroup(num_feat, [build(index, num_feat) for index in group]) for group in groups]
+        self._build_trunk(parts, configs, activation_checkpointing=activation_checkpointing)

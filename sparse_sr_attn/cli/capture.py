@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.speed.report import table
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.cli.common import UsageError, add_weights, images_in, load, name, require, show
+from sparse_sr_attn.cli.common import UsageError, add_weights, images_in, load, name, require, show, table
 from sparse_sr_attn.data.atomic import check_writable, replacing
 from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import matlab_bicubic

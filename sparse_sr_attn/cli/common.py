@@ -69,6 +69,12 @@ def show(text: str, stream: TextIO | None = None) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
+
+
 def name(path: Path | str) -> str:
     """Return a path as one line."""
     return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(path))

@@ -23,8 +23,6 @@ from sparse_sr_attn.registry import Registry
 LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
 SATURATING_RANGE = 16.0
 """Factor on images in 0..1 above which raw queries make the softmax pick one token."""
-_LAYER_OF_NETWORK = {"elan": "ELAB", "elan-light": "ELAB", "lcoan": "LCoA", "lcoan-light": "LCoA", "nlsn": "NLSA"}
-"""What somebody wants who asks for a layer by the name of its network, in lower case."""
 
 
 @runtime_checkable

@@ -5,7 +5,12 @@ from typing import Any
 from torch import nn
 
 from sparse_sr_attn.errors import UnknownNameError
+from sparse_sr_attn.layers.base import LAYERS
+from sparse_sr_attn.layers.timm_layers import timm_entry
 from sparse_sr_attn.registry import Entry
+
+_LAYER_OF_NETWORK = {"elan": "ELAB", "elan-light": "ELAB", "lcoan": "LCoA", "lcoan-light": "LCoA", "nlsn": "NLSA"}
+"""The layer that goes with a network's name, in lower case."""
 
 
 def find_layer(name: str) -> Entry[nn.Module]:
@@ -16,8 +21,6 @@ def find_layer(name: str) -> Entry[nn.Module]:
         ConfigError: timm is not installed, or its layer is none for feature maps of any size.
     """
     if isinstance(name, str) and name.startswith("timm:"):
-        from sparse_sr_attn.layers.timm_layers import timm_entry  # noqa: PLC0415  it imports this module
-
         return timm_entry(name)
     layer = _LAYER_OF_NETWORK.get(str(name).casefold())
     if layer is not None and name not in LAYERS:
