@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__path__.append(f"{__path__[0]}/_moved")  # modules under the names that they had before
+
 __all__ = [
     "EDSR",
     "ELAB",

@@ -1,6 +1,7 @@
 """Imports point one way, and importing the package needs and costs little."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -34,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {*_OPTIONS, "states", "functional", "layers", "reference"},
     "cli": {*_NETWORKS, "checkpoints", "data", "inference", "sparse_sr_attn"},
     "__main__": {"cli"},
+    "_moved": {"backbones", "checkpoints", "data", "inference"},
     "sparse_sr_attn_basicsr": {*_TOOLS, "sparse_sr_attn"},
     "sparse_sr_attn_spandrel": {"errors", "backbones", "checkpoints"},
     "benchmarks": {*_TOOLS, "testing", "reference", "sparse_sr_attn"},
@@ -110,6 +112,17 @@ def test_the_slow_twins_share_no_code(path: Path) -> None:
     for name in imported(path):
         top = name.split(".")[0]
         assert top in {"torch", *sys.stdlib_module_names} or name.startswith("sparse_sr_attn.reference"), name
+
+
+def test_modules_that_moved_can_be_imported_by_their_old_names() -> None:
+    moved = sorted((ROOT / "_moved").glob("*.py"))
+    assert moved
+    for file in moved:
+        with pytest.warns(FutureWarning, match=f"^sparse_sr_attn.{file.stem} is sparse_sr_attn\\.") as warned:
+            old = importlib.import_module(f"sparse_sr_attn.{file.stem}")
+        new = importlib.import_module(str(warned[0].message).split()[2])
+        names = [name for name in vars(new) if not name.startswith("_")]
+        assert all(getattr(old, name) is getattr(new, name) for name in names)
 
 
 COLD = """
