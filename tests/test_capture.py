@@ -14,17 +14,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, NLA, CategoryAttention, ConfigError, LCoA, LCoAN, ShapeError
-from sparse_sr_attn.inference.captured_mass import PATTERNS, Pattern, Setting, captured_mass, read_patterns
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.data.imresize import matlab_bicubic
 from sparse_sr_attn.functional.cluster.order import chain_rank
 from sparse_sr_attn.functional.kmeans import hash_directions
 from sparse_sr_attn.functional.lsh import initial_hash
+from sparse_sr_attn.inference.captured_mass import PATTERNS, Pattern, Setting, captured_mass, read_patterns
+from sparse_sr_attn.inference.visualize import attention_features
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.reference import kmeans as slow_kmeans
 from sparse_sr_attn.reference import lsh as slow_lsh
 from sparse_sr_attn.reference import window as slow_windows
-from sparse_sr_attn.inference.visualize import attention_features
 
 HEIGHT, WIDTH, DIM = 5, 7, 3
 NUM_TOKENS = HEIGHT * WIDTH
@@ -84,7 +84,9 @@ def test_a_pattern_made_by_hand() -> None:
 def test_blocks_of_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = read_patterns(PATTERNS[:-6], num_keys=18)
     whole = captured_mass(features(), patterns, num_keys=18)
-    monkeypatch.setattr("sparse_sr_attn.inference.captured_mass._SCORES_PER_BLOCK", 4 * NUM_TOKENS + 1)  # 4 at a time, 3 at the end
+    monkeypatch.setattr(
+        "sparse_sr_attn.inference.captured_mass._SCORES_PER_BLOCK", 4 * NUM_TOKENS + 1
+    )  # 4 at a time, 3 at the end
     parts = captured_mass(features(), patterns, num_keys=18)
     assert parts.best == pytest.approx(whole.best, rel=1e-12)
     assert parts.entropy == pytest.approx(whole.entropy, rel=1e-12)

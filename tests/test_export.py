@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, RCAN, ExportError, LCoAN
-from sparse_sr_attn.inference import onnx as module
 from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.inference import onnx as module
 from sparse_sr_attn.inference.onnx import TOLERANCE, compare, export_onnx
 from sparse_sr_attn.states import ClusterPattern
 

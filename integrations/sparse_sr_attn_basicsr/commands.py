@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sparse_sr_attn.errors import CheckpointError, ImageError, ProcessError, SparseSRError, TrainingError
 from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.errors import CheckpointError, ImageError, ProcessError, SparseSRError, TrainingError
 from sparse_sr_attn.inference.tiling import is_out_of_memory
 from sparse_sr_attn_basicsr import distributed, extensions, option_file, preflight, pretrained
 from sparse_sr_attn_basicsr.registration import register

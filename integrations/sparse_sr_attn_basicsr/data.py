@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn.data.images import read_image
+from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn_basicsr import shims
 from sparse_sr_attn_basicsr.randomness import seeded
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.checkpoints.foreign import find_facts, run_padded
+from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.inference.tiling import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP

@@ -16,7 +16,7 @@ _FILES = re.compile("path|file|dir|url|load|pretrain", re.IGNORECASE)
 
 
 def rebuild(options: Mapping[str, Any]) -> nn.Module:
-    """Return the network of BasicSR whose weights carry these options of `Attended`; see `sparse_sr_attn.checkpoints.foreign`.
+    """Return the network of BasicSR whose weights carry these options of `Attended`.
 
     Raises:
         ConfigError: the options are wrong, or would have the network read a file.

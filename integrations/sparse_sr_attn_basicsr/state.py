@@ -10,8 +10,8 @@ import cv2
 import torch
 
 from sparse_sr_attn.config import Rule, fields, read
-from sparse_sr_attn.errors import CheckpointError, ConfigError
 from sparse_sr_attn.data.atomic import reach_disk, replacing
+from sparse_sr_attn.errors import CheckpointError, ConfigError
 from sparse_sr_attn_basicsr.schema import Seed
 
 _Number = Annotated[int, Rule("in [0, 2**62]", lambda value: 0 <= value <= 2**62)]

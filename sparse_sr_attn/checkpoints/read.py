@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn.backbones.base import OPTIONS
-from sparse_sr_attn.checkpoints.load import unwrap
+from sparse_sr_attn.checkpoints import unwrap
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Options, State
 from sparse_sr_attn.errors import CheckpointError
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.errors import ExportError
 from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.errors import ExportError
 from sparse_sr_attn.functional.cluster import mean_keys
 from sparse_sr_attn.functional.kmeans import KMeansState
 from sparse_sr_attn.layers.lcoa import LSP

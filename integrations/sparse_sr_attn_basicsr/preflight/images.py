@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn.data.images import is_reduced, read_image
+from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn_basicsr.preflight.findings import without_warnings
 
 _HEAD_ERRORS = (OSError, SyntaxError, ValueError)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from sparse_sr_attn import attach
+from sparse_sr_attn.checkpoints.foreign import find_facts
 from sparse_sr_attn.config import fields, read
 from sparse_sr_attn.errors import ConfigError
-from sparse_sr_attn.checkpoints.foreign import find_facts
 from sparse_sr_attn.layers.base import SATURATING_RANGE, raw_queries_in
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import option_lookups, registration

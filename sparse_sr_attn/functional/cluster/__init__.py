@@ -22,12 +22,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.errors import FormError, ShapeError
-from sparse_sr_attn.functional.cluster import flex
-from sparse_sr_attn.functional.cluster import tiles
-from sparse_sr_attn.functional.cluster import triton
+from sparse_sr_attn.functional.backend import Form, resolve_form
+from sparse_sr_attn.functional.cluster import flex, tiles, triton
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.cluster_neighbors import nearest_rows
-from sparse_sr_attn.functional.backend import Form, resolve_form
 from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.states import ClusterPattern
