@@ -29,7 +29,7 @@ from skimage import data
 
 from sparse_sr_attn import EDSR, LAYERS, LCoAN
 from sparse_sr_attn.checkpoints.convert import convert_weights
-from sparse_sr_attn.cli.main import main as cli
+from sparse_sr_attn.cli import main as cli
 from sparse_sr_attn_basicsr import preflight, register
 from sparse_sr_attn_basicsr.option_file import parse
 from sparse_sr_attn_basicsr.options import OPTIONS

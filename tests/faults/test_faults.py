@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = "sparse_sr_attn/functional/cluster.py"
 LAYOUT = "sparse_sr_attn/functional/cluster/layout.py"
-NEIGHBORS = "sparse_sr_attn/functional/cluster_neighbors.py"
+NEIGHBORS = "sparse_sr_attn/functional/cluster/neighbors.py"
 TILES = "sparse_sr_attn/functional/cluster/tiles.py"
 KERNELS = "sparse_sr_attn/functional/cluster/triton_kernels.py"
 TRITON = "sparse_sr_attn/functional/cluster/triton.py"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import cluster as fast
-from sparse_sr_attn.functional import cluster_neighbors
+from sparse_sr_attn.functional.cluster import neighbors as neighbors_module
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
@@ -34,7 +34,7 @@ def test_neighbors_equal_loops(device: torch.device, case: Case, ties: bool, blo
         key = case.tokens("key", 3, device=device)
     pattern = pattern_of(case, device)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster_neighbors, "_PAIRS_PER_BLOCK", dict.fromkeys(("cpu", "cuda"), block))
+        patch.setattr(neighbors_module, "_PAIRS_PER_BLOCK", dict.fromkeys(("cpu", "cuda"), block))
         found = fast.with_nearest_chunks(pattern, key)
     assert_bit_equal(found.neighbors, slow.nearest_chunks(key, pattern))
     assert found._replace(neighbors=None)[1:] == pattern[1:]

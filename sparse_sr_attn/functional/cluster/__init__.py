@@ -24,8 +24,9 @@ from torch import Tensor
 from sparse_sr_attn.errors import FormError, ShapeError
 from sparse_sr_attn.functional.backend import Form, resolve_form
 from sparse_sr_attn.functional.cluster import flex, tiles, triton
+from sparse_sr_attn.functional.cluster.eager import Eager
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
-from sparse_sr_attn.functional.cluster_neighbors import nearest_rows
+from sparse_sr_attn.functional.cluster.neighbors import nearest_rows
 from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.states import ClusterPattern
@@ -122,7 +123,7 @@ def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Ten
     """
     _check(pattern, key)
     with without_autocast(key):
-        chunks = _Oneshot(pattern)
+        chunks = Eager(pattern)
         num_chunks, num_tokens = chunks.layout.num_chunks, chunks.layout.num_tokens
         real = torch.arange(chunks.layout.num_slots, device=key.device).view(num_chunks, -1, 1) < num_tokens
         return chunks.chunks(unit_keys(key.detach())).masked_fill(~real, 0).sum(dim=2) / real.sum(dim=1)
@@ -139,7 +140,7 @@ def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Te
         The keys of each query, by their place in image order, and which of them count. With `exact_keys` no key
         counts twice.
     """
-    oneshot = _Oneshot(pattern)
+    oneshot = Eager(pattern)
     keys = oneshot._with_adjacent(oneshot.token.view(len(oneshot.order), oneshot.layout.num_chunks, -1, 1))[..., 0]
     chunk = (pattern.order.argsort(dim=1)[:, tokens] // oneshot.layout.chunk_size)[..., None].expand(
         -1, -1, keys.shape[2]
@@ -214,7 +215,7 @@ def _weights(
         unit_keys(key) if normalize_keys else key.to(working_precision(key)),
     )
     with without_autocast(query):
-        oneshot = _Oneshot(pattern)
+        oneshot = Eager(pattern)
         scores = oneshot.scores(query, key, scale)
         return scores.softmax(dim=-1).to(dtype), oneshot.lse(scores) if with_lse else None
 
@@ -256,7 +257,7 @@ def apply_cluster_weights(
         return tiles.apply_op(weights, value, *_unpack(pattern))  # type: ignore[no-any-return]
     with without_autocast(value):
         dtype = lower_precision(weights, value)
-        return _Oneshot(pattern).apply(weights.to(dtype), value.to(dtype)).to(value.dtype)
+        return Eager(pattern).apply(weights.to(dtype), value.to(dtype)).to(value.dtype)
 
 
 def cluster_attention(
@@ -317,7 +318,7 @@ def _attention(
         return flex.cluster_attention(query, key, value, pattern, scale, with_lse=with_lse)
     query, key = (rows.to(working_precision(rows)) for rows in (query, key))
     with without_autocast(query):
-        oneshot = _Oneshot(pattern)
+        oneshot = Eager(pattern)
         scores = oneshot.scores(query, key, scale)
         weights = scores.softmax(dim=-1).to(lower_precision(scores, value))
         output = oneshot.apply(weights, value.to(weights.dtype)).to(value.dtype)
@@ -365,7 +366,7 @@ def cluster_lse(
         return cast(Tensor, flex.cluster_attention(query, key, key, pattern, scale, with_lse=True)[1])
     query, key = query.to(working_precision(query)), key.to(working_precision(key))
     with without_autocast(query):
-        oneshot = _Oneshot(pattern)
+        oneshot = Eager(pattern)
         return oneshot.lse(oneshot.scores(query, key, scale))
 
 
@@ -456,7 +457,7 @@ def cluster_weights_rounds(
     query, key = (rows.repeat_interleave(num_rounds, dim=0) for rows in (query, key))
     weights, lse = _weights(query, key, pattern, scale, normalize_keys, None, form, with_lse=True)
     share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
-    weights = weights * _Oneshot(pattern).chunks(share[..., None])
+    weights = weights * Eager(pattern).chunks(share[..., None])
     return weights if dtype is None else weights.to(dtype)
 
 
@@ -485,46 +486,3 @@ def _tiled(form: Form, rows: Tensor) -> bool:
 
 def _unpack(pattern: ClusterPattern) -> tuple[Tensor, Tensor | None, int, int, bool]:
     return pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
-
-
-class _Oneshot:
-    """Cluster attention on whole tensors under one pattern."""
-
-    def __init__(self, pattern: ClusterPattern) -> None:
-        self.order, self.neighbors = pattern.order, pattern.neighbors
-        self.layout = layout = ClusterLayout.of(pattern)
-        slot = torch.arange(layout.num_slots, device=self.order.device)
-        self.token = self.order[:, layout.rank(slot)]
-        keys = self._with_adjacent(slot.view(1, layout.num_chunks, layout.chunk_size, 1))[..., 0]
-        self.visible = layout.visible(keys)
-
-    def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        scores = scale * self.chunks(query) @ self._with_adjacent(self.chunks(key)).transpose(-1, -2)
-        return scores.masked_fill(~self.visible[..., None, :], float("-inf"))
-
-    def apply(self, weights: Tensor, value: Tensor) -> Tensor:
-        return self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))
-
-    def lse(self, scores: Tensor) -> Tensor:
-        return self.to_tokens(scores.logsumexp(dim=-1)[..., None])[..., 0]
-
-    def to_tokens(self, chunks: Tensor) -> Tensor:
-        # By the slot of each token: strides of a slice to the tokens would tell export whether the last chunk is full.
-        slot = torch.arange(self.layout.num_tokens, device=self.order.device).expand_as(self.order)
-        inverse = torch.empty_like(self.order).scatter(1, self.order, slot)
-        return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, chunks.shape[-1]))
-
-    def chunks(self, rows: Tensor) -> Tensor:
-        index = self.token[..., None].expand(-1, -1, rows.shape[-1])
-        of_slots = rows.gather(1, index)
-        return of_slots.view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, rows.shape[-1])
-
-    def _with_adjacent(self, chunks: Tensor) -> Tensor:
-        if self.neighbors is None:
-            a = self.layout.num_adjacent
-            return torch.cat([chunks.roll(-offset, dims=1) for offset in range(-a, a + 1)], dim=2)
-        # An index and not `gather`, whose gradient depends on the run where a row is read twice, on GPUs.
-        batch, num_chunks, _ = self.neighbors.shape
-        sample = torch.arange(batch, device=chunks.device)[:, None]
-        seen = chunks.expand(batch, -1, -1, -1)[sample, self.neighbors.flatten(1)]
-        return seen.view(batch, num_chunks, self.layout.num_offsets * self.layout.chunk_size, chunks.shape[-1])

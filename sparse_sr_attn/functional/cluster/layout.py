@@ -35,13 +35,25 @@ class ClusterLayout:
     @classmethod
     def of(cls, pattern: ClusterPattern) -> "ClusterLayout":
         """Return the layout of a pattern; sizes may be symbolic."""
-        num_tokens = pattern.order.shape[1]
-        chunk_size = pattern.chunk_size
-        if pattern.exact_keys:
+        return cls.of_order(
+            pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+        )
+
+    @classmethod
+    def of_order(
+        cls,
+        order: Int[Tensor, "b n"],
+        neighbors: Int[Tensor, "b k m"] | None,
+        chunk_size: int,
+        num_adjacent: int,
+        exact_keys: bool,
+    ) -> "ClusterLayout":
+        """Return the layout of a pattern in parts, as operators take it."""
+        num_tokens = order.shape[1]
+        if exact_keys:
             chunk_size = smaller(chunk_size, num_tokens)
         num_chunks = (num_tokens + chunk_size - 1) // chunk_size
-        nearest = pattern.neighbors is not None
-        return cls(num_tokens, chunk_size, num_chunks, pattern.num_adjacent, pattern.exact_keys, nearest)
+        return cls(num_tokens, chunk_size, num_chunks, num_adjacent, exact_keys, neighbors is not None)
 
     @property
     def num_slots(self) -> int:

@@ -16,7 +16,6 @@ from torch import Tensor
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys, unit_keys_backward
-from sparse_sr_attn.states import ClusterPattern
 
 _SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
 _WEIGHTS_PER_TILE = 2**21  # where weights are only read, once: what counts is that few rows of values are read twice
@@ -260,12 +259,6 @@ def _space(out: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(like.shape) if out is None else out
 
 
-def _layout(
-    order: Tensor, neighbors: Tensor | None, chunk_size: int, num_adjacent: int, exact_keys: bool
-) -> ClusterLayout:
-    return ClusterLayout.of(ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys, neighbors))
-
-
 def _weights_shape(order: Tensor, layout: ClusterLayout) -> tuple[int, ...]:
     return (order.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
 
@@ -289,7 +282,7 @@ def weights_op(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return `cluster.cluster_weights` and, `with_lse`, `cluster.cluster_lse`, tile by tile."""
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     weights, lse = query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
     with without_autocast(query):
         for sample, tokens in _samples(order, neighbors, layout):
@@ -320,7 +313,7 @@ def _(
     dtype: torch.dtype,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     return query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
 
 
@@ -340,7 +333,7 @@ def _weights_backward_op(
     unit: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
     with without_autocast(query):
         for sample, tokens in _samples(order, neighbors, layout):
@@ -372,7 +365,7 @@ def lse_op(
     unit: bool,
 ) -> Tensor:
     """Return `cluster.cluster_lse`, tile by tile."""
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     lse = query.new_empty(order.shape, dtype=working_precision(query))
     with without_autocast(query):
         for sample, tokens in _samples(order, neighbors, layout):
@@ -402,7 +395,7 @@ def _lse_backward_op(
     scale: float,
     unit: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key = query.new_empty(query.shape), key.new_empty(key.shape)
     with without_autocast(query):
         for sample, tokens in _samples(order, neighbors, layout):
@@ -430,7 +423,7 @@ def apply_op(
     exact_keys: bool,
 ) -> Tensor:
     """Return `cluster.apply_cluster_weights`, tile by tile."""
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     out = None
     with without_autocast(value):
         for sample, tokens in _samples(order, neighbors, layout):
@@ -460,7 +453,7 @@ def _apply_backward_op(
     num_adjacent: int,
     exact_keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_weights, grad_value = weights.new_empty(weights.shape), value.new_empty(value.shape)
     with without_autocast(value):
         for sample, tokens in _samples(order, neighbors, layout):
@@ -494,7 +487,7 @@ def attention_op(
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return `cluster.cluster_attention` and, `with_lse`, `cluster.cluster_lse`; a tile of weights exists at a time."""
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     out, lse = None, _new_lse(query, order, with_lse)
     with without_autocast(query):
         for sample, tokens in _samples(order, neighbors, layout):
@@ -534,7 +527,7 @@ def _attention_backward_op(
     unit: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _layout(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key, grad_value = query.new_empty(query.shape), key.new_empty(key.shape), None
     with without_autocast(query):
         for sample, tokens in _samples(order, neighbors, layout):

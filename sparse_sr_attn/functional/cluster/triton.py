@@ -15,7 +15,6 @@ from sparse_sr_attn.errors import FormError
 from sparse_sr_attn.functional.backend import interpreting
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.precision import working_precision
-from sparse_sr_attn.states import ClusterPattern
 
 MAX_QUERY_DIM = 256
 """Channels of queries and keys that the kernels take; of values, any number."""
@@ -69,8 +68,7 @@ class _Launch:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, kernel: str, query: Tensor, value: Tensor, pattern: ClusterPattern, scale: float) -> "_Launch":
-        layout = ClusterLayout.of(pattern)
+    def of(cls, kernel: str, query: Tensor, value: Tensor, layout: ClusterLayout, scale: float) -> "_Launch":
         n, i, k, a = layout.num_tokens, layout.chunk_size, layout.num_chunks, layout.num_adjacent
         # Of the offsets that lead to the same chunk one counts (`ClusterLayout.counted`).
         behind, ahead = (min(a, (k - 1) // 2), min(a, k // 2)) if layout.exact_keys else (a, a)
@@ -107,23 +105,23 @@ class _Launch:
         return range(0, self.options["VALUE_DIM"], self.options["BLOCK_E"])
 
 
-def _sees(pattern: ClusterPattern) -> tuple[Tensor, Tensor]:
+def _sees(order: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return which chunks each chunk sees, one list after the other, and where each begins; the order if on a ring."""
-    if pattern.neighbors is None:
-        return pattern.order, pattern.order
-    batch, num_chunks, num_seen = pattern.neighbors.shape
+    if neighbors is None:
+        return order, order
+    batch, num_chunks, num_seen = neighbors.shape
     num_seen = min(num_seen, num_chunks)
-    chunk = torch.arange(num_chunks + 1, device=pattern.order.device)
+    chunk = torch.arange(num_chunks + 1, device=order.device)
     starts = (chunk + num_chunks * torch.arange(batch, device=chunk.device)[:, None]) * num_seen
-    return pattern.neighbors[..., :num_seen].int(), starts
+    return neighbors[..., :num_seen].int(), starts
 
 
-def _seen_by(pattern: ClusterPattern) -> tuple[Tensor, Tensor]:
+def _seen_by(order: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return which chunks see each chunk, as `_sees` does."""
-    if pattern.neighbors is None:
-        return pattern.order, pattern.order
-    _, num_chunks, num_seen = pattern.neighbors.shape
-    seen, place = pattern.neighbors[..., : min(num_seen, num_chunks)].flatten(1).sort(dim=1, stable=True)
+    if neighbors is None:
+        return order, order
+    _, num_chunks, num_seen = neighbors.shape
+    seen, place = neighbors[..., : min(num_seen, num_chunks)].flatten(1).sort(dim=1, stable=True)
     chunk = torch.arange(num_chunks + 1, device=seen.device).expand(len(seen), -1).contiguous()
     sample = torch.arange(len(seen), device=seen.device)[:, None]
     by = (place // min(num_seen, num_chunks)).int()
@@ -166,27 +164,6 @@ def _precision(query: Tensor, value: Tensor) -> dict[str, Any]:
     }
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from sparse_sr_attn.functional.cluster import triton_kernels as kernels  # noqa: PLC0415
-
-    if query.shape[-1] > MAX_QUERY_DIM:
-        raise FormError(
-            f"form 'triton' takes queries of at most {MAX_QUERY_DIM} channels, got {query.shape[-1]}; "
-            "'oneshot' works for any"
-        )
-    launch = _Launch.of("forward", query, value, pattern, scale)
-    output = value.new_empty(value.shape)
-    statistics = _row_statistics(query)
-    rows = (query, key, value, pattern.order, *_sees(pattern))
-    arguments = (*rows, output, *statistics, *launch.sizes, *launch.sees, launch.fill)
-    with torch.cuda.device_of(query):
-        for start in launch.column_blocks():
-            kernels.forward[launch.grid](*arguments, START=start, **launch.options)
-    return output, *statistics
-
-
 def _row_statistics(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return space for the logsumexp of the scores of each query, their maximum, and 1 over their sum of exponentials.
 
@@ -209,8 +186,24 @@ def attention_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `cluster.cluster_attention`, `cluster.cluster_lse`, and what the backward needs (`_row_statistics`)."""
-    pattern = ClusterPattern(order.contiguous(), order, chunk_size, num_adjacent, exact_keys, neighbors)
-    return _attention(query.contiguous(), key.contiguous(), value.contiguous(), pattern, scale)
+    from sparse_sr_attn.functional.cluster import triton_kernels as kernels  # noqa: PLC0415
+
+    if query.shape[-1] > MAX_QUERY_DIM:
+        raise FormError(
+            f"form 'triton' takes queries of at most {MAX_QUERY_DIM} channels, got {query.shape[-1]}; "
+            "'oneshot' works for any"
+        )
+    query, key, value, order = (tensor.contiguous() for tensor in (query, key, value, order))
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    launch = _Launch.of("forward", query, value, layout, scale)
+    output = value.new_empty(value.shape)
+    statistics = _row_statistics(query)
+    rows = (query, key, value, order, *_sees(order, neighbors))
+    arguments = (*rows, output, *statistics, *launch.sizes, *launch.sees, launch.fill)
+    with torch.cuda.device_of(query):
+        for start in launch.column_blocks():
+            kernels.forward[launch.grid](*arguments, START=start, **launch.options)
+    return output, *statistics
 
 
 @attention_op.register_fake
@@ -239,12 +232,12 @@ def _attention_backward_op(
     grad_output, grad_lse, query, key, value, order = (
         tensor.contiguous() for tensor in (grad_output, grad_lse, query, key, value, order)
     )
-    pattern = ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys, neighbors)
-    queries, keys = (_Launch.of(name, query, value, pattern, scale) for name in ("backward_query", "backward_key"))
+    layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
+    queries, keys = (_Launch.of(name, query, value, layout, scale) for name in ("backward_query", "backward_key"))
     grad_query, grad_key, grad_value = (torch.empty_like(rows) for rows in (query, key, value))
     delta = torch.empty_like(largest)
-    to_query = (grad_output, grad_lse, query, key, value, order, *_sees(pattern), largest, inverse)
-    to_key = (grad_output, query, key, value, order, *_seen_by(pattern), largest, inverse, delta)
+    to_query = (grad_output, grad_lse, query, key, value, order, *_sees(order, neighbors), largest, inverse)
+    to_key = (grad_output, query, key, value, order, *_seen_by(order, neighbors), largest, inverse, delta)
     sees = (*queries.sizes, *queries.sees, queries.fill)
     seen_by = (*keys.sizes, *keys.seen_by, keys.fill, keys.num_repeats)
     with torch.cuda.device_of(query):

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.backend import uses_operator
 from sparse_sr_attn.functional.precision import without_autocast
-from sparse_sr_attn.functional.window import tiles as operators
+from sparse_sr_attn.functional.window import eager, tiles
 from sparse_sr_attn.functional.window.grid import WindowGrid
 
 Form = Literal["auto", "oneshot", "operator"]
@@ -76,9 +76,9 @@ def window_weights(
     _check_key(query, key)
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
     if uses_operator(form, "operator"):
-        return operators.weights_op(query, key, window_size, shift, scale)  # type: ignore[no-any-return]
+        return tiles.weights_op(query, key, window_size, shift, scale)  # type: ignore[no-any-return]
     with without_autocast(query):
-        return operators.weights(query, key, grid, shift, scale)
+        return eager.weights(query, key, grid, shift, scale)
 
 
 def apply_window_weights(
@@ -117,9 +117,9 @@ def apply_window_weights(
         raise ShapeError(f"weights of this map must be of shape {expected}, got {tuple(weights.shape)}")
     unshift = shift if unshift is None else unshift
     if uses_operator(form, "operator"):
-        return operators.apply_op(weights, value, window_size, shift, unshift)  # type: ignore[no-any-return]
+        return tiles.apply_op(weights, value, window_size, shift, unshift)  # type: ignore[no-any-return]
     with without_autocast(value):
-        return operators.apply(weights, value, grid, shift, unshift)
+        return eager.apply(weights, value, grid, shift, unshift)
 
 
 def window_attention(
@@ -161,9 +161,9 @@ def window_attention(
     unshift = shift if unshift is None else unshift
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
     if uses_operator(form, "operator"):
-        return operators.attention_op(query, key, value, window_size, shift, unshift, scale)  # type: ignore[no-any-return]
+        return tiles.attention_op(query, key, value, window_size, shift, unshift, scale)  # type: ignore[no-any-return]
     with without_autocast(value):
-        return operators.apply(operators.weights(query, key, grid, shift, scale), value, grid, shift, unshift)
+        return eager.apply(eager.weights(query, key, grid, shift, scale), value, grid, shift, unshift)
 
 
 def _check_key(query: Tensor, key: Tensor | None) -> None:

@@ -21,26 +21,6 @@ _SCORES_PER_TILE = 2**18  # on the CPU, 1 MiB in float32: they stay in cache, an
 _SCORES_PER_LAUNCH = 2**27  # elsewhere, 512 MiB: a GPU waits for each launch, and fills itself with large ones only
 
 
-def weights(query: Tensor, key: Tensor | None, grid: WindowGrid, shift: int, scale: float) -> Tensor:
-    """Return the softmax weights `(b, k, i, i)` of maps, in float32 at least, as plain differentiable code."""
-    precision = working_precision(query)
-    queries = grid.cut(query.to(precision), shift)
-    keys = queries if key is None else grid.cut(key.to(precision), shift)
-    scores = scale * queries @ keys.transpose(-1, -2)
-    if not grid.is_whole:
-        # The lowest number, not -inf: the spare window of an exported program, all pads, must not become NaN.
-        scores = scores.masked_fill(~grid.is_real(shift, query.device)[:, None], torch.finfo(precision).min)
-    return scores.softmax(dim=-1)
-
-
-def apply(weights: Tensor, value: Tensor, grid: WindowGrid, shift: int, unshift: int) -> Tensor:
-    """Return the map of values that weights gather, as plain differentiable code."""
-    return grid.join(weights.to(value.dtype) @ grid.cut(value, shift), unshift)
-
-
-# --- windows and tiles of them
-
-
 class _Windows:
     """How maps of some size are cut into windows `(b * k, i, c)` and joined again.
 
@@ -172,9 +152,6 @@ def _sent_back(
     )
 
 
-# --- weights
-
-
 @torch.library.custom_op("sparse_sr_attn::window_weights", mutates_args=())
 def weights_op(query: Tensor, key: Tensor | None, window_size: int, shift: int, scale: float) -> Tensor:
     """See `weights`."""
@@ -237,8 +214,6 @@ def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 weights_op.register_autograd(_backward_weights, setup_context=_keep_weights)
 
-# --- apply
-
 
 @torch.library.custom_op("sparse_sr_attn::apply_window_weights", mutates_args=())
 def apply_op(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int) -> Tensor:
@@ -285,8 +260,6 @@ def _backward_apply(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 apply_op.register_autograd(_backward_apply, setup_context=_keep_values)
-
-# --- attention
 
 
 @torch.library.custom_op("sparse_sr_attn::window_attention", mutates_args=())

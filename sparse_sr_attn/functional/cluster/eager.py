@@ -1,0 +1,50 @@
+"""Cluster attention on whole tensors: no loop and no branch, for export and where nothing is faster."""
+
+import torch
+from torch import Tensor
+
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
+from sparse_sr_attn.states import ClusterPattern
+
+
+class Eager:
+    """Cluster attention on whole tensors under one pattern."""
+
+    def __init__(self, pattern: ClusterPattern) -> None:
+        self.order, self.neighbors = pattern.order, pattern.neighbors
+        self.layout = layout = ClusterLayout.of(pattern)
+        slot = torch.arange(layout.num_slots, device=self.order.device)
+        self.token = self.order[:, layout.rank(slot)]
+        keys = self._with_adjacent(slot.view(1, layout.num_chunks, layout.chunk_size, 1))[..., 0]
+        self.visible = layout.visible(keys)
+
+    def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        scores = scale * self.chunks(query) @ self._with_adjacent(self.chunks(key)).transpose(-1, -2)
+        return scores.masked_fill(~self.visible[..., None, :], float("-inf"))
+
+    def apply(self, weights: Tensor, value: Tensor) -> Tensor:
+        return self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))
+
+    def lse(self, scores: Tensor) -> Tensor:
+        return self.to_tokens(scores.logsumexp(dim=-1)[..., None])[..., 0]
+
+    def to_tokens(self, chunks: Tensor) -> Tensor:
+        # By the slot of each token: strides of a slice to the tokens would tell export whether the last chunk is full.
+        slot = torch.arange(self.layout.num_tokens, device=self.order.device).expand_as(self.order)
+        inverse = torch.empty_like(self.order).scatter(1, self.order, slot)
+        return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, chunks.shape[-1]))
+
+    def chunks(self, rows: Tensor) -> Tensor:
+        index = self.token[..., None].expand(-1, -1, rows.shape[-1])
+        of_slots = rows.gather(1, index)
+        return of_slots.view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, rows.shape[-1])
+
+    def _with_adjacent(self, chunks: Tensor) -> Tensor:
+        if self.neighbors is None:
+            a = self.layout.num_adjacent
+            return torch.cat([chunks.roll(-offset, dims=1) for offset in range(-a, a + 1)], dim=2)
+        # An index and not `gather`, whose gradient depends on the run where a row is read twice, on GPUs.
+        batch, num_chunks, _ = self.neighbors.shape
+        sample = torch.arange(batch, device=chunks.device)[:, None]
+        seen = chunks.expand(batch, -1, -1, -1)[sample, self.neighbors.flatten(1)]
+        return seen.view(batch, num_chunks, self.layout.num_offsets * self.layout.chunk_size, chunks.shape[-1])
