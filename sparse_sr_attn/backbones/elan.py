@@ -13,9 +13,8 @@ from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, WindowSize, checked
+from sparse_sr_attn.functional._torch import larger, modulo
 from sparse_sr_attn.functional.channels_last import channels_last
-from sparse_sr_attn.functional.exporting import larger
-from sparse_sr_attn.functional.modulo import modulo
 
 
 class ELAN(Network):

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from sparse_sr_attn.errors import FormError
-from sparse_sr_attn.functional.exporting import is_transformed, needs_plain_code
+from sparse_sr_attn.functional._torch import is_transformed, needs_plain_code
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 Form = Literal["auto", "oneshot", "tiles", "flex", "triton"]

@@ -5,8 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional.processes import gathered, several_processes
-from sparse_sr_attn.functional.recomputation import backward_is_running
+from sparse_sr_attn.functional._torch import backward_is_running, gathered, several_processes
 
 
 def batch_norm(

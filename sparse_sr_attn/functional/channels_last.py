@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional.exporting import is_exporting, is_exporting_to_old_onnx, is_transformed
+from sparse_sr_attn.functional._torch import is_exporting, is_exporting_to_old_onnx, is_transformed
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 

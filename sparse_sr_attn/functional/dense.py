@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparse_sr_attn.functional.exporting import is_transformed
-from sparse_sr_attn.functional.precision import without_autocast, working_precision
+from sparse_sr_attn.functional._torch import is_transformed, without_autocast, working_precision
 
 
 def dense_attention(

@@ -12,13 +12,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional._torch import (
+    backward_is_running,
+    gathered,
+    needs_plain_code,
+    several_processes,
+    without_autocast,
+    working_precision,
+)
 from sparse_sr_attn.functional.backend import resolve_form
 from sparse_sr_attn.functional.cluster.triton import MAX_QUERY_DIM, nearest_op
-from sparse_sr_attn.functional.exporting import needs_plain_code
 from sparse_sr_attn.functional.flops import teach_flop_counters
-from sparse_sr_attn.functional.precision import without_autocast, working_precision
-from sparse_sr_attn.functional.processes import gathered, several_processes
-from sparse_sr_attn.functional.recomputation import backward_is_running
 
 _EPS = 1e-12
 _PRODUCTS_PER_BLOCK = 2**17  # half a MiB in float32

@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_sr_attn.functional.exporting import larger, smaller
+from sparse_sr_attn.functional._torch import backward_is_running, larger, smaller, without_autocast, working_precision
 from sparse_sr_attn.functional.flops import teach_flop_counters
-from sparse_sr_attn.functional.precision import without_autocast, working_precision
-from sparse_sr_attn.functional.recomputation import backward_is_running
 
 
 class HashState(NamedTuple):

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
-from sparse_sr_attn.functional.precision import without_autocast, working_precision
+from sparse_sr_attn.functional._torch import without_autocast, working_precision
 
 
 def random_directions(num_features: int, dim: int, seed: int = 0) -> Float[Tensor, "m d"]:

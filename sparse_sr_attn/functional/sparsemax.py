@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_sr_attn.functional._torch import without_autocast, working_precision
 from sparse_sr_attn.functional.backend import uses_operator
-from sparse_sr_attn.functional.precision import without_autocast, working_precision
 
 Form = Literal["auto", "oneshot", "tiles"]
 

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional._torch import working_precision
 
 _FLOOR = 5e-5
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparse_sr_attn.errors import ShapeError, SharingError
+from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
-from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.registry import Registry
 

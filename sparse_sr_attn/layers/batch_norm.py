@@ -5,9 +5,9 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.batch_norm import batch_norm
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
-from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.layers.base import (
     PointwiseConv2d,
     is_unmodified,

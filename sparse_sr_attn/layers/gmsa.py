@@ -13,9 +13,8 @@ from torch import Tensor
 
 from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.functional._torch import is_exporting, working_precision
 from sparse_sr_attn.functional.channels_last import channels_last
-from sparse_sr_attn.functional.exporting import is_exporting
-from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.functional.window import apply_window_weights, window_attention, window_weights
 from sparse_sr_attn.layers.base import (
     LAYERS,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
 from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
     cluster_attention_rounds,
@@ -22,7 +23,6 @@ from sparse_sr_attn.functional.cluster import (
 )
 from sparse_sr_attn.functional.cluster.order import chain_rank, order_clusters
 from sparse_sr_attn.functional.kmeans import KMeansState, hash_directions, initial_state
-from sparse_sr_attn.functional.precision import working_precision
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.cluster.order import chain_rank
 from sparse_sr_attn.functional.kmeans import KMeansState, apply_pending, assign, kmeans_step
-from sparse_sr_attn.functional.precision import working_precision
 
 
 class Learner(nn.Module):

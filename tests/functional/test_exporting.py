@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_sr_attn.functional.exporting import is_exporting, larger, smaller
+from sparse_sr_attn.functional._torch import is_exporting, larger, smaller
 
 pytestmark = pytest.mark.unhooked  # compiles and exports
 

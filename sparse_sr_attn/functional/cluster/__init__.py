@@ -22,12 +22,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.errors import FormError, ShapeError
+from sparse_sr_attn.functional._torch import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.backend import Form, resolve_form
 from sparse_sr_attn.functional.cluster import flex, tiles, triton
 from sparse_sr_attn.functional.cluster.eager import Eager
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.cluster.neighbors import nearest_rows
-from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.states import ClusterPattern
 

@@ -1,6 +1,7 @@
 """Cluster attention on whole tensors: no loop and no branch, for export and where nothing is faster."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
@@ -18,23 +19,28 @@ class Eager:
         keys = self._with_adjacent(slot.view(1, layout.num_chunks, layout.chunk_size, 1))[..., 0]
         self.visible = layout.visible(keys)
 
-    def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    def scores(self, query: Float[Tensor, "b n d"], key: Float[Tensor, "b n d"], scale: float) -> Tensor:
+        """Return the scores `(b, k, i, j)` of each slot, -inf where a key is not seen."""
         scores = scale * self.chunks(query) @ self._with_adjacent(self.chunks(key)).transpose(-1, -2)
         return scores.masked_fill(~self.visible[..., None, :], float("-inf"))
 
-    def apply(self, weights: Tensor, value: Tensor) -> Tensor:
+    def apply(self, weights: Float[Tensor, "b k i j"], value: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
+        """Return the values that weights gather, in image order."""
         return self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))
 
-    def lse(self, scores: Tensor) -> Tensor:
+    def lse(self, scores: Float[Tensor, "b k i j"]) -> Float[Tensor, "b n"]:
+        """Return the logsumexp of the scores of each token, in image order."""
         return self.to_tokens(scores.logsumexp(dim=-1)[..., None])[..., 0]
 
-    def to_tokens(self, chunks: Tensor) -> Tensor:
+    def to_tokens(self, chunks: Float[Tensor, "b k i c"]) -> Float[Tensor, "b n c"]:
+        """Return the row of each token, in image order."""
         # By the slot of each token: strides of a slice to the tokens would tell export whether the last chunk is full.
         slot = torch.arange(self.layout.num_tokens, device=self.order.device).expand_as(self.order)
         inverse = torch.empty_like(self.order).scatter(1, self.order, slot)
         return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, chunks.shape[-1]))
 
-    def chunks(self, rows: Tensor) -> Tensor:
+    def chunks(self, rows: Float[Tensor, "b n c"]) -> Float[Tensor, "b k i c"]:
+        """Return the row at each slot; slots past the last token repeat some token."""
         index = self.token[..., None].expand(-1, -1, rows.shape[-1])
         of_slots = rows.gather(1, index)
         return of_slots.view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, rows.shape[-1])

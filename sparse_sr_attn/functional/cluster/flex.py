@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.functional._torch import modulo, without_autocast, working_precision
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
-from sparse_sr_attn.functional.modulo import modulo
-from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.states import ClusterPattern
 
 _GPU_BLOCK = 128  # slots in a block of the mask on GPUs, whose kernels do not take any number; elsewhere, a chunk

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_sr_attn.functional.exporting import smaller
-from sparse_sr_attn.functional.modulo import modulo
+from sparse_sr_attn.functional._torch import modulo, smaller
 from sparse_sr_attn.states import ClusterPattern
 
 

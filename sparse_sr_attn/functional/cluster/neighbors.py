@@ -5,9 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional.exporting import needs_plain_code
+from sparse_sr_attn.functional._torch import needs_plain_code, without_autocast
 from sparse_sr_attn.functional.flops import teach_flop_counters
-from sparse_sr_attn.functional.precision import without_autocast
 
 _STEPS = 2**20
 """Similarities are compared in steps of 2**-20, which rounding rarely crosses: the same chunks on every device."""

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sparse_sr_attn.functional._torch import backward_is_running
 from sparse_sr_attn.functional.backend import resolve_form
 from sparse_sr_attn.functional.cluster.triton import chain_op
-from sparse_sr_attn.functional.recomputation import backward_is_running
 
 _STEPS = 2**24
 """Similarities are compared in steps of 2**-24, computed in float64: the same on every device."""

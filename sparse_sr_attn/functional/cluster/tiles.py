@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_sr_attn.functional._torch import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
-from sparse_sr_attn.functional.precision import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.unit_keys import unit_keys, unit_keys_backward
 
 _SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, and few tiles cost little to set up

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.backend import interpreting
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
-from sparse_sr_attn.functional.precision import working_precision
 
 MAX_QUERY_DIM = 256
 """Channels of queries and keys that the kernels take; of values, any number."""

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional._torch import without_autocast
 from sparse_sr_attn.functional.backend import uses_operator
-from sparse_sr_attn.functional.precision import without_autocast
 from sparse_sr_attn.functional.window import eager, tiles
 from sparse_sr_attn.functional.window.grid import WindowGrid
 

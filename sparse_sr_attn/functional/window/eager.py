@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.functional.precision import working_precision
+from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.window.grid import WindowGrid
 
 

@@ -7,8 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional.exporting import is_exporting
-from sparse_sr_attn.functional.modulo import modulo
+from sparse_sr_attn.functional._torch import is_exporting, modulo
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sparse_sr_attn.functional._torch import without_autocast, working_precision
 from sparse_sr_attn.functional.channels_last import new_map
-from sparse_sr_attn.functional.precision import without_autocast, working_precision
 from sparse_sr_attn.functional.window.grid import WindowGrid
 
 _SCORES_PER_TILE = 2**18  # on the CPU, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
