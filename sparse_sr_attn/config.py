@@ -165,6 +165,30 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def takes_options_of(build: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a constructor pass on the options of another class, which declares them.
+
+    Its `**options` become those keyword options of `build` that it does not name itself: in its signature, for
+    `checked` and for `fields`.
+    """
+
+    def decorate(init: Callable[P, R]) -> Callable[P, R]:
+        own = inspect.signature(init)
+        taken = [
+            option
+            for name, option in fields(build).items()
+            if option.kind is option.KEYWORD_ONLY and name not in own.parameters
+        ]
+        named = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        by_place = [parameter for parameter in named if parameter.kind is not parameter.KEYWORD_ONLY]
+        by_name = [parameter for parameter in named if parameter.kind is parameter.KEYWORD_ONLY]
+        init.__signature__ = own.replace(parameters=[*by_place, *taken, *by_name])  # type: ignore[attr-defined]
+        init.__annotations__ = {**init.__annotations__, **{option.name: option.annotation for option in taken}}
+        return init
+
+    return decorate
+
+
 def _how_to_call(init: Callable[..., object], signature: inspect.Signature, num_given: int) -> str:
     """Return which arguments a constructor or function takes by position and by name, and how many it was given."""
     name = init.__qualname__.removesuffix(".__init__").rpartition(".")[2]

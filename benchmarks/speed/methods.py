@@ -108,13 +108,11 @@ _PUBLISHED: dict[str, Any] = {"similarity": "dot", "cluster_order": "index"}
 
 def _lcoa(settings: Settings, **options: Any) -> LCoA:
     chunks = {name: getattr(settings, name) for name in ("chunk_size", "num_clusters", "reduction")}
-    layer: LCoA = _seeded(lambda: LCoA(settings.embed_dim, **chunks, **_PUBLISHED, **options))
-    return layer
+    return _seeded(lambda: LCoA(settings.embed_dim, **chunks, **_PUBLISHED, **options))
 
 
 def _coa(settings: Settings) -> CoA:
-    layer: CoA = _seeded(lambda: CoA(settings.embed_dim))
-    return layer
+    return _seeded(lambda: CoA(settings.embed_dim))
 
 
 def _registered(name: str) -> Callable[[Settings], Subject]:
@@ -238,8 +236,7 @@ class _Alone(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, state: None = None) -> Tensor:
-        output: Tensor = self.layer(x)
-        return output
+        return self.layer(x)
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -105,8 +105,7 @@ def _source(module: nn.Module, provider: nn.Module | None) -> nn.Module:
 def _entering(network: LCoAN, x: Tensor) -> Tensor:
     """Return the map that the attention of the first group is given."""
     first = network.conv_first((x - network.mean) * network.img_range)
-    entering: Tensor = cast(Any, network.body)[0].blocks(first)
-    return entering
+    return cast(Any, network.body)[0].blocks(first)
 
 
 def misplaced(twin: Any, given: Given, x: Tensor) -> float:
@@ -219,8 +218,7 @@ class _Dense(nn.Module):
 
 def _collaborative(twin: Any, given: Given, x: Tensor) -> Tensor:
     state = None if given.provider is None else _Dense(given.provider, given).attend(x.detach())
-    output: Tensor = _Dense(twin, given)(x, state)
-    return output
+    return _Dense(twin, given)(x, state)
 
 
 def _stack(twin: Stack, given: Given, x: Tensor) -> Tensor:
@@ -231,8 +229,7 @@ def _stack(twin: Stack, given: Given, x: Tensor) -> Tensor:
 def _lcoan(twin: LCoAN, given: Given, x: Tensor) -> Tensor:
     for group in cast(Any, twin.body):
         group.attention = _Dense(group.attention, given)
-    output: Tensor = twin(x)
-    return output
+    return twin(x)
 
 
 def _nlsa(twin: Any, given: Given, x: Tensor) -> Tensor:
@@ -328,13 +325,11 @@ def _plain_shift_conv(twin: standins.PlainShiftConv2d, given: Given, x: Tensor) 
 
 
 def _elan(twin: ELAN, given: Given, x: Tensor) -> Tensor:
-    plain: Tensor = standins.PlainELAN(twin).to(x.dtype).eval()(x)
-    return plain
+    return standins.PlainELAN(twin).to(x.dtype).eval()(x)
 
 
 def _plain_elan(twin: standins.PlainELAN, given: Given, x: Tensor) -> Tensor:
-    output: Tensor = twin(x)  # ours, next to it in the table, is held against it
-    return output
+    return twin(x)  # ours, next to it in the table, is held against it
 
 
 TWINS: dict[type, Callable[[Any, Given, Tensor], Tensor]] = {
@@ -459,8 +454,7 @@ def _error(actual: Tensor, expected: Tensor, residual: Tensor) -> float:
     if residual.shape == expected.shape:
         scale = min(scale, (expected - residual.detach()).norm().item())
     distance = (actual - expected).norm().item()
-    error: float = distance if math.isnan(distance) else max(0.0, distance - rounding) / max(scale, 1e-30)
-    return error
+    return distance if math.isnan(distance) else max(0.0, distance - rounding) / max(scale, 1e-30)
 
 
 @contextmanager

@@ -454,8 +454,7 @@ def _expected(found: Run, name: str, passed: Pass, side: int) -> float:
         return 0.0
     times = {row.side**2: row.busy.median / 1000 for row in rows}
     first, last = times
-    expected: float = times[last] * (side**2 / last) ** exponent(times, first, last)
-    return expected
+    return times[last] * (side**2 / last) ** exponent(times, first, last)
 
 
 def _leave_out(found: Run, name: str, passed: Pass, side: int, left: dict[str, Subject]) -> None:

@@ -37,8 +37,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _select(rows: Tensor, index: Tensor) -> Tensor:
     """Return the rows (b, n, c) at `index` (b, m)."""
-    selected: Tensor = rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
-    return selected
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
 def _chunks(rows: Tensor, chunk_size: int) -> Tensor:
@@ -46,7 +45,7 @@ def _chunks(rows: Tensor, chunk_size: int) -> Tensor:
     padding = -rows.shape[-2] % chunk_size
     if padding:
         rows = torch.cat([rows, rows[..., -padding:, :]], dim=-2)
-    return rows.unflatten(-2, (-1, chunk_size))  # type: ignore[no-any-return]
+    return rows.unflatten(-2, (-1, chunk_size))
 
 
 def _with_neighbours(chunks: Tensor) -> Tensor:
@@ -166,8 +165,7 @@ class PlainLCoA(nn.Module):
 
     def forward(self, x: Tensor, state: PlainState | None = None) -> Tensor:
         """Return `x` plus what it attends to."""
-        output: Tensor = self.coa(x, self.attend(x) if state is None else state)
-        return output
+        return self.coa(x, self.attend(x) if state is None else state)
 
 
 # --- NLSA -------------------------------------------------------------------------------------------------------------
@@ -246,8 +244,7 @@ class PlainShiftConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        output: Tensor = self.conv(F.conv2d(x, self.kernels, padding=1, groups=x.shape[1]))
-        return output
+        return self.conv(F.conv2d(x, self.kernels, padding=1, groups=x.shape[1]))
 
 
 class PlainLFE(nn.Module):
@@ -263,8 +260,7 @@ class PlainLFE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map."""
-        output: Tensor = self.conv2(F.relu(self.conv1(x)))
-        return output
+        return self.conv2(F.relu(self.conv1(x)))
 
 
 def _project(layers: Sequence[ConvNorm], channels: Tensor) -> nn.Sequential:

@@ -115,8 +115,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if self._channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if not (self.opt["dist"] and self.device.type == "cpu"):
-            wrapped: nn.Module = super().model_to_device(net)
-            return wrapped
+            return super().model_to_device(net)
         return DistributedDataParallel(net, find_unused_parameters=self.opt.get("find_unused_parameters", False))
 
     def load_network(
@@ -156,8 +155,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer of `torch.optim` of that name."""
         self._optimizer_names.append(optim_type)
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, optim_type)(params, lr=lr, **kwargs)
-        return optimizer
+        return getattr(torch.optim, optim_type)(params, lr=lr, **kwargs)
 
     def init_training_settings(self) -> None:
         """Set up training as BasicSR does, then make the two networks start alike where the checkpoint is silent."""
@@ -252,8 +250,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def reduce_loss_dict(self, loss_dict: Mapping[str, Tensor]) -> "OrderedDict[str, float]":
         """Return the losses as numbers, averaged over processes; within a step they are only noted."""
         if self._pass is None:
-            reduced: OrderedDict[str, float] = super().reduce_loss_dict(loss_dict)
-            return reduced
+            return super().reduce_loss_dict(loss_dict)
         self._pass.note({**loss_dict, **self._pass.own})
         self._pass.own.clear()
         return OrderedDict()
@@ -486,8 +483,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 losses, extra = own
                 done.own.update(losses)
                 gradient, own = gradient + extra, None
-            scaled_gradient: Tensor = self._scaler.scale(gradient if done.share == 1 else done.share * gradient)
-            return scaled_gradient
+            return self._scaler.scale(gradient if done.share == 1 else done.share * gradient)
 
         if own is not None or done.share != 1 or self._scaler.is_enabled():
             output.register_hook(scaled)

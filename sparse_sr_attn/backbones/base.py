@@ -215,8 +215,7 @@ class ResidualNetwork(Network):
         """Return what the network makes of an image whose mean is 0, in its own range."""
         first = self.conv_first(x)
         deep = self.conv_after_body(self.features(first)) + first
-        output: Tensor = self.conv_last(self.upsample(deep))
-        return output
+        return self.conv_last(self.upsample(deep))
 
 
 class TrunkNetwork(ResidualNetwork):

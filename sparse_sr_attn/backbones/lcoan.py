@@ -1,6 +1,7 @@
 """LCoAN: one sparse pattern, learnt in the first group and reused by all."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -9,9 +10,9 @@ from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
 from sparse_sr_attn.blocks import ResidualBlock
 from sparse_sr_attn.blocks.body import recomputed
 from sparse_sr_attn.blocks.upsample import Upscale
-from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
-from sparse_sr_attn.layers.base import AttentionLayer, Similarity, warn_of_range
-from sparse_sr_attn.layers.lcoa import ClusterOrder, LCoA, Neighbors, Reuse, Routing
+from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked, takes_options_of
+from sparse_sr_attn.layers.base import AttentionLayer, warn_of_range
+from sparse_sr_attn.layers.lcoa import LSP, LCoA
 from sparse_sr_attn.states import ClusterAttention
 
 
@@ -65,23 +66,11 @@ class LCoAN(ResidualNetwork):
         img_range: factor on the image, inside.
         rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
         share: groups that share one state: the first of them computes it. `None` for all, as published; 1 for none.
-        num_clusters: as in `LSP`.
         chunk_size: as in `LSP`.
         reduction: as in `LSP`.
-        num_adjacent: as in `LSP`.
-        neighbors: as in `LSP`.
-        ema_decay: as in `LSP`.
-        reseed_threshold: as in `LSP`.
-        exact_keys: as in `LSP`.
-        similarity: as in `LSP`.
-        logit_scale: as in `LSP`.
-        cluster_order: as in `LSP`.
-        routing: as in `LSP`.
-        num_rounds: as in `LSP`.
-        reuse: as in `LSP`.
-        half_weights: as in `LSP`.
         zero_init: start with attention that is the identity; `False` as published.
         activation_checkpointing: in training, compute the groups again in the backward instead of keeping them.
+        options: the others of `LSP`: `num_clusters`, `similarity`, `neighbors`, ...
 
     Raises:
         ConfigError: options break their rules; all that do are named.
@@ -93,6 +82,7 @@ class LCoAN(ResidualNetwork):
 
     @remembered
     @checked
+    @takes_options_of(LSP)
     def __init__(
         self,
         num_in_ch: PositiveInt = 3,
@@ -105,23 +95,11 @@ class LCoAN(ResidualNetwork):
         img_range: Positive = 1.0,
         rgb_mean: Sequence[Finite] | None = None,
         share: PositiveInt | None = None,
-        num_clusters: PositiveInt = 128,
         chunk_size: PositiveInt = 384,
         reduction: PositiveInt = 1,
-        num_adjacent: NonNegativeInt = 1,
-        neighbors: Neighbors = "ring",
-        ema_decay: UnitInterval = 0.999,
-        reseed_threshold: NonNegative = 0.01,
-        exact_keys: bool = True,
-        similarity: Similarity = "cosine",
-        logit_scale: Positive = 10.0,
-        cluster_order: ClusterOrder = "chain",
-        routing: Routing = "kmeans",
-        num_rounds: PositiveInt = 1,
-        reuse: Reuse = "auto",
-        half_weights: bool = False,
         zero_init: bool = True,
         activation_checkpointing: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__(num_in_ch, num_out_ch, num_feat, upscale, img_range, rgb_mean)
         self.activation_checkpointing = activation_checkpointing
@@ -132,23 +110,11 @@ class LCoAN(ResidualNetwork):
             if index % self.share == 0:
                 attention = provider = LCoA(
                     num_feat,
-                    num_clusters=num_clusters,
                     chunk_size=chunk_size,
                     reduction=reduction,
-                    num_adjacent=num_adjacent,
-                    neighbors=neighbors,
-                    ema_decay=ema_decay,
-                    reseed_threshold=reseed_threshold,
-                    exact_keys=exact_keys,
-                    similarity=similarity,
-                    logit_scale=logit_scale,
-                    cluster_order=cluster_order,
-                    routing=routing,
-                    num_rounds=num_rounds,
-                    reuse=reuse,
-                    half_weights=half_weights,
                     res_scale=res_scale,
                     zero_init=zero_init,
+                    **options,
                 )
             else:
                 attention = provider.make_consumer()

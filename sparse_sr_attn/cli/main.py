@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command in _OWN:
-        status: int = importlib.import_module(f"sparse_sr_attn.cli.{arguments.command}").run(arguments)
-        return status
+        return importlib.import_module(f"sparse_sr_attn.cli.{arguments.command}").run(arguments)
     _prefer_fork(Path.cwd())
     if importlib.util.find_spec("basicsr") is None:
         raise SparseSRError(_INSTALL.format(command=arguments.command))

@@ -50,7 +50,7 @@ def pointwise_conv2d(
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.conv2d(x, weight, bias)
     teach_flop_counters()
-    return _pointwise_conv2d(x, weight, bias)  # type: ignore[no-any-return]
+    return _pointwise_conv2d(x, weight, bias)
 
 
 def _lines(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "bh c 1 w"]:
@@ -91,8 +91,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    sent: tuple[Tensor, ...] = _pointwise_conv2d_backward(grad, *ctx.saved_tensors)
-    return sent
+    return _pointwise_conv2d_backward(grad, *ctx.saved_tensors)
 
 
 _pointwise_conv2d.register_autograd(_backward, setup_context=_keep)

@@ -167,7 +167,7 @@ def kmeans_step(
         The cluster of each point. A step with a non-finite point moves no centroid; `num_skipped` counts it.
     """
     teach_flop_counters()
-    return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold, accumulate)  # type: ignore[no-any-return]
+    return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold, accumulate)
 
 
 @torch.library.custom_op(
@@ -280,10 +280,10 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     points = points.detach()
     points = points.to(working_precision(points))
     if points.shape[-1] <= MAX_QUERY_DIM and resolve_form("auto", points.device) == "triton":
-        return nearest_op(points, centroids.to(points.dtype))  # type: ignore[no-any-return]
+        return nearest_op(points, centroids.to(points.dtype))
     with without_autocast(points):
         if points.device.type == "cpu" and not needs_plain_code():
-            return _nearest_by_blocks(points, centroids.to(points.dtype))  # type: ignore[no-any-return]
+            return _nearest_by_blocks(points, centroids.to(points.dtype))
         best, index = (points @ centroids.to(points.dtype).T).max(dim=-1)
     return best, index
 

@@ -86,7 +86,7 @@ def hash_step(points: Float[Tensor, "b n d"], state: HashState, num_buckets: int
         Numbers are drawn on the CPU; a GPU waits for them.
     """
     teach_flop_counters()
-    return _hash_step(points.detach(), *state, num_buckets, seed)  # type: ignore[no-any-return]
+    return _hash_step(points.detach(), *state, num_buckets, seed)
 
 
 @torch.library.custom_op("sparse_sr_attn::hash_step", mutates_args=("rotations", "num_draws"))

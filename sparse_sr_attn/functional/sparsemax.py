@@ -70,7 +70,7 @@ def sparsemax_attention(
         Time grows as `n * m`. Tiles compute the weights again in the backward.
     """
     if uses_operator(form, "tiles"):
-        return _attention_op(query, key, value, scale)  # type: ignore[no-any-return]
+        return _attention_op(query, key, value, scale)
     dtype = working_precision(query)
     with without_autocast(query):
         weights = sparsemax(scale * query.to(dtype) @ key.to(dtype).transpose(-1, -2))

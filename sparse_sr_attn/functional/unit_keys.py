@@ -21,5 +21,4 @@ def unit_keys_backward(grad: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -
     units = rows / length.clamp(min=_FLOOR)
     # Below the floor the length is a constant.
     along = (units * grad).sum(dim=-1, keepdim=True).masked_fill_(length < _FLOOR, 0)
-    sent: Tensor = (grad - along * units) / length.clamp(min=_FLOOR)
-    return sent
+    return (grad - along * units) / length.clamp(min=_FLOOR)

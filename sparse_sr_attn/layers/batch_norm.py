@@ -61,8 +61,7 @@ class ConvNorm(nn.Module):
         """Return the normalised map."""
         if not self.training and is_unmodified(self.conv, PointwiseConv2d) and is_unmodified(self.norm, BatchNorm2d):
             return pointwise_conv2d(x, *self.folded())
-        normalised: Tensor = self.norm(self.conv(x))
-        return normalised
+        return self.norm(self.conv(x))
 
     def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
         """Return weight and bias of the convolution that does what both do in evaluation."""

@@ -185,8 +185,7 @@ class GMSA(AttentionLayer):
             x = channels_last(x)  # once for both
             queries = self.queries(x)
             state = self._state(x, [None] * len(queries), queries)
-        output: Tensor = self.shared(x, state)
-        return output
+        return self.shared(x, state)
 
     def _state(self, x: Tensor, weights: Sequence[Tensor | None], queries: Sequence[Tensor | None]) -> WindowAttention:
         return WindowAttention(
@@ -207,8 +206,7 @@ def group_widths(embed_dim: int, num_groups: int) -> list[int]:
 
 def split_groups(x: Float[Tensor, "b c h w"], embed_dim: int, num_groups: int) -> tuple[Tensor, ...]:
     """Return the groups of channels of a map of `embed_dim` channels."""
-    groups: tuple[Tensor, ...] = x.split(group_widths(embed_dim, num_groups), dim=1)
-    return groups
+    return x.split(group_widths(embed_dim, num_groups), dim=1)
 
 
 def window_shifts(window_size: int, shift: bool, exact: bool) -> tuple[int, int]:

@@ -4,14 +4,23 @@ Zhao et al., "Efficient Learnable Collaborative Attention for Single Image Super
 from the paper and from the behaviour of the released code; each departure is listed in `docs/deviations.md`.
 """
 
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, Positive, PositiveInt, UnitInterval, checked
+from sparse_sr_attn.config import (
+    Finite,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    UnitInterval,
+    checked,
+    takes_options_of,
+)
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.cluster import (
@@ -314,24 +323,9 @@ class LCoA(AttentionLayer):
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        num_clusters: centroids of k-means, >= 1; more of them are finer.
-        chunk_size: sorted tokens that attend to each other, >= 1; cut to the number of tokens.
-        reduction: `embed_dim` over the length of queries and keys, >= 1.
-        num_adjacent: neighbouring chunks seen on each side, >= 0; of `neighbors="nearest"`, half of how many.
-        neighbors: "ring" for the chunks beside a chunk; "nearest" for as many of the most similar mean key.
-        ema_decay: share of the old centroid that an update keeps, in [0, 1]; 1 freezes the centroids, as published.
-        reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 switches that off.
-        exact_keys: count every key once; `False` is the published counting, of a ring.
-        similarity: "cosine", times a learnt temperature, or "dot", as published.
-        logit_scale: that temperature's inverse at first, > 0.
-        cluster_order: "chain", similar clusters beside each other, or "index", as published.
-        routing: "kmeans", or "lsh" for a hash that never learns.
-        num_rounds: patterns from different seeds, merged, >= 1.
-        seed: of the first centroids.
-        reuse: what later layers get: "weights", "pattern" (less memory, computed again), or "auto": weights on the CPU.
-        half_weights: keep weights as bfloat16.
         res_scale: factor on the attention; 0 switches it off.
         zero_init: start as the identity.
+        options: those of `LSP`: `num_clusters`, `chunk_size`, `similarity`, ...
 
     Raises:
         ConfigError: an option breaks its rule; all that do are named.
@@ -347,49 +341,12 @@ class LCoA(AttentionLayer):
     provides: ClassVar[type | None] = ClusterAttention
 
     @checked
+    @takes_options_of(LSP)
     def __init__(
-        self,
-        embed_dim: PositiveInt,
-        *,
-        num_clusters: PositiveInt = 128,
-        chunk_size: PositiveInt = 144,
-        reduction: PositiveInt = 4,
-        num_adjacent: NonNegativeInt = 1,
-        neighbors: Neighbors = "ring",
-        ema_decay: UnitInterval = 0.999,
-        reseed_threshold: NonNegative = 0.01,
-        exact_keys: bool = True,
-        similarity: Similarity = "cosine",
-        logit_scale: Positive = 10.0,
-        cluster_order: ClusterOrder = "chain",
-        routing: Routing = "kmeans",
-        num_rounds: PositiveInt = 1,
-        seed: int = 0,
-        reuse: Reuse = "auto",
-        half_weights: bool = False,
-        res_scale: Finite = 0.1,
-        zero_init: bool = False,
+        self, embed_dim: PositiveInt, *, res_scale: Finite = 0.1, zero_init: bool = False, **options: Any
     ) -> None:
         super().__init__()
-        self.lsp = LSP(
-            embed_dim,
-            num_clusters=num_clusters,
-            chunk_size=chunk_size,
-            reduction=reduction,
-            num_adjacent=num_adjacent,
-            neighbors=neighbors,
-            ema_decay=ema_decay,
-            reseed_threshold=reseed_threshold,
-            exact_keys=exact_keys,
-            similarity=similarity,
-            logit_scale=logit_scale,
-            cluster_order=cluster_order,
-            routing=routing,
-            num_rounds=num_rounds,
-            seed=seed,
-            reuse=reuse,
-            half_weights=half_weights,
-        )
+        self.lsp = LSP(embed_dim, **options)
         self.coa = CoA(embed_dim, res_scale=res_scale, zero_init=zero_init)
         self.zero_init = zero_init
 
@@ -400,8 +357,7 @@ class LCoA(AttentionLayer):
 
     def attend(self, x: Float[Tensor, "b c h w"]) -> ClusterAttention:
         """Return the pattern of `x` with what `reuse` chooses; in training this moves the centroids once."""
-        state: ClusterAttention = self.lsp(x)
-        return state
+        return self.lsp(x)
 
     def forward(self, x: Float[Tensor, "b c h w"], state: ClusterAttention | None = None) -> Float[Tensor, "b c h w"]:
         """Return `x` plus what it attends to: by `state` if given, else by its own pattern.
@@ -412,8 +368,7 @@ class LCoA(AttentionLayer):
         """
         if state is None:
             state = self.lsp(x, reuse="pattern")  # read once: no weights are stored
-        output: Tensor = self.coa(x, state)
-        return output
+        return self.coa(x, state)
 
     def make_consumer(self) -> CoA:
         """Return a fresh `CoA` of this width, `res_scale` and `zero_init`."""

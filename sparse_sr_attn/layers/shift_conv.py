@@ -111,8 +111,7 @@ class LFE(nn.Module):
     def _shift_conv(self, conv: PointwiseConv2d, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         if self.form == "masked" and is_unmodified(conv, PointwiseConv2d):
             return shift_conv2d(x, conv.weight, conv.bias, form="masked")
-        output: Tensor = conv(shift2d(x))
-        return output
+        return conv(shift2d(x))
 
     def _is_unmodified(self) -> bool:
         return is_unmodified(self.conv1, PointwiseConv2d) and is_unmodified(self.conv2, PointwiseConv2d)

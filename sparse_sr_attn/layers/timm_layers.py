@@ -80,8 +80,7 @@ class TimmLayer(AttentionLayer):
                 f"a layer must keep the size of its map, but with these options timm's {type(self.attention).__name__} "
                 f"makes {tuple(changed.shape)} of {tuple(x.shape)}; kernels of odd size keep it"
             )
-        output: Tensor = x + self.res_scale * self.gain * (changed - x)
-        return output
+        return x + self.res_scale * self.gain * (changed - x)
 
 
 class _NormAct(BatchNorm2d):
@@ -95,8 +94,7 @@ class _NormAct(BatchNorm2d):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return the normalised and activated map."""
-        output: Tensor = self.act(self.drop(super().forward(x)))
-        return output
+        return self.act(self.drop(super().forward(x)))
 
 
 def _with_our_norms(module: nn.Module) -> nn.Module:
@@ -139,7 +137,7 @@ def _timm() -> Any:
 def _timm_class(name: str, short: str) -> Callable[..., nn.Module]:
     from_name = _timm().layers.get_attn
     try:
-        return from_name(short)  # type: ignore[no-any-return]
+        return from_name(short)
     except AssertionError:
         message = f"timm {_timm().__version__} has no layer {short!r}; a newer one has: pip install --upgrade timm"
         raise ConfigError([Problem("", f"{name}: {message}")]) from None

@@ -128,15 +128,13 @@ class Chain(nn.Module):
         """Return what the reader of a state makes of it."""
         reader = self.partner if self.kind == "provider" else self.layer
         assert reader is not None, "a provider without a consumer in the registry"
-        output: Tensor = reader(x, state)
-        return output
+        return reader(x, state)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the feature map."""
         if self.kind in ("consumer", "provider") or self.shared:
             return self.read(x, self.state(x))
-        output: Tensor = self.layer(x)
-        return output
+        return self.layer(x)
 
 
 def attend(provider: nn.Module | None, x: Tensor) -> Any:
@@ -496,8 +494,7 @@ class _Hidden(nn.Module):
 
     def forward(self, *args: Tensor) -> Tensor:
         """Return what the other returns."""
-        output: Tensor = self.call(*args)
-        return output
+        return self.call(*args)
 
 
 def _doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -600,8 +597,7 @@ def check_transforms(subject: Subject, device: torch.device) -> None:
     probe = feature_map("probe", batch=1, channels=chain(x).shape[1], height=2, width=3, dtype=x.dtype, device=device)
 
     def loss(x: Tensor) -> Tensor:
-        value: Tensor = (chain(x) * probe).square().sum()
-        return value
+        return (chain(x) * probe).square().sum()
 
     def gradient(x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
@@ -1020,8 +1016,7 @@ def check_gradients_are_derivatives(subject: Subject, device: torch.device) -> N
     x = feature_map("x", 1, 4, 2, 3, dtype=torch.float64, device=device).requires_grad_()
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
-        output: Tensor = torch.func.functional_call(chain, dict(zip(names, values, strict=True)), (x,))
-        return output
+        return torch.func.functional_call(chain, dict(zip(names, values, strict=True)), (x,))
 
     assert_derivatives(run, (x, *leaves))
 
@@ -1099,8 +1094,7 @@ def check_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
     plain, again = _body(subject, device), _body(subject, device)
 
     def checkpointed(x: Tensor) -> Tensor:
-        output: Tensor = checkpoint(again, x, use_reentrant=False)
-        return output
+        return checkpoint(again, x, use_reentrant=False)
 
     _assert_same(_history(again, checkpointed, device), _history(plain, plain, device))
 
@@ -1111,8 +1105,7 @@ def check_reentrantly_checkpointed_is_plain(subject: Subject, device: torch.devi
     plain, again = _body(subject, device), _body(subject, device)
 
     def checkpointed(x: Tensor) -> Tensor:
-        output: Tensor = checkpoint(again, x, use_reentrant=True)
-        return output
+        return checkpoint(again, x, use_reentrant=True)
 
     _assert_same(_history(again, checkpointed, device), _history(plain, plain, device))
 
@@ -1141,16 +1134,14 @@ def _check_checkpointed_and_compiled(subject: Subject, device: torch.device, bac
     if inside:
 
         def checkpointed(x: Tensor) -> Tensor:
-            output: Tensor = checkpoint(again, x, use_reentrant=False)
-            return output
+            return checkpoint(again, x, use_reentrant=False)
 
         call = torch.compile(checkpointed, fullgraph=True, backend=backend)
     else:
         compiled = torch.compile(again, fullgraph=True, backend=backend)
 
         def call(x: Tensor) -> Tensor:
-            output: Tensor = checkpoint(compiled, x, use_reentrant=False)
-            return output
+            return checkpoint(compiled, x, use_reentrant=False)
 
     tolerance = 0.0 if backend == "aot_eager" else 1e-5
     _assert_same(_history(again, call, device), _history(plain, plain, device), tolerance=tolerance)

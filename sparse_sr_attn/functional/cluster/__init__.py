@@ -254,7 +254,7 @@ def apply_cluster_weights(
     if tuple(weights.shape) != expected:
         raise ShapeError(f"weights under this pattern must be of shape {expected}, got {tuple(weights.shape)}")
     if _tiled(form, value):
-        return tiles.apply_op(weights, value, *_unpack(pattern))  # type: ignore[no-any-return]
+        return tiles.apply_op(weights, value, *_unpack(pattern))
     with without_autocast(value):
         dtype = lower_precision(weights, value)
         return Eager(pattern).apply(weights.to(dtype), value.to(dtype)).to(value.dtype)
@@ -313,7 +313,7 @@ def _attention(
         return output, lse if with_lse else None
     key = unit_keys(key) if normalize_keys else key
     if form == "triton":
-        return triton.attention_op(query, key, value, *_unpack(pattern), scale)[:2]  # type: ignore[no-any-return]
+        return triton.attention_op(query, key, value, *_unpack(pattern), scale)[:2]
     if form == "flex":
         return flex.cluster_attention(query, key, value, pattern, scale, with_lse=with_lse)
     query, key = (rows.to(working_precision(rows)) for rows in (query, key))
@@ -357,11 +357,11 @@ def cluster_lse(
     _check(pattern, query, key)
     form = _form(form, query)
     if form == "tiles":
-        return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)  # type: ignore[no-any-return]
+        return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)
     key = unit_keys(key) if normalize_keys else key
     if form == "triton":
         nothing = query.new_zeros(*query.shape[:2], 1)
-        return triton.attention_op(query, key, nothing, *_unpack(pattern), scale)[1]  # type: ignore[no-any-return]
+        return triton.attention_op(query, key, nothing, *_unpack(pattern), scale)[1]
     if form == "flex":
         return cast(Tensor, flex.cluster_attention(query, key, key, pattern, scale, with_lse=True)[1])
     query, key = query.to(working_precision(query)), key.to(working_precision(key))

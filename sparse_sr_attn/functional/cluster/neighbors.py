@@ -30,7 +30,7 @@ def nearest_rows(rows: Float[Tensor, "b k d"], num: int) -> Int[Tensor, "b k m"]
     if needs_plain_code():
         return _nearest(rows, rows, torch.arange(rows.shape[1], device=rows.device), num, missing=num - 1)
     teach_flop_counters()
-    return _nearest_rows(rows, num)  # type: ignore[no-any-return]
+    return _nearest_rows(rows, num)
 
 
 def _nearest(some: Tensor, rows: Tensor, own: Tensor, num: int, *, missing: int) -> Tensor:

@@ -148,8 +148,7 @@ class _Nearest(_Sorted):
 
     def seen(self, chunk: int) -> list[int]:
         """Return the chunks that a chunk sees."""
-        seen: list[int] = self._lists[chunk]
-        return seen
+        return self._lists[chunk]
 
     def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
         """Return the rows that each chunk of a tile sees, or `unit_keys` of them."""

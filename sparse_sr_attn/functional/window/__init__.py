@@ -76,7 +76,7 @@ def window_weights(
     _check_key(query, key)
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
     if uses_operator(form, "operator"):
-        return tiles.weights_op(query, key, window_size, shift, scale)  # type: ignore[no-any-return]
+        return tiles.weights_op(query, key, window_size, shift, scale)
     with without_autocast(query):
         return eager.weights(query, key, grid, shift, scale)
 
@@ -117,7 +117,7 @@ def apply_window_weights(
         raise ShapeError(f"weights of this map must be of shape {expected}, got {tuple(weights.shape)}")
     unshift = shift if unshift is None else unshift
     if uses_operator(form, "operator"):
-        return tiles.apply_op(weights, value, window_size, shift, unshift)  # type: ignore[no-any-return]
+        return tiles.apply_op(weights, value, window_size, shift, unshift)
     with without_autocast(value):
         return eager.apply(weights, value, grid, shift, unshift)
 
@@ -161,7 +161,7 @@ def window_attention(
     unshift = shift if unshift is None else unshift
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
     if uses_operator(form, "operator"):
-        return tiles.attention_op(query, key, value, window_size, shift, unshift, scale)  # type: ignore[no-any-return]
+        return tiles.attention_op(query, key, value, window_size, shift, unshift, scale)
     with without_autocast(value):
         return eager.apply(eager.weights(query, key, grid, shift, scale), value, grid, shift, unshift)
 

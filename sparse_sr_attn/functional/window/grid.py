@@ -61,8 +61,7 @@ class WindowGrid:
     def join(self, windows: Tensor, shift: int) -> Tensor:
         """Return the map `(b, c, h, w)` of windows `(b, k, i, c)`: the inverse of `cut`."""
         rows = windows.flatten(1, 2).index_select(1, self.slots(shift, windows.device))
-        x: Tensor = rows.transpose(1, 2).unflatten(2, (self.height, self.width))
-        return x
+        return rows.transpose(1, 2).unflatten(2, (self.height, self.width))
 
     def pixels(self, shift: int, device: torch.device) -> Int[Tensor, "ki"]:
         """Return the number of the pixel in each slot; one past the last for pads."""
