@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_sr_attn import ELAN, GMSA, LCoA, attach
-from sparse_sr_attn.config import Positive, PositiveInt, ProblemList, UnitInterval, checked, read
+from sparse_sr_attn.config import (
+    Positive,
+    PositiveInt,
+    ProblemList,
+    UnitInterval,
+    checked,
+    fields,
+    read,
+    takes_options_of,
+)
 from sparse_sr_attn.errors import ConfigError, Problem
 
 
@@ -127,6 +136,32 @@ def test_layers_say_the_rule_and_the_value() -> None:
         LCoA(64, chunk_size=0)
     with pytest.raises(ConfigError, match="n_cluster: unknown; did you mean 'num_clusters'"):
         LCoA(64, n_cluster=3)
+
+
+class Inner:
+    @checked
+    def __init__(self, width: PositiveInt, *, size: PositiveInt = 3, name: str = "a") -> None:
+        self.given = (width, size, name)
+
+
+class Outer:
+    @checked
+    @takes_options_of(Inner)
+    def __init__(self, width: PositiveInt, *, name: str = "b", **options: Any) -> None:
+        self.inner = Inner(width, name=name, **options)
+
+
+def test_options_of_another_class_are_declared_there() -> None:
+    """All but those that a constructor names itself, whose default is its own."""
+    assert {name: option.default for name, option in list(fields(Outer).items())[1:]} == {"size": 3, "name": "b"}
+    assert Outer(1).inner.given == (1, 3, "b")
+    assert Outer(1, size=2, name="c").inner.given == (1, 2, "c")
+    with pytest.raises(ConfigError, match=r"^size must be >= 1, got 0$"):
+        Outer(1, size=0)
+    with pytest.raises(ConfigError, match="sized: unknown; did you mean 'size'"):
+        Outer(1, sized=3)
+    with pytest.raises(TypeError, match=r"Outer takes width by position and all other options by name \(size=\.\.\.\)"):
+        Outer(1, 2)
 
 
 def test_under_moves_every_path() -> None:

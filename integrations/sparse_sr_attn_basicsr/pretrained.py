@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.backbones.attach import evaluating
 from sparse_sr_attn.backbones.base import OPTIONS
-from sparse_sr_attn.checkpoints.load import carried_options, listed, unusable
+from sparse_sr_attn.checkpoints.load import unusable
+from sparse_sr_attn.checkpoints.read import carried_options, listed
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.layers.base import AttentionLayer
 
