@@ -11,6 +11,8 @@ from sparse_sr_attn import ELAN, GMSA, LCoA, attach
 from sparse_sr_attn.config import Positive, PositiveInt, UnitInterval, checked, read
 from sparse_sr_attn.errors import ConfigError, Problem
 
+pytestmark = pytest.mark.promise("R1", "of options")
+
 
 def build(
     width: PositiveInt,

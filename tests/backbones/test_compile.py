@@ -41,6 +41,7 @@ def picture(size: tuple[int, int], seed: int = 0) -> torch.Tensor:
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.promise("R14", "networks")
 @pytest.mark.unhooked
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
@@ -66,6 +67,7 @@ def test_one_recompile_for_all_sizes(name: str, training: bool) -> None:
         assert one.grad is None or torch.equal(one.grad, other.grad), key
 
 
+@pytest.mark.promise("R15", "torch.export, networks")
 @pytest.mark.unhooked
 @pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"EDSR, checkpointed"}))
 def test_exports_with_dynamic_sizes(name: str) -> None:

@@ -210,6 +210,7 @@ def test_grey_in_colour_out() -> None:
     assert EDSR(1, 3, 8, 1, 2)(image(1, 1, 4, 4)).shape == (1, 3, 8, 8)
 
 
+@pytest.mark.promise("R19", "EDSR")
 @pytest.mark.parametrize("option", [LCOA, GMSA_MAP], ids=lambda option: option["type"])
 def test_activation_checkpointing_changes_nothing(option: dict[str, Any]) -> None:
     """Parameters, k-means state and BatchNorm statistics stay the same to the bit over three steps."""

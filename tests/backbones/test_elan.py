@@ -176,6 +176,7 @@ def test_evaluation_follows_its_weights() -> None:
     assert not torch.equal(model(x), before)
 
 
+@pytest.mark.promise("R19", "ELAN")
 def test_activation_checkpointing_changes_nothing() -> None:
     """Parameters and the statistics of BatchNorm stay the same to the bit over three steps."""
     plain, saving = ELAN(**SMALL), ELAN(**SMALL, activation_checkpointing=True)

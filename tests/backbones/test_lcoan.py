@@ -92,6 +92,7 @@ def test_who_shares(share: int | None, providers: list[int]) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.promise("R19", "LCoAN")
 def test_activation_checkpointing_changes_nothing() -> None:
     """Output, gradients and k-means state are the same to the bit over three training steps."""
     plain = LCoAN(num_feat=8, num_group=3, num_block=1, share=2, chunk_size=10, num_clusters=4)

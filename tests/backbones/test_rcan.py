@@ -60,6 +60,7 @@ def test_any_size_and_channels(upscale: int, channels: int, size: tuple[int, int
     assert output.isfinite().all()
 
 
+@pytest.mark.promise("R19", "RCAN")
 def test_activation_checkpointing_changes_nothing() -> None:
     options = {**SMALL, "num_group": 3, "attention": {**LCOA, "every": 1, "share": 2}}
     models = [RCAN(activation_checkpointing=on, **options) for on in (False, True)]

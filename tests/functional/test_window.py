@@ -242,6 +242,7 @@ def test_application_equals_loops(device: torch.device, form: fast.Form, case: M
     assert_gradients_close(gradients(actual, (weights, value), probe), gradients(expected, (weights, value), probe))
 
 
+@pytest.mark.promise("R2", "windows")
 @pytest.mark.parametrize("form", FORMS)
 @given(case=maps(displaced=True), scale=st.sampled_from((1.0, 0.5, 3.0)))
 @example(case=ONE_PIXEL, scale=1.0)
@@ -268,6 +269,7 @@ def test_attention_equals_masked_dense_attention(
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
+@pytest.mark.promise("R5", "windows equal their twin")
 @pytest.mark.parametrize("height", range(1, LONGEST + 1))
 def test_every_size(device: torch.device, height: int) -> None:
     """All windows that divide, cover, or fit badly, not shifted and shifted both ways."""
@@ -404,6 +406,7 @@ def test_pads_have_no_weight(device: torch.device, case: Map) -> None:
     assert_values_close(even, (seen.double() / seen.sum(dim=-1, keepdim=True)).expand_as(even))
 
 
+@pytest.mark.promise("R6", "values in windows")
 @given(case=maps(), filling=st.sampled_from((1.0, 1e4, -1e300)))
 @example(case=PADDED, filling=1e4)
 @example(case=WINDOW_OVER_THE_MAP, filling=1e4)
@@ -424,6 +427,7 @@ def test_the_values_of_pads_cannot_matter(device: torch.device, case: Map, filli
     assert_values_close(by_hand(filling), fast.apply_window_weights(weights, value, **case.windows))
 
 
+@pytest.mark.promise("R6", "rows in windows")
 @given(case=maps(), filling=st.sampled_from((0.0, 1e4, float("nan"))))
 @example(case=PADDED, filling=float("nan"))
 @example(case=WINDOW_OVER_THE_MAP, filling=float("nan"))
@@ -503,6 +507,7 @@ def test_strides_do_not_matter(device: torch.device, case: Map) -> None:
 # --- precision
 
 
+@pytest.mark.promise("R2", "windows, low precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @given(case=maps(max_batch=2, shortest=5))
 @example(case=WHOLE)

@@ -114,6 +114,7 @@ ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 2, "share": 2, "window_size
 LIGHT = {name: {"type": name.removesuffix("-light"), **PRESETS[name].options} for name in ("LCoAN-light", "ELAN-light")}
 
 
+@pytest.mark.promise("R16", "torchrun and our command")
 @pytest.mark.parametrize(
     "network",
     [
@@ -188,6 +189,7 @@ def states(here: Path) -> list[int]:
     return sorted(int(file.stem) for file in here.glob("experiments/tiny/training_states/*.state"))
 
 
+@pytest.mark.promise("R16", "one is killed")
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_process_ends_the_run_which_can_be_resumed_exactly(noting: Write, here: Path, victim: int) -> None:

@@ -10,6 +10,7 @@ from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr.options import OPTIONS, load, override, parse
 
 
+@pytest.mark.promise("R22", "values")
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -45,6 +46,7 @@ def test_special_floats() -> None:
     assert parse("-.inf", "here") == -math.inf
 
 
+@pytest.mark.promise("R22", "code in a file")
 @pytest.mark.parametrize(
     "text",
     [

@@ -106,6 +106,7 @@ def _free_port() -> int:
         return port
 
 
+@pytest.mark.promise("R16", "trainers stop together")
 def test_all_trainers_stop_together(training: Callable[..., str]) -> None:
     training()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}

@@ -150,6 +150,7 @@ def changes(name: str, option: str) -> list[str]:
     return sorted(differ(*runs))
 
 
+@pytest.mark.promise("R22", "options that change something")
 @pytest.mark.parametrize(("name", "option"), LAYER_CASES + NETWORK_CASES, ids=lambda part: part)
 def test_it_changes_something(name: str, option: str) -> None:
     assert changes(name, option), f"{name} accepts {option} and ignores it"
@@ -161,6 +162,7 @@ def test_the_same_twice_differs_in_nothing(name: str) -> None:
     assert list(differ(observed(name, {}), observed(name, {}))) == []
 
 
+@pytest.mark.promise("R22", "every option has a case")
 def test_every_option_has_a_case() -> None:
     """A new option needs two values here."""
     assert {option for _, option in LAYER_CASES + NETWORK_CASES} == set(VALUES)
