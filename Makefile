@@ -42,7 +42,7 @@ PAPER ?=
 paper: setup  ## Repeat the papers' experiments on the folders DATA and VAL; tables and plots come to lie in paper/.
 	$(BIN)/sparse-sr paper all --data $(DATA) --val $(VAL) $(PAPER)
 
-test: setup  ## Run the tests (under 20 minutes on two cores).
+test: setup  ## Run the tests (about 8 minutes on two cores).
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup lint  ## Run all tests, the slow ones too (about half an hour).

@@ -198,12 +198,12 @@ def test_all_attention_learns_after_two_steps() -> None:
 
 
 @pytest.mark.parametrize("upscale", [2, 3, 4, 8])
-@pytest.mark.parametrize(("channels", "size"), [(1, (1, 1)), (3, (7, 5)), (5, (17, 1))])
-def test_any_size_and_channels(upscale: int, channels: int, size: tuple[int, int]) -> None:
-    model = EDSR(channels, channels, 8, 2, upscale, attention={**LCOA, "every": 1})
-    output = model(image(2, channels, *size))
-    assert output.shape == (2, channels, upscale * size[0], upscale * size[1])
-    assert output.isfinite().all()
+def test_any_size_and_channels(upscale: int) -> None:
+    for channels, size in ((1, (1, 1)), (3, (7, 5)), (5, (17, 1))):
+        model = EDSR(channels, channels, 8, 2, upscale, attention={**LCOA, "every": 1})
+        output = model(image(2, channels, *size))
+        assert output.shape == (2, channels, upscale * size[0], upscale * size[1])
+        assert output.isfinite().all()
 
 
 def test_grey_in_colour_out() -> None:

@@ -39,10 +39,23 @@ PROMISES = {
 }
 """Which promise a clause keeps; see tests/promises.py."""
 
+COMPILERS = {
+    "compiled is eager",
+    "compiled forward mode",
+    "compiled with other forwards",
+    "checkpointed and compiled is plain",
+    "compiled inside a checkpoint is plain",
+    "export with dynamic sizes",
+    "sizes do not recompile",
+}
+"""Clauses that take seconds, most of them a compiler's; the slow tests hold all layers to them, the others a few."""
+QUICK = {"LCoA", "LCoA sharing", "GMSA", "NLSA"}
+
 
 def _param(subject: Subject, clause: Clause) -> object:
     # Inductor's own imports use what Python 3.14 will drop.
-    marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")] if clause.slow else []
+    slow = clause.slow or (clause.name in COMPILERS and str(subject) not in QUICK)
+    marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")] if slow else []
     marks += [] if clause.hookable else [pytest.mark.unhooked]
     marks += [pytest.mark.promise(*promise) for promise in PROMISES.get(clause.name, [])]
     return pytest.param(subject, clause, id=f"{subject}: {clause}", marks=marks)
