@@ -4,7 +4,7 @@ import copy
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +144,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def cases(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """All cases; those that are not quick belong to the slow tests."""
+    assert set(quick) <= set(names)
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+QUICK = {
+    "SparseEDSR, in the middle of an epoch",
+    "LCoAN-light, two workers",
+    "SparseEDSR with LCoA, GMSA and ELABs",
+    "epochs that are no whole number of batches",
+    "a network that draws random numbers",
+    "accumulation, clipping, AdamW, bf16, warm-up",
+    "a reading thread",
+}
+
+
 @pytest.mark.promise("R13", "our command")
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_stopped_at_10_of_20_and_resumed_is_bit_equal(changes: dict[str, Any], training: Write, here: Path) -> None:
-    file = training({**BASE, **changes})
+@pytest.mark.parametrize("case", cases(CASES, QUICK))
+def test_stopped_at_10_of_20_and_resumed_is_bit_equal(case: str, training: Write, here: Path) -> None:
+    file = training({**BASE, **CASES[case]})
     assert train(file, total=20, name="whole") == 0
     for first, last in ((1, 10), (11, 20)):
         assert train(file, total=last) == 0
@@ -232,7 +249,9 @@ def _other() -> dict[str, Any]:
         return random_state()
 
 
-@pytest.mark.parametrize("altered", ALTERED)
+@pytest.mark.parametrize(
+    "altered", cases(ALTERED, {"an optimizer's average", "a centroid", "the place in the epoch", "the seed"})
+)
 def test_one_altered_value_in_the_state_changes_the_end(altered: str, training: Write, here: Path) -> None:
     changes = {"network_g.type": "ForgetfulEDSR", "network_g.attention": [LCOA, {"type": "GMSA", "after": [1]}]}
     file = training({**SILENT, **changes, "manual_seed": ...})
