@@ -110,6 +110,7 @@ def told_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
     return error.rpartition("sparse-sr: ")[2]
 
 
+PARTS = ["train/HR", "train/LR", "val/HR"]
 BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut off": (cut_off, "cannot be read: image file is truncated"),
     "empty": (lambda file: file.write_bytes(b""), "is not an image that Pillow knows"),
@@ -117,7 +118,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("how", "part"), zip(BREAK, itertools.cycle(["train/HR", "train/LR", "val/HR"])))
+@pytest.mark.parametrize(("how", "part"), list(zip(BREAK, itertools.cycle(PARTS), strict=False)))
 def test_a_broken_image_ends_training_with_its_name_and_the_state(
     part: str, how: str, training: Write, data: Path, here: Path, later: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

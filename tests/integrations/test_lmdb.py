@@ -64,7 +64,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize(("how", "quality"), zip(BROKEN, itertools.cycle(["HR", "LR"])))
+@pytest.mark.parametrize(("how", "quality"), list(zip(BROKEN, itertools.cycle(["HR", "LR"]), strict=False)))
 def test_an_entry_that_is_broken_ends_the_run_with_its_name(
     databases: Callable[..., Any],
     training: Callable[..., str],
