@@ -986,7 +986,7 @@ GIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "channels inside": (lambda: ELAN(num_feat=10, num_block=1, window_sizes=(2,)), {"expansion": 10**8}),
     "rounds of clusters": (
         OURS["EDSR"],
-        {"attention": {"type": "LCoA", "every": 1, "num_clusters": 5000, "num_rounds": 3000}},
+        {"attention": {"type": "LCoA", "every": 1, "num_clusters": 300, "num_rounds": 5000}},
     ),
 }
 
