@@ -101,7 +101,7 @@ def drop(name: str, at: int = 0) -> Change:
     def change(function: ast.FunctionDef) -> None:
         call = found(function, at, lambda node: called(node) == name)
         assert isinstance(call, ast.Call)
-        module = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) in ("torch", "F", "nn")
+        module = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) in ("torch", "F", "nn", "tl")
         method = isinstance(call.func, ast.Attribute) and not module
         replace(function, call, call.func.value if method else call.args[0])  # type: ignore[attr-defined]
 
@@ -227,7 +227,6 @@ FAULTS = [
         "cluster:test_hidden_is_what_is_not_visible",
     ),
     Fault("other tokens fill the last chunk", "layout:ClusterLayout.rank", swap("-", "+", 1), DENSE),
-    Fault("a chunk is not cut to the sample", "layout:ClusterLayout.of", decide(False), LOOPS),
     Fault("neighbours are swapped", "cluster:_Oneshot._with_adjacent", unsigned(), LOOPS),
     Fault(
         "tokens of a cluster stand in reverse", "cluster:cluster_pattern", swap("+", "-"),
@@ -267,10 +266,10 @@ FAULTS = [
     Fault("the normaliser sends no gradient (tiles)", "tiles:_ScoreGrads.add_of_weights", decide(False), "rounds:"),
     Fault("rounds are not weighed", "cluster:cluster_attention_rounds", drop("softmax"), "rounds:"),
     Fault(
-        "the kernel does not rescale its running sum", "kernels:forward", swap("*", "/", 3),
+        "the kernel does not rescale its running sum", "kernels:forward", swap("*", "+", 3),
         "triton:test_attention_equals_masked_dense_attention",
     ),
-    Fault("kernels see the padding", "kernels:_seen", swap("<", "<=", 1), "triton:"),
+    Fault("the normaliser of the kernel is wrong", "kernels:forward", drop("log"), "triton:test_lse_equals_dense"),
     # --- k-means and hashing
     Fault(
         "centroids move in a recomputation", "kmeans:_kmeans_step", decide(False),
