@@ -42,7 +42,7 @@ PAPER ?=
 paper: setup  ## Repeat the papers' experiments on the folders DATA and VAL; tables and plots come to lie in paper/.
 	$(BIN)/python -m benchmarks.paper all --data $(DATA) --val $(VAL) $(PAPER)
 
-test: setup  ## Run the tests (under 20 minutes on two cores).
+test: setup  ## Run the tests (about 8 minutes on two cores).
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup lint  ## Run all tests, the slow ones too (about half an hour).
@@ -61,13 +61,11 @@ pictures: setup  ## Draw the pictures of docs/concepts.md.
 	$(BIN)/python docs/draw.py
 
 promises: setup  ## Run the tests of all promises and write docs/reliability.md (about half an hour).
-	$(BIN)/python tests/reliability/promises.py run $(PARALLEL)
-	$(BIN)/python tests/reliability/promises.py page
+	$(BIN)/python -m pytest -m promise --hypothesis-profile=ci --promises docs/reliability.md $(PARALLEL)
 
-mutants: setup  ## Break the code in 400 small places, see which go unnoticed, write docs/mutants.md (hours; resumes).
+mutants: setup  ## Break the code in 150 small places and list what no test notices (hours; goes on where it stopped).
 	$(PIP) -e ".[mutants]"
-	$(BIN)/python tests/mutants/mutants.py run
-	$(BIN)/python tests/mutants/mutants.py report
+	$(BIN)/python tests/mutants.py
 
 clean:  ## Remove what the targets made, .venv excepted.
 	rm -rf site build dist bench demo/data demo/experiments demo/results demo/tb_logger demo/*.json demo/*.png

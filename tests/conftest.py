@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from sparse_sr_attn.backbones.base import Network
 
+pytest_plugins = ["promises", "pytester"]
+
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, which it must know when it is imported; nothing else here looks at this.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -35,7 +37,7 @@ settings.register_profile(
     derandomize=True,
     database=None,
     suppress_health_check=_RELAXED,
-)  # for mutants
+)  # for `make mutants`
 settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=_RELAXED)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
@@ -70,6 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # the same in the processes that tests start
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m promise` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a GPU that torch can use")
     hooked = pytest.mark.skip(
@@ -78,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     properties: set[str] = set()
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):  # counted for docs/reliability.md
+            if "functional" in item.path.parts:
+                item.add_marker(pytest.mark.promise("R1", "properties of operations"))
             item.user_properties.append(("least examples", settings.default.max_examples))
             if item.nodeid.partition("[")[0] not in properties:
                 item.user_properties.append(("total properties", 1))

@@ -390,6 +390,7 @@ def _train_alone_or_together(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.promise("R16", "attached")
 def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(_train_alone_or_together, args=(2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))

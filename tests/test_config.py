@@ -20,6 +20,8 @@ from sparse_sr_attn.config import (
 )
 from sparse_sr_attn.errors import ConfigError, Problem
 
+pytestmark = pytest.mark.promise("R1", "of options")
+
 
 def build(
     width: PositiveInt,

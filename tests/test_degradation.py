@@ -9,6 +9,8 @@ from torch import Tensor
 from sparse_sr_attn.data.imresize import crop_to_multiple, imresize, matlab_bicubic
 from sparse_sr_attn.errors import ShapeError
 
+pytestmark = pytest.mark.promise("R26", "degradation")
+
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparse_sr_attn.cli.main import main
-from sparse_sr_attn.data.metrics import bicubic_luma, luma, psnr, score, ssim
+from sparse_sr_attn.data.metrics import bicubic_luma, luma, psnr, ssim
 from sparse_sr_attn.errors import ShapeError
 
 
@@ -68,13 +68,6 @@ def test_psnr_by_hand() -> None:
     assert psnr(one, other, border=1) == pytest.approx(10 * math.log10(255**2 / (100 / 4)))
     assert psnr(one, one, border=1) == math.inf
     assert ssim(luma(noise(12, 12)), luma(noise(12, 12)), border=0) == 1.0
-
-
-def test_a_score_is_both() -> None:
-    one, other = luma(noise(20, 23, 3)), luma(disturbed(noise(20, 23, 3)))
-    found = score(one, other, border=2)
-    assert (found.psnr, found.ssim) == (psnr(one, other, border=2), ssim(one, other, border=2))
-    assert found.psnr != score(one, other, border=3).psnr
 
 
 @pytest.mark.parametrize("upscale", [2, 3, 4])

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, RCAN, ExportError, LCoAN
 from sparse_sr_attn.cli.main import main
-from sparse_sr_attn.inference import onnx as module
 from sparse_sr_attn.inference.onnx import TOLERANCE, compare, export_onnx
+from sparse_sr_attn.inference import onnx as module
 from sparse_sr_attn.states import ClusterPattern
 
 OTHER_SIZES = [(17, 23), (5, 40), (30, 31), (1, 60), (1, 1), (48, 80)]
@@ -74,6 +74,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[EDSR, onnx.Model
     return model, made[0], file
 
 
+@pytest.mark.promise("R15", "onnxruntime, layers")
 def test_attention_at_other_sizes(exported: tuple[EDSR, onnx.ModelProto, Path]) -> None:
     model, _, file = exported
     same_at_other_sizes(model, file)
@@ -267,6 +268,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.promise("R15", "onnxruntime, networks")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str, tmp_path: Path) -> None:

@@ -83,9 +83,11 @@ def written(suffix: str, picture: Picture, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_picture_comes_back_or_is_refused(suffix: str, kind: str, tmp_path: Path) -> None:
-    written(suffix, PICTURES[kind], tmp_path)
+def test_a_picture_comes_back_or_is_refused(kind: str, tmp_path: Path) -> None:
+    for suffix in SUFFIXES:
+        folder = tmp_path / suffix
+        folder.mkdir()
+        written(suffix, PICTURES[kind], folder)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +114,7 @@ def test_the_suffix_tells_apart_what_one_writer_writes(file: str, start: bytes, 
     assert (tmp_path / file).read_bytes().startswith(start)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "largest"), [(".webp", 16383), (".jpg", 65500), (".mpo", 65500), (".tga", 65535), (".ico", 256)]
-)
+@pytest.mark.parametrize(("suffix", "largest"), [(".webp", 16383), (".jpg", 65500), (".tga", 65535), (".ico", 256)])
 @pytest.mark.parametrize("upright", [False, True])
 def test_sizes_that_a_format_cannot_hold(
     suffix: str, largest: int, upright: bool, capfd: pytest.CaptureFixture[str]
@@ -139,16 +139,16 @@ def test_files_that_would_become_too_large() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jp2", "ppm", "avif"])
-@pytest.mark.parametrize("deep", [False, True])
-def test_lost_bits_are_told(suffix: str, deep: bool, tmp_path: Path) -> None:
+def test_lost_bits_are_told(suffix: str, tmp_path: Path) -> None:
     """Files that Pillow cannot write itself: colours of more than 8 bits."""
     cv2 = pytest.importorskip("cv2")
-    file = tmp_path / f"a.{suffix}"
     pixels = np.random.default_rng(0).integers(0, 4096 if suffix == "avif" else 65536, (64, 70, 3), dtype=np.uint16)
-    options = [cv2.IMWRITE_AVIF_DEPTH, 12] if suffix == "avif" and deep else []
-    cv2.imwrite(str(file), pixels if deep else pixels.astype(np.uint8), options)
-    picture = read_image(file)
-    assert picture.pixels.dtype == np.uint8
-    assert picture.reduced == deep
+    for deep in (False, True):
+        file = tmp_path / f"{deep}.{suffix}"
+        options = [cv2.IMWRITE_AVIF_DEPTH, 12] if suffix == "avif" and deep else []
+        cv2.imwrite(str(file), pixels if deep else pixels.astype(np.uint8), options)
+        picture = read_image(file)
+        assert picture.pixels.dtype == np.uint8
+        assert picture.reduced == deep
     cv2.imwrite(str(tmp_path / "grey.png"), pixels[..., 0])
     assert not read_image(tmp_path / "grey.png").reduced  # all 16 are there

@@ -1,7 +1,8 @@
 """Whole networks compile without a break, once for all sizes, and export with dynamic ones."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,15 @@ def picture(size: tuple[int, int], seed: int = 0) -> torch.Tensor:
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
+def each(quick: Collection[str]) -> list[Any]:
+    """All networks; those that are not quick belong to the slow tests."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in NETWORKS]
+
+
+@pytest.mark.promise("R14", "networks")
 @pytest.mark.unhooked
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", each({"LCoAN", "ELAN", "EDSR of patterns, checkpointed"}))
 def test_one_recompile_for_all_sizes(name: str, training: bool) -> None:
     """fullgraph; six sizes take two compilations (the first is static); outputs, gradients, buffers equal eager's."""
     torch._dynamo.reset()
@@ -66,8 +73,9 @@ def test_one_recompile_for_all_sizes(name: str, training: bool) -> None:
         assert one.grad is None or torch.equal(one.grad, other.grad), key
 
 
+@pytest.mark.promise("R15", "torch.export, networks")
 @pytest.mark.unhooked
-@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"EDSR, checkpointed"}))
+@pytest.mark.parametrize("name", each({"LCoAN", "ELAN"}))
 def test_exports_with_dynamic_sizes(name: str) -> None:
     """From two chunks on: a program for one chunk is another one, as export sees it."""
     torch.manual_seed(0)

@@ -198,18 +198,19 @@ def test_all_attention_learns_after_two_steps() -> None:
 
 
 @pytest.mark.parametrize("upscale", [2, 3, 4, 8])
-@pytest.mark.parametrize(("channels", "size"), [(1, (1, 1)), (3, (7, 5)), (5, (17, 1))])
-def test_any_size_and_channels(upscale: int, channels: int, size: tuple[int, int]) -> None:
-    model = EDSR(channels, channels, 8, 2, upscale, attention={**LCOA, "every": 1})
-    output = model(image(2, channels, *size))
-    assert output.shape == (2, channels, upscale * size[0], upscale * size[1])
-    assert output.isfinite().all()
+def test_any_size_and_channels(upscale: int) -> None:
+    for channels, size in ((1, (1, 1)), (3, (7, 5)), (5, (17, 1))):
+        model = EDSR(channels, channels, 8, 2, upscale, attention={**LCOA, "every": 1})
+        output = model(image(2, channels, *size))
+        assert output.shape == (2, channels, upscale * size[0], upscale * size[1])
+        assert output.isfinite().all()
 
 
 def test_grey_in_colour_out() -> None:
     assert EDSR(1, 3, 8, 1, 2)(image(1, 1, 4, 4)).shape == (1, 3, 8, 8)
 
 
+@pytest.mark.promise("R19", "EDSR")
 @pytest.mark.parametrize("option", [LCOA, GMSA_MAP], ids=lambda option: option["type"])
 def test_activation_checkpointing_changes_nothing(option: dict[str, Any]) -> None:
     """Parameters, k-means state and BatchNorm statistics stay the same to the bit over three steps."""

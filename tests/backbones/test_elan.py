@@ -119,17 +119,13 @@ def test_any_factor_and_channels(upscale: int, channels: int) -> None:
     assert model(picture(2, channels, 5, 3)).shape == (2, channels, 5 * upscale, 3 * upscale)
 
 
-@pytest.mark.parametrize("side", range(1, 20))
-@pytest.mark.parametrize("multiple", [1, 4, 16, 105])
-def test_reflection_goes_to_and_fro(side: int, multiple: int) -> None:
-    """As numpy does it, for any number of reflections; as torch does it, for one."""
-    x = picture(2, 1, side, 3)
-    actual = _reflected(x, 2, multiple)
-    more = -side % multiple
-    expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, more), (0, 0)), mode="reflect")
-    assert torch.equal(actual, torch.from_numpy(expected))
-    if more < side:
-        assert torch.equal(actual, F.pad(x, (0, 0, 0, more), mode="reflect"))
+def test_reflection_goes_to_and_fro() -> None:
+    """As numpy does it, for any number of reflections."""
+    for side in range(1, 20):
+        for multiple in (1, 4, 16, 105):
+            x = picture(2, 1, side, 3)
+            expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, -side % multiple), (0, 0)), mode="reflect")
+            assert torch.equal(_reflected(x, 2, multiple), torch.from_numpy(expected))
 
 
 def test_padding_is_that_of_the_whole_image() -> None:
@@ -176,6 +172,7 @@ def test_evaluation_follows_its_weights() -> None:
     assert not torch.equal(model(x), before)
 
 
+@pytest.mark.promise("R19", "ELAN")
 def test_activation_checkpointing_changes_nothing() -> None:
     """Parameters and the statistics of BatchNorm stay the same to the bit over three steps."""
     plain, saving = ELAN(**SMALL), ELAN(**SMALL, activation_checkpointing=True)

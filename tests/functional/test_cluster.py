@@ -123,6 +123,7 @@ def test_hidden_is_what_is_not_visible() -> None:
                         assert torch.equal(times, (~visible).long()), layout
 
 
+@pytest.mark.promise("R2", "clusters")
 @given(case=cases(), form=forms, scale=st.sampled_from((1.0, 0.5, 3.0)))
 @example(case=ONE_TOKEN, form="tiles", scale=1.0)
 @example(case=NEIGHBOURS_COINCIDE, form="oneshot", scale=1.0)
@@ -369,6 +370,7 @@ def test_a_key_counts_as_often_as_it_should(device: torch.device, case: Case, fo
     assert (weights.diagonal(dim1=1, dim2=2) > 0).all(), "every token sees itself"
 
 
+@pytest.mark.promise("R6", "clusters")
 @given(case=cases(exact_keys=True), form=forms, filling=st.sampled_from((0.0, 1e4, float("nan"))))
 @example(case=PADDED_TAIL, form="oneshot", filling=float("nan"))
 @example(case=PADDED_TAIL, form="tiles", filling=float("nan"))
@@ -413,6 +415,7 @@ def test_strides_do_not_matter(device: torch.device, case: Case, form: str) -> N
     )
 
 
+@pytest.mark.promise("R2", "clusters, low precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @given(case=cases(max_batch=2, min_tokens=12, max_tokens=40, max_chunk_size=16))

@@ -106,19 +106,6 @@ def test_shift_equals_loops(device: torch.device, case: Map) -> None:
     assert_bit_equal(*(gradients(output, (x,), probe)[0] for output in (actual, expected)))
 
 
-@given(case=maps())
-@example(case=TOO_FEW_TO_SHARE)
-@example(case=ONE_PIXEL)
-@example(case=WITH_A_REST)
-def test_shift_is_a_convolution_with_one_hot_kernels(device: torch.device, case: Map) -> None:
-    """The same bits, forward and backward: a product with one is exact, and so is a sum of zeros."""
-    x = case.x(device)
-    actual, expected = fast.shift2d(x), slow.depthwise(x)
-    assert_bit_equal(actual, expected)
-    probe = case.tensor("probe", *actual.shape, device=device)
-    assert_bit_equal(*(gradients(output, (x,), probe)[0] for output in (actual, expected)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @given(case=maps())
 @example(case=ONE_PIXEL)
@@ -152,27 +139,10 @@ def test_shift_convolution_equals_two_convolutions(device: torch.device, form: s
 
 @given(case=maps())
 @example(case=WITH_A_REST)
-def test_slices_are_the_form_unless_asked_otherwise(device: torch.device, case: Map) -> None:
-    x, parameters = case.x(device), case.parameters(device)
-    assert_bit_equal(fast.shift_conv2d(x, *parameters), fast.shift_conv2d(x, *parameters, form="slices"))
-
-
-@given(case=maps())
-@example(case=WITH_A_REST)
 def test_the_spread_kernel_is_zero_outside_the_taps(device: torch.device, case: Map) -> None:
     weight = case.parameters(device)[0]
     expected = weight * slow.one_hot_kernels(case.channels).to(device)[:, 0]
     assert_bit_equal(fast.spread(weight), expected)
-
-
-@forms
-@given(case=maps())
-@example(case=WITH_A_REST)
-def test_a_batch_is_its_samples(device: torch.device, form: str, case: Map) -> None:
-    x, parameters = case.x(device), case.parameters(device)
-    together = fast.shift_conv2d(x, *parameters, form=form)
-    for b in range(case.batch):
-        assert_values_close(fast.shift_conv2d(x[b : b + 1], *parameters, form=form), together[b : b + 1])
 
 
 @forms

@@ -242,6 +242,7 @@ def test_application_equals_loops(device: torch.device, form: fast.Form, case: M
     assert_gradients_close(gradients(actual, (weights, value), probe), gradients(expected, (weights, value), probe))
 
 
+@pytest.mark.promise("R2", "windows")
 @pytest.mark.parametrize("form", FORMS)
 @given(case=maps(displaced=True), scale=st.sampled_from((1.0, 0.5, 3.0)))
 @example(case=ONE_PIXEL, scale=1.0)
@@ -268,6 +269,7 @@ def test_attention_equals_masked_dense_attention(
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
+@pytest.mark.promise("R5", "windows equal their twin")
 @pytest.mark.parametrize("height", range(1, LONGEST + 1))
 def test_every_size(device: torch.device, height: int) -> None:
     """All windows that divide, cover, or fit badly, not shifted and shifted both ways."""
@@ -284,19 +286,6 @@ def test_every_size(device: torch.device, height: int) -> None:
                 actual = fast.window_attention(query, key, value, **case.displaced)
                 expected = slow.window_attention(query, key, value, **case.displaced)
                 assert_values_close(actual[:, :, pixels], expected[:, :, pixels])
-
-
-@given(case=maps(displaced=True), scale=st.sampled_from((1.0, 0.5)))
-@example(case=PADDED, scale=1.0)
-@example(case=PUBLISHED_PADDED, scale=1.0)
-def test_attention_is_weights_then_application(device: torch.device, case: Map, scale: float) -> None:
-    """Also for values that the weights were not made with, side by side."""
-    query, key, value = case.inputs(device)
-    other = case.map("other", VALUE_WIDTH + 2, device)
-    weights = fast.window_weights(query, key, **case.windows, scale=scale)
-    applied = [fast.apply_window_weights(weights, v, **case.displaced) for v in (value, other)]
-    fused = fast.window_attention(query, key, torch.cat([value, other], dim=1), **case.displaced, scale=scale)
-    assert_values_close(torch.cat(applied, dim=1), fused)
 
 
 @given(case=maps(), excess=st.integers(0, 3))
@@ -337,39 +326,6 @@ def test_queries_may_be_the_keys(device: torch.device, form: fast.Form, case: Ma
     assert_gradients_close(gradients(output, (query, value), probe), gradients(wanted, (query, value), probe))
 
 
-@given(case=maps(max_batch=2), scale=st.sampled_from((0.25, 2.0)))
-def test_scale_is_a_factor_on_the_query(device: torch.device, case: Map, scale: float) -> None:
-    query, key, value = case.inputs(device)
-    scaled = fast.window_attention(query, key, value, **case.windows, scale=scale)
-    assert_values_close(scaled, fast.window_attention(scale * query, key, value, **case.windows))
-
-
-@given(case=maps(longest=9, largest=10), rounds=st.integers(1, 2))
-@example(case=PADDED, rounds=1)
-@example(case=WHOLE, rounds=1)
-def test_windows_repeat_after_a_round(device: torch.device, case: Map, rounds: int) -> None:
-    """On a map of whole windows, a shift by any number of whole windows moves none of them."""
-    case = case.but(height=case.height + case.padding[3], width=case.width + case.padding[1])
-    leaves = case.inputs(device)
-    further = case.but(shift=case.shift + rounds * case.window_size)
-    assert_values_close(
-        fast.window_attention(*leaves, **further.windows), fast.window_attention(*leaves, **case.windows)
-    )
-
-
-@given(case=maps(longest=9, largest=10))
-@example(case=PUBLISHED)
-@example(case=WHOLE.but(unshift=1))
-def test_displacement_rolls_the_result(device: torch.device, case: Map) -> None:
-    """On a map of whole windows the result of other shifts is the proper one, moved around."""
-    case = case.but(height=case.height + case.padding[3], width=case.width + case.padding[1])
-    leaves = case.inputs(device)
-    proper = fast.window_attention(*leaves, **case.windows)
-    for unshift in range(case.window_size):
-        displaced = fast.window_attention(*leaves, **case.windows, unshift=unshift)
-        assert_bit_equal(displaced, proper.roll((unshift - case.shift,) * 2, dims=(2, 3)))
-
-
 # --- what can and what cannot matter
 
 
@@ -404,6 +360,7 @@ def test_pads_have_no_weight(device: torch.device, case: Map) -> None:
     assert_values_close(even, (seen.double() / seen.sum(dim=-1, keepdim=True)).expand_as(even))
 
 
+@pytest.mark.promise("R6", "values in windows")
 @given(case=maps(), filling=st.sampled_from((1.0, 1e4, -1e300)))
 @example(case=PADDED, filling=1e4)
 @example(case=WINDOW_OVER_THE_MAP, filling=1e4)
@@ -424,6 +381,7 @@ def test_the_values_of_pads_cannot_matter(device: torch.device, case: Map, filli
     assert_values_close(by_hand(filling), fast.apply_window_weights(weights, value, **case.windows))
 
 
+@pytest.mark.promise("R6", "rows in windows")
 @given(case=maps(), filling=st.sampled_from((0.0, 1e4, float("nan"))))
 @example(case=PADDED, filling=float("nan"))
 @example(case=WINDOW_OVER_THE_MAP, filling=float("nan"))
@@ -458,36 +416,6 @@ def test_an_unseen_pixel_cannot_matter(device: torch.device, case: Map, filling:
 
 
 @given(case=maps())
-@example(case=WHOLE)
-@example(case=PADDED)
-def test_gradients_reach_the_window_and_no_further(device: torch.device, case: Map) -> None:
-    query, key, value = case.inputs(device)
-    output = fast.window_attention(query, key, value, **case.windows)
-    pixel = int(Case(seed=case.seed).integers("pixel", case.height * case.width, 1))
-    seen = slow.visible_pairs(case.height, case.width, case.window_size, case.shift)[pixel].to(device)
-    loss = output.flatten(2)[:, :, pixel].sum()
-    grad_query, grad_key, grad_value = (grad.flatten(2) for grad in torch.autograd.grad(loss, (query, key, value)))
-    assert not grad_key[:, :, ~seen].any()
-    assert not grad_value[:, :, ~seen].any()
-    assert (grad_value[:, :, seen] > 0).all()
-    others = torch.arange(case.height * case.width, device=device) != pixel
-    assert not grad_query[:, :, others].any()
-
-
-@given(case=maps(displaced=True))
-@example(case=WHOLE)
-@example(case=PADDED)
-@example(case=PUBLISHED_PADDED.but(batch=2))
-def test_a_batch_is_its_samples(device: torch.device, case: Map) -> None:
-    query, key, value = case.inputs(device)
-    together = fast.window_attention(query, key, value, **case.displaced)
-    for b in range(case.batch):
-        one = slice(b, b + 1)
-        alone = fast.window_attention(query[one], key[one], value[one], **case.displaced)
-        assert_values_close(alone, together[one])
-
-
-@given(case=maps())
 @example(case=PADDED)
 @example(case=WHOLE)
 def test_strides_do_not_matter(device: torch.device, case: Map) -> None:
@@ -503,6 +431,7 @@ def test_strides_do_not_matter(device: torch.device, case: Map) -> None:
 # --- precision
 
 
+@pytest.mark.promise("R2", "windows, low precision")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @given(case=maps(max_batch=2, shortest=5))
 @example(case=WHOLE)

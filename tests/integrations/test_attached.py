@@ -113,6 +113,8 @@ def _train_together(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.promise("R16", "BasicSR's networks")
+@pytest.mark.slow
 def test_two_processes_train_them_alike(tmp_path: Path) -> None:
     mp.spawn(_train_together, args=(2, str(tmp_path)), nprocs=2)
     for name, options in BODIES.items():
@@ -371,9 +373,10 @@ def test_options_of_an_attended_network_can_be_overridden() -> None:
 @pytest.mark.parametrize(
     ("network", "commands"),
     [
-        (
+        pytest.param(
             {"type": "SparseEDSR", "num_feat": 8, "num_block": 4, "upscale": 2, "img_range": 1.0},
             [["convert", "{file}", "net.safetensors"], ["list", "Gain"]],
+            marks=pytest.mark.slow,
         ),
         (
             {"type": "Attended", "network": BODIES["EDSR"]},

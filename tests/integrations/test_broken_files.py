@@ -101,6 +101,7 @@ def told_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
     return error.rpartition("sparse-sr: ")[2]
 
 
+PARTS = ["train/HR", "train/LR", "val/HR"]
 BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut off": (cut_off, "cannot be read: image file is truncated"),
     "empty": (lambda file: file.write_bytes(b""), "is not an image that Pillow knows"),
@@ -108,8 +109,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("how", BREAK)
-@pytest.mark.parametrize("part", ["train/HR", "train/LR", "val/HR"])
+@pytest.mark.parametrize(("how", "part"), list(zip(BREAK, itertools.cycle(PARTS), strict=False)))
 def test_a_broken_image_ends_training_with_its_name_and_the_state(
     part: str, how: str, training: Write, data: Path, here: Path, later: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,8 +229,17 @@ def test_an_option_file_is_whole_when_its_copy_finds_no_room(here: Path) -> None
 def test_a_network_that_memory_cannot_hold_is_told(
     command: str, training: Write, testing: Write, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    resource = pytest.importorskip("resource")
+    if sys.platform != "linux":
+        pytest.skip("takes a limit on memory that only Linux keeps")
     write = training if command == "train" else testing
-    assert main([command, "-opt", write({"network_g.num_feat": 10**8, "path.pretrain_network_g": None})]) == 1
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, before[1]))
+    try:
+        assert main([command, "-opt", write({"network_g.num_feat": 10**8, "path.pretrain_network_g": None})]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
     told = told_at_the_end(capsys)
     assert told.startswith("memory does not suffice: ")
     assert told.splitlines()[1].startswith("Smaller " if command == "train" else "val.tile")

@@ -23,14 +23,15 @@ GAN: dict[str, Any] = {
     "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
 }
 GMSA = {"type": "SparseEDSR", "num_feat": 8, "num_block": 2, "upscale": 2, "img_range": 1.0}
+LCOA = {**GMSA, "attention": {"type": "LCoA", "every": 1, "share": 2, "num_clusters": 8, "chunk_size": 16}}
 GMSA["attention"] = {"type": "GMSA", "every": 1, "share": 2, "window_sizes": [2, 4]}
 
 both = pytest.mark.parametrize("kind", ["SRGANModel", "ESRGANModel"])
 
 
-@pytest.fixture(params=["GMSA", "LCoA"])
-def attended(request: pytest.FixtureRequest, network: dict[str, Any]) -> dict[str, Any]:
-    return GMSA if request.param == "GMSA" else network
+@pytest.fixture(params=[GMSA, LCOA], ids=["GMSA", "LCoA"])
+def attended(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return copy.deepcopy(request.param)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Images in an LMDB: they train, and what is wrong with an entry is said of that entry."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +64,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("how", BROKEN)
-@pytest.mark.parametrize("quality", ["HR", "LR"])
+@pytest.mark.parametrize(("how", "quality"), list(zip(BROKEN, itertools.cycle(["HR", "LR"]), strict=False)))
 def test_an_entry_that_is_broken_ends_the_run_with_its_name(
     databases: Callable[..., Any],
     training: Callable[..., str],

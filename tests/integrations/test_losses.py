@@ -61,9 +61,8 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 8, 8), (1, 3, 7, 5), (3, 4, 6, 9)])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("weight", [1.0, 0.05, 0])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 8, 8), (3, 4, 7, 9)])
+@pytest.mark.parametrize(("reduction", "weight"), [("mean", 1.0), ("sum", 0.05), ("mean", 0)])
 def test_the_fft_loss_is_l1_of_the_transforms(shape: tuple[int, ...], reduction: str, weight: float) -> None:
     rng = np.random.default_rng(0)
     pred, target = rng.random(shape), rng.random(shape)

@@ -81,6 +81,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
 }
 
 
+@pytest.mark.promise("R21", "weights of a run")
 def test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up(training: Write, here: Path) -> None:
     opt, _ = preflight.check(load(training()), training=True)
     model = build_model({**opt, "path": {**opt["path"], "models": "."}, "is_train": True, "dist": False})

@@ -22,6 +22,8 @@ from sparse_sr_attn_basicsr import SparseEDSR, register
 from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.model import SparseSRModel
 
+pytestmark = pytest.mark.promise("R23", "BasicSR")
+
 
 def test_registering_twice_is_registering_once() -> None:
     register()

@@ -10,6 +10,8 @@ import pytest
 
 from sparse_sr_attn_basicsr import shims
 
+pytestmark = pytest.mark.promise("R23", "repairs")
+
 
 def _python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, check=False)

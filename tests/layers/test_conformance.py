@@ -13,11 +13,52 @@ from sparse_sr_attn.testing import conformance
 from sparse_sr_attn.testing.conformance import Clause, Subject
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
+PROMISES = {
+    "precisions": [("R3", "layers")],
+    "gradients are derivatives": [("R4", "layers")],
+    "every parameter learns": [("R4", "parameters learn")],
+    "every size": [("R5", "layers, all sizes")],
+    "any size": [("R5", "layers, channels")],
+    "deterministic mode changes nothing": [("R6", "unwritten memory"), ("R11", "layers, PyTorch's switch")],
+    "degenerate maps are finite and repeatable": [("R7", "layers")],
+    "a sample that is not finite spoils no other": [("R8", "layers")],
+    "evaluation does not mix samples": [("R9", "layers")],
+    "assignments do not depend on the batch": [("R9", "assignment")],
+    "evaluation moves nothing": [("R10", "layers")],
+    "repeated runs are bit equal": [("R11", "layers, twice")],
+    "copies go on alike": [("R12", "layers"), ("R13", "layers")],
+    "compiled is eager": [("R14", "layers")],
+    "sizes do not recompile": [("R14", "sizes")],
+    "compiled by inductor is eager": [("R14", "inductor")],
+    "export with dynamic sizes": [("R15", "torch.export, layers")],
+    "loud half inputs stay finite": [("R18", "finite")],
+    "autocast": [("R18", "close")],
+    "checkpointed is plain": [("R19", "layers")],
+    "reentrantly checkpointed is plain": [("R19", "layers, reentrant")],
+    "checkpointed and compiled is plain": [("R19", "compiled")],
+    "training moves state once a forward": [("R20", "once a forward")],
+}
+"""Which promise a clause keeps; see tests/promises.py."""
+
+COMPILERS = {
+    "compiled is eager",
+    "compiled forward mode",
+    "compiled with other forwards",
+    "checkpointed and compiled is plain",
+    "compiled inside a checkpoint is plain",
+    "export with dynamic sizes",
+    "sizes do not recompile",
+}
+"""Clauses that take seconds, most of them a compiler's; the slow tests hold all layers to them, the others a few."""
+QUICK = {"LCoA", "LCoA sharing", "GMSA", "NLSA"}
+
 
 def _param(subject: Subject, clause: Clause, suffix: str = "") -> object:
     # Inductor's own imports use what Python 3.14 will drop.
-    marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")] if clause.slow else []
+    slow = clause.slow or (clause.name in COMPILERS and str(subject) not in QUICK)
+    marks = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")] if slow else []
     marks += [] if clause.hookable else [pytest.mark.unhooked]
+    marks += [pytest.mark.promise(*promise) for promise in PROMISES.get(clause.name, [])]
     return pytest.param(subject, clause, id=f"{subject}{suffix}: {clause}", marks=marks)
 
 

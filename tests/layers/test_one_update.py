@@ -13,6 +13,8 @@ from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.layers.running_state import KMeansLearner
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
+pytestmark = pytest.mark.promise("R20", "k-means when asked, layers")
+
 CHANNELS = 8
 KMEANS: dict[str, Any] = {"num_clusters": 7, "chunk_size": 9, "reduction": 2, "ema_decay": 0.6, "reseed_threshold": 0.5}
 MODELS: dict[str, Callable[..., nn.Module]] = {

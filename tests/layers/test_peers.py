@@ -1,6 +1,5 @@
 """The peers: each is its formula, by the slow twins; options do what they say; randomness is seeded and kept."""
 
-import copy
 import math
 from typing import Any
 
@@ -109,93 +108,20 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
-@pytest.mark.parametrize("size", [(5, 6), (1, 1), (1, 7)], ids=str)
-def test_it_is_its_formula(name: str, options: dict[str, Any], size: tuple[int, int]) -> None:
+def test_it_is_its_formula(name: str, options: dict[str, Any]) -> None:
     """Output and all gradients, in evaluation."""
     layer = make(name, **options).eval()
-    x = features(0, *size).requires_grad_()
-    probe = features(1, *size)
-    leaves = {"x": x, **dict(layer.named_parameters())}
-    results = []
-    for output in (layer(x), x + layer.res_scale * branch_by_twins(layer, x)):
-        grads = torch.autograd.grad((output * probe).sum(), list(leaves.values()), materialize_grads=True)
-        results.append((output, dict(zip(leaves, grads, strict=True))))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-10)
-    for leaf in leaves:
-        torch.testing.assert_close(results[0][1][leaf], results[1][1][leaf], rtol=1e-9, atol=1e-9, msg=leaf)
-
-
-CHANGES = [
-    *[("NLA", change) for change in ({"reduction": 4},)],
-    *[("HSPA", change) for change in ({"reduction": 4}, {"scale": 3.0})],
-    *[("ENLA", change) for change in ({"reduction": 4}, {"num_features": 13}, {"amplification": 2.0}, {"seed": 1})],
-    *[
-        ("NLSA", change)
-        for change in (
-            {"reduction": 4},
-            {"chunk_size": 5},
-            {"num_rounds": 3},
-            {"max_buckets": 2},
-            {"num_adjacent": 0},
-            {"exact_keys": False, "chunk_size": 11},
-            {"seed": 1},
-        )
-    ],
-    *[
-        ("CategoryAttention", change)
-        for change in (
-            {"reduction": 4},
-            {"num_clusters": 3},
-            {"chunk_size": 5},
-            {"num_adjacent": 0},
-            {"seed": 1},
-        )
-    ],
-    *[(name, {"res_scale": 0.25}) for name in PEERS],
-]
-
-
-@pytest.mark.parametrize(("name", "change"), CHANGES, ids=str)
-def test_each_option_changes_the_output(name: str, change: dict[str, Any]) -> None:
-    x = features()
-    usual = make(name, **({"chunk_size": 11} if "exact_keys" in change else {})).eval()(x)
-    assert not torch.allclose(make(name, **change).eval()(x), usual, rtol=1e-4, atol=1e-4)
-
-
-TRAINING_CHANGES = [
-    ("NLSA", {"redraw": False}),
-    ("CategoryAttention", {"categories": "learnt"}),
-    ("CategoryAttention", {"ema_decay": 0.5}),
-    ("CategoryAttention", {"reseed_threshold": 0.9}),
-]
-
-
-def trained(name: str, num_steps: int = 20, **options: Any) -> Any:
-    layer = make(name, **options).train()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
-    for step in range(num_steps):
-        optimizer.zero_grad()
-        (layer(features(step)) * features(step + 1)).sum().backward()
-        optimizer.step()
-    return layer
-
-
-@pytest.mark.parametrize(("name", "change"), TRAINING_CHANGES, ids=str)
-def test_each_option_of_training_changes_what_is_learnt(name: str, change: dict[str, Any]) -> None:
-    x = features(100)
-    usual, other = trained(name).eval(), trained(name, **change).eval()
-    assert not torch.allclose(other(x), usual(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_evaluation_is_deterministic_and_ignores_global_randomness(name: str) -> None:
-    layer = trained(name, 2).eval()
-    x = features()
-    torch.manual_seed(1)
-    first = layer(x)
-    torch.manual_seed(2)
-    assert_bit_equal(layer(x), first)
-    assert_bit_equal(copy.deepcopy(layer)(x), first)
+    for size in ((5, 6), (1, 1), (1, 7)):
+        x = features(0, *size).requires_grad_()
+        probe = features(1, *size)
+        leaves = {"x": x, **dict(layer.named_parameters())}
+        results = []
+        for output in (layer(x), x + layer.res_scale * branch_by_twins(layer, x)):
+            grads = torch.autograd.grad((output * probe).sum(), list(leaves.values()), materialize_grads=True)
+            results.append((output, dict(zip(leaves, grads, strict=True))))
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-10)
+        for leaf in leaves:
+            torch.testing.assert_close(results[0][1][leaf], results[1][1][leaf], rtol=1e-9, atol=1e-9, msg=leaf)
 
 
 @pytest.mark.parametrize("name", PEERS)

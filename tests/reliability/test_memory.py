@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from sparse_sr_attn import LCoA
 from sparse_sr_attn.testing.memory import in_maps, new_memory
+
+pytestmark = pytest.mark.promise("R25", "LCoA alone")
 
 SIDE, CHANNELS = 256, 64
 

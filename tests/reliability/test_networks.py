@@ -45,6 +45,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.promise("R5", "networks")
 @pytest.mark.slow
 def test_every_size(build_tiny: Build, record_property: Record) -> None:
     network = build_tiny().eval()
@@ -58,6 +59,7 @@ def test_every_size(build_tiny: Build, record_property: Record) -> None:
     record_property("sizes", len(SIZES))
 
 
+@pytest.mark.promise("R3", "networks")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_precisions(build_tiny: Build, dtype: torch.dtype) -> None:
     """Finite in training and evaluation, gradients and buffers too; the output has the input's dtype."""
@@ -72,6 +74,7 @@ def test_precisions(build_tiny: Build, dtype: torch.dtype) -> None:
         assert torch.isfinite(tensor).all(), name
 
 
+@pytest.mark.promise("R4", "networks")
 def test_every_parameter_learns(build_tiny: Build) -> None:
     """After the few steps that layers which start as the identity need."""
     network = build_tiny()
@@ -83,6 +86,7 @@ def test_every_parameter_learns(build_tiny: Build) -> None:
         assert parameter.grad.any(), f"the gradient of {name} is zero"
 
 
+@pytest.mark.promise("R8", "networks")
 def test_a_sample_that_is_not_finite_spoils_no_other(build_tiny: Build) -> None:
     network = build_tiny()
     train(network)
@@ -101,6 +105,7 @@ def test_a_sample_that_is_not_finite_spoils_no_other(build_tiny: Build) -> None:
                 assert torch.isfinite(buffer).all(), f"{name} is not finite any more"
 
 
+@pytest.mark.promise("R9", "networks")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 def test_evaluation_does_not_mix_samples(
     build_tiny: Build, dtype: torch.dtype, tolerance: float, record_property: Record
@@ -117,6 +122,7 @@ def test_evaluation_does_not_mix_samples(
         train(network, dtype=dtype)
 
 
+@pytest.mark.promise("R10", "networks")
 def test_evaluation_moves_nothing(build_tiny: Build) -> None:
     """No parameter, no buffer, and no global random state."""
     network = build_tiny()
@@ -134,6 +140,7 @@ def test_evaluation_moves_nothing(build_tiny: Build) -> None:
         train(network)
 
 
+@pytest.mark.promise("R11", "networks")
 def test_two_runs_are_bit_equal(build_tiny: Build) -> None:
     """Ten training steps and an evaluation; the second run under PyTorch's deterministic algorithms, which fill memory
     that nobody wrote to with NaN."""
@@ -147,6 +154,7 @@ def test_two_runs_are_bit_equal(build_tiny: Build) -> None:
     assert_same(*runs)
 
 
+@pytest.mark.promise("R12", "networks")
 def test_copies_go_on_alike(build_tiny: Build) -> None:
     """A deepcopy, a pickled copy, and fresh networks with the state_dict of a .pth and of a .safetensors."""
     network = build_tiny()
@@ -166,6 +174,7 @@ def test_copies_go_on_alike(build_tiny: Build) -> None:
         assert_same(train(other), record)
 
 
+@pytest.mark.promise("R18", "PSNR")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_keeps_the_psnr(build_tiny: Build, dtype: torch.dtype, record_property: Record) -> None:
     """Of a network that has learnt something: waves, seen at a lower resolution."""
