@@ -163,9 +163,7 @@ def clean_log() -> None:
     """Have BasicSR open its log anew: pytest replaces the stream that it writes to."""
     logger = logging.getLogger("basicsr")
     logger.handlers.clear()
-    logger.propagate = (
-        True  # until BasicSR opens it; else pytest's caplog takes it up, which it does not in a first test
-    )
+    logger.propagate = False  # as BasicSR sets it later; so caplog captures it in a first test too
     importlib.import_module("basicsr.utils.logger").initialized_logger.clear()
 
 

@@ -40,7 +40,10 @@ def rates(log: Path) -> list[float]:
 
 def noted(here: Path, caplog: pytest.LogCaptureFixture, name: str = "tiny") -> list[str]:
     """Return the lines on changed options, of our model or of the command, since `caplog` was cleared."""
-    lines = [*logs(here, name)[-1].read_text().splitlines(), *(record.message for record in caplog.records)]
+    lines = [
+        *logs(here, name)[-1].read_text().splitlines(),
+        *(r.message for r in caplog.records if r.name != "basicsr"),
+    ]
     return [line.partition("note: ")[2] for line in lines if "what the option file says counts" in line]
 
 
