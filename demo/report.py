@@ -27,7 +27,7 @@ from torch import Tensor
 from sparse_sr_attn import LSP, CoA, LCoAN
 from sparse_sr_attn.data import metrics as evaluation
 from sparse_sr_attn.data.imresize import imresize
-from sparse_sr_attn.inference.visualize import cluster_map, colour_map, kinship_palette
+from sparse_sr_attn.inference.visualize import cluster_map, colour_map, similarity_palette
 
 UPSCALE = 2
 REQUIRED_GAIN = 0.5  # dB
@@ -199,7 +199,7 @@ def draw_clusters(axes: Sequence[Axes], model: LCoAN, result: Result) -> None:
     pattern = next(module for module in model.modules() if isinstance(module, LSP))
     counts = torch.bincount(clusters.flatten(), minlength=len(pattern.centroids))
     light = result.low.double().mean(2, keepdim=True) / 255
-    painted = colour_map(clusters, kinship_palette(pattern.centroids, counts)).double() * (0.55 + 0.45 * light)
+    painted = colour_map(clusters, similarity_palette(pattern.centroids, counts)).double() * (0.55 + 0.45 * light)
     kin = (clusters == telling_cluster(clusters, counts, light[..., 0]))[..., None]
     amber = torch.tensor([255.0, 170.0, 0.0], dtype=torch.float64)
     one = torch.where(kin, amber, 255 * (0.1 + 0.5 * light))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from sparse_sr_attn import EDSR, GMSA, NLA, LCoA
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.shift import shift2d
-from sparse_sr_attn.inference.visualize import attended, colour_map, heat, kinship_palette
+from sparse_sr_attn.inference.visualize import attention_map_of, colour_map, heatmap, similarity_palette
 from sparse_sr_attn.states import ClusterPattern
 
 CHANNELS = 16
@@ -67,7 +67,7 @@ def draw_clusters() -> Figure:
     light = image[0].mean(0)[..., None]
     eye = clusters[37, 62]  # a pixel in the cat's eye
     one = torch.where((clusters == eye)[..., None], AMBER, 255 * (0.1 + 0.5 * light))
-    painted = colour_map(clusters, kinship_palette(layer.lsp.centroids, counts)) * (0.45 + 0.55 * light)
+    painted = colour_map(clusters, similarity_palette(layer.lsp.centroids, counts)) * (0.45 + 0.55 * light)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.05), layout="constrained")
     show(axes[0], as_picture(image), f"{x.shape[2] * x.shape[3]:,} tokens")
     show(axes[1], painted.byte(), "32 clusters")
@@ -82,7 +82,7 @@ def small_pattern() -> tuple[Tensor, ClusterPattern, Tensor, LCoA, Tensor]:
     layer = learnt_layer(x, num_clusters=8, chunk_size=48)
     pattern = layer.attend(x).pattern
     counts = torch.bincount(pattern.assignment[0], minlength=8)
-    return image, pattern, kinship_palette(layer.lsp.centroids, counts), layer, x
+    return image, pattern, similarity_palette(layer.lsp.centroids, counts), layer, x
 
 
 def draw_chunks() -> Figure:
@@ -132,13 +132,13 @@ def draw_matrix() -> Figure:
     order = pattern.order[0]
     n = order.numel()
     with torch.no_grad():
-        sparse = attended(layer.attend(x), torch.arange(n)).flatten(1)
+        sparse = attention_map_of(layer.attend(x), torch.arange(n)).flatten(1)
         rows = layer.lsp.route(x)[0][0]
         dense = (rows @ F.normalize(rows, dim=1).T).softmax(dim=1)
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
     titles = ("dense attention", "the pattern", "the same, by slot")
     for axis, matrix, title in zip(axes, (dense, sparse, sparse[order][:, order]), titles, strict=True):
-        show(axis, heat(matrix.clamp(max=float(sparse.quantile(0.98))) ** 0.6 + 0.12 * (matrix > 0)), title)
+        show(axis, heatmap(matrix.clamp(max=float(sparse.quantile(0.98))) ** 0.6 + 0.12 * (matrix > 0)), title)
     share = float((sparse > 0).float().mean())
     figure.supxlabel(f"{n} by {n} pairs of tokens; the pattern keeps {share:.0%} of them", fontsize=19)
     return figure
@@ -156,9 +156,9 @@ def draw_attention() -> Figure:
         rows = layer.lsp.route(x)[0][0]
         scores = rows[token] @ F.normalize(rows, dim=1).T
         dense = scores.softmax(dim=1).view(height, width)
-        (sparse,) = attended(layer.attend(x), token)
+        (sparse,) = attention_map_of(layer.attend(x), token)
         windows = GMSA(CHANNELS).eval()
-        (near,) = attended(windows.attend(x), token)
+        (near,) = attention_map_of(windows.attend(x), token)
     pictures = {
         f"{type(NLA(CHANNELS)).__name__}: {height * width:,} keys": dense,
         f"LCoA: {int((sparse > 0).sum())} keys, alike": sparse,
@@ -224,7 +224,7 @@ def draw_windows() -> Figure:
         for size, colour in zip(sizes, ("#ffe066", "#22b8cf", "#ff8787"), strict=True):
             layer = GMSA(3, window_sizes=(size,), shift=shift).eval()
             with torch.no_grad():
-                (weights,) = attended(layer.attend(image), token)
+                (weights,) = attention_map_of(layer.attend(image), token)
             rows, columns = (weights > 0).nonzero(as_tuple=True)
             low, left = float(rows.min()) - 0.5, float(columns.min()) - 0.5
             axis.add_patch(Rectangle((left, low), size, size, fill=False, edgecolor=colour, linewidth=4))

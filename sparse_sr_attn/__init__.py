@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparse_sr_attn.blocks import ELAB
     from sparse_sr_attn.checkpoints.load import load_model
     from sparse_sr_attn.errors import (
+        BackendError,
         CheckpointError,
         ConfigError,
         DuplicateNameError,
@@ -68,6 +69,7 @@ __all__ = [
     "PRESETS",
     "RCAN",
     "AttentionLayer",
+    "BackendError",
     "CategoryAttention",
     "CheckpointError",
     "ClusterAttention",
@@ -119,6 +121,7 @@ _HOMES = {
         "ConfigError",
         "DuplicateNameError",
         "ExportError",
+        "BackendError",
         "FormError",
         "ImageError",
         "ProcessError",

@@ -19,8 +19,12 @@ class SharingError(SparseSRError, ValueError):
     """A layer that reads a shared state was given none, or one of another type."""
 
 
-class FormError(SparseSRError, ValueError):
-    """A form of an operation was asked for by name and cannot run there."""
+class BackendError(SparseSRError, ValueError):
+    """A backend of an operation was asked for by name and cannot run there."""
+
+
+FormError = BackendError
+"""The old name of `BackendError`."""
 
 
 class UnknownNameError(SparseSRError, KeyError):

@@ -53,7 +53,7 @@ class ClusterAttention(NamedTuple):
     weights: Float[Tensor, "br k i j"] | None = None
     embedding: Float[Tensor, "b n d"] | None = None
 
-    def made_for(self) -> tuple[int, int, int]:
+    def map_size(self) -> tuple[int, int, int]:
         """Return the number of maps, their height and width."""
         return self.pattern.order.shape[0] // self.num_rounds, self.height, self.width
 
@@ -81,7 +81,7 @@ class WindowAttention(NamedTuple):
     height: int
     width: int
 
-    def made_for(self) -> tuple[int, int, int]:
+    def map_size(self) -> tuple[int, int, int]:
         """Return the number of maps, their height and width."""
         first = cast(Tensor, self.queries[0] if self.weights[0] is None else self.weights[0])
         return first.shape[0], self.height, self.width

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from sparse_sr_attn import EDSR, ELAN, GMSA, LSP, AttentionLayer, CoA, LCoA, LCoAN, ShapeError
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.functional.kmeans import initial_state
-from sparse_sr_attn.inference.visualize import attended, attention_entropy, attention_overlap, attention_states, heat
+from sparse_sr_attn.inference.visualize import (
+    attention_entropy,
+    attention_map_of,
+    attention_overlap,
+    attention_states,
+    heatmap,
+)
 from sparse_sr_attn.reference import cluster as reference
 from sparse_sr_attn.reference import window as slow_windows
 
@@ -65,7 +71,7 @@ def test_is_the_row_of_dense_attention(options: dict[str, Any]) -> None:
     pattern = lsp(**options)
     with torch.no_grad():
         query, who = pattern.route(features())
-        maps = attended(pattern(features()), torch.arange(54))
+        maps = attention_map_of(pattern(features()), torch.arange(54))
     key = torch.nn.functional.normalize(query, dim=-1)
     dense = reference.cluster_attention(query, key, torch.eye(54, dtype=torch.float64)[None], who)[0]
     assert maps.shape == (54, *SIZE)
@@ -79,7 +85,7 @@ def test_in_windows_is_the_mean_row_of_dense_attention(shift: bool) -> None:
     layer = GMSA(8, window_sizes=(2, 3, 4), shift=shift).double().eval()
     with torch.no_grad():
         state = layer.attend(features())
-        maps = attended(state, torch.arange(54)).flatten(1)
+        maps = attention_map_of(state, torch.arange(54)).flatten(1)
     same = torch.eye(54, dtype=torch.float64).view(1, 54, *SIZE)  # what each pixel gathers are the numbers of its keys
     groups = [
         slow_windows.apply_window_weights(weights, same, window_size=size, shift=size // 2 if shift else 0)
@@ -98,7 +104,10 @@ def test_in_windows_whose_weights_are_made_again() -> None:
     with torch.enable_grad():
         kept = layer.attend(features())
     torch.testing.assert_close(
-        attended(state, torch.arange(54)), attended(kept, torch.arange(54)).detach(), rtol=1e-10, atol=1e-10
+        attention_map_of(state, torch.arange(54)),
+        attention_map_of(kept, torch.arange(54)).detach(),
+        rtol=1e-10,
+        atol=1e-10,
     )
     torch.testing.assert_close(attention_overlap([state, state]), torch.ones(2, 2, dtype=torch.float64))
 
@@ -107,7 +116,7 @@ def test_of_several_rounds_is_their_sum() -> None:
     pattern = lsp(num_rounds=2)
     with torch.no_grad():
         state = pattern(features())
-        maps = attended(state, torch.tensor([53, 0, 20])).flatten(1)
+        maps = attention_map_of(state, torch.tensor([53, 0, 20])).flatten(1)
     same = torch.eye(54, dtype=torch.float64).expand(2, -1, -1)
     by_round = reference.apply_cluster_weights(state.weights, same, state.pattern)
     torch.testing.assert_close(maps, by_round.sum(dim=0)[[53, 0, 20]], rtol=1e-10, atol=1e-10)
@@ -125,7 +134,7 @@ def test_of_several_rounds_is_their_sum() -> None:
 )
 def test_wrong_arguments(state: Callable[[], Any], tokens: list[int], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        attended(state(), torch.tensor(tokens))
+        attention_map_of(state(), torch.tensor(tokens))
 
 
 # ------------------------------------------------------------------------------------------------------- all layers
@@ -194,7 +203,7 @@ def test_entropy_is_that_of_the_weights() -> None:
     layer = lsp()
     x = features()
     state = layer(x)
-    weights = attended(state, torch.arange(x.shape[2] * x.shape[3])).flatten(1).detach()
+    weights = attention_map_of(state, torch.arange(x.shape[2] * x.shape[3])).flatten(1).detach()
     shares = []
     for row in weights.tolist():
         seen = [weight for weight in row if weight > 0]
@@ -240,7 +249,7 @@ def test_nothing_in_common_and_a_few_pixels() -> None:
     """With one key a query, two patterns that put each pixel with another have an overlap of 0."""
     alone = lsp(chunk_size=1, num_adjacent=0)(features())  # every pixel sees itself
     with torch.no_grad():
-        itself = attended(alone, torch.tensor([0, 33]))
+        itself = attention_map_of(alone, torch.tensor([0, 33]))
     assert itself.flatten(1).argmax(dim=1).tolist() == [0, 33]
     other = alone._replace(weights=torch.zeros_like(alone.weights))
     with torch.no_grad():
@@ -256,9 +265,9 @@ def test_overlap_of_maps_of_several_sizes() -> None:
 
 
 def test_heat() -> None:
-    colours = heat(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    colours = heatmap(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
     assert colours.tolist() == [[[0, 0, 0], [255, 0, 0]], [[255, 255, 0], [255, 255, 255]]]
-    assert heat(torch.zeros(2, 3)).sum() == 0
+    assert heatmap(torch.zeros(2, 3)).sum() == 0
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -303,7 +312,7 @@ def test_attention_of_a_pixel(here: Path, capsys: pytest.CaptureFixture[str]) ->
     factor = image.shape[1] // 60
     assert tuple(image[30 * factor, 7 * factor]) == (0, 255, 0)
     low = torch.from_numpy(drawn("photo.png").astype(np.float32) / 255).permute(2, 0, 1)
-    (weights,) = attended(attention_states(network(2), low)["attention.0"], torch.tensor([30 * 60 + 7]))
+    (weights,) = attention_map_of(attention_states(network(2), low)["attention.0"], torch.tensor([30 * 60 + 7]))
     assert float(weights[int(y), int(x)]) == float(weights.max()) == pytest.approx(float(weight), abs=1e-4)
     bright = image[::factor, ::factor, 0] > 100  # red beyond what the photograph behind has
     bright[30, 7] = bool(weights[30, 7] > 0)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
-from sparse_sr_attn.backbones.base import options_of, packed
+from sparse_sr_attn.backbones.base import encode_options, options_of
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 
 GOLDEN = Path(__file__).parent / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
@@ -349,7 +349,7 @@ def before_cosines(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
             told[name] = {k: v for k, v in told[name].items() if k not in ("similarity", "cluster_order")}
     state = model.state_dict()
     assert not any("scale_logits" in key or key.endswith(".rank") for key in state)
-    return {**state, "options": packed(told)}
+    return {**state, "options": encode_options(told)}
 
 
 PUBLISHED: dict[str, Any] = {"similarity": "dot", "cluster_order": "index"}
@@ -996,7 +996,7 @@ GIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 def test_options_that_ask_for_too_much_together_are_refused_while_it_is_built(name: str) -> None:
     build, change = GIANTS[name]
     model = build()
-    state = {**model.state_dict(), "options": packed({**(options_of(model) or {}), **change})}
+    state = {**model.state_dict(), "options": encode_options({**(options_of(model) or {}), **change})}
     with pytest.raises(
         CheckpointError, match=r"the options ask for far more than a file of \d+ numbers can be weights of"
     ):

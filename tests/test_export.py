@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, RCAN, ExportError, LCoAN
 from sparse_sr_attn.cli.main import main
-from sparse_sr_attn.inference.onnx import TOLERANCE, compare, export_onnx
 from sparse_sr_attn.inference import onnx as module
+from sparse_sr_attn.inference.onnx import TOLERANCE, compare, export_onnx
 from sparse_sr_attn.states import ClusterPattern
 
 OTHER_SIZES = [(17, 23), (5, 40), (30, 31), (1, 60), (1, 1), (48, 80)]

@@ -155,7 +155,7 @@ MODULES = {
     "kmeans": f"{PACKAGE}/functional/kmeans.py",
     "lsh": f"{PACKAGE}/functional/lsh.py",
     "precision": f"{PACKAGE}/functional/_torch.py",
-    "unit_keys": f"{PACKAGE}/functional/unit_keys.py",
+    "l2_normalize": f"{PACKAGE}/functional/l2_normalize.py",
     "windows": f"{PACKAGE}/functional/window/tiles.py",
     "grid": f"{PACKAGE}/functional/window/grid.py",
     "shift": f"{PACKAGE}/functional/shift.py",
@@ -257,7 +257,7 @@ FAULTS = [
         "cluster:test_normalised_keys_are_unit_keys",
     ),
     Fault(
-        "the floor of short keys has a gradient", "unit_keys:unit_keys_backward", drop("masked_fill_"),
+        "the floor of short keys has a gradient", "l2_normalize:l2_normalize_backward", drop("masked_fill_"),
         "cluster:test_normalised_keys_are_unit_keys",
     ),
     Fault(
@@ -341,11 +341,11 @@ FAULTS = [
     Fault("the variance is the biased one", "batch_norm:batch_norm", swap("*", "/", 2), "batch_norm:"),
     # --- layers
     Fault(
-        "evaluation moves k-means", "lcoa:LSP.learns", swap("and", "or"),
+        "evaluation moves k-means", "lcoa:LSP.updates_state", swap("and", "or"),
         "contract:test_contract[LSP: evaluation moves nothing]",
     ),
     Fault(
-        "a decay of one does not freeze", "lcoa:LSP.learns", swap("<", "<="),
+        "a decay of one does not freeze", "lcoa:LSP.updates_state", swap("<", "<="),
         "contract:test_a_decay_of_one_freezes_the_centroids",
     ),
     Fault(

@@ -9,17 +9,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from sparse_sr_attn import CoA, LCoA
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.errors import FormError, ShapeError
+from sparse_sr_attn.errors import BackendError, ShapeError
 from sparse_sr_attn.functional import backend as forms
-from sparse_sr_attn.functional.backend import Form
-from sparse_sr_attn.inference.cuda_graph import capture
+from sparse_sr_attn.functional.backend import Backend
+from sparse_sr_attn.inference.cuda_graph import capture_cuda_graph
 
 IMAGES = torch.rand(1, 3, 12, 10)
-gpu_forms = pytest.mark.parametrize("form", ["oneshot", "triton"])
+gpu_forms = pytest.mark.parametrize("form", ["eager", "triton"])
 
 
 @pytest.fixture
-def form(form: Form, monkeypatch: pytest.MonkeyPatch) -> Form:
+def form(form: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """The form that attention takes, as on a GPU."""
     monkeypatch.setattr(forms, "_best_form", lambda _: form)
     return form
@@ -62,14 +62,14 @@ def test_to_ask_for_a_value_is_noticed() -> None:
 
 
 def test_without_a_gpu_it_is_refused() -> None:
-    with pytest.raises(FormError, match="needs a network and images on a CUDA device, got images on 'cpu'"):
-        capture(LCoA(3).eval(), IMAGES)
+    with pytest.raises(BackendError, match="needs a network and images on a CUDA device, got images on 'cpu'"):
+        capture_cuda_graph(LCoA(3).eval(), IMAGES)
 
 
 @pytest.mark.cuda
 def test_a_graph_computes_what_the_network_computes(trained: Network) -> None:
     trained.cuda()
-    run = capture(trained, IMAGES.cuda())
+    run = capture_cuda_graph(trained, IMAGES.cuda())
     for seed in range(2):
         images = torch.rand(IMAGES.shape, generator=torch.Generator().manual_seed(seed)).cuda()
         with torch.no_grad():
@@ -83,9 +83,9 @@ def test_a_graph_computes_what_the_network_computes(trained: Network) -> None:
 @pytest.mark.cuda
 def test_a_graph_takes_one_size_and_weights_that_stay(trained: Network) -> None:
     trained.cuda()
-    with pytest.raises(FormError, match=r"got one in training mode; call net.eval\(\)"):
-        capture(trained.train(), IMAGES.cuda())
-    run = capture(trained.eval(), IMAGES.cuda())
+    with pytest.raises(BackendError, match=r"got one in training mode; call net.eval\(\)"):
+        capture_cuda_graph(trained.train(), IMAGES.cuda())
+    run = capture_cuda_graph(trained.eval(), IMAGES.cuda())
     with pytest.raises(ShapeError, match=r"takes images of .*\(1, 3, 12, 10\).*, got .*\(1, 3, 12, 9\)"):
         run(IMAGES[..., :9].cuda())
     trained.cpu()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparse_sr_attn import EDSR, LCoA, LCoAN
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.kmeans import initial_state
-from sparse_sr_attn.inference.visualize import cluster_map, colour_map, kinship_palette, palette
+from sparse_sr_attn.inference.visualize import cluster_map, colour_map, palette, similarity_palette
 from sparse_sr_attn.layers.lcoa import LSP
 
 
@@ -131,32 +131,32 @@ def test_kin_get_alike_colours() -> None:
     generator = torch.Generator().manual_seed(0)
     poles = torch.eye(8)[[0, 3]].repeat_interleave(6, 0)
     centroids = torch.nn.functional.normalize(poles + 0.05 * torch.randn(12, 8, generator=generator), dim=1)
-    hues = torch.tensor([colorsys.rgb_to_hsv(*(colour / 255).tolist())[0] for colour in kinship_palette(centroids)])
+    hues = torch.tensor([colorsys.rgb_to_hsv(*(colour / 255).tolist())[0] for colour in similarity_palette(centroids)])
     apart = (hues[:, None] - hues).abs()
     apart = torch.minimum(apart, 1 - apart)
     assert apart[:6, 6:].mean() > 2 * apart[:6, :6].mean()
-    assert len(kinship_palette(centroids).unique(dim=0)) == 12
-    assert torch.equal(kinship_palette(centroids.requires_grad_()), kinship_palette(centroids.double()))
+    assert len(similarity_palette(centroids).unique(dim=0)) == 12
+    assert torch.equal(similarity_palette(centroids.requires_grad_()), similarity_palette(centroids.double()))
 
 
 def test_counts_spread_the_colours_over_the_picture() -> None:
     """Clusters that are not in the picture use up no colours; those that fill it are told apart best."""
     centroids = torch.nn.functional.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(3)), dim=1)
     counts = torch.tensor([100, 100, 100, 100] + [0] * 36)
-    weighted, plain = kinship_palette(centroids, counts)[:4].double(), kinship_palette(centroids)[:4].double()
+    weighted, plain = similarity_palette(centroids, counts)[:4].double(), similarity_palette(centroids)[:4].double()
     assert torch.pdist(weighted).min() > torch.pdist(plain).min()
-    assert torch.equal(kinship_palette(centroids, torch.full((40,), 7)), kinship_palette(centroids))
+    assert torch.equal(similarity_palette(centroids, torch.full((40,), 7)), similarity_palette(centroids))
     with pytest.raises(ShapeError, match=r"one number for each of 40 rows, got shape \(4,\)"):
-        kinship_palette(centroids, counts[:4])
+        similarity_palette(centroids, counts[:4])
     for wrong in (torch.zeros(40, dtype=torch.int64), -counts):
         with pytest.raises(ValueError, match=r"counts must be >= 0 and not all 0, got \["):
-            kinship_palette(centroids, wrong)
+            similarity_palette(centroids, wrong)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 1), (3, 2), (64, 16)])
 def test_kinship_palette_takes_any_number_of_clusters(shape: tuple[int, int]) -> None:
-    colours = kinship_palette(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    colours = similarity_palette(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     assert colours.shape == (shape[0], 3)
     assert colours.dtype == torch.uint8
     with pytest.raises(ShapeError, match=r"centroids must be \(k >= 1, d >= 1\), got shape \(4,\)"):
-        kinship_palette(torch.ones(4))
+        similarity_palette(torch.ones(4))

@@ -18,7 +18,7 @@ from benchmarks.paper.report import fill, markdown, section, write_plot
 from benchmarks.paper.training import Budget, Trainer
 from sparse_sr_attn.cli.common import UsageError, exit_status, find_device, images_in, name, require, say, show
 from sparse_sr_attn.config import read
-from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import ConfigError, SparseSRError
 
 DESCRIPTION = """\
@@ -167,7 +167,7 @@ def _page(arguments: argparse.Namespace, scale: Scale) -> int:
         write_plot(figure, document, beside.with_suffix(".png"))
         keep(document, beside.with_suffix(".json"))
         text = fill(text, label, section(figure, label, document))
-    with replacing(page) as stream:
+    with atomic_write(page) as stream:
         stream.write(text.encode())
     show(name(page))
     return 0

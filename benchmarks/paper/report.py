@@ -12,7 +12,7 @@ from benchmarks.paper.figures import Figure
 from benchmarks.paper.training import Budget
 from benchmarks.speed.timing import Spread
 from sparse_sr_attn.cli.common import table
-from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import SparseSRError
 
 _NAMES = {"forward": "inference", "forward+backward": "training step"}
@@ -210,7 +210,7 @@ def write_plot(figure: Figure, document: Mapping[str, Any], path: Path) -> None:
     else:
         _draw_quality(canvas, figure, document)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         canvas.savefig(unfinished, dpi=100, format="png")
 
 

@@ -11,7 +11,7 @@ from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.backbones.lcoan import CollaborativeGroup
 from sparse_sr_attn.blocks import ELAB
 from sparse_sr_attn.functional.window import window_attention
-from sparse_sr_attn.layers.base import AttentionLayer, check_alone, check_map, last_conv
+from sparse_sr_attn.layers.base import AttentionLayer, check_map, output_proj, reject_state
 from sparse_sr_attn.layers.batch_norm import ConvNorm
 from sparse_sr_attn.layers.gmsa import GMSA, split_groups, window_shifts
 from sparse_sr_attn.layers.shift_conv import LFE
@@ -105,7 +105,7 @@ class StandardWindowAttention(AttentionLayer):
         self.query, self.key, self.value = (
             nn.Conv2d(embed_dim, embed_dim, 1) if norm == "layer" else ConvNorm(embed_dim, embed_dim) for _ in range(3)
         )
-        self.output = last_conv(embed_dim, zero_init=False)
+        self.output = output_proj(embed_dim, zero_init=False)
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
         """Return a map of the same size.
@@ -114,7 +114,7 @@ class StandardWindowAttention(AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        check_alone(self, state)
+        reject_state(self, state)
         check_map(x, self.embed_dim)
         entering = x if self.norm is None else self.norm(x.movedim(1, -1)).movedim(-1, 1)
         num_groups = len(self.window_sizes)

@@ -9,7 +9,7 @@ from benchmarks.speed.run import Row, Run
 from benchmarks.speed.settings import Pass
 from benchmarks.speed.timing import Spread
 from sparse_sr_attn.cli.common import table
-from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.data.atomic import atomic_write
 
 
 def markdown(found: Run) -> str:
@@ -20,7 +20,7 @@ def markdown(found: Run) -> str:
 def write_json(documents: Sequence[dict[str, Any]], path: Path) -> None:
     """Write runs (`Run.as_json`) into a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write(json.dumps({"runs": documents}, indent=1, default=str).encode() + b"\n")
 
 
@@ -47,7 +47,7 @@ def write_plot(found: Run, path: Path) -> None:
         f"torch {environment['torch']}, {found.settings.dtype}, {environment['date']}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=110, format="png")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import CheckpointError, ImageError, ProcessError, SparseSRError, TrainingError
 from sparse_sr_attn.inference.tiling import is_out_of_memory
 from sparse_sr_attn_basicsr import distributed, extensions, option_file, preflight, pretrained
@@ -172,5 +172,5 @@ def _record_options(folder: Path, arguments: argparse.Namespace) -> None:
     file = Path(arguments.opt).expanduser()
     text = file.read_bytes()
     header = f"# {time.asctime()}\n# {' '.join(command)}\n\n".encode()
-    with replacing(folder / file.name) as stream:  # it may be the very file, when a run is resumed with it
+    with atomic_write(folder / file.name) as stream:  # it may be the very file, when a run is resumed with it
         stream.write(header + text)

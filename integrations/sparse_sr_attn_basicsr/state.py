@@ -10,7 +10,7 @@ import cv2
 import torch
 
 from sparse_sr_attn.config import Rule, fields, read
-from sparse_sr_attn.data.atomic import reach_disk, replacing
+from sparse_sr_attn.data.atomic import atomic_write, fsync_dir
 from sparse_sr_attn.errors import CheckpointError, ConfigError
 from sparse_sr_attn_basicsr.schema import Seed
 
@@ -46,7 +46,7 @@ def write(value: Any, file: Path) -> None:
         OSError: it cannot be written; `file` is unchanged.
     """
     try:
-        with replacing(file) as stream:
+        with atomic_write(file) as stream:
             torch.save(value, stream)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):
@@ -66,7 +66,7 @@ def write_image(image: Any, file: Path) -> None:
     """
     encoded = cv2.imencode(file.suffix, image)[1]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as stream:
+    with atomic_write(file) as stream:
         stream.write(encoded.tobytes())
 
 
@@ -74,7 +74,7 @@ def remove(file: Path) -> None:
     """Remove `file`, if it exists, before anything else is written."""
     if file.exists():
         file.unlink()
-        reach_disk(file.parent)
+        fsync_dir(file.parent)
 
 
 def list_states(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn.blocks.attention_config import AttentionMap, default_map, read_attention
+from sparse_sr_attn.blocks.attention_config import AttentionConfig, default_config, read_attention
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import checked, join_path
 from sparse_sr_attn.errors import ConfigError, Problem
@@ -183,14 +183,14 @@ def _as_maps(
         if extra:
             raise _refusal(extra[0], "must stand in the map, because attention is one")
         return attention
-    found = default_map(attention, shares=shares)
+    found = default_config(attention, shares=shares)
     if every is None and "after" in options:
         del found["every"]
     given = {"every": every, "share": share}
     return {**found, **{name: value for name, value in given.items() if value is not None}, **options}
 
 
-def _layers(maps: Sequence[AttentionMap], num_blocks: int, width: int, beside: nn.Module) -> SiteAttention:
+def _layers(maps: Sequence[AttentionConfig], num_blocks: int, width: int, beside: nn.Module) -> SiteAttention:
     """Return the layers, where and in the precision that the parameters of `beside` are."""
     layers = SiteAttention(maps, num_blocks, width)
     weight = next((p for p in beside.parameters() if p.is_floating_point()), None)
@@ -200,7 +200,7 @@ def _layers(maps: Sequence[AttentionMap], num_blocks: int, width: int, beside: n
 
 
 def _after_each(
-    convolutions: Sequence[nn.Conv2d], maps: Sequence[AttentionMap]
+    convolutions: Sequence[nn.Conv2d], maps: Sequence[AttentionConfig]
 ) -> list[tuple[nn.Module, nn.ModuleList]]:
     """Return the convolutions that get attention, each with its own."""
     for attention in maps:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.blocks.attention_config import AttentionMap
+from sparse_sr_attn.blocks.attention_config import AttentionConfig
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.blocks.upsample import Upsample, Upscale
 from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
@@ -26,7 +26,7 @@ OPTIONS = "options"
 P = ParamSpec("P")
 
 
-def remembered(init: Callable[P, None]) -> Callable[P, None]:
+def store_init_args(init: Callable[P, None]) -> Callable[P, None]:
     """Let a network remember the options of its constructor, so that its weights can carry them."""
     signature = inspect.signature(init)
     family = init.__qualname__.split(".")[0]  # of the class that declares the options, whatever it is called later
@@ -45,12 +45,12 @@ def remembered(init: Callable[P, None]) -> Callable[P, None]:
         network._options = as_json({"type": family, **given})  # type: ignore[attr-defined]
         options = options_of(network)  # type: ignore[arg-type]
         if options is not None and not _is_plain(options):
-            network.register_buffer(OPTIONS, packed(options))  # type: ignore[attr-defined]
+            network.register_buffer(OPTIONS, encode_options(options))  # type: ignore[attr-defined]
 
     return wrapper
 
 
-def packed(options: Mapping[str, Any]) -> Tensor:
+def encode_options(options: Mapping[str, Any]) -> Tensor:
     """Return options as a state dict carries them: the bytes of a JSON mapping, each as a float.
 
     Tools that average, cast or shard weights treat a float buffer like a parameter: 0..127 survive any of it.
@@ -93,7 +93,7 @@ def _plain(value: object) -> object:
 class Network(nn.Module):
     r"""Abstract network $y = u((x - m)\,r) / r + m$, with the mean $m$ and the range $r$ of images.
 
-    Subclasses define $u$, `upscaled`. The mean is not in the state dict, and is real in a network built on the meta
+    Subclasses define $u$, `forward_body`. The mean is not in the state dict, and is real in a network built on the meta
     device.
 
     Shapes do not tell everything about attention. So a network with attention has a buffer (`OPTIONS`) with the options
@@ -126,9 +126,9 @@ class Network(nn.Module):
         self.rgb_mean = _mean(num_in_ch, num_out_ch, rgb_mean)
         self.register_buffer("mean", self._mean_like(torch.empty(0)), persistent=False)
 
-    def upscaled(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
+    def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Return what the network makes of an image whose mean is 0, in its own range."""
-        raise TypeError(f"{type(self).__name__} does not define upscaled")
+        raise TypeError(f"{type(self).__name__} does not define forward_body")
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Return the image at `upscale` times the size.
@@ -151,7 +151,7 @@ class Network(nn.Module):
                 f"got shape {tuple(x.shape)}"
             )
         mean = self.mean.to(next(self.parameters(), self.mean).dtype)  # weights may have been put in place without it
-        output = self.upscaled((x - mean.to(x.device)) * self.img_range) / self.img_range
+        output = self.forward_body((x - mean.to(x.device)) * self.img_range) / self.img_range
         return output + mean.to(output.device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
@@ -168,7 +168,7 @@ class Network(nn.Module):
 
     def _packed_options(self) -> Tensor:
         """Return the options it was built with, where the mean is."""
-        return packed(options_of(self) or {}).to(self.mean.device)
+        return encode_options(options_of(self) or {}).to(self.mean.device)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + OPTIONS, None)
@@ -211,7 +211,7 @@ class ResidualNetwork(Network):
         """Return what the body makes of the first features."""
         raise TypeError(f"{type(self).__name__} does not define features")
 
-    def upscaled(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
+    def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Return what the network makes of an image whose mean is 0, in its own range."""
         first = self.conv_first(x)
         deep = self.conv_after_body(self.features(first)) + first
@@ -227,7 +227,7 @@ class TrunkNetwork(ResidualNetwork):
     """
 
     def _build_trunk(
-        self, parts: Sequence[nn.Module], attention: Sequence[AttentionMap], *, activation_checkpointing: bool
+        self, parts: Sequence[nn.Module], attention: Sequence[AttentionConfig], *, activation_checkpointing: bool
     ) -> None:
         self.activation_checkpointing = activation_checkpointing
         self.body = nn.Sequential(*parts)

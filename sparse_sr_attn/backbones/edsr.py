@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sparse_sr_attn.backbones.base import TrunkNetwork, remembered
+from sparse_sr_attn.backbones.base import TrunkNetwork, store_init_args
 from sparse_sr_attn.blocks import ResidualBlock, read_trunk
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
@@ -37,7 +37,7 @@ class EDSR(TrunkNetwork):
         State-dict keys are those of `TrunkNetwork`.
     """
 
-    @remembered
+    @store_init_args
     @checked
     def __init__(
         self,

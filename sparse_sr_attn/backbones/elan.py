@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.backbones.base import Network, remembered
-from sparse_sr_attn.blocks.body import recomputed
+from sparse_sr_attn.backbones.base import Network, store_init_args
+from sparse_sr_attn.blocks.body import maybe_checkpoint
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, WindowSize, checked
@@ -46,7 +46,7 @@ class ELAN(Network):
         8,254,092 parameters at x2; 582,012 for ELAN-light.
     """
 
-    @remembered
+    @store_init_args
     @checked
     def __init__(
         self,
@@ -82,7 +82,7 @@ class ELAN(Network):
         )
         self.conv_last = nn.Conv2d(num_feat, num_out_ch * upscale**2, 3, padding=1)
 
-    def upscaled(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
+    def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Return what the network makes of an image whose mean is 0, in its own range."""
         first = self.conv_first(channels_last(_reflected(_reflected(x, 2, self.multiple), 3, self.multiple)))
         output = F.pixel_shuffle(self.conv_last(self.features(first) + first), self.upscale)
@@ -94,7 +94,7 @@ class ELAN(Network):
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return what the ELABs make of the first features."""
         for block in self.body:
-            x = recomputed(block, x, again=self.activation_checkpointing and self.training)
+            x = maybe_checkpoint(block, x, enabled=self.activation_checkpointing and self.training)
         return x
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.backbones.base import ResidualNetwork, remembered
+from sparse_sr_attn.backbones.base import ResidualNetwork, store_init_args
 from sparse_sr_attn.blocks import ResidualBlock
-from sparse_sr_attn.blocks.body import recomputed
+from sparse_sr_attn.blocks.body import maybe_checkpoint
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked, takes_options_of
 from sparse_sr_attn.layers.base import AttentionLayer, warn_of_range
@@ -80,7 +80,7 @@ class LCoAN(ResidualNetwork):
         released network has 1,328,281 more that it never uses.
     """
 
-    @remembered
+    @store_init_args
     @checked
     @takes_options_of(LSP)
     def __init__(
@@ -127,5 +127,5 @@ class LCoAN(ResidualNetwork):
         again = self.activation_checkpointing and self.training
         for index, group in enumerate(self.body):
             sharing = index + 1 < len(self.body) and (index + 1) % self.share != 0
-            x, state = recomputed(group, x, state, sharing=sharing, again=again)
+            x, state = maybe_checkpoint(group, x, state, sharing=sharing, enabled=again)
         return x

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sparse_sr_attn.backbones.base import TrunkNetwork, remembered
+from sparse_sr_attn.backbones.base import TrunkNetwork, store_init_args
 from sparse_sr_attn.blocks import ResidualGroup, read_trunk
 from sparse_sr_attn.blocks.residual import ChannelAttentionBlock
 from sparse_sr_attn.blocks.upsample import Upscale
@@ -34,7 +34,7 @@ class RCAN(TrunkNetwork):
         State-dict keys are those of `TrunkNetwork`.
     """
 
-    @remembered
+    @store_init_args
     @checked
     def __init__(
         self,

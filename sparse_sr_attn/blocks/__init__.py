@@ -1,6 +1,6 @@
 """What networks are made of between their first and last convolution."""
 
-from sparse_sr_attn.blocks.attention_config import AttentionMap, read_attention, read_trunk
+from sparse_sr_attn.blocks.attention_config import AttentionConfig, read_attention, read_trunk
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.blocks.elab import ELAB
 from sparse_sr_attn.blocks.residual import ResidualBlock, ResidualGroup
@@ -8,7 +8,7 @@ from sparse_sr_attn.blocks.upsample import Upsample
 
 __all__ = [
     "ELAB",
-    "AttentionMap",
+    "AttentionConfig",
     "ResidualBlock",
     "ResidualGroup",
     "SiteAttention",

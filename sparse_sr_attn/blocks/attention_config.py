@@ -14,7 +14,7 @@ from sparse_sr_attn.registry import Entry
 
 
 @dataclass(frozen=True)
-class AttentionMap:
+class AttentionConfig:
     """One map of the option `attention`.
 
     Attributes:
@@ -42,7 +42,7 @@ class AttentionMap:
         return tuple(range(every - 1, num_blocks, every))
 
 
-def read_attention(attention: object, num_blocks: int, path: str = "attention") -> tuple[AttentionMap, ...]:
+def read_attention(attention: object, num_blocks: int, path: str = "attention") -> tuple[AttentionConfig, ...]:
     """Read the option `attention` of a network.
 
     Args:
@@ -60,12 +60,12 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
     if attention is None:
         return ()
     if isinstance(attention, str):
-        attention = default_map(attention)
+        attention = default_config(attention)
     alone = isinstance(attention, Mapping)
     if not alone and not isinstance(attention, Sequence):
         message = f"must be a name, a map, a list of maps or ~ (no attention), got {attention!r}"
         raise ConfigError([Problem(path, message)])
-    maps: list[AttentionMap] = []
+    maps: list[AttentionConfig] = []
     problems = ProblemList()
     for index, item in enumerate([attention] if alone else cast(Sequence[object], attention)):
         with problems.gathered():
@@ -74,7 +74,7 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
     return tuple(maps)
 
 
-def default_map(name: str, *, shares: bool = True) -> dict[str, Any]:
+def default_config(name: str, *, shares: bool = True) -> dict[str, Any]:
     """Return the map that the name of a layer alone stands for: after every 4th block, 4 layers sharing if they can.
 
     Args:
@@ -85,7 +85,7 @@ def default_map(name: str, *, shares: bool = True) -> dict[str, Any]:
     return {"type": name, "every": 4, "share": 4 if shares and provides else 1}
 
 
-def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
+def _read_map(item: object, num_blocks: int, path: str) -> AttentionConfig:
     if not isinstance(item, Mapping):
         raise ConfigError([Problem(path, f"must be a map with a key 'type', got {item!r}")])
     own = ["type", "every", "after", *([] if _shares_inside(item.get("type")) else ["share"])]
@@ -94,7 +94,7 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
     options: dict[str, Any] = {}
     values: dict[str, Any] = {}
     with problems.gathered():
-        values = read(AttentionMap, {name: value for name, value in item.items() if name in own}, path)
+        values = read(AttentionConfig, {name: value for name, value in item.items() if name in own}, path)
     if isinstance(item.get("type"), str):
         with problems.gathered():
             entry, options = _read_layer(item, path, own)
@@ -108,7 +108,7 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionMap:
         got = "neither" if item.get("every") is None else "both"
         problems.add(path, f"must have one of 'every' and 'after', which say where attention stands, got {got}")
     problems.raise_if_any()
-    result = AttentionMap(**values, options=options, path=path)
+    result = AttentionConfig(**values, options=options, path=path)
     _check_sites(result, num_blocks, path)
     return result
 
@@ -136,7 +136,7 @@ def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Mo
 
 def read_trunk(
     block: object, attention: object, num_sites: int
-) -> tuple[Callable[[int, int], nn.Module] | None, tuple[AttentionMap, ...]]:
+) -> tuple[Callable[[int, int], nn.Module] | None, tuple[AttentionConfig, ...]]:
     """Read the options `block` and `attention` of a network; see `read_block` and `read_attention`.
 
     Raises:
@@ -144,7 +144,7 @@ def read_trunk(
     """
     problems = ProblemList()
     build: Callable[[int, int], nn.Module] | None = None
-    maps: tuple[AttentionMap, ...] = ()
+    maps: tuple[AttentionConfig, ...] = ()
     with problems.gathered():
         build = read_block(block)
     with problems.gathered():
@@ -217,7 +217,7 @@ def _drop_in(name: str, path: str) -> Entry[nn.Module]:
     return entry
 
 
-def _check_sites(attention: AttentionMap, num_blocks: int, path: str) -> None:
+def _check_sites(attention: AttentionConfig, num_blocks: int, path: str) -> None:
     """Refuse a map that hits no site, or one that does not exist, or one twice."""
     sites = attention.sites(num_blocks)
     name = "every" if attention.after is None else "after"

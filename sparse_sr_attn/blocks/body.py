@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_sr_attn.blocks.attention_config import AttentionMap, build_numbered
+from sparse_sr_attn.blocks.attention_config import AttentionConfig, build_numbered
 from sparse_sr_attn.layers.base import AttentionLayer
 from sparse_sr_attn.layers.build import find_layer
 
@@ -29,16 +29,16 @@ class _Step:
     last: bool
 
 
-def recomputed(part: Callable[..., Any], *inputs: Any, again: bool, **options: Any) -> Any:
+def maybe_checkpoint(part: Callable[..., Any], *inputs: Any, enabled: bool, **options: Any) -> Any:
     """Return `part(*inputs, **options)`, a part of a network.
 
     Args:
         part: of the network.
         inputs: all that gradients flow into.
-        again: keep only the inputs, and let the backward compute the part once more (activation checkpointing).
+        enabled: keep only the inputs, and let the backward compute the part once more (activation checkpointing).
         options: what is no tensor.
     """
-    return checkpoint(part, *inputs, use_reentrant=False, **options) if again else part(*inputs, **options)
+    return checkpoint(part, *inputs, use_reentrant=False, **options) if enabled else part(*inputs, **options)
 
 
 class SiteAttention(nn.ModuleList):
@@ -54,7 +54,7 @@ class SiteAttention(nn.ModuleList):
         embed_dim: channels of the trunk.
     """
 
-    def __init__(self, maps: Sequence[AttentionMap], num_blocks: int, embed_dim: int) -> None:
+    def __init__(self, maps: Sequence[AttentionConfig], num_blocks: int, embed_dim: int) -> None:
         super().__init__()
         sites = sorted(
             (block, number, turn)
@@ -95,7 +95,7 @@ class SiteAttention(nn.ModuleList):
         states: dict[int, Any] = {}
         again = activation_checkpointing and self.training
         for number, block in enumerate(trunk):
-            x, states = recomputed(self._segment, number, block, x, states, again=again)
+            x, states = maybe_checkpoint(self._segment, number, block, x, states, enabled=again)
         return x
 
     def _segment(

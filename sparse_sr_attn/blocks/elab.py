@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.functional.channels_last import channels_last
-from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_alone, check_map
+from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, reject_state
 from sparse_sr_attn.layers.gmsa import GMSA
 from sparse_sr_attn.layers.shift_conv import LFE
 
@@ -78,7 +78,7 @@ class ELAB(AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        check_alone(self, state)
+        reject_state(self, state)
         check_map(x, cast(GMSA, self.attention[0]).embed_dim)
         x = channels_last(x)
         shared = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, key_pattern
 from sparse_sr_attn.checkpoints.load import load_model
-from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import CheckpointError
 
 Names = Literal["ours", "released"]
@@ -43,11 +43,11 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if names == "ours":
         return state
-    layout = next((x for x in LAYOUTS if x.build is type(model) and x.filling), None)
-    if layout is None or layout.filling is None:
+    layout = next((x for x in LAYOUTS if x.build is type(model) and x.extra_keys), None)
+    if layout is None or layout.extra_keys is None:
         raise CheckpointError(f"the released names of {type(model).__name__} are not known; its own can be written")
     renamed = _renamed(layout, {key: value for key, value in state.items() if key != OPTIONS})
-    named = {**layout.revert(renamed, model), **layout.filling(model)}
+    named = {**layout.inverse(renamed, model), **layout.extra_keys(model)}
     _check(layout, model, named)
     return named
 
@@ -67,7 +67,7 @@ def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwri
     if file.suffix not in (".safetensors", ".pth", ".pt"):
         raise CheckpointError(f"{file} must end in .safetensors, .pth or .pt")
     try:
-        with replacing(file, overwrite=overwrite) as stream:
+        with atomic_write(file, overwrite=overwrite) as stream:
             if file.suffix == ".safetensors":
                 from safetensors.torch import save  # noqa: PLC0415
 
@@ -105,7 +105,7 @@ def _renamed(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
         theirs = _their_key(layout, key)
         if theirs is not None:
             (after_the_last if "<" in theirs else named)[theirs] = value
-        elif not re.fullmatch(layout.fresh, key):
+        elif not re.fullmatch(layout.may_be_missing, key):
             raise CheckpointError(f"{layout.name} has no place for {key}")
     # Where ours have a name and theirs a number, it is the next one: the convolution that follows the last block.
     numbered = dict(named)
@@ -135,7 +135,7 @@ def _check(layout: Layout, model: Network, named: dict[str, Tensor]) -> None:
     """Refuse weights that would not come back as they were."""
     again = load_model(named).state_dict()
     before = {key: value.cpu() for key, value in model.state_dict().items() if key != OPTIONS}
-    kept = [key for key in before if not re.fullmatch(layout.fresh, key)]
+    kept = [key for key in before if not re.fullmatch(layout.may_be_missing, key)]
     if wrong := [key for key in kept if key not in again or not torch.equal(again[key], before[key])]:
         raise CheckpointError(f"{layout.name} has no place for {wrong[0]}, which would not come back")
     if more := (again.keys() ^ before.keys()) - {OPTIONS}:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.backbones.attach import evaluating, is_attended
-from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, packed
+from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, encode_options
 from sparse_sr_attn.errors import CheckpointError
 
 ATTENDED = "Attended"
@@ -43,7 +43,7 @@ class ForeignNetwork(Network):
         self.multiple = facts.multiple
         self._options = as_json(options)
 
-    def upscaled(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
+    def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Return what the network makes of an image, which is padded if need be."""
         return run_padded(self.network, x, self.multiple)
 
@@ -122,7 +122,7 @@ def carry_options(network: nn.Module, options: Mapping[str, Any]) -> None:
     """
     text = as_json(options)
     if text is not None and not hasattr(network, OPTIONS):
-        network.register_buffer(OPTIONS, packed(json.loads(text)))
+        network.register_buffer(OPTIONS, encode_options(json.loads(text)))
         network.register_state_dict_post_hook(_leave_out)
         network.register_load_state_dict_pre_hook(_keep_own)
 

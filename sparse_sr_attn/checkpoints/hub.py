@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of, packed
+from sparse_sr_attn.backbones.base import OPTIONS, Network, encode_options, options_of
 from sparse_sr_attn.checkpoints.load import load_model
 from sparse_sr_attn.checkpoints.read import is_known
 from sparse_sr_attn.checkpoints.unwrap import find
@@ -188,5 +188,5 @@ class _Hosted(
         weights: dict[str, Tensor] = load_file(file)
         if config is not None:
             found = find(weights, is_known)
-            weights = {**(found.chosen.state if found else weights), OPTIONS: packed(config)}
+            weights = {**(found.chosen.state if found else weights), OPTIONS: encode_options(config)}
         return cls(load_model(weights, **(overrides or {})))

@@ -31,30 +31,30 @@ class Layout:
     Attributes:
         name: for messages.
         build: our network.
-        sign: pattern of keys that no other layout has.
+        signature: pattern of keys that no other layout has.
         shapes: reads the options that the shapes of (renamed) weights tell.
         names: patterns of keys, the first that fits counts, and our names for them; `None` for what we do not need.
             Keys that fit none keep their names.
         convert: what is to be done before the names are changed, given the options said by the caller.
         defaults: the options that shapes do not tell, as these weights expect them, from the weights as they are and
             the options that shapes tell; the constructor's defaults go for the rest.
-        needs: options that nobody can guess, each with the beginning of the keys whose presence raises the question.
-        fresh: regular expression of our keys that may be missing.
-        revert: undoes `convert`, after the names are theirs again.
-        filling: what the code base expects beyond what we need, from our network; `None` where that is not known.
+        required: options that nobody can guess, each with the beginning of the keys whose presence raises the question.
+        may_be_missing: regular expression of our keys that may be missing.
+        inverse: undoes `convert`, after the names are theirs again.
+        extra_keys: what the code base expects beyond what we need, from our network; `None` where that is not known.
     """
 
     name: str
     build: Callable[..., Network]
-    sign: str
+    signature: str
     shapes: Callable[[State], Options]
     names: Mapping[str, str | None] = field(default_factory=dict)
     convert: Callable[[State, Options], State] = lambda state, options: state
     defaults: Callable[[State, Options], Options] = lambda state, shapes: {}
-    needs: Mapping[str, str] = field(default_factory=dict)
-    fresh: str = "(?!)"
-    revert: Callable[[State, Network], State] = lambda state, model: state
-    filling: Callable[[Network], dict[str, Tensor]] | None = None
+    required: Mapping[str, str] = field(default_factory=dict)
+    may_be_missing: str = "(?!)"
+    inverse: Callable[[State, Network], State] = lambda state, model: state
+    extra_keys: Callable[[Network], dict[str, Tensor]] | None = None
 
     def our_key(self, key: str) -> str | None:
         """Return our name of a key; `None` for what we do not need."""
@@ -65,7 +65,7 @@ class Layout:
 
     def recognises(self, state: Iterable[str]) -> bool:
         """Return whether these are keys of this layout."""
-        return any(key_pattern(self.sign).fullmatch(key) for key in state)
+        return any(key_pattern(self.signature).fullmatch(key) for key in state)
 
 
 @functools.cache
@@ -275,14 +275,14 @@ LAYOUTS = (
     Layout(
         "our LCoAN",
         LCoAN,
-        sign="body.<g>.blocks.<b>.conv1.*",
+        signature="body.<g>.blocks.<b>.conv1.*",
         shapes=_lcoan,
-        needs={"chunk_size": "", "res_scale": ""},
+        required={"chunk_size": "", "res_scale": ""},
     ),
     Layout(
         "the released LCoAN",
         LCoAN,
-        sign="body.<g>.local_body.<b>.body.0.*",
+        signature="body.<g>.local_body.<b>.body.0.*",
         shapes=_lcoan,
         names={
             **_HEAD_AND_TAIL,
@@ -304,21 +304,21 @@ LAYOUTS = (
             "res_scale": 0.1,
             "exact_keys": False,
         },
-        fresh=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
-        filling=_dead_weights,
+        may_be_missing=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
+        extra_keys=_dead_weights,
     ),
     Layout(
         "our ELAN",
         ELAN,
-        sign="body.<b>.lfe.<j>.conv1.*",
+        signature="body.<b>.lfe.<j>.conv1.*",
         shapes=_elan,
         defaults=_elan_channels,
-        needs={"window_sizes": ""},
+        required={"window_sizes": ""},
     ),
     Layout(
         "the released ELAN",
         ELAN,
-        sign="body.<b>.modules_gmsa.gmsa_<j>.project_inp.0.*",
+        signature="body.<b>.modules_gmsa.gmsa_<j>.project_inp.0.*",
         shapes=_elan,
         names={
             **_MEAN_SHIFT,
@@ -339,8 +339,8 @@ LAYOUTS = (
             "body.<b>.modules_gmsa.gmsa_<j>.project_out.*": "body.<b>.attention.<j>.output.*",
         },
         convert=_released_elan,
-        revert=_joined_projections,
-        filling=_one_hot_kernels,
+        inverse=_joined_projections,
+        extra_keys=_one_hot_kernels,
         defaults=lambda state, shapes: {
             **_elan_channels(state, shapes),
             **_mean_shift(state, 255.0),
@@ -350,15 +350,15 @@ LAYOUTS = (
     Layout(
         "EDSR (ours and BasicSR's)",
         EDSR,
-        sign="body.<b>.conv1.*",
+        signature="body.<b>.conv1.*",
         shapes=_edsr,
         defaults=_large_edsr,
-        needs={"attention": "attention."},
+        required={"attention": "attention."},
     ),
     Layout(
         "EDSR of EDSR-PyTorch",
         EDSR,
-        sign="body.<b>.body.0.*",
+        signature="body.<b>.body.0.*",
         shapes=_edsr,
         names={
             **_HEAD_AND_TAIL,
@@ -367,19 +367,19 @@ LAYOUTS = (
             "body.<b>.*": "conv_after_body.*",
         },
         defaults=lambda state, shapes: {**_large_edsr(state, shapes), **_mean_shift(state, 255.0)},
-        filling=_mean_convolutions,
+        extra_keys=_mean_convolutions,
     ),
     Layout(
         "RCAN (ours and BasicSR's)",
         RCAN,
-        sign="body.<g>.residual_group.<b>.rcab.0.*",
+        signature="body.<g>.residual_group.<b>.rcab.0.*",
         shapes=_rcan,
-        needs={"attention": "attention."},
+        required={"attention": "attention."},
     ),
     Layout(
         "RCAN of EDSR-PyTorch and of its authors",
         RCAN,
-        sign="body.<g>.body.<b>.body.0.*",
+        signature="body.<g>.body.<b>.body.0.*",
         shapes=_rcan,
         names={
             **_HEAD_AND_TAIL,
@@ -391,7 +391,7 @@ LAYOUTS = (
             "body.<g>.*": "conv_after_body.*",
         },
         defaults=lambda state, shapes: _mean_shift(state, 255.0),
-        filling=_mean_convolutions,
+        extra_keys=_mean_convolutions,
     ),
 )
 """The layouts that `load_model` tries, in this order."""

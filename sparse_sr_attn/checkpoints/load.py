@@ -86,13 +86,13 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
     layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
     layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
     if layout is None:
-        tried = "".join(f"\n  {layout.name}, with keys like {layout.sign}" for layout in LAYOUTS)
+        tried = "".join(f"\n  {layout.name}, with keys like {layout.signature}" for layout in LAYOUTS)
         keys = [f"{key} {tuple(value.shape)}" for key, value in state.items()]
         raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {listed(keys)}")
     overrides = read(layout.build, overrides, siblings=["allow_tail_reinit"])
     named = _renamed(layout, layout.convert(state, overrides))
     shapes = layout.shapes(named)
-    needs = {} if carried else layout.needs
+    needs = {} if carried else layout.required
     needed = [n for n, start in needs.items() if n not in overrides and any(key.startswith(start) for key in named)]
     if needed:
         called = ", ".join(f"{name}={_EXAMPLES[name]!r}" for name in needed)
@@ -103,7 +103,7 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
         )
     trained = carried.get("upscale", shapes["upscale"])
     upscale = overrides.get("upscale", trained)
-    fresh = [layout.fresh]
+    fresh = [layout.may_be_missing]
     if upscale != trained:
         if not allow_tail_reinit:
             raise CheckpointError(

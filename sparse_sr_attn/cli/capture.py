@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.cli.common import UsageError, add_weights, images_in, load, name, require, show, table
-from sparse_sr_attn.data.atomic import check_writable, replacing
+from sparse_sr_attn.data.atomic import atomic_write, check_writable
 from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import matlab_bicubic
 from sparse_sr_attn.errors import ConfigError, ImageError, ShapeError, SparseSRError
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(arguments.json) as stream:
+            with atomic_write(arguments.json) as stream:
                 stream.write(json.dumps(document, indent=1).encode() + b"\n")
         if arguments.plot:
             _plot(document, arguments.plot)
@@ -228,7 +228,7 @@ def _plot(document: dict[str, Any], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=110, format="png")
 
 

@@ -8,7 +8,7 @@ from sparse_sr_attn.cli.common import UsageError, add_options, load, name, requi
 from sparse_sr_attn.inference.onnx import TOLERANCE, export_onnx
 
 DESCRIPTION = """\
-Write a network as ONNX: `image`, (1, c, height, width) in 0..1, to `upscaled`, for any height and width.
+Write a network as ONNX: `image`, (1, c, height, width) in 0..1, to `forward_body`, for any height and width.
 
   sparse-sr export net_g_latest.pth net.onnx
   sparse-sr export net_g_latest.pth net.onnx --size 270 480 --size 1 1

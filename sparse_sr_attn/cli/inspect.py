@@ -13,13 +13,13 @@ from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, read_i
 from sparse_sr_attn.errors import ImageError, SparseSRError
 from sparse_sr_attn.inference.upscale import network_input
 from sparse_sr_attn.inference.visualize import (
-    attended,
     attention_entropy,
+    attention_map_of,
     attention_overlap,
     attention_states,
     colour_map,
-    heat,
-    kinship_palette,
+    heatmap,
+    similarity_palette,
 )
 from sparse_sr_attn.layers.lcoa import LCoA
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
@@ -119,14 +119,14 @@ def _clusters(layer: object, state: ClusterAttention) -> "Image.Image":
         return _large(colour_map(clusters))
     centroids = layer.lsp.centroids.cpu()
     return _large(
-        colour_map(clusters, kinship_palette(centroids, clusters.flatten().bincount(minlength=len(centroids))))
+        colour_map(clusters, similarity_palette(centroids, clusters.flatten().bincount(minlength=len(centroids))))
     )
 
 
 def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tuple[int, int]) -> "Image.Image":
     x, y = pixel
     side = max(1, round(low.shape[3] / state.width))  # of a token in pixels: some networks work on smaller maps
-    (weights,) = attended(state, torch.tensor([y // side * state.width + x // side], device=low.device)).cpu()
+    (weights,) = attention_map_of(state, torch.tensor([y // side * state.width + x // side], device=low.device)).cpu()
     weights = weights[: -(-low.shape[2] // side), : -(-low.shape[3] // side)]  # some networks pad the image
     width = weights.shape[1]
     strongest = weights.flatten().topk(min(5, weights.numel()))
@@ -135,7 +135,7 @@ def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tu
     weights = weights.repeat_interleave(side, 0).repeat_interleave(side, 1)[: low.shape[2], : low.shape[3]]
     show(f"entropy over the image: {attention_entropy(state):.2f} of an even spread")
     behind = (low[0].mean(dim=0, keepdim=True).clamp(0, 1) * 90).round().to(torch.uint8).permute(1, 2, 0)
-    colours = torch.maximum(behind.expand(-1, -1, 3), heat(weights.sqrt()))  # the root shows weak ones, too
+    colours = torch.maximum(behind.expand(-1, -1, 3), heatmap(weights.sqrt()))  # the root shows weak ones, too
     colours[y, x] = torch.tensor([0, 255, 0], dtype=torch.uint8)
     return _large(colours)
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     """Yield a stream; what is written into it becomes `file` when the block ends, all at once.
 
     Until then `file` stays what it was, also when the block raises; then nothing of the new one is left.
@@ -34,7 +34,7 @@ def replacing(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    reach_disk(file.parent)
+    fsync_dir(file.parent)
 
 
 def check_writable(file: Path) -> None:
@@ -66,7 +66,7 @@ def check_writable(file: Path) -> None:
                 folder.rmdir()
 
 
-def reach_disk(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Wait until the names in `folder` are on the disk, where the system can tell."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import ImageError
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def write_image(picture: Picture, path: Path | BinaryIO, *, overwrite: bool = Fa
         return
     check_format(path, picture)
     try:
-        with replacing(path, overwrite=overwrite) as stream:
+        with atomic_write(path, overwrite=overwrite) as stream:
             _save(picture, stream, path.suffix.lower())
     except FileExistsError as error:
         raise ImageError(f"{path} already exists; --overwrite replaces it") from error

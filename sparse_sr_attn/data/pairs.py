@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxtyping import UInt8
 from torch import Tensor
 
-from sparse_sr_attn.data.atomic import reach_disk
+from sparse_sr_attn.data.atomic import fsync_dir
 from sparse_sr_attn.data.imresize import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.errors import ImageError, ShapeError
 
@@ -105,7 +105,7 @@ def write_pairs(
         for part in parts:
             shutil.rmtree(folder / part.name, ignore_errors=True)
             part.rename(folder / part.name)
-        reach_disk(folder)
+        fsync_dir(folder)
     except OSError as error:
         raise ImageError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
     finally:

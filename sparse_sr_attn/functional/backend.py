@@ -1,4 +1,4 @@
-"""Which form of an operation runs where."""
+"""Which backend of an operation runs where."""
 
 import importlib.util
 import os
@@ -6,11 +6,11 @@ from typing import Literal, get_args
 
 import torch
 
-from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional._torch import is_transformed, needs_plain_code
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
-Form = Literal["auto", "oneshot", "tiles", "flex", "triton"]
+Backend = Literal["auto", "eager", "tiles", "flex", "triton"]
 """How cluster attention is carried out."""
 
 _PLAIN = "forward-mode derivatives and transforms of torch.func (vmap, grad, jacrev, ...) need"
@@ -18,68 +18,72 @@ _PLAIN = "forward-mode derivatives and transforms of torch.func (vmap, grad, jac
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def resolve_form(form: Form, device: torch.device | str) -> Form:
-    """Return the form of cluster attention that runs on a device.
+def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
+    """Return the backend of cluster attention that runs on a device.
 
     Args:
-        form: "oneshot", "tiles", "flex" or "triton", which stay as they are if the device can run them, or "auto":
+        backend: "eager", "tiles", "flex" or "triton", which stay as they are if the device can run them, or "auto":
             tiles on the CPU; triton on CUDA devices of compute capability 8.0 and more, if triton is installed;
-            oneshot everywhere else, for export, for forward-mode derivatives and in transforms of `torch.func`.
+            eager everywhere else, for export, for forward-mode derivatives and in transforms of `torch.func`.
         device: where the tensors are.
 
     Returns:
-        Any form but "auto".
+        Any backend but "auto".
 
     Raises:
-        FormError: `form` is none of these, or was asked for by name and cannot run there.
+        BackendError: `backend` is none of these, or was asked for by name and cannot run there.
     """
     teach_flop_counters()
-    if form not in get_args(Form):
-        raise FormError(f"form must be one of {', '.join(map(repr, get_args(Form)))}, got {form!r}")
+    if backend not in get_args(Backend):
+        raise BackendError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
     device = torch.device(device)
-    if form == "auto":
+    if backend == "auto":
         return _best_form(device)
-    if form != "oneshot" and is_transformed():
-        raise FormError(f"{_PLAIN} form 'oneshot' or 'auto', got {form!r}")
-    if form == "triton" and not HAS_TRITON:
-        raise FormError("form 'triton' needs the package triton, which is not installed; 'oneshot' works on any device")
-    if form == "triton" and device.type != "cuda" and not interpreting():
-        raise FormError(
-            f"form 'triton' runs on GPUs, got tensors on {device.type!r}; 'oneshot' works on any device, 'tiles' is "
+    if backend != "eager" and is_transformed():
+        raise BackendError(f"{_PLAIN} backend 'eager' or 'auto', got {backend!r}")
+    if backend == "triton" and not HAS_TRITON:
+        raise BackendError(
+            "backend 'triton' needs the package triton, which is not installed; 'eager' works on any device"
+        )
+    if backend == "triton" and device.type != "cuda" and not interpreting():
+        raise BackendError(
+            f"backend 'triton' runs on GPUs, got tensors on {device.type!r}; 'eager' works on any device, 'tiles' is "
             "made for the CPU (and TRITON_INTERPRET=1, set before Python starts, runs the kernels there, slowly)"
         )
-    if form == "flex" and device.type not in ("cpu", "cuda"):
-        raise FormError(f"form 'flex' runs on 'cpu' and 'cuda', got tensors on {device.type!r}; 'oneshot' works there")
-    return form
+    if backend == "flex" and device.type not in ("cpu", "cuda"):
+        raise BackendError(
+            f"backend 'flex' runs on 'cpu' and 'cuda', got tensors on {device.type!r}; 'eager' works there"
+        )
+    return backend
 
 
-def uses_operator(form: str, operator: str) -> bool:
-    """Return whether an operation with two forms, "oneshot" and one that is an operator of ours, runs as the latter.
+def uses_operator(backend: str, operator: str) -> bool:
+    """Return whether an operation with two backends, "eager" and one that is an operator of ours, runs as the latter.
 
     Args:
-        form: "oneshot", the name of the other, or "auto": the other but where `resolve_form` takes oneshot, too.
-        operator: what the other form is called.
+        backend: "eager", the name of the other, or "auto": the other but where `resolve_backend` takes eager, too.
+        operator: what the other backend is called.
 
     Raises:
-        FormError: `form` is none of these, or was asked for by name and cannot run.
+        BackendError: `backend` is none of these, or was asked for by name and cannot run.
     """
     teach_flop_counters()
-    if form not in ("auto", "oneshot", operator):
-        raise FormError(f"form must be 'auto', 'oneshot' or {operator!r}, got {form!r}")
+    if backend not in ("auto", "eager", operator):
+        raise BackendError(f"backend must be 'auto', 'eager' or {operator!r}, got {backend!r}")
     plain = needs_plain_code()
-    if form == operator and is_transformed():
-        raise FormError(f"{_PLAIN} form 'oneshot' or 'auto', got {form!r}")
-    return form == operator or (form == "auto" and not plain)
+    if backend == operator and is_transformed():
+        raise BackendError(f"{_PLAIN} backend 'eager' or 'auto', got {backend!r}")
+    return backend == operator or (backend == "auto" and not plain)
 
 
-def _best_form(device: torch.device) -> Form:
+def _best_form(device: torch.device) -> Backend:
     if needs_plain_code():
-        return "oneshot"
+        return "eager"
     if device.type == "cpu":
         return "tiles"
     if device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0):
         return "triton"
-    return "oneshot"
+    return "eager"
 
 
 def interpreting() -> bool:

@@ -20,7 +20,7 @@ from sparse_sr_attn.functional._torch import (
     without_autocast,
     working_precision,
 )
-from sparse_sr_attn.functional.backend import resolve_form
+from sparse_sr_attn.functional.backend import resolve_backend
 from sparse_sr_attn.functional.cluster.triton import MAX_QUERY_DIM, nearest_op
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
@@ -279,7 +279,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the best dot product of each point, and of which centroid it is."""
     points = points.detach()
     points = points.to(working_precision(points))
-    if points.shape[-1] <= MAX_QUERY_DIM and resolve_form("auto", points.device) == "triton":
+    if points.shape[-1] <= MAX_QUERY_DIM and resolve_backend("auto", points.device) == "triton":
         return nearest_op(points, centroids.to(points.dtype))
     with without_autocast(points):
         if points.device.type == "cpu" and not needs_plain_code():

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional.channels_last import is_channels_last, pointwise_conv2d
 
 Form = Literal["slices", "masked"]
@@ -80,7 +80,7 @@ def shift_conv2d(
             keeps no moved copy of the map for the backward. Equal to rounding.
 
     Raises:
-        FormError: there is no such form.
+        BackendError: there is no such form.
 
     Source:
         ELAN (arXiv 2203.06697), whose released code has both, each with parameters of its own; here they are the same.
@@ -88,7 +88,7 @@ def shift_conv2d(
     if form == "masked":
         return F.conv2d(x, spread(weight), bias, padding=1)
     if form != "slices":
-        raise FormError(f"form must be 'slices' or 'masked', got {form!r}")
+        raise BackendError(f"form must be 'slices' or 'masked', got {form!r}")
     shifted = shift2d(x)
     if is_channels_last(x):
         return pointwise_conv2d(shifted, weight, bias)

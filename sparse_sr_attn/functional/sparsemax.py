@@ -2,7 +2,7 @@ r"""Sparsemax, and attention with it in place of the softmax.
 
 $$\mathrm{sparsemax}(z) = \arg\min_{p \ge 0,\ \sum p = 1} \lVert p - z \rVert^2 = \max(z - \tau(z), 0)$$
 
-Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016. Attention has two forms, equal to each other: *oneshot*,
+Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016. Attention has two backends, equal to each other: *eager*,
 on whole tensors, for export; and *tiles*, an operator that holds the scores of a few queries at a time, so that its
 memory does not grow with the square of the number of tokens.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_sr_attn.functional._torch import without_autocast, working_precision
 from sparse_sr_attn.functional.backend import uses_operator
 
-Form = Literal["auto", "oneshot", "tiles"]
+Form = Literal["auto", "eager", "tiles"]
 
 _SCORES_PER_TILE = 2**20
 _FIXED_ONE = 2**40  # numbers in fixed point: steps of 1e-12, and no overflow below four million scores
@@ -49,7 +49,7 @@ def sparsemax_attention(
     value: Float[Tensor, "b m e"],
     *,
     scale: float = 1.0,
-    form: Form = "auto",
+    backend: Form = "auto",
 ) -> Float[Tensor, "b n e"]:
     r"""Return $\mathrm{sparsemax}(\mathrm{scale} \cdot Q K^\top) V$.
 
@@ -58,18 +58,18 @@ def sparsemax_attention(
         key: one row per token attended to.
         value: one row per token attended to.
         scale: factor on the dot products, dimensionless; the larger, the sparser.
-        form: "oneshot", "tiles", or "auto": tiles but for export.
+        backend: "eager", "tiles", or "auto": tiles but for export.
 
     Returns:
         One row per query, in the dtype of `value`; scores and weights are in float32 at least.
 
     Raises:
-        FormError: there is no such form, or it cannot run here.
+        BackendError: there is no such backend, or it cannot run here.
 
     Note:
         Time grows as `n * m`. Tiles compute the weights again in the backward.
     """
-    if uses_operator(form, "tiles"):
+    if uses_operator(backend, "tiles"):
         return _attention_op(query, key, value, scale)
     dtype = working_precision(query)
     with without_autocast(query):

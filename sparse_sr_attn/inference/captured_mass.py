@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from sparse_sr_attn.config import ProblemList, read
 from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
 from sparse_sr_attn.functional.cluster import cluster_pattern, seen_keys
+from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.functional.lsh import bucket_count, hash_tokens
-from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.functional.window.grid import WindowGrid
 from sparse_sr_attn.layers.base import tokens
 from sparse_sr_attn.layers.category import CategoryAttention
 from sparse_sr_attn.layers.lcoa import LSP
 from sparse_sr_attn.layers.nlsa import NLSA
-from sparse_sr_attn.layers.running_state import KMeansLearner
+from sparse_sr_attn.layers.running_state import KMeansModule
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn.states import ClusterPattern
 
@@ -227,13 +227,13 @@ def _chunk_size(layer: Any, num_keys: int) -> int:
     return num_keys // num_chunks
 
 
-def _fit(layer: KMeansLearner, setting: Setting) -> Int[Tensor, "b n"]:
+def _fit(layer: KMeansModule, setting: Setting) -> Int[Tensor, "b n"]:
     """Fit k-means of a layer to the features, from tokens drawn at random; return the clusters of the first round."""
     points = tokens(setting.features)
     layer.to(points.device).train()
     assignments = []
     for turn, state in enumerate(layer.states()):
-        if layer.learns():
+        if layer.updates_state():
             generator = torch.Generator().manual_seed(setting.seed + turn)
             drawn = torch.randperm(points.shape[1], generator=generator)[: len(state.centroids)].to(points.device)
             state.centroids[: len(drawn)] = points[0, drawn]
@@ -336,7 +336,7 @@ def captured_mass(
         raise ValueError(
             f"num_keys must be >= 1, temperature > 0 and finite, steps >= 0; got {num_keys=}, {temperature=}, {steps=}"
         )
-    units = unit_keys(tokens(features[None]))[0]
+    units = l2_normalize(tokens(features[None]))[0]
     maps = units.T.unflatten(1, features.shape[1:])[None].contiguous()
     setting = Setting(maps, num_keys, steps, seed, trained)
     visible = {pattern.name: pattern.show(setting) for pattern in patterns}

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sparse_sr_attn.errors import FormError, ShapeError
+from sparse_sr_attn.errors import BackendError, ShapeError
 
 _WARM_UPS = 3  # runs before the recording, in which libraries and kernels set themselves up
 
 
-def capture(net: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+def capture_cuda_graph(net: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     """Return `net` for inference on images of one size, as a CUDA graph.
 
     A network launches hundreds of small kernels; on small images a GPU waits for Python between them. A graph launches
@@ -25,7 +25,7 @@ def capture(net: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         A function of images of that shape, dtype and device, without gradient. It returns memory of its own.
 
     Raises:
-        FormError: `images` is not on a CUDA device, or `net` is in training mode (its state would move in each replay).
+        BackendError: `images` is not on a CUDA device, or `net` is in training mode (each replay would move its state).
         ShapeError: (when called) the images are not as `images` was.
         RuntimeError: (when called) a weight is no longer where it was.
 
@@ -34,12 +34,14 @@ def capture(net: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         size are a use of it: `upscale_tiled(capture(net, tile), image, ...)` for images no smaller than a tile.
     """
     if not images.is_cuda:
-        raise FormError(
+        raise BackendError(
             f"a CUDA graph needs a network and images on a CUDA device, got images on {images.device.type!r}; "
             "there, call the network itself"
         )
     if net.training:
-        raise FormError("a CUDA graph records a network in evaluation mode, got one in training mode; call net.eval()")
+        raise BackendError(
+            "a CUDA graph records a network in evaluation mode, got one in training mode; call net.eval()"
+        )
     weights = [*net.parameters(), *net.buffers()]
     held = [weight.detach() for weight in weights]  # what the graph reads lives as long as the graph
     source = images.detach().clone()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.data.atomic import replacing
+from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import ExportError
 from sparse_sr_attn.functional.cluster import mean_keys
 from sparse_sr_attn.functional.kmeans import KMeansState
@@ -66,7 +66,7 @@ def export_onnx(
 
     Args:
         model: in evaluation mode, on the CPU, in float32.
-        file: ends in `.onnx`. It takes `image`, (1, c, h, w) in 0..1, and gives `upscaled`; its metadata tell
+        file: ends in `.onnx`. It takes `image`, (1, c, h, w) in 0..1, and gives `forward_body`; its metadata tell
             `upscale`, `channels` and the network.
         overwrite: whether a file that is there may be replaced.
         sizes: (h, w) of the images that are compared; four by default, none of which the export has seen.
@@ -101,7 +101,7 @@ def export_onnx(
         )
     _without_patterns(proto)
     try:
-        with replacing(file, overwrite=overwrite) as stream:
+        with atomic_write(file, overwrite=overwrite) as stream:
             stream.write(proto.SerializeToString())
     except FileExistsError as error:
         raise ExportError(f"{file} is there already, and stays; --overwrite replaces it") from error

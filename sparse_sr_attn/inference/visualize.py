@@ -144,7 +144,7 @@ def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> di
     return features
 
 
-def attended(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
+def attention_map_of(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
     """Where tokens attend, as weights over the whole map.
 
     Args:
@@ -161,7 +161,7 @@ def attended(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]
     """
     if not isinstance(state, (ClusterAttention, WindowAttention)):
         raise TypeError(f"state must be a ClusterAttention or a WindowAttention, got a {type(state).__name__}")
-    num_images, height, width = state.made_for()
+    num_images, height, width = state.map_size()
     if num_images != 1:
         raise ShapeError(f"state must be of one image, got one of {num_images}")
     last = height * width - 1
@@ -222,7 +222,7 @@ def attention_entropy(state: ClusterAttention | WindowAttention, *, num_tokens: 
     total = 0.0
     tokens = _spread_tokens(state.height, state.width, num_tokens)
     for some in tokens.to(_device_of(state)).split(_ROWS_AT_A_TIME):
-        weights = attended(state, some).detach().flatten(1).double()
+        weights = attention_map_of(state, some).detach().flatten(1).double()
         entropy = -torch.xlogy(weights, weights).sum(dim=1)
         total += float((entropy / (weights > 0).sum(dim=1).clamp(min=2).log()).sum())
     return total / len(tokens)
@@ -266,7 +266,7 @@ def attention_overlap(
     tokens = _spread_tokens(height, width, num_tokens)
     total = torch.zeros(len(states), len(states), dtype=torch.float64)
     for some in tokens.to(_device_of(states[0])).split(_ROWS_AT_A_TIME):
-        maps = [attended(state, some) for state in states]
+        maps = [attention_map_of(state, some) for state in states]
         for a, one in enumerate(maps):
             for b, other in enumerate(maps[: a + 1]):
                 total[a, b] += torch.minimum(one, other).double().sum().cpu()
@@ -274,7 +274,7 @@ def attention_overlap(
     return lower + lower.tril(-1).T
 
 
-def heat(values: Float[Tensor, "h w"]) -> UInt8[Tensor, "h w 3"]:
+def heatmap(values: Float[Tensor, "h w"]) -> UInt8[Tensor, "h w 3"]:
     """Colours from black over red and yellow to white, white at the largest of `values`, which are >= 0."""
     rising = 3 * values.float() / values.max().clamp(min=1e-12)
     return (255 * torch.stack([rising, rising - 1, rising - 2], dim=-1).clamp(0, 1)).round().to(torch.uint8)
@@ -341,7 +341,7 @@ def palette(num_clusters: int) -> UInt8[Tensor, "k 3"]:
     return _rgb((index * _GOLDEN) % 1, 0.85 - 0.2 * (index % 3), 1.0 - 0.2 * (index // 3 % 3))
 
 
-def kinship_palette(centroids: Float[Tensor, "k d"], counts: Int[Tensor, "k"] | None = None) -> UInt8[Tensor, "k 3"]:
+def similarity_palette(centroids: Float[Tensor, "k d"], counts: Int[Tensor, "k"] | None = None) -> UInt8[Tensor, "k 3"]:
     """Colours (RGB) that are alike where centroids are alike, so that a map shows more than borders.
 
     The plane of the two main components of the centroids becomes the circle of hues, the distance from its centre

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from sparse_sr_attn.errors import ShapeError, SharingError
 from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
-from sparse_sr_attn.functional.unit_keys import unit_keys
+from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.registry import Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
@@ -29,7 +29,7 @@ SATURATING_RANGE = 16.0
 class State(Protocol):
     """What every state that layers share can tell."""
 
-    def made_for(self) -> tuple[int, int, int]:
+    def map_size(self) -> tuple[int, int, int]:
         """Return the number of maps, their height and width."""
         ...
 
@@ -87,7 +87,7 @@ def check_map(x: Tensor, embed_dim: int, name: str = "embed_dim") -> None:
         raise ShapeError(f"{wanted}, because {name} is {embed_dim}; got shape {tuple(x.shape)}")
 
 
-def fitting(state: object, wanted: type[S], x: Tensor, hint: str) -> S:
+def check_state(state: object, wanted: type[S], x: Tensor, hint: str) -> S:
     """Return the state, if it is of the wanted type and was made for maps of the size of `x`.
 
     Raises:
@@ -97,7 +97,7 @@ def fitting(state: object, wanted: type[S], x: Tensor, hint: str) -> S:
     if not isinstance(state, wanted):
         got = "none" if state is None else f"a {type(state).__name__}"
         raise SharingError(f"this layer needs the state of another one, a {wanted.__name__}, got {got}; {hint}")
-    made_for = state.made_for()
+    made_for = state.map_size()
     if made_for != (x.shape[0], *x.shape[2:]):
         b, h, w = made_for
         raise ShapeError(
@@ -107,7 +107,7 @@ def fitting(state: object, wanted: type[S], x: Tensor, hint: str) -> S:
     return state
 
 
-def check_alone(layer: AttentionLayer, state: object) -> None:
+def reject_state(layer: AttentionLayer, state: object) -> None:
     """Refuse a state given to a layer that shares nothing.
 
     Raises:
@@ -174,7 +174,7 @@ class ScaledCosine(nn.Module):
 
     def forward(self, rows: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Return the rows at the length of the scale, in float32 at least; rows shorter than 5e-5 stay shorter."""
-        return self.scale() * unit_keys(rows)
+        return self.scale() * l2_normalize(rows)
 
 
 def raw_queries_in(model: nn.Module) -> list[str]:
@@ -206,7 +206,7 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     return "forward" not in module.__dict__ and not _has_any_global_hook()
 
 
-def last_conv(embed_dim: int, *, zero_init: bool) -> PointwiseConv2d:
+def output_proj(embed_dim: int, *, zero_init: bool) -> PointwiseConv2d:
     """Return the last 1x1 convolution of a branch; with `zero_init` the branch starts at 0."""
     conv = PointwiseConv2d(embed_dim, embed_dim, 1)
     if zero_init:

@@ -12,10 +12,10 @@ from sparse_sr_attn.layers.base import (
     PointwiseConv2d,
     is_unmodified,
 )
-from sparse_sr_attn.layers.running_state import Learner
+from sparse_sr_attn.layers.running_state import RunningStateModule
 
 
-class BatchNorm2d(Learner, nn.BatchNorm2d):
+class BatchNorm2d(RunningStateModule, nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose running statistics move once a forward, and only to finite values.
 
     See `functional.batch_norm` for what differs in training.

@@ -14,24 +14,24 @@ from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, PositiveI
 from sparse_sr_attn.functional.cluster import cluster_attention, cluster_pattern
 from sparse_sr_attn.functional.dense import dense_attention
 from sparse_sr_attn.functional.kmeans import assign, initial_state
-from sparse_sr_attn.functional.unit_keys import unit_keys
+from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
-    check_alone,
     check_map,
     feature_map,
-    last_conv,
+    output_proj,
+    reject_state,
     tokens,
 )
-from sparse_sr_attn.layers.running_state import KMeansLearner, state_of
+from sparse_sr_attn.layers.running_state import KMeansModule, state_of
 
 Categories = Literal["kmeans", "learnt"]
 """How categories are found."""
 
 
 @LAYERS.register("CategoryAttention", kind="layer", source="Liu et al., arXiv 2503.06896; Zhang et al., 2401.08209")
-class CategoryAttention(KMeansLearner, AttentionLayer):
+class CategoryAttention(KMeansModule, AttentionLayer):
     r"""Attention within categories of tokens (long range, detailed), and to the categories themselves (global, coarse).
 
     $$c_i = \arg\max_j \langle \hat k_i, \mu_j \rangle, \quad y = x + \rho\,\mathrm{conv}(P V +
@@ -98,7 +98,7 @@ class CategoryAttention(KMeansLearner, AttentionLayer):
         self.key = nn.Conv2d(embed_dim, query_dim, 1)
         self.value = nn.Conv2d(embed_dim, embed_dim, 1)
         self.category_value = nn.Linear(query_dim, embed_dim, bias=False)
-        self.output = last_conv(embed_dim, zero_init=zero_init)
+        self.output = output_proj(embed_dim, zero_init=zero_init)
         first = initial_state(num_clusters, query_dim, seed)
         if categories == "learnt":
             self.centroids = nn.Parameter(first.centroids)
@@ -121,23 +121,25 @@ class CategoryAttention(KMeansLearner, AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        check_alone(self, state)
+        reject_state(self, state)
         check_map(x, self.embed_dim)
-        query, key, value = tokens(self.query(x)), unit_keys(tokens(self.key(x))), tokens(self.value(x))
+        query, key, value = tokens(self.query(x)), l2_normalize(tokens(self.key(x))), tokens(self.value(x))
         pattern = cluster_pattern(self._assign(key), chunk_size=self.chunk_size, num_adjacent=self.num_adjacent)
         within = cluster_attention(query, key, value, pattern)
-        categories = unit_keys(self.centroids)  # new numbers: the next forward may move the centroids before a backward
+        categories = l2_normalize(
+            self.centroids
+        )  # new numbers: the next forward may move the centroids before a backward
         category_value = self.category_value(categories.to(query.dtype))
         batch = x.shape[0]
         among = dense_attention(query, categories.expand(batch, -1, -1), category_value.expand(batch, -1, -1))
         branch: Tensor = self.output(feature_map(within + among, x))
         return x + self.res_scale * branch
 
-    def learns(self) -> bool:
+    def updates_state(self) -> bool:
         """Return whether a forward would move the centroids now."""
         return self.categories == "kmeans" and self.training and self.ema_decay < 1
 
     def _assign(self, points: Float[Tensor, "b n d"]) -> Int[Tensor, "b n"]:
-        if self.learns():
+        if self.updates_state():
             return self.assign_points(points, state_of(self))
-        return assign(points, unit_keys(self.centroids.detach()))
+        return assign(points, l2_normalize(self.centroids.detach()))

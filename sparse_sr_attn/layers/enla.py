@@ -10,15 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.functional.random_features import contrastive_loss, kernel_attention, random_directions
-from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
-    check_alone,
     check_map,
     feature_map,
-    last_conv,
+    output_proj,
+    reject_state,
     tokens,
 )
 
@@ -74,7 +74,7 @@ class ENLA(AttentionLayer):
         query_dim = max(1, embed_dim // reduction)
         self.query = nn.Conv2d(embed_dim, query_dim, 1)
         self.key = nn.Conv2d(embed_dim, query_dim, 1)
-        self.value = last_conv(embed_dim, zero_init=zero_init)
+        self.value = output_proj(embed_dim, zero_init=zero_init)
         self.register_buffer("directions", random_directions(num_features, query_dim, seed))
 
     def extra_repr(self) -> str:
@@ -88,7 +88,7 @@ class ENLA(AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        check_alone(self, state)
+        reject_state(self, state)
         check_map(x, self.embed_dim)
         attended = kernel_attention(*self._query_and_key(x), tokens(self.value(x)), self.directions)
         return x + self.res_scale * feature_map(attended, x)
@@ -114,4 +114,4 @@ class ENLA(AttentionLayer):
 
     def _query_and_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         length = math.sqrt(self.amplification)
-        return length * unit_keys(tokens(self.query(x))), length * unit_keys(tokens(self.key(x)))
+        return length * l2_normalize(tokens(self.query(x))), length * l2_normalize(tokens(self.key(x)))

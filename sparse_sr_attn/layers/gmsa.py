@@ -20,8 +20,8 @@ from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
     check_map,
-    fitting,
-    last_conv,
+    check_state,
+    output_proj,
 )
 from sparse_sr_attn.layers.batch_norm import ConvNorm
 from sparse_sr_attn.states import WindowAttention
@@ -62,7 +62,7 @@ class SharedGMSA(AttentionLayer):
         self.embed_dim = embed_dim
         self.res_scale = res_scale
         self.value = ConvNorm(embed_dim, embed_dim)
-        self.output = last_conv(embed_dim, zero_init=zero_init)
+        self.output = output_proj(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
@@ -76,7 +76,7 @@ class SharedGMSA(AttentionLayer):
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
         """
         check_map(x, self.embed_dim)
-        state = fitting(state, WindowAttention, x, _HINT)
+        state = check_state(state, WindowAttention, x, _HINT)
         x = channels_last(x)
         attended = []
         values = split_groups(self.value(x), self.embed_dim, len(state.weights))

@@ -7,15 +7,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
+from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.functional.sparsemax import sparsemax_attention
-from sparse_sr_attn.functional.unit_keys import unit_keys
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
-    check_alone,
     check_map,
     feature_map,
-    last_conv,
+    output_proj,
+    reject_state,
     tokens,
 )
 
@@ -65,7 +65,7 @@ class HSPA(AttentionLayer):
         self.scale = scale
         self.res_scale = res_scale
         self.embed = nn.Conv2d(embed_dim, max(1, embed_dim // reduction), 3, padding=1)
-        self.value = last_conv(embed_dim, zero_init=zero_init)
+        self.value = output_proj(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
@@ -78,8 +78,8 @@ class HSPA(AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        check_alone(self, state)
+        reject_state(self, state)
         check_map(x, self.embed_dim)
         query = tokens(self.embed(x))
-        attended = sparsemax_attention(query, unit_keys(query), tokens(self.value(x)), scale=self.scale)
+        attended = sparsemax_attention(query, l2_normalize(query), tokens(self.value(x)), scale=self.scale)
         return x + self.res_scale * feature_map(attended, x)

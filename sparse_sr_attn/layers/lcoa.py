@@ -38,12 +38,12 @@ from sparse_sr_attn.layers.base import (
     ScaledCosine,
     Similarity,
     check_map,
+    check_state,
     feature_map,
-    fitting,
-    last_conv,
+    output_proj,
     tokens,
 )
-from sparse_sr_attn.layers.running_state import KMeansLearner, KMeansRound, state_of
+from sparse_sr_attn.layers.running_state import KMeansModule, KMeansRound, state_of
 from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
@@ -63,7 +63,7 @@ _HINT = "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
 
 
 @LAYERS.register("LSP", kind="provider", source=_SOURCE)
-class LSP(KMeansLearner):
+class LSP(KMeansModule):
     r"""Learnable sparse pattern: cluster the tokens of a map, and attend within chunks of similar ones.
 
     $$E = \mathrm{conv}_{3\times3}(x), \quad c_i = \arg\max_k \langle e_i, \mu_k \rangle, \quad
@@ -222,7 +222,7 @@ class LSP(KMeansLearner):
         for state, rank in self._states_and_orders():
             assignments.append(self.assign_points(embedding, state))
             if rank is not None:
-                if self.learns():
+                if self.updates_state():
                     order_clusters(state.centroids, state.num_updates, rank)
                 places.append(rank[assignments[-1]])
         pattern = cluster_pattern(
@@ -250,7 +250,7 @@ class LSP(KMeansLearner):
     def _rounds(self) -> list[nn.Module]:
         return [self, *self.further_rounds]
 
-    def learns(self) -> bool:
+    def updates_state(self) -> bool:
         """Return whether a forward would move the centroids now."""
         return self.training and self.routing == "kmeans" and self.ema_decay < 1
 
@@ -290,7 +290,7 @@ class CoA(AttentionLayer):
         super().__init__()
         self.embed_dim = embed_dim
         self.res_scale = res_scale
-        self.value = last_conv(embed_dim, zero_init=zero_init)
+        self.value = output_proj(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
         """Return the options that shapes do not show."""
@@ -304,7 +304,7 @@ class CoA(AttentionLayer):
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
         """
         check_map(x, self.embed_dim)
-        state = fitting(state, ClusterAttention, x, _HINT)
+        state = check_state(state, ClusterAttention, x, _HINT)
         values, num_rounds = tokens(self.value(x)).contiguous(), state.num_rounds
         if state.weights is None:
             attended = _attend(cast(Tensor, state.embedding), values, state.pattern, num_rounds)

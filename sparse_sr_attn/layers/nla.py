@@ -5,16 +5,16 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, Positive, PositiveInt, checked
 from sparse_sr_attn.functional.dense import dense_attention
-from sparse_sr_attn.functional.unit_keys import unit_keys
+from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
     ScaledCosine,
     Similarity,
-    check_alone,
     check_map,
     feature_map,
-    last_conv,
+    output_proj,
+    reject_state,
     tokens,
 )
 
@@ -66,7 +66,7 @@ class NLA(AttentionLayer):
         self.embed = nn.Conv2d(embed_dim, max(1, embed_dim // reduction), 3, padding=1)
         self.similarity = similarity
         self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
-        self.value = last_conv(embed_dim, zero_init=zero_init)
+        self.value = output_proj(embed_dim, zero_init=zero_init)
 
     @property
     def has_raw_queries(self) -> bool:
@@ -84,8 +84,8 @@ class NLA(AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        check_alone(self, state)
+        reject_state(self, state)
         check_map(x, self.embed_dim)
         query = self.scale_logits(tokens(self.embed(x)))
-        attended = dense_attention(query, unit_keys(query), tokens(self.value(x)))
+        attended = dense_attention(query, l2_normalize(query), tokens(self.value(x)))
         return x + self.res_scale * feature_map(attended, x)

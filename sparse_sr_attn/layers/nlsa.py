@@ -17,10 +17,10 @@ from sparse_sr_attn.layers.base import (
     AttentionLayer,
     ScaledCosine,
     Similarity,
-    check_alone,
     check_map,
     feature_map,
-    last_conv,
+    output_proj,
+    reject_state,
     tokens,
 )
 
@@ -95,7 +95,7 @@ class NLSA(AttentionLayer):
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
         self.similarity = similarity
         self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
-        self.value = last_conv(embed_dim, zero_init=zero_init)
+        self.value = output_proj(embed_dim, zero_init=zero_init)
         for name, value in initial_hash(num_rounds, max_buckets, query_dim, seed)._asdict().items():
             self.register_buffer(name, value)
 
@@ -120,7 +120,7 @@ class NLSA(AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
-        check_alone(self, state)
+        reject_state(self, state)
         check_map(x, self.embed_dim)
         query = self.scale_logits(tokens(self.embed(x)).contiguous())
         pattern = cluster_pattern(

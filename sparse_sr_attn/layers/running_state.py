@@ -15,15 +15,15 @@ from sparse_sr_attn.functional.cluster.order import chain_rank
 from sparse_sr_attn.functional.kmeans import KMeansState, apply_pending, assign, kmeans_step
 
 
-class Learner(nn.Module):
+class RunningStateModule(nn.Module):
     """A module whose buffers learn from the forwards of training; says what is lost under `nn.DataParallel`."""
 
-    def learns(self) -> bool:
+    def updates_state(self) -> bool:
         """Return whether a forward would move the buffers now."""
         return self.training
 
     def _replicate_for_data_parallel(self) -> Any:
-        if self.learns():
+        if self.updates_state():
             _warn_of_replicas()
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
@@ -71,7 +71,7 @@ class KMeansRound(KMeansStatistics):
         return state_of(self), self._buffers.get("rank")
 
 
-class KMeansLearner(KMeansStatistics, Learner):
+class KMeansModule(KMeansStatistics, RunningStateModule):
     """A module that keeps the states of k-means."""
 
     ema_decay: float
@@ -84,7 +84,7 @@ class KMeansLearner(KMeansStatistics, Learner):
 
     def assign_points(self, points: Float[Tensor, "b n d"], state: KMeansState) -> Int[Tensor, "b n"]:
         """Return the cluster of each point; where the module learns, `state` moves in place."""
-        if not self.learns():
+        if not self.updates_state():
             return assign(points, state.centroids)
         return kmeans_step(
             points,
@@ -118,7 +118,7 @@ def one_kmeans_update(model: nn.Module) -> Iterator[None]:
     Note:
         Save weights and states outside. A context inside another of the same layers changes nothing.
     """
-    learners = [m for m in model.modules() if isinstance(m, KMeansLearner) and m.learns() and not m._accumulates]
+    learners = [m for m in model.modules() if isinstance(m, KMeansModule) and m.updates_state() and not m._accumulates]
     with torch.no_grad():
         for learner in learners:
             for state in learner.states():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, PositiveInt, checked
 from sparse_sr_attn.errors import ConfigError, Problem, ShapeError, UnknownNameError
-from sparse_sr_attn.layers.base import AttentionLayer, check_alone, check_map
+from sparse_sr_attn.layers.base import AttentionLayer, check_map, reject_state
 from sparse_sr_attn.layers.batch_norm import BatchNorm2d
 from sparse_sr_attn.registry import Entry, suggestion
 
@@ -72,7 +72,7 @@ class TimmLayer(AttentionLayer):
             SharingError: a state is given.
             ShapeError: `x` is not a map of `embed_dim` channels, or timm's layer returns one of another size.
         """
-        check_alone(self, state)
+        reject_state(self, state)
         check_map(x, self.embed_dim)
         changed = self.attention(x)
         if changed.shape != x.shape:

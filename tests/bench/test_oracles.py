@@ -105,8 +105,8 @@ def test_a_wrong_gradient_is_wrong() -> None:
 def test_a_missing_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparse_sr_attn.layers import enla
 
-    unit_keys = enla.unit_keys
-    monkeypatch.setattr(enla, "unit_keys", lambda rows: unit_keys(rows).detach())
+    unit_keys = enla.l2_normalize
+    monkeypatch.setattr(enla, "l2_normalize", lambda rows: unit_keys(rows).detach())
     assert checked("ENLA").status == "correct"  # the value is
     assert checked("ENLA", replace(SMALL, passes=("forward+backward",))).status == "wrong"
 

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import flex as cluster_flex
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
@@ -103,7 +103,7 @@ def test_attention_equals_masked_dense_attention(device: torch.device, nearest: 
         rows = inputs_of(case, device)
         pattern = pattern_of(case, device)
         with torch.no_grad():
-            actual = fast.cluster_attention(*rows, pattern, scale=0.7, form="flex")
+            actual = fast.cluster_attention(*rows, pattern, scale=0.7, backend="flex")
         expected = slow.cluster_attention(*(row.double() for row in rows), pattern, scale=0.7)
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
@@ -117,7 +117,7 @@ def test_half_values_are_gathered_in_float32(device: torch.device) -> None:
     query, key, value = inputs_of(case, device)
     pattern = pattern_of(case, device)
     with torch.no_grad():
-        actual = fast.cluster_attention(query, key, value.bfloat16(), pattern, form="flex")
+        actual = fast.cluster_attention(query, key, value.bfloat16(), pattern, backend="flex")
     expected = slow.cluster_attention(query, key, value.bfloat16().float(), pattern).bfloat16()
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
@@ -132,28 +132,30 @@ def test_gradients_and_lse_on_a_gpu(chunk_size: int, nearest: bool) -> None:
     rows = [case.tokens(name, 16, dtype=torch.float32, device=device).requires_grad_() for name in ("q", "k", "v")]
     pattern = pattern_of(case, device)
     probe = case.tokens("probe", 16, dtype=torch.float32, device=device)
-    actual = fast.cluster_attention(*rows, pattern, form="flex")
-    expected = fast.cluster_attention(*rows, pattern, form="oneshot")
+    actual = fast.cluster_attention(*rows, pattern, backend="flex")
+    expected = fast.cluster_attention(*rows, pattern, backend="eager")
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
     # Compiled backwards give their memory away, so `gradients`, which keeps the graph, cannot be used.
     for mine, other in zip(
         *(torch.autograd.grad((output * probe).sum(), rows) for output in (actual, expected)), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
-    lse = fast.cluster_lse(*rows[:2], pattern, form="flex")
-    torch.testing.assert_close(lse, fast.cluster_lse(*rows[:2], pattern, form="oneshot"), rtol=1e-4, atol=1e-4)
+    lse = fast.cluster_lse(*rows[:2], pattern, backend="flex")
+    torch.testing.assert_close(lse, fast.cluster_lse(*rows[:2], pattern, backend="eager"), rtol=1e-4, atol=1e-4)
 
 
 def test_what_it_cannot_do_on_a_cpu_is_refused() -> None:
     device = torch.device("cpu")
     query, key, value = inputs_of(PADDED_TAIL, device)
     pattern = pattern_of(PADDED_TAIL, device)
-    with pytest.raises(FormError, match="no gradient on 'cpu', and an input requires one; 'tiles' and 'oneshot' have"):
-        fast.cluster_attention(query, key, value.requires_grad_(), pattern, form="flex")
-    with pytest.raises(FormError, match=r"computes in float32, got torch.float64; 'tiles' and 'oneshot' compute in it"):
-        fast.cluster_attention(query.double(), key.double(), value, pattern, form="flex")
-    with pytest.raises(FormError, match="no logsumexp on 'cpu'; 'tiles' and 'oneshot' work there"):
-        fast.cluster_lse(query, key, pattern, form="flex")
+    with pytest.raises(BackendError, match="no gradient on 'cpu', and an input requires one; 'tiles' and 'eager' have"):
+        fast.cluster_attention(query, key, value.requires_grad_(), pattern, backend="flex")
+    with pytest.raises(
+        BackendError, match=r"computes in float32, got torch.float64; 'tiles' and 'eager' compute in it"
+    ):
+        fast.cluster_attention(query.double(), key.double(), value, pattern, backend="flex")
+    with pytest.raises(BackendError, match="no logsumexp on 'cpu'; 'tiles' and 'eager' work there"):
+        fast.cluster_lse(query, key, pattern, backend="flex")
 
 
 @compiles
@@ -165,6 +167,6 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = pattern_of(PADDED_TAIL, torch.device("cpu"))
     with (
         torch.no_grad(),
-        pytest.raises(FormError, match=r"cannot build its kernel here: .*; 'tiles' and 'oneshot' need no"),
+        pytest.raises(BackendError, match=r"cannot build its kernel here: .*; 'tiles' and 'eager' need no"),
     ):
-        fast.cluster_attention(query, key, value, pattern, form="flex")
+        fast.cluster_attention(query, key, value, pattern, backend="flex")

@@ -1,4 +1,4 @@
-"""The order of clusters: a path through similar centroids, the same in every form and on every device."""
+"""The order of clusters: a path through similar centroids, the same in every backend and on every device."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import triton as cluster_triton
 from sparse_sr_attn.reference import cluster as slow
@@ -89,7 +89,7 @@ def inputs_of(
 def test_attention_equals_masked_dense_attention(device: torch.device, case: Case, scale: float) -> None:
     leaves = inputs_of(case, device)
     pattern = pattern_of(case, device)
-    actual = fast.cluster_attention(*leaves, pattern, scale=scale, form="triton")
+    actual = fast.cluster_attention(*leaves, pattern, scale=scale, backend="triton")
     expected = slow.cluster_attention(*leaves, pattern, scale=scale)
     assert_values_close(actual, expected)
     probe = case.tokens("probe", VALUE_WIDTH, device=device)
@@ -105,7 +105,7 @@ def test_attention_equals_masked_dense_attention(device: torch.device, case: Cas
 def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> None:
     leaves = inputs_of(case, device)[:2]
     pattern = pattern_of(case, device)
-    actual = fast.cluster_lse(*leaves, pattern, scale=scale, form="triton")
+    actual = fast.cluster_lse(*leaves, pattern, scale=scale, backend="triton")
     expected = slow.cluster_lse(*leaves, pattern, scale=scale)
     assert_values_close(actual, expected)
     probe = case.tensor("probe", case.batch, case.num_tokens, device=device)
@@ -116,7 +116,7 @@ def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> Non
 def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
     leaves = inputs_of(case, device)
     pattern = pattern_of(case.but(batch=2 * case.batch), device)
-    actual = fast.cluster_attention_rounds(*leaves, pattern, 2, form="triton")
+    actual = fast.cluster_attention_rounds(*leaves, pattern, 2, backend="triton")
     expected = slow.cluster_attention_rounds(*leaves, pattern, 2)
     assert_values_close(actual, expected)
     probe = case.tokens("probe", VALUE_WIDTH, device=device)
@@ -169,12 +169,12 @@ def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: 
 def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, filling: float) -> None:
     query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
     pattern = pattern_of(case, device)
-    before = fast.cluster_attention(query, key, value, pattern, form="triton")
+    before = fast.cluster_attention(query, key, value, pattern, backend="triton")
     token = int(pattern.order[0, -1])
     blind = ~slow.visible_pairs(pattern)[:, :, token]
     assert blind.any()
     key[:, token], value[:, token] = filling, filling
-    assert_bit_equal(fast.cluster_attention(query, key, value, pattern, form="triton")[blind], before[blind])
+    assert_bit_equal(fast.cluster_attention(query, key, value, pattern, backend="triton")[blind], before[blind])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter; what comes of it is checked
@@ -184,7 +184,7 @@ def test_large_scores_do_not_overflow(device: torch.device) -> None:
     query, key, value = (leaf.detach() for leaf in inputs_of(case, device, torch.float32))
     key = key * torch.linspace(0, 300, case.num_tokens, device=device)[:, None]
     pattern = pattern_of(case, device)
-    actual = fast.cluster_attention(query, key, value, pattern, form="triton")
+    actual = fast.cluster_attention(query, key, value, pattern, backend="triton")
     expected = slow.cluster_attention(query.double(), key.double(), value.double(), pattern)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3)
 
@@ -198,7 +198,7 @@ def test_low_precision_is_no_worse_than_dense_attention(device: torch.device, ca
     rows = [leaf.detach().to(kind).requires_grad_() for leaf, kind in zip(wide, kinds, strict=True)]
     exact = [row.detach().double().requires_grad_() for row in rows]
     pattern = pattern_of(case, device)
-    actual = fast.cluster_attention(*rows, pattern, form="triton")
+    actual = fast.cluster_attention(*rows, pattern, backend="triton")
     peer = slow.cluster_attention(*rows, pattern)
     oracle = slow.cluster_attention(*exact, pattern)
     assert actual.dtype == dtype
@@ -222,7 +222,7 @@ def test_sharp_attention_is_no_worse_than_dense_attention(
     rows = [rows.requires_grad_() for rows in (scale * query, torch.nn.functional.normalize(key, dim=-1), value)]
     exact = [row.detach().double().requires_grad_() for row in rows]
     pattern = pattern_of(case, device)
-    actual = fast.cluster_attention(*rows, pattern, form="triton")
+    actual = fast.cluster_attention(*rows, pattern, backend="triton")
     peer, oracle = slow.cluster_attention(*rows, pattern), slow.cluster_attention(*exact, pattern)
     probe = case.tokens("probe", 16, dtype=torch.float32, device=device)
     results = (gradients(actual, rows, probe), gradients(peer, rows, probe), gradients(oracle, exact, probe))
@@ -236,7 +236,7 @@ def test_results_are_the_same_in_every_run(device: torch.device) -> None:
     probe = SEVERAL_BLOCKS_PUBLISHED.tokens("probe", VALUE_WIDTH, dtype=torch.float32, device=device)
 
     def run() -> list[Tensor]:
-        output = fast.cluster_attention(*leaves, pattern, form="triton")
+        output = fast.cluster_attention(*leaves, pattern, backend="triton")
         return [output, *gradients(output, leaves, probe)]
 
     for first, second in zip(run(), run(), strict=True):
@@ -280,8 +280,8 @@ def test_half_points_are_assigned_in_float32(device: torch.device, dtype: torch.
 def test_too_wide_queries_are_refused(device: torch.device) -> None:
     rows = torch.zeros(1, 2, 257, device=device)
     pattern = pattern_of(Case(num_tokens=2), device)
-    with pytest.raises(FormError, match="at most 256 channels, got 257; 'oneshot' works"):
-        fast.cluster_attention(rows, rows, rows, pattern, form="triton")
+    with pytest.raises(BackendError, match="at most 256 channels, got 257; 'eager' works"):
+        fast.cluster_attention(rows, rows, rows, pattern, backend="triton")
 
 
 COMPILE = """

@@ -1,4 +1,4 @@
-"""Formulas of `torch.utils.flop_counter` against hand counts, and against torch's own counts of the plain forms."""
+"""Formulas of `torch.utils.flop_counter` against hand counts, and against torch's own counts of the plain backends."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ CASES = {
 
 
 def operations(case: Case) -> dict[str, tuple[Callable[..., Tensor], int]]:
-    """Return operations of a form, and how many times their backward computes the scores again."""
+    """Return operations of a backend, and how many times their backward computes the scores again."""
     query, key = (case.tokens(name, 5).requires_grad_() for name in ("query", "key"))
     value = case.tokens("value", 3).requires_grad_()
     pattern = cluster_pattern(
@@ -49,10 +49,10 @@ def operations(case: Case) -> dict[str, tuple[Callable[..., Tensor], int]]:
         pattern = cluster.with_nearest_chunks(pattern, key)
     weights = cluster.cluster_weights(query, key, pattern).detach().requires_grad_()
     return {
-        "attention": (lambda form: cluster.cluster_attention(query, key, value, pattern, form=form), 1),
-        "weights": (lambda form: cluster.cluster_weights(query, key, pattern, form=form), 0),
-        "lse": (lambda form: cluster.cluster_lse(query, key, pattern, form=form), 1),
-        "apply": (lambda form: cluster.apply_cluster_weights(weights, value, pattern, form=form), 0),
+        "attention": (lambda backend: cluster.cluster_attention(query, key, value, pattern, backend=backend), 1),
+        "weights": (lambda backend: cluster.cluster_weights(query, key, pattern, backend=backend), 0),
+        "lse": (lambda backend: cluster.cluster_lse(query, key, pattern, backend=backend), 1),
+        "apply": (lambda backend: cluster.apply_cluster_weights(weights, value, pattern, backend=backend), 0),
     }
 
 
@@ -61,10 +61,10 @@ def operations(case: Case) -> dict[str, tuple[Callable[..., Tensor], int]]:
 def test_tiles_count_as_much_as_plain_code(name: str, case: Case) -> None:
     found = operations(case)
     call, again = found[name]
-    plain, plain_backward = forward_and_backward(lambda: call("oneshot"))
+    plain, plain_backward = forward_and_backward(lambda: call("eager"))
     tiles, tiles_backward = forward_and_backward(lambda: call("tiles"))
     assert tiles == plain > 0
-    scores = counted(lambda: found["weights"][0]("oneshot"))
+    scores = counted(lambda: found["weights"][0]("eager"))
     assert tiles_backward == plain_backward + again * scores
 
 
@@ -74,14 +74,17 @@ def test_windows_count_as_much_as_plain_code(size: tuple[int, int], keyed: bool)
     query, value = (torch.randn(2, c, *size, requires_grad=True) for c in (5, 3))
     key = torch.randn(2, 5, *size, requires_grad=True) if keyed else None
     weights = window.window_weights(query, key, window_size=4).detach().requires_grad_()
-    scores = counted(lambda: window.window_weights(query, key, window_size=4, form="oneshot"))
+    scores = counted(lambda: window.window_weights(query, key, window_size=4, backend="eager"))
     one_product = 0 if keyed else scores  # where the queries are the keys, one product sends back what is two here
     for call, more in (
-        (lambda form: window.window_attention(query, key, value, window_size=4, form=form), scores - one_product),
-        (lambda form: window.window_weights(query, key, window_size=4, form=form), -one_product),
-        (lambda form: window.apply_window_weights(weights, value, window_size=4, form=form), 0),
+        (
+            lambda backend: window.window_attention(query, key, value, window_size=4, backend=backend),
+            scores - one_product,
+        ),
+        (lambda backend: window.window_weights(query, key, window_size=4, backend=backend), -one_product),
+        (lambda backend: window.apply_window_weights(weights, value, window_size=4, backend=backend), 0),
     ):
-        plain, plain_backward = forward_and_backward(partial(call, "oneshot"))
+        plain, plain_backward = forward_and_backward(partial(call, "eager"))
         ours, ours_backward = forward_and_backward(partial(call, "operator"))
         assert ours == plain > 0
         assert ours_backward == plain_backward + more
@@ -90,9 +93,11 @@ def test_windows_count_as_much_as_plain_code(size: tuple[int, int], keyed: bool)
 def test_sparsemax_and_pointwise_count_as_much_as_plain_code() -> None:
     query, key, value = (torch.randn(2, n, c, requires_grad=True) for n, c in ((9, 5), (11, 5), (11, 3)))
     plain, plain_backward = forward_and_backward(
-        lambda: sparsemax.sparsemax_attention(query, key, value, form="oneshot")
+        lambda: sparsemax.sparsemax_attention(query, key, value, backend="eager")
     )
-    ours, ours_backward = forward_and_backward(lambda: sparsemax.sparsemax_attention(query, key, value, form="tiles"))
+    ours, ours_backward = forward_and_backward(
+        lambda: sparsemax.sparsemax_attention(query, key, value, backend="tiles")
+    )
     assert ours == plain
     assert ours_backward == plain_backward + 2 * 2 * 9 * 11 * 5
     x = torch.randn(2, 6, 5, 7).contiguous(memory_format=torch.channels_last).requires_grad_()

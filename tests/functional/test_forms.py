@@ -1,90 +1,90 @@
-"""Which form runs where, and what is said when one that was asked for cannot."""
+"""Which backend runs where, and what is said when one that was asked for cannot."""
 
 import pytest
 import torch
 
-from sparse_sr_attn.errors import FormError
-from sparse_sr_attn.functional import backend as forms
+from sparse_sr_attn.errors import BackendError
+from sparse_sr_attn.functional import backend as backends
 from sparse_sr_attn.functional import cluster, kmeans
-from sparse_sr_attn.functional.cluster import Form, resolve_form
+from sparse_sr_attn.functional.cluster import Backend, resolve_backend
 from sparse_sr_attn.testing.strategies import Case
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `resolve_form` asks torch about a GPU, answered as for an H200."""
-    monkeypatch.setattr(forms, "HAS_TRITON", True)
+    """What `resolve_backend` asks torch about a GPU, answered as for an H200."""
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
 
 @pytest.mark.parametrize(
-    ("device", "form"), [("cpu", "tiles"), ("cuda", "triton"), ("cuda:1", "triton"), ("mps", "oneshot")]
+    ("device", "backend"), [("cpu", "tiles"), ("cuda", "triton"), ("cuda:1", "triton"), ("mps", "eager")]
 )
 @pytest.mark.usefixtures("gpu")
-def test_auto_takes_the_best_form(device: str, form: Form) -> None:
-    assert resolve_form("auto", device) == form
-    assert resolve_form("auto", torch.device(device)) == form
+def test_auto_takes_the_best_form(device: str, backend: Backend) -> None:
+    assert resolve_backend("auto", device) == backend
+    assert resolve_backend("auto", torch.device(device)) == backend
 
 
 @pytest.mark.usefixtures("gpu")
 def test_auto_does_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not installed, and on GPUs too old for it."""
-    monkeypatch.setattr(forms, "HAS_TRITON", False)
-    assert resolve_form("auto", "cuda") == "oneshot"
-    monkeypatch.setattr(forms, "HAS_TRITON", True)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    assert resolve_backend("auto", "cuda") == "eager"
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert resolve_form("auto", "cuda") == "oneshot"
+    assert resolve_backend("auto", "cuda") == "eager"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.usefixtures("gpu")
 def test_auto_exports_oneshot(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
-    assert resolve_form("auto", device) == "oneshot"
+    assert resolve_backend("auto", device) == "eager"
 
 
-@pytest.mark.parametrize("form", ["oneshot", "tiles", "flex", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "tiles", "flex", "triton"])
 @pytest.mark.usefixtures("gpu")
-def test_a_form_asked_for_stays(form: Form) -> None:
-    assert resolve_form(form, "cuda") == form
+def test_a_form_asked_for_stays(backend: Backend) -> None:
+    assert resolve_backend(backend, "cuda") == backend
 
 
 def test_a_form_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "HAS_TRITON", False)
-    with pytest.raises(FormError, match="needs the package triton, which is not installed; 'oneshot' works on any"):
-        resolve_form("triton", "cuda")
-    monkeypatch.setattr(forms, "HAS_TRITON", True)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    with pytest.raises(BackendError, match="needs the package triton, which is not installed; 'eager' works on any"):
+        resolve_backend("triton", "cuda")
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(FormError, match="'triton' runs on GPUs, got tensors on 'cpu'; 'oneshot' works on any device"):
-        resolve_form("triton", "cpu")
+    with pytest.raises(BackendError, match="'triton' runs on GPUs, got tensors on 'cpu'; 'eager' works on any device"):
+        resolve_backend("triton", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert resolve_form("triton", "cpu") == "triton"
-    with pytest.raises(FormError, match="form 'flex' runs on 'cpu' and 'cuda', got tensors on 'mps'"):
-        resolve_form("flex", "mps")
+    assert resolve_backend("triton", "cpu") == "triton"
+    with pytest.raises(BackendError, match="backend 'flex' runs on 'cpu' and 'cuda', got tensors on 'mps'"):
+        resolve_backend("flex", "mps")
 
 
 @pytest.mark.unhooked
 def test_an_unknown_form_is_refused() -> None:
-    with pytest.raises(FormError, match="must be one of 'auto', 'oneshot', 'tiles', 'flex', 'triton', got 'fast'"):
-        resolve_form("fast", "cpu")
+    with pytest.raises(BackendError, match="must be one of 'auto', 'eager', 'tiles', 'flex', 'triton', got 'fast'"):
+        resolve_backend("fast", "cpu")
 
 
-@pytest.mark.parametrize("form", ["flex", "triton"])
-def test_forms_that_store_no_weights_say_so(form: Form) -> None:
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+def test_forms_that_store_no_weights_say_so(backend: Backend) -> None:
     case = Case(num_tokens=4)
     rows = case.tokens("rows", 3)
     pattern = cluster.cluster_pattern(case.assignment(), chunk_size=2)
     weights = cluster.cluster_weights(rows, rows, pattern)
-    message = f"form '{form}' stores no weights, and weights were asked for; 'oneshot' works on any device"
-    with pytest.raises(FormError, match=message):
-        cluster.cluster_weights(rows, rows, pattern, form=form)
-    with pytest.raises(FormError, match=message):
-        cluster.apply_cluster_weights(weights, rows, pattern, form=form)
+    message = f"backend '{backend}' stores no weights, and weights were asked for; 'eager' works on any device"
+    with pytest.raises(BackendError, match=message):
+        cluster.cluster_weights(rows, rows, pattern, backend=backend)
+    with pytest.raises(BackendError, match=message):
+        cluster.apply_cluster_weights(weights, rows, pattern, backend=backend)
 
 
 @pytest.mark.unhooked  # triton reads the source of what it compiles
 def test_auto_takes_what_is_called(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Attention, its lse and the assignment go where `resolve_form` says; too wide for triton is left to oneshot."""
+    """Attention, its lse and the assignment go where `resolve_backend` says; too wide for triton is left to eager."""
     pytest.importorskip("triton", reason="needs triton")
     called = []
 
@@ -94,7 +94,7 @@ def test_auto_takes_what_is_called(monkeypatch: pytest.MonkeyPatch, device: torc
 
     recorded(cluster.triton, "attention_op")
     recorded(kmeans, "nearest_op")
-    monkeypatch.setattr(forms, "_best_form", lambda _: "triton")
+    monkeypatch.setattr(backends, "_best_form", lambda _: "triton")
     case = Case(num_tokens=5)
     rows, wide = (case.tokens("rows", width, dtype=torch.float32, device=device) for width in (3, 257))
     pattern = cluster.cluster_pattern(case.assignment(device=device), chunk_size=2)

@@ -16,7 +16,7 @@ from sparse_sr_attn.testing.tolerances import (
     gradients,
 )
 
-FORMS = ("oneshot", "tiles")
+BACKENDS = ("eager", "tiles")
 spreads = st.sampled_from((0.01, 0.3, 1.0, 10.0, 1e5))
 
 
@@ -62,12 +62,12 @@ def test_gradients_are_derivatives(device: torch.device) -> None:
     assert_derivatives(fast.sparsemax, (case.tokens("scores", 6, device=device).requires_grad_(),))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.5, 2.0])
-def test_gradients_of_attention_are_derivatives(device: torch.device, form: fast.Form, scale: float) -> None:
+def test_gradients_of_attention_are_derivatives(device: torch.device, backend: fast.Form, scale: float) -> None:
     case = Case(batch=2, num_tokens=7, seed=4)
     rows = tuple(case.tokens(name, 3, device=device).requires_grad_() for name in ("query", "key", "value"))
-    assert_derivatives(lambda q, k, v: fast.sparsemax_attention(q, k, v, scale=scale, form=form), rows)
+    assert_derivatives(lambda q, k, v: fast.sparsemax_attention(q, k, v, scale=scale, backend=backend), rows)
 
 
 @given(case=cases(max_tokens=30), num_keys=st.integers(1, 20), scale=st.sampled_from((0.1, 1.0, 5.0)))
@@ -80,14 +80,14 @@ def test_attention_equals_its_twin(device: torch.device, case: Case, num_keys: i
     expected = slow.sparsemax_attention(*inputs, scale=scale)
     probe = case.tensor("probe", *expected.shape, device=device)
     wanted = gradients(expected, inputs, probe)
-    for form in FORMS:
-        actual = fast.sparsemax_attention(*inputs, scale=scale, form=form)
+    for backend in BACKENDS:
+        actual = fast.sparsemax_attention(*inputs, scale=scale, backend=backend)
         assert_values_close(actual, expected)
         assert_gradients_close(gradients(actual, inputs, probe), wanted)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_what_gets_no_weight_cannot_matter(device: torch.device, form: fast.Form) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_gets_no_weight_cannot_matter(device: torch.device, backend: fast.Form) -> None:
     """A key that all scores leave far behind may hold any value, and gets no gradient."""
     case = Case(num_tokens=12)
     query = case.tokens("query", 3, device=device).abs() + 1
@@ -97,18 +97,19 @@ def test_what_gets_no_weight_cannot_matter(device: torch.device, form: fast.Form
     other = value.clone()
     other[:, 5] = 1e9
     assert_bit_equal(
-        fast.sparsemax_attention(query, key, value, form=form), fast.sparsemax_attention(query, key, other, form=form)
+        fast.sparsemax_attention(query, key, value, backend=backend),
+        fast.sparsemax_attention(query, key, other, backend=backend),
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_scores_of_half_inputs_are_float32(device: torch.device, dtype: torch.dtype, form: fast.Form) -> None:
+def test_scores_of_half_inputs_are_float32(device: torch.device, dtype: torch.dtype, backend: fast.Form) -> None:
     """Weights differ where scores differ by less than half precision tells apart."""
     query = torch.tensor([[[100.0, 1.0]]], device=device, dtype=dtype)
     key = torch.tensor([[[10.0, 0.25], [10.0, 0.0]]], device=device, dtype=dtype)
     value = torch.tensor([[[1.0], [0.0]]], device=device, dtype=dtype)
-    output = fast.sparsemax_attention(query, key, value, form=form)
+    output = fast.sparsemax_attention(query, key, value, backend=backend)
     assert output.dtype == dtype
     assert output.item() == 0.625
 
@@ -116,5 +117,5 @@ def test_scores_of_half_inputs_are_float32(device: torch.device, dtype: torch.dt
 @pytest.mark.unhooked
 def test_an_unknown_form_is_refused(device: torch.device) -> None:
     rows = torch.zeros(1, 2, 3, device=device)
-    with pytest.raises(ValueError, match="form must be 'auto', 'oneshot' or 'tiles', got 'tile'"):
-        fast.sparsemax_attention(rows, rows, rows, form="tile")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend must be 'auto', 'eager' or 'tiles', got 'tile'"):
+        fast.sparsemax_attention(rows, rows, rows, backend="tile")  # type: ignore[arg-type]

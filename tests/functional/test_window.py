@@ -31,7 +31,7 @@ LONGEST = 17
 half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-FORMS: tuple[fast.Form, ...] = ("oneshot", "operator")
+BACKENDS: tuple[fast.Form, ...] = ("eager", "operator")
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def test_merge_equals_loops_and_partition_inverts_it(device: torch.device, case:
 # --- values and gradients
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(case=maps(max_batch=2), scale=st.sampled_from((1.0, 0.5, 3.0)))
 @example(case=ONE_PIXEL, scale=1.0)
 @example(case=WHOLE, scale=1.0)
@@ -206,9 +206,9 @@ def test_merge_equals_loops_and_partition_inverts_it(device: torch.device, case:
 @example(case=ODD, scale=1.0)
 @example(case=WINDOW_OVER_THE_MAP, scale=1.0)
 @example(case=FULL_OF_PADS, scale=0.5)
-def test_weights_equal_loops(device: torch.device, form: fast.Form, case: Map, scale: float) -> None:
+def test_weights_equal_loops(device: torch.device, backend: fast.Form, case: Map, scale: float) -> None:
     query, key, _ = case.inputs(device)
-    weights = fast.window_weights(query, key, **case.windows, scale=scale, form=form)
+    weights = fast.window_weights(query, key, **case.windows, scale=scale, backend=backend)
     assert weights.shape == case.weights_shape
     assert weights.isfinite().all(), "in the rows of pads too"
     rows = case.real(device)
@@ -218,7 +218,7 @@ def test_weights_equal_loops(device: torch.device, form: fast.Form, case: Map, s
     assert_gradients_close(gradients(actual, (query, key), probe), gradients(expected, (query, key), probe))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(case=maps(max_batch=2, displaced=True))
 @example(case=ONE_PIXEL)
 @example(case=WHOLE)
@@ -228,11 +228,11 @@ def test_weights_equal_loops(device: torch.device, form: fast.Form, case: Map, s
 @example(case=PUBLISHED)
 @example(case=PUBLISHED_PADDED)
 @example(case=FAR_APART)
-def test_application_equals_loops(device: torch.device, form: fast.Form, case: Map) -> None:
+def test_application_equals_loops(device: torch.device, backend: fast.Form, case: Map) -> None:
     """For any weights, not only those of a softmax."""
     value = case.map("value", VALUE_WIDTH, device)
     weights = case.tensor("weights", *case.weights_shape, device=device).requires_grad_()
-    output = fast.apply_window_weights(weights, value, **case.displaced, form=form)
+    output = fast.apply_window_weights(weights, value, **case.displaced, backend=backend)
     assert output.shape == value.shape
     pixels = case.meant(device)
     expected = slow.apply_window_weights(weights, value, **case.displaced)[:, :, pixels]
@@ -243,7 +243,7 @@ def test_application_equals_loops(device: torch.device, form: fast.Form, case: M
 
 
 @pytest.mark.promise("R2", "windows")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(case=maps(displaced=True), scale=st.sampled_from((1.0, 0.5, 3.0)))
 @example(case=ONE_PIXEL, scale=1.0)
 @example(case=WHOLE, scale=1.0)
@@ -255,10 +255,10 @@ def test_application_equals_loops(device: torch.device, form: fast.Form, case: M
 @example(case=PUBLISHED_PADDED, scale=1.0)
 @example(case=FAR_APART, scale=1.0)
 def test_attention_equals_masked_dense_attention(
-    device: torch.device, form: fast.Form, case: Map, scale: float
+    device: torch.device, backend: fast.Form, case: Map, scale: float
 ) -> None:
     query, key, value = leaves = case.inputs(device)
-    output = fast.window_attention(query, key, value, **case.displaced, scale=scale, form=form)
+    output = fast.window_attention(query, key, value, **case.displaced, scale=scale, backend=backend)
     assert output.shape == value.shape
     assert output.isfinite().all(), "where rows of pads come to lie too"
     pixels = case.meant(device)
@@ -304,14 +304,14 @@ def test_a_window_of_the_whole_map_is_plain_attention(device: torch.device, case
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(case=maps(max_batch=2, longest=9, largest=10, displaced=True), scale=st.sampled_from((1.0, 0.5)))
 @example(case=WHOLE, scale=0.5)
 @example(case=PUBLISHED_PADDED, scale=1.0)
-def test_queries_may_be_the_keys(device: torch.device, form: fast.Form, case: Map, scale: float) -> None:
+def test_queries_may_be_the_keys(device: torch.device, backend: fast.Form, case: Map, scale: float) -> None:
     """One map given once is as good as given twice: weights, attention and both gradients."""
     query, _, value = case.inputs(device)
-    weights = fast.window_weights(query, **case.windows, scale=scale, form=form)
+    weights = fast.window_weights(query, **case.windows, scale=scale, backend=backend)
     rows = case.real(device)
     actual = weights[:, rows]
     expected = slow.window_weights(query, query, **case.windows, scale=scale)[:, rows]
@@ -319,7 +319,7 @@ def test_queries_may_be_the_keys(device: torch.device, form: fast.Form, case: Ma
     probe = case.tensor("probe", *actual.shape, device=device)
     assert_gradients_close(gradients(actual, (query,), probe), gradients(expected, (query,), probe))
     pixels = case.meant(device)
-    output = fast.window_attention(query, None, value, **case.displaced, scale=scale, form=form)[:, :, pixels]
+    output = fast.window_attention(query, None, value, **case.displaced, scale=scale, backend=backend)[:, :, pixels]
     wanted = slow.window_attention(query, query, value, **case.displaced, scale=scale)[:, :, pixels]
     assert_values_close(output, wanted)
     probe = case.tensor("probe", *output.shape, device=device)
@@ -495,8 +495,8 @@ def test_autocast_does_not_reach_the_scores(device: torch.device, case: Map) -> 
 @pytest.mark.unhooked
 def test_an_unknown_form_is_explained(device: torch.device) -> None:
     query, key, _ = WHOLE.inputs(device)
-    with pytest.raises(ValueError, match=r"^form must be 'auto', 'oneshot' or 'operator', got 'fast'$"):
-        fast.window_weights(query, key, window_size=4, form="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^backend must be 'auto', 'eager' or 'operator', got 'fast'$"):
+        fast.window_weights(query, key, window_size=4, backend="fast")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", [ONE_PIXEL, FULL_OF_PADS, WINDOW_OVER_THE_MAP.but(batch=1, window_size=4)], ids=str)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn import LAYERS, CheckpointError, ConfigError, attach, detach, load_model
-from sparse_sr_attn.backbones.base import packed
+from sparse_sr_attn.backbones.base import encode_options
 from sparse_sr_attn.checkpoints.read import carried_options
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn_basicsr import preflight, register
@@ -328,7 +328,7 @@ def altered(change: Callable[[dict[str, Any]], Any]) -> dict[str, Tensor]:
     state = dict(built(ATTENDED).state_dict())
     options = carried_options(state["options"])
     change(options)
-    return {**state, "options": packed(options)}
+    return {**state, "options": encode_options(options)}
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {

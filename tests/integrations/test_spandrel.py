@@ -30,7 +30,7 @@ from spandrel.architectures.SwinIR import SwinIR
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, RCAN, CheckpointError, LCoAN
-from sparse_sr_attn.backbones.base import Network, options_of, packed
+from sparse_sr_attn.backbones.base import Network, encode_options, options_of
 from sparse_sr_attn_spandrel import ARCHITECTURES, install
 
 LCOA = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "every": 1}
@@ -189,7 +189,7 @@ def test_networks_of_others_stay_theirs(name: str) -> None:
     install()
     after = ModelLoader().load_from_state_dict(state)
     assert before.architecture.id == after.architecture.id == name
-    for options in (torch.zeros(3), packed({"type": "HAT"}), packed({"lr": 0.1}), {"type": "EDSR"}):
+    for options in (torch.zeros(3), encode_options({"type": "HAT"}), encode_options({"lr": 0.1}), {"type": "EDSR"}):
         assert [ours.name for ours in ARCHITECTURES if ours.detect({**state, "options": options})] == []
 
 
@@ -227,7 +227,7 @@ def test_options_that_ask_for_a_giant_are_refused() -> None:
     model = LCoAN(num_feat=8, num_group=1)
     options = {**(options_of(model) or {}), "num_block": 10**9}
     with pytest.raises(CheckpointError, match="the options say num_block 1000000000, but the weights have 4"):
-        ModelLoader().load_from_state_dict({**model.state_dict(), "options": packed(options)})
+        ModelLoader().load_from_state_dict({**model.state_dict(), "options": encode_options(options)})
 
 
 # ------------------------------------------------------------------------------------------------- as docs say it

@@ -216,7 +216,7 @@ def test_what_is_kept_of_large_windows_is_enough(shift: bool) -> None:
         state = first.attend(x)
         assert [weights is None for weights in state.weights] == [False, True, True]
         assert [query is None for query in state.queries] == [True, False, False]
-        assert state.made_for() == kept.made_for()
+        assert state.map_size() == kept.map_size()
         assert_values_close(reader(x, state), reader(x, kept))
         assert_values_close(first(x, state), first(x))
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn import EDSR, LSP, CategoryAttention, LCoA, one_kmeans_update
 from sparse_sr_attn.errors import ShapeError
-from sparse_sr_attn.layers.running_state import KMeansLearner
+from sparse_sr_attn.layers.running_state import KMeansModule
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 pytestmark = pytest.mark.promise("R20", "k-means when asked, layers")
@@ -44,7 +44,7 @@ def assert_same(model: nn.Module, expected: dict[str, Tensor]) -> None:
 
 
 def updates(model: nn.Module) -> set[int]:
-    return {int(state.num_updates) for m in model.modules() if isinstance(m, KMeansLearner) for state in m.states()}
+    return {int(state.num_updates) for m in model.modules() if isinstance(m, KMeansModule) for state in m.states()}
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 2), (1, 2, 1)], ids=str)

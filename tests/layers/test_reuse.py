@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, LSP, CoA, ConfigError, LCoA, LCoAN
-from sparse_sr_attn.inference.visualize import attended, attention_overlap
+from sparse_sr_attn.inference.visualize import attention_map_of, attention_overlap
 from sparse_sr_attn.states import ClusterAttention
 from sparse_sr_attn.testing.tolerances import (
     assert_bit_equal,
@@ -126,7 +126,7 @@ def test_pictures_of_a_pattern_are_those_of_its_weights(kind: dict[str, Any]) ->
         states = [layer(reuse=reuse, **kind).double().lsp(features()[:1]) for reuse in ("pattern", "weights")]
         other = layer(reuse="pattern", seed=5, **kind).double().lsp(features(1)[:1])
     tokens = torch.arange(30)
-    maps = [attended(state, tokens) for state in states]
+    maps = [attention_map_of(state, tokens) for state in states]
     assert_values_close(maps[0], maps[1])
     assert_values_close(maps[0].flatten(1).sum(dim=1), torch.ones(30, dtype=torch.float64))
     overlaps = [attention_overlap([state, other], num_tokens=30) for state in states]

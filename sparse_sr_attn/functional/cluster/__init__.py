@@ -1,15 +1,15 @@
 r"""Attention over chunks of tokens sorted by cluster: the pattern, its weights, and their application.
 
 LSP of LCoAN is `cluster_weights`; CoA is `apply_cluster_weights`; `cluster_attention` is one after the other without
-storing the weights. Each has two forms, equal to each other, and what stores no weights has four:
+storing the weights. Each has two backends, equal to each other, and what stores no weights has four:
 
-- *oneshot*: index masks and whole tensors, no branch and no loop; for export and for devices that like large batches;
+- *eager*: index masks and whole tensors, no branch and no loop; for export and for devices that like large batches;
 - *tiles*: a loop over a few chunks at a time, so that scores stay in cache, inside an operator that compilers do not
   look into; for the CPU;
 - *triton*: kernels that read and write rows by token, for GPUs;
 - *flex*: torch's FlexAttention, compiled; on request.
 
-`resolve_form` tells which one runs on a device.
+`resolve_backend` tells which one runs on a device.
 
 Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chunks of $i$ slots. Chunk $t$ sees the
 chunks $t-a, \dots, t+a$ (mod $k$), in this order, or those that `pattern.neighbors` lists.
@@ -21,14 +21,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_sr_attn.errors import FormError, ShapeError
+from sparse_sr_attn.errors import BackendError, ShapeError
 from sparse_sr_attn.functional._torch import lower_precision, without_autocast, working_precision
-from sparse_sr_attn.functional.backend import Form, resolve_form
+from sparse_sr_attn.functional.backend import Backend, resolve_backend
 from sparse_sr_attn.functional.cluster import flex, tiles, triton
 from sparse_sr_attn.functional.cluster.eager import Eager
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.cluster.neighbors import nearest_rows
-from sparse_sr_attn.functional.unit_keys import unit_keys
+from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.states import ClusterPattern
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "cluster_weights",
     "cluster_weights_rounds",
     "mean_keys",
-    "resolve_form",
+    "resolve_backend",
     "seen_keys",
     "with_nearest_chunks",
 ]
@@ -126,7 +126,7 @@ def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Ten
         chunks = Eager(pattern)
         num_chunks, num_tokens = chunks.layout.num_chunks, chunks.layout.num_tokens
         real = torch.arange(chunks.layout.num_slots, device=key.device).view(num_chunks, -1, 1) < num_tokens
-        return chunks.chunks(unit_keys(key.detach())).masked_fill(~real, 0).sum(dim=2) / real.sum(dim=1)
+        return chunks.chunks(l2_normalize(key.detach())).masked_fill(~real, 0).sum(dim=2) / real.sum(dim=1)
 
 
 def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Tensor, "b s j"], Bool[Tensor, "b s j"]]:
@@ -140,12 +140,12 @@ def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Te
         The keys of each query, by their place in image order, and which of them count. With `exact_keys` no key
         counts twice.
     """
-    oneshot = Eager(pattern)
-    keys = oneshot._with_adjacent(oneshot.token.view(len(oneshot.order), oneshot.layout.num_chunks, -1, 1))[..., 0]
-    chunk = (pattern.order.argsort(dim=1)[:, tokens] // oneshot.layout.chunk_size)[..., None].expand(
+    eager = Eager(pattern)
+    keys = eager._with_adjacent(eager.token.view(len(eager.order), eager.layout.num_chunks, -1, 1))[..., 0]
+    chunk = (pattern.order.argsort(dim=1)[:, tokens] // eager.layout.chunk_size)[..., None].expand(
         -1, -1, keys.shape[2]
     )
-    return keys.gather(1, chunk), oneshot.visible.expand_as(keys).gather(1, chunk)
+    return keys.gather(1, chunk), eager.visible.expand_as(keys).gather(1, chunk)
 
 
 def cluster_weights(
@@ -156,7 +156,7 @@ def cluster_weights(
     scale: float = 1.0,
     normalize_keys: bool = False,
     dtype: torch.dtype | None = None,
-    form: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b k i j"]:
     r"""Softmax weights of every slot over its own chunk and the adjacent ones.
 
@@ -171,7 +171,7 @@ def cluster_weights(
         scale: factor on the dot products, dimensionless.
         normalize_keys: bring keys to unit length first, as `unit_keys` does; tiles do so without a copy of all keys.
         dtype: of the result; `None` for float32, or that of the query if higher.
-        form: "oneshot", "tiles", or "auto": tiles on the CPU, oneshot elsewhere and for export.
+        backend: "eager", "tiles", or "auto": tiles on the CPU, eager elsewhere and for export.
 
     Returns:
         Weights in slot order, $j = (2a + 1)\,i$, in float32 at least. Rows of real slots sum to 1; slots that do not
@@ -179,7 +179,7 @@ def cluster_weights(
         the last token mean nothing.
 
     Raises:
-        FormError: `form` was asked for by name and stores no weights.
+        BackendError: `backend` was asked for by name and stores no weights.
         ShapeError: `pattern` orders another number of tokens than `query` has.
 
     Note:
@@ -190,7 +190,7 @@ def cluster_weights(
         LSP of LCoAN (arXiv 2404.04922, section 1 of its released code's behaviour), which has its key chunks in the
         order own, previous, next: the same weights.
     """
-    return _weights(query, key, pattern, scale, normalize_keys, dtype, form, with_lse=False)[0]
+    return _weights(query, key, pattern, scale, normalize_keys, dtype, backend, with_lse=False)[0]
 
 
 def _weights(
@@ -200,24 +200,24 @@ def _weights(
     scale: float,
     normalize_keys: bool,
     dtype: torch.dtype | None,
-    form: Form,
+    backend: Backend,
     *,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the weights and, `with_lse`, the logsumexp of the same scores."""
     _check(pattern, query, key)
     dtype = dtype or working_precision(query)
-    if _tiled(form, query):
+    if _tiled(backend, query):
         weights, lse = tiles.weights_op(query, key, *_unpack(pattern), scale, normalize_keys, dtype, with_lse)
         return weights, lse if with_lse else None
     query, key = (
         query.to(working_precision(query)),
-        unit_keys(key) if normalize_keys else key.to(working_precision(key)),
+        l2_normalize(key) if normalize_keys else key.to(working_precision(key)),
     )
     with without_autocast(query):
-        oneshot = Eager(pattern)
-        scores = oneshot.scores(query, key, scale)
-        return scores.softmax(dim=-1).to(dtype), oneshot.lse(scores) if with_lse else None
+        eager = Eager(pattern)
+        scores = eager.scores(query, key, scale)
+        return scores.softmax(dim=-1).to(dtype), eager.lse(scores) if with_lse else None
 
 
 def apply_cluster_weights(
@@ -225,7 +225,7 @@ def apply_cluster_weights(
     value: Float[Tensor, "b n e"],
     pattern: ClusterPattern,
     *,
-    form: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b n e"]:
     """Gather values by weights: the second half of attention, for values that the weights were not made with.
 
@@ -233,13 +233,13 @@ def apply_cluster_weights(
         weights: from `cluster_weights` under the same pattern.
         value: one row per token, in image order.
         pattern: of as many tokens.
-        form: as in `cluster_weights`.
+        backend: as in `cluster_weights`.
 
     Returns:
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
-        FormError: `form` was asked for by name and stores no weights.
+        BackendError: `backend` was asked for by name and stores no weights.
         ShapeError: `pattern`, `weights` and `value` are not of one size.
 
     Note:
@@ -253,7 +253,7 @@ def apply_cluster_weights(
     expected = (value.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
     if tuple(weights.shape) != expected:
         raise ShapeError(f"weights under this pattern must be of shape {expected}, got {tuple(weights.shape)}")
-    if _tiled(form, value):
+    if _tiled(backend, value):
         return tiles.apply_op(weights, value, *_unpack(pattern))
     with without_autocast(value):
         dtype = lower_precision(weights, value)
@@ -268,7 +268,7 @@ def cluster_attention(
     *,
     scale: float = 1.0,
     normalize_keys: bool = False,
-    form: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b n e"]:
     """Return `apply_cluster_weights(cluster_weights(query, key, ...), value, ...)` without storing the weights.
 
@@ -279,19 +279,19 @@ def cluster_attention(
         pattern: from `cluster_pattern`, of as many tokens.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
-        form: as `resolve_form` takes it; all but oneshot save the memory of the weights.
+        backend: as `resolve_backend` takes it; all but eager save the memory of the weights.
 
     Returns:
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
-        FormError: `form` was asked for by name and cannot run here.
+        BackendError: `backend` was asked for by name and cannot run here.
         ShapeError: `pattern` orders another number of tokens than there are.
 
     Note:
         Differentiable in `query`, `key` and `value` (flex: on GPUs); the backward recomputes the weights.
     """
-    return _attention(query, key, value, pattern, scale, normalize_keys, form, with_lse=False)[0]
+    return _attention(query, key, value, pattern, scale, normalize_keys, backend, with_lse=False)[0]
 
 
 def _attention(
@@ -301,28 +301,28 @@ def _attention(
     pattern: ClusterPattern,
     scale: float,
     normalize_keys: bool,
-    form: Form,
+    backend: Backend,
     *,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention and, `with_lse`, the logsumexp of the same scores."""
     _check(pattern, query, key, value)
-    form = _form(form, query)
-    if form == "tiles":
+    backend = _backend(backend, query)
+    if backend == "tiles":
         output, lse = tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys, with_lse)
         return output, lse if with_lse else None
-    key = unit_keys(key) if normalize_keys else key
-    if form == "triton":
+    key = l2_normalize(key) if normalize_keys else key
+    if backend == "triton":
         return triton.attention_op(query, key, value, *_unpack(pattern), scale)[:2]
-    if form == "flex":
+    if backend == "flex":
         return flex.cluster_attention(query, key, value, pattern, scale, with_lse=with_lse)
     query, key = (rows.to(working_precision(rows)) for rows in (query, key))
     with without_autocast(query):
-        oneshot = Eager(pattern)
-        scores = oneshot.scores(query, key, scale)
+        eager = Eager(pattern)
+        scores = eager.scores(query, key, scale)
         weights = scores.softmax(dim=-1).to(lower_precision(scores, value))
-        output = oneshot.apply(weights, value.to(weights.dtype)).to(value.dtype)
-        return output, oneshot.lse(scores) if with_lse else None
+        output = eager.apply(weights, value.to(weights.dtype)).to(value.dtype)
+        return output, eager.lse(scores) if with_lse else None
 
 
 def cluster_lse(
@@ -332,7 +332,7 @@ def cluster_lse(
     *,
     scale: float = 1.0,
     normalize_keys: bool = False,
-    form: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b n"]:
     r"""Return $\log \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys that each token sees.
 
@@ -342,32 +342,32 @@ def cluster_lse(
         pattern: from `cluster_pattern`, of as many tokens.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
-        form: as in `cluster_attention`.
+        backend: as in `cluster_attention`.
 
     Returns:
         One number per token, in image order, in float32 at least: how much similar the pattern shows to a token.
 
     Raises:
-        FormError: `form` was asked for by name and cannot run here.
+        BackendError: `backend` was asked for by name and cannot run here.
         ShapeError: `pattern` orders another number of tokens than `query` has.
 
     Note:
         Differentiable in `query` and `key`.
     """
     _check(pattern, query, key)
-    form = _form(form, query)
-    if form == "tiles":
+    backend = _backend(backend, query)
+    if backend == "tiles":
         return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)
-    key = unit_keys(key) if normalize_keys else key
-    if form == "triton":
+    key = l2_normalize(key) if normalize_keys else key
+    if backend == "triton":
         nothing = query.new_zeros(*query.shape[:2], 1)
         return triton.attention_op(query, key, nothing, *_unpack(pattern), scale)[1]
-    if form == "flex":
+    if backend == "flex":
         return cast(Tensor, flex.cluster_attention(query, key, key, pattern, scale, with_lse=True)[1])
     query, key = query.to(working_precision(query)), key.to(working_precision(key))
     with without_autocast(query):
-        oneshot = Eager(pattern)
-        return oneshot.lse(oneshot.scores(query, key, scale))
+        eager = Eager(pattern)
+        return eager.lse(eager.scores(query, key, scale))
 
 
 def cluster_attention_rounds(
@@ -379,7 +379,7 @@ def cluster_attention_rounds(
     *,
     scale: float = 1.0,
     normalize_keys: bool = False,
-    form: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b n e"]:
     r"""Return cluster attention in several rounds, in which a key counts once for each round that shows it.
 
@@ -394,22 +394,24 @@ def cluster_attention_rounds(
         num_rounds: patterns of each sample, >= 1.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
-        form: as in `cluster_attention`.
+        backend: as in `cluster_attention`.
 
     Returns:
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
-        FormError: `form` was asked for by name and cannot run here.
+        BackendError: `backend` was asked for by name and cannot run here.
         ShapeError: `pattern` orders another number of samples or tokens.
 
     Source:
         NLSA (Mei et al., CVPR 2021).
     """
     if num_rounds == 1:
-        return cluster_attention(query, key, value, pattern, scale=scale, normalize_keys=normalize_keys, form=form)
+        return cluster_attention(
+            query, key, value, pattern, scale=scale, normalize_keys=normalize_keys, backend=backend
+        )
     query, key, rows = (tensor.repeat_interleave(num_rounds, dim=0) for tensor in (query, key, value))
-    each, lse = _attention(query, key, rows, pattern, scale, normalize_keys, form, with_lse=True)
+    each, lse = _attention(query, key, rows, pattern, scale, normalize_keys, backend, with_lse=True)
     share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1)
     with without_autocast(value):
         merged: Tensor = (share[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
@@ -425,7 +427,7 @@ def cluster_weights_rounds(
     scale: float = 1.0,
     normalize_keys: bool = False,
     dtype: torch.dtype | None = None,
-    form: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "br k i j"]:
     r"""Return the weights of attention in several rounds, whose sum over the rounds is one attention.
 
@@ -440,22 +442,24 @@ def cluster_weights_rounds(
         scale: as in `cluster_weights`.
         normalize_keys: as in `cluster_weights`.
         dtype: as in `cluster_weights`.
-        form: as in `cluster_weights`.
+        backend: as in `cluster_weights`.
 
     Returns:
         Weights as of `cluster_weights`, whose rows sum to 1 over the rounds together.
 
     Raises:
-        FormError: `form` was asked for by name and stores no weights.
+        BackendError: `backend` was asked for by name and stores no weights.
         ShapeError: `pattern` orders another number of samples or tokens.
 
     Source:
         NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
     """
     if num_rounds == 1:
-        return cluster_weights(query, key, pattern, scale=scale, normalize_keys=normalize_keys, dtype=dtype, form=form)
+        return cluster_weights(
+            query, key, pattern, scale=scale, normalize_keys=normalize_keys, dtype=dtype, backend=backend
+        )
     query, key = (rows.repeat_interleave(num_rounds, dim=0) for rows in (query, key))
-    weights, lse = _weights(query, key, pattern, scale, normalize_keys, None, form, with_lse=True)
+    weights, lse = _weights(query, key, pattern, scale, normalize_keys, None, backend, with_lse=True)
     share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
     weights = weights * Eager(pattern).chunks(share[..., None])
     return weights if dtype is None else weights.to(dtype)
@@ -470,18 +474,20 @@ def _check(pattern: ClusterPattern, *rows: Tensor) -> None:
             )
 
 
-def _form(form: Form, query: Tensor) -> Form:
-    chosen = resolve_form(form, query.device)
-    if form == "auto" and chosen == "triton" and query.shape[-1] > triton.MAX_QUERY_DIM:
-        return "oneshot"
+def _backend(backend: Backend, query: Tensor) -> Backend:
+    chosen = resolve_backend(backend, query.device)
+    if backend == "auto" and chosen == "triton" and query.shape[-1] > triton.MAX_QUERY_DIM:
+        return "eager"
     return chosen
 
 
-def _tiled(form: Form, rows: Tensor) -> bool:
+def _tiled(backend: Backend, rows: Tensor) -> bool:
     """Whether weights that are stored are made or applied by tiles."""
-    if form in ("flex", "triton"):
-        raise FormError(f"form {form!r} stores no weights, and weights were asked for; 'oneshot' works on any device")
-    return resolve_form(form, rows.device) == "tiles"
+    if backend in ("flex", "triton"):
+        raise BackendError(
+            f"backend {backend!r} stores no weights, and weights were asked for; 'eager' works on any device"
+        )
+    return resolve_backend(backend, rows.device) == "tiles"
 
 
 def _unpack(pattern: ClusterPattern) -> tuple[Tensor, Tensor | None, int, int, bool]:

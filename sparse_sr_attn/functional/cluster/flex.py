@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional._torch import modulo, without_autocast, working_precision
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.states import ClusterPattern
@@ -28,14 +28,14 @@ def cluster_attention(
     """Return `cluster.cluster_attention`, in float32 inside, and, `with_lse`, `cluster.cluster_lse`.
 
     Raises:
-        FormError: an input is in float64, a gradient or the logsumexp is wanted on the CPU, or torch cannot build the
-            kernel.
+        BackendError: an input is in float64, a gradient or the logsumexp is wanted on the CPU, or torch cannot build
+            the kernel.
     """
     _check(query, key, value)
     request = {}
     if with_lse:
         if query.device.type == "cpu":
-            raise FormError("form 'flex' has no logsumexp on 'cpu'; 'tiles' and 'oneshot' work there")
+            raise BackendError("backend 'flex' has no logsumexp on 'cpu'; 'tiles' and 'eager' work there")
         from torch.nn.attention.flex_attention import AuxRequest  # noqa: PLC0415
 
         request["return_aux"] = AuxRequest(lse=True)
@@ -167,10 +167,10 @@ def _block_mask(layout: ClusterLayout, seen: Tensor, block: int) -> Any:
 def _check(*rows: Tensor) -> None:
     wide = [tensor.dtype for tensor in rows if working_precision(tensor) != torch.float32]
     if wide:
-        raise FormError(f"form 'flex' computes in float32, got {wide[0]}; 'tiles' and 'oneshot' compute in it")
+        raise BackendError(f"backend 'flex' computes in float32, got {wide[0]}; 'tiles' and 'eager' compute in it")
     if rows[0].device.type == "cpu" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in rows):
-        raise FormError(
-            "form 'flex' has no gradient on 'cpu', and an input requires one; 'tiles' and 'oneshot' have, and "
+        raise BackendError(
+            "backend 'flex' has no gradient on 'cpu', and an input requires one; 'tiles' and 'eager' have, and "
             "torch.no_grad() does without"
         )
 
@@ -190,7 +190,7 @@ def _run(*rows: Tensor, **options: Any) -> Any:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = str(error).strip().partition("\n")[0]
-        raise FormError(
-            f"form 'flex' needs torch.compile, which cannot build its kernel here: {reason}; "
-            "'tiles' and 'oneshot' need no compiler"
+        raise BackendError(
+            f"backend 'flex' needs torch.compile, which cannot build its kernel here: {reason}; "
+            "'tiles' and 'eager' need no compiler"
         ) from error

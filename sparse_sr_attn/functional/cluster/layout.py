@@ -1,4 +1,4 @@
-"""How sorted tokens fill chunks, and which chunks see which: what all forms of cluster attention agree on."""
+"""How sorted tokens fill chunks, and which chunks see which: what all backends of cluster attention agree on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparse_sr_attn.functional._torch import backward_is_running
-from sparse_sr_attn.functional.backend import resolve_form
+from sparse_sr_attn.functional.backend import resolve_backend
 from sparse_sr_attn.functional.cluster.triton import chain_op
 
 _STEPS = 2**24
@@ -58,7 +58,7 @@ def order_clusters(centroids: Tensor, num_updates: Int[Tensor, ""], rank: Int[Te
 def _order_clusters(centroids: Tensor, num_updates: Tensor, rank: Tensor) -> None:
     if backward_is_running():
         return
-    if resolve_form("auto", centroids.device) == "triton":
+    if resolve_backend("auto", centroids.device) == "triton":
         chain_op(_similarity(centroids).int(), num_updates, rank, _EVERY)
         return
     updates = int(num_updates)

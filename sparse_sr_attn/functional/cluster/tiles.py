@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_sr_attn.functional._torch import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
-from sparse_sr_attn.functional.unit_keys import unit_keys, unit_keys_backward
+from sparse_sr_attn.functional.l2_normalize import l2_normalize, l2_normalize_backward
 
 _SCORES_PER_TILE = 2**18  # of one tile, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
 _WEIGHTS_PER_TILE = 2**21  # where weights are only read, once: what counts is that few rows of values are read twice
@@ -87,7 +87,7 @@ class _Sorted:
         """Return the rows that each chunk of a tile sees, or `unit_keys` of them: overlapping views of its halo."""
         i = self.layout.chunk_size
         halo = rows.index_select(0, self._token[tile.start * i : tile.stop * i + 2 * self.margin])
-        return (unit_keys(halo) if unit else halo).unfold(0, self.layout.num_offsets * i, i).transpose(1, 2)
+        return (l2_normalize(halo) if unit else halo).unfold(0, self.layout.num_offsets * i, i).transpose(1, 2)
 
     def slots(self, rows: Tensor) -> Float[Tensor, "s c"]:
         """Return space for a row at each slot, like `rows`."""
@@ -154,7 +154,7 @@ class _Nearest(_Sorted):
         """Return the rows that each chunk of a tile sees, or `unit_keys` of them."""
         token = self._token.view(self.layout.num_chunks, -1).index_select(0, self._neighbors[tile.chunks].flatten())
         seen = rows.index_select(0, token.flatten())
-        return (unit_keys(seen) if unit else seen).view(tile.stop - tile.start, -1, rows.shape[-1])
+        return (l2_normalize(seen) if unit else seen).view(tile.stop - tile.start, -1, rows.shape[-1])
 
     def send_back(
         self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
@@ -177,7 +177,7 @@ class _Scored:
         self.query, self.key = (rows.to(working_precision(rows)).contiguous() for rows in (query, key))
         self.scale = scale
         self.unit = unit
-        self._units = unit_keys(self.key) if unit and tokens.reads_again else None
+        self._units = l2_normalize(self.key) if unit and tokens.reads_again else None
 
     def keys(self, tile: _Tile) -> Float[Tensor, "t j d"]:
         """Return the keys that each chunk of a tile sees."""
@@ -243,7 +243,7 @@ class _ScoreGrads:
         if scored.unit:
             grad_units = torch.empty_like(scored.key)
             tokens.halo_to_tokens(self._halo, grad_units)
-            grad_key.copy_(unit_keys_backward(grad_units, scored.key))
+            grad_key.copy_(l2_normalize_backward(grad_units, scored.key))
         else:
             tokens.halo_to_tokens(self._halo, grad_key)
 

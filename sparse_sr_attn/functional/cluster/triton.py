@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.errors import FormError
+from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.backend import interpreting
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
@@ -189,9 +189,9 @@ def attention_op(
     from sparse_sr_attn.functional.cluster import triton_kernels as kernels  # noqa: PLC0415
 
     if query.shape[-1] > MAX_QUERY_DIM:
-        raise FormError(
-            f"form 'triton' takes queries of at most {MAX_QUERY_DIM} channels, got {query.shape[-1]}; "
-            "'oneshot' works for any"
+        raise BackendError(
+            f"backend 'triton' takes queries of at most {MAX_QUERY_DIM} channels, got {query.shape[-1]}; "
+            "'eager' works for any"
         )
     query, key, value, order = (tensor.contiguous() for tensor in (query, key, value, order))
     layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)

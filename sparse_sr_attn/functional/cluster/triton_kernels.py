@@ -141,9 +141,9 @@ def forward(
     _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
     q = _rows(query, query_token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
 
-    largest = tl.full([BLOCK_I], float("-inf"), WORK)
-    total = tl.zeros([BLOCK_I], WORK)
-    gathered = tl.zeros([BLOCK_I, BLOCK_E], WORK)
+    m_i = tl.full([BLOCK_I], float("-inf"), WORK)
+    l_i = tl.zeros([BLOCK_I], WORK)
+    acc = tl.zeros([BLOCK_I, BLOCK_E], WORK)
     if NEAREST:
         first, num_seen = _listed(starts, tl.program_id(1), chunk_size)
     else:
@@ -156,18 +156,18 @@ def forward(
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
         scores = tl.where(is_key[None, :], scores, float("-inf"))
-        # The first block holds a key, as every chunk does: from then on `largest` is finite.
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        rescale = tl.exp(largest - larger)
-        powers = tl.exp(scores - larger[:, None])
-        total = total * rescale + tl.sum(powers, 1)
-        gathered = gathered * rescale[:, None]
-        gathered += tl.dot(powers.to(v.dtype).to(DOT), v.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-        largest = larger
-    _put(output, query_token, is_query, gathered / total[:, None], VALUE_DIM, START, BLOCK_E)
-    tl.store(lse + query_token, largest + tl.log(total), mask=is_query)
-    tl.store(maximum + query_token, largest, mask=is_query)
-    tl.store(inverse + query_token, 1.0 / total, mask=is_query)
+        # The first block holds a key, as every chunk does: from then on `m_i` is finite.
+        larger = tl.maximum(m_i, tl.max(scores, 1))
+        rescale = tl.exp(m_i - larger)
+        p = tl.exp(scores - larger[:, None])
+        l_i = l_i * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        acc += tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+        m_i = larger
+    _put(output, query_token, is_query, acc / l_i[:, None], VALUE_DIM, START, BLOCK_E)
+    tl.store(lse + query_token, m_i + tl.log(l_i), mask=is_query)
+    tl.store(maximum + query_token, m_i, mask=is_query)
+    tl.store(inverse + query_token, 1.0 / l_i, mask=is_query)
 
 
 @_kernel
@@ -214,10 +214,10 @@ def backward_query(
     _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
     q = _rows(query, query_token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
     grad = _rows(grad_output, query_token, is_query, VALUE_DIM, START, BLOCK_E)
-    largest = tl.load(maximum + query_token, mask=is_query, other=0.0)
+    m_i = tl.load(maximum + query_token, mask=is_query, other=0.0)
     share = tl.load(inverse + query_token, mask=is_query, other=0.0)
 
-    less = tl.zeros([BLOCK_I], WORK)
+    delta_i = tl.zeros([BLOCK_I], WORK)
     result = tl.zeros([BLOCK_I, BLOCK_D], WORK)
     mean_key = tl.zeros([BLOCK_I, BLOCK_D], WORK)
     if NEAREST:
@@ -231,16 +231,16 @@ def backward_query(
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
-        weights = tl.where(is_key[None, :], tl.exp(scores - largest[:, None]) * share[:, None], 0.0)
+        weights = tl.where(is_key[None, :], tl.exp(scores - m_i[:, None]) * share[:, None], 0.0)
         grad_weights = tl.dot(grad.to(DOT), tl.trans(v.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
         shares = weights * grad_weights
-        less += tl.sum(shares, 1)
+        delta_i += tl.sum(shares, 1)
         result += tl.dot(shares, k, out_dtype=WORK, input_precision=PRECISION)
         mean_key += tl.dot(weights, k, out_dtype=WORK, input_precision=PRECISION)
     if START == 0:
-        less -= tl.load(grad_lse + query_token, mask=is_query, other=0.0)
-    tl.store(delta + query_token, less, mask=is_query)
-    _put(grad_query, query_token, is_query, SCALE * (result - less[:, None] * mean_key), QUERY_DIM, 0, BLOCK_D)
+        delta_i -= tl.load(grad_lse + query_token, mask=is_query, other=0.0)
+    tl.store(delta + query_token, delta_i, mask=is_query)
+    _put(grad_query, query_token, is_query, SCALE * (result - delta_i[:, None] * mean_key), QUERY_DIM, 0, BLOCK_D)
 
 
 @_kernel
@@ -308,14 +308,14 @@ def backward_key(
             )
             q = _rows(query, token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
             grad = _rows(grad_output, token, is_query, VALUE_DIM, START, BLOCK_E)
-            largest = tl.load(maximum + token, mask=is_query, other=0.0)
+            m_i = tl.load(maximum + token, mask=is_query, other=0.0)
             share = tl.load(inverse + token, mask=is_query, other=0.0)
-            less = tl.load(delta + token, mask=is_query, other=0.0)
+            delta_i = tl.load(delta + token, mask=is_query, other=0.0)
             scores = SCALE * tl.dot(k, tl.trans(q), out_dtype=WORK, input_precision=PRECISION)
             shown = is_shown[:, None] & is_query[None, :]
-            weights = tl.where(shown, tl.exp(scores - largest[None, :]) * share[None, :], 0.0)
+            weights = tl.where(shown, tl.exp(scores - m_i[None, :]) * share[None, :], 0.0)
             grad_weights = tl.dot(v.to(DOT), tl.trans(grad.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
-            grad_scores = weights * (grad_weights - less[None, :])
+            grad_scores = weights * (grad_weights - delta_i[None, :])
             to_value += tl.dot(weights.to(grad.dtype).to(DOT), grad.to(DOT), out_dtype=WORK, input_precision=PRECISION)
             to_key += tl.dot(grad_scores, q, out_dtype=WORK, input_precision=PRECISION)
     _put(grad_key, key_token, is_key, SCALE * to_key, QUERY_DIM, 0, BLOCK_D)
@@ -341,7 +341,7 @@ def nearest(
     point = tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
     is_point = point < num_points
     p = _rows(points, point, is_point, WIDTH, 0, BLOCK_D).to(WORK)
-    largest = tl.full([BLOCK_I], float("-inf"), WORK)
+    m_i = tl.full([BLOCK_I], float("-inf"), WORK)
     winner = tl.zeros([BLOCK_I], tl.int32)
     for begin in range(0, num_clusters, BLOCK_J):
         cluster = begin + tl.arange(0, BLOCK_J)
@@ -351,9 +351,9 @@ def nearest(
         scores = tl.where(is_cluster[None, :], scores, float("-inf"))
         larger = tl.max(scores, 1)
         lowest = tl.min(tl.where(scores == larger[:, None], cluster[None, :], num_clusters), 1)
-        winner = tl.where(larger > largest, lowest, winner)
-        largest = tl.maximum(largest, larger)
-    tl.store(best + point, largest, mask=is_point)
+        winner = tl.where(larger > m_i, lowest, winner)
+        m_i = tl.maximum(m_i, larger)
+    tl.store(best + point, m_i, mask=is_point)
     tl.store(index + point, winner, mask=is_point)
 
 

@@ -4,7 +4,7 @@ The map is padded at the right and at the bottom to whole windows, rolled to the
 (cyclically: opposite borders meet, and the pads take part), and cut into $k$ windows of $i = \mathrm{window\_size}^2$
 slots, all in raster order. A pixel attends to the real pixels of its window.
 
-Each operation has two forms, equal to each other: *oneshot*, plain code, for export; and *operator*, which compilers do
+Each operation has two backends with equal results: *eager*, plain code, for export, and *operator*, which compilers do
 not look into, for all else. Dense attention is the case of a window that holds the whole map.
 """
 
@@ -20,7 +20,7 @@ from sparse_sr_attn.functional.backend import uses_operator
 from sparse_sr_attn.functional.window import eager, tiles
 from sparse_sr_attn.functional.window.grid import WindowGrid
 
-Form = Literal["auto", "oneshot", "operator"]
+Form = Literal["auto", "eager", "operator"]
 
 
 def partition(x: Float[Tensor, "b c h w"], window_size: int, shift: int = 0) -> Float[Tensor, "b k i c"]:
@@ -50,7 +50,7 @@ def window_weights(
     window_size: int,
     shift: int = 0,
     scale: float = 1.0,
-    form: Form = "auto",
+    backend: Form = "auto",
 ) -> Float[Tensor, "b k i i"]:
     r"""Softmax weights of every pixel over the pixels of its window, $\mathrm{softmax}(\mathrm{scale}\, Q K^\top)$.
 
@@ -60,14 +60,14 @@ def window_weights(
         window_size: side of a window in pixels, >= 1; may exceed the map.
         shift: pixels that the windows are moved by to the right and down, >= 0.
         scale: factor on the dot products, dimensionless.
-        form: "oneshot", "operator", or "auto": operator but for export.
+        backend: "eager", "operator", or "auto": operator but for export.
 
     Returns:
         Weights in float32 at least. Rows of real pixels sum to 1, and pads have weight 0 in them; rows of pads mean
         nothing, and are finite.
 
     Raises:
-        FormError: there is no such form, or it cannot run here.
+        BackendError: there is no such backend, or it cannot run here.
         ShapeError: `key` has another size.
 
     Note:
@@ -75,7 +75,7 @@ def window_weights(
     """
     _check_key(query, key)
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
-    if uses_operator(form, "operator"):
+    if uses_operator(backend, "operator"):
         return tiles.weights_op(query, key, window_size, shift, scale)
     with without_autocast(query):
         return eager.weights(query, key, grid, shift, scale)
@@ -88,7 +88,7 @@ def apply_window_weights(
     window_size: int,
     shift: int = 0,
     unshift: int | None = None,
-    form: Form = "auto",
+    backend: Form = "auto",
 ) -> Float[Tensor, "b e h w"]:
     """Gather values by weights: the second half of attention, for values that the weights were not made with.
 
@@ -99,13 +99,13 @@ def apply_window_weights(
         shift: as in `window_weights`.
         unshift: pixels to roll back by, if not as many as `shift`: the result is then displaced, and where it moves
             pads into the map, pixels mean nothing.
-        form: as in `window_weights`.
+        backend: as in `window_weights`.
 
     Returns:
         A map in the dtype of `value`.
 
     Raises:
-        FormError: there is no such form, or it cannot run here.
+        BackendError: there is no such backend, or it cannot run here.
         ShapeError: the weights are those of another map.
 
     Note:
@@ -116,7 +116,7 @@ def apply_window_weights(
     if tuple(weights.shape) != expected:
         raise ShapeError(f"weights of this map must be of shape {expected}, got {tuple(weights.shape)}")
     unshift = shift if unshift is None else unshift
-    if uses_operator(form, "operator"):
+    if uses_operator(backend, "operator"):
         return tiles.apply_op(weights, value, window_size, shift, unshift)
     with without_autocast(value):
         return eager.apply(weights, value, grid, shift, unshift)
@@ -131,7 +131,7 @@ def window_attention(
     shift: int = 0,
     unshift: int | None = None,
     scale: float = 1.0,
-    form: Form = "auto",
+    backend: Form = "auto",
 ) -> Float[Tensor, "b e h w"]:
     """Return `apply_window_weights(window_weights(query, key, ...), value, ...)`, without keeping the weights.
 
@@ -143,13 +143,13 @@ def window_attention(
         shift: as in `window_weights`.
         unshift: as in `apply_window_weights`.
         scale: as in `window_weights`.
-        form: as in `window_weights`.
+        backend: as in `window_weights`.
 
     Returns:
         A map in the dtype of `value`.
 
     Raises:
-        FormError: there is no such form, or it cannot run here.
+        BackendError: there is no such backend, or it cannot run here.
         ShapeError: the maps differ in size.
 
     Note:
@@ -160,7 +160,7 @@ def window_attention(
         raise ShapeError(f"query and value must be of one size, got {tuple(query.shape)} and {tuple(value.shape)}")
     unshift = shift if unshift is None else unshift
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
-    if uses_operator(form, "operator"):
+    if uses_operator(backend, "operator"):
         return tiles.attention_op(query, key, value, window_size, shift, unshift, scale)
     with without_autocast(value):
         return eager.apply(eager.weights(query, key, grid, shift, scale), value, grid, shift, unshift)

@@ -10,12 +10,12 @@ from sparse_sr_attn.functional._torch import working_precision
 _FLOOR = 5e-5
 
 
-def unit_keys(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+def l2_normalize(rows: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
     """Return the rows at length 1, in float32 at least; rows shorter than 5e-5, NLSA's floor, stay shorter."""
     return F.normalize(rows.to(working_precision(rows)), dim=-1, eps=_FLOOR)
 
 
-def unit_keys_backward(grad: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+def l2_normalize_backward(grad: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Return what `unit_keys(rows)`, of rows in the precision it works in, sends back."""
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     units = rows / length.clamp(min=_FLOOR)
