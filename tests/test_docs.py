@@ -7,6 +7,7 @@ would take hours are parsed, or run for a few iterations. A block under `<!-- no
 
 import ast
 import copy
+import importlib
 import importlib.util
 import os
 import re
@@ -29,7 +30,7 @@ from skimage import data
 
 from sparse_sr_attn import EDSR, LAYERS, LCoAN
 from sparse_sr_attn.checkpoints.convert import convert_weights
-from sparse_sr_attn.cli.main import main as cli
+from sparse_sr_attn.cli import main as cli
 from sparse_sr_attn_basicsr import preflight, register
 from sparse_sr_attn_basicsr.option_file import parse
 from sparse_sr_attn_basicsr.options import OPTIONS
@@ -38,7 +39,6 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ELSEWHERE = {"recipes.md"}  # tests/integrations/test_recipes.py runs these blocks, inside their hosts
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name not in ELSEWHERE)]
-LONG = {"bench", "paper"}  # commands that take minutes; tests/test_cli_bench.py and tests/test_paper.py run them
 SLOW = {"own-layer.md"}  # it runs the whole contract
 LANGUAGES = {"python", "bash", "yaml", "text", "json", "toml"}
 TINY = {"num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16, "reduction": 2}
@@ -162,9 +162,7 @@ def run_command(words: list[str], here: Path) -> None:
 
 def run_sparse_sr(words: list[str], here: Path) -> None:
     name, arguments = words[1], words[1:]
-    if name in LONG:
-        cli._parser(arguments).parse_args(arguments)
-    elif "<" in arguments:  # from one file into another
+    if "<" in arguments:  # from one file into another
         *arguments, _, source, _, target = arguments
         with open(here / source, "rb") as given, open(here / target, "wb") as made:
             command = [sys.executable, "-m", "sparse_sr_attn", *arguments]
@@ -188,6 +186,10 @@ def run_basicsr(arguments: list[str], here: Path) -> None:
 
 
 def run_python_command(words: list[str], here: Path) -> None:
+    """Of a benchmark, which takes minutes, only the arguments are looked at; tests/benchmarks runs them."""
+    if words[1] == "-m" and words[2].startswith("benchmarks."):
+        importlib.import_module(f"{words[2]}.__main__").parser().parse_args(words[3:])
+        return
     subprocess.run([sys.executable, *words[1:]], cwd=here, check=True, env=environment(), stdout=subprocess.DEVNULL)
 
 

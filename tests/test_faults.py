@@ -171,13 +171,13 @@ MODULES = {
     "state": f"{BASICSR}/state.py",
 }
 TESTS = {
-    "cluster": "tests/functional/test_cluster.py",
-    "rounds": "tests/functional/test_rounds.py",
-    "triton": "tests/functional/test_cluster_triton.py",
+    "cluster": "tests/functional/cluster/test_cluster.py",
+    "rounds": "tests/functional/cluster/test_rounds.py",
+    "triton": "tests/functional/cluster/test_triton.py",
     "kmeans": "tests/functional/test_kmeans.py",
     "lsh": "tests/functional/test_lsh.py",
     "sizes": "tests/functional/test_sizes.py",
-    "window": "tests/functional/test_window.py",
+    "window": "tests/functional/window/test_window.py",
     "shift": "tests/functional/test_shift.py",
     "batch_norm": "tests/functional/test_batch_norm.py",
     "contract": "tests/layers/test_conformance.py",
@@ -185,7 +185,7 @@ TESTS = {
     "distributed": "tests/layers/test_distributed.py",
     "gmsa": "tests/layers/test_gmsa.py",
     "elan": "tests/backbones/test_elan.py",
-    "checkpoints": "tests/test_checkpoints.py",
+    "checkpoints": "tests/checkpoints/test_load.py",
     "model": "tests/integrations/test_model.py",
     "resume": "tests/integrations/test_resume.py",
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_sr_attn.cli.main import main
+from benchmarks.speed.__main__ import main
 
 FAST = ["--embed-dim", "8", "--chunk-size", "10", "--num-clusters", "4", "--rounds", "1", "--no-validity"]
 PEER = """
@@ -31,7 +31,7 @@ def peer(tmp_path: Path) -> Path:
 def test_tables_figures_and_plot(tmp_path: Path, peer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "a.json", tmp_path / "a.png"]
     outputs = ["--json", str(files[0]), "--plot", str(files[1])]
-    command = ["bench", "--methods", "LCoA", "plain-LCoA", "--sizes", "8", "12", "--peer", f"{peer}:Attention"]
+    command = ["--methods", "LCoA", "plain-LCoA", "--sizes", "8", "12", "--peer", f"{peer}:Attention"]
     assert main([*command, *FAST, *outputs]) == 0
     text = capsys.readouterr().out
     assert "| LCoA against plain-LCoA | " in text
@@ -45,7 +45,7 @@ def test_tables_figures_and_plot(tmp_path: Path, peer: Path, capsys: pytest.Capt
 
 def test_a_peer_of_another_shape_is_wrong(peer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = f"{peer}:Attention:halve=True"
-    assert main(["bench", "--methods", "LCoA", "--sizes", "8", "--peer", spec, *FAST]) == 1
+    assert main(["--methods", "LCoA", "--sizes", "8", "--peer", spec, *FAST]) == 1
     captured = capsys.readouterr()
     assert "| LCoA against Attention | refused |" in captured.out
     assert "**WRONG**: its shape is (1, 8, 2, 16), not (1, 8, 2, 32)" in captured.out
@@ -54,7 +54,7 @@ def test_a_peer_of_another_shape_is_wrong(peer: Path, capsys: pytest.CaptureFixt
 
 def test_both_allocators(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.json"
-    command = ["bench", "--methods", "ShiftConv2d", "--sizes", "8", "--allocators", "--json", str(file), *FAST]
+    command = ["--methods", "ShiftConv2d", "--sizes", "8", "--allocators", "--json", str(file), *FAST]
     assert main(command) == 0
     first, second = json.loads(file.read_text())["runs"]
     assert first["environment"]["THP_MEM_ALLOC_ENABLE"] == "not set"
@@ -78,19 +78,19 @@ def test_both_allocators(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_a_wrong_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *arguments]) == 2
+    assert main([*arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else object())
-    assert main(["bench", "--plot", "a.png", *FAST]) == 1
+    assert main(["--plot", "a.png", *FAST]) == 1
     assert "matplotlib must be installed: python -m pip install matplotlib" in capsys.readouterr().err
 
 
 def test_help_names_what_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--help"]) == 0
+    assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "plain-NLSA" in text
     assert "ELAN-light" in text

@@ -20,8 +20,8 @@ from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointE
 from sparse_sr_attn.backbones.base import encode_options, options_of
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 
-GOLDEN = Path(__file__).parent / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
-GOLDEN_ELAN = Path(__file__).parent / "golden" / "elan_narrow_train_step.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
+GOLDEN_ELAN = Path(__file__).parents[1] / "golden" / "elan_narrow_train_step.safetensors"
 LCOA: dict[str, Any] = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "reduction": 3, "zero_init": False}
 
 OURS: dict[str, Callable[[], nn.Module]] = {

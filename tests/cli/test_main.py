@@ -46,10 +46,7 @@ def test_what_needs_no_torch_imports_none(arguments: list[str], status: int) -> 
     assert done.returncode == status, done.stderr
 
 
-COMMANDS = (
-    *("train", "test", "prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "capture", "bench"),
-    "paper",
-)
+COMMANDS = (*("train", "test", "prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "capture"),)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS), ["list"]])

@@ -19,7 +19,7 @@ from sparse_sr_attn.data.imresize import crop_to_multiple, imresize, matlab_bicu
 from sparse_sr_attn.data.metrics import luma, psnr
 from sparse_sr_attn.inference.upscale import upscale_image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(trained_weights())
 
 

@@ -17,8 +17,8 @@ from sparse_sr_attn.checkpoints.convert import convert_weights, unsaid_options
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 from sparse_sr_attn.cli.main import main
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("lcoan_*.safetensors"))
-GOLDEN_ELAN = sorted((Path(__file__).parent / "golden").glob("elan_*x2*.safetensors"))
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("lcoan_*.safetensors"))
+GOLDEN_ELAN = sorted((Path(__file__).parents[1] / "golden").glob("elan_*x2*.safetensors"))
 LCOA = {"type": "LCoA", "every": 1, "num_clusters": 3, "chunk_size": 7, "zero_init": False}
 
 

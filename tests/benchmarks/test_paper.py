@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.paper import cli as command
 from benchmarks.paper import training
+from benchmarks.paper.__main__ import main
 from benchmarks.paper.cost import costs, growth
 from benchmarks.paper.figures import FIGURES, SCALES, SMALL, overlap
 from benchmarks.paper.pictures import Pair, as_input, as_picture, patches, read_pairs
@@ -29,14 +30,13 @@ from benchmarks.paper.variants import (
 )
 from sparse_sr_attn import EDSR, ELAB, ELAN, CoA, LCoAN, SharedGMSA
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.data.imresize import matlab_bicubic
 from sparse_sr_attn.data.metrics import luma, psnr
 from sparse_sr_attn.errors import ImageError, SparseSRError, TrainingError
 from sparse_sr_attn.layers.base import AttentionLayer
 
 CPU = torch.device("cpu")
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 BUDGET = Budget(iterations=2, batch=2, patch=8, crop=None)
 PLAIN = {"num_feat": 6, "num_block": 2, "img_range": 1.0}
 ATTENTION = {"type": "LCoA", "every": 1, "share": 2, "num_clusters": 4, "chunk_size": 8, "reduction": 2}
@@ -484,17 +484,17 @@ SOME = ("lcoa-2", "lcoa-3", "lcoa-5", "elan-asa")
 def test_figures_from_pictures_to_page(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["paper", *SOME, *folders, "--seeds", "0", "1", "--costs", "memory"]) == 0
+    assert main([*SOME, *folders, "--seeds", "0", "1", "--costs", "memory"]) == 0
     text = capsys.readouterr().out
     for label in SOME:
         assert f"## {FIGURES[label](TINY).title}\n" in text
     monkeypatch.setattr(training, "fit", lambda *_: pytest.fail("what is there is trained again"))
-    assert main(["paper", "lcoa-3", *folders, "--seeds", "1", "0", "--costs", "none"]) == 0
+    assert main(["lcoa-3", *folders, "--seeds", "1", "0", "--costs", "none"]) == 0
     again = capsys.readouterr().out
     assert " MiB |" in again  # costs of the run before are kept
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- paper {label} -->\n<!-- end {label} -->\n" for label in FIGURES))
-    assert main(["paper", "page", "--out", folders[-1], "--page", str(page)]) == 0
+    assert main(["page", "--out", folders[-1], "--page", str(page)]) == 0
     filled = page.read_text()
     assert "<!-- paper elan-lfe -->\n<!-- end elan-lfe -->\n" in filled  # of which there is nothing
     assert "elan-lfe: nothing in" in capsys.readouterr().err
@@ -506,12 +506,12 @@ def test_figures_from_pictures_to_page(
     found = json.loads((tmp_path / "out" / "lcoa-3.json").read_text())
     mean = sum(one["psnr"] for one in found["results"]["no attention"].values()) / 2
     assert f"| no attention | {mean:.3f} ± " in filled
-    assert main(["paper", "page", "--out", folders[-1], "--page", str(page)]) == 0
+    assert main(["page", "--out", folders[-1], "--page", str(page)]) == 0
     assert page.read_text() == filled
 
 
 def test_growth_needs_no_pictures(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["paper", "lcoa-2", *folders[-2:]]) == 0
+    assert main(["lcoa-2", *folders[-2:]]) == 0
     text = capsys.readouterr().out
     assert "| inference, ms | 8² | 12² | growth |" in text
     assert "| training step, MiB | 8² | growth |" in text
@@ -538,6 +538,6 @@ def test_a_wrong_command_line_does_nothing(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["paper", *arguments]) == 2
+    assert main([*arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
