@@ -237,7 +237,8 @@ def test_a_network_that_memory_cannot_hold_is_told(
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, before[1]))
     try:
-        assert main([command, "-opt", write({"network_g.num_feat": 10**8, "path.pretrain_network_g": None})]) == 1
+        huge = {"network_g.num_feat": 10**8, "network_g.attention": None, "path.pretrain_network_g": None}
+        assert main([command, "-opt", write(huge)]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     told = told_at_the_end(capsys)
