@@ -294,6 +294,7 @@ from triton.compiler import ASTSource
 from sparse_sr_attn.functional import cluster
 from sparse_sr_attn.functional.cluster import triton as cluster_triton
 from sparse_sr_attn.functional.cluster import triton_kernels
+from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 SIZES = {"num_tokens", "chunk_size", "num_slots", "first", "num_seen", "fill", "num_repeats"}
@@ -334,7 +335,7 @@ for dtype, query_dim, value_dim, kind, chunk_size in (
     if kind == "nearest":
         pattern = cluster.with_nearest_chunks(pattern, query)
     for name in ("forward", "backward_query", "backward_key"):
-        options = cluster_triton._Launch.of(name, query, value, pattern, 1.0).options | {"START": 0}
+        options = cluster_triton._Launch.of(name, query, value, ClusterLayout.of(pattern), 1.0).options | {"START": 0}
         kernel = compiled(getattr(triton_kernels, name), options, NAMES[query.dtype], NAMES[dtype])
         used, spilled = kernel.metadata.shared, stack(kernel.asm["cubin"])
         print(dtype, query_dim, value_dim, kind, name, used, spilled, flush=True)
