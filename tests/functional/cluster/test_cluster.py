@@ -43,7 +43,7 @@ LONELY_TAIL = Case(num_tokens=4, num_clusters=1, chunk_size=3, num_adjacent=0, s
 NO_NEIGHBOURS = Case(num_tokens=8, num_clusters=3, chunk_size=3, num_adjacent=0, seed=9)
 NEAREST = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, num_adjacent=1, seed=10, nearest=True)
 NEAREST_ALL = NEAREST.but(num_adjacent=3)
-NEAREST_FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=2, seed=11, nearest=True)
+NEAREST_FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=3, seed=11, nearest=True)
 
 
 def pattern_of(case: Case, device: torch.device) -> ClusterPattern:

@@ -43,7 +43,7 @@ LONELY_TAIL = Case(num_tokens=4, num_clusters=1, chunk_size=3, num_adjacent=0, s
 SEVERAL_BLOCKS = Case(num_tokens=45, num_clusters=5, chunk_size=18, seed=10)  # of 16 slots
 SEVERAL_BLOCKS_PUBLISHED = SEVERAL_BLOCKS.but(exact_keys=False)
 NEAREST = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, seed=10, nearest=True)
-NEAREST_FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=2, seed=11, nearest=True)
+NEAREST_FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=3, seed=11, nearest=True)
 NEAREST_BLOCKS = SEVERAL_BLOCKS.but(num_tokens=80, nearest=True)
 
 
