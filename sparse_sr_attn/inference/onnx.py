@@ -4,12 +4,11 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import ExportError
 from sparse_sr_attn.functional.cluster import mean_keys
-from sparse_sr_attn.functional.kmeans import KMeansState
-from sparse_sr_attn.layers.lcoa import LSP
+from sparse_sr_attn.layers.lcoa import LSP, Choice
 from sparse_sr_attn.states import ClusterPattern
 
 if TYPE_CHECKING:
@@ -159,43 +157,43 @@ class _Watch:
         self.margin = 0.0
         self._given = given
 
-    def assign(self, pattern: LSP, points: Tensor, state: KMeansState) -> Tensor:
-        if self._given is None:
-            found = LSP.assign_points(pattern, points, state)
-        else:
-            found = self._given[len(self.choices)]
-            scores = points @ state.centroids.T
-            short = scores.amax(dim=-1) - scores.gather(-1, found[..., None])[..., 0]
-            self.margin = max(self.margin, float((short / points.norm(dim=-1).clamp(min=1e-12)).max()))
+    def hook(self, choice: nn.Module, reasons: tuple[Any, ...], found: Tensor) -> Tensor:
+        """Record a choice; return the one given for it, if any, and see how good it is."""
+        if self._given is not None:
+            given = self._given[len(self.choices)]
+            margin = (
+                _cluster_margin(given, *reasons[1:])
+                if given.ndim == 2
+                else _neighbor_margin(given, found, *reasons[1:])
+            )
+            self.margin, found = max(self.margin, margin), given
         self.choices.append(found)
         return found
 
-    def find_neighbors(self, lsp: LSP, pattern: ClusterPattern, keys: Tensor) -> ClusterPattern:
-        nearest = found = LSP.find_neighbors(lsp, pattern, keys)
-        if self._given is not None:
-            found = pattern._replace(neighbors=self._given[len(self.choices)])
-            means = mean_keys(pattern, keys)
-            best, taken = ((means @ means.mT).gather(2, cast(Tensor, each.neighbors)) for each in (nearest, found))
-            self.margin = max(self.margin, float((best - taken).abs().max()))
-        self.choices.append(cast(Tensor, found.neighbors))
-        return found
+
+def _cluster_margin(given: Tensor, points: Tensor, centroids: Tensor) -> float:
+    """Return how much less similar the given clusters are than the nearest, as a share of a token's length."""
+    scores = points @ centroids.T
+    short = scores.amax(dim=-1) - scores.gather(-1, given[..., None])[..., 0]
+    return float((short / points.norm(dim=-1).clamp(min=1e-12)).max())
+
+
+def _neighbor_margin(given: Tensor, found: Tensor, pattern: ClusterPattern, keys: Tensor) -> float:
+    """Return how far the similarities of the given neighbours are from those of the nearest."""
+    means = mean_keys(pattern, keys)
+    best, taken = ((means @ means.mT).gather(2, neighbors) for neighbors in (found, given))
+    return float((best - taken).abs().max())
 
 
 @contextmanager
 def _watched(model: nn.Module, given: Sequence[Tensor] | None = None) -> Iterator[_Watch]:
     watch = _Watch(given)
-    patterns = [module for module in model.modules() if isinstance(module, LSP)]
-    watched: dict[str, Callable[..., Any]] = {"assign_points": watch.assign, "find_neighbors": watch.find_neighbors}
-    for pattern in patterns:
-        for name, method in watched.items():
-            # An attribute of the instance goes before the method of the class.
-            object.__setattr__(pattern, name, partial(method, pattern))
+    hooks = [module.register_forward_hook(watch.hook) for module in model.modules() if isinstance(module, Choice)]
     try:
         yield watch
     finally:
-        for pattern in patterns:
-            for name in watched:
-                object.__delattr__(pattern, name)
+        for hook in hooks:
+            hook.remove()
 
 
 class _WithClusters(nn.Module):

@@ -62,6 +62,14 @@ Reuse = Literal["auto", "weights", "pattern"]
 _HINT = "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
 
 
+class Choice(nn.Module):
+    """A choice of a pattern, passed on: a place for forward hooks, which can record it or put another in its place."""
+
+    def forward(self, chosen: Tensor, *reasons: object) -> Tensor:
+        """Return `chosen`; `reasons` are what it was chosen by, for hooks."""
+        return chosen
+
+
 @LAYERS.register("LSP", kind="provider", source=_SOURCE)
 class LSP(KMeansModule):
     r"""Learnable sparse pattern: cluster the tokens of a map, and attend within chunks of similar ones.
@@ -161,6 +169,7 @@ class LSP(KMeansModule):
         query_dim = max(1, embed_dim // reduction)
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
         self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
+        self.cluster_choice, self.neighbor_choice = Choice(), Choice()
         # The first round's state stands here, under the names that files have; the others' in modules of their own.
         self.further_rounds = nn.ModuleList(KMeansRound() for _ in range(num_rounds - 1))
         for turn, module in enumerate(self._rounds()):
@@ -220,7 +229,8 @@ class LSP(KMeansModule):
         embedding = self.scale_logits(embedding.to(working_precision(embedding)))
         assignments, places = [], []
         for state, rank in self._states_and_orders():
-            assignments.append(self.assign_points(embedding, state))
+            assignment = self.assign_points(embedding, state)
+            assignments.append(self.cluster_choice(assignment, embedding, state.centroids))
             if rank is not None:
                 if self.updates_state():
                     order_clusters(state.centroids, state.num_updates, rank)
@@ -233,12 +243,10 @@ class LSP(KMeansModule):
             place=torch.stack(places, dim=1).flatten(0, 1) if places else None,
         )
         if self.neighbors == "nearest":
-            pattern = self.find_neighbors(pattern, _each_round(embedding, self.num_rounds))
+            keys = _each_round(embedding, self.num_rounds)
+            nearest = with_nearest_chunks(pattern, keys).neighbors
+            pattern = pattern._replace(neighbors=self.neighbor_choice(nearest, pattern, keys))
         return embedding, pattern
-
-    def find_neighbors(self, pattern: ClusterPattern, keys: Float[Tensor, "br n d"]) -> ClusterPattern:
-        """Return the pattern in which each chunk sees those of the most similar keys."""
-        return with_nearest_chunks(pattern, keys)
 
     @torch.no_grad()
     def order_clusters(self) -> None:

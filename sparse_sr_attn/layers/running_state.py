@@ -72,11 +72,15 @@ class KMeansRound(KMeansStatistics):
 
 
 class KMeansModule(KMeansStatistics, RunningStateModule):
-    """A module that keeps the states of k-means."""
+    """A module that keeps the states of k-means.
+
+    Attributes:
+        accumulates: whether forwards add to the pending update and none applies it; see `one_kmeans_update`.
+    """
 
     ema_decay: float
     reseed_threshold: float
-    _accumulates = False
+    accumulates: bool = False
 
     def states(self) -> list[KMeansState]:
         """Return the states of k-means, the buffers themselves."""
@@ -91,7 +95,7 @@ class KMeansModule(KMeansStatistics, RunningStateModule):
             state,
             ema_decay=self.ema_decay,
             reseed_threshold=self.reseed_threshold,
-            accumulate=self._accumulates,
+            accumulate=self.accumulates,
         )
 
 
@@ -118,17 +122,17 @@ def one_kmeans_update(model: nn.Module) -> Iterator[None]:
     Note:
         Save weights and states outside. A context inside another of the same layers changes nothing.
     """
-    learners = [m for m in model.modules() if isinstance(m, KMeansModule) and m.updates_state() and not m._accumulates]
+    learners = [m for m in model.modules() if isinstance(m, KMeansModule) and m.updates_state() and not m.accumulates]
     with torch.no_grad():
         for learner in learners:
             for state in learner.states():
                 apply_pending(state, ema_decay=learner.ema_decay, reseed_threshold=learner.reseed_threshold)
-            learner._accumulates = True
+            learner.accumulates = True
     try:
         yield
     finally:
         for learner in learners:
-            learner._accumulates = False
+            learner.accumulates = False
 
 
 @functools.cache

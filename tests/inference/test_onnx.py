@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, RCAN, ExportError, LCoAN
 from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.functional.cluster import with_nearest_chunks
 from sparse_sr_attn.inference import onnx as module
 from sparse_sr_attn.inference.onnx import TOLERANCE, compare, export_onnx
-from sparse_sr_attn.states import ClusterPattern
 
 OTHER_SIZES = [(17, 23), (5, 40), (30, 31), (1, 60), (1, 1), (48, 80)]
 
@@ -101,7 +101,7 @@ def test_the_check_leaves_the_network_alone(exported: tuple[EDSR, onnx.ModelProt
     model, proto, _ = exported
     before = {key: value.clone() for key, value in model.state_dict().items()}
     compare(model, proto, (9, 9))
-    assert "assign_points" not in vars(model.attention[0].lsp)
+    assert not any(part._forward_hooks for part in model.modules())
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
 
@@ -132,13 +132,12 @@ def test_nearest_chunks_go_to_onnx(tmp_path: Path) -> None:
     assert all(deviation.good for deviation in export_onnx(model, tmp_path / "net.onnx"))
     same_at_other_sizes(model, tmp_path / "net.onnx")
     proto, lsp = module._exported(model), model.attention[0].lsp
-    farthest = lsp.find_neighbors
 
-    def other(pattern: ClusterPattern, keys: Tensor) -> ClusterPattern:
-        return farthest(pattern, keys)._replace(neighbors=farthest(pattern, keys.flip(1)).neighbors)
+    def other(choice: nn.Module, reasons: tuple[Any, ...], found: Tensor) -> Tensor:
+        _, pattern, keys = reasons
+        return with_nearest_chunks(pattern, keys.flip(1)).neighbors
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.LSP, "find_neighbors", lambda self, *given: other(*given))
+    with lsp.neighbor_choice.register_forward_hook(other):
         found = compare(model, proto, (20, 20))
     assert found.num_moved == 0
     assert found.under_one_pattern <= TOLERANCE
