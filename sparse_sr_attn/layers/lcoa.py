@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparse_sr_attn.config import (
     Finite,
@@ -179,7 +178,7 @@ class LSP(KMeansModule):
             for name, value in state._asdict().items():
                 module.register_buffer(name, value)
             if cluster_order == "chain":
-                rank = chain_rank(F.normalize(state.centroids, dim=-1))
+                rank = chain_rank(state.centroids)
                 module.register_buffer("rank", rank.to(state.usage.device))
 
     @property

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_sr_attn.functional._torch import backward_is_running
 from sparse_sr_attn.functional.backend import resolve_backend
@@ -19,7 +20,7 @@ def chain_rank(centroids: Tensor) -> Int[Tensor, "k"]:
     """Return the place of each cluster on a path that starts at cluster 0 and goes on to the most similar one left.
 
     Args:
-        centroids: unit vectors, (k, d).
+        centroids: (k, d); their cosines count, so they may be of any length.
 
     Returns:
         A permutation; the lowest index wins a tie.
@@ -71,5 +72,5 @@ def _(centroids: Tensor, num_updates: Tensor, rank: Tensor) -> None: ...
 
 
 def _similarity(centroids: Tensor) -> Int[Tensor, "k k"]:
-    centroids = centroids.double()
+    centroids = F.normalize(centroids.double(), dim=-1)
     return (centroids @ centroids.T * _STEPS).round().long()

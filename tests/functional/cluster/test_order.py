@@ -40,6 +40,19 @@ def test_a_path_to_the_most_similar_cluster_left(device: torch.device, num_clust
     assert_bit_equal(rank, chain_rank(centroids))
 
 
+@pytest.mark.parametrize("routing", ["kmeans", "lsh"])
+def test_lengths_do_not_matter(device: torch.device, routing: str) -> None:
+    """Directions of a hash, and averages of centroids, are no unit vectors."""
+    layer = LSP(8, num_clusters=40, routing=routing, seed=1).to(device)
+    lengths = torch.linspace(0.1, 9, 40, device=device)[:, None]
+    rank = chain_rank(layer.centroids)
+    assert rank.sort().values.tolist() == list(range(40))
+    assert_bit_equal(chain_rank(layer.centroids * lengths), rank)
+    before = layer.rank.clone()
+    layer.order_clusters()
+    assert_bit_equal(layer.rank, before)
+
+
 def test_neighbours_are_more_similar_than_by_index(device: torch.device) -> None:
     centroids = centroids_of(128, 16, 0, device)
     ordered = centroids[chain_rank(centroids).argsort()]
@@ -87,7 +100,7 @@ def test_a_layer_follows_its_centroids_in_training_only(device: torch.device) ->
     layer = LSP(8, num_clusters=12, chunk_size=4, num_rounds=2, ema_decay=0.0, reseed_threshold=0).to(device)
     rounds = [layer, layer.further_rounds[0]]
     for module in rounds:
-        assert_bit_equal(module.rank, chain_rank(F.normalize(module.centroids, dim=-1)))
+        assert_bit_equal(module.rank, chain_rank(module.centroids))
     before = [module.rank.clone() for module in rounds]
     x = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0)).to(device)
     layer.eval()(x)
