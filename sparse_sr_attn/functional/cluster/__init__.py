@@ -63,8 +63,8 @@ def cluster_pattern(
         num_adjacent: neighbouring chunks seen on each side, >= 0.
         exact_keys: whether each key counts once. With `False`, as published, the slots that fill the last chunk
             repeat the last tokens visibly, and a chunk that is a neighbour twice counts twice.
-        place: of the cluster of each token among the clusters, as `functional.cluster.order.chain_rank` gives it; `None` for the
-            order of their indices, as published.
+        place: of the cluster of each token among the clusters, as `order.chain_rank` gives it; `None` for the order of
+            their indices, as published.
 
     Returns:
         The pattern. Ties do not exist (sorted by the cluster's place, then position): it is the same on every device.
