@@ -25,9 +25,10 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@
 
-demo: setup  ## Train LCoAN-light x2 through BasicSR on real photographs, and show what it learnt.
+demo: setup  ## Train LCoAN-light x2, and a network without attention, on real photographs; show what they learnt.
 	$(BIN)/python demo/prepare.py
 	cd demo && ../$(BIN)/sparse-sr train -opt train.yml
+	cd demo && ../$(BIN)/sparse-sr train -opt train_plain.yml
 	$(BIN)/python demo/report.py
 
 # More in docs/benchmarks.md; for the other allocator, too: make bench BENCH=--allocators

@@ -24,8 +24,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from sparse_sr_attn import LSP, CoA, LCoAN
-from sparse_sr_attn.data import metrics as evaluation
+from sparse_sr_attn import EDSR, LSP, CoA, LCoAN
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.data import metrics
 from sparse_sr_attn.data.imresize import imresize
 from sparse_sr_attn.inference.visualize import cluster_map, colour_map, similarity_palette
 
@@ -48,6 +49,7 @@ class Result:
     bicubic: Tensor
     ours: Tensor
     without_attention: Tensor
+    plain: Tensor | None
 
 
 def read_picture(file: Path) -> Tensor:
@@ -58,22 +60,23 @@ def as_input(picture: Tensor) -> Tensor:
     return picture.permute(2, 0, 1)[None].float() / 255
 
 
-def upscale(model: LCoAN, low: Tensor) -> Tensor:
+def upscale(model: Network, low: Tensor) -> Tensor:
     with torch.no_grad():
         output = model(as_input(low))[0]
     return output.permute(1, 2, 0).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
-def score(picture: Tensor, truth: Tensor) -> evaluation.Score:
-    return evaluation.score(evaluation.luma(picture), evaluation.luma(truth), border=UPSCALE)
+def score(picture: Tensor, truth: Tensor) -> metrics.Score:
+    return metrics.score(metrics.luma(picture), metrics.luma(truth), border=UPSCALE)
 
 
-def load_trained(options: dict, experiment: Path) -> LCoAN:
+def load_trained(options: dict, experiment: Path) -> Network:
     """The averaged weights of the finished training."""
     weights = experiment / "models" / "net_g_latest.pth"
     if not weights.is_file():
         raise DemoError(f"{weights} is missing; train first: cd {HERE} && sparse-sr train -opt train.yml")
-    model = LCoAN(**{name: value for name, value in options["network_g"].items() if name != "type"})
+    network = {"LCoAN": LCoAN, "SparseEDSR": EDSR}[options["network_g"]["type"]]
+    model = network(**{name: value for name, value in options["network_g"].items() if name != "type"})
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["params_ema"])
     return model.eval()
 
@@ -97,16 +100,17 @@ def without_attention(model: LCoAN) -> dict[CoA, float]:
     return scales
 
 
-def results(model: LCoAN, data: Path) -> list[Result]:
+def results(model: LCoAN, plain: Network | None, data: Path) -> list[Result]:
     pictures = []
     for file in sorted((data / "val" / "HR").glob("*.png")):
         low = read_picture(data / "val" / f"LR_x{UPSCALE}" / file.name)
         ours = upscale(model, low)
         scales = without_attention(model)
-        plain = upscale(model, low)
+        off = upscale(model, low)
         for module, scale in scales.items():
             module.res_scale = scale
-        pictures.append(Result(file.stem, low, read_picture(file), imresize(low, scale=UPSCALE), ours, plain))
+        other = plain and upscale(plain, low)
+        pictures.append(Result(file.stem, low, read_picture(file), imresize(low, scale=UPSCALE), ours, off, other))
     if not pictures:
         raise DemoError(f"no photographs in {data / 'val' / 'HR'}; cut them first: python {HERE / 'prepare.py'}")
     return pictures
@@ -124,6 +128,8 @@ def table(pictures: Sequence[Result]) -> dict[str, float]:
             "ssim": ours.ssim,
             "psnr_without_attention": score(result.without_attention, result.high).psnr,
         }
+        if result.plain is not None:
+            rows[result.name]["psnr_plain"] = score(result.plain, result.high).psnr
     means = {key: float(np.mean([row[key] for row in rows.values()])) for key in next(iter(rows.values()))}
     width = max(map(len, [*rows, "photograph"]))
     print(f"x{UPSCALE}, Y channel, {UPSCALE} pixels of border shaved; photographs that training has not seen\n")
@@ -137,6 +143,9 @@ def table(pictures: Sequence[Result]) -> dict[str, float]:
         )
     lost = means["psnr"] - means["psnr_without_attention"]
     print(f"\nwith the attention switched off: {means['psnr_without_attention']:.2f} dB, {lost:.2f} dB less")
+    if "psnr_plain" in means:
+        gain = means["psnr"] - means["psnr_plain"]
+        print(f"an EDSR of its size, trained as long: {means['psnr_plain']:.2f} dB; ours {gain:+.2f} dB")
     return means
 
 
@@ -227,13 +236,21 @@ def show(axis: Axes, picture: Tensor, title: str, *, bold: bool = False) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--opt", type=Path, default=HERE / "train.yml", help="option file that was trained")
+    parser.add_argument(
+        "--plain",
+        type=Path,
+        default=HERE / "train_plain.yml",
+        help="option file of the network without attention; compared with if it was trained",
+    )
     parser.add_argument("--root", type=Path, default=HERE, help="folder with data/ and experiments/")
     parser.add_argument("--out", type=Path, default=HERE, help="where report.json and demo.png go")
     arguments = parser.parse_args()
     options = yaml.safe_load(arguments.opt.read_text())
     experiment = arguments.root / "experiments" / options["name"]
     model = load_trained(options, experiment)
-    pictures = results(model, arguments.root / "data")
+    plain = yaml.safe_load(arguments.plain.read_text())
+    beside = arguments.root / "experiments" / plain["name"]
+    pictures = results(model, load_trained(plain, beside) if beside.is_dir() else None, arguments.root / "data")
     seconds = training_seconds(experiment)
     report = {**{key: round(value, 4) for key, value in table(pictures).items()}, "seconds": seconds}
     print(f"trained for {seconds // 60}:{seconds % 60:02d} minutes\n")

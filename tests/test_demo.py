@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from sparse_sr_attn import PRESETS, LCoAN
+from sparse_sr_attn import EDSR, PRESETS, LCoAN
 from sparse_sr_attn.data.imresize import matlab_bicubic
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -138,6 +138,17 @@ def test_the_option_file_of_elan_differs_where_it_must() -> None:
     assert elan == lcoan
 
 
+def test_the_network_without_attention_gets_the_same_training() -> None:
+    lcoan, plain = (yaml.safe_load((DEMO / file).read_text()) for file in ("train.yml", "train_plain.yml"))
+    sizes = [
+        sum(parameter.numel() for parameter in build(**network).parameters())
+        for build, network in ((LCoAN, lcoan.pop("network_g")), (EDSR, plain.pop("network_g")))
+        if network.pop("type")
+    ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert {**plain, "name": lcoan["name"]} == lcoan
+
+
 def test_tiles_overlap_by_a_crop() -> None:
     crop = yaml.safe_load((DEMO / "train.yml").read_text())["datasets"]["train"]["gt_size"]
     assert f"CROP = {crop} " in (DEMO / "prepare.py").read_text()
@@ -166,20 +177,27 @@ def test_from_photographs_to_the_report(data: Path, tmp_path: Path) -> None:
     options["val"]["val_freq"] = 3
     options["logger"] |= {"print_freq": 2, "save_checkpoint_freq": 3}
     (tmp_path / "tiny.yml").write_text(yaml.safe_dump(options))
-    for _ in range(2):
-        run("-m", "sparse_sr_attn", "train", "-opt", "tiny.yml", cwd=tmp_path)
+    plain = {
+        **options,
+        "name": "EDSR",
+        "network_g": {"type": "SparseEDSR", "num_feat": 8, "num_block": 2, "upscale": 2},
+    }
+    (tmp_path / "plain.yml").write_text(yaml.safe_dump(plain))
+    for file in ("tiny.yml", "tiny.yml", "plain.yml"):
+        run("-m", "sparse_sr_attn", "train", "-opt", file, cwd=tmp_path)
     experiments = names(tmp_path / "experiments")
-    assert experiments[0] == options["name"]
-    assert len(experiments) == 2
+    assert experiments[:2] == ["EDSR", options["name"]]
+    assert len(experiments) == 3
 
-    done = run(
-        DEMO / "report.py", "--opt", "tiny.yml", "--root", tmp_path, "--out", tmp_path, cwd=tmp_path, check=False
-    )
+    command = [DEMO / "report.py", "--opt", "tiny.yml", "--plain", "plain.yml", "--root", tmp_path, "--out", tmp_path]
+    done = run(*command, cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert "the gain over bicubic must be >= 0.5 dB, got -" in done.stderr
     assert "Traceback" not in done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report) == {"psnr_bicubic", "psnr", "ssim_bicubic", "ssim", "psnr_without_attention", "seconds"}
+    assert set(report) == {
+        *("psnr_bicubic", "psnr", "ssim_bicubic", "ssim", "psnr_without_attention", "psnr_plain", "seconds")
+    }
     assert 30 < report["psnr_bicubic"] < 36
     assert report["psnr"] < report["psnr_bicubic"]
     assert 0 <= report["seconds"] < 300
