@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ELSEWHERE = {"recipes.md"}  # tests/integrations/test_recipes.py runs these blocks, inside their hosts
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name not in ELSEWHERE)]
-SLOW = {"own-layer.md"}  # it runs the whole contract
+SLOW = {"own-layer.md", "gpus.md"}  # the whole contract, and processes that train together
 LANGUAGES = {"python", "bash", "yaml", "text", "json", "toml"}
 TINY = {"num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16, "reduction": 2}
 SHORT = ("train:total_iter=2", "num_gpu=0", "datasets:train:gt_size=32", "datasets:train:batch_size_per_gpu=2")

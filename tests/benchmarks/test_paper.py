@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.paper import cli as command
+from benchmarks.paper import __main__ as command
 from benchmarks.paper import training
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.cost import costs, growth

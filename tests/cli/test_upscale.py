@@ -872,6 +872,7 @@ def test_progress_within_one_tile(upscale: Any, monkeypatch: pytest.MonkeyPatch)
     assert shares[-1] < 100
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_unless_the_user_says_how(here: Path, nets: Any) -> None:
     """Fewer pages are asked of the system; counted, not timed."""
     Image.fromarray(noise(300, 300, 3)).save("a.png")

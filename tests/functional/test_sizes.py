@@ -69,7 +69,9 @@ def check(layer: LCoA, device: torch.device, height: int, width: int) -> None:
             assert_values_close(output, expected)
 
 
-@pytest.mark.parametrize("exact_keys", [True, False], ids=["each key once", "as published"])
+@pytest.mark.parametrize(
+    "exact_keys", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["each key once", "as published"]
+)
 @pytest.mark.parametrize("heights", [range(1, 10), range(10, LONGEST + 1)], ids=["small", "large"])
 def test_every_size(device: torch.device, heights: range, exact_keys: bool) -> None:
     published = {} if exact_keys else {"similarity": "dot", "cluster_order": "index"}

@@ -370,13 +370,13 @@ def test_options_of_an_attended_network_can_be_overridden() -> None:
         load_model(state, attention={**ATTENDED["attention"], "chunk_size": 0})
 
 
+@pytest.mark.slow  # many processes
 @pytest.mark.parametrize(
     ("network", "commands"),
     [
-        pytest.param(
+        (
             {"type": "SparseEDSR", "num_feat": 8, "num_block": 4, "upscale": 2, "img_range": 1.0},
             [["convert", "{file}", "net.safetensors"], ["list", "Gain"]],
-            marks=pytest.mark.slow,
         ),
         (
             {"type": "Attended", "network": BODIES["EDSR"]},

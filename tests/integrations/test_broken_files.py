@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import itertools
 import logging
 import os
 import shutil

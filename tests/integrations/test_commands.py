@@ -55,6 +55,7 @@ def test_train_and_test_run_the_basicsr_of_the_fork(training: Write, testing: Wr
     assert tested.returncode == 0, tested.stderr
 
 
+@pytest.mark.slow
 def test_a_fork_that_lacks_parts_is_told_apart(training: Write, fork: Path) -> None:
     file = training({"network_g": {"type": "OfTheFork"}})
     part = fork / "basicsr/data/data_sampler.py"

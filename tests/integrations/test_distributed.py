@@ -163,6 +163,7 @@ def test_two_processes_train_as_one_does_on_the_batch_of_both(
     assert all((both[name] - less[name]).abs().max() > 1e-5 for name in learnt), "the runs show no difference"
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_gan_as_one_does(noting: Write, training: Write, here: Path) -> None:
     changes = {
         **STEPS,

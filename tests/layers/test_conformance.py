@@ -50,7 +50,7 @@ COMPILERS = {
     "sizes do not recompile",
 }
 """Clauses that take seconds, most of them a compiler's; the slow tests hold all layers to them, the others a few."""
-QUICK = {"LCoA", "LCoA sharing", "GMSA", "NLSA"}
+QUICK = {"LCoA", "GMSA"}
 
 
 def _param(subject: Subject, clause: Clause, suffix: str = "") -> object:
