@@ -11,7 +11,7 @@ import yaml
 from basicsr.utils import options as basicsr_options
 from skimage import data, io
 
-from sparse_sr_attn import EDSR, ELAN, PRESETS
+from sparse_sr_attn import EDSR, ELAN, PRESETS, LCoAN
 from sparse_sr_attn.blocks import ELAB, SiteAttention
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.config import fields
@@ -31,9 +31,13 @@ SCALES = (2, 3, 4)
 NETWORK = {network.__name__: network for network in NETWORKS}
 
 
+OF_OWN_PHOTOGRAPHS = ("teach_LCoAN_light_x2", "finetune_LCoAN_light_x2", "finetune_LCoAN_light_x4")
+"""The recipe of the shipped weights, for folders that `sparse-sr prepare` makes."""
+
+
 def by_speed(files: list[Path]) -> list[Any]:
     """A network of each kind runs always, the others with the slow tests."""
-    quick = {"train_LCoAN_light_x2", "train_ELAN_light_x2", "train_SparseRCAN_LCoA_x2", "finetune_SparseEDSR_LCoA_x2"}
+    quick = {"teach_LCoAN_light_x2", "train_ELAN_light_x2", "train_SparseRCAN_LCoA_x2", "finetune_SparseEDSR_LCoA_x2"}
     assert quick <= {file.stem for file in files}
     return [pytest.param(f, id=f.stem, marks=() if f.stem in quick else pytest.mark.slow) for f in files]
 
@@ -74,6 +78,7 @@ def test_all_are_there() -> None:
         for scale in SCALES
     }
     expected.add("train/EDSR/finetune_SparseEDSR_LCoA_x2.yml")
+    expected |= {f"train/LCoAN/{name}.yml" for name in OF_OWN_PHOTOGRAPHS}
     expected |= {f"{part}/RRDBNet/{part}_Attended_RRDBNet_LCoA_x4.yml" for part in ("train", "test")}
     assert {str(file.relative_to(OPTIONS)) for file in FILES} == expected
 
@@ -95,7 +100,8 @@ def test_scale_stands_where_it_should() -> None:
         assert all(metric["crop_border"] == scale for metric in options["val"]["metrics"].values()), file
         assert all(f"x{scale}" in dataset["dataroot_lq"].lower() for dataset in options["datasets"].values()), file
         if "train" in options["datasets"] and options["network_g"]["type"] != "ELAN":
-            assert options["datasets"]["train"]["gt_size"] == 48 * scale, file
+            side = 64 if file.stem in OF_OWN_PHOTOGRAPHS else 48
+            assert options["datasets"]["train"]["gt_size"] == side * scale, file
 
 
 def test_each_tests_what_was_trained() -> None:
@@ -196,8 +202,13 @@ def test_it_makes_a_training_step_and_tests(
     overrides = photographs_for(scale)
     common = ["name=shipped", "num_gpu=0"]
     train = [*common, *overrides["train"], *overrides["val"], "train:total_iter=1"]
+    if file.stem in OF_OWN_PHOTOGRAPHS:
+        trained = LCoAN(**PRESETS["LCoAN-light"].options, upscale=2)
+        train += [overrides["train"][0].replace("dataroot_gt", "dataroot_teacher")] if "teach" in file.stem else []
+    else:
+        trained = EDSR(upscale=scale)
     if file.stem.startswith("finetune_"):
-        torch.save({"params": EDSR(upscale=scale).state_dict()}, here / "trained.pth")
+        torch.save({"params": trained.state_dict(), "params_ema": trained.state_dict()}, here / "trained.pth")
         train += ["path:pretrain_network_g=trained.pth"]
     else:
         train += ["path:pretrain_network_g=none"]
@@ -208,7 +219,7 @@ def test_it_makes_a_training_step_and_tests(
     assert "iter 1 of 1 l_pix" in capsys.readouterr().err
     pretrained = "path:pretrain_network_g=experiments/shipped/models/net_g_latest.pth"
     test = [*common, *overrides["test_1"], *overrides["test_2"], pretrained]
-    twin = OPTIONS / "test" / file.parent.name / re.sub("^(train|finetune)_", "test_", file.name)
+    twin = OPTIONS / "test" / file.parent.name / re.sub("^(train|finetune|teach)_", "test_", file.name)
     assert main(["test", "-opt", str(twin), "--force_yml", *test]) == 0
     (log,) = (here / "results" / "shipped").glob("*.log")
     assert log.read_text().count("# psnr:") == 2
