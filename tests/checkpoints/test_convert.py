@@ -141,7 +141,7 @@ def test_released_elan_goes_and_comes_back(path: Path) -> None:
 
 
 def test_layouts_with_other_names_can_be_written() -> None:
-    assert not [layout.name for layout in LAYOUTS if layout.names and layout.filling is None]
+    assert not [layout.name for layout in LAYOUTS if layout.names and layout.extra_keys is None]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Trained weights that come with the library: they load by name, are small, and are better than interpolation."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from skimage import data
 
+from benchmarks.weights import recipe
 from sparse_sr_attn import PRESETS, CheckpointError, load_model
 from sparse_sr_attn.backbones.base import options_of
 from sparse_sr_attn.checkpoints.read import trained_weights
@@ -115,11 +115,6 @@ def test_list_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_has_the_figures_on_record() -> None:
-    spec = importlib.util.spec_from_file_location("recipe", ROOT / "weights" / "recipe.py")
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     figures = [recipe.Figure(**figure) for figure in json.loads(recipe.RECORD.read_text())]
     page = recipe.PAGE.read_text()
     assert recipe.BEGIN + recipe.table(figures) + recipe.END in page
