@@ -1,4 +1,4 @@
-# Every target sets up what it needs: a virtual environment in .venv, filled under the constraints file.
+# Every target first creates the virtual environment .venv, with versions from the constraints file.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints-cpu.txt
 VENV := .venv
@@ -14,7 +14,7 @@ PARALLEL := -n auto --dist worksteal
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(VENV)/.ready  ## Make .venv with all that development needs.
+setup: $(VENV)/.ready  ## Create .venv with everything for development.
 
 # torch comes first and alone: basicsr's build needs the setuptools that it brings, and without build isolation nothing
 # can pull a second torch.
@@ -25,28 +25,28 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@
 
-demo: setup  ## Train LCoAN-light x2, and a network without attention, on real photographs; show what they learnt.
+demo: setup  ## Train LCoAN-light x2, and a network without attention, on real photographs; show the results.
 	$(BIN)/python demo/prepare.py
 	cd demo && ../$(BIN)/sparse-sr train -opt train.yml
 	cd demo && ../$(BIN)/sparse-sr train -opt train_plain.yml
 	$(BIN)/python demo/report.py
 
-# More in docs/benchmarks.md; for the other allocator, too: make bench BENCH=--allocators
+# See docs/benchmarks.md; with the other allocator too: make bench BENCH=--allocators
 BENCH ?=
-bench: setup  ## Measure time and memory of layers, training and networks; figures and plots come to lie in bench/.
+bench: setup  ## Measure time and memory of layers, training and networks; results and plots go to bench/.
 	$(BIN)/python -m benchmarks.speed $(BENCH) --json bench/layers.json --plot bench/layers.png
 	$(BIN)/python -m benchmarks.speed $(BENCH) --passes forward+backward --sizes 48 96 128 --limit 3 --json bench/training.json --plot bench/training.png
 	$(BIN)/python -m benchmarks.speed $(BENCH) --networks --json bench/networks.json --plot bench/networks.png
 
-# More in docs/paper.md; for example: make paper DATA="DIV2K_train_HR" VAL="Set5" PAPER="--device cuda --scale full"
+# See docs/paper.md; for example: make paper DATA="DIV2K_train_HR" VAL="Set5" PAPER="--device cuda --budget full"
 PAPER ?=
-paper: setup  ## Repeat the papers' experiments on the folders DATA and VAL; tables and plots come to lie in paper/.
+paper: setup  ## Repeat the papers' experiments on the folders DATA and VAL; tables and plots go to paper/.
 	$(BIN)/python -m benchmarks.paper all --data $(DATA) --val $(VAL) $(PAPER)
 
 test: setup  ## Run the tests (about 8 minutes on two cores).
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
-test-all: setup lint  ## Run all tests, the slow ones too (about half an hour).
+test-all: setup lint  ## Run all tests, including the slow ones (about half an hour).
 	$(BIN)/python -m pytest $(PARALLEL)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --jaxtyping tests/functional tests/layers
 
@@ -64,9 +64,9 @@ pictures: setup  ## Draw the pictures of docs/concepts.md.
 promises: setup  ## Run the tests of all promises and write docs/reliability.md (about half an hour).
 	$(BIN)/python -m pytest -m promise --hypothesis-profile=ci --promises docs/reliability.md $(PARALLEL)
 
-mutants: setup  ## Break the code in 150 small places and list what no test notices (hours; goes on where it stopped).
+mutants: setup  ## Break the code in 150 small places and list what no test notices (hours; resumes where it stopped).
 	$(PIP) -e ".[mutants]"
 	$(BIN)/python tests/mutants.py
 
-clean:  ## Remove what the targets made, .venv excepted.
+clean:  ## Remove what the targets made, except .venv.
 	rm -rf site build dist bench demo/data demo/experiments demo/results demo/tb_logger demo/*.json demo/*.png

@@ -1,4 +1,4 @@
-"""What the figures in the documentation were measured with; not part of the installed package.
+"""Benchmarks behind the figures in the documentation; not part of the installed package.
 
 python -m benchmarks.speed      time and memory of layers and networks
 python -m benchmarks.paper      the comparisons of the papers

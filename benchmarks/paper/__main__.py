@@ -1,4 +1,4 @@
-"""`python -m benchmarks.paper`: figures and ablations of the LCoA and ELAN papers, on pictures of your own."""
+"""`python -m benchmarks.paper`: figures and ablations of the LCoA and ELAN papers, on your own images."""
 
 import argparse
 import os
@@ -16,58 +16,64 @@ from benchmarks.paper.figures import FIGURES, SCALES, Figure, Scale
 from benchmarks.paper.pictures import read_pairs
 from benchmarks.paper.report import fill, markdown, section, write_plot
 from benchmarks.paper.training import Budget, Trainer
-from sparse_sr_attn.cli.common import UsageError, exit_status, find_device, images_in, name, require, say, show
+from sparse_sr_attn.cli.common import (
+    UsageError,
+    add_device,
+    exit_status,
+    find_device,
+    images_in,
+    keep_old,
+    name,
+    require,
+    say,
+    show,
+)
 from sparse_sr_attn.config import read
 from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import ConfigError, SparseSRError
 
 DESCRIPTION = """\
-Repeat a comparison of the papers: train all networks with the same seeds, patches and steps, measure what they cost,
-and write a table and a plot.
+Repeat a comparison of the papers: train all networks with the same seeds, patches and steps, measure their cost, and
+write a table and a plot.
 
-  python -m benchmarks.paper lcoa-2                                         memory and time; needs no pictures
+examples:
+  python -m benchmarks.paper lcoa-2                                         memory and time; needs no images
   python -m benchmarks.paper lcoa-3 elan-lfe --data DIV2K/HR --val Set5/HR  two comparisons
   python -m benchmarks.paper all --data A B --val C D --iterations 2000
-  python -m benchmarks.paper page --page paper.md                           put what is in OUT into a page
+  python -m benchmarks.paper all --data A --val C --budget full --device cuda
+  python -m benchmarks.paper page --page paper.md                           write the stored results into a page
 
-Trainings that are finished are kept in OUT: the same command again goes on where it was interrupted, or adds seeds."""
+Finished training runs are stored in the output folder: the same command resumes where it was interrupted, or adds
+seeds."""
 EPILOG = "figures:\n" + "\n".join(
     f"  {label:<14}{(build.__doc__ or '').partition(chr(10))[0]}" for label, build in FIGURES.items()
 )
 
 _DEFAULT = SCALES["small"].budget
 _NO_TRAINING = "growth"
+_OUTPUT_HELP = "folder for results and finished training runs (default: %(default)s)"
+_BUDGET_HELP = "size of networks and length of training: small, minutes on two cores (default); full, hours on a GPU"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument
-    add("figures", nargs="+", choices=[*FIGURES, "all", "page"], metavar="FIGURE", help="see below; or all, or page")
-    add(
-        "--data",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="DIR",
-        help="folders of pictures to train on",
-    )
-    add("--val", nargs="+", type=Path, default=[], metavar="DIR", help="folders of pictures to be judged by")
-    add("-o", "--out", type=Path, default=Path("paper"), metavar="DIR", help="what is kept (default: %(default)s)")
-    add("--scale", choices=SCALES, default="small", help="small: minutes on two cores; full: hours on a GPU")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="one training each (default: 0 1 2)")
-    add("--iterations", type=int, metavar="N", help=f"steps of each training (small: {_DEFAULT.iterations})")
-    add("--batch", type=int, metavar="N", help=f"patches a step (small: {_DEFAULT.batch})")
-    add("--patch", type=int, metavar="N", help=f"side of a patch, in pixels of the input (small: {_DEFAULT.patch})")
-    add("--learning-rate", type=float, metavar="X", help=f"of Adam, at first (small: {_DEFAULT.learning_rate:g})")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
-    add("--threads", type=int, default=1, metavar="N", help="of torch, on the CPU (1)")
-    add("--costs", choices=["all", "memory", "none"], default="all", help="time and memory, memory alone, or neither")
-    add(
-        "--page",
-        type=Path,
-        metavar="FILE",
-        help="page to fill; plots and records go to assets/ beside it",
-    )
+    add("figures", nargs="+", choices=[*FIGURES, "all", "page"], metavar="FIGURE", help="see below; or all; or page")
+    add("--data", nargs="+", type=Path, default=[], metavar="FOLDER", help="images for training")
+    add("--val", nargs="+", type=Path, default=[], metavar="FOLDER", help="images for validation")
+    output = add("-o", "--output", "--out", type=Path, default=Path("paper"), metavar="FOLDER", help=_OUTPUT_HELP)
+    keep_old(output, "--out")
+    budget = add("--budget", "--scale", choices=SCALES, default="small", help=_BUDGET_HELP)
+    keep_old(budget, "--scale")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="one training run each (default: 0 1 2)")
+    add("--iterations", type=int, metavar="N", help=f"steps of each training run (small: {_DEFAULT.iterations})")
+    add("--batch", type=int, metavar="N", help=f"patches per step (small: {_DEFAULT.batch})")
+    add("--patch", type=int, metavar="N", help=f"side of a patch in pixels of the input (small: {_DEFAULT.patch})")
+    add("--learning-rate", type=float, metavar="X", help=f"initial one, of Adam (small: {_DEFAULT.learning_rate:g})")
+    add_device(parser)
+    add("--threads", type=int, default=1, metavar="N", help="threads of torch on the CPU (default: 1)")
+    add("--costs", choices=["all", "memory", "none"], default="all", help="time and memory, memory only, or neither")
+    add("--page", type=Path, metavar="FILE", help="page to fill; plots and records go to assets/ next to it")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,7 +97,7 @@ def _figures(arguments: argparse.Namespace, scale: Scale) -> int:
     chosen = list(FIGURES) if "all" in arguments.figures else list(dict.fromkeys(arguments.figures))
     figures = {label: FIGURES[label](scale) for label in chosen}
     if arguments.costs == "none" and (idle := [label for label in chosen if figures[label].kind == _NO_TRAINING]):
-        raise UsageError(f"{idle[0]} measures costs, and --costs none forbids it")
+        raise UsageError(f"{idle[0]} measures costs, which --costs none switches off")
     torch.set_num_threads(arguments.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else some builds of torch tell of each start of its profiler
     device = find_device(arguments.device)
@@ -103,31 +109,31 @@ def _figures(arguments: argparse.Namespace, scale: Scale) -> int:
                 if figure.kind != _NO_TRAINING:
                     trained(figure, trainer, [seed], partial(_progress, label))
     for label, figure in figures.items():
-        document = kept(arguments.out / f"{label}.json") or {}
+        document = kept(arguments.output / f"{label}.json") or {}
         if trainer is not None and figure.kind != _NO_TRAINING:
             document |= trained(figure, trainer, arguments.seeds)
         if arguments.costs != "none":
             costing = Costing(device, times=arguments.costs == "all")
             document |= costed(figure, scale, costing, partial(_progress, label))
-        keep(document, arguments.out / f"{label}.json")
+        keep(document, arguments.output / f"{label}.json")
         _progress()
         show(f"\n## {figure.title}\n\n{markdown(figure, document)}")
-        write_plot(figure, document, arguments.out / f"{label}.png")
-        show(f"\n{name(arguments.out / f'{label}.png')}")
+        write_plot(figure, document, arguments.output / f"{label}.png")
+        show(f"\n{name(arguments.output / f'{label}.png')}")
     return 0
 
 
 def _trainer(arguments: argparse.Namespace, scale: Scale, device: torch.device) -> Trainer:
     for option, folders in (("--data", arguments.data), ("--val", arguments.val)):
         if not folders:
-            raise UsageError(f"{option} must name a folder of pictures, for all figures but lcoa-2")
+            raise UsageError(f"{option} must name a folder of images, for all figures except lcoa-2")
     budget = scale.budget
-    _progress("pictures", "reading")
+    _progress("images", "reading")
     return Trainer(
         budget,
         read_pairs(_images(arguments.data), budget.upscale, smallest=budget.patch),
         read_pairs(_images(arguments.val), budget.upscale, smallest=16, crop=budget.crop),
-        arguments.out / "trainings",
+        arguments.output / "trainings",
         device,
     )
 
@@ -137,8 +143,8 @@ def _images(folders: list[Path]) -> list[Path]:
 
 
 def _scale(arguments: argparse.Namespace) -> Scale:
-    """Return the scale that is asked for, with what the arguments change in its budget."""
-    scale = SCALES[arguments.scale]
+    """Return the scale of `--budget`, with what the arguments change in its budget."""
+    scale = SCALES[arguments.budget]
     given = {key: getattr(arguments, key) for key in ("iterations", "batch", "patch", "learning_rate")}
     try:
         budget = read(Budget, {**asdict(scale.budget), **{k: v for k, v in given.items() if v is not None}})
@@ -153,14 +159,14 @@ def _page(arguments: argparse.Namespace, scale: Scale) -> int:
     """Put what is kept of each figure between its marks in the page, and its plot and its record beside it."""
     page = arguments.page
     if arguments.figures != ["page"] or page is None:
-        raise UsageError("`python -m benchmarks.paper page` needs --page FILE, and no figure beside it")
+        raise UsageError("`python -m benchmarks.paper page` needs --page FILE and no figure")
     if not page.is_file():
-        raise UsageError(f"--page must be a file that is there, got {name(page)}")
+        raise UsageError(f"--page must be an existing file, got {name(page)}")
     text = page.read_text(encoding="utf-8")
     for label, build in FIGURES.items():
-        document: Any = kept(arguments.out / f"{label}.json")
+        document: Any = kept(arguments.output / f"{label}.json")
         if document is None:
-            say(f"{label}: nothing in {name(arguments.out)}, left as it was")
+            say(f"{label}: no results in {name(arguments.output)}; its section is unchanged")
             continue
         figure: Figure = build(scale)
         beside = page.parent / "assets" / f"paper-{label}"

@@ -124,9 +124,9 @@ def keep(document: Any, file: Path) -> None:
 def described(budget: Budget) -> str:
     """Return a budget in words."""
     judged = (
-        "whole validation pictures"
+        "whole validation images"
         if budget.crop is None
-        else (f"the middle of each validation picture, up to {budget.crop}×{budget.crop} pixels of the input")
+        else (f"the centre of each validation image, up to {budget.crop}×{budget.crop} pixels of the input")
     )
     return (
         f"×{budget.upscale}, {budget.iterations:,} iterations of Adam (learning rate {budget.learning_rate:g}, half a "

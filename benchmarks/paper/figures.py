@@ -154,7 +154,7 @@ def lcoa_2(scale: Scale) -> Figure:
     return Figure(
         "Memory and time, with and without LSP and CoA",
         "LCoA's figure 2: what does the learnt sparse pattern (LSP) save, what does reusing its weights in later "
-        "layers (CoA) save, and how does it grow with the image?",
+        "layers (CoA) save, and how do the costs grow with the image?",
         {
             "no attention": network(None),
             "neither: dense, in every layer": network({"type": "NLA"}),
@@ -164,20 +164,19 @@ def lcoa_2(scale: Scale) -> Figure:
         },
         "no attention",
         f"The body of an EDSR of {scale.stack} blocks and {FULL.width} channels with attention after every block, on "
-        f"maps of features; {FULL.clusters} clusters, chunks of {FULL.chunk}. Dense attention is computed as fused "
-        "kernels do, which keep no weights; with CoA alone the weights must be kept. The paper's own figures are of "
-        "its authors' code on a GPU.",
+        f"feature maps; {FULL.clusters} clusters, chunks of {FULL.chunk}. Dense attention uses fused kernels, which "
+        "store no weights; CoA alone must store them. The paper's own figures are from its authors' code on a GPU.",
         "growth",
     )
 
 
 def lcoa_3(scale: Scale) -> Figure:
-    """K-means against hashing, and attentions against each other."""
+    """K-means against hashing, and attention layers against each other."""
     ours = _lcoa(scale)
     return Figure(
         "k-means against LSH, and attentions in quality and cost",
-        "LCoA's figure 3: are learnt clusters better than those of a hash, and what do other attentions give and cost "
-        "in the same network?",
+        "LCoA's figure 3: are learnt clusters better than those of a hash, and what do other attention layers gain "
+        "and cost in the same network?",
         {
             "no attention": _edsr(scale, None),
             "NLA (dense)": _edsr(scale, {"type": "NLA"}),
@@ -204,7 +203,7 @@ def lcoa_4(scale: Scale) -> Figure:
     }
     return Figure(
         "Number of clusters, and size of chunks",
-        "LCoA's figure 4: how many clusters, and how many tokens that attend to each other?",
+        "LCoA's figure 4: how many clusters, and how many tokens per chunk?",
         {**clusters, **chunks},
         f"{scale.clusters} clusters, chunks of {scale.chunk}",
     )
@@ -220,8 +219,8 @@ def lcoa_5(scale: Scale) -> Figure:
         "the first.",
         {"dense attention after every block": trained},
         "dense attention after every block",
-        "Every layer learns its own attention here and nobody shares. Beside the overlap stands that of layers with "
-        "the attention of another picture: what two maps have in common that have nothing to do with each other.",
+        "Here every layer learns its own attention, without sharing. The last column is the overlap with the attention "
+        "on another image: what two unrelated maps have in common.",
         "overlap",
     )
 
@@ -230,8 +229,8 @@ def elan_lfe(scale: Scale) -> Figure:
     """Shift convolutions against ordinary ones."""
     return Figure(
         "Shift-conv against 1×1 and 3×3",
-        "ELAN's ablation of local feature extraction: does a shift convolution do what a 3×3 one does, at the price of "
-        "a 1×1?",
+        "ELAN's ablation of local feature extraction: is a shift convolution as good as a 3×3 convolution, at the cost "
+        "of a 1×1 convolution?",
         {
             "1×1": replace(_elan(scale), changes=partial(with_plain_convolutions, kernel_size=1)),
             "shift-conv": _elan(scale),
@@ -253,10 +252,10 @@ def elan_windows(scale: Scale) -> Figure:
 
 
 def elan_share(scale: Scale) -> Figure:
-    """How many attentions share one set of weights."""
+    """How many attention layers share one set of weights."""
     return Figure(
         "Number of sharing blocks",
-        "ELAN's ablation of shared attention: how many attentions may use one set of weights? All networks have "
+        "ELAN's ablation of shared attention: how many attention layers can use one set of weights? All networks have "
         f"{scale.elan_pairs} pairs of LFE and attention.",
         {
             f"{share} of {scale.elan_pairs} share" if share > 1 else "nobody shares": _elan(scale, share=share)
@@ -294,8 +293,8 @@ def light(scale: Scale) -> Figure:
     )
     return Figure(
         "The light networks with and without their attention",
-        "An ablation of the networks whose trained weights come with the library: what is their attention's doing, and "
-        "what that of the network around it?",
+        "An ablation of the networks whose trained weights come with the library: what does their attention "
+        "contribute, and what the rest of the network?",
         {
             "EDSR": Variant(EDSR, LIGHT_EDSR),
             "EDSR with LCoA": Variant(EDSR, {**LIGHT_EDSR, "attention": LIGHT_LCOA}),
@@ -305,7 +304,7 @@ def light(scale: Scale) -> Figure:
             "ELAN-light without attention": replace(elan, changes=without_attention),
         },
         "EDSR",
-        "The networks have the same sizes at every scale; the EDSR has 10 blocks of 48 channels.",
+        "The networks have the same sizes with both budgets; the EDSR has 10 blocks of 48 channels.",
     )
 
 

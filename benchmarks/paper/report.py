@@ -73,7 +73,7 @@ def _budget(document: Mapping[str, Any]) -> str:
     number, seeds = document["pictures"], len(document["seeds"])
     return (
         f"{described(Budget(**document['budget']))}; {number['train']} training and {number['validation']} validation "
-        f"pictures; {seeds} {'seed' if seeds == 1 else 'seeds'}, the same start, patches and steps for all."
+        f"images; {seeds} {'seed' if seeds == 1 else 'seeds'}, with the same initial weights, patches and steps."
     )
 
 
@@ -96,11 +96,12 @@ def _told_apart(figure: Figure, document: Mapping[str, Any]) -> str:
     others = [name for name in document["results"] if name != figure.baseline]
     clear = [name for name in others if stands_out(differences(document, name, figure.baseline))]
     if len(document["seeds"]) < 2:
-        return "With one seed no difference can be told from chance."
+        return "With one seed, no difference can be called significant."
     listed = "; ".join(clear) if clear else "none"
     return (
-        f"± is the standard deviation over seeds, of the PSNR and of its difference with the same seed. Told from "
-        f"“{figure.baseline}” (Student's t of the differences, 5 %): {listed}. With so few seeds, no more can be."
+        f"± is the standard deviation over seeds, of the PSNR and of its difference with the same seed. Significantly "
+        f"different from “{figure.baseline}” (Student's t of the differences, 5 %): {listed}. More seeds would detect "
+        "smaller differences."
     )
 
 
@@ -114,8 +115,8 @@ def _cost_line(figure: Figure, document: Mapping[str, Any]) -> str:
         what = "a map" if figure.kind == "growth" else "an image" if batch == 1 else f"{batch} images"
         sizes.append(f"{_NAMES[passed]} on {what} of {sides} pixels")
     return (
-        f"Costs: {', '.join(sizes)}; process time as the median of alternating rounds (quartiles in brackets) where it "
-        f"was measured, and peak new memory. {machine}, threads: {where['threads']}, torch {where['torch']}, "
+        f"Costs: {', '.join(sizes)}; process time as the median of alternating rounds (quartiles in brackets), if "
+        f"measured, and peak new memory. {machine}, threads: {where['threads']}, torch {where['torch']}, "
         f"{where['date']}."
     )
 
@@ -129,13 +130,16 @@ def _growth_tables(figure: Figure, document: Mapping[str, Any]) -> list[str]:
             for name in figure.variants:
                 values = _series(by_side, name, what)
                 if values:
-                    cells = [_figures(values[int(s)]) if int(s) in values else "left out" for s in by_side]
+                    cells = [_figures(values[int(s)]) if int(s) in values else "skipped" for s in by_side]
                     power = f"{growth(values):.2f}" if len(values) > 1 else "–"
                     rows.append([name, *cells, power])
             if rows:
                 heads = [f"{_NAMES[passed]}, {unit}", *(f"{side}²" for side in by_side), "growth"]
                 found.append(table(heads, rows))
-    return [*found, "Growth is the exponent with which a cost rises with the number of pixels, first to last size."]
+    return [
+        *found,
+        "Growth is the exponent of a cost as a power of the number of pixels, from the first to the last size.",
+    ]
 
 
 def _overlap_table(document: Mapping[str, Any]) -> str:
@@ -146,7 +150,7 @@ def _overlap_table(document: Mapping[str, Any]) -> str:
         pairs = [(a, a + apart) for a in layers if a + apart < len(same)]
         means = (statistics.mean(matrix[a][b] for a, b in pairs) for matrix in (same, other))
         rows.append([str(apart), *(f"{mean:.3f}" for mean in means)])
-    return table(["layers apart", "overlap", "with another picture's attention"], rows)
+    return table(["layers apart", "overlap", "with another image's attention"], rows)
 
 
 def _overlaps(document: Mapping[str, Any]) -> tuple[list[list[float]], list[list[float]]]:

@@ -16,20 +16,31 @@ from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS
 from benchmarks.speed.report import markdown, write_json, write_plot
 from benchmarks.speed.run import run as measure
 from benchmarks.speed.settings import DEFAULT_NETWORKS, DTYPES, Pass, Settings
-from sparse_sr_attn.cli.common import UsageError, exit_status, find_device, name, require, say, show
+from sparse_sr_attn.cli.common import (
+    UsageError,
+    add_device,
+    exit_status,
+    find_device,
+    keep_old,
+    name,
+    require,
+    say,
+    show,
+)
 from sparse_sr_attn.config import read
 from sparse_sr_attn.errors import ConfigError, SparseSRError
 
 DESCRIPTION = """\
-Measure time, memory and the floor of attention layers or networks, all in one process, in turn.
+Measure time, memory and the floor of attention layers or networks, alternating in one process.
 
+examples:
   python -m benchmarks.speed
   python -m benchmarks.speed --methods LCoA plain-LCoA --sizes 48 96 --passes forward forward+backward
   python -m benchmarks.speed --networks --methods ELAN-light plain-ELAN-light --sizes 64 128
   python -m benchmarks.speed --peer their/code.py:Attention:channels=64,reduction=4
 
-Outputs are compared with slow references first; one that is wrong gets no speed-up. Names that begin with `plain-` are
-stand-ins for released codes, written anew."""
+Outputs are first compared with slow references; a wrong one gets no speed-up. Names that start with `plain-` are
+stand-ins for released codes, written for this benchmark."""
 EPILOG = f"""\
 layers: {", ".join(LAYER_METHODS)}
 networks: {", ".join(NETWORK_METHODS)}
@@ -37,32 +48,34 @@ networks: {", ".join(NETWORK_METHODS)}
 Exit status 1: an output is wrong."""
 
 _DEFAULT = Settings()
+_SCALE_HELP = f"super-resolution factor of networks ({_DEFAULT.upscale})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument
-    add("--networks", action="store_true", help="measure networks, on images, instead of layers")
+    add("--networks", action="store_true", help="measure networks on images instead of layers")
     add("--methods", nargs="+", metavar="NAME", help="what to measure; see below")
-    add("--peer", action="append", default=[], metavar="FILE.py:CLASS[:NAME=VALUE,...]", help="code from outside")
+    add("--peer", action="append", default=[], metavar="FILE.py:CLASS[:NAME=VALUE,...]", help="measure your own code")
     add("--sizes", nargs="+", type=int, metavar="N", help="sides of the maps (48 96 128 256; of images 64 128)")
-    add("--embed-dim", type=int, metavar="N", help=f"channels of maps ({_DEFAULT.embed_dim})")
-    add("--batch", type=int, metavar="N", help=f"maps ({_DEFAULT.batch})")
+    add("--embed-dim", type=int, metavar="N", help=f"channels of the maps ({_DEFAULT.embed_dim})")
+    add("--batch", type=int, metavar="N", help=f"number of maps ({_DEFAULT.batch})")
     add("--passes", nargs="+", choices=get_args(Pass), help="what to time (forward)")
-    add("--device", help="cpu, cuda, cuda:1 (cpu)")
+    add_device(parser)
     add("--dtype", choices=DTYPES, help=f"precision of weights and maps ({_DEFAULT.dtype})")
-    add("--threads", type=int, metavar="N", help=f"of torch, on the CPU ({_DEFAULT.threads})")
-    add("--channels-last", action="store_true", help="give maps whose channels lie next to each other")
+    add("--threads", type=int, metavar="N", help=f"threads of torch on the CPU ({_DEFAULT.threads})")
+    add("--channels-last", action="store_true", help="use maps in channels-last memory")
     add("--chunk-size", type=int, metavar="N", help=f"of LCoA, CoA and their stand-ins ({_DEFAULT.chunk_size})")
-    add("--num-clusters", type=int, metavar="N", help=f"the same ({_DEFAULT.num_clusters})")
-    add("--reduction", type=int, metavar="N", help=f"the same ({_DEFAULT.reduction})")
-    add("--upscale", type=int, metavar="N", help=f"factor of networks ({_DEFAULT.upscale})")
+    add("--num-clusters", type=int, metavar="N", help=f"of the same ({_DEFAULT.num_clusters})")
+    add("--reduction", type=int, metavar="N", help=f"of the same ({_DEFAULT.reduction})")
+    scale = add("-s", "--scale", "--upscale", dest="upscale", type=int, metavar="N", help=_SCALE_HELP)
+    keep_old(scale, "--upscale")
     add("--rounds", type=int, metavar="N", help=f"samples of each method ({_DEFAULT.rounds})")
-    add("--limit", type=float, metavar="S", help=f"leave out what takes more seconds a call ({_DEFAULT.limit:g})")
-    add("--compile", action="store_true", help="measure ours compiled by torch.compile, too")
-    add("--no-validity", dest="validity", action="store_false", help="do not hold stand-ins against authors' figures")
-    add("--allocators", action="store_true", help="measure again, in a process with THP_MEM_ALLOC_ENABLE=1")
-    add("--json", type=Path, metavar="FILE", help="keep all figures")
+    add("--limit", type=float, metavar="S", help=f"skip methods that take more seconds per call ({_DEFAULT.limit:g})")
+    add("--compile", action="store_true", help="also measure our methods compiled by torch.compile")
+    add("--no-validity", dest="validity", action="store_false", help="do not check stand-ins against authors' figures")
+    add("--allocators", action="store_true", help="measure again in a process with THP_MEM_ALLOC_ENABLE=1")
+    add("--json", type=Path, metavar="FILE", help="write all results")
     add("--plot", type=Path, metavar="FILE", help="draw time and memory against size (.png; needs matplotlib)")
 
 
@@ -73,12 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: the arguments are wrong.
         SparseSRError: matplotlib is missing, code from outside fails, or a file cannot be written.
     """
+    arguments.device = str(find_device(arguments.device))
     settings = _settings(arguments)
     if arguments.plot:
         if arguments.plot.suffix != ".png":
             raise UsageError(f"--plot must end in .png, got {name(arguments.plot)}")
         require("matplotlib")
-    find_device(settings.device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else some builds of torch tell of each start of its profiler
     try:
         found = measure(settings, _progress)

@@ -22,25 +22,27 @@ from sparse_sr_attn.inference.visualize import attention_features
 from sparse_sr_attn.layers.lcoa import LSP
 
 DESCRIPTION = """\
-Measure how much of dense attention's softmax mass falls on the keys that sparse patterns show to each query, beside
-the best possible for as many keys. Features are those of an attention layer of a trained network on your images.
+Measure how much of dense attention's softmax mass falls on the keys that sparse patterns show to each query, compared
+with the best possible for as many keys. The features are those of an attention layer of a trained network on your
+images.
 
+examples:
   sparse-sr capture --images photos
   sparse-sr capture --images photos --weights net_g_latest.pth --layer 1 --temperature 30
   sparse-sr capture --images photos --patterns LCoA LCoA:num_clusters=64,num_adjacent=4 NLSA:num_rounds=4
 
-Images are those of high resolution: they are shrunk as MATLAB's bicubic does, and the middle goes through the network.
-Dense attention is the softmax of temperature * cosine."""
+Give high-resolution images: they are downsampled as by MATLAB's bicubic, and the network gets the central crop. Dense
+attention is the softmax of temperature * cosine."""
 EPILOG = f"""\
 patterns, each alone or as PATTERN:option=value,option=value with options of its layer:
-  LCoA               clusters of k-means, fitted to the image; chunks on a ring or, with neighbors=nearest,
-                     beside the most similar ones
+  LCoA               clusters of k-means, fitted to the image; chunks see their neighbours on a ring or, with
+                     neighbors=nearest, the most similar ones
   trained            the same with the centroids and options of the network, if its layer is an LCoA
   NLSA               buckets of a locality-sensitive hash
-  CategoryAttention  what it sees token by token; its coarse part, attention to the categories, does not count
+  CategoryAttention  its attention between tokens; its attention to the categories does not count
   windows            squares, as large as the keys allow
   raster             chunks in image order
-All see the same number of keys, in all rounds together; chunks are as large as that allows. By default:
+All see the same number of keys, counted over all rounds; chunks are as large as that allows. Default:
   {(chr(10) + "  ").join(PATTERNS)}"""
 
 _BEST = "best possible"
@@ -49,16 +51,28 @@ _BEST = "best possible"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument
-    add("--images", type=Path, required=True, metavar="FOLDER", help="images of high resolution, or one")
+    add("--images", type=Path, required=True, metavar="FOLDER", help="high-resolution images, or one image")
     add_weights(parser)
-    add("--layer", type=int, default=0, metavar="N", help="which layer that computes attention, from 0")
-    add("--patterns", nargs="+", metavar="PATTERN", help="what to compare; see below")
+    add("--layer", type=int, default=0, metavar="N", help="layer that computes attention, from 0 (default: 0)")
+    add("--patterns", nargs="+", metavar="PATTERN", help="patterns to compare; see below")
     add("--keys", type=int, default=432, metavar="N", help="keys that a token sees (default: %(default)s)")
-    add("--temperature", type=float, default=10.0, metavar="X", help="of dense attention (default: %(default)g)")
-    add("--steps", type=int, default=10, metavar="N", help="of k-means on each image (default: %(default)s)")
-    add("--crop", type=int, default=96, metavar="N", help="side of the middle, in pixels of the input (%(default)s)")
-    add("--limit", type=int, metavar="N", help="take so many images, the first ones")
-    add("--json", type=Path, metavar="FILE", help="keep all figures, of each image too")
+    add(
+        "--temperature",
+        type=float,
+        default=10.0,
+        metavar="X",
+        help="temperature of dense attention (default: %(default)g)",
+    )
+    add("--steps", type=int, default=10, metavar="N", help="k-means steps on each image (default: %(default)s)")
+    add(
+        "--crop",
+        type=int,
+        default=96,
+        metavar="N",
+        help="side of the crop in pixels of the input (default: %(default)s)",
+    )
+    add("--limit", type=int, metavar="N", help="use only the first N images")
+    add("--json", type=Path, metavar="FILE", help="write all results, also of each image")
     add("--plot", type=Path, metavar="FILE", help="draw the table (.png; needs matplotlib)")
 
 
@@ -145,7 +159,7 @@ def _captured(
     trained = module if isinstance(module, LSP) else None
     if trained is None:
         if "trained" in (arguments.patterns or ()):
-            raise UsageError(f"--patterns trained needs a layer with clusters (LCoA), and {layer} is none")
+            raise UsageError(f"--patterns trained needs a layer with clusters (LCoA), but {layer} has none")
         patterns = [pattern for pattern in patterns if pattern.name != "trained"]
     try:
         found = captured_mass(

@@ -1,4 +1,4 @@
-"""What the commands share: how they speak, load weights and ask for packages."""
+"""What the commands share: messages, common arguments, loading weights, missing packages."""
 
 import argparse
 import importlib
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from sparse_sr_attn.backbones.base import Network
 
 _PACKAGES = {"PIL": "pillow"}
-"""What a module's package is called, where it is called otherwise."""
+"""Packages whose name differs from that of their module."""
 
 
 NETWORK = "LCoAN-light"
-"""What a command works with that is told no weights."""
+"""The network of a command without `--weights`."""
 
 
 class UsageError(SparseSRError):
-    """The command line asks for what cannot be; nothing was done."""
+    """The command line is wrong; nothing was done."""
 
 
 def say(text: str, *, everywhere: bool = False) -> None:
@@ -57,7 +57,7 @@ def exit_status(run: Callable[[], int], *, options: str = "--set", interrupted: 
     except KeyboardInterrupt:
         say(interrupted)
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains when it ends)
         return 1
 
@@ -109,7 +109,7 @@ def images_in(path: Path) -> list[Path]:
 
     images = [file for file in files if looks_like_image(file) and not file.name.startswith(".")]
     if not images:
-        raise UsageError(f"{name(path)} must hold images, and none of its {len(files)} files has the suffix of one")
+        raise UsageError(f"{name(path)} must contain images, but none of its {len(files)} files has the suffix of one")
     return images
 
 
@@ -133,7 +133,41 @@ def distinct_names(files: Sequence[Path]) -> list[str]:
             chosen[index] += 1
         if max(chosen) == 3:
             same = [name(files[index]) for index in twice if names[index].casefold() == names[twice[0]].casefold()]
-            raise UsageError(f"{' and '.join(same)} would get one name; give them in two runs, or rename one")
+            raise UsageError(f"{' and '.join(same)} would get the same name; process them in two runs, or rename one")
+
+
+def keep_old(action: argparse.Action, *spellings: str) -> None:
+    """Accept old spellings of an option, but show only the others in help and errors.
+
+    Args:
+        action: the option, which has these spellings too.
+        spellings: the old ones.
+    """
+    action.option_strings = [option for option in action.option_strings if option not in spellings]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that `find_device` reads."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one, else the CPU)")
+
+
+def add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the file that a command must write; as a second positional argument, too, as it used to be."""
+    parser.add_argument("to", type=Path, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=text)
+
+
+def output_file(arguments: argparse.Namespace) -> Path:
+    """Return the file that a command must write.
+
+    Raises:
+        UsageError: none is given, or two.
+    """
+    given = [file for file in (arguments.output, arguments.to) if file is not None]
+    if len(given) != 1:
+        files = " and ".join(map(name, given)) or "none"
+        raise UsageError(f"--output must name the one file to write, got {files}")
+    return Path(given[0])
 
 
 def add_weights(parser: argparse.ArgumentParser, group: argparse._MutuallyExclusiveGroup | None = None) -> None:
@@ -144,22 +178,22 @@ def add_weights(parser: argparse.ArgumentParser, group: argparse._MutuallyExclus
         default=f"{NETWORK}_x2",
         type=Path,
         metavar="FILE|NAME",
-        help=".pth or .safetensors, ours or of another code base, or weights that come with the "
-        "library (`sparse-sr list`); they tell the network (default: %(default)s)",
+        help=".pth or .safetensors, ours or from another codebase, or weights included in the library "
+        "(`sparse-sr list`); they determine the network (default: %(default)s)",
     )
     add_options(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; the GPU if there is one")
+    add_device(parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the argument for options that weights do not tell."""
+    """Add the argument for options that weights do not record."""
     parser.add_argument(
         "--set",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME=VALUE",
-        help="options of the network that its weights do not tell, e.g. img_range=1.0; values as in JSON",
+        help="options of the network that the weights do not record, e.g. img_range=1.0; values as in JSON",
     )
     add_imports(parser)
 
@@ -172,8 +206,8 @@ def add_imports(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE|FILE.py",
-        help="run this code first, for the layers and networks that it registers (`custom_imports` of option files); "
-        "can be given several times",
+        help="import this code first, for the layers and networks that it registers (`custom_imports` in option "
+        "files); can be given several times",
     )
 
 

@@ -4,35 +4,36 @@ import argparse
 from pathlib import Path
 
 from sparse_sr_attn.checkpoints.convert import convert_weights, unsaid_options, write_weights
-from sparse_sr_attn.cli.common import UsageError, add_options, load, name, say, show
+from sparse_sr_attn.cli.common import UsageError, add_options, add_output, load, name, output_file, say, show
 
 DESCRIPTION = """\
-Rewrite weights: under our names (BasicSR's, for EDSR and RCAN) or under those that the network was released with
-(EDSR-PyTorch's for EDSR and RCAN, the authors' for LCoAN and ELAN), as .pth or .safetensors. Anything that load_model
-knows is read. What is written has been read back, and every weight was the same.
+Convert weights: to our names (BasicSR's, for EDSR and RCAN) or to those of the released code (EDSR-PyTorch's for EDSR
+and RCAN, the authors' for LCoAN and ELAN), as .pth or .safetensors. Reads anything that load_model recognises. The
+written file is read back, and all weights are compared.
 
-  sparse-sr convert net_g_latest.pth net.safetensors
-  sparse-sr convert edsr_baseline_x2.pt EDSR_Mx2.pth                    from EDSR-PyTorch to BasicSR
-  sparse-sr convert net_g_latest.pth lcoan_x2.pt --names released       for the authors' code"""
+examples:
+  sparse-sr convert net_g_latest.pth -o net.safetensors
+  sparse-sr convert edsr_baseline_x2.pt -o EDSR_Mx2.pth                     from EDSR-PyTorch to BasicSR
+  sparse-sr convert net_g_latest.pth -o lcoan_x2.pt --names released        for the authors' code"""
 EPILOG = """\
-The averaged weights are taken where a file has both. A .pth with our names has them under `params`, as BasicSR wants
-them; one with released names has them bare."""
+If a file has averaged weights too, these are taken. A .pth with our names has the weights under `params`, as BasicSR
+expects; one with released names is a bare state dict."""
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("weights", type=Path, metavar="FROM", help="file to read")
-    parser.add_argument("output", type=Path, metavar="TO", help=f"file to write, {', '.join(_SUFFIXES)}")
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="file to read")
+    add_output(parser, f"file to write, {', '.join(_SUFFIXES)}")
     parser.add_argument(
         "--names",
         choices=["ours", "released"],
         default="ours",
-        help="under which names to write (default: %(default)s)",
+        help="names of the weights in the output (default: %(default)s)",
     )
     add_options(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,14 +43,15 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: the output cannot be such a file.
         CheckpointError: weights cannot be read, converted or written.
     """
-    if arguments.output.suffix not in _SUFFIXES:
-        raise UsageError(f"TO must end in {', '.join(_SUFFIXES)}, got {name(arguments.output)}")
+    output = output_file(arguments)
+    if output.suffix not in _SUFFIXES:
+        raise UsageError(f"--output must end in {', '.join(_SUFFIXES)}, got {name(output)}")
     model = load(arguments)
     state = convert_weights(model, arguments.names)
     unsaid = unsaid_options(model, state)
     ours = arguments.names == "ours"
-    write_weights(state, arguments.output, nested=ours, overwrite=arguments.overwrite)
-    show(f"{name(arguments.weights)} -> {name(arguments.output)}: {type(model).__name__}, {len(state)} keys")
+    write_weights(state, output, nested=ours, overwrite=arguments.overwrite)
+    show(f"{name(arguments.weights)} -> {name(output)}: {type(model).__name__}, {len(state)} keys")
     if unsaid:
-        say(f"note: these weights do not tell {', '.join(unsaid)}; tell it to whoever reads them")
+        say(f"note: the file does not record {', '.join(unsaid)}; pass it when you load the file")
     return 0

@@ -1,4 +1,4 @@
-"""`sparse-sr evaluate`: PSNR and SSIM of pictures against the true ones, as papers count them."""
+"""`sparse-sr evaluate`: PSNR and SSIM of images against the ground truth, as in papers."""
 
 import argparse
 from collections.abc import Iterator
@@ -8,36 +8,37 @@ from typing import get_args
 
 from torch import Tensor
 
-from sparse_sr_attn.cli.common import UsageError, images_in, name, require, show
+from sparse_sr_attn.cli.common import UsageError, images_in, keep_old, name, require, show
 from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import crop_to_multiple
 from sparse_sr_attn.data.metrics import Protocol, Score, bicubic_luma, luma, score
 from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
 
 DESCRIPTION = """\
-Compare upscaled pictures with the true ones, on luma, without the border.
+Compare upscaled images with the ground truth: PSNR and SSIM on luma, without the border.
 
-  sparse-sr evaluate results/ Set5/HR --upscale 2
-  sparse-sr evaluate results/ Set5/HR --upscale 4 --names {}_RCAN {}_HR_x4    baby_RCAN.png belongs to baby_HR_x4.png
-  sparse-sr evaluate --bicubic Set14/HR --upscale 3 --grey bridge             the row "bicubic" of papers' tables
-"""
+examples:
+  sparse-sr evaluate results/ Set5/HR --scale 2
+  sparse-sr evaluate results/ Set5/HR --scale 4 --names {}_RCAN {}_HR_x4      baby_RCAN.png belongs to baby_HR_x4.png
+  sparse-sr evaluate --bicubic Set14/HR --scale 3 --grey bridge               the row "bicubic" of papers' tables"""
 EPILOG = """\
-Protocols: basicsr (BasicSR, EDSR and most networks since): luma in floating point, grey pictures as RGB. matlab (SRCNN
-and who copied its figures): luma rounded to 8 bits, grey pictures as they are, whose PSNR is 1.3 dB lower. Set14 has
-two grey pictures; published figures of bicubic take one of them (bridge) as grey and the other as RGB. Where both are
-stored as RGB, --grey says so."""
+Protocols: basicsr (BasicSR, EDSR and most networks since): luma in floating point, grey images as RGB. matlab (SRCNN,
+and papers that copied its figures): luma rounded to 8 bits, grey images as they are, which lowers their PSNR by 1.3 dB.
+Set14 has two grey images; published figures of bicubic take one of them (bridge) as grey and the other as RGB. If both
+are stored as RGB, name the grey one with --grey."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument
-    add("folders", nargs="+", type=Path, metavar="FOLDER", help="of the results, then of the true pictures")
-    add("--upscale", type=int, required=True, metavar="N", help="factor; so many pixels of border are left out")
-    add("--border", type=int, metavar="N", help="leave out so many instead")
-    add("--protocol", choices=get_args(Protocol), help="see below (basicsr; with --bicubic always matlab)")
-    add("--grey", nargs="+", default=[], metavar="NAME", help="RGB pictures that shall count as grey ones")
-    add("--bicubic", action="store_true", help="no results: shrink and enlarge the true pictures, as SRCNN's code does")
-    add("--names", nargs=2, default=["{}", "{}"], metavar=("RESULT", "TRUE"), help="names of files, {} for what agrees")
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help="results, then ground truth")
+    scale = add("-s", "--scale", "--upscale", type=int, required=True, metavar="N", help="super-resolution factor")
+    keep_old(scale, "--upscale")
+    add("--border", type=int, metavar="N", help="pixels of border to leave out (default: the scale)")
+    add("--protocol", choices=get_args(Protocol), help="see below (default: basicsr; with --bicubic always matlab)")
+    add("--grey", nargs="+", default=[], metavar="NAME", help="RGB images to treat as grey")
+    add("--bicubic", action="store_true", help="no results: downsample and upsample the ground truth, as in SRCNN")
+    add("--names", nargs=2, default=["{}", "{}"], metavar=("RESULT", "TRUE"), help="file names, {} for the common part")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,12 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     wanted = 1 if arguments.bicubic else 2
     if len(arguments.folders) != wanted:
-        what = "the folder of true pictures" if arguments.bicubic else "the results and the true pictures"
+        what = "the ground truth" if arguments.bicubic else "the results and the ground truth"
         raise UsageError(f"needs {wanted} FOLDER, {what}; got {len(arguments.folders)}")
     if arguments.bicubic and arguments.protocol == "basicsr":
-        raise UsageError("--bicubic is by --protocol matlab, as the published figures are")
-    if arguments.upscale < 1:
-        raise UsageError(f"--upscale must be >= 1, got {arguments.upscale}")
+        raise UsageError("--bicubic needs --protocol matlab, which the published figures use")
+    if arguments.scale < 1:
+        raise UsageError(f"--scale must be >= 1, got {arguments.scale}")
     if arguments.border is not None and arguments.border < 0:
         raise UsageError(f"--border must be >= 0, got {arguments.border}")
     for template in arguments.names:
@@ -80,7 +81,7 @@ def _bicubic(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
     _check_grey(arguments, pictures)
     for label, path in pictures.items():
         with _about(path):
-            truth, enlarged = bicubic_luma(_read(path, grey=label in arguments.grey), arguments.upscale)
+            truth, enlarged = bicubic_luma(_read(path, grey=label in arguments.grey), arguments.scale)
             yield label, score(enlarged, truth, border=_border(arguments))
 
 
@@ -93,8 +94,8 @@ def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
         near = [path.stem.replace(missing[0], "{}", 1) for path in results.values() if missing[0] in path.stem]
         remedy = f"; try --names {name(near[0])} {name(arguments.names[1])}" if near else ""
         raise UsageError(
-            f"no result for {', '.join(map(name, missing))} in {name(arguments.folders[0])}; --names says what files "
-            f"are called, which are like {some}{remedy}"
+            f"no result for {', '.join(map(name, missing))} in {name(arguments.folders[0])}; --names gives the file "
+            f"names, which are like {some}{remedy}"
         )
     _check_grey(arguments, truths)
     protocol: Protocol = arguments.protocol or "basicsr"
@@ -103,7 +104,7 @@ def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
         with _about(results[label]):
             result = _read(results[label], grey=grey)
         with _about(path):
-            truth = crop_to_multiple(_read(path, grey=grey), arguments.upscale)
+            truth = crop_to_multiple(_read(path, grey=grey), arguments.scale)
         with _about(results[label]):
             if protocol == "matlab" and truth.dim() != result.dim():  # what a picture is, the true one says
                 result = _grey(result) if truth.dim() == 2 else as_rgb(result)
@@ -111,7 +112,7 @@ def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
 
 
 def _border(arguments: argparse.Namespace) -> int:
-    return int(arguments.upscale if arguments.border is None else arguments.border)
+    return int(arguments.scale if arguments.border is None else arguments.border)
 
 
 def _pictures(folder: Path, template: str) -> dict[str, Path]:
@@ -122,16 +123,16 @@ def _pictures(folder: Path, template: str) -> dict[str, Path]:
         if path.stem.startswith(before) and path.stem.endswith(after):
             label = path.stem[len(before) : len(path.stem) - len(after)]
             if label in found:
-                raise UsageError(f"{name(path)} and {name(found[label].name)} have one name, and must have two")
+                raise UsageError(f"{name(path)} and {name(found[label].name)} must have different names")
             found[label] = path
     if not found:
-        raise UsageError(f"{name(folder)} must hold pictures called like {template}, and holds none")
+        raise UsageError(f"{name(folder)} must contain images named like {template}, but contains none")
     return found
 
 
 def _check_grey(arguments: argparse.Namespace, truths: dict[str, Path]) -> None:
     if unknown := [label for label in arguments.grey if label not in truths]:
-        raise UsageError(f"--grey must name pictures, and {', '.join(unknown)} is none of {', '.join(truths)}")
+        raise UsageError(f"--grey must name images, but {', '.join(unknown)} is none of {', '.join(truths)}")
 
 
 def _read(path: Path, *, grey: bool) -> Tensor:
@@ -142,7 +143,7 @@ def _read(path: Path, *, grey: bool) -> Tensor:
 def _grey(pixels: Tensor) -> Tensor:
     """Return the one channel of an RGB picture without colours."""
     if not bool((pixels == pixels[..., :1]).all()):
-        raise ImageError("must be grey, like the true picture or as --grey says, and has colours")
+        raise ImageError("must be grey, like the ground truth or as --grey says, but has colours")
     return pixels[..., 0]
 
 

@@ -1,4 +1,4 @@
-"""`sparse-sr inspect`: pictures of what a network does with an image."""
+"""`sparse-sr inspect`: pictures of what the attention of a network does with an image."""
 
 import argparse
 from pathlib import Path
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DESCRIPTION = """\
-Draw what a network with attention does with an image.
+Draw what the attention of a network does with an image.
 
-  sparse-sr inspect clusters  photo.png --weights w.pth          which cluster each pixel belongs to
+examples:
+  sparse-sr inspect clusters  photo.png --weights w.pth          the cluster of each pixel
   sparse-sr inspect attention photo.png --weights w.pth --pixel 40 25
-                                                                 where that pixel attends, the brighter the more
-  sparse-sr inspect overlap   photo.png --weights w.pth          how much of their attention layers have in common
+                                                                 where that pixel attends, brighter for more
+  sparse-sr inspect overlap   photo.png --weights w.pth          how much attention the layers have in common
 
-Clusters of similar centroids have similar colours. The overlap of two layers is the share of weight that they put on
-the same keys, averaged over pixels: 1 for layers that share a state, by construction."""
-EPILOG = "The whole image goes through the network at once: take a part of a large one. Pixels are those of the input."
+Clusters with similar centroids have similar colours. The overlap of two layers is the share of weight that they put on
+the same keys, averaged over pixels; it is 1 by construction for layers that share a state."""
+EPILOG = "The whole image goes through the network at once; crop a large one. Pixels are those of the input."
 
 _CELL = 56
 _SHORTEST = 512
@@ -46,14 +47,14 @@ _SHORTEST = 512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("what", choices=["clusters", "attention", "overlap"], help="what to draw")
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="any that Pillow reads")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="any image that Pillow reads")
     add_weights(parser)
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="picture (default: IMAGE_WHAT.png)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there already")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="image to write (default: IMAGE_WHAT.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing image")
     parser.add_argument(
-        "--pixel", type=int, nargs=2, metavar=("X", "Y"), help="from the upper left, from 0 (default: the middle)"
+        "--pixel", type=int, nargs=2, metavar=("X", "Y"), help="column and row, from 0 (default: the centre)"
     )
-    parser.add_argument("--layer", type=int, default=0, metavar="N", help="which attention layer, from 0")
+    parser.add_argument("--layer", type=int, default=0, metavar="N", help="attention layer, from 0 (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     layer = list(states)[arguments.layer]
     if arguments.what == "clusters":
         if not isinstance(states[layer], ClusterAttention):
-            raise UsageError(f"clusters are of LCoA and CoA, and {layer} has windows; --layer chooses another")
+            raise UsageError(f"only LCoA and CoA have clusters, but {layer} has windows; --layer selects another")
         picture = _clusters(model.get_submodule(layer), states[layer])
     elif arguments.what == "attention":
         picture = _attention(states[layer], low, _pixel(arguments.pixel, low))

@@ -1,4 +1,4 @@
-"""`sparse-sr list`: what there is to name in option files and in code."""
+"""`sparse-sr list`: the names for option files and code."""
 
 import argparse
 import inspect
@@ -20,13 +20,14 @@ from sparse_sr_attn.errors import SparseSRError
 from sparse_sr_attn.layers.base import LAYERS
 
 DESCRIPTION = """\
-Show what can be named: attention layers (in `attention: {type: NAME}`), networks, presets (networks with options), and
-trained weights that come with the library (for --weights and load_model).
+List attention layers (for `attention: {type: NAME}`), networks, presets (networks with options), and the included
+trained weights (for --weights and load_model).
 
+examples:
   sparse-sr list                  one line each
-  sparse-sr list LCoA EDSR        these in full, with their options and defaults
-  sparse-sr list --json           all, for programs"""
-EPILOG = "Parameters of layers are counted at 64 channels; of networks, as their defaults make them."
+  sparse-sr list LCoA EDSR        with options and defaults
+  sparse-sr list --json           everything, for programs"""
+EPILOG = "Parameters are counted at 64 channels for layers, and with default options for networks."
 
 _LAYER_WIDTH = 64
 _INDENT = " " * 6
@@ -34,7 +35,7 @@ _INDENT = " " * 6
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="show these in full")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="show these with all options")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_imports(parser)
 

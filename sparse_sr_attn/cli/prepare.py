@@ -1,4 +1,4 @@
-"""`sparse-sr prepare`: photographs become pairs to train and validate on."""
+"""`sparse-sr prepare`: pairs for training and validation from photographs."""
 
 import argparse
 import os
@@ -13,46 +13,49 @@ from sparse_sr_attn.data.pairs import write_pairs
 from sparse_sr_attn.errors import ImageError
 
 DESCRIPTION = """\
-Make pairs of high and low resolution from the photographs in folders: what MATLAB's bicubic imresize makes of them, to
-the last bit, as papers train and test on it ("BI").
+Make pairs of high- and low-resolution images from photographs. Downsampling equals MATLAB's bicubic imresize to the
+last bit, as papers use for training and testing ("BI").
 
+examples:
   sparse-sr prepare DIV2K/ --scale 2 --tile 480 --crop 96 -o datasets/DIV2K_x2     to train with gt_size: 96
   sparse-sr prepare DIV2K/ --scale 2 --crop 96 -o datasets/DIV2K_x2                for CachedPairedImageDataset
   sparse-sr prepare Set5/ --scale 2 -o datasets/Set5_x2                            to validate
 
-In the option file, dataroot_gt is OUT/HR, dataroot_lq is OUT/LR_xN, and filename_tmpl is '{}'."""
+In the option file, set dataroot_gt to FOLDER/HR, dataroot_lq to FOLDER/LR_xN, and filename_tmpl to '{}'."""
 EPILOG = """\
-Sides are cut to a multiple of the scale. Grey becomes three equal channels, alpha is left out. Pairs are named after
-their images, with the suffix or the folder too where two would have one name. Nothing stands in OUT before everything
-does.
+Sides are cropped to a multiple of the scale. Grey becomes three equal channels, alpha is dropped. Pairs are named after
+their images; if two would have the same name, with the suffix or also the folder. The output appears only when all
+pairs are complete.
 
-Exit status: 0 done; 1 an image cannot be read, or nothing could be written; 2 the command line is wrong."""
+Exit status: 0 success; 1 an image cannot be read, or the output not be written; 2 wrong command line."""
 
-_NAMED = 3  # images left out that are named
+_NAMED = 3  # skipped images in a note
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        "input", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="of high resolution; folders are not descended"
+        "input", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="high-resolution images; subfolders are skipped"
     )
-    parser.add_argument("-s", "--scale", type=int, required=True, metavar="N", help="factor to shrink by, >= 1")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for HR and LR_xN")
+    parser.add_argument("-s", "--scale", type=int, required=True, metavar="N", help="super-resolution factor")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder to write HR and LR_xN to"
+    )
     parser.add_argument(
         "--tile",
         type=int,
         default=0,
         metavar="N",
-        help="side of the pieces that images are cut into, so that training decodes less (default: 0, whole)",
+        help="cut images into tiles of this side, so that training decodes less (default: 0, whole images)",
     )
     parser.add_argument(
         "--crop",
         type=int,
         default=0,
         metavar="N",
-        help="gt_size of the training to come: smaller images are left out, and tiles overlap by it (default: 0)",
+        help="gt_size of the training: smaller images are skipped, and tiles overlap by it (default: 0)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT/HR and OUT/LR_xN if they are there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing HR and LR_xN")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,14 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--crop must be smaller than --tile, {tile}, got {crop}")
     taken = [part for part in (output / "HR", output / f"LR_x{scale}") if os.path.lexists(part)]
     if taken and not arguments.overwrite:
-        raise UsageError(f"{name(taken[0])} is there already, and stays; --overwrite replaces it")
+        raise UsageError(f"{name(taken[0])} already exists; --overwrite replaces it")
     files = list({file.absolute(): file for path in arguments.input for file in images_in(path)}.values())
     named = dict(zip(distinct_names(files), files, strict=True))
     small: list[Path] = []
     count = write_pairs(_read(named, max(crop, scale), small), output, scale, tile=tile, crop=crop)
     if small:
         some = ", ".join(map(name, small[:_NAMED])) + (", ..." if len(small) > _NAMED else "")
-        say(f"note: left out, because a side is shorter than {max(crop, scale)}: {len(small)} of {len(files)}, {some}")
+        say(f"note: {len(small)} of {len(files)} images skipped, with a side shorter than {max(crop, scale)}: {some}")
     show(f"{count} pairs from {len(files) - len(small)} images -> {name(output)}")
     return 0
 

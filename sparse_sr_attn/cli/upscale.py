@@ -1,4 +1,4 @@
-"""`sparse-sr upscale`: images through a network, one by one, whatever is wrong with some of them."""
+"""`sparse-sr upscale`: images through a network, one by one; the failure of one does not stop the others."""
 
 import argparse
 import ctypes
@@ -32,24 +32,24 @@ from sparse_sr_attn.inference.tiling import Progress, num_tiles, with_smaller_ti
 from sparse_sr_attn.inference.upscale import upscale_image
 
 DESCRIPTION = """\
-Enlarge images, or all images of folders, with the network that the weights belong to.
+Upscale images, or all images in folders.
 
-  sparse-sr upscale photo.jpg                                           writes photo_x2.png beside it
-  sparse-sr upscale photo.jpg --scale 4                                 likewise photo_x4.png
+examples:
+  sparse-sr upscale photo.jpg                                           writes photo_x2.png next to it
+  sparse-sr upscale photo.jpg --scale 4                                 writes photo_x4.png
   sparse-sr upscale a.jpg b.jpg --output results/                       writes results/a_x2.png and b_x2.png
   sparse-sr upscale photos/ --weights net_g_latest.pth                  writes photos_x2/*.png
   sparse-sr upscale scan.tif --weights w.pth --output big.tif --tile 256
   sparse-sr upscale - < photo.jpg > large.png                           standard input and output
 
-Any image that Pillow reads: grey stays grey, 16-bit grey stays 16-bit, alpha and the colour profile are kept, and EXIF
-rotation is applied. An image that cannot be read is reported in one line, and the others go on. When there are several
-images, those with a result are skipped, so a run that was stopped can be repeated."""
+Reads any image that Pillow reads. Grey stays grey, 16-bit grey stays 16-bit, alpha and the colour profile are kept, and
+EXIF rotation is applied. An image that cannot be read is reported in one line, and the others continue. With several
+images, those with an existing result are skipped, so you can repeat a run that was stopped."""
 EPILOG = """\
-Images are cut into tiles, and where tiles meet one passes into the other. Attention sees its own tile only: smaller
-tiles need less memory and give attention less to look at. When memory runs out, the image is done again in smaller
-tiles.
+Images are cut into overlapping tiles, which are blended. Attention sees only its own tile: smaller tiles need less
+memory and give attention less to use. When memory runs out, the image is processed again in smaller tiles.
 
-Exit status: 0 all images are done; 1 some are not; 2 the command line is wrong, and nothing was done."""
+Exit status: 0 all images are done; 1 some failed; 2 wrong command line, nothing was done."""
 
 STREAM = Path("-")
 """Standard input or output."""
@@ -74,19 +74,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="IMAGE|FOLDER",
-        help="what to enlarge; subfolders are skipped; - is standard input",
+        help="what to upscale; subfolders are skipped; - is standard input",
     )
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("-s", "--scale", type=int, metavar="N", help=f"take the library's weights {NETWORK}_xN")
+    weights.add_argument(
+        "-s", "--scale", type=int, metavar="N", help=f"super-resolution factor, for the included weights {NETWORK}_xN"
+    )
     add_weights(parser, weights)
     parser.add_argument(
         "-o",
         "--output",
         metavar="FILE|FOLDER",
-        help="a file, whose suffix says the format; or a folder, which gets NAME_xN.png: one that exists, ends with /, "
-        "or is named for several images; - is standard output, as PNG",
+        help="a file, in the format of its suffix; or a folder for NAME_xN.png, if it exists, ends with / or there are "
+        "several images; - is standard output, as PNG",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing results")
     parser.add_argument(
         "--tile",
         type=int,
@@ -105,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=MAX_PIXELS,
         metavar="N",
-        help="refuse larger images, which may be attacks on memory (default: %(default)s)",
+        help="refuse larger images, which may exhaust memory (default: %(default)s)",
     )
 
 

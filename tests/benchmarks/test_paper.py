@@ -439,10 +439,10 @@ def test_differences_are_of_the_same_seed() -> None:
     assert "| shift-conv | 31.100 ± 0.995 | +0.100 ± 0.010 |" in text
     assert "| 1×1 | 31.000 ± 1.000 | – |" in text
     assert "| bicubic interpolation | 30.12 |" in text
-    assert "(Student's t of the differences, 5 %): shift-conv. With so few seeds, no more can be." in text
-    assert "3 seeds, the same start, patches and steps for all" in text
+    assert "(Student's t of the differences, 5 %): shift-conv. More seeds would detect smaller" in text
+    assert "3 seeds, with the same initial weights, patches and steps." in text
     alone = markdown(figure, document({"1×1": [30.0], "shift-conv": [30.1], "3×3": [30.5]}))
-    assert "With one seed no difference can be told from chance." in alone
+    assert "With one seed, no difference can be called significant." in alone
 
 
 def test_a_page_is_filled_between_its_marks() -> None:
@@ -475,7 +475,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         saved(tmp_path / "val", f"{index}.png", noise(36, 40, 3, seed=9 + index))
     monkeypatch.setitem(command.SCALES, "small", TINY)
     monkeypatch.setattr("benchmarks.paper.experiment._ROUNDS", 1)
-    return ["--data", str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / "out")]
+    return ["--data", str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--output", str(tmp_path / "out")]
 
 
 SOME = ("lcoa-2", "lcoa-3", "lcoa-5", "elan-asa")
@@ -494,10 +494,10 @@ def test_figures_from_pictures_to_page(
     assert " MiB |" in again  # costs of the run before are kept
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- paper {label} -->\n<!-- end {label} -->\n" for label in FIGURES))
-    assert main(["page", "--out", folders[-1], "--page", str(page)]) == 0
+    assert main(["page", "--output", folders[-1], "--page", str(page)]) == 0
     filled = page.read_text()
     assert "<!-- paper elan-lfe -->\n<!-- end elan-lfe -->\n" in filled  # of which there is nothing
-    assert "elan-lfe: nothing in" in capsys.readouterr().err
+    assert "elan-lfe: no results in" in capsys.readouterr().err
     for label in SOME:
         assert f"](assets/paper-{label}.png)" in filled
         assert (tmp_path / "assets" / f"paper-{label}.png").read_bytes().startswith(b"\x89PNG")
@@ -506,7 +506,7 @@ def test_figures_from_pictures_to_page(
     found = json.loads((tmp_path / "out" / "lcoa-3.json").read_text())
     mean = sum(one["psnr"] for one in found["results"]["no attention"].values()) / 2
     assert f"| no attention | {mean:.3f} ± " in filled
-    assert main(["page", "--out", folders[-1], "--page", str(page)]) == 0
+    assert main(["page", "--output", folders[-1], "--page", str(page)]) == 0
     assert page.read_text() == filled
 
 
@@ -521,17 +521,17 @@ def test_growth_needs_no_pictures(folders: list[str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lcoa-3"], "--data must name a folder of pictures, for all figures but lcoa-2"),
-        (["lcoa-3", "--data", "."], "--val must name a folder of pictures"),
+        (["lcoa-3"], "--data must name a folder of images, for all figures except lcoa-2"),
+        (["lcoa-3", "--data", "."], "--val must name a folder of images"),
         (["lcoa-3", "--data", "absent", "--val", "."], "absent: no such image or folder"),
         (["lcoa-9"], "invalid choice: 'lcoa-9'"),
         (["lcoa-2", "--iterations", "0"], "--iterations: must be >= 1, got 0"),
         (["lcoa-2", "--learning-rate", "0"], "--learning-rate: must be > 0 and finite, got 0.0"),
         (["lcoa-2", "--threads", "0"], "--threads must be >= 1, got 0"),
-        (["lcoa-2", "--costs", "none"], "lcoa-2 measures costs, and --costs none forbids it"),
+        (["lcoa-2", "--costs", "none"], "lcoa-2 measures costs, which --costs none switches off"),
         (["page"], "needs --page FILE"),
-        (["page", "lcoa-2", "--page", "a.md"], "needs --page FILE, and no figure beside it"),
-        (["page", "--page", "absent.md"], "--page must be a file that is there, got absent.md"),
+        (["page", "lcoa-2", "--page", "a.md"], "needs --page FILE and no figure"),
+        (["page", "--page", "absent.md"], "--page must be an existing file, got absent.md"),
     ],
 )
 def test_a_wrong_command_line_does_nothing(

@@ -175,7 +175,7 @@ def test_what_weights_do_not_tell_is_said(
     told = [f"{key}={str(list(value)) if isinstance(value, tuple) else value}" for key, value in options.items()]
     status = main(["convert", f"{tmp_path}/edsr.pth", f"{tmp_path}/out.pt", "--names", "released", "--set", *told])
     assert status == 0
-    note = f"sparse-sr: note: these weights do not tell {said}; tell it to whoever reads them\n"
+    note = f"sparse-sr: note: the file does not record {said}; pass it when you load the file\n"
     assert capsys.readouterr().err == note
 
 
@@ -211,7 +211,7 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("arguments", "status", "message"),
     [
         (["no.pth", "out.pth"], 1, "no.pth: there is no such file"),
-        (["net.pth", "out.onnx"], 2, "TO must end in .safetensors, .pth, .pt, got out.onnx"),
+        (["net.pth", "out.onnx"], 2, "--output must end in .safetensors, .pth, .pt, got out.onnx"),
         (["net.pth", "out.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
         (["net.pth", "out.pth", "--set", "img_range"], 2, "--set needs NAME=VALUE, got 'img_range'"),
         (["net.pth", "nowhere/out.pth"], 1, "cannot be written: No such file or directory"),

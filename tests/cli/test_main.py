@@ -1,5 +1,6 @@
 """The command `sparse-sr`: what it says before any work begins."""
 
+import argparse
 import importlib.metadata
 import re
 import subprocess
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sparse_sr_attn.cli.main import main
+from benchmarks.paper.__main__ import parser as paper_parser
+from benchmarks.speed.__main__ import parser as speed_parser
+from sparse_sr_attn.cli.common import output_file
+from sparse_sr_attn.cli.main import _parser, main
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["test", "--help"]])
@@ -57,6 +61,61 @@ def test_help_points_to_no_file_that_the_wheel_lacks(arguments: list[str], capsy
     assert not re.findall(r"docs/\S*|\S+\.md\)", out)
 
 
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each command, those of the benchmarks too."""
+    found = {"python -m benchmarks.paper": paper_parser(), "python -m benchmarks.speed": speed_parser()}
+    for command in COMMANDS:
+        commands = next(a for a in _parser([command])._actions if isinstance(a, argparse._SubParsersAction))
+        found[f"sparse-sr {command}"] = commands.choices[command]
+    return found
+
+
+def test_the_help_of_each_command_shows_examples() -> None:
+    for command, parser in command_parsers().items():
+        assert f"examples:\n  {command}" in parser.format_help()
+
+
+def test_one_word_means_one_thing_in_all_commands() -> None:
+    short = {"--scale": "-s", "--output": "-o", "--weights": "-w"}
+    old = {"--upscale", "--factor", "--out"}
+    devices = set()
+    for command, parser in command_parsers().items():
+        for action in parser._actions:
+            assert not old & set(action.option_strings), command
+            for option in short.keys() & set(action.option_strings):
+                assert short[option] in action.option_strings, (command, option)
+            if "--device" in action.option_strings:
+                devices.add((action.default, action.help))
+    assert len(devices) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("sparse-sr evaluate", ["a", "b", "--upscale", "3"], ["a", "b", "--scale", "3"]),
+        ("python -m benchmarks.speed", ["--upscale", "3"], ["--scale", "3"]),
+        ("python -m benchmarks.paper", ["all", "--scale", "full"], ["all", "--budget", "full"]),
+        ("python -m benchmarks.paper", ["all", "--out", "x"], ["all", "--output", "x"]),
+    ],
+)
+def test_old_spellings_work_and_are_not_shown(command: str, old: list[str], new: list[str]) -> None:
+    parser = command_parsers()[command]
+    assert parser.parse_args(old) == parser.parse_args(new) != parser.parse_args([*new[:-2], *NEEDED.get(command, ())])
+    spelling = old[-2]
+    assert not re.search(rf"{spelling}\b(?!put)", parser.format_help())
+
+
+NEEDED = {"sparse-sr evaluate": ["--scale", "2"]}
+
+
+@pytest.mark.parametrize(("command", "file"), [("convert", "net.pth"), ("export", "net.onnx")])
+def test_the_output_may_be_the_second_argument(command: str, file: str) -> None:
+    parser = command_parsers()[f"sparse-sr {command}"]
+    old, new = parser.parse_args(["w.pth", file]), parser.parse_args(["w.pth", "-o", file])
+    assert output_file(old) == output_file(new) == Path(file)
+    assert re.search(r"usage: .*\bWEIGHTS$", parser.format_usage().replace("\n", " ").strip())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,7 +159,7 @@ def test_without_basicsr_the_help_works_and_a_command_says_what_to_install() -> 
     assert done.returncode == 0, done.stderr
     done = _without_basicsr(["train", "-opt", "x.yml"])
     assert done.returncode == 1
-    assert done.stderr.startswith("sparse-sr: BasicSR is not installed, and `sparse-sr train` runs it.")
+    assert done.stderr.startswith("sparse-sr: BasicSR is not installed, but `sparse-sr train` needs it.")
     assert "pip install --no-build-isolation basicsr==1.4.2" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -47,7 +47,7 @@ def test_tiles_leave_out_what_is_smaller_than_a_crop(here: Path, capsys: pytest.
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert "from 2 images" in out
-    assert "note: left out, because a side is shorter than 16: 1 of " in err
+    assert "note: 1 of 3 images skipped, with a side shorter than 16: " in err
     assert "photos/small.png" in err
     files = sorted((here / "out/HR").iterdir())
     assert [file.name for file in files] == sorted(file.name for file in (here / "out/LR_x2").iterdir())
@@ -72,7 +72,7 @@ def test_whole_images_smaller_than_a_crop_are_left_out(here: Path, capsys: pytes
         (["--scale", "2", "--crop", "15"], 2, "--crop must be a multiple of the scale, 2, got 15"),
         (["nowhere", "--scale", "2"], 2, "nowhere: no such image or folder"),
         (["photos/notes.txt", "--scale", "2"], 1, "photos/notes.txt: is not an image"),
-        (["deeper/photos", "--scale", "2"], 2, "photos/grey.png and deeper/photos/grey.png would get one name"),
+        (["deeper/photos", "--scale", "2"], 2, "photos/grey.png and deeper/photos/grey.png would get the same name"),
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_is_written(

@@ -520,7 +520,10 @@ def test_names_that_nothing_tells_apart(upscale: Any) -> None:
         photo(f"{folder}/a.png")
     status, out, err = upscale("one/in", "two/in", "--output", "all")
     assert (status, out) == (2, "")
-    assert err == "sparse-sr: one/in/a.png and two/in/a.png would get one name; give them in two runs, or rename one\n"
+    assert (
+        err
+        == "sparse-sr: one/in/a.png and two/in/a.png would get the same name; process them in two runs, or rename one\n"
+    )
     assert sorted(os.listdir()) == ["one", "two"]
 
 
@@ -940,7 +943,7 @@ def test_memory_that_never_suffices(upscale: Any, monkeypatch: pytest.MonkeyPatc
     ("arguments", "message"),
     [
         (["nowhere.png"], "nowhere.png: no such image or folder"),
-        (["empty"], "empty must hold images, and none of its 0 files has the suffix of one"),
+        (["empty"], "empty must contain images, but none of its 0 files has the suffix of one"),
         (["good.png", "--tile", "-1"], "--tile must be >= 1, or 0 for the whole image, got -1"),
         (["good.png", "--tile", "8", "--overlap", "8"], "--overlap must be >= 0 and smaller than the tile, 8, got 8"),
         (["good.png", "--device", "abacus"], "--device must be one that torch can use here, got 'abacus'"),

@@ -146,7 +146,7 @@ def test_results_are_found_by_name_and_true_pictures_cut(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     results, truths = folders
-    command = ["evaluate", str(results), str(truths), "--upscale", "2", "--names", "{}_ours", "{}_HR"]
+    command = ["evaluate", str(results), str(truths), "--scale", "2", "--names", "{}_ours", "{}_HR"]
     assert main(command) == 0
     found = lines(capsys.readouterr().out)
     assert list(found) == ["bird", "bridge", "mean"]
@@ -165,7 +165,7 @@ def test_results_are_found_by_name_and_true_pictures_cut(
 
 def test_grey_and_protocol(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     results, truths = folders
-    command = ["evaluate", str(results), str(truths), "--upscale", "2", "--names", "{}_ours", "{}_HR"]
+    command = ["evaluate", str(results), str(truths), "--scale", "2", "--names", "{}_ours", "{}_HR"]
     assert main([*command, "--protocol", "matlab"]) == 0
     as_rgb = lines(capsys.readouterr().out)
     assert main([*command, "--protocol", "matlab", "--grey", "bridge"]) == 0
@@ -183,7 +183,7 @@ def test_grey_files_meet_rgb_files(tmp_path: Path, capsys: pytest.CaptureFixture
         Image.fromarray(picture.numpy()).save(tmp_path / form / "a.png")
     for result, truth in (("one", "three"), ("three", "one")):
         for protocol in ("basicsr", "matlab"):
-            command = ["evaluate", str(tmp_path / result), str(tmp_path / truth), "--upscale", "2"]
+            command = ["evaluate", str(tmp_path / result), str(tmp_path / truth), "--scale", "2"]
             assert main([*command, "--protocol", protocol]) == 0
             assert lines(capsys.readouterr().out)["a"] == [math.inf, 1.0]
 
@@ -195,15 +195,15 @@ def test_colours_of_a_grey_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     for folder, picture in (("result", coloured), ("truth", grey)):
         (tmp_path / folder).mkdir()
         Image.fromarray(picture.numpy()).save(tmp_path / folder / "a.png")
-    command = ["evaluate", str(tmp_path / "result"), str(tmp_path / "truth"), "--upscale", "2"]
+    command = ["evaluate", str(tmp_path / "result"), str(tmp_path / "truth"), "--scale", "2"]
     assert main(command) == 0
     assert lines(capsys.readouterr().out)["a"][0] == pytest.approx(psnr(luma(coloured), luma(grey), border=2), abs=6e-4)
     assert main([*command, "--protocol", "matlab"]) == 1
-    assert "a.png: must be grey, like the true picture or as --grey says, and has colours" in capsys.readouterr().err
+    assert "a.png: must be grey, like the ground truth or as --grey says, but has colours" in capsys.readouterr().err
 
 
 def test_bicubic(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["evaluate", "--bicubic", str(folders[1]), "--upscale", "3", "--names", "{}", "{}_HR", "--grey", "bridge"]
+    command = ["evaluate", "--bicubic", str(folders[1]), "--scale", "3", "--names", "{}", "{}_HR", "--grey", "bridge"]
     assert main(command) == 0
     found = lines(capsys.readouterr().out)
     truth, enlarged = bicubic_luma(noise(31, 40, 3), 3)
@@ -215,25 +215,25 @@ def test_bicubic(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["results", "--upscale", "2"], "needs 2 FOLDER, the results and the true pictures; got 1"),
-        (["results", "truths", "--bicubic", "--upscale", "2"], "needs 1 FOLDER, the folder of true pictures; got 2"),
-        (["truths", "--bicubic", "--upscale", "2", "--protocol", "basicsr"], "--bicubic is by --protocol matlab"),
-        (["results", "truths", "--upscale", "0"], "--upscale must be >= 1, got 0"),
-        (["results", "truths", "--upscale", "2", "--border", "-1"], "--border must be >= 0, got -1"),
-        (["results", "truths", "--upscale", "2", "--names", "a", "{}"], "--names must each have one {}, got a"),
+        (["results", "--scale", "2"], "needs 2 FOLDER, the results and the ground truth; got 1"),
+        (["results", "truths", "--bicubic", "--scale", "2"], "needs 1 FOLDER, the ground truth; got 2"),
+        (["truths", "--bicubic", "--scale", "2", "--protocol", "basicsr"], "--bicubic needs --protocol matlab"),
+        (["results", "truths", "--scale", "0"], "--scale must be >= 1, got 0"),
+        (["results", "truths", "--scale", "2", "--border", "-1"], "--border must be >= 0, got -1"),
+        (["results", "truths", "--scale", "2", "--names", "a", "{}"], "--names must each have one {}, got a"),
         (
-            ["results", "truths", "--upscale", "2"],
+            ["results", "truths", "--scale", "2"],
             "no result for bird_HR, bridge_HR in .*like bird_ours.png, bird_HR.png",
         ),
         (
-            ["results", "truths", "--upscale", "2", "--names", "{}", "{}_HR"],
+            ["results", "truths", "--scale", "2", "--names", "{}", "{}_HR"],
             "no result for bird, bridge in .*; try --names {}_ours {}_HR",
         ),
-        (["results", "absent", "--upscale", "2"], "absent: no such image or folder"),
-        (["results", "truths", "--upscale", "2", "--names", "{}", "{}x"], "called like {}x, and holds none"),
+        (["results", "absent", "--scale", "2"], "absent: no such image or folder"),
+        (["results", "truths", "--scale", "2", "--names", "{}", "{}x"], "named like {}x, but contains none"),
         (
-            ["results", "truths", "--upscale", "2", "--names", "{}_ours", "{}_HR", "--grey", "man"],
-            "--grey must name pictures, and man is none of bird, bridge",
+            ["results", "truths", "--scale", "2", "--names", "{}_ours", "{}_HR", "--grey", "man"],
+            "--grey must name images, but man is none of bird, bridge",
         ),
     ],
 )
@@ -252,15 +252,15 @@ def test_a_wrong_command_line_does_nothing(
 def test_pictures_that_do_not_fit(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     results, truths = folders
     command = ["evaluate", str(results), str(truths), "--names", "{}_ours", "{}_HR"]
-    assert main([*command, "--upscale", "4"]) == 1  # 31 lines are cut to 28, and the result has 30
+    assert main([*command, "--scale", "4"]) == 1  # 31 lines are cut to 28, and the result has 30
     assert "bird_ours.png: pictures must be of one size, got (30, 40) and (28, 40)" in capsys.readouterr().err
-    assert main([*command, "--upscale", "2", "--grey", "bird"]) == 1
+    assert main([*command, "--scale", "2", "--grey", "bird"]) == 1
     assert (
-        "bird_HR.png: must be grey, like the true picture or as --grey says, and has colours" in capsys.readouterr().err
+        "bird_HR.png: must be grey, like the ground truth or as --grey says, but has colours" in capsys.readouterr().err
     )
     Image.fromarray(np.zeros((30, 40), np.uint16)).save(results / "bird_ours.png")
-    assert main([*command, "--upscale", "2"]) == 1
+    assert main([*command, "--scale", "2"]) == 1
     assert "bird_ours.png: must have 8 bits a channel, got 16" in capsys.readouterr().err
     (results / "bird_ours.png").write_bytes(b"nothing")
-    assert main([*command, "--upscale", "2"]) == 1
+    assert main([*command, "--scale", "2"]) == 1
     assert "bird_ours.png: is not an image that Pillow knows" in capsys.readouterr().err

@@ -377,7 +377,7 @@ def test_windows_of_a_network_that_pads(here: Path, capsys: pytest.CaptureFixtur
     assert [row[0] for row in rows] == [f"body.{block}.attention.{turn}" for block in (0, 1) for turn in (0, 1)]
     assert rows[0][2] == rows[2][4] == "1.00"
     assert main(["inspect", "clusters", "photo.png", "--weights", "elan.pth"]) == 2
-    assert "clusters are of LCoA and CoA, and body.0.attention.0 has windows" in capsys.readouterr().err
+    assert "only LCoA and CoA have clusters, but body.0.attention.0 has windows" in capsys.readouterr().err
 
 
 def test_weights_without_attention(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

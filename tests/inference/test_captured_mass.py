@@ -376,7 +376,9 @@ def test_of_a_network_without_clusters(home: Path, capsys: pytest.CaptureFixture
     assert "1 image, at most 8x8; features of body.1.attention.0 of elan.pth." in text
     assert main([*command, "--patterns", "trained"]) == 2
     error = capsys.readouterr().err
-    assert error == "sparse-sr: --patterns trained needs a layer with clusters (LCoA), and body.0.attention.0 is none\n"
+    assert (
+        error == "sparse-sr: --patterns trained needs a layer with clusters (LCoA), but body.0.attention.0 has none\n"
+    )
 
 
 @pytest.mark.parametrize(

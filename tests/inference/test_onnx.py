@@ -206,7 +206,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["net.pth", "net.pt"], 2, "TO must end in .onnx, got net.pt"),
+        (["net.pth", "net.pt"], 2, "--output must end in .onnx, got net.pt"),
+        (["net.pth"], 2, "--output must name the one file to write, got none"),
+        (["net.pth", "a.onnx", "-o", "b.onnx"], 2, "--output must name the one file to write, got b.onnx and a.onnx"),
         (["net.pth", "net.onnx", "--size", "0", "3"], 2, "--size must be HEIGHT and WIDTH, each >= 1"),
         (["no.pth", "net.onnx"], 1, "no.pth: there is no such file"),
     ],

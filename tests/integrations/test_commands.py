@@ -49,7 +49,7 @@ def test_train_and_test_run_the_basicsr_of_the_fork(training: Write, testing: Wr
     for command in ([str(SCRIPT)], [sys.executable, "-m", "sparse_sr_attn"]):
         trained = run(*command, "train", "-opt", training(changes))
         assert trained.returncode == 0, trained.stderr
-        assert f"sparse-sr: note: BasicSR is that of this folder, {fork / 'basicsr'}" in trained.stderr
+        assert f"sparse-sr: note: using the BasicSR of this folder, {fork / 'basicsr'}" in trained.stderr
         assert "Network [OfTheFork] is created" in trained.stdout + trained.stderr
     tested = run(str(SCRIPT), "test", "-opt", testing({"network_g": {"type": "OfTheFork"}}))
     assert tested.returncode == 0, tested.stderr
