@@ -21,6 +21,11 @@ class ClusterPattern(NamedTuple):
         exact_keys: whether every key counts once; `False` is the published counting (`docs/deviations.md`, 5).
         neighbors: the `m = 2 * num_adjacent + 1` chunks that each chunk sees, itself first; of fewer than `m` chunks,
             each counts once, and what follows in a row does not count. `None` for a ring. No gradient.
+
+    Examples:
+        >>> pattern = LSP(64, chunk_size=36)(torch.rand(1, 64, 12, 12)).pattern
+        >>> pattern.order.shape, pattern.chunk_size
+        (torch.Size([1, 144]), 36)
     """
 
     order: Int[Tensor, "b n"]
@@ -44,6 +49,11 @@ class ClusterAttention(NamedTuple):
         weights: of each slot of `k` chunks of `i` slots over the `j = (2 * num_adjacent + 1) * i` slots it sees;
             rows of real slots sum to 1 over the rounds. Carries gradient to the provider.
         embedding: query and, at unit length, key of each token, in image order. Carries gradient to the provider.
+
+    Examples:
+        >>> state = LCoA(64, chunk_size=36).attend(torch.rand(2, 64, 12, 12))
+        >>> state.map_size(), state.weights.shape
+        ((2, 12, 12), torch.Size([2, 4, 36, 108]))
     """
 
     pattern: ClusterPattern
@@ -71,6 +81,11 @@ class WindowAttention(NamedTuple):
         exact_shift: whether what is moved goes back to where it was; `False` is published (`docs/deviations.md`).
         height: of the map, in pixels.
         width: of the map, in pixels.
+
+    Examples:
+        >>> state = GMSA(60, window_sizes=(4, 8, 12)).attend(torch.rand(2, 60, 24, 24))
+        >>> state.map_size(), state.weights[0].shape  # 36 windows of 16 pixels
+        ((2, 24, 24), torch.Size([2, 36, 16, 16]))
     """
 
     weights: tuple[Float[Tensor, "b _ _ _"] | None, ...]

@@ -114,8 +114,12 @@ def attach(
         States travel by argument inside the trunk, so copies, threads, activation checkpointing around the trunk,
         `DistributedDataParallel` and `torch.compile` work as before. `docs/attach.md` tells which models fit.
 
-    Example:
-        `attach(RRDBNet(3, 3), "body", "LCoA", every=6, share=3, num_clusters=64)`
+    Examples:
+        >>> body = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), body)
+        >>> model = attach(model, "1", "LCoA", every=2, share=2, num_clusters=32)
+        >>> model(torch.rand(1, 3, 12, 12)).shape, len(body.attention)
+        (torch.Size([1, 16, 12, 12]), 2)
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise _refusal("model", "must not be in DistributedDataParallel yet, which would not see new parameters")
@@ -146,6 +150,12 @@ def detach(model: nn.Module) -> nn.Module:
 
     Raises:
         ConfigError: there is no such attention in it.
+
+    Examples:
+        >>> body = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
+        >>> model = attach(torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1), body), "1", "LCoA")
+        >>> is_attended(model), is_attended(detach(model))
+        (True, False)
     """
     plain = {attended: original for original, attended in _ATTENDED.items()}
     found = [module for module in model.modules() if type(module) in plain]
@@ -158,7 +168,12 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def is_attended(model: nn.Module) -> bool:
-    """Return whether there is attention in a model that `attach` put there."""
+    """Return whether there is attention in a model that `attach` put there.
+
+    Examples:
+        >>> is_attended(EDSR(num_block=4, attention="LCoA"))  # attention of its own, not attached
+        False
+    """
     return any(type(module) in _ATTENDED.values() for module in model.modules())
 
 

@@ -35,6 +35,11 @@ class EDSR(TrunkNetwork):
 
     Note:
         State-dict keys are those of `TrunkNetwork`.
+
+    Examples:
+        >>> model = EDSR(num_feat=16, num_block=4, upscale=2, attention={"type": "LCoA", "every": 2}, img_range=1.0)
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 24, 24])
     """
 
     @store_init_args

@@ -44,6 +44,11 @@ class ELAN(Network):
     Source:
         arXiv 2203.06697 and the configuration of its released code, whose `m_elan` is `num_block * share` here.
         8,254,092 parameters at x2; 582,012 for ELAN-light.
+
+    Examples:
+        >>> model = ELAN(num_feat=60, num_block=2, upscale=2)
+        >>> model(torch.rand(1, 3, 20, 20)).shape
+        torch.Size([1, 3, 40, 40])
     """
 
     @store_init_args

@@ -78,6 +78,11 @@ class LCoAN(ResidualNetwork):
     Source:
         arXiv 2404.04922 and the configuration of its released code: 14,340,227 parameters at x2 that matter; the
         released network has 1,328,281 more that it never uses.
+
+    Examples:
+        >>> model = LCoAN(num_feat=16, num_group=3, num_block=1, upscale=2, num_clusters=32)
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 24, 24])
     """
 
     @store_init_args

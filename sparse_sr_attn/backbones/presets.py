@@ -21,6 +21,11 @@ class Preset:
         build: the network.
         options: where they differ from its defaults.
         source: where they come from.
+
+    Examples:
+        >>> preset = PRESETS["LCoAN-light"]
+        >>> preset.build.__name__, preset.options["num_feat"]
+        ('LCoAN', 48)
     """
 
     build: Callable[..., nn.Module]
@@ -64,8 +69,10 @@ def create_model(name: str, **options: Any) -> nn.Module:
         UnknownNameError: there is no such preset.
         ConfigError: options break their rules; all that do are named.
 
-    Example:
-        `create_model("LCoAN-light", upscale=4)`
+    Examples:
+        >>> model = create_model("LCoAN-light", upscale=4)
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 48, 48])
     """
     if name not in PRESETS:
         raise UnknownNameError(f"no preset named {name!r}{suggestion(name, sorted(PRESETS))}")

@@ -32,6 +32,12 @@ class RCAN(TrunkNetwork):
 
     Note:
         State-dict keys are those of `TrunkNetwork`.
+
+    Examples:
+        >>> attention = {"type": "LCoA", "every": 1, "share": 2}
+        >>> model = RCAN(num_feat=16, num_group=2, num_block=2, upscale=2, attention=attention, img_range=1.0)
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 24, 24])
     """
 
     @store_init_args

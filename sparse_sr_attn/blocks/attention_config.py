@@ -25,6 +25,11 @@ class AttentionConfig:
             option `share` of its own gets it, and no site reuses another's.
         options: of the layer, checked.
         path: where the map stands, for messages.
+
+    Examples:
+        >>> (config,) = read_attention({"type": "LCoA", "every": 4, "share": 2, "num_clusters": 32}, num_blocks=16)
+        >>> config.sites(16), config.options["num_clusters"]
+        ((3, 7, 11, 15), 32)
     """
 
     type: str
@@ -56,6 +61,11 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
 
     Raises:
         ConfigError: names all problems of all maps, each with its path.
+
+    Examples:
+        >>> configs = read_attention([{"type": "GMSA", "every": 8}, {"type": "LCoA", "every": 4}], num_blocks=16)
+        >>> [(config.type, config.sites(16)) for config in configs]
+        [('GMSA', (7, 15)), ('LCoA', (3, 7, 11, 15))]
     """
     if attention is None:
         return ()
@@ -80,6 +90,10 @@ def default_config(name: str, *, shares: bool = True) -> dict[str, Any]:
     Args:
         name: of a registered layer, or `timm:<name>`.
         shares: whether states can travel between the blocks.
+
+    Examples:
+        >>> default_config("LCoA")
+        {'type': 'LCoA', 'every': 4, 'share': 4}
     """
     provides = name in LAYERS and getattr(LAYERS.get(name).build, "provides", None) is not None
     return {"type": name, "every": 4, "share": 4 if shares and provides else 1}
@@ -125,6 +139,11 @@ def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Mo
 
     Raises:
         ConfigError: names all problems, each with its path.
+
+    Examples:
+        >>> build = read_block({"type": "ELAB", "window_sizes": [4, 8]})
+        >>> build(0, 60)(torch.rand(1, 60, 16, 16)).shape  # block 0, 60 channels
+        torch.Size([1, 60, 16, 16])
     """
     if block is None:
         return None
@@ -141,6 +160,11 @@ def read_trunk(
 
     Raises:
         ConfigError: names all problems of both.
+
+    Examples:
+        >>> build, configs = read_trunk(None, "LCoA", num_sites=16)
+        >>> build is None, [config.sites(16) for config in configs]
+        (True, [(3, 7, 11, 15)])
     """
     problems = ProblemList()
     build: Callable[[int, int], nn.Module] | None = None

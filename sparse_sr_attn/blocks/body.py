@@ -52,6 +52,13 @@ class SiteAttention(nn.ModuleList):
         maps: from `read_attention`, for as many blocks.
         num_blocks: blocks of the trunk.
         embed_dim: channels of the trunk.
+
+    Examples:
+        >>> from sparse_sr_attn.blocks import read_attention
+        >>> attention = SiteAttention(read_attention({"type": "LCoA", "every": 2}, 4), num_blocks=4, embed_dim=8)
+        >>> trunk = [torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
+        >>> attention.run(trunk, torch.rand(1, 8, 12, 12)).shape
+        torch.Size([1, 8, 12, 12])
     """
 
     def __init__(self, maps: Sequence[AttentionConfig], num_blocks: int, embed_dim: int) -> None:

@@ -35,6 +35,10 @@ class ELAB(AttentionLayer):
 
     Source:
         ELAB of arXiv 2203.06697; `share` is its `n_share` + 1, `expansion` its `r_expand`.
+
+    Examples:
+        >>> ELAB(60, share=2)(torch.rand(1, 60, 24, 24)).shape
+        torch.Size([1, 60, 24, 24])
     """
 
     @checked

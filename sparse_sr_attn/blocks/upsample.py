@@ -19,6 +19,10 @@ class Upsample(nn.Sequential):
 
     Source:
         Shi et al., CVPR 2016; state-dict keys as in BasicSR and EDSR-PyTorch.
+
+    Examples:
+        >>> Upsample(3, 64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 36, 36])
     """
 
     @checked

@@ -37,8 +37,10 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
     Note:
         What is returned has been read back by `load_model`, and every weight was the same.
 
-    Example:
-        `torch.save(convert_weights(load_model("net_g_latest.pth"), "released"), "lcoan_x2.pt")`
+    Examples:
+        >>> weights = convert_weights(load_model("LCoAN-light_x2"), "released")
+        >>> len(weights)
+        77
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if names == "ours":

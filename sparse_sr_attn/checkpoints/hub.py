@@ -100,8 +100,8 @@ def from_pretrained(
     Note:
         Weights are read from safetensors only. No code of a repository is fetched or run.
 
-    Example:
-        `hub.from_pretrained("me/lcoan-x2", chunk_size=1024)`
+    Examples:
+        >>> model = hub.from_pretrained("me/lcoan-x2", chunk_size=1024)  # doctest: +SKIP
     """
     source = os.path.expanduser(source)
     try:

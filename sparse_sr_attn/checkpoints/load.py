@@ -51,8 +51,12 @@ def load_model(
         Files are read as data; no code in them runs. Our networks with attention carry their options in their state
         dict. For all others, `docs/checkpoints.md` says what is assumed.
 
-    Example:
-        `load_model("EDSR_Lx4.pth", img_range=255.0)`, `load_model("LCoAN-light_x2")`
+    Examples:
+        >>> model = load_model("LCoAN-light_x2")  # or a file, or a state dict
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 24, 24])
+        >>> load_model(EDSR(num_block=4, upscale=2).state_dict(), img_range=1.0).img_range
+        1.0
     """
     return load_and_tell(source, overrides, allow_tail_reinit=allow_tail_reinit)[0]
 

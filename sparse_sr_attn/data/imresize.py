@@ -28,6 +28,10 @@ def crop_to_multiple(image: Shaped[Tensor, "h w *c"], multiple: int) -> Shaped[T
     Raises:
         ValueError: `multiple < 1`.
         ShapeError: nothing would be left.
+
+    Examples:
+        >>> crop_to_multiple(torch.zeros(50, 71, 3, dtype=torch.uint8), 4).shape
+        torch.Size([48, 68, 3])
     """
     if multiple < 1:
         raise ValueError(f"multiple must be >= 1, got {multiple}")
@@ -54,6 +58,10 @@ def matlab_bicubic(image: UInt8[Tensor, "h w *c"], upscale: int) -> UInt8[Tensor
         ValueError: `upscale < 1`.
         ShapeError: a side is shorter than `upscale`, or the picture has neither 2 nor 3 axes.
         TypeError: the picture is not uint8.
+
+    Examples:
+        >>> matlab_bicubic(torch.zeros(50, 71, 3, dtype=torch.uint8), upscale=4).shape
+        torch.Size([12, 17, 3])
     """
     if upscale < 1:
         raise ValueError(f"upscale must be >= 1, got {upscale}")
@@ -92,6 +100,11 @@ def imresize(
     Source:
         R. Keys, "Cubic convolution interpolation for digital image processing", 1981; the documented
         behaviour of MATLAB's `imresize` (antialiasing on, method bicubic).
+
+    Examples:
+        >>> image = torch.tensor([[0, 100, 200, 100]], dtype=torch.uint8)
+        >>> imresize(image, size=(1, 2))
+        tensor([[ 55, 145]], dtype=torch.uint8)
     """
     _checked(image, torch.uint8, torch.float64)
     sides = (image.shape[0], image.shape[1])

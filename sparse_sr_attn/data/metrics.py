@@ -53,6 +53,10 @@ def luma(picture: UInt8[Tensor, "h w *c"], protocol: Protocol = "basicsr") -> Fl
         ShapeError: the picture is neither grey nor RGB.
         TypeError: it is not uint8.
         ValueError: there is no such protocol.
+
+    Examples:
+        >>> luma(torch.tensor([[[255, 255, 255], [0, 0, 0]]], dtype=torch.uint8))
+        tensor([[235.,  16.]], dtype=torch.float64)
     """
     if picture.dtype != torch.uint8:
         raise TypeError(f"the picture must be uint8 (0..255), got {picture.dtype}; round and clip it first")
@@ -80,6 +84,11 @@ def psnr(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int)
     Raises:
         ShapeError: the sizes differ, or nothing is left within the border.
         ValueError: `border < 0`.
+
+    Examples:
+        >>> one, other = torch.zeros(16, 16), torch.full((16, 16), 255.0)
+        >>> psnr(one, other, border=2), psnr(one, one, border=2)
+        (0.0, inf)
     """
     error = float((_inner(one, other, border, 1) - _inner(other, one, border, 1)).square().mean())
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
@@ -101,6 +110,11 @@ def ssim(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int)
 
     Source:
         Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
+
+    Examples:
+        >>> one = luma(torch.randint(256, (32, 32, 3)).byte())
+        >>> round(ssim(one, one, border=2), 3)
+        1.0
     """
     a, b = _inner(one, other, border, _WINDOW), _inner(other, one, border, _WINDOW)
     maps = torch.stack([a, b, a * a, b * b, a * b])[:, None]
@@ -126,6 +140,11 @@ def score(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int
     Raises:
         ShapeError: as in `ssim`.
         ValueError: `border < 0`.
+
+    Examples:
+        >>> one = luma(torch.randint(256, (32, 32, 3)).byte())
+        >>> score(one, one, border=2)
+        Score(psnr=inf, ssim=1.0)
     """
     return Score(psnr(one, other, border=border), ssim(one, other, border=border))
 
@@ -151,6 +170,11 @@ def bicubic_luma(picture: UInt8[Tensor, "h w *c"], upscale: int) -> tuple[Float[
 
     Source:
         Dong et al., "Learning a deep convolutional network for image super-resolution", ECCV 2014.
+
+    Examples:
+        >>> y, bicubic = bicubic_luma(torch.randint(256, (33, 48, 3)).byte(), upscale=4)
+        >>> y.shape, bicubic.shape
+        (torch.Size([32, 48]), torch.Size([32, 48]))
     """
     y = crop_to_multiple(luma(picture, "matlab"), upscale)
     small = imresize(y, size=(y.shape[0] // upscale, y.shape[1] // upscale))

@@ -32,6 +32,12 @@ def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
 
     Raises:
         BackendError: `backend` is none of these, or was asked for by name and cannot run there.
+
+    Examples:
+        >>> resolve_backend("auto", "cpu")
+        'tiles'
+        >>> resolve_backend("eager", "cuda")
+        'eager'
     """
     teach_flop_counters()
     if backend not in get_args(Backend):
@@ -66,6 +72,10 @@ def uses_operator(backend: str, operator: str) -> bool:
 
     Raises:
         BackendError: `backend` is none of these, or was asked for by name and cannot run.
+
+    Examples:
+        >>> uses_operator("auto", "tiles"), uses_operator("eager", "tiles")
+        (True, False)
     """
     teach_flop_counters()
     if backend not in ("auto", "eager", operator):
@@ -87,5 +97,10 @@ def _best_form(device: torch.device) -> Backend:
 
 
 def interpreting() -> bool:
-    """Return whether triton, as the process was started, runs kernels on the CPU."""
+    """Return whether triton, as the process was started, runs kernels on the CPU.
+
+    Examples:
+        >>> interpreting()  # after TRITON_INTERPRET=1 python  # doctest: +SKIP
+        True
+    """
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

@@ -39,6 +39,12 @@ def batch_norm(
         would move the statistics twice). Statistics that are not finite are not taken over. With one value per channel,
         which has no variance, the running statistics normalise, and nothing moves. With several processes each
         normalises its batch by itself, and the running statistics are those of all batches joined.
+
+    Examples:
+        >>> x, mean, var, count = torch.rand(2, 3, 8, 8), torch.zeros(3), torch.ones(3), torch.tensor(0)
+        >>> y = batch_norm(x, torch.ones(3), torch.zeros(3), mean, var, count, momentum=0.1, eps=1e-5)
+        >>> y.shape, count  # mean and var have moved, too
+        (torch.Size([2, 3, 8, 8]), tensor(1))
     """
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if count == 1:

@@ -12,7 +12,13 @@ from sparse_sr_attn.functional.flops import teach_flop_counters
 
 
 def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return the same map in channels-last memory, or as it is under `torch.func.vmap`, which hides the memory."""
+    """Return the same map in channels-last memory, or as it is under `torch.func.vmap`, which hides the memory.
+
+    Examples:
+        >>> x = torch.rand(2, 3, 4, 5)
+        >>> channels_last(x).shape, channels_last(x).stride()
+        (torch.Size([2, 3, 4, 5]), (60, 1, 15, 3))
+    """
     if is_transformed():
         return x
     if torch.compiler.is_compiling() or not len(x) or is_channels_last(x):
@@ -23,12 +29,23 @@ def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
 
 def is_channels_last(x: Float[Tensor, "b c h w"]) -> bool:
-    """Return whether a map is known to be in channels-last memory; `torch.func.vmap` does not let itself be asked."""
+    """Return whether a map is known to be in channels-last memory; `torch.func.vmap` does not let itself be asked.
+
+    Examples:
+        >>> x = torch.rand(2, 3, 4, 5)
+        >>> is_channels_last(x), is_channels_last(channels_last(x))
+        (False, True)
+    """
     return not is_transformed() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def new_map(like: Float[Tensor, "b _ h w"], channels: int) -> Float[Tensor, "b c h w"]:
-    """Return an empty map of the size of `like`, in channels-last memory."""
+    """Return an empty map of the size of `like`, in channels-last memory.
+
+    Examples:
+        >>> new_map(torch.rand(2, 3, 4, 5), 16).shape
+        torch.Size([2, 16, 4, 5])
+    """
     b, _, h, w = like.shape
     return like.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
 
@@ -41,6 +58,10 @@ def pointwise_conv2d(
     A map in row-major memory is multiplied and transposed in one product. For channels-last maps, one thread and
     float32, torch uses a slower routine for fewer than 16 images; so the lines of the map become the images, inside an
     operator, because a graph of them would hold for some numbers of lines only.
+
+    Examples:
+        >>> pointwise_conv2d(torch.rand(2, 3, 4, 5), torch.rand(8, 3, 1, 1), torch.zeros(8)).shape
+        torch.Size([2, 8, 4, 5])
     """
     if bias is None or is_exporting() or is_transformed() or is_exporting_to_old_onnx():
         return F.conv2d(x, weight, bias)

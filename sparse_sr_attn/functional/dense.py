@@ -26,6 +26,11 @@ def dense_attention(
 
     Note:
         Time grows as `n * m`; memory as `n + m`, where torch has a fused kernel for the device.
+
+    Examples:
+        >>> query, key, value = torch.rand(1, 16, 8), torch.rand(1, 20, 8), torch.rand(1, 20, 32)
+        >>> dense_attention(query, key, value, scale=8**-0.5).shape
+        torch.Size([1, 16, 32])
     """
     dtype = working_precision(query)
     # The fused kernels want rows of one width (zeros change no dot product) that are contiguous.

@@ -158,6 +158,14 @@ def teach_flop_counters() -> None:
 
     `torch.utils.flop_counter` imports triton, which takes longer than all of this package; so this waits until
     somebody else has imported it. A counter copies the registered formulas when it is made, which may be before.
+
+    Examples:
+        >>> from torch.utils.flop_counter import FlopCounterMode
+        >>> teach_flop_counters()
+        >>> with FlopCounterMode(display=False) as counter:
+        ...     _ = LCoA(8, chunk_size=4)(torch.rand(1, 8, 6, 6))
+        >>> counter.get_total_flops() > 0
+        True
     """
     counting = sys.modules.get("torch.utils.flop_counter")
     if counting is None or torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():

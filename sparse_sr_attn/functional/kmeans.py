@@ -51,7 +51,12 @@ class KMeansState(NamedTuple):
 
 
 def initial_state(num_clusters: int, dim: int, seed: int = 0) -> KMeansState:
-    """Return the state before training: `num_clusters` random unit vectors of length `dim`, set by `seed` alone."""
+    """Return the state before training: `num_clusters` random unit vectors of length `dim`, set by `seed` alone.
+
+    Examples:
+        >>> initial_state(num_clusters=8, dim=4).centroids.shape
+        torch.Size([8, 4])
+    """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(num_clusters, dim, generator=generator, device="cpu", dtype=torch.float32)
     return KMeansState(
@@ -72,6 +77,11 @@ def hash_directions(num_clusters: int, dim: int, seed: int = 0) -> Float[Tensor,
 
     Source:
         Cross-polytope hashing as in NLSA (Mei et al., CVPR 2021). Deviation: NLSA draws $R$ anew in every forward.
+
+    Examples:
+        >>> directions = hash_directions(num_clusters=8, dim=4)
+        >>> assign(torch.rand(1, 16, 4), directions).shape
+        torch.Size([1, 16])
     """
     generator = torch.Generator().manual_seed(seed)
     half = torch.randn((num_clusters + 1) // 2, dim, generator=generator, device="cpu", dtype=torch.float32)
@@ -82,6 +92,11 @@ def assign(points: Float[Tensor, "b n d"], centroids: Float[Tensor, "k d"]) -> I
     r"""Return $\arg\max_k \langle p, \mu_k \rangle$ for each point; the lowest index wins a tie.
 
     The length of a point does not matter. Without gradient.
+
+    Examples:
+        >>> centroids = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> assign(torch.tensor([[[3.0, 1.0], [1.0, 2.0], [1.0, 1.0]]]), centroids)
+        tensor([[0, 1, 0]])
     """
     return _nearest(points, centroids)[1]
 
@@ -89,7 +104,14 @@ def assign(points: Float[Tensor, "b n d"], centroids: Float[Tensor, "k d"]) -> I
 def cluster_sums(
     points: Float[Tensor, "b n d"], assignment: Int[Tensor, "b n"], num_clusters: int
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k"]]:
-    """Return, per cluster, the sum of the unit vectors of its points over the whole batch, and their number."""
+    """Return, per cluster, the sum of the unit vectors of its points over the whole batch, and their number.
+
+    Examples:
+        >>> points, assignment = torch.rand(2, 16, 4), torch.randint(8, (2, 16))
+        >>> sums, counts = cluster_sums(points, assignment, num_clusters=8)
+        >>> sums.shape, int(counts.sum())
+        (torch.Size([8, 4]), 32)
+    """
     units = _unit(points).flatten(0, 1)
     index = assignment.flatten()
     sums = units.new_zeros(num_clusters, units.shape[-1]).index_add_(0, index, units)
@@ -107,6 +129,12 @@ def move_centroids(
     r"""Return $\mathrm{unit}(\lambda \mu_k + (1 - \lambda)\,\mathrm{unit}(s_k))$ with $\lambda$ = `ema_decay`.
 
     A cluster without tokens, or whose sum or new mean has no direction, keeps its centroid.
+
+    Examples:
+        >>> centroids, sums, counts = torch.eye(2), torch.tensor([[0.0, 3.0], [0.0, 0.0]]), torch.tensor([3.0, 0.0])
+        >>> move_centroids(centroids, sums, counts, ema_decay=0.5)
+        tensor([[0.7071, 0.7071],
+                [0.0000, 1.0000]])
     """
     moved = ema_decay * centroids + (1 - ema_decay) * _unit(sums)
     keeps = (counts == 0) | (sums.norm(dim=-1) <= _EPS) | (moved.norm(dim=-1) <= _EPS)
@@ -120,6 +148,12 @@ def least_similar(points: Float[Tensor, "b n d"], similarity: Float[Tensor, "b n
         points: one row per token.
         similarity: of each token to its centroid; ties go to the earlier token.
         num: rows of the result.
+
+    Examples:
+        >>> points, similarity = torch.eye(3)[None], torch.tensor([[0.9, 0.1, 0.5]])
+        >>> least_similar(points, similarity, num=2)
+        tensor([[0., 1., 0.],
+                [0., 0., 1.]])
     """
     return _least_similar(points, similarity, num)[0]
 
@@ -131,6 +165,13 @@ def apply_pending(state: KMeansState, *, ema_decay: float, reseed_threshold: flo
         state: moved in place.
         ema_decay: as in `kmeans_step`.
         reseed_threshold: as in `kmeans_step`.
+
+    Examples:
+        >>> state = initial_state(num_clusters=8, dim=4)
+        >>> clusters = kmeans_step(torch.rand(2, 16, 4), state, ema_decay=0.999, reseed_threshold=0.01)
+        >>> apply_pending(state, ema_decay=0.999, reseed_threshold=0.01)
+        >>> int(state.num_updates)
+        1
     """
     _apply_pending(state, ema_decay, reseed_threshold)
     for pending in (state.pending_sums, state.pending_counts, state.pending_seeds):
@@ -165,6 +206,12 @@ def kmeans_step(
 
     Returns:
         The cluster of each point. A step with a non-finite point moves no centroid; `num_skipped` counts it.
+
+    Examples:
+        >>> state = initial_state(num_clusters=8, dim=4)
+        >>> clusters = kmeans_step(torch.rand(2, 16, 4), state, ema_decay=0.999, reseed_threshold=0.01)
+        >>> clusters.shape, int(state.pending_counts.sum())
+        (torch.Size([2, 16]), 32)
     """
     teach_flop_counters()
     return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold, accumulate)

@@ -28,7 +28,12 @@ class HashState(NamedTuple):
 
 
 def initial_hash(num_rounds: int, max_buckets: int, dim: int, seed: int = 0) -> HashState:
-    """Return the state before training, set by `seed` alone, for `max_buckets // 2` directions and their opposites."""
+    """Return the state before training, set by `seed` alone, for `max_buckets // 2` directions and their opposites.
+
+    Examples:
+        >>> initial_hash(num_rounds=4, max_buckets=16, dim=8).rotations.shape
+        torch.Size([4, 8, 8])
+    """
     return HashState(_draw((num_rounds, max_buckets // 2, dim), seed, 0), torch.zeros((), dtype=torch.int64))
 
 
@@ -37,6 +42,10 @@ def bucket_count(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
 
     Source:
         NLSA. Deviation: it has none for maps smaller than a chunk, and fails.
+
+    Examples:
+        >>> bucket_count(num_tokens=48 * 48, chunk_size=144, max_buckets=128)
+        16
     """
     chunks = num_tokens // chunk_size
     return larger(2, smaller(chunks + chunks % 2, max_buckets))
@@ -55,6 +64,11 @@ def hash_tokens(
     Returns:
         $j$ where $|\langle R_j, x \rangle|$ is largest, plus `num_buckets // 2` where $x$ points the other way; the
         lowest index wins a tie.
+
+    Examples:
+        >>> state = initial_hash(num_rounds=4, max_buckets=16, dim=8)
+        >>> hash_tokens(torch.rand(2, 36, 8), state.rotations, num_buckets=6).shape
+        torch.Size([2, 4, 36])
     """
     points = points.detach()
     points = points.to(working_precision(points))
@@ -84,6 +98,12 @@ def hash_step(points: Float[Tensor, "b n d"], state: HashState, num_buckets: int
 
     Note:
         Numbers are drawn on the CPU; a GPU waits for them.
+
+    Examples:
+        >>> state = initial_hash(num_rounds=4, max_buckets=16, dim=8)
+        >>> buckets = hash_step(torch.rand(2, 36, 8), state, num_buckets=6, seed=0)
+        >>> buckets.shape, int(state.num_draws)
+        (torch.Size([2, 4, 36]), 1)
     """
     teach_flop_counters()
     return _hash_step(points.detach(), *state, num_buckets, seed)

@@ -20,6 +20,10 @@ def random_directions(num_features: int, dim: int, seed: int = 0) -> Float[Tenso
 
     Each alone is distributed like a vector of independent normal numbers; orthogonal ones estimate the kernel with less
     variance.
+
+    Examples:
+        >>> random_directions(num_features=32, dim=8).shape
+        torch.Size([32, 8])
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (2, -(-num_features // dim), dim, dim)
@@ -56,6 +60,11 @@ def kernel_attention(
     Note:
         Time and memory grow as `(n + k) * m`. The length of a query matters through its dot products only: the factor
         $\exp(-\lVert q \rVert^2 / 2)$ stands in numerator and denominator.
+
+    Examples:
+        >>> query, key, value = torch.rand(1, 16, 8), torch.rand(1, 20, 8), torch.rand(1, 20, 32)
+        >>> kernel_attention(query, key, value, random_directions(num_features=32, dim=8)).shape
+        torch.Size([1, 16, 32])
     """
     dtype = working_precision(query)
     with without_autocast(query):
@@ -103,6 +112,11 @@ def contrastive_loss(
     Source:
         ENLCA (Xia et al., AAAI 2022). Deviations: all queries there, hence $N^2$; a constant margin is added there,
         which changes no gradient.
+
+    Examples:
+        >>> rows = torch.eye(4).repeat(1, 25, 1)  # 100 tokens of 4 kinds
+        >>> bool(contrastive_loss(rows, rows, positive=0.25, negative=0.5) < 0)
+        True
     """
     num_keys = key.shape[1]
     if num_keys < 2:

@@ -32,6 +32,15 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
     Source:
         ELAN (arXiv 2203.06697), which spells it as such a convolution.
+
+    Examples:
+        >>> x = torch.arange(3.0).expand(1, 5, 1, 3)  # five channels, each one row: 0, 1, 2
+        >>> shift2d(x)[0, :, 0]
+        tensor([[1., 2., 0.],
+                [0., 0., 1.],
+                [0., 0., 0.],
+                [0., 0., 0.],
+                [0., 1., 2.]])
     """
     if _is_faster_depthwise(x):
         return F.conv2d(x, taps(x)[:, None], padding=1, groups=x.shape[1])
@@ -84,6 +93,10 @@ def shift_conv2d(
 
     Source:
         ELAN (arXiv 2203.06697), whose released code has both, each with parameters of its own; here they are the same.
+
+    Examples:
+        >>> shift_conv2d(torch.rand(2, 10, 6, 7), torch.rand(16, 10, 1, 1)).shape
+        torch.Size([2, 16, 6, 7])
     """
     if form == "masked":
         return F.conv2d(x, spread(weight), bias, padding=1)
@@ -96,12 +109,24 @@ def shift_conv2d(
 
 
 def spread(weight: Float[Tensor, "o c 1 1"]) -> Float[Tensor, "o c 3 3"]:
-    """Return the 3x3 kernel that does what a shift and the 1x1 kernel do: one tap for each input channel."""
+    """Return the 3x3 kernel that does what a shift and the 1x1 kernel do: one tap for each input channel.
+
+    Examples:
+        >>> spread(torch.rand(16, 10, 1, 1)).shape
+        torch.Size([16, 10, 3, 3])
+    """
     return weight * taps(weight)
 
 
 def taps(weight: Float[Tensor, "o c _ _"]) -> Float[Tensor, "c 3 3"]:
-    """Return where each input channel of a kernel is read from, as ones among zeros."""
+    """Return where each input channel of a kernel is read from, as ones among zeros.
+
+    Examples:
+        >>> taps(torch.rand(16, 5, 1, 1))[0]  # channel 0 is read from the right
+        tensor([[0., 0., 0.],
+                [0., 0., 1.],
+                [0., 0., 0.]])
+    """
     share = weight.shape[1] // _SHARES
     kernels = weight.new_zeros(weight.shape[1], 3, 3)
     for index, (row, column) in enumerate(_TAPS):

@@ -35,6 +35,10 @@ def sparsemax(scores: Float[Tensor, "*r n"]) -> Float[Tensor, "*r n"]:
 
     Note:
         Differentiable: on the support the gradient is centred, elsewhere it is 0.
+
+    Examples:
+        >>> sparsemax(torch.tensor([[0.0, 0.5, 1.0, -3.0]]))
+        tensor([[0.0000, 0.2500, 0.7500, 0.0000]])
     """
     scores = scores - scores.detach().amax(dim=-1, keepdim=True)
     support = scores.detach() > _threshold(scores.detach(), scores.shape[-1])[0]
@@ -68,6 +72,11 @@ def sparsemax_attention(
 
     Note:
         Time grows as `n * m`. Tiles compute the weights again in the backward.
+
+    Examples:
+        >>> query, key, value = torch.rand(1, 16, 8), torch.rand(1, 20, 8), torch.rand(1, 20, 32)
+        >>> sparsemax_attention(query, key, value, scale=4.0).shape
+        torch.Size([1, 16, 32])
     """
     if uses_operator(backend, "tiles"):
         return _attention_op(query, key, value, scale)

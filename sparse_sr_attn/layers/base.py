@@ -45,6 +45,11 @@ class AttentionLayer(nn.Module):
     Attributes:
         provides: the type of the state that `attend` makes; `None` for a layer that shares nothing.
         requires: the type of the state that `forward` must be given; `None` for a drop-in layer.
+
+    Examples:
+        >>> layer = LCoA(8, chunk_size=16)
+        >>> layer.provides.__name__, type(layer.make_consumer()).__name__
+        ('ClusterAttention', 'CoA')
     """
 
     provides: ClassVar[type | None] = None
@@ -132,6 +137,10 @@ class PointwiseConv2d(nn.Conv2d):
 
     The constructor is that of `nn.Conv2d`, so that adapters and wrappers can build one like another. With a bias the
     output is in channels-last memory.
+
+    Examples:
+        >>> PointwiseConv2d(8, 16, 1)(torch.rand(2, 8, 6, 7)).shape
+        torch.Size([2, 16, 6, 7])
     """
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out _ _"]:
@@ -158,6 +167,11 @@ class ScaledCosine(nn.Module):
 
     Source:
         Scaled cosine attention of Swin Transformer V2 (Liu et al., arXiv 2111.09883), and its limit.
+
+    Examples:
+        >>> rows = ScaledCosine(10.0)(torch.rand(1, 16, 8))
+        >>> rows.shape, torch.allclose(rows.norm(dim=-1), torch.tensor(10.0))
+        (torch.Size([1, 16, 8]), True)
     """
 
     def __init__(self, logit_scale: float) -> None:

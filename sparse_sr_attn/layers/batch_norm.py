@@ -19,6 +19,10 @@ class BatchNorm2d(RunningStateModule, nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose running statistics move once a forward, and only to finite values.
 
     See `functional.batch_norm` for what differs in training.
+
+    Examples:
+        >>> BatchNorm2d(8)(torch.rand(2, 8, 6, 7)).shape
+        torch.Size([2, 8, 6, 7])
     """
 
     running_mean: Tensor
@@ -50,6 +54,10 @@ class ConvNorm(nn.Module):
     Args:
         in_channels: of the map.
         out_channels: of the result.
+
+    Examples:
+        >>> ConvNorm(8, 16)(torch.rand(2, 8, 6, 7)).shape
+        torch.Size([2, 16, 6, 7])
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

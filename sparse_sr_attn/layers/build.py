@@ -19,6 +19,10 @@ def find_layer(name: str) -> Entry[nn.Module]:
     Raises:
         UnknownNameError: no layer has that name.
         ConfigError: timm is not installed, or its layer is none for feature maps of any size.
+
+    Examples:
+        >>> find_layer("LCoA").build is LCoA
+        True
     """
     if isinstance(name, str) and name.startswith("timm:"):
         return timm_entry(name)
@@ -39,5 +43,10 @@ def build_layer(name: str, embed_dim: int, **options: Any) -> nn.Module:
     Raises:
         UnknownNameError: no layer has that name.
         ConfigError: an option breaks a rule, or the name is one of timm's that cannot be used.
+
+    Examples:
+        >>> layer = build_layer("LCoA", 64, num_clusters=32, chunk_size=16)
+        >>> layer(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
     return find_layer(name).build(embed_dim, **options)

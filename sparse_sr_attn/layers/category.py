@@ -64,6 +64,10 @@ class CategoryAttention(KMeansModule, AttentionLayer):
     Source:
         Token aggregation with intra- and inter-group attention of arXiv 2503.06896; dictionary of arXiv 2401.08209.
         Deviations P9-P12 of `docs/deviations.md`.
+
+    Examples:
+        >>> CategoryAttention(64, num_clusters=16)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     centroids: Tensor

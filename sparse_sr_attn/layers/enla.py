@@ -51,6 +51,10 @@ class ENLA(AttentionLayer):
     Source:
         ENLCA of arXiv 2201.03794, published with reduction 4, 128 features and amplification 6. Deviations P4-P6 of
         `docs/deviations.md`.
+
+    Examples:
+        >>> ENLA(64, num_features=32)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     directions: Tensor
@@ -108,6 +112,11 @@ class ENLA(AttentionLayer):
 
         Source:
             `functional.random_features.contrastive_loss`.
+
+        Examples:
+            >>> layer, x = ENLA(64), torch.rand(1, 64, 12, 12)
+            >>> layer.contrastive_loss(x).shape  # add it to your loss
+            torch.Size([])
         """
         check_map(x, self.embed_dim)
         return contrastive_loss(*self._query_and_key(x), num_queries=num_queries, seed=seed)

@@ -52,6 +52,12 @@ class SharedGMSA(AttentionLayer):
 
     Source:
         The accelerated self-attention of arXiv 2203.06697 where it takes the weights of another.
+
+    Examples:
+        >>> first, later, x = GMSA(60), SharedGMSA(60), torch.rand(1, 60, 24, 24)
+        >>> shared = first.attend(x)
+        >>> later(first(x, shared), shared).shape
+        torch.Size([1, 60, 24, 24])
     """
 
     requires: ClassVar[type | None] = WindowAttention
@@ -119,6 +125,10 @@ class GMSA(AttentionLayer):
 
     Source:
         GMSA of arXiv 2203.06697. Deviations 11-15 of `docs/deviations.md`.
+
+    Examples:
+        >>> GMSA(60, window_sizes=(4, 8, 12))(torch.rand(1, 60, 24, 24)).shape
+        torch.Size([1, 60, 24, 24])
     """
 
     provides: ClassVar[type | None] = WindowAttention

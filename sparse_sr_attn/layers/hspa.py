@@ -46,6 +46,10 @@ class HSPA(AttentionLayer):
 
     Source:
         HSPA of arXiv 2305.15768. Deviations P7-P8 of `docs/deviations.md`.
+
+    Examples:
+        >>> HSPA(64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     has_raw_queries = True

@@ -117,6 +117,11 @@ class LSP(KMeansModule):
     Source:
         LSP of arXiv 2404.04922, published with reduction 1, 128 clusters, chunks of 384. The default width of queries
         and chunks follows NLSA (Mei et al., CVPR 2021). Deviations 1-6 and 8-10 of `docs/deviations.md`.
+
+    Examples:
+        >>> state = LSP(64, chunk_size=36)(torch.rand(1, 64, 12, 12))
+        >>> state.pattern.order.shape, state.weights.shape  # 4 chunks of 36 tokens, each sees 3 chunks
+        (torch.Size([1, 144]), torch.Size([1, 4, 36, 108]))
     """
 
     centroids: Tensor
@@ -288,6 +293,11 @@ class CoA(AttentionLayer):
 
     Source:
         CoA of arXiv 2404.04922. Deviation 7: it has no query convolution, which the released one has and never uses.
+
+    Examples:
+        >>> lsp, coa, x = LSP(64), CoA(64), torch.rand(1, 64, 12, 12)
+        >>> coa(x, lsp(x)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     requires: ClassVar[type | None] = ClusterAttention
@@ -343,6 +353,14 @@ class LCoA(AttentionLayer):
 
     Source:
         arXiv 2404.04922; see `LSP` and `CoA`.
+
+    Examples:
+        >>> first, later, x = LCoA(64), CoA(64), torch.rand(1, 64, 12, 12)
+        >>> first(x).shape
+        torch.Size([1, 64, 12, 12])
+        >>> shared = first.attend(x)
+        >>> later(first(x, shared), shared).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     provides: ClassVar[type | None] = ClusterAttention
@@ -383,7 +401,12 @@ class LCoA(AttentionLayer):
 
 
 def weights_of(state: ClusterAttention) -> Float[Tensor, "br k i j"]:
-    """Return the weights of a state, computed if it does not hold them."""
+    """Return the weights of a state, computed if it does not hold them.
+
+    Examples:
+        >>> weights_of(LCoA(64, chunk_size=36).attend(torch.rand(1, 64, 12, 12))).shape
+        torch.Size([1, 4, 36, 108])
+    """
     if state.weights is not None:
         return state.weights
     return _weights(cast(Tensor, state.embedding), state.pattern, state.num_rounds)

@@ -47,6 +47,10 @@ class NLA(AttentionLayer):
 
     Source:
         Non-local networks (arXiv 1711.07971), in the form that LCoAN is compared with in arXiv 2404.04922.
+
+    Examples:
+        >>> NLA(64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     @checked

@@ -60,6 +60,10 @@ class NLSA(AttentionLayer):
     Source:
         NLSA of CVPR 2021, published with reduction 4, chunks of 144, 4 rounds and 128 buckets. Deviations P1-P3 of
         `docs/deviations.md`.
+
+    Examples:
+        >>> NLSA(64, chunk_size=36)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     rotations: Tensor

@@ -121,6 +121,11 @@ def one_kmeans_update(model: nn.Module) -> Iterator[None]:
 
     Note:
         Save weights and states outside. A context inside another of the same layers changes nothing.
+
+    Examples:
+        >>> layer, parts = LCoA(8, num_clusters=4, chunk_size=16), torch.rand(3, 1, 8, 6, 6)
+        >>> with one_kmeans_update(layer):  # three forwards, one update
+        ...     outputs = [layer(part) for part in parts]
     """
     learners = [m for m in model.modules() if isinstance(m, KMeansModule) and m.updates_state() and not m.accumulates]
     with torch.no_grad():

@@ -36,6 +36,10 @@ class ShiftConv2d(nn.Module):
     Source:
         Shift-conv of ELAN. Deviation: the released one keeps its one-hot kernels among the weights, and its two forms
         have different parameters.
+
+    Examples:
+        >>> ShiftConv2d(10, 16)(torch.rand(1, 10, 12, 12)).shape
+        torch.Size([1, 16, 12, 12])
     """
 
     @checked
@@ -76,6 +80,10 @@ class LFE(nn.Module):
 
     Source:
         LFE of ELAN, with ReLU as in all its configurations.
+
+    Examples:
+        >>> LFE(60)(torch.rand(1, 60, 12, 12)).shape
+        torch.Size([1, 60, 12, 12])
     """
 
     @checked

@@ -74,6 +74,11 @@ def cluster_pattern(
 
     Source:
         LSP of LCoAN (arXiv 2404.04922). Deviation: the released sort is unstable, hence not reproducible.
+
+    Examples:
+        >>> pattern = cluster_pattern(torch.tensor([[1, 0, 1, 0, 2]]), chunk_size=2)
+        >>> pattern.order  # cluster 0, then 1, then 2
+        tensor([[1, 3, 0, 2, 4]])
     """
     if chunk_size < 1 or num_adjacent < 0:
         raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
@@ -104,6 +109,12 @@ def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) ->
     Note:
         No gradient flows through the choice. Time grows with the square of the number of chunks; memory does not,
         but for plain code (export, transforms of `torch.func`).
+
+    Examples:
+        >>> key, assignment = torch.rand(1, 16, 8), torch.randint(4, (1, 16))
+        >>> pattern = with_nearest_chunks(cluster_pattern(assignment, chunk_size=2), key)
+        >>> pattern.neighbors.shape  # 8 chunks, each sees itself and 2 others
+        torch.Size([1, 8, 3])
     """
     if not pattern.exact_keys:
         raise ValueError("nearest chunks need exact_keys=True, got False: the published counting is of a ring")
@@ -120,6 +131,11 @@ def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Ten
 
     Raises:
         ShapeError: `pattern` orders another number of tokens than `key` has.
+
+    Examples:
+        >>> pattern = cluster_pattern(torch.randint(4, (1, 16)), chunk_size=4)
+        >>> mean_keys(pattern, torch.rand(1, 16, 8)).shape
+        torch.Size([1, 4, 8])
     """
     _check(pattern, key)
     with without_autocast(key):
@@ -139,6 +155,12 @@ def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Te
     Returns:
         The keys of each query, by their place in image order, and which of them count. With `exact_keys` no key
         counts twice.
+
+    Examples:
+        >>> pattern = cluster_pattern(torch.tensor([[0, 1, 0, 1, 0, 1]]), chunk_size=3, num_adjacent=0)
+        >>> keys, counts = seen_keys(pattern, torch.tensor([1]))
+        >>> keys[counts]  # the keys of token 1
+        tensor([1, 3, 5])
     """
     eager = Eager(pattern)
     keys = eager._with_adjacent(eager.token.view(len(eager.order), eager.layout.num_chunks, -1, 1))[..., 0]
@@ -189,6 +211,12 @@ def cluster_weights(
     Source:
         LSP of LCoAN (arXiv 2404.04922, section 1 of its released code's behaviour), which has its key chunks in the
         order own, previous, next: the same weights.
+
+    Examples:
+        >>> query, key, assignment = torch.rand(1, 16, 8), torch.rand(1, 16, 8), torch.randint(4, (1, 16))
+        >>> pattern = cluster_pattern(assignment, chunk_size=4)
+        >>> cluster_weights(query, key, pattern).shape  # 4 chunks of 4 slots, each sees 3 chunks
+        torch.Size([1, 4, 4, 12])
     """
     return _weights(query, key, pattern, scale, normalize_keys, dtype, backend, with_lse=False)[0]
 
@@ -247,6 +275,13 @@ def apply_cluster_weights(
 
     Source:
         CoA of LCoAN (arXiv 2404.04922).
+
+    Examples:
+        >>> query, key, value = torch.rand(3, 1, 16, 8).unbind()
+        >>> pattern = cluster_pattern(torch.randint(4, (1, 16)), chunk_size=4)
+        >>> weights = cluster_weights(query, key, pattern)
+        >>> apply_cluster_weights(weights, value, pattern).shape
+        torch.Size([1, 16, 8])
     """
     _check(pattern, value)
     layout = ClusterLayout.of(pattern)
@@ -290,6 +325,12 @@ def cluster_attention(
 
     Note:
         Differentiable in `query`, `key` and `value` (flex: on GPUs); the backward recomputes the weights.
+
+    Examples:
+        >>> query, key, value = torch.rand(3, 1, 16, 8).unbind()
+        >>> pattern = cluster_pattern(torch.randint(4, (1, 16)), chunk_size=4)
+        >>> cluster_attention(query, key, value, pattern, scale=8**-0.5).shape
+        torch.Size([1, 16, 8])
     """
     return _attention(query, key, value, pattern, scale, normalize_keys, backend, with_lse=False)[0]
 
@@ -353,6 +394,11 @@ def cluster_lse(
 
     Note:
         Differentiable in `query` and `key`.
+
+    Examples:
+        >>> pattern = cluster_pattern(torch.randint(4, (1, 16)), chunk_size=4)
+        >>> cluster_lse(torch.rand(1, 16, 8), torch.rand(1, 16, 8), pattern).shape
+        torch.Size([1, 16])
     """
     _check(pattern, query, key)
     backend = _backend(backend, query)
@@ -405,6 +451,12 @@ def cluster_attention_rounds(
 
     Source:
         NLSA (Mei et al., CVPR 2021).
+
+    Examples:
+        >>> query, key, value = torch.rand(3, 1, 16, 8).unbind()
+        >>> pattern = cluster_pattern(torch.randint(4, (2, 16)), chunk_size=4)  # two rounds of one sample
+        >>> cluster_attention_rounds(query, key, value, pattern, num_rounds=2).shape
+        torch.Size([1, 16, 8])
     """
     if num_rounds == 1:
         return cluster_attention(
@@ -453,6 +505,12 @@ def cluster_weights_rounds(
 
     Source:
         NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
+
+    Examples:
+        >>> query, key = torch.rand(2, 1, 16, 8).unbind()
+        >>> pattern = cluster_pattern(torch.randint(4, (2, 16)), chunk_size=4)  # two rounds of one sample
+        >>> cluster_weights_rounds(query, key, pattern, num_rounds=2).shape
+        torch.Size([2, 4, 4, 12])
     """
     if num_rounds == 1:
         return cluster_weights(

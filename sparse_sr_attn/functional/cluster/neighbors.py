@@ -25,6 +25,13 @@ def nearest_rows(rows: Float[Tensor, "b k d"], num: int) -> Int[Tensor, "b k m"]
     Returns:
         Of fewer rows than `num`, each once, then the own index again. Products are compared in steps of 2**-20, one
         with NaN as 0; the lower index wins a tie.
+
+    Examples:
+        >>> nearest_rows(torch.eye(4)[None, [0, 1, 0, 1]], 2)
+        tensor([[[0, 2],
+                 [1, 3],
+                 [2, 0],
+                 [3, 1]]])
     """
     rows = rows.detach()
     if needs_plain_code():

@@ -24,6 +24,11 @@ def chain_rank(centroids: Tensor) -> Int[Tensor, "k"]:
 
     Returns:
         A permutation; the lowest index wins a tie.
+
+    Examples:
+        >>> centroids = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+        >>> chain_rank(centroids)  # 0, then 2, which is similar to both, then 1
+        tensor([0, 2, 1])
     """
     if centroids.is_meta:
         return torch.empty(len(centroids), dtype=torch.int64, device="meta")

@@ -24,7 +24,12 @@ Form = Literal["auto", "eager", "operator"]
 
 
 def partition(x: Float[Tensor, "b c h w"], window_size: int, shift: int = 0) -> Float[Tensor, "b k i c"]:
-    """Cut a map of any size into windows, in raster order, as are the slots of each; pads are zeros."""
+    """Cut a map of any size into windows, in raster order, as are the slots of each; pads are zeros.
+
+    Examples:
+        >>> partition(torch.rand(2, 3, 8, 10), window_size=4).shape  # 10 pixels are padded to 12
+        torch.Size([2, 6, 16, 3])
+    """
     return WindowGrid(x.shape[2], x.shape[3], window_size).cut(x, shift)
 
 
@@ -33,6 +38,11 @@ def merge(windows: Float[Tensor, "b k i c"], height: int, width: int, shift: int
 
     Raises:
         ShapeError: a map of this height and width has other windows.
+
+    Examples:
+        >>> x = torch.rand(2, 3, 8, 10)
+        >>> torch.equal(merge(partition(x, window_size=4), 8, 10), x)
+        True
     """
     grid = WindowGrid(height, width, math.isqrt(windows.shape[2]))
     if tuple(windows.shape[1:3]) != (grid.num_windows, grid.window_size**2):
@@ -72,6 +82,10 @@ def window_weights(
 
     Note:
         Differentiable. Oracle: `reference.window`. A window that holds the whole map is dense attention.
+
+    Examples:
+        >>> window_weights(torch.rand(2, 3, 8, 10), window_size=4).shape
+        torch.Size([2, 6, 16, 16])
     """
     _check_key(query, key)
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
@@ -110,6 +124,12 @@ def apply_window_weights(
 
     Note:
         Differentiable in `weights` and `value`.
+
+    Examples:
+        >>> query, value = torch.rand(2, 3, 8, 10), torch.rand(2, 16, 8, 10)
+        >>> weights = window_weights(query, window_size=4, shift=2)
+        >>> apply_window_weights(weights, value, window_size=4, shift=2).shape
+        torch.Size([2, 16, 8, 10])
     """
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
     expected = (value.shape[0], grid.num_windows, window_size**2, window_size**2)
@@ -154,6 +174,11 @@ def window_attention(
 
     Note:
         Differentiable. The backward computes the weights again.
+
+    Examples:
+        >>> query, value = torch.rand(2, 3, 8, 10), torch.rand(2, 16, 8, 10)
+        >>> window_attention(query, None, value, window_size=4, shift=2).shape  # the queries are the keys
+        torch.Size([2, 16, 8, 10])
     """
     _check_key(query, key)
     if query.shape[0] != value.shape[0] or query.shape[2:] != value.shape[2:]:
