@@ -3,7 +3,7 @@
 from sparse_sr_attn import LCoA
 y = LCoA(64)(x)  # any (b, 64, h, w)
 
-Importing the package imports nothing else, not even torch; each name brings its module when it is first used.
+Importing the package imports nothing else, not even torch; each name imports its module on first use.
 """
 
 import importlib
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__path__.append(f"{__path__[0]}/_moved")  # modules under the names that they had before
+__path__.append(f"{__path__[0]}/_moved")  # modules under their old names
 
 __all__ = [
     "EDSR",
@@ -156,13 +156,13 @@ _HOMES = {
         "WindowAttention",
     ),
 }
-"""The modules that the public names come from."""
+"""The modules that define the public names."""
 
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    """Return a public name, or a module of the package, when it is first asked for."""
+    """Import a public name, or a module of the package, on first access."""
     if name in _HOME:
         value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value

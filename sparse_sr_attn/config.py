@@ -1,12 +1,12 @@
-"""Options: declared once, in the signature of what they build; checked here, all problems at once.
+"""Options: declared once, in the signature of what they build, and checked here. All problems are reported together.
 
 A constructor's annotations carry the rules::
 
     @checked
     def __init__(self, embed_dim: PositiveInt, *, ema_decay: UnitInterval = 0.999) -> None: ...
 
-`read` turns a mapping from an option file into keyword arguments under these rules; `checked` holds direct callers
-to the same ones. Modules never see a mapping.
+`read` checks a mapping from an option file against these rules and returns keyword arguments; `checked` applies the
+same rules to direct calls. Modules never see a mapping.
 """
 
 import functools
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must fulfil beyond its type: `text` completes "<name> must be ..."."""
+    """A condition on a value beyond its type; `text` completes "<name> must be ..."."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -49,7 +49,7 @@ class _Unfit(Exception):  # noqa: N818  (internal: a value that does not fit its
 
 
 class ProblemList:
-    """Gathers the problems of several checks, to raise them as one error."""
+    """Collects the problems of several checks and raises them as one error."""
 
     def __init__(self) -> None:
         self._found: list[Problem] = []
@@ -58,35 +58,35 @@ class ProblemList:
         return len(self._found)
 
     def add(self, path: str, message: str) -> None:
-        """Note a problem."""
+        """Add a problem."""
         self._found.append(Problem(path, message))
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Note the problems of a ConfigError raised inside, and go on after it."""
+        """Collect the problems of a ConfigError raised inside and suppress it."""
         try:
             yield
         except ConfigError as error:
             self._found += error.problems
 
     def raise_if_any(self) -> None:
-        """Raise all that was found.
+        """Raise all problems as one error, if there are any.
 
         Raises:
-            ConfigError: there was something.
+            ConfigError: there are problems.
         """
         if self._found:
             raise ConfigError(self._found)
 
 
 def shown(value: object) -> str:
-    """Return a value as messages show it: whole, or its beginning."""
+    """Return a value as text for messages, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def join_path(path: str, name: object) -> str:
-    """Return `path.name`, or the name alone at the top."""
+    """Return `path.name`, or `name` if `path` is empty."""
     return f"{path}.{name}" if path else str(name)
 
 
@@ -99,22 +99,22 @@ def read(
     siblings: Sequence[str] = (),
     problems: ProblemList | None = None,
 ) -> dict[str, Any]:
-    """Return the keyword arguments that `mapping` gives for `build`.
+    """Check `mapping` against the signature of `build` and return keyword arguments for it.
 
     Args:
         build: a class or a function whose signature declares the options.
-        mapping: names and values, as an option file gives them.
-        path: where the mapping stands, for messages (`network_g.attention`).
-        given: how many leading parameters the caller fills himself; these are no options.
-        siblings: options of somebody else that may stand beside these; a misspelt one is recognised.
-        problems: takes up what is wrong, instead of an error; the values that are right are returned all the same.
+        mapping: names and values from an option file.
+        path: position of the mapping in the file, for messages (`network_g.attention`).
+        given: number of leading parameters that the caller passes itself; these are not options.
+        siblings: other valid names next to these options, to suggest for misspelt ones.
+        problems: collects problems instead of raising an error; valid values are still returned.
 
     Returns:
-        The values given, converted to the declared types (`"1e-4"`, a string for PyYAML, to a float). Defaults are
+        The given values, converted to the declared types (`"1e-4"`, a string for PyYAML, to a float). Defaults are
         left to `build`.
 
     Raises:
-        ConfigError: names every unknown or missing option and every value that breaks a rule.
+        ConfigError: options are unknown, missing or invalid; names all of them.
     """
     options = dict(list(fields(build).items())[given:])
     found = ProblemList() if problems is None else problems
@@ -136,7 +136,7 @@ def read(
 
 
 def checked(init: Callable[P, R]) -> Callable[P, R]:
-    """Hold the callers of a constructor to the rules in its annotations; all problems are reported at once."""
+    """Decorate a constructor so that calls are checked against its annotations; all problems are reported together."""
     signature = inspect.signature(init)
     takes_any = {name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD}
     hints: dict[str, Any] = {}
@@ -166,10 +166,9 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
 
 
 def takes_options_of(build: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a constructor pass on the options of another class, which declares them.
+    """Decorate a constructor that forwards its `**options` to `build`, which declares them.
 
-    Its `**options` become those keyword options of `build` that it does not name itself: in its signature, for
-    `checked` and for `fields`.
+    For `checked` and `fields`, its signature then contains the keyword options of `build` that it does not name itself.
     """
 
     def decorate(init: Callable[P, R]) -> Callable[P, R]:
@@ -190,7 +189,7 @@ def takes_options_of(build: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _how_to_call(init: Callable[..., object], signature: inspect.Signature, num_given: int) -> str:
-    """Return which arguments a constructor or function takes by position and by name, and how many it was given."""
+    """Return a message on which arguments go by position or by name, and how many were given by position."""
     name = init.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     is_method = next(iter(signature.parameters), "") == "self"
     taken = list(signature.parameters.values())[int(is_method) :]
@@ -215,7 +214,7 @@ def fields(build: Callable[..., object]) -> dict[str, inspect.Parameter]:
 
 
 def _fit(value: object, annotation: Any) -> Any:
-    """Return `value` as the annotation wants it, or raise `_Unfit` with what it must be."""
+    """Return `value` converted to the annotation, or raise `_Unfit` with what it must be."""
     if annotation is Any:
         return value
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -1,6 +1,6 @@
 """The errors of the library.
 
-Each message says the rule, the values given and the nearest thing that works.
+Each message states the rule, the value given and what would work.
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class SparseSRError(Exception):
-    """Root of all errors raised on purpose by this library."""
+    """Base class of all errors that this library raises."""
 
 
 class ShapeError(SparseSRError, ValueError):
@@ -16,11 +16,11 @@ class ShapeError(SparseSRError, ValueError):
 
 
 class SharingError(SparseSRError, ValueError):
-    """A layer that reads a shared state was given none, or one of another type."""
+    """A layer that requires a shared state got none, or one of another type."""
 
 
 class BackendError(SparseSRError, ValueError):
-    """A backend of an operation was asked for by name and cannot run there."""
+    """A backend was requested by name and cannot run here."""
 
 
 FormError = BackendError
@@ -31,16 +31,16 @@ class UnknownNameError(SparseSRError, KeyError):
     """A name is not in the registry."""
 
     def __str__(self) -> str:
-        """Return the message itself; `KeyError` would quote it."""
+        """Return the message without the quotes that `KeyError` adds."""
         return str(self.args[0])
 
 
 class DuplicateNameError(SparseSRError, ValueError):
-    """A name is in the registry already."""
+    """A name is already in the registry."""
 
 
 class CheckpointError(SparseSRError):
-    """Weights cannot be read or do not fit."""
+    """Weights cannot be read or do not fit the network."""
 
 
 class ImageError(SparseSRError):
@@ -48,20 +48,20 @@ class ImageError(SparseSRError):
 
 
 class ExportError(SparseSRError):
-    """A network cannot be exported, or what was exported is not the same network."""
+    """A network cannot be exported, or the export gives other results."""
 
 
 class TrainingError(SparseSRError):
-    """Training cannot go on; nothing that was learnt is lost."""
+    """Training cannot continue; no progress is lost."""
 
 
 class ProcessError(TrainingError):
-    """Another process of distributed training ended, or no longer takes part."""
+    """Another process of distributed training ended or stopped taking part."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with an option: where it stands, and the rule it breaks."""
+    """A problem with one option: its path, and the rule that it breaks."""
 
     path: str
     message: str
@@ -71,7 +71,7 @@ class Problem:
 
 
 class ConfigError(SparseSRError, ValueError):
-    """Options are wrong. All problems are reported at once.
+    """Options are invalid. All problems are reported together.
 
     Attributes:
         problems: each problem with its path (`network_g.attention.chunk_size`).
@@ -82,5 +82,5 @@ class ConfigError(SparseSRError, ValueError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def under(self, prefix: str) -> "ConfigError":
-        """Return the same problems with `prefix` put before each path."""
+        """Return the same problems with `prefix` prepended to each path."""
         return ConfigError(Problem(f"{prefix}.{p.path}" if p.path else prefix, p.message) for p in self.problems)

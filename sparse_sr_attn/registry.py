@@ -1,4 +1,4 @@
-"""A name table: what an option file may name, and what is built for it. Nothing else."""
+"""A table of the names that an option file may use, and the classes or functions that they build."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +17,10 @@ class Entry(Generic[T]):
     """One row of the table.
 
     Attributes:
-        name: as users write it.
-        kind: what it can be used for; the registry's owner says which kinds there are.
+        name: the name that users write.
+        kind: what it can be used for; each registry defines its kinds.
         build: the class or function; its signature declares the options (see `sparse_sr_attn.config`).
-        source: the paper or code it follows.
+        source: the paper or code that it follows.
     """
 
     name: str
@@ -41,8 +41,8 @@ class Registry(Generic[T]):
     """A table of named builders.
 
     Args:
-        noun: what the entries are, for messages ("layer").
-        modules: those whose import enters what the library has; imported before the table is first read.
+        noun: what the entries are called in messages ("layer").
+        modules: modules that register the library's own entries; imported before the table is first read.
     """
 
     def __init__(self, noun: str, modules: Sequence[str] = ()) -> None:
@@ -51,12 +51,12 @@ class Registry(Generic[T]):
         self._entries: dict[str, Entry[T]] = {}
 
     def register(self, name: str, *, kind: str, source: str) -> Callable[[B], B]:
-        """Return a decorator that enters a class or a function under `name`.
+        """Return a decorator that registers a class or a function under `name`.
 
-        Entering the same object again changes nothing, so a module may be imported twice.
+        Registering the same object again has no effect, so a module may be imported twice.
 
         Raises:
-            DuplicateNameError: another object has that name.
+            DuplicateNameError: `name` is registered for another object.
         """
 
         def enter(build: B) -> B:
@@ -75,7 +75,7 @@ class Registry(Generic[T]):
         """Return the entry called `name`.
 
         Raises:
-            UnknownNameError: there is none; the message names the nearest one and all that exist.
+            UnknownNameError: there is none; the message suggests the nearest name and lists all.
         """
         try:
             return self._all()[name]

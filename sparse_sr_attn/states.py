@@ -1,6 +1,6 @@
-"""What attention layers share: values that travel by argument, never by attribute.
+"""The states that attention layers share. They are passed as arguments, never as attributes.
 
-They are named tuples, which all tools that look into the inputs and outputs of modules know how to read.
+They are named tuples, which all tools that traverse the inputs and outputs of modules support.
 """
 
 from typing import NamedTuple, cast
@@ -10,17 +10,22 @@ from torch import Tensor
 
 
 class ClusterPattern(NamedTuple):
-    """Who attends to whom: the tokens sorted by cluster and cut into chunks.
+    """Which tokens attend to which: tokens sorted by cluster and cut into chunks.
 
     Attributes:
-        order: the token at each slot, clusters in turn, image order within a cluster. No gradient.
+        order: the token at each slot, sorted by cluster, in image order within a cluster. No gradient.
         assignment: the cluster of each token, in image order. No gradient.
         chunk_size: slots in a chunk, >= 1.
         num_adjacent: neighbouring chunks that a chunk sees on each side (circularly), >= 0; with `neighbors`, half the
-            number of chunks that it sees beside itself.
-        exact_keys: whether every key counts once; `False` is the published counting (`docs/deviations.md`, 5).
-        neighbors: the `m = 2 * num_adjacent + 1` chunks that each chunk sees, itself first; of fewer than `m` chunks,
-            each counts once, and what follows in a row does not count. `None` for a ring. No gradient.
+            number of chunks that it sees besides itself.
+        exact_keys: whether every key counts once; `False` counts as published (`docs/deviations.md`, 5).
+        neighbors: the `m = 2 * num_adjacent + 1` chunks that each chunk sees, itself first. With fewer than `m` chunks,
+            each counts once and the rest of a row is ignored. `None` for a ring. No gradient.
+
+    Examples:
+        >>> pattern = LSP(64, chunk_size=36)(torch.rand(1, 64, 12, 12)).pattern
+        >>> pattern.order.shape, pattern.chunk_size
+        (torch.Size([1, 144]), 36)
     """
 
     order: Int[Tensor, "b n"]
@@ -32,18 +37,24 @@ class ClusterPattern(NamedTuple):
 
 
 class ClusterAttention(NamedTuple):
-    """A pattern with the softmax weights of one embedding over it: what LSP gives and CoA reads.
+    """A pattern with the softmax weights of an embedding: the output of LSP and the input of CoA.
 
-    It holds the weights, or the embedding that they are made of: then each reader computes them again.
+    It stores the weights, or the embedding from which each reader recomputes them.
 
     Attributes:
-        pattern: of the map that was attended to; of several rounds, those of a sample one after the other.
-        height: of the map, in pixels.
-        width: of the map, in pixels.
-        num_rounds: patterns of each sample, >= 1.
-        weights: of each slot of `k` chunks of `i` slots over the `j = (2 * num_adjacent + 1) * i` slots it sees;
-            rows of real slots sum to 1 over the rounds. Carries gradient to the provider.
-        embedding: query and, at unit length, key of each token, in image order. Carries gradient to the provider.
+        pattern: the pattern of the map; with several rounds, those of a sample follow each other.
+        height: height of the map in pixels.
+        width: width of the map in pixels.
+        num_rounds: patterns per sample, >= 1.
+        weights: weights of each slot of `k` chunks of `i` slots over the `j = (2 * num_adjacent + 1) * i` slots that it
+            sees; the rows of a token sum to 1 over the rounds. Carries gradient to the provider.
+        embedding: query and, scaled to unit length, key of each token, in image order. Carries gradient to the
+            provider.
+
+    Examples:
+        >>> state = LCoA(64, chunk_size=36).attend(torch.rand(2, 64, 12, 12))
+        >>> state.map_size(), state.weights.shape
+        ((2, 12, 12), torch.Size([2, 4, 36, 108]))
     """
 
     pattern: ClusterPattern
@@ -54,23 +65,28 @@ class ClusterAttention(NamedTuple):
     embedding: Float[Tensor, "b n d"] | None = None
 
     def map_size(self) -> tuple[int, int, int]:
-        """Return the number of maps, their height and width."""
+        """Return batch size, height and width of the maps."""
         return self.pattern.order.shape[0] // self.num_rounds, self.height, self.width
 
 
 class WindowAttention(NamedTuple):
-    """The softmax weights of groups of channels, each inside windows of its own size: what GMSA gives and reads.
+    """The softmax weights of groups of channels, each in windows of its own size: the output and input of GMSA.
 
     Attributes:
-        weights: of each group, from every pixel of `k` windows to the `i` pixels of its window; rows of pixels that
-            exist sum to 1. `None` where making them again from `queries` costs less than to keep them. Carries
-            gradient to the provider.
-        queries: of each group without weights, which are the softmax of their products; else `None`.
-        window_sizes: of each group, in pixels.
-        shift: whether the windows are moved by half their size.
-        exact_shift: whether what is moved goes back to where it was; `False` is published (`docs/deviations.md`).
-        height: of the map, in pixels.
-        width: of the map, in pixels.
+        weights: for each group, weights from every pixel of `k` windows to the `i` pixels of its window; rows of pixels
+            sum to 1. `None` if recomputing them from `queries` costs less than storing them. Carries gradient to the
+            provider.
+        queries: queries of each group without weights, from whose products they are recomputed; else `None`.
+        window_sizes: side of the windows of each group in pixels.
+        shift: whether the windows are shifted by half their size.
+        exact_shift: whether the result is shifted back by the same amount; `False` as published (`docs/deviations.md`).
+        height: height of the map in pixels.
+        width: width of the map in pixels.
+
+    Examples:
+        >>> state = GMSA(60, window_sizes=(4, 8, 12)).attend(torch.rand(2, 60, 24, 24))
+        >>> state.map_size(), state.weights[0].shape  # 36 windows of 16 pixels
+        ((2, 24, 24), torch.Size([2, 36, 16, 16]))
     """
 
     weights: tuple[Float[Tensor, "b _ _ _"] | None, ...]
@@ -82,6 +98,6 @@ class WindowAttention(NamedTuple):
     width: int
 
     def map_size(self) -> tuple[int, int, int]:
-        """Return the number of maps, their height and width."""
+        """Return batch size, height and width of the maps."""
         first = cast(Tensor, self.queries[0] if self.weights[0] is None else self.weights[0])
         return first.shape[0], self.height, self.width

@@ -1,4 +1,4 @@
-"""Whole networks."""
+"""Complete networks."""
 
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.backbones.elan import ELAN

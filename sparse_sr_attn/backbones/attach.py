@@ -1,4 +1,4 @@
-"""Attention in models that somebody else wrote: put in, and taken out again."""
+"""Insert attention into third-party models, and remove it again."""
 
 import itertools
 import re
@@ -23,15 +23,15 @@ _SIDE = 16  # of an image that any model should take
 
 
 class AttendedSequential(nn.Sequential):
-    """What `attach` makes of an `nn.Sequential`: the same object, with attention between its children.
+    """The class that `attach` gives to an `nn.Sequential`: the same object with attention between its children.
 
-    Its length, and what iterating, indexing and slicing give, are those of the children; attention is beside them.
+    Length, iteration, indexing and slicing cover only the children, not the attention.
     """
 
     attention: SiteAttention
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return what the children and the attention between them make of `x`."""
+        """Run the children and the attention between them."""
         return self.attention.run(self, x)
 
     def _children(self) -> list[tuple[str, nn.Module]]:
@@ -57,12 +57,12 @@ class AttendedSequential(nn.Sequential):
 
 
 class AttendedConv2d(nn.Conv2d):
-    """What `attach` makes of a convolution: the same object, with attention after it."""
+    """The class that `attach` gives to a convolution: the same object with attention after it."""
 
     attention: nn.ModuleList
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
-        """Return what the convolution and then its attention make of `x`."""
+        """Run the convolution and its attention."""
         x = super().forward(x)
         for layer in self.attention:
             x = layer(x)
@@ -83,42 +83,46 @@ def attach(
     example: Tensor | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Put attention into the trunk of a model, an `nn.Sequential` that the model calls as a whole.
+    """Insert attention into the trunk of a model, an `nn.Sequential` that the model calls as a whole.
 
-    The model is changed in place. Its parameters keep their names, new ones stand under `<body>.attention.<i>.`, and
-    its output stays what it was, to the bit, as long as the layers are the identity (`zero_init`, the default where a
-    layer has it). Attach before `DistributedDataParallel`, before `torch.compile` and before the optimizer is made.
+    The model is changed in place. Its parameters keep their names; new ones are under `<body>.attention.<i>.`. Its
+    output is bit-identical as long as the layers are the identity (`zero_init`, the default for layers that have it).
+    Attach before `DistributedDataParallel`, before `torch.compile` and before creating the optimizer.
 
     Args:
         model: any module.
-        body: path of the trunk, as in `state_dict` (`"body"`, `"net.trunk"`); `None` for the only one there is. With
-            a `*` for a part of the path, the convolutions that it names (`"layers.*.conv"`): each gets attention
-            after it, for trunks that run their blocks themselves.
-        attention: name of a registered layer, or a map, or a list of maps, as in the option `attention` of `EDSR`.
-        every: after every so many children of the trunk, counted from 0: 4 means after children 3, 7, 11, ... Give
-            `after=[...]` instead to name them. `None` for 4.
-        share: one layer computes, the next `share - 1` reuse its state. `None` for 4 where that can be, else for 1.
-        example: images that the model takes. It is called with them once, in evaluation mode and without gradients,
-            to see that it really calls the trunk, and how wide that is. `None` to try black images of 16x16; if the
-            model takes none, the width is read from the convolutions of the trunk, and the rest is believed.
-        options: of the layer, as its class has them; only if `attention` is a name.
+        body: path of the trunk, as in `state_dict` (`"body"`, `"net.trunk"`). If omitted, the only trunk is used. A
+            path with `*` (`"layers.*.conv"`) selects convolutions instead, each followed by attention of its own, for
+            models that run their blocks one by one.
+        attention: name of a registered layer, a mapping, or a list of mappings, as in the option `attention` of `EDSR`.
+        every: a layer after every `every` children of the trunk: 4 (default) means after children 3, 7, 11, ...,
+            counted from 0. Alternatively, list the children in `after=[...]`.
+        share: one layer computes a state and the next `share - 1` reuse it. Default: 4 if possible, else 1.
+        example: images that the model accepts. The model is run on them once, in evaluation mode without gradients, to
+            check that it calls the trunk and to find the trunk's width. Default: black images of 16x16. If the model
+            does not accept them, the width is read from the convolutions of the trunk, and the call is not checked.
+        options: options of the layer; only if `attention` is a name.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: the trunk is none, or cannot hold attention, or an option breaks a rule; says why, and what would
-            work. The model is as it was.
+        ConfigError: there is no such trunk, it cannot hold attention, or an option is invalid; says what would work.
+            The model is unchanged.
 
     Note:
-        States travel by argument inside the trunk, so copies, threads, activation checkpointing around the trunk,
-        `DistributedDataParallel` and `torch.compile` work as before. `docs/attach.md` tells which models fit.
+        States are passed as arguments inside the trunk, so copies, threads, activation checkpointing around the trunk,
+        `DistributedDataParallel` and `torch.compile` work as before. `docs/attach.md` lists the models that fit.
 
-    Example:
-        `attach(RRDBNet(3, 3), "body", "LCoA", every=6, share=3, num_clusters=64)`
+    Examples:
+        >>> body = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), body)
+        >>> model = attach(model, "1", "LCoA", every=2, share=2, num_clusters=32)
+        >>> model(torch.rand(1, 3, 12, 12)).shape, len(body.attention)
+        (torch.Size([1, 16, 12, 12]), 2)
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise _refusal("model", "must not be in DistributedDataParallel yet, which would not see new parameters")
+        raise _refusal("model", "must not be in DistributedDataParallel yet, which would miss the new parameters")
     if body is not None and "*" in body:
         convolutions = _convolutions(model, body)
         maps = read_attention(_as_maps(attention, every, share, options, shares=False), len(convolutions))
@@ -136,21 +140,27 @@ def attach(
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take out all attention that `attach` put into a model, which is then what it was before.
+    """Remove all attention that `attach` inserted into a model.
 
     Args:
-        model: the model, changed in place; weights that were trained in the meantime stay.
+        model: the model, changed in place. Its own weights keep what they learnt meanwhile.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: there is no such attention in it.
+        ConfigError: the model has no attached attention.
+
+    Examples:
+        >>> body = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
+        >>> model = attach(torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1), body), "1", "LCoA")
+        >>> is_attended(model), is_attended(detach(model))
+        (True, False)
     """
     plain = {attended: original for original, attended in _ATTENDED.items()}
     found = [module for module in model.modules() if type(module) in plain]
     if not found:
-        raise _refusal("model", f"must hold attention that attach put there, but {type(model).__name__} has none")
+        raise _refusal("model", f"must have attention from attach, but {type(model).__name__} has none")
     for module in found:
         del module.attention
         module.__class__ = plain[type(module)]
@@ -158,12 +168,17 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def is_attended(model: nn.Module) -> bool:
-    """Return whether there is attention in a model that `attach` put there."""
+    """Return whether a model has attention from `attach`.
+
+    Examples:
+        >>> is_attended(EDSR(num_block=4, attention="LCoA"))  # attention of its own, not attached
+        False
+    """
     return any(type(module) in _ATTENDED.values() for module in model.modules())
 
 
 def _range_of(model: nn.Module) -> float:
-    """Return the factor on images that a model names, as EDSR, RCAN and SwinIR do, in one of two ways; else 1."""
+    """Return the image range of a model if it has one of the attributes of EDSR, RCAN or SwinIR; else 1."""
     named = (getattr(module, name, 1) for module in model.modules() for name in ("img_range", "rgb_range"))
     return max((float(value) for value in named if isinstance(value, (int, float))), default=1.0)
 
@@ -174,14 +189,14 @@ def _range_of(model: nn.Module) -> float:
 def _as_maps(
     attention: object, every: int | None, share: int | None, options: Mapping[str, Any], *, shares: bool = True
 ) -> object:
-    """Return the map that a name and keywords stand for; maps as they are."""
+    """Return the mapping for a name and keywords; mappings unchanged."""
     if not isinstance(attention, str):
         if not attention:
-            raise _refusal("attention", f"must be a name, a map or a list of maps, got {attention!r}")
+            raise _refusal("attention", f"must be a name, a mapping or a list of mappings, got {attention!r}")
         given = {"every": every, "share": share, **options}
         extra = [name for name, value in given.items() if value is not None]
         if extra:
-            raise _refusal(extra[0], "must stand in the map, because attention is one")
+            raise _refusal(extra[0], "must be in the mapping that attention is")
         return attention
     found = default_config(attention, shares=shares)
     if every is None and "after" in options:
@@ -191,7 +206,7 @@ def _as_maps(
 
 
 def _layers(maps: Sequence[AttentionConfig], num_blocks: int, width: int, beside: nn.Module) -> SiteAttention:
-    """Return the layers, where and in the precision that the parameters of `beside` are."""
+    """Return the layers, with the device and dtype of the parameters of `beside`."""
     layers = SiteAttention(maps, num_blocks, width)
     weight = next((p for p in beside.parameters() if p.is_floating_point()), None)
     if weight is not None:
@@ -202,10 +217,10 @@ def _layers(maps: Sequence[AttentionConfig], num_blocks: int, width: int, beside
 def _after_each(
     convolutions: Sequence[nn.Conv2d], maps: Sequence[AttentionConfig]
 ) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return the convolutions that get attention, each with its own."""
+    """Return the convolutions that get attention, each with its layers."""
     for attention in maps:
         if attention.share > 1:
-            message = "must be 1, because between convolutions of which the model calls each no state can travel"
+            message = "must be 1, because the model calls each convolution itself and no state can pass"
             raise _refusal("attention.share", f"{message}, got {attention.share}")
     widths = sorted({convolution.out_channels for convolution in convolutions})
     if len(widths) != 1:
@@ -219,7 +234,7 @@ def _after_each(
 
 
 def _trunk(model: nn.Module, path: str | None) -> tuple[str, nn.Sequential]:
-    """Return the trunk and its path: the one named, or the only one there is."""
+    """Return the trunk and its path: the one named, or the only one."""
     candidates = _candidates(model)
     if path is None:
         if len(candidates) != 1:
@@ -234,17 +249,17 @@ def _trunk(model: nn.Module, path: str | None) -> tuple[str, nn.Sequential]:
         raise _refusal("body", f"must be the path of a module, got {path!r}{suggestion(path, known)}")
     trunk = modules[path]
     if type(trunk) in _ATTENDED.values():
-        raise _refusal("body", f"must have no attention yet, got {path!r}; detach first, or attach a list of maps")
+        raise _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
     if type(trunk) is not nn.Sequential:
-        kind = f"a {type(trunk).__name__}" + ", which may run them otherwise" * isinstance(trunk, nn.Sequential)
+        kind = f"a {type(trunk).__name__}" + ", which may run them in another way" * isinstance(trunk, nn.Sequential)
         raise _refusal("body", f"must be an nn.Sequential and run its children, got {path!r}, {kind}{_hint(model)}")
     if hasattr(trunk, "attention"):
-        raise _refusal("body", f"must have no 'attention' of its own, where ours would stand, got {path!r}")
+        raise _refusal("body", f"must not have a child 'attention', the name of what attach adds, got {path!r}")
     return path, trunk
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Return the paths of the trunks that attention could be attached to, none of them inside another."""
+    """Return the paths of possible trunks, none of them inside another."""
     found: list[str] = []
     for path, module in model.named_modules():
         if type(module) is nn.Sequential and not any(path.startswith(join_path(outer, "")) for outer in found):
@@ -255,7 +270,7 @@ def _candidates(model: nn.Module) -> list[str]:
 
 
 def _hint(model: nn.Module) -> str:
-    """Return what to do about a model that runs the blocks of a list itself, if each has a convolution that fits."""
+    """Return advice for a model that runs the blocks of a list one by one, if each has a suitable convolution."""
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             names = [
@@ -264,21 +279,21 @@ def _hint(model: nn.Module) -> str:
             ]
             for name in sorted(set.intersection(*names)):
                 return (
-                    f"; {type(model).__name__} runs the blocks of {path!r} itself, so no state can travel between "
+                    f"; {type(model).__name__} runs the blocks of {path!r} itself, so no state can pass between "
                     f"them, but each can have attention of its own: body='{path}.*.{name}', share=1"
                 )
     return ""
 
 
 def _convolutions(model: nn.Module, pattern: str) -> list[nn.Conv2d]:
-    """Return the convolutions that a path with `*` names."""
+    """Return the convolutions that match a path with `*`."""
     regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
     found = {path: module for path, module in model.named_modules() if regex.fullmatch(path)}
     if not found:
         raise _refusal("body", f"must name convolutions, but {pattern!r} names nothing in {type(model).__name__}")
     for path, module in found.items():
         if type(module) is AttendedConv2d:
-            raise _refusal("body", f"must have no attention yet, got {path!r}; detach first, or attach a list of maps")
+            raise _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
         if type(module) is not nn.Conv2d:
             raise _refusal("body", f"must name convolutions (nn.Conv2d), got {path!r}, a {type(module).__name__}")
     return [module for module in found.values() if isinstance(module, nn.Conv2d)]
@@ -294,7 +309,7 @@ def _channels(block: nn.Module) -> tuple[int, int] | None:
 
 
 def _width(model: nn.Module, trunk: nn.Sequential, path: str, example: Tensor | None) -> int:
-    """Return the width of the maps between the children: as a call shows it, or, if none succeeds, as weights say."""
+    """Return the width of the maps between the children, from a call or, if none succeeds, from the weights."""
     for images in _guesses(model) if example is None else [example]:
         try:
             return _seen_width(model, trunk, path, images)
@@ -307,7 +322,7 @@ def _width(model: nn.Module, trunk: nn.Sequential, path: str, example: Tensor | 
 
 
 def _guesses(model: nn.Module) -> Iterator[Tensor]:
-    """Yield images that the model might take."""
+    """Yield images that the model might accept."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
     for channels in dict.fromkeys((first, 3, 1)):
@@ -331,7 +346,7 @@ def _seen_width(model: nn.Module, trunk: nn.Sequential, path: str, images: Tenso
             hook.remove()
     name = type(model).__name__
     if not calls:
-        how = f"{name} runs its children itself, and would pass over attention" if shapes else f"{name} did not use it"
+        how = f"{name} runs its children itself, which skips attention" if shapes else f"{name} did not use it"
         raise _refusal("body", f"must be a trunk that the model calls, got {path!r}, but {how}{_hint(model)}")
     for shape in shapes:
         if len(shape) != 4:
@@ -344,9 +359,9 @@ def _seen_width(model: nn.Module, trunk: nn.Sequential, path: str, images: Tenso
 
 def _told_width(trunk: nn.Sequential, path: str) -> int:
     blocks = {index: channels for index, channels in enumerate(map(_channels, trunk)) if channels}
-    example = "give example=..., images that the model takes, and one call will tell"
+    example = "pass example=..., images that the model accepts, to find it by a call"
     if not blocks:
-        raise _refusal("body", f"must have convolutions that tell its width, but {path!r} has none; {example}")
+        raise _refusal("body", f"must have convolutions that show its width, but {path!r} has none; {example}")
     width = blocks[min(blocks)][0]
     for index, (before, after) in blocks.items():
         if (before, after) != (width, width):
@@ -360,7 +375,7 @@ def _told_width(trunk: nn.Sequential, path: str) -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in evaluation mode inside, without gradients, and every part in its own mode afterwards."""
+    """Put a model into evaluation mode without gradients inside, and restore the mode of every submodule afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:  # not by `eval`, which some models use to fuse their weights

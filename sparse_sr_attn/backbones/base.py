@@ -1,4 +1,4 @@
-"""What networks have in common: the mean and the range of images, and options that their weights carry."""
+"""Base classes of networks: the mean and range of images, and the options stored with their weights."""
 
 import functools
 import inspect
@@ -21,13 +21,13 @@ DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean of DIV2K's training images (RGB, 0..1)."""
 
 OPTIONS = "options"
-"""Key under which the state dict of a network with attention holds the options it was built with."""
+"""Key of the options in the state dict of a network with attention."""
 
 P = ParamSpec("P")
 
 
 def store_init_args(init: Callable[P, None]) -> Callable[P, None]:
-    """Let a network remember the options of its constructor, so that its weights can carry them."""
+    """Decorate a constructor to record its options, so that they can be stored with the weights."""
     signature = inspect.signature(init)
     family = init.__qualname__.split(".")[0]  # of the class that declares the options, whatever it is called later
 
@@ -51,26 +51,26 @@ def store_init_args(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def encode_options(options: Mapping[str, Any]) -> Tensor:
-    """Return options as a state dict carries them: the bytes of a JSON mapping, each as a float.
+    """Encode options for a state dict: the bytes of a JSON mapping, each as a float.
 
-    Tools that average, cast or shard weights treat a float buffer like a parameter: 0..127 survive any of it.
+    Tools that average, cast or shard weights treat a float buffer like a parameter; the values 0..127 survive that.
     """
     return torch.tensor(list(json.dumps(options).encode()), dtype=torch.float32, device="cpu")
 
 
 def options_of(network: "Network") -> dict[str, Any] | None:
-    """Return the type and the options of a network; `None` if JSON has no word for one of them."""
+    """Return the type and the options of a network; `None` if JSON cannot represent one of them."""
     return None if network._options is None else dict(json.loads(network._options))
 
 
 def _is_plain(options: Mapping[str, Any]) -> bool:
-    """Return whether shapes tell who a network is: it could hold attention or blocks of another kind, and does not."""
+    """Return whether shapes identify a network: it supports attention or other blocks, and has neither."""
     choices = [options[name] for name in ("attention", "block") if name in options]
     return bool(choices) and not any(choices)
 
 
 def as_json(options: Mapping[str, Any]) -> str | None:
-    """Return the options as text; `None` if JSON has no word for one of them."""
+    """Return the options as JSON; `None` if JSON cannot represent one of them."""
     try:
         return json.dumps(options, default=_plain)
     except (TypeError, ValueError):
@@ -78,7 +78,7 @@ def as_json(options: Mapping[str, Any]) -> str | None:
 
 
 def _plain(value: object) -> object:
-    """Return what JSON can write of a mapping, a sequence or a number of any kind."""
+    """Convert mappings, sequences and numbers of any type to those that JSON can represent."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Sequence):
@@ -93,19 +93,19 @@ def _plain(value: object) -> object:
 class Network(nn.Module):
     r"""Abstract network $y = u((x - m)\,r) / r + m$, with the mean $m$ and the range $r$ of images.
 
-    Subclasses define $u$, `forward_body`. The mean is not in the state dict, and is real in a network built on the meta
-    device.
+    Subclasses define $u$, `forward_body`. The mean is not in the state dict, and has real values even in a network
+    built on the meta device.
 
-    Shapes do not tell everything about attention. So a network with attention has a buffer (`OPTIONS`) with the options
-    it was built with, as JSON bytes; `load_model` reads them and `load_state_dict` ignores them, there or not.
+    Shapes do not determine all options of attention, so a network with attention stores its options in a buffer
+    (`OPTIONS`) as JSON bytes. `load_model` reads them; `load_state_dict` ignores them, present or not.
 
     Args:
         num_in_ch: channels of the input image.
         num_out_ch: channels of the output image.
         upscale: factor, one of 2, 3, 4, 8.
-        img_range: factor on the image, inside; images are in 0..1 outside, always.
-        rgb_mean: subtracted from the input and added to the output, one number in 0..1 a channel; `None` for the mean
-            of DIV2K when there are 3 channels in and out, and for 0 otherwise.
+        img_range: internal factor on the image; inputs and outputs are always in 0..1.
+        rgb_mean: subtracted from the input and added to the output, one number in 0..1 per channel; `None` for the
+            mean of DIV2K with 3 channels in and out, and 0 otherwise.
     """
 
     mean: Tensor
@@ -127,24 +127,24 @@ class Network(nn.Module):
         self.register_buffer("mean", self._mean_like(torch.empty(0)), persistent=False)
 
     def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
-        """Return what the network makes of an image whose mean is 0, in its own range."""
+        """Super-resolve an image already centred and scaled to `img_range`."""
         raise TypeError(f"{type(self).__name__} does not define forward_body")
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
-        """Return the image at `upscale` times the size.
+        """Super-resolve images by the factor `upscale`.
 
         Args:
             x: images in 0..1, of any h, w >= 1.
 
         Returns:
-            Images in about 0..1, not clipped, of size (upscale * h, upscale * w).
+            Images of size (upscale * h, upscale * w), in about 0..1, not clipped.
 
         Raises:
             ShapeError: `x` is not a batch of images of `num_in_ch` channels.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise ShapeError(f"x must be a tensor of images of floating point, in about 0..1, got {got}")
+            raise ShapeError(f"x must be a floating-point tensor of images in about 0..1, got {got}")
         if x.ndim != 4 or x.shape[1] != self.num_in_ch or 0 in x.shape[2:]:
             raise ShapeError(
                 f"x must be images (b, {self.num_in_ch}, h >= 1, w >= 1), because num_in_ch is {self.num_in_ch}; "
@@ -162,12 +162,12 @@ class Network(nn.Module):
         return self
 
     def _mean_like(self, tensor: Tensor) -> Tensor:
-        """Return the mean itself, not a rounding of it, where `tensor` is; on the CPU for the meta device."""
+        """Return the unrounded mean on the device of `tensor`; on the CPU for the meta device."""
         device = "cpu" if tensor.is_meta else tensor.device
         return torch.tensor(self.rgb_mean, dtype=tensor.dtype, device=device).view(1, -1, 1, 1)
 
     def _packed_options(self) -> Tensor:
-        """Return the options it was built with, where the mean is."""
+        """Return the encoded options, on the device of the mean."""
         return encode_options(options_of(self) or {}).to(self.mean.device)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -208,11 +208,11 @@ class ResidualNetwork(Network):
         self.conv_last = nn.Conv2d(num_feat, num_out_ch, 3, padding=1)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return what the body makes of the first features."""
+        """Run the body on the first features."""
         raise TypeError(f"{type(self).__name__} does not define features")
 
     def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
-        """Return what the network makes of an image whose mean is 0, in its own range."""
+        """Super-resolve an image already centred and scaled to `img_range`."""
         first = self.conv_first(x)
         deep = self.conv_after_body(self.features(first)) + first
         return self.conv_last(self.upsample(deep))
@@ -221,9 +221,9 @@ class ResidualNetwork(Network):
 class TrunkNetwork(ResidualNetwork):
     """Abstract residual network with attention between the parts of its trunk, by config.
 
-    Subclasses call `_build_trunk` in their constructor. State-dict keys are BasicSR's, in which `attention.<i>.` and
-    `options` (see `load_model`) are new: weights of the plain network load strictly without attention, and with
-    attention the image is the same at first.
+    Subclasses call `_build_trunk` in their constructor. State-dict keys are BasicSR's plus `attention.<i>.` and
+    `options` (see `load_model`). Weights of the plain network load strictly without attention; with attention, the
+    output is initially the same.
     """
 
     def _build_trunk(
@@ -235,7 +235,7 @@ class TrunkNetwork(ResidualNetwork):
         warn_of_range(self, self.img_range)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return what the trunk and the attention in it make of the first features."""
+        """Run the trunk with its attention on the first features."""
         return self.attention.run(self.body, x, activation_checkpointing=self.activation_checkpointing)
 
 
@@ -247,7 +247,7 @@ def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> 
             [
                 Problem(
                     "rgb_mean",
-                    "must have one number for each channel, as many in as out, or be ~; "
+                    "must have one number per channel, the same number in and out, or be ~; "
                     f"got {len(rgb_mean)} numbers with {num_in_ch=}, {num_out_ch=}",
                 )
             ]

@@ -18,23 +18,27 @@ class EDSR(TrunkNetwork):
         num_block: residual blocks, >= 1.
         upscale: factor, one of 2, 3, 4, 8.
         res_scale: factor on each residual branch.
-        img_range: factor on the image, inside. 255 is BasicSR's default and what its weights expect; raw queries
-            (`similarity: dot`) saturate the softmax there, of which a warning tells.
-        rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
-        attention: `None`, a map, or a list of maps: `{type: LCoA, every: 4, share: 4, num_clusters: 128}` puts an
-            LCoA after block 3, which computes, and CoAs that reuse its state after blocks 7, 11 and 15. The keys are
-            those of `blocks.AttentionMap` and the options of the layer. Layers start as the identity (`zero_init`).
-            A list of maps mixes layers. The name of a layer alone stands for every 4th block, all sharing if they can.
-        block: a map like `{type: ELAB, share: 2}`, of any registered layer, puts these in place of the residual blocks;
-            of layers with an option `shift` every second shifts, and `res_scale` has no effect. `None` for EDSR's
-            own.
-        activation_checkpointing: in training, compute the body again in the backward instead of keeping it.
+        img_range: internal factor on the image. 255 is BasicSR's default, which its weights expect; there, raw queries
+            (`similarity: dot`) saturate the softmax, which gives a warning.
+        rgb_mean: one number in 0..1 per channel; `None` for DIV2K's mean with 3 channels, and 0 otherwise.
+        attention: `None`, a mapping, or a list of mappings: `{type: LCoA, every: 4, share: 4, num_clusters: 128}` adds
+            an LCoA after block 3 and CoAs that reuse its state after blocks 7, 11 and 15. The keys are those of
+            `blocks.AttentionConfig` and the options of the layer. Layers start as the identity (`zero_init`). A list of
+            mappings combines layers. The name of a layer alone means every 4th block, with sharing if possible.
+        block: `None` for EDSR's residual blocks, or a mapping like `{type: ELAB, share: 2}` to replace them by any
+            registered layer. `res_scale` then has no effect; of layers with an option `shift`, every second shifts.
+        activation_checkpointing: in training, recompute the body in the backward instead of storing it.
 
     Raises:
-        ConfigError: options break their rules; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
         State-dict keys are those of `TrunkNetwork`.
+
+    Examples:
+        >>> model = EDSR(num_feat=16, num_block=4, upscale=2, attention={"type": "LCoA", "every": 2}, img_range=1.0)
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 24, 24])
     """
 
     @store_init_args

@@ -1,4 +1,4 @@
-"""ELAN: shift convolutions, and window attention in three sizes whose weights later layers reuse."""
+"""ELAN: shift convolutions, and window attention in three sizes with weights shared by later layers."""
 
 import math
 from collections.abc import Sequence
@@ -25,25 +25,30 @@ class ELAN(Network):
         num_out_ch: channels of the output image, >= 1.
         num_feat: channels inside, >= 1.
         num_block: ELABs, >= 1; every second one shifts its windows.
-        share: attentions in an ELAB, >= 1, which share one set of weights.
+        share: number of attentions in an ELAB, >= 1, which share their weights.
         upscale: factor, one of 2, 3, 4, 8.
-        window_sizes: as in `GMSA`. The image is padded by reflection to a multiple of them all.
+        window_sizes: as in `GMSA`. The image is padded by reflection to a common multiple.
         exact_shift: as in `GMSA`.
         expansion: as in `LFE`.
-        img_range: factor on the image, inside; 255 as published.
-        rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
-        activation_checkpointing: in training, compute the body again in the backward instead of keeping it.
+        img_range: internal factor on the image; 255 as published.
+        rgb_mean: one number in 0..1 per channel; `None` for DIV2K's mean with 3 channels, and 0 otherwise.
+        activation_checkpointing: in training, recompute the body in the backward instead of storing it.
 
     Raises:
-        ConfigError: options break their rules; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        In training, statistics of the batch normalise, padding included, as published. Where a side is shorter than
-        what is to be padded, the reflection goes to and fro; the released network fails there.
+        In training, normalisation uses the statistics of the batch, including padding, as published. If a side is
+        shorter than its padding, the reflection is repeated; the released network fails there.
 
     Source:
         arXiv 2203.06697 and the configuration of its released code, whose `m_elan` is `num_block * share` here.
         8,254,092 parameters at x2; 582,012 for ELAN-light.
+
+    Examples:
+        >>> model = ELAN(num_feat=60, num_block=2, upscale=2)
+        >>> model(torch.rand(1, 3, 20, 20)).shape
+        torch.Size([1, 3, 40, 40])
     """
 
     @store_init_args
@@ -83,7 +88,7 @@ class ELAN(Network):
         self.conv_last = nn.Conv2d(num_feat, num_out_ch * upscale**2, 3, padding=1)
 
     def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
-        """Return what the network makes of an image whose mean is 0, in its own range."""
+        """Super-resolve an image already centred and scaled to `img_range`."""
         first = self.conv_first(channels_last(_reflected(_reflected(x, 2, self.multiple), 3, self.multiple)))
         output = F.pixel_shuffle(self.conv_last(self.features(first) + first), self.upscale)
         # Copied, not cut: for a compiler the strides of a slice would tell whether there was padding.
@@ -92,14 +97,14 @@ class ELAN(Network):
         return output
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return what the ELABs make of the first features."""
+        """Run the ELABs on the first features."""
         for block in self.body:
             x = maybe_checkpoint(block, x, enabled=self.activation_checkpointing and self.training)
         return x
 
 
 def _reflected(x: Tensor, dim: int, multiple: int) -> Tensor:
-    """Return the map whose side `dim` goes on by reflection, to and fro, up to a multiple."""
+    """Pad side `dim` of a map by repeated reflection to a multiple of `multiple`."""
     side = x.shape[dim]
     period = larger(2 * (side - 1), 1)  # there and back; a side of 1 stays where it is
     padded = (side + multiple - 1) // multiple * multiple

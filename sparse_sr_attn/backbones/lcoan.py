@@ -1,4 +1,4 @@
-"""LCoAN: one sparse pattern, learnt in the first group and reused by all."""
+"""LCoAN: one sparse pattern, learnt in the first group and shared by all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ class CollaborativeGroup(nn.Module):
         num_feat: channels.
         num_block: residual blocks.
         res_scale: $\rho$, factor on the branch.
-        attention: an LCoA, or a CoA that reads the state of an earlier group's.
+        attention: an LCoA, or a CoA that reads the state of an earlier group.
     """
 
     def __init__(self, num_feat: int, num_block: int, res_scale: float, attention: AttentionLayer) -> None:
@@ -36,11 +36,11 @@ class CollaborativeGroup(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], state: ClusterAttention | None, *, sharing: bool
     ) -> tuple[Float[Tensor, "b c h w"], ClusterAttention | None]:
-        """Return the features and the state for the next group.
+        """Run the group; return the features and the state for the next group.
 
         Args:
-            x: the features that enter.
-            state: that of an earlier group; `None` for a group that computes its own.
+            x: input features.
+            state: the state of an earlier group; `None` for a group that computes its own.
             sharing: whether the next group reads the state.
         """
         branch = self.blocks(x)
@@ -53,7 +53,7 @@ class CollaborativeGroup(nn.Module):
 class LCoAN(ResidualNetwork):
     """Learnable collaborative attention network.
 
-    The defaults have the published sizes and our attention; `create_model("LCoAN")` is the published network.
+    The defaults are the published sizes with this library's attention; `create_model("LCoAN")` is as published.
 
     Args:
         num_in_ch: channels of the input image, >= 1.
@@ -63,21 +63,26 @@ class LCoAN(ResidualNetwork):
         num_block: residual blocks in a group, >= 1.
         upscale: factor, one of 2, 3, 4, 8.
         res_scale: factor on the branch of each group and on its attention.
-        img_range: factor on the image, inside.
-        rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
-        share: groups that share one state: the first of them computes it. `None` for all, as published; 1 for none.
+        img_range: internal factor on the image.
+        rgb_mean: one number in 0..1 per channel; `None` for DIV2K's mean with 3 channels, and 0 otherwise.
+        share: number of groups that share a state, computed by the first. `None` for all, as published; 1 for none.
         chunk_size: as in `LSP`.
         reduction: as in `LSP`.
-        zero_init: start with attention that is the identity; `False` as published.
-        activation_checkpointing: in training, compute the groups again in the backward instead of keeping them.
-        options: the others of `LSP`: `num_clusters`, `similarity`, `neighbors`, ...
+        zero_init: start with attention as the identity; `False` as published.
+        activation_checkpointing: in training, recompute the groups in the backward instead of storing them.
+        options: other options of `LSP`: `num_clusters`, `similarity`, `neighbors`, ...
 
     Raises:
-        ConfigError: options break their rules; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Source:
-        arXiv 2404.04922 and the configuration of its released code: 14,340,227 parameters at x2 that matter; the
-        released network has 1,328,281 more that it never uses.
+        arXiv 2404.04922 and the configuration of its released code, with 14,340,227 parameters at x2. The released
+        network has another 1,328,281 that it never uses.
+
+    Examples:
+        >>> model = LCoAN(num_feat=16, num_group=3, num_block=1, upscale=2, num_clusters=32)
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 24, 24])
     """
 
     @store_init_args
@@ -122,7 +127,7 @@ class LCoAN(ResidualNetwork):
         warn_of_range(self, img_range)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return what the groups make of the first features."""
+        """Run the groups on the first features."""
         state: ClusterAttention | None = None
         again = self.activation_checkpointing and self.training
         for index, group in enumerate(self.body):

@@ -1,4 +1,4 @@
-"""Configurations with names, each with its source."""
+"""Named configurations, each with its source."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,12 +15,17 @@ from sparse_sr_attn.registry import suggestion
 
 @dataclass(frozen=True)
 class Preset:
-    """A network with options.
+    """A network class with options.
 
     Attributes:
-        build: the network.
-        options: where they differ from its defaults.
-        source: where they come from.
+        build: the network class.
+        options: options that differ from the defaults.
+        source: origin of the options.
+
+    Examples:
+        >>> preset = PRESETS["LCoAN-light"]
+        >>> preset.build.__name__, preset.options["num_feat"]
+        ('LCoAN', 48)
     """
 
     build: Callable[..., nn.Module]
@@ -58,14 +63,16 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def create_model(name: str, **options: Any) -> nn.Module:
-    """Return the network called `name`, untrained; `options` go before those of the preset.
+    """Create the network called `name`, untrained; `options` override those of the preset.
 
     Raises:
         UnknownNameError: there is no such preset.
-        ConfigError: options break their rules; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
-    Example:
-        `create_model("LCoAN-light", upscale=4)`
+    Examples:
+        >>> model = create_model("LCoAN-light", upscale=4)
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 48, 48])
     """
     if name not in PRESETS:
         raise UnknownNameError(f"no preset named {name!r}{suggestion(name, sorted(PRESETS))}")

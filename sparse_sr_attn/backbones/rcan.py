@@ -18,20 +18,26 @@ class RCAN(TrunkNetwork):
         num_feat: channels inside, >= 1.
         num_group: residual groups, >= 1.
         num_block: channel-attention blocks in a group, >= 1.
-        squeeze_factor: `num_feat` over the channels inside a channel attention, from 1 to `num_feat`.
+        squeeze_factor: ratio of `num_feat` to the channels inside a channel attention, from 1 to `num_feat`.
         upscale: factor, one of 2, 3, 4, 8.
-        res_scale: factor on the residual branch of each block; groups have none.
+        res_scale: factor on the residual branch of each block, not of groups.
         img_range: as in `EDSR`.
-        rgb_mean: one number in 0..1 a channel; `None` for DIV2K's mean with 3 channels and for 0 otherwise.
+        rgb_mean: one number in 0..1 per channel; `None` for DIV2K's mean with 3 channels, and 0 otherwise.
         attention: as in `EDSR`, where `every` and `after` count residual groups from 0.
         block: as in `EDSR`, for the blocks inside the groups; `squeeze_factor` and `res_scale` then have no effect.
-        activation_checkpointing: in training, compute the body again in the backward instead of keeping it.
+        activation_checkpointing: in training, recompute the body in the backward instead of storing it.
 
     Raises:
-        ConfigError: options break their rules; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
         State-dict keys are those of `TrunkNetwork`.
+
+    Examples:
+        >>> attention = {"type": "LCoA", "every": 1, "share": 2}
+        >>> model = RCAN(num_feat=16, num_group=2, num_block=2, upscale=2, attention=attention, img_range=1.0)
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 24, 24])
     """
 
     @store_init_args

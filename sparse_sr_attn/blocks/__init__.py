@@ -1,4 +1,4 @@
-"""What networks are made of between their first and last convolution."""
+"""The building blocks of networks between their first and last convolution."""
 
 from sparse_sr_attn.blocks.attention_config import AttentionConfig, read_attention, read_trunk
 from sparse_sr_attn.blocks.body import SiteAttention

@@ -1,4 +1,4 @@
-"""The options `attention` and `block` of a network: read and checked, and the layers that they describe."""
+"""The options `attention` and `block` of a network: how they are checked, and the layers that they describe."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,21 @@ from sparse_sr_attn.registry import Entry
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One map of the option `attention`.
+    """One mapping of the option `attention`.
 
     Attributes:
         type: name of a registered layer, or `timm:<name>`.
-        every: after every so many blocks: 4 means after blocks 3, 7, 11, ...
-        after: after these blocks, counted from 0; instead of `every`.
-        share: one layer computes, the next `share - 1` sites reuse its state; 1: nobody shares. A layer that has an
-            option `share` of its own gets it, and no site reuses another's.
-        options: of the layer, checked.
-        path: where the map stands, for messages.
+        every: a layer after every `every` blocks: 4 means after blocks 3, 7, 11, ...
+        after: a layer after each of these blocks, counted from 0; instead of `every`.
+        share: one layer computes a state and the next `share - 1` sites reuse it; 1 disables sharing. If the layer has
+            an option `share` of its own, this is passed to it and sites share nothing.
+        options: checked options of the layer.
+        path: position of the mapping, for messages.
+
+    Examples:
+        >>> (config,) = read_attention({"type": "LCoA", "every": 4, "share": 2, "num_clusters": 32}, num_blocks=16)
+        >>> config.sites(16), config.options["num_clusters"]
+        ((3, 7, 11, 15), 32)
     """
 
     type: str
@@ -35,7 +40,7 @@ class AttentionConfig:
     path: str = "attention"
 
     def sites(self, num_blocks: int) -> tuple[int, ...]:
-        """Return the blocks, of `num_blocks`, after which a layer stands."""
+        """Return the indices of the blocks, of `num_blocks`, that are followed by a layer."""
         if self.after is not None:
             return tuple(self.after)
         every = cast(int, self.every)
@@ -46,16 +51,21 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
     """Read the option `attention` of a network.
 
     Args:
-        attention: `None`, a map or a list of maps, each with the keys of `AttentionMap` and the layer's options; or the
-            name of a layer, which stands for `default_map(name)`.
-        num_blocks: blocks of the trunk.
-        path: where the option stands, for messages.
+        attention: `None`, a mapping or a list of mappings, each with the keys of `AttentionConfig` and the options of
+            the layer; or the name of a layer, short for `default_config(name)`.
+        num_blocks: number of blocks of the trunk.
+        path: position of the option, for messages.
 
     Returns:
-        The maps. Layers that can start as the identity do so (`zero_init`), unless told otherwise.
+        The checked mappings. Layers with an option `zero_init` start as the identity unless it is given.
 
     Raises:
-        ConfigError: names all problems of all maps, each with its path.
+        ConfigError: options are invalid; names all problems with their paths.
+
+    Examples:
+        >>> configs = read_attention([{"type": "GMSA", "every": 8}, {"type": "LCoA", "every": 4}], num_blocks=16)
+        >>> [(config.type, config.sites(16)) for config in configs]
+        [('GMSA', (7, 15)), ('LCoA', (3, 7, 11, 15))]
     """
     if attention is None:
         return ()
@@ -63,7 +73,7 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
         attention = default_config(attention)
     alone = isinstance(attention, Mapping)
     if not alone and not isinstance(attention, Sequence):
-        message = f"must be a name, a map, a list of maps or ~ (no attention), got {attention!r}"
+        message = f"must be a name, a mapping, a list of mappings or ~ (no attention), got {attention!r}"
         raise ConfigError([Problem(path, message)])
     maps: list[AttentionConfig] = []
     problems = ProblemList()
@@ -75,11 +85,15 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
 
 
 def default_config(name: str, *, shares: bool = True) -> dict[str, Any]:
-    """Return the map that the name of a layer alone stands for: after every 4th block, 4 layers sharing if they can.
+    """Return the mapping for the name of a layer alone: after every 4th block, 4 sites sharing a state if possible.
 
     Args:
-        name: of a registered layer, or `timm:<name>`.
-        shares: whether states can travel between the blocks.
+        name: name of a registered layer, or `timm:<name>`.
+        shares: whether states can be passed between the blocks.
+
+    Examples:
+        >>> default_config("LCoA")
+        {'type': 'LCoA', 'every': 4, 'share': 4}
     """
     provides = name in LAYERS and getattr(LAYERS.get(name).build, "provides", None) is not None
     return {"type": name, "every": 4, "share": 4 if shares and provides else 1}
@@ -87,7 +101,7 @@ def default_config(name: str, *, shares: bool = True) -> dict[str, Any]:
 
 def _read_map(item: object, num_blocks: int, path: str) -> AttentionConfig:
     if not isinstance(item, Mapping):
-        raise ConfigError([Problem(path, f"must be a map with a key 'type', got {item!r}")])
+        raise ConfigError([Problem(path, f"must be a mapping with a key 'type', got {item!r}")])
     own = ["type", "every", "after", *([] if _shares_inside(item.get("type")) else ["share"])]
     problems = ProblemList()
     entry = None
@@ -106,7 +120,7 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionConfig:
         )
     if (item.get("every") is None) == (item.get("after") is None):
         got = "neither" if item.get("every") is None else "both"
-        problems.add(path, f"must have one of 'every' and 'after', which say where attention stands, got {got}")
+        problems.add(path, f"must have one of 'every' and 'after', which place the attention, got {got}")
     problems.raise_if_any()
     result = AttentionConfig(**values, options=options, path=path)
     _check_sites(result, num_blocks, path)
@@ -114,22 +128,29 @@ def _read_map(item: object, num_blocks: int, path: str) -> AttentionConfig:
 
 
 def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Module] | None:
-    """Read the option `block` of a network, which puts a layer in place of each of its blocks.
+    """Read the option `block` of a network, which replaces each of its blocks by a layer.
 
     Args:
-        block: `None`, or a map of a layer's `type` and options.
-        path: where the option stands, for messages.
+        block: `None`, or a mapping with the `type` and the options of a layer.
+        path: position of the option, for messages.
 
     Returns:
-        What builds the block of an index and a number of channels; `None` for the network's own blocks.
+        A function that builds the block for an index and a number of channels; `None` for the network's own blocks.
 
     Raises:
-        ConfigError: names all problems, each with its path.
+        ConfigError: options are invalid; names all problems with their paths.
+
+    Examples:
+        >>> build = read_block({"type": "ELAB", "window_sizes": [4, 8]})
+        >>> build(0, 60)(torch.rand(1, 60, 16, 16)).shape  # block 0, 60 channels
+        torch.Size([1, 60, 16, 16])
     """
     if block is None:
         return None
     if not isinstance(block, Mapping):
-        raise ConfigError([Problem(path, f"must be a map with a key 'type' or ~ (the network's own), got {block!r}")])
+        raise ConfigError(
+            [Problem(path, f"must be a mapping with a key 'type' or ~ (the network's own blocks), got {block!r}")]
+        )
     entry, options = _read_layer(block, path, ["type"])
     return lambda index, embed_dim: build_numbered(entry, embed_dim, options, index, path)
 
@@ -140,7 +161,12 @@ def read_trunk(
     """Read the options `block` and `attention` of a network; see `read_block` and `read_attention`.
 
     Raises:
-        ConfigError: names all problems of both.
+        ConfigError: options are invalid; names all problems of both.
+
+    Examples:
+        >>> build, configs = read_trunk(None, "LCoA", num_sites=16)
+        >>> build is None, [config.sites(16) for config in configs]
+        (True, [(3, 7, 11, 15)])
     """
     problems = ProblemList()
     build: Callable[[int, int], nn.Module] | None = None
@@ -154,14 +180,14 @@ def read_trunk(
 
 
 def _shares_inside(name: object) -> bool:
-    """Return whether this is a layer with an option `share` of its own."""
+    """Return whether `name` is a layer with an option `share` of its own."""
     return isinstance(name, str) and name in LAYERS and "share" in fields(LAYERS.get(name).build)
 
 
 def _read_layer(item: Mapping[str, object], path: str, own: Sequence[str]) -> tuple[Entry[nn.Module], dict[str, Any]]:
-    """Return the layer that a map names, and its checked options: all keys but those in `own`.
+    """Return the layer that a mapping names and its checked options, all keys except those in `own`.
 
-    `shift: auto`, the default, is left out: who builds the layers shifts every second.
+    `shift: auto`, the default, is dropped; `build_numbered` then shifts every second layer.
     """
     name = item.get("type")
     if not isinstance(name, str):
@@ -175,17 +201,17 @@ def _read_layer(item: Mapping[str, object], path: str, own: Sequence[str]) -> tu
 
 
 def _shifted(entry: Entry[nn.Module], options: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """Return the options of the layer number `index` of its like: every second shifts, unless told otherwise."""
+    """Return the options of the `index`-th layer of its type: every second one shifts by default."""
     return {"shift": index % 2 == 1, **options} if _shifts(entry) else options
 
 
 def build_numbered(
     entry: Entry[nn.Module], embed_dim: int, options: Mapping[str, Any], index: int, path: str
 ) -> nn.Module:
-    """Return the layer number `index` of its like.
+    """Build the `index`-th layer of its type.
 
     Raises:
-        ConfigError: options break a rule that joins several, or the width.
+        ConfigError: options contradict each other or the width.
     """
     try:
         return build_layer(entry.name, embed_dim, **_shifted(entry, options, index))
@@ -194,7 +220,7 @@ def build_numbered(
 
 
 def _shifts(entry: Entry[nn.Module]) -> bool:
-    """Return whether a layer can shift its windows, or not: whether it has an option `shift` that says so."""
+    """Return whether a layer has a boolean option `shift`."""
     return "shift" in fields(entry.build) and fields(entry.build)["shift"].annotation is bool
 
 
@@ -218,7 +244,7 @@ def _drop_in(name: str, path: str) -> Entry[nn.Module]:
 
 
 def _check_sites(attention: AttentionConfig, num_blocks: int, path: str) -> None:
-    """Refuse a map that hits no site, or one that does not exist, or one twice."""
+    """Raise ConfigError if a mapping selects no block, one that does not exist, or one twice."""
     sites = attention.sites(num_blocks)
     name = "every" if attention.after is None else "after"
     value = attention.every if attention.after is None else list(attention.after)
@@ -228,6 +254,6 @@ def _check_sites(attention: AttentionConfig, num_blocks: int, path: str) -> None
     elif max(sites) >= num_blocks:
         rule = f"must be blocks from 0 to {num_blocks - 1}"
     elif len(set(sites)) < len(sites) or list(sites) != sorted(sites):
-        rule = "must be rising, each block once"
+        rule = "must be in increasing order, each block once"
     if rule:
         raise ConfigError([Problem(join_path(path, name), f"{rule}, got {value}")])

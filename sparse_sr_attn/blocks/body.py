@@ -1,4 +1,4 @@
-"""The trunk of a network by config: its blocks, and where attention stands between them and who shares with whom."""
+"""The trunk of a network by config: its blocks, the attention layers after them, and which of these share states."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +16,12 @@ from sparse_sr_attn.layers.build import find_layer
 
 @dataclass(frozen=True)
 class _Step:
-    """What happens at a site.
+    """The layer at a site and the state that it uses.
 
     Attributes:
-        layer: its index in the list.
-        provider: index of the layer whose state it uses; `None` for a layer on its own.
-        last: whether nobody uses that state afterwards.
+        layer: index of the layer in the list.
+        provider: index of the layer whose state it uses; `None` if it uses no state.
+        last: whether no later layer uses that state.
     """
 
     layer: int
@@ -30,28 +30,35 @@ class _Step:
 
 
 def maybe_checkpoint(part: Callable[..., Any], *inputs: Any, enabled: bool, **options: Any) -> Any:
-    """Return `part(*inputs, **options)`, a part of a network.
+    """Return `part(*inputs, **options)`, with activation checkpointing if `enabled`.
 
     Args:
-        part: of the network.
-        inputs: all that gradients flow into.
-        enabled: keep only the inputs, and let the backward compute the part once more (activation checkpointing).
-        options: what is no tensor.
+        part: a part of a network.
+        inputs: everything that gradients flow into.
+        enabled: store only the inputs, and recompute the part in the backward.
+        options: arguments that are not tensors.
     """
     return checkpoint(part, *inputs, use_reentrant=False, **options) if enabled else part(*inputs, **options)
 
 
 class SiteAttention(nn.ModuleList):
-    """The attention layers of a trunk; they stand after its blocks and pass states on.
+    """The attention layers of a trunk, which follow its blocks and share states.
 
-    Who reads whose state is settled here, once; a state lives until its last reader. The layers are numbered from
-    input to output, and several at one block in the order of the maps, so that their parameters can stand in a network
-    under a prefix of their own and leave the names of the blocks alone.
+    The constructor decides which layer reads which state; a state is freed after its last reader. Layers are numbered
+    from input to output, several after one block in the order of the mappings. So their parameters have a prefix of
+    their own in a network, and the names of the blocks do not change.
 
     Args:
-        maps: from `read_attention`, for as many blocks.
-        num_blocks: blocks of the trunk.
+        maps: from `read_attention`, for the same number of blocks.
+        num_blocks: number of blocks of the trunk.
         embed_dim: channels of the trunk.
+
+    Examples:
+        >>> from sparse_sr_attn.blocks import read_attention
+        >>> attention = SiteAttention(read_attention({"type": "LCoA", "every": 2}, 4), num_blocks=4, embed_dim=8)
+        >>> trunk = [torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
+        >>> attention.run(trunk, torch.rand(1, 8, 12, 12)).shape
+        torch.Size([1, 8, 12, 12])
     """
 
     def __init__(self, maps: Sequence[AttentionConfig], num_blocks: int, embed_dim: int) -> None:
@@ -84,13 +91,13 @@ class SiteAttention(nn.ModuleList):
     def run(
         self, trunk: Iterable[nn.Module], x: Float[Tensor, "b c h w"], *, activation_checkpointing: bool = False
     ) -> Float[Tensor, "b c h w"]:
-        """Return what the blocks of `trunk` and the layers between them make of `x`.
+        """Run the blocks of `trunk` and the layers between them on `x`.
 
         Args:
-            trunk: as many blocks as the layers were placed for.
-            x: the features that enter.
-            activation_checkpointing: in training, keep only what passes from block to block, and compute the rest
-                again in the backward.
+            trunk: `num_blocks` blocks.
+            x: input features.
+            activation_checkpointing: in training, store only the features between blocks, and recompute the rest in the
+                backward.
         """
         states: dict[int, Any] = {}
         again = activation_checkpointing and self.training
@@ -101,7 +108,7 @@ class SiteAttention(nn.ModuleList):
     def _segment(
         self, number: int, block: nn.Module, x: Tensor, states: Mapping[int, Any]
     ) -> tuple[Tensor, dict[int, Any]]:
-        """Run one block and the layers after it; return the features and the states still needed."""
+        """Run one block and the layers after it; return the features and the states that later layers need."""
         states = dict(states)
         x = block(x)
         for step in self._steps.get(number, ()):

@@ -1,4 +1,4 @@
-"""ELAB, the block of ELAN: local feature extraction and window attention in turn, one set of weights for all."""
+"""ELAB, the block of ELAN: local feature extraction and window attention in turn, with shared attention weights."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -16,25 +16,29 @@ from sparse_sr_attn.layers.shift_conv import LFE
 
 @LAYERS.register("ELAB", kind="layer", source="Zhang et al., arXiv 2203.06697")
 class ELAB(AttentionLayer):
-    r"""Efficient long-range attention block: `share` times $x + \rho\,\mathrm{LFE}(x)$ and then attention.
+    r"""Efficient long-range attention block: $x + \rho\,\mathrm{LFE}(x)$ followed by attention, `share` times.
 
-    The first attention is a GMSA; the others are SharedGMSA with its weights. It takes no state from outside.
+    The first attention is a GMSA; the others are SharedGMSA with its weights. The block takes no state.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        share: attentions that share one set of weights, >= 1: the first computes it.
+        share: number of attentions, >= 1, which share the weights that the first computes.
         window_sizes: as in `GMSA`.
-        shift: as in `GMSA`, for all of the block.
+        shift: as in `GMSA`, for all attentions of the block.
         exact_shift: as in `GMSA`.
         expansion: as in `LFE`.
-        res_scale: $\rho$, factor on every residual branch; 0 switches the block off.
-        zero_init: start every branch with a zero last convolution, hence as the identity.
+        res_scale: $\rho$, factor on every residual branch; 0 disables the block.
+        zero_init: initialise the last convolution of every branch with zeros, so that the block starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Source:
         ELAB of arXiv 2203.06697; `share` is its `n_share` + 1, `expansion` its `r_expand`.
+
+    Examples:
+        >>> ELAB(60, share=2)(torch.rand(1, 60, 24, 24)).shape
+        torch.Size([1, 60, 24, 24])
     """
 
     @checked
@@ -68,14 +72,14 @@ class ELAB(AttentionLayer):
                     nn.init.zeros_(parameter)
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"res_scale={self.res_scale}"
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
         """Return a map of the same size, for any h, w >= 1.
 
         Raises:
-            SharingError: a state is given.
+            SharingError: `state` is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         reject_state(self, state)

@@ -19,6 +19,10 @@ class ResidualBlock(nn.Module):
 
     Source:
         Lim et al., "Enhanced Deep Residual Networks", CVPRW 2017; state-dict keys as in BasicSR.
+
+    Examples:
+        >>> ResidualBlock(64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     @checked
@@ -35,25 +39,29 @@ class ResidualBlock(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    r"""RCAN's gate: $x \cdot \sigma(W_2\,\mathrm{ReLU}(W_1 \bar x))$, one factor in 0..1 a channel from its mean.
+    r"""RCAN's gate: $x \cdot \sigma(W_2\,\mathrm{ReLU}(W_1 \bar x))$, a factor in 0..1 per channel.
 
     Args:
         num_feat: channels.
-        squeeze_factor: `num_feat` over the channels between $W_1$ and $W_2$, of which at least one stays.
+        squeeze_factor: ratio of `num_feat` to the channels between $W_1$ and $W_2$; at least one channel is kept.
 
     Raises:
-        ConfigError: `squeeze_factor` leaves no channel.
+        ConfigError: `squeeze_factor` exceeds `num_feat`.
 
     Source:
         Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks", ECCV 2018;
         state-dict keys as in BasicSR.
+
+    Examples:
+        >>> ChannelAttention(64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     @checked
     def __init__(self, num_feat: PositiveInt, squeeze_factor: PositiveInt = 16) -> None:
         super().__init__()
         if squeeze_factor > num_feat:
-            message = f"must be at most num_feat, {num_feat}, so that a channel stays, got {squeeze_factor}"
+            message = f"must be at most num_feat, {num_feat}, got {squeeze_factor}"
             raise ConfigError([Problem("squeeze_factor", message)])
         squeezed = num_feat // squeeze_factor
         self.attention = nn.Sequential(
@@ -79,10 +87,14 @@ class ChannelAttentionBlock(nn.Module):
         res_scale: $\rho$, factor on the residual branch.
 
     Raises:
-        ConfigError: `squeeze_factor` leaves no channel.
+        ConfigError: `squeeze_factor` exceeds `num_feat`.
 
     Source:
         As `ChannelAttention`.
+
+    Examples:
+        >>> ChannelAttentionBlock(64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     @checked
@@ -107,10 +119,15 @@ class ResidualGroup(nn.Module):
 
     Args:
         num_feat: channels.
-        blocks: that keep the number of channels; RCAN's own are `ChannelAttentionBlock`s.
+        blocks: blocks that keep the number of channels; in RCAN, `ChannelAttentionBlock`s.
 
     Source:
         As `ChannelAttention`.
+
+    Examples:
+        >>> group = ResidualGroup(64, [ChannelAttentionBlock(64) for _ in range(2)])
+        >>> group(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     def __init__(self, num_feat: int, blocks: Iterable[nn.Module]) -> None:

@@ -7,11 +7,11 @@ from torch import nn
 from sparse_sr_attn.config import PositiveInt, checked
 
 Upscale = Literal[2, 3, 4, 8]
-"""The super-resolution factors that networks offer."""
+"""The super-resolution factors that networks support."""
 
 
 class Upsample(nn.Sequential):
-    """Convolution and pixel shuffle: once for x3, once per doubling for x2, x4, x8.
+    """Convolution and pixel shuffle, once for x3 and once per doubling for x2, x4, x8.
 
     Args:
         upscale: factor, one of 2, 3, 4, 8.
@@ -19,6 +19,10 @@ class Upsample(nn.Sequential):
 
     Source:
         Shi et al., CVPR 2016; state-dict keys as in BasicSR and EDSR-PyTorch.
+
+    Examples:
+        >>> Upsample(3, 64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 36, 36])
     """
 
     @checked

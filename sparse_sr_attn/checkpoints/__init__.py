@@ -1,4 +1,4 @@
-"""Weights in and out: recognise a layout, build its network, load, convert and share."""
+"""Checkpoints: recognise a layout, build its network, load, convert and share weights."""
 
 from sparse_sr_attn.checkpoints.load import load_model
 

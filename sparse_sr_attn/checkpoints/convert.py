@@ -1,4 +1,4 @@
-"""Weights of our networks under the names of other code bases, and into files."""
+"""Convert weights to the names of other code bases, and write them to files."""
 
 import json
 import re
@@ -16,36 +16,38 @@ from sparse_sr_attn.data.atomic import atomic_write
 from sparse_sr_attn.errors import CheckpointError
 
 Names = Literal["ours", "released"]
-"""`ours` are BasicSR's for EDSR and RCAN; `released` are EDSR-PyTorch's, and those of the authors of LCoAN and ELAN."""
+"""`ours` are BasicSR's for EDSR and RCAN; `released` are EDSR-PyTorch's and, for LCoAN and ELAN, their authors'."""
 
 
 def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
-    """Return the weights of `model` under other names, for a code base that loads them strictly.
+    """Return the weights of `model` under other names, for strict loading in another code base.
 
     Args:
-        model: from `load_model`, or one that was trained.
-        names: under which names, see `Names`.
+        model: a network of this library.
+        names: naming scheme, see `Names`.
 
     Returns:
-        A state dict on the CPU. With released names it has all that the released code expects, what that never uses
-        as zeros; k-means' update that is pending is left out, for which there is no name.
+        A state dict on the CPU. With released names it has all keys that the released code expects, with zeros for
+        those that it never uses; the pending update of k-means, which has no name there, is dropped.
 
     Raises:
-        CheckpointError: the layout has no place for a part of the network (attention in EDSR or RCAN, several
-            patterns in an LCoAN, an ELAN of other than three windows, another mean than of three channels).
+        CheckpointError: the layout cannot represent part of the network (attention in EDSR or RCAN, several patterns
+            in an LCoAN, an ELAN without three window sizes, a mean that does not have three channels).
 
     Note:
-        What is returned has been read back by `load_model`, and every weight was the same.
+        The result has been read back with `load_model`, and every weight compared.
 
-    Example:
-        `torch.save(convert_weights(load_model("net_g_latest.pth"), "released"), "lcoan_x2.pt")`
+    Examples:
+        >>> weights = convert_weights(load_model("LCoAN-light_x2"), "released")
+        >>> len(weights)
+        77
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if names == "ours":
         return state
     layout = next((x for x in LAYOUTS if x.build is type(model) and x.extra_keys), None)
     if layout is None or layout.extra_keys is None:
-        raise CheckpointError(f"the released names of {type(model).__name__} are not known; its own can be written")
+        raise CheckpointError(f"the released names of {type(model).__name__} are not known; use names 'ours'")
     renamed = _renamed(layout, {key: value for key, value in state.items() if key != OPTIONS})
     named = {**layout.inverse(renamed, model), **layout.extra_keys(model)}
     _check(layout, model, named)
@@ -53,16 +55,16 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
 
 
 def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwrite: bool = False) -> None:
-    """Write a state dict; the file is there whole or not at all.
+    """Write a state dict to a file, completely or not at all.
 
     Args:
-        state: on the CPU.
-        file: its suffix says how: `.safetensors`, or `.pth` or `.pt` for `torch.save`.
-        nested: put it under `params`, where BasicSR looks; not in `.safetensors`.
-        overwrite: whether a file that is there may be replaced.
+        state: state dict on the CPU.
+        file: path whose suffix gives the format: `.safetensors`, or `.pth` or `.pt` for `torch.save`.
+        nested: store it under `params`, where BasicSR looks; not in `.safetensors`.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        CheckpointError: the suffix is another, the file is there already, or cannot be written.
+        CheckpointError: the suffix is unknown, or the file already exists or cannot be written.
     """
     if file.suffix not in (".safetensors", ".pth", ".pt"):
         raise CheckpointError(f"{file} must end in .safetensors, .pth or .pt")
@@ -77,16 +79,16 @@ def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwri
     except ImportError as error:
         raise CheckpointError("writing .safetensors needs safetensors: pip install safetensors") from error
     except FileExistsError as error:
-        raise CheckpointError(f"{file} is there already, and stays; --overwrite replaces it") from error
+        raise CheckpointError(f"{file} already exists; use --overwrite") from error
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides why
         raise CheckpointError(f"{file} cannot be written: {getattr(cause, 'strerror', None) or cause}") from error
 
 
 def unsaid_options(model: Network, state: dict[str, Tensor]) -> list[str]:
-    """Return the options of `model` that `load_model(state)` would assume otherwise, because no weight tells them.
+    """Return the options of `model` that are not recorded in `state` and differ from what `load_model` assumes.
 
-    Of networks with options that JSON has no word for, nothing is said.
+    Empty for networks with options that JSON cannot represent.
     """
     ours = options_of(model)
     if ours is None:
@@ -106,7 +108,7 @@ def _renamed(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if theirs is not None:
             (after_the_last if "<" in theirs else named)[theirs] = value
         elif not re.fullmatch(layout.may_be_missing, key):
-            raise CheckpointError(f"{layout.name} has no place for {key}")
+            raise CheckpointError(f"{layout.name} has no name for {key}")
     # Where ours have a name and theirs a number, it is the next one: the convolution that follows the last block.
     numbered = dict(named)
     for theirs, value in after_the_last.items():
@@ -118,7 +120,7 @@ def _renamed(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _their_key(layout: Layout, key: str) -> str | None:
-    """Return their name of our key, with `<b>` for a number that ours does not have; `None` if there is none."""
+    """Return their name of our key, with `<b>` for a number that our key lacks; `None` if there is none."""
     for pattern, ours in layout.names.items():
         if ours is not None and (found := key_pattern(ours).fullmatch(key)):
             numbers = found.groupdict()
@@ -132,11 +134,11 @@ def _filled(numbers: dict[str, str], part: re.Match[str]) -> str:
 
 
 def _check(layout: Layout, model: Network, named: dict[str, Tensor]) -> None:
-    """Refuse weights that would not come back as they were."""
+    """Raise CheckpointError if weights would change in a round trip."""
     again = load_model(named).state_dict()
     before = {key: value.cpu() for key, value in model.state_dict().items() if key != OPTIONS}
     kept = [key for key in before if not re.fullmatch(layout.may_be_missing, key)]
     if wrong := [key for key in kept if key not in again or not torch.equal(again[key], before[key])]:
-        raise CheckpointError(f"{layout.name} has no place for {wrong[0]}, which would not come back")
+        raise CheckpointError(f"{layout.name} has no name for {wrong[0]}, which would be lost")
     if more := (again.keys() ^ before.keys()) - {OPTIONS}:
-        raise CheckpointError(f"{layout.name} has no place for {min(more)}")
+        raise CheckpointError(f"{layout.name} has no name for {min(more)}")

@@ -1,4 +1,4 @@
-"""Networks that somebody else wrote, used as ours are: any image size, and options in their weights."""
+"""Third-party networks behind the interface of ours: any image size, and options stored with their weights."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,27 +15,27 @@ from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, encode_opti
 from sparse_sr_attn.errors import CheckpointError
 
 ATTENDED = "Attended"
-"""The `type` in the options of a network into which attention was put."""
+"""The `type` in the options of a third-party network with attention."""
 
 _MULTIPLES = (*range(1, 65), 96, 128)
 _SHORTEST = 9  # side of an image that any network should take
 
 
 class ForeignNetwork(Network):
-    """Somebody else's network behind the interface of ours; its state dict is that of the network itself.
+    """A third-party network behind the interface of ours. The state dict is that of the network itself.
 
     Args:
-        network: takes images in 0..1 whose sides are multiples of some number.
-        options: what it can be rebuilt from, with `type`.
+        network: a network for images in 0..1 whose sides are multiples of some number.
+        options: options to rebuild it from, including `type`.
 
     Raises:
-        CheckpointError: the network takes no image.
+        CheckpointError: the network does not accept images.
     """
 
     def __init__(self, network: nn.Module, options: Mapping[str, Any]) -> None:
         facts = find_facts(network)
         if facts is None:
-            raise CheckpointError(f"{type(network).__name__} must take images, and enlarge them by a whole factor")
+            raise CheckpointError(f"{type(network).__name__} must accept images and enlarge them by an integer factor")
         same = facts.num_in_ch == facts.num_out_ch
         mean = (0.0,) * facts.num_in_ch if same else None
         super().__init__(facts.num_in_ch, facts.num_out_ch, facts.upscale, 1.0, mean)  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ class ForeignNetwork(Network):
         self._options = as_json(options)
 
     def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
-        """Return what the network makes of an image, which is padded if need be."""
+        """Run the network on an image, padded if necessary."""
         return run_padded(self.network, x, self.multiple)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,13 +58,13 @@ class ForeignNetwork(Network):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a call of a network tells.
+    """Properties of a network that a call reveals.
 
     Attributes:
         num_in_ch: channels of its input.
         num_out_ch: channels of its output.
-        upscale: factor.
-        multiple: of what the sides of its input must be multiples.
+        upscale: the upscaling factor.
+        multiple: the sides of its input must be multiples of this.
     """
 
     num_in_ch: int
@@ -74,9 +74,9 @@ class Facts:
 
 
 def find_facts(network: nn.Module) -> Facts | None:
-    """Return what calls of a network with small black images tell; `None` if it takes none.
+    """Find the properties of a network by calling it on small black images; `None` if it accepts none.
 
-    The network is called as in evaluation, and is left as it was.
+    The network is called in evaluation mode, and its mode restored.
     """
     weight = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     first = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
@@ -100,10 +100,10 @@ def find_facts(network: nn.Module) -> Facts | None:
 def run_padded(
     network: Callable[[Tensor], Tensor], images: Float[Tensor, "b c h w"], multiple: int
 ) -> Float[Tensor, "b d H W"]:
-    """Return what a network makes of images whose sides are no multiples of what it needs.
+    """Run a network on images whose sides need not be multiples of `multiple`.
 
-    They are padded at the right and at the bottom by their reflection (by their last pixels where they are too small
-    for that), and the result is cut.
+    Images are padded at the right and the bottom by reflection (by replication if they are too small for that), and the
+    output is cropped.
     """
     if multiple == 1:
         return network(images)
@@ -116,9 +116,10 @@ def run_padded(
 
 
 def carry_options(network: nn.Module, options: Mapping[str, Any]) -> None:
-    """Give a network a buffer with options, as ours have; its state dict has it while there is attention in it.
+    """Add a buffer with options to a network, as ours have. It is in the state dict while the network has attention.
 
-    `load_state_dict` ignores those of the file, there or not. Options for which JSON has no word are not carried.
+    `load_state_dict` ignores the options in the file, present or not. Options that JSON cannot represent are not
+    stored.
     """
     text = as_json(options)
     if text is not None and not hasattr(network, OPTIONS):
@@ -128,11 +129,11 @@ def carry_options(network: nn.Module, options: Mapping[str, Any]) -> None:
 
 
 def _leave_out(network: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
-    """Leave the options out of a state dict, if attention was taken out of the network."""
+    """Remove the options from a state dict if attention was detached from the network."""
     if not is_attended(network):
         state.pop(f"{prefix}{OPTIONS}", None)
 
 
 def _keep_own(network: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Have the network keep the options it was built with, whatever is loaded."""
+    """Keep the options that the network was built with, whatever is loaded."""
     state[f"{prefix}{OPTIONS}"] = network.get_buffer(OPTIONS)

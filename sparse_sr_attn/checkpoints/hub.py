@@ -1,12 +1,12 @@
-"""Our networks on the Hugging Face hub, and in folders like those of the hub.
+"""Save networks to and load them from the Hugging Face hub, and folders with the same layout.
 
     from sparse_sr_attn.checkpoints.load import hub
 
     hub.push_to_hub(model, "me/lcoan-x2")
     model = hub.from_pretrained("me/lcoan-x2")
 
-A folder or repository holds `model.safetensors` (the weights), `config.json` (the options, for people to read and to
-change) and a `README.md`. This module needs huggingface_hub; nothing else of the package imports it.
+A folder or repository holds `model.safetensors` (the weights), `config.json` (the options, which may be edited) and a
+`README.md`. This module needs huggingface_hub; no other module of the package imports it.
 """
 
 import json
@@ -51,14 +51,16 @@ model = hub.from_pretrained("{{ source }}")  # images (b, {{ num_in_ch }}, h, w)
 
 
 def save_pretrained(model: Network, folder: str | os.PathLike[str]) -> None:
-    """Write weights, options and a model card into a folder, which is made if need be.
+    """Write weights, options and a model card to a folder, which is created if necessary.
 
     Args:
         model: an `LCoAN`, `ELAN`, `EDSR` or `RCAN`, on any device.
-        folder: weights and options in it are replaced, each file at once when all are written; a README stays.
+        folder: existing weights and options in it are replaced, after all files are written; an existing README is
+            kept.
 
     Raises:
-        CheckpointError: `model` is no network of ours, or an option of it has no word in JSON; nothing is written.
+        CheckpointError: `model` is not a network of this library, or JSON cannot represent one of its options. Nothing
+            is written.
     """
     hosted = _Hosted(model)
     folder = Path(folder).expanduser()
@@ -80,28 +82,27 @@ def from_pretrained(
     local_files_only: bool = False,
     **overrides: Any,
 ) -> Network:
-    """Return the network of a folder or of a repository of the hub, in evaluation mode.
+    """Load a network from a folder or a repository of the hub, in evaluation mode.
 
     Args:
         source: a folder that `save_pretrained` wrote, or a repository, `"owner/name"`. Without a `config.json` the
             weights may be of any layout that `load_model` knows.
         revision: branch, tag or commit of the repository; `None` for its main branch.
-        token: of the hub; `None` for the one that is stored on this machine.
-        cache_dir: where downloads are kept; `None` for huggingface_hub's place.
-        force_download: whether to download what is there already.
-        local_files_only: whether to take only what is there already.
-        overrides: as in `load_model`. They go before `config.json`, and that goes before what the weights carry.
+        token: access token; `None` for the one stored on this machine.
+        cache_dir: folder for downloads; `None` for huggingface_hub's default.
+        force_download: whether to download files that are already cached.
+        local_files_only: whether to use only cached files.
+        overrides: as in `load_model`. They override `config.json`, which overrides the options stored with the weights.
 
     Raises:
-        CheckpointError: there is no such folder or repository, it cannot be reached, or its files do not fit together;
-            says which.
-        ConfigError: an override is unknown or breaks a rule.
+        CheckpointError: there is no such folder or repository, it cannot be reached, or its files do not fit together.
+        ConfigError: an override is unknown or invalid.
 
     Note:
-        Weights are read from safetensors only. No code of a repository is fetched or run.
+        Weights are read only from safetensors. No code from a repository is downloaded or run.
 
-    Example:
-        `hub.from_pretrained("me/lcoan-x2", chunk_size=1024)`
+    Examples:
+        >>> model = hub.from_pretrained("me/lcoan-x2", chunk_size=1024)  # doctest: +SKIP
     """
     source = os.path.expanduser(source)
     try:
@@ -127,18 +128,18 @@ def from_pretrained(
 
 
 def push_to_hub(model: Network, repo_id: str, **options: Any) -> str:
-    """Upload weights, options and a model card in one commit; return its address.
+    """Upload weights, options and a model card in one commit; return its URL.
 
     Args:
         model: as in `save_pretrained`.
-        repo_id: the repository, `"owner/name"`; it is made if there is none, public unless `private=True`. Its README
+        repo_id: the repository, `"owner/name"`; created if it does not exist, public unless `private=True`. Its README
             is replaced, unless `ignore_patterns="README.md"`.
-        options: of `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `token`, `branch`, `create_pr`,
+        options: options of `huggingface_hub.ModelHubMixin.push_to_hub`: `private`, `token`, `branch`, `create_pr`,
             `commit_message`, ...
 
     Raises:
         CheckpointError: as in `save_pretrained`; nothing is uploaded.
-        huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: the hub rejects the upload.
     """
     hosted = _Hosted(model)
     return hosted.push_to_hub(repo_id, model_card_kwargs=hosted.card(repo_id), **options)
@@ -151,7 +152,7 @@ class _Hosted(
     tags=["super-resolution"],
     model_card_template=_CARD_TEMPLATE,
 ):
-    """A network as the mixin saves, publishes and fetches it."""
+    """A network with the interface of huggingface_hub's mixin."""
 
     def __init__(self, network: Network) -> None:
         if not isinstance(network, Network):
@@ -165,7 +166,7 @@ class _Hosted(
         self.config = config
 
     def card(self, source: str) -> dict[str, Any]:
-        """Return what the model card says."""
+        """Return the fields of the model card."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         return {**self.config, "parameters": f"{parameters:,}", "source": source}
 

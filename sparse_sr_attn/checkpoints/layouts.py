@@ -1,4 +1,4 @@
-"""The table of known layouts: how each code base names the weights of a network, and what their shapes tell."""
+"""The table of known layouts: how each code base names the weights of a network, and the options that shapes show."""
 
 import functools
 import re
@@ -24,24 +24,24 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    r"""How one code base names the weights of one network.
+    r"""The names that a code base gives to the weights of a network.
 
-    In patterns of keys, `<g>` stands for a number and `*` for a last part such as `weight`.
+    In patterns of keys, `<g>` matches a number and `*` a last part such as `weight`.
 
     Attributes:
-        name: for messages.
-        build: our network.
+        name: name for messages.
+        build: our network class.
         signature: pattern of keys that no other layout has.
-        shapes: reads the options that the shapes of (renamed) weights tell.
-        names: patterns of keys, the first that fits counts, and our names for them; `None` for what we do not need.
-            Keys that fit none keep their names.
-        convert: what is to be done before the names are changed, given the options said by the caller.
-        defaults: the options that shapes do not tell, as these weights expect them, from the weights as they are and
-            the options that shapes tell; the constructor's defaults go for the rest.
-        required: options that nobody can guess, each with the beginning of the keys whose presence raises the question.
+        shapes: function that reads options from the shapes of the (renamed) weights.
+        names: patterns of keys and our names for them, `None` for keys to drop. The first match counts; other keys keep
+            their names.
+        convert: conversion before renaming, given the caller's options.
+        defaults: options that shapes do not show, from the unconverted weights and the options that shapes show; the
+            constructor's defaults apply to the rest.
+        required: options that the caller must give, each with the prefix of the keys that make it necessary.
         may_be_missing: regular expression of our keys that may be missing.
-        inverse: undoes `convert`, after the names are theirs again.
-        extra_keys: what the code base expects beyond what we need, from our network; `None` where that is not known.
+        inverse: inverse of `convert`, applied after renaming back.
+        extra_keys: function that returns further weights that the code base expects; `None` if unknown.
     """
 
     name: str
@@ -57,38 +57,38 @@ class Layout:
     extra_keys: Callable[[Network], dict[str, Tensor]] | None = None
 
     def our_key(self, key: str) -> str | None:
-        """Return our name of a key; `None` for what we do not need."""
+        """Return our name of a key; `None` for keys to drop."""
         for pattern, ours in self.names.items():
             if found := key_pattern(pattern).fullmatch(key):
                 return ours and re.sub(r"<(\w)>|\*", lambda part: found[part[1] or "rest"], ours)
         return key
 
     def recognises(self, state: Iterable[str]) -> bool:
-        """Return whether these are keys of this layout."""
+        """Return whether the keys are of this layout."""
         return any(key_pattern(self.signature).fullmatch(key) for key in state)
 
 
 @functools.cache
 def key_pattern(pattern: str) -> re.Pattern[str]:
-    """Return a pattern of keys, as `Layout` has it, as a regular expression with the groups `g`, ..., and `rest`."""
+    """Return the regular expression of a pattern of keys, with groups `g`, ..., and `rest`."""
     return re.compile(re.sub(r"<(\w)>", r"(?P<\1>\\d+)", re.escape(pattern).replace(r"\*", r"(?P<rest>\w+)")))
 
 
 def _size(state: State, key: str) -> torch.Size:
     if key not in state:
-        raise CheckpointError(f"must have the key {key!r} (our name), got none of it")
+        raise CheckpointError(f"must have the key {key!r} (our name), which is missing")
     if state[key].ndim != 4 or 0 in state[key].shape:
         raise CheckpointError(f"{key} (our name) must be weights of a convolution, got {tuple(state[key].shape)}")
     return state[key].shape
 
 
 def _count(state: State, pattern: str) -> int:
-    """Return how many different numbers stand at the group of `pattern` in the keys."""
+    """Count the different numbers at the group of `pattern` in the keys."""
     return len({found[1] for key in state if (found := re.match(pattern, key))})
 
 
 def _ends(state: State) -> Options:
-    """Return what the first and the last convolutions tell."""
+    """Return the options that the first and last convolutions show."""
     num_feat, num_in_ch = _size(state, "conv_first.weight")[:2]
     widths = [_size(state, key)[0] for key in state if re.fullmatch(r"upsample\.\d+\.weight", key)]
     upscales = {(4 * num_feat,) * n: 2**n for n in (1, 2, 3)} | {(9 * num_feat,): 3}
@@ -137,13 +137,13 @@ def _elan(state: State) -> Options:
 
 
 def _elan_channels(state: State, shapes: Options) -> Options:
-    """Return the channels of the output image: they and the factor are one number in the shapes."""
+    """Return the output channels, which shapes show only as a product with the factor."""
     key = next(key for key in ("conv_last.weight", "tail.0.weight") if key in state)
     return {"num_out_ch": len(state[key]) // shapes["upscale"] ** 2}
 
 
 def _released_elan(state: State, options: Options) -> State:
-    """Part each projection of a provider into query and value, and bring masked convolutions to their five taps."""
+    """Split each projection of a provider into query and value, and reduce masked convolutions to their five taps."""
     num_groups = len(options.get("window_sizes", (4, 8, 16)))
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -184,18 +184,18 @@ def _lcoan(state: State) -> Options:
 
 
 def _large_edsr(state: State, shapes: Options) -> Options:
-    """EDSR was published in two sizes, of which the large one, 32 blocks of 256, scales its branches by 0.1."""
+    """Return the `res_scale` of EDSR: 0.1 for the large published size, 32 blocks of 256 channels."""
     return {"res_scale": 0.1} if (shapes["num_block"], shapes["num_feat"]) == (32, 256) else {}
 
 
 def _mean_shift(state: State, img_range: float) -> Options:
-    """Return the mean that a fixed first convolution, `sub_mean`, takes from the image, and the range it implies."""
+    """Return the mean that a fixed first convolution, `sub_mean`, subtracts, and the range that it implies."""
     bias, weight = (
         state[key].detach().cpu().double().flatten() if key in state else None
         for key in ("sub_mean.bias", "sub_mean.weight")
     )
     if weight is not None and not torch.equal(weight, torch.eye(3).double().flatten()):
-        raise CheckpointError("sub_mean.weight must be that of no change, because ours divides by no deviation")
+        raise CheckpointError("sub_mean.weight must be the identity; our networks divide by no standard deviation")
     if bias is None or not bias.any():
         return {"img_range": img_range}
     img_range = 255.0 if bias.abs().max() > 1 else 1.0
@@ -203,7 +203,7 @@ def _mean_shift(state: State, img_range: float) -> Options:
 
 
 def _joined_projections(state: State, model: Network) -> State:
-    """Put query and value of each provider together again, group by group."""
+    """Join query and value of each provider, group by group."""
     num_groups = len(model.body[0].attention[0].window_sizes)  # type: ignore[index,union-attr]
     joined: dict[str, Tensor] = {}
     for key, query in state.items():
@@ -222,9 +222,9 @@ def _joined_projections(state: State, model: Network) -> State:
 
 
 def _one_hot_kernels(model: Network) -> dict[str, Tensor]:
-    """Return what the released ELAN keeps beside what it learns: the kernels of its shifts, and its mean."""
+    """Return the fixed weights of the released ELAN: the kernels of its shifts, and its mean."""
     if model.conv_last.out_channels != 3 * model.upscale**2:  # type: ignore[union-attr]
-        raise CheckpointError("this layout has images of 3 channels, the network makes others")
+        raise CheckpointError("this layout needs images of 3 channels, and the network has others")
     kept = _mean_convolutions(model)
     for key, weight in model.state_dict().items():
         if found := re.fullmatch(r"body\.(\d+)\.lfe\.(\d+)\.conv([12])\.weight", key):
@@ -234,10 +234,10 @@ def _one_hot_kernels(model: Network) -> dict[str, Tensor]:
 
 
 def _mean_convolutions(model: Network) -> dict[str, Tensor]:
-    """Return the fixed convolutions that take the mean from the image and add it again."""
+    """Return the fixed convolutions that subtract and add the mean."""
     mean = model.mean.detach().cpu().flatten() * model.img_range
     if len(mean) != 3 or model.num_in_ch != 3:
-        raise CheckpointError(f"this layout has a mean of 3 channels, but the network has {model.num_in_ch}")
+        raise CheckpointError(f"this layout needs a mean of 3 channels, and the network has {model.num_in_ch}")
     same = torch.eye(3).view(3, 3, 1, 1)
     return {
         "sub_mean.weight": same,
@@ -248,7 +248,7 @@ def _mean_convolutions(model: Network) -> dict[str, Tensor]:
 
 
 def _dead_weights(model: Network) -> dict[str, Tensor]:
-    """Return what the released LCoAN has and never uses: queries and k-means of all groups but the first."""
+    """Return the unused weights of the released LCoAN: queries and k-means of all groups but the first."""
     state = model.state_dict()
     weight, bias, means = (
         state[f"body.0.attention.lsp.{name}"] for name in ("embed.weight", "embed.bias", "centroids")

@@ -1,4 +1,4 @@
-"""Load weights, of other people and of our own, into the network that they belong to."""
+"""Load weights, from this library or other code bases, into their network."""
 
 import importlib
 import json
@@ -24,35 +24,39 @@ from sparse_sr_attn.registry import suggestion
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
-_UNUSABLE = "the options that belong to the weights cannot be used here:\n"
+_UNUSABLE = "the options stored with the weights cannot be used here:\n"
 
 
 def load_model(
     source: str | os.PathLike[str] | Mapping[str, Any], *, allow_tail_reinit: bool = False, **overrides: Any
 ) -> Network:
-    """Return the network that weights belong to, with these weights, in evaluation mode.
+    """Build the network that weights belong to and load them, in evaluation mode.
 
     Args:
-        source: a file (`.safetensors`, or what `torch.save` wrote), a state dict, or the name of weights that come with
-            the library (see `trained_weights`). The weights may be inside containers (`params`, `state_dict`, ...),
-            and their keys may have a prefix (`module.`, `net.`, ...), whatever these are called. Averaged weights
-            (EMA, SWA) go before the others. Half precision becomes float32.
-        allow_tail_reinit: let `upscale` differ from that of the weights: the body is kept, `upsample` and `conv_last`
-            start afresh.
-        overrides: options of the network (see `LCoAN`, `EDSR`, `RCAN`) that its weights do not tell or tell otherwise;
-            `attention=...` for weights without attention adds fresh layers.
+        source: a file (`.safetensors` or from `torch.save`), a state dict, or the name of weights included in the
+            library (see `trained_weights`). Weights may be nested in containers (`params`, `state_dict`, ...) and keys
+            may have a prefix (`module.`, `net.`, ...) of any name. Averaged weights (EMA, SWA) take precedence. Half
+            precision becomes float32.
+        allow_tail_reinit: allow another `upscale` than that of the weights: the body is loaded, `upsample` and
+            `conv_last` are reinitialised.
+        overrides: options of the network (see `LCoAN`, `EDSR`, `RCAN`) that are not recorded in the weights or differ;
+            `attention=...` adds new layers to weights without attention.
 
     Raises:
-        CheckpointError: the file cannot be read, or its weights fit no layout, or not the network that they and the
-            overrides describe, or are not finite; says what was tried and names the keys.
-        ConfigError: an override is unknown or breaks a rule.
+        CheckpointError: the file cannot be read, its weights match no known layout or not the network that they and the
+            overrides describe, or they are not finite; names the keys.
+        ConfigError: an override is unknown or invalid.
 
     Note:
-        Files are read as data; no code in them runs. Our networks with attention carry their options in their state
-        dict. For all others, `docs/checkpoints.md` says what is assumed.
+        Files are read as data; no code in them runs. Our networks with attention store their options in the state dict.
+        `docs/checkpoints.md` lists what is assumed for all others.
 
-    Example:
-        `load_model("EDSR_Lx4.pth", img_range=255.0)`, `load_model("LCoAN-light_x2")`
+    Examples:
+        >>> model = load_model("LCoAN-light_x2")  # or a file, or a state dict
+        >>> model(torch.rand(1, 3, 12, 12)).shape
+        torch.Size([1, 3, 24, 24])
+        >>> load_model(EDSR(num_block=4, upscale=2).state_dict(), img_range=1.0).img_range
+        1.0
     """
     return load_and_tell(source, overrides, allow_tail_reinit=allow_tail_reinit)[0]
 
@@ -60,11 +64,11 @@ def load_model(
 def load_and_tell(
     source: str | os.PathLike[str] | Mapping[str, Any], overrides: Options, *, allow_tail_reinit: bool = False
 ) -> tuple[Network, str | None]:
-    """Return what `load_model` does, and which weights were taken where there are averaged ones beside others.
+    """Load like `load_model`; also return a note if averaged weights were chosen over others.
 
     Raises:
-        CheckpointError: as `load_model` does.
-        ConfigError: as `load_model` does.
+        CheckpointError: as in `load_model`.
+        ConfigError: as in `load_model`.
     """
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     try:
@@ -72,7 +76,7 @@ def load_and_tell(
         weights, beside, found = find_weights(content)
         told = None
         if found is not None and found.chosen.averaged and found.others:
-            told = f"the averaged weights are taken ({found.chosen.name}, not {' or '.join(found.others)})"
+            told = f"using the averaged weights ({found.chosen.name}, not {' or '.join(found.others)})"
         return _load(weights, beside, overrides, allow_tail_reinit), told
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error.__cause__
@@ -88,7 +92,7 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
     if layout is None:
         tried = "".join(f"\n  {layout.name}, with keys like {layout.signature}" for layout in LAYOUTS)
         keys = [f"{key} {tuple(value.shape)}" for key, value in state.items()]
-        raise CheckpointError(f"must be of a layout known here. Tried:{tried}\nGot {len(keys)} keys: {listed(keys)}")
+        raise CheckpointError(f"must be of a known layout. Tried:{tried}\nGot {len(keys)} keys: {listed(keys)}")
     overrides = read(layout.build, overrides, siblings=["allow_tail_reinit"])
     named = _renamed(layout, layout.convert(state, overrides))
     shapes = layout.shapes(named)
@@ -98,8 +102,9 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
         called = ", ".join(f"{name}={_EXAMPLES[name]!r}" for name in needed)
         typed = shlex.join(f"{name}={json.dumps(_EXAMPLES[name])}" for name in needed)
         raise CheckpointError(
-            f"weights of {layout.name} do not tell {' and '.join(needed)}; say it: load_model(..., {called}), or on "
-            f"the command line --set {typed}"
+            f"{' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} not recorded in weights of {layout.name}; "
+            f"pass {'it' if len(needed) == 1 else 'them'} when loading: load_model(..., {called}), or on the command "
+            f"line --set {typed}"
         )
     trained = carried.get("upscale", shapes["upscale"])
     upscale = overrides.get("upscale", trained)
@@ -108,7 +113,7 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
         if not allow_tail_reinit:
             raise CheckpointError(
                 f"upscale must be {trained}, that of the weights, got {upscale}; allow_tail_reinit=True "
-                "keeps the body and starts what comes after it afresh"
+                "keeps the body and reinitialises the tail"
             )
         named = {key: value for key, value in named.items() if not key.startswith(_TAIL)}
         fresh += [rf"{re.escape(start)}.*" for start in _TAIL]
@@ -135,7 +140,7 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
 
 
 def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, overrides: Options) -> Network:
-    """Return a network of BasicSR into which attention was put."""
+    """Load a network of BasicSR with attached attention."""
     unknown = [name for name in overrides if name not in carried]
     if unknown:
         known = [name for name in carried if name != "type"]
@@ -156,8 +161,8 @@ def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, ove
         raise CheckpointError(f"{_UNUSABLE}{error}{_hint(error)}") from error
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"these weights are of a network of BasicSR, which cannot be imported ({error}); docs/basicsr.md tells how "
-            "to install it"
+            f"these weights are of a network of BasicSR, which cannot be imported ({error}); see docs/basicsr.md for "
+            "its installation"
         ) from error
     except Exception as error:  # somebody else's code can raise anything
         raise CheckpointError(f"{_UNUSABLE}{type(error).__name__}: {error}") from error
@@ -170,12 +175,12 @@ def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, ove
 
 
 def _as_written(options: Options, attends: bool, keys: Iterable[str]) -> Options:
-    """Return options with those of LCoA that had no name when the weights were written: it was as published then.
+    """Add the options of LCoA that did not exist when the weights were written, with their published values.
 
     Args:
-        options: of a network, or of an attention layer.
-        attends: whether these are the options of LCoA themselves.
-        keys: of the weights.
+        options: options of a network or an attention layer.
+        attends: whether these are the options of LCoA itself.
+        keys: keys of the weights.
     """
     options = dict(options)
     if attends and not any(".scale_logits." in key for key in keys):
@@ -195,14 +200,14 @@ def _as_written(options: Options, attends: bool, keys: Iterable[str]) -> Options
 
 
 def _hint(error: ConfigError) -> str:
-    """Return what to do about names that somebody's own module would register."""
+    """Return advice for names that a module of the user would register."""
     if any(problem.path.endswith("type") for problem in error.problems):
         return "\nA layer or network of your own must be imported first; on the command line --import FILE.py does that"
     return ""
 
 
 def _refuse_giants(options: object, limit: int, name: str = OPTIONS) -> None:
-    """Refuse counts that no network with so many weights can have, wherever they stand in the options."""
+    """Raise CheckpointError for counts in the options that no network with so few weights can have."""
     if isinstance(options, Mapping):
         for key, value in options.items():
             _refuse_giants(value, limit, str(key))
@@ -214,12 +219,12 @@ def _refuse_giants(options: object, limit: int, name: str = OPTIONS) -> None:
 
 
 class _Budget(TorchFunctionMode):
-    """Within it nobody can make many more numbers than a file has, nor in very many pieces.
+    """Limits the number and total size of tensors created inside to those of a file.
 
-    So a small file, whatever its options say together, neither fills the memory nor takes forever.
+    So the options of a small file can neither fill the memory nor take forever.
 
     Args:
-        size: how many numbers the file has.
+        size: number of elements in the file.
     """
 
     def __init__(self, size: int) -> None:
@@ -228,14 +233,14 @@ class _Budget(TorchFunctionMode):
         self.left = 16 * size + 2**24
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, unless it would make a tensor that is too much."""
+        """Call the function unless it would create a tensor over the limit."""
         shape = args[0] if args and isinstance(args[0], (list, tuple)) else args
         # `no_grad` goes through here with a bool when it ends, and must not fail then.
         if args and function is not torch.tensor and all(type(side) is int for side in shape):
             self.left -= math.prod(shape) + 4096
             if self.left < 0:
                 raise CheckpointError(
-                    f"the options ask for far more than a file of {self.size} numbers can be weights of"
+                    f"the options ask for a far larger network than a file of {self.size} numbers can hold"
                 )
         return function(*args, **(kwargs or {}))
 
@@ -245,14 +250,14 @@ def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:
     for key, value in state.items():
         ours = layout.our_key(key)
         if ours in named:
-            raise CheckpointError(f"two keys of {layout.name} must not mean the same, but {key!r} is {ours!r} again")
+            raise CheckpointError(f"keys of {layout.name} must be distinct, but {key!r} is a second {ours!r}")
         if ours is not None:
             named[ours] = value.squeeze(0) if ours.endswith(".centroids") and value.ndim == 3 else value
     return named
 
 
 def _built(layout: Layout, found: Options, overrides: Options) -> Network:
-    """Return the network; what is wrong with it is the overrides' fault or that of the weights."""
+    """Build the network; blame problems on the overrides or on the weights."""
     found = {name: value for name, value in found.items() if name not in overrides}
     try:
         return layout.build(**read(layout.build, found), **overrides)
@@ -263,7 +268,7 @@ def _built(layout: Layout, found: Options, overrides: Options) -> Network:
 
 
 def _check(model: Network, state: State, fresh: str) -> None:
-    """Refuse weights that are not those of `model`; name what is missing, too much, of wrong size or not finite."""
+    """Raise CheckpointError for weights that do not fit `model`; name missing, unexpected and unusable keys."""
     expected = {key: value for key, value in model.state_dict().items() if key != OPTIONS}
     missing = [key for key in expected if key not in state and not re.fullmatch(fresh, key)]
     unexpected = [key for key in state if key not in expected]
@@ -279,9 +284,9 @@ def _check(model: Network, state: State, fresh: str) -> None:
 
 
 def unusable(expected: State, state: Mapping[str, Any]) -> str:
-    """Return what of `state` PyTorch would copy into a network although it is not such as `expected`.
+    """Return the entries of `state` that PyTorch would load although they are unusable, as lines for a message.
 
-    That is what is no dense tensor, of another type or not finite; as lines that begin a new one, empty if all is fine.
+    These are entries that are not dense tensors, have another dtype than in `expected`, or are not finite.
     """
     common = {key: (expected[key], value) for key, value in state.items() if key in expected}
     types = [
@@ -294,7 +299,7 @@ def unusable(expected: State, state: Mapping[str, Any]) -> str:
 
 
 def _kind(value: object) -> str:
-    """Return the type of a tensor's numbers; of what is no dense tensor, what it is."""
+    """Return the dtype of a dense tensor, or a description of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     dtype = str(value.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Read files of weights as data, and find the weights inside whatever containers they are in."""
+"""Read files of weights as data, and find the weights in their containers."""
 
 import json
 import os
@@ -22,18 +22,18 @@ _SHOWN = 6  # keys or problems that a message lists before it counts the rest
 
 
 def trained_weights() -> dict[str, Path]:
-    """Return the files of the trained weights that come with the library, by name: `{"LCoAN-light_x2": ..., ...}`.
+    """Return the files of the trained weights included in the library, by name: `{"LCoAN-light_x2": ..., ...}`.
 
-    `docs/weights.md` tells how they were trained and how good they are.
+    See `docs/weights.md` for their training and quality.
     """
     return {file.stem: file for file in sorted(_TRAINED.glob("*.safetensors"))}
 
 
 def read_file(source: object) -> object:
-    """Return what a file holds, or the file of trained weights of that name.
+    """Return the content of a file, or of the trained weights of that name.
 
     Raises:
-        CheckpointError: there is no such file, or it cannot be read as data.
+        CheckpointError: the file does not exist or cannot be read as data.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(f"source must be a file or a state dict, got a {type(source).__name__}")
@@ -61,7 +61,7 @@ def read_file(source: object) -> object:
 
 
 def find_weights(content: object) -> tuple[dict[str, Tensor], State, unwrap.Found | None]:
-    """Return the weights that a file holds, without wrappers, and what is beside them; see `unwrap.Found`."""
+    """Return the weights in a file without wrappers, and the entries next to them; see `unwrap.Found`."""
     found = unwrap.find(content, is_known)
     if found is None:
         return _checked(_innermost(content)), {}, None
@@ -72,7 +72,7 @@ def find_weights(content: object) -> tuple[dict[str, Tensor], State, unwrap.Foun
 
 
 def is_known(state: State) -> bool:
-    """Return whether some layout has such keys, or the options beside them name a network."""
+    """Return whether the keys match a layout, or the options stored with them name a network."""
     if any(layout.recognises(state) for layout in LAYOUTS):
         return True
     try:
@@ -82,7 +82,7 @@ def is_known(state: State) -> bool:
 
 
 def _innermost(content: object) -> object:
-    """Return what is closest to weights in a file without a known network, so that messages are about that."""
+    """Return the most weight-like part of a file without a known network, for better messages."""
     for _ in _NESTS:  # no deeper: a map may hold itself
         inner = [
             content[key] for key in _NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
@@ -97,33 +97,33 @@ def _innermost(content: object) -> object:
 
 
 def _checked(content: object) -> dict[str, Tensor]:
-    """Refuse what is no state dict of dense tensors."""
+    """Raise CheckpointError unless `content` is a state dict of dense tensors."""
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"must hold a state dict, a map from keys to tensors, got a {type(content).__name__}")
+        raise CheckpointError(f"must hold a state dict, a mapping from keys to tensors, got a {type(content).__name__}")
     if not content:
-        raise CheckpointError("must hold weights, got an empty map")
+        raise CheckpointError("must hold weights, got an empty mapping")
     strange = [f"{key!r}: {type(value).__name__}" for key, value in content.items() if not is_plain(key, value)]
     if strange:
-        hint = f", or such a map under one of {', '.join(_NESTS)}"
+        hint = f", or such a mapping under one of {', '.join(_NESTS)}"
         if {"epoch", "iter"} & content.keys():
             hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
-        raise CheckpointError(f"must hold a map from keys to dense tensors, got {listed(strange)}{hint}")
+        raise CheckpointError(f"must hold a mapping from keys to dense tensors, got {listed(strange)}{hint}")
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in content.values()}
     if sum(value.nbytes for value in content.values()) > sum(storages.values()):
-        raise CheckpointError("must hold each number of its weights, got weights that repeat numbers or share them")
+        raise CheckpointError("must store every element of its weights, got expanded or overlapping tensors")
     return dict(content)
 
 
 def is_plain(key: object, value: object) -> bool:
-    """Return whether this is a dense tensor under a text."""
+    """Return whether the key is a string and the value a dense tensor."""
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def carried_options(tensor: Tensor | None) -> Options:
-    """Return the options that the weights of our networks carry, and the network's name as `type`.
+    """Decode the options stored with the weights of our networks, with the network's name as `type`.
 
     Raises:
-        CheckpointError: this is not how they are carried.
+        CheckpointError: the tensor does not encode options.
     """
     if tensor is None:
         return {}
@@ -133,11 +133,11 @@ def carried_options(tensor: Tensor | None) -> Options:
         return dict(json.loads(bytes(round(value) for value in tensor.tolist())))
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
-            f"the key {OPTIONS!r} must hold the bytes of a JSON map ({error}); take it away and say the options"
+            f"the key {OPTIONS!r} must hold the bytes of a JSON mapping ({error}); remove it and pass the options"
         ) from error
 
 
 def listed(items: list[str]) -> str:
-    """Return names as messages show them: the first ones, and how many there are."""
+    """Return names for a message: the first ones, and the total number."""
     rest = f", ... ({len(items)})" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + rest

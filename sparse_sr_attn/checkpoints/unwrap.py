@@ -1,8 +1,8 @@
-"""Where in a checkpoint the weights of a network are: inside which containers, and behind which prefix of their keys.
+"""Find the weights of a network in a checkpoint: their containers, and the prefix of their keys.
 
 Training code wraps networks (`DataParallel`, `torch.compile`, `AveragedModel`, a `LightningModule`, ...) and state
 dicts (`{"params_ema": ...}`, `{"state_dict": ...}`, ...) in many ways. No list of names is complete, so nothing is
-looked up by name here: a network is where one prefix carries keys that are recognised.
+looked up by name: a network is wherever the keys behind a common prefix are recognised.
 """
 
 import re
@@ -37,9 +37,9 @@ class Candidate:
     """One network in a checkpoint.
 
     Attributes:
-        name: where it is, for messages: its containers, then the prefix of its keys.
-        state: its entries without that prefix.
-        averaged: whether these are averages of weights.
+        name: its location, for messages: containers, then the prefix of its keys.
+        state: its entries, without that prefix.
+        averaged: whether they are averaged weights.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The network that counts.
+    """The network to load.
 
     Attributes:
-        chosen: this one.
-        beside: the same network as it was trained, if `chosen` is its average: averages may lack buffers.
-        others: names of the networks that were passed over.
+        chosen: the network.
+        beside: the network before averaging if `chosen` is averaged, because averages may lack buffers.
+        others: names of the networks that were not chosen.
     """
 
     chosen: Candidate
@@ -63,16 +63,16 @@ class Found:
 
 
 def find(content: object, recognises: Recognises) -> Found | None:
-    """Return the network in what a checkpoint holds; `None` if there is none.
+    """Return the network in a checkpoint; `None` if there is none.
 
-    Averages go before the weights that they are averages of.
+    Averaged weights take precedence over those that they average.
 
     Args:
-        content: nested maps and lists; tensors anywhere in them.
-        recognises: whether entries are those of a known network.
+        content: nested mappings and lists with tensors anywhere in them.
+        recognises: function that returns whether entries are of a known network.
 
     Raises:
-        CheckpointError: there are several networks, and nothing tells which one is meant; names them.
+        CheckpointError: there are several networks; names them.
     """
     candidates = list(_distinct(_candidates(content, recognises)))
     if not candidates:
@@ -86,7 +86,7 @@ def find(content: object, recognises: Recognises) -> Found | None:
         names = [candidate.name for candidate in (chosen, *more)]
         raise CheckpointError(
             f"must hold one network, or one average of it, got {len(names)}: {', '.join(names)}; take the entries of "
-            "one of them out, without what its keys begin with, and pass those to load_model"
+            "one of them, without the prefix of its keys, and pass those to load_model"
         )
     if not averaged:
         _warn_of_averages(content, chosen)
@@ -121,7 +121,7 @@ def _in_one_state(path: tuple[str, ...], state: Mapping[Any, Any], recognises: R
 
 
 def _containers(content: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Yield the maps that hold tensors, each with the names of what it lies in."""
+    """Yield the mappings that hold tensors, each with the names of its containers."""
     seen: set[int] = set()
     level: list[tuple[tuple[str, ...], object]] = [((), content)]
     for _ in range(_DEPTH):
@@ -142,7 +142,7 @@ def _containers(content: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any,
 
 
 def _without(pattern: re.Pattern[str], state: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Return the entries with a pattern taken out of their keys, unless two keys would become one."""
+    """Return the entries with a pattern removed from their keys, unless two keys would become equal."""
     renamed = {pattern.sub("", key) if isinstance(key, str) else key: value for key, value in state.items()}
     return renamed if len(renamed) == len(state) else state
 
@@ -155,7 +155,7 @@ def _outer(prefix: str) -> Iterator[str]:
 
 
 def _distinct(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-    """Leave out networks whose tensors are those of another, under another name."""
+    """Drop networks whose tensors are those of another under a different name."""
     kept: list[Candidate] = []
     for candidate in candidates:
         if not any(_same(candidate.state, other.state) for other in kept):
@@ -179,7 +179,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _warn_of_averages(content: object, chosen: Candidate) -> None:
-    """Warn of averages in a form without keys, or with keys of their own, that are passed over."""
+    """Warn of averages that are ignored because their keys are missing or unknown."""
     size = sum(value.numel() for value in chosen.state.values() if isinstance(value, Tensor))
     totals: dict[str, int] = {}
     for path, value in _tensors(content):

@@ -1,1 +1,1 @@
-"""Image files and pairs of them, resampling, and image metrics."""
+"""Image files, training pairs, resampling, and image metrics."""

@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, whenever the process or the machine dies."""
+"""Atomic writes: files are complete even if the process or the machine dies."""
 
 import errno
 import os
@@ -10,17 +10,17 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """Yield a stream; what is written into it becomes `file` when the block ends, all at once.
+    """Yield a stream whose content replaces `file` when the block ends, atomically.
 
-    Until then `file` stays what it was, also when the block raises; then nothing of the new one is left.
+    Until then `file` is unchanged. If the block raises, the new content is removed.
 
     Args:
-        file: in a folder that exists.
-        overwrite: whether a file that is there may be replaced.
+        file: a path in an existing folder.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        FileExistsError: `file` is there and `overwrite` is off.
-        OSError: it cannot be written.
+        FileExistsError: `file` exists and `overwrite` is `False`.
+        OSError: the file cannot be written.
     """
     temporary = file.with_name(f"{file.name}.tmp")
     _check_free(file, overwrite)
@@ -38,20 +38,20 @@ def atomic_write(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
 
 
 def check_writable(file: Path) -> None:
-    """Raise the error that writing `file` would meet; nothing that was there changes, and nothing new stays.
+    """Raise the error that writing `file` would raise. No file is changed or left behind.
 
     Args:
-        file: its folders are made if need be, and taken away again.
+        file: a path; missing folders are created and removed again.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if os.path.isdir(file):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     if os.path.lexists(file.parent) and not os.path.isdir(file.parent):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file.parent))
     made = [folder for folder in file.parents if not os.path.lexists(folder)]
-    trial = file.with_name(f"{file.name}.try")  # as long a name as `replacing` needs
+    trial = file.with_name(f"{file.name}.try")  # as long a name as `atomic_write` needs
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with trial.open("xb"):
@@ -67,7 +67,7 @@ def check_writable(file: Path) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk, where the system can tell."""
+    """Flush the entries of `folder` to disk, if the system supports it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -78,4 +78,4 @@ def fsync_dir(folder: Path) -> None:
 
 def _check_free(file: Path, overwrite: bool) -> None:
     if not overwrite and os.path.lexists(file):
-        raise FileExistsError(f"{file} is there already")
+        raise FileExistsError(f"{file} already exists")

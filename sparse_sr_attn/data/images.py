@@ -1,4 +1,4 @@
-"""Image files: read as they are, written whole. Needs Pillow and NumPy."""
+"""Read and write image files. Needs Pillow and NumPy."""
 
 import contextlib
 import io
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 178_956_970
-"""Pixels above which Pillow takes a file for an attack on memory."""
+"""Number of pixels above which Pillow suspects a decompression bomb."""
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
-"""Formats whose first frame is the picture; the others are previews, layers or sizes of it."""
+"""Formats whose first frame is the picture; other frames are previews, layers or sizes of it."""
 
 _SAVING: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95},
@@ -38,32 +38,32 @@ _SAVING: dict[str, dict[str, Any]] = {
     "WEBP": {"lossless": True, "exact": True},
 }
 _CODESTREAMS = (".j2k", ".j2c", ".jpc")
-"""Suffixes of JPEG 2000 files without the container that .jp2 has."""
+"""Suffixes of JPEG 2000 files without the .jp2 container."""
 
 _NETPBM = {".pbm": b"P4", ".pgm": b"P5", ".ppm": b"P6", ".pfm": b"Pf"}
-"""How such files begin. Pillow writes all four alike and chooses by the pixels, whatever the suffix says."""
+"""First bytes of such files. Pillow writes the same format for all four suffixes, chosen by the pixels."""
 
 _MAX_BYTES = {"BMP": 2**32, "DIB": 2**32}
-"""Formats that count their bytes in 32 bits."""
+"""Formats limited to 32-bit sizes."""
 
 _MAX_SIDE = {"JPEG": 65500, "MPO": 65500}
-"""Formats whose encoder would say on the console that a side is too long."""
+"""Formats whose encoder prints to the console if a side is too long."""
 
 _SUGGESTED = (".png", ".tif", ".webp", ".jp2", ".jpg")
 _SAMPLE = 32
 _TOLERANCE = 2
-"""Mean error of the sample, in levels, that a lossy format may make; 256 colours cost more."""
+"""Largest mean error of a lossy format on the sample, in levels; a palette of 256 colours exceeds it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image as a file has it.
+    """An image as stored in a file.
 
     Attributes:
-        pixels: (h, w) of grey or (h, w, 3) of RGB, uint8 or uint16.
-        alpha: (h, w) of opacity, uint8; `None` for an opaque image.
-        icc_profile: of its colours, `None` for sRGB.
-        reduced: whether the file has more bits a channel than `pixels`.
+        pixels: grey (h, w) or RGB (h, w, 3), uint8 or uint16.
+        alpha: opacity (h, w), uint8; `None` for an opaque image.
+        icc_profile: colour profile; `None` for sRGB.
+        reduced: whether the file has more bits per channel than `pixels`.
     """
 
     pixels: "NDArray[np.integer[Any]]"
@@ -73,19 +73,19 @@ class Picture:
 
 
 def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Return the image in a file, turned as its EXIF says.
+    """Read the image in a file, rotated according to its EXIF data.
 
     Args:
-        path: of any format that Pillow reads, or a binary stream that can seek.
-        max_pixels: largest size that is believed, >= 1.
+        path: a file in any format that Pillow reads, or a seekable binary stream.
+        max_pixels: largest accepted size, >= 1.
 
     Raises:
-        ImageError: the file cannot be read, is no image, is broken, is larger than `max_pixels`, is animated, or has
-            pixels that no network here takes.
+        ImageError: the file cannot be read, is not an image, is damaged, exceeds `max_pixels`, is animated, or has
+            pixels that networks cannot process.
 
     Note:
-        Palettes become RGB. CMYK and other colour spaces become sRGB without their profile, as Pillow converts them.
-        Pillow reads 16 bits a channel of grey images only, and 8 bits of the others; `reduced` is set for these.
+        Palettes become RGB. CMYK and other colour spaces are converted to sRGB by Pillow, without their profile. Pillow
+        reads 16 bits per channel only from grey images, and 8 bits from others; `reduced` is set for these.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415
 
@@ -95,7 +95,7 @@ def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Pictur
             with Image.open(path) as image:
                 num_frames = getattr(image, "n_frames", 1)
                 if num_frames > 1 and image.format not in _ONE_PICTURE:
-                    raise ImageError(f"has {num_frames} frames, and must be one picture; save the frames one by one")
+                    raise ImageError(f"must be a single picture, got {num_frames} frames; save them as separate files")
                 depth = str(image.tile[0].args) if image.tile else ""
                 reduced = is_reduced(image)
                 image.load()
@@ -104,21 +104,21 @@ def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Pictur
         except ImageError:
             raise
         except UnidentifiedImageError as error:
-            raise ImageError("is not an image that Pillow knows, or is cut off at its beginning") from error
+            raise ImageError("is not an image that Pillow can read, or is truncated") from error
         except Image.DecompressionBombError as error:
             size = re.search(r"\d+", str(error))
             number = f"{int(size[0]):,}" if size else "many"
-            raise ImageError(f"has {number} pixels, and at most {max_pixels:,} are believed (--max-pixels)") from error
+            raise ImageError(f"must have at most {max_pixels:,} pixels (--max-pixels), got {number}") from error
         except MemoryError as error:
             raise ImageError("does not fit in memory") from error
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or _line(error)}") from error
         except Exception as error:  # decoders raise anything over a broken file
-            raise ImageError(f"is broken: {type(error).__name__}: {_line(error)}") from error
+            raise ImageError(f"is damaged: {type(error).__name__}: {_line(error)}") from error
 
 
 def is_reduced(image: "Image.Image") -> bool:
-    """Return whether Pillow keeps 8 of more bits a channel of an image that it has opened and not yet loaded."""
+    """Return whether Pillow reduces an opened image, not yet loaded, to 8 bits per channel."""
     if image.mode in (*_SIXTEEN_BITS, "I", "F") or not image.tile:  # type: ignore[attr-defined]
         return False
     decoder, arguments = image.tile[0][0], image.tile[0][3]  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ def is_reduced(image: "Image.Image") -> bool:
 
 
 def _head(image: "Image.Image") -> bytes:
-    """Return the first bytes of the file of an image that has been opened."""
+    """Return the first bytes of the file of an opened image."""
     stream = image.fp  # type: ignore[attr-defined]
     place = stream.tell()
     stream.seek(0)
@@ -143,7 +143,7 @@ def _head(image: "Image.Image") -> bytes:
 
 
 def _jpeg2000_depth(head: bytes) -> int:
-    """Return the most bits a channel that the SIZ segment of a JPEG 2000 codestream names."""
+    """Return the most bits per channel in the SIZ segment of a JPEG 2000 codestream."""
     components = head[head.index(b"\xff\x4f\xff\x51") + 4 :][36:]
     (count,) = struct.unpack_from(">H", components)
     return max(((depth & 0x7F) + 1 for depth in components[2 : 2 + 3 * count : 3]), default=8)
@@ -151,7 +151,7 @@ def _jpeg2000_depth(head: bytes) -> int:
 
 @contextlib.contextmanager
 def _limit(max_pixels: int) -> Iterator[None]:
-    """Let Pillow refuse what has more pixels; its only way to say so is a global, at half of where it refuses."""
+    """Set Pillow's limit on pixels, a global variable; Pillow rejects images above twice its value."""
     from PIL import Image  # noqa: PLC0415
 
     before = Image.MAX_IMAGE_PIXELS
@@ -174,7 +174,7 @@ def _picture(image: "Image.Image", *, grey_alpha: bool) -> Picture:
             raise ImageError("is 16-bit grey with a transparent value, which Pillow cannot write again")
         return Picture(pixels.astype(np.uint16), None, profile)
     if image.mode == "F":
-        raise ImageError("has floating-point pixels, whose range nobody knows; save it with 8 or 16 bits")
+        raise ImageError("has floating-point pixels of unknown range; save it with 8 or 16 bits")
     grey = image.mode in ("1", "L", "LA", "La") or grey_alpha
     alpha = image.has_transparency_data
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
@@ -182,7 +182,7 @@ def _picture(image: "Image.Image", *, grey_alpha: bool) -> Picture:
     try:
         pixels = np.asarray(image.convert(("L" if grey else "RGB") + "A" * alpha))
     except ValueError as error:
-        raise ImageError(f"has pixels of kind {image.mode}, which Pillow cannot make RGB") from error
+        raise ImageError(f"has pixels of mode {image.mode}, which Pillow cannot convert to RGB") from error
     if not alpha:
         return Picture(pixels, None, profile)
     colours = pixels[..., 0] if grey else pixels[..., :3]
@@ -190,7 +190,7 @@ def _picture(image: "Image.Image", *, grey_alpha: bool) -> Picture:
 
 
 def read_pixels(path: Path) -> UInt8[Tensor, "h w *c"]:
-    """Return the image in a file, without alpha, as `degradation` and `evaluation` take it.
+    """Read the image in a file without alpha, for `imresize` and `metrics`.
 
     Args:
         path: as in `read_image`.
@@ -199,30 +199,30 @@ def read_pixels(path: Path) -> UInt8[Tensor, "h w *c"]:
         Grey `(h, w)` or RGB `(h, w, 3)`, uint8.
 
     Raises:
-        ImageError: `read_image` refuses the file, or it has more than 8 bits a channel.
+        ImageError: `read_image` fails, or the image has more than 8 bits per channel.
     """
     picture = read_image(path)
     if picture.reduced or picture.pixels.dtype != "uint8":
         got = "more" if picture.reduced else "16"
-        raise ImageError(f"must have 8 bits a channel, got {got}; save it with 8 bits")
+        raise ImageError(f"must have 8 bits per channel, got {got}; save it with 8 bits")
     return torch.from_numpy(picture.pixels.copy())  # Pillow's memory is read-only
 
 
 def as_rgb(pixels: UInt8[Tensor, "h w *c"]) -> UInt8[Tensor, "h w 3"]:
-    """Return grey `(h, w)` as three equal channels, which share its memory, and RGB `(h, w, 3)` as it is."""
+    """Return grey `(h, w)` as three equal channels that share memory, and RGB `(h, w, 3)` unchanged."""
     return pixels[..., None].expand(-1, -1, 3) if pixels.dim() == 2 else pixels
 
 
 def write_image(picture: Picture, path: Path | BinaryIO, *, overwrite: bool = False) -> None:
-    """Write the picture; the file is there whole or not at all.
+    """Write a picture to a file, completely or not at all.
 
     Args:
-        picture: what is written, with its profile.
-        path: its suffix says the format; JPEG and AVIF have quality 95, WebP no loss. Or a stream, which gets a PNG.
-        overwrite: whether a file that is there may be replaced.
+        picture: the picture; its profile is written, too.
+        path: a path whose suffix gives the format, or a stream for PNG. JPEG and AVIF use quality 95, WebP is lossless.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        ImageError: the format cannot hold the picture, the file exists already, or cannot be written.
+        ImageError: the format cannot hold the picture, or the file already exists or cannot be written.
     """
     if not isinstance(path, Path):
         _save(picture, path, ".png")
@@ -232,7 +232,7 @@ def write_image(picture: Picture, path: Path | BinaryIO, *, overwrite: bool = Fa
         with atomic_write(path, overwrite=overwrite) as stream:
             _save(picture, stream, path.suffix.lower())
     except FileExistsError as error:
-        raise ImageError(f"{path} already exists; --overwrite replaces it") from error
+        raise ImageError(f"{path} already exists; use --overwrite") from error
     except (OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or _line(error) or type(error).__name__
         raise ImageError(f"{path} cannot be written: {reason}") from error
@@ -259,18 +259,18 @@ def _save(picture: Picture, stream: BinaryIO, suffix: str) -> None:
 
 
 def check_format(path: Path, picture: Picture, *, upscale: int = 1) -> None:
-    """Refuse a format that cannot hold a picture.
+    """Raise ImageError if a format cannot hold a picture.
 
-    Small samples of its kind, and lines as long as its sides, are written and read back: what comes back must be the
-    same, up to the small error of a lossy format.
+    Small samples of its kind, and lines as long as its sides, are written and read back. They must be the same, up to
+    the small error of a lossy format.
 
     Args:
-        path: its suffix says the format.
-        picture: of the kind that is to be written: grey or colours, of 8 or 16 bits, with alpha and profile or without.
-        upscale: factor by which what will be written is larger than `picture`.
+        path: a path whose suffix gives the format.
+        picture: a picture of the kind to be written: grey or RGB, 8 or 16 bits, with or without alpha and profile.
+        upscale: ratio of the size to be written to that of `picture`.
 
     Raises:
-        ImageError: the format is unknown, or cannot hold it; the message names formats that can.
+        ImageError: the format is unknown or cannot hold the picture; names formats that can.
     """
     format_of(path)
     reason = _obstacle(path.suffix.lower(), picture, upscale)
@@ -286,7 +286,7 @@ def check_format(path: Path, picture: Picture, *, upscale: int = 1) -> None:
 
 
 def _obstacle(suffix: str, picture: Picture, upscale: int) -> str | None:
-    """Return why files with this suffix cannot hold such a picture; `None` if they can."""
+    """Return the reason why a file with this suffix cannot hold the picture; `None` if it can."""
     height, width = (upscale * side for side in picture.pixels.shape[:2])
     kind = format_of(Path(f"a{suffix}"))
     if picture.pixels.nbytes * upscale**2 >= _MAX_BYTES.get(kind, 2**63) or max(height, width) > _MAX_SIDE.get(
@@ -312,7 +312,7 @@ def _obstacle(suffix: str, picture: Picture, upscale: int) -> str | None:
 
 
 def _sample(picture: Picture, height: int, width: int) -> Picture:
-    """Return ramps of the picture's kind in another size, of more than 256 colours if it is large enough."""
+    """Return ramps of the picture's kind in another size, with more than 256 colours if large enough."""
     import numpy as np  # noqa: PLC0415
 
     y, x = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
@@ -324,14 +324,14 @@ def _sample(picture: Picture, height: int, width: int) -> Picture:
 
 
 def _differences(found: Picture, wanted: Picture, tolerance: float) -> Iterator[str]:
-    """Yield how what was read differs from what was written, values in the mean by more than `tolerance` levels."""
+    """Yield the differences between what was read and written; mean errors up to `tolerance` levels are accepted."""
     import numpy as np  # noqa: PLC0415
 
     if found.pixels.shape[:2] != wanted.pixels.shape[:2]:
         yield "it changes the size"
         return
     if found.pixels.dtype != wanted.pixels.dtype:
-        yield f"it keeps {8 * found.pixels.dtype.itemsize} bits a channel"
+        yield f"it keeps {8 * found.pixels.dtype.itemsize} bits per channel"
     if wanted.icc_profile != found.icc_profile:
         yield "it loses the colour profile"
     if wanted.alpha is not None and found.alpha is None:
@@ -346,28 +346,28 @@ def _differences(found: Picture, wanted: Picture, tolerance: float) -> Iterator[
 
 
 def format_of(path: Path) -> str:
-    """Return Pillow's name of the format that the suffix of `path` stands for.
+    """Return Pillow's name of the format for the suffix of `path`.
 
     Raises:
-        ImageError: Pillow writes no such files.
+        ImageError: Pillow cannot write such files.
     """
     from PIL import Image  # noqa: PLC0415
 
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None or kind not in Image.SAVE:
-        raise ImageError(f"{path} must end like an image that Pillow writes, e.g. in .png")
+        raise ImageError(f"{path} must have the suffix of an image format that Pillow writes, e.g. .png")
     return kind
 
 
 def suffixes() -> list[str]:
-    """Return the suffixes of the formats that Pillow knows, `.png` among them."""
+    """Return the suffixes of all formats that Pillow knows."""
     from PIL import Image  # noqa: PLC0415
 
     return list(Image.registered_extensions())
 
 
 def looks_like_image(path: Path) -> bool:
-    """Return whether the suffix of `path` is that of images which Pillow reads."""
+    """Return whether the suffix of `path` is that of an image format that Pillow reads."""
     from PIL import Image  # noqa: PLC0415
 
     return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN

@@ -1,7 +1,6 @@
-"""Bicubic resampling as MATLAB's `imresize` does it: the degradation that super-resolution papers train and test on.
+"""Bicubic resampling like MATLAB's `imresize`, the degradation used by super-resolution papers.
 
-Only the resampling itself is here; reading and writing pictures is left to the caller
-(`torch.from_numpy(picture)` for a NumPy array).
+Functions take and return tensors; use `torch.from_numpy(picture)` for a NumPy array.
 """
 
 import math
@@ -16,18 +15,22 @@ _SUPPORT = 4  # the cubic kernel is zero beyond two samples on each side
 
 
 def crop_to_multiple(image: Shaped[Tensor, "h w *c"], multiple: int) -> Shaped[Tensor, "h2 w2 *c"]:
-    """Drop the last rows and columns, so that both sides divide by `multiple`.
+    """Crop the last rows and columns so that both sides are multiples of `multiple`.
 
     Args:
         image: any picture whose first two axes are rows and columns.
-        multiple: what both sides shall divide by, `>= 1`.
+        multiple: divisor of both sides, `>= 1`.
 
     Returns:
-        A view of `image`, at most `multiple - 1` pixels smaller on each axis.
+        A view of `image`, smaller by at most `multiple - 1` pixels along each axis.
 
     Raises:
         ValueError: `multiple < 1`.
         ShapeError: nothing would be left.
+
+    Examples:
+        >>> crop_to_multiple(torch.zeros(50, 71, 3, dtype=torch.uint8), 4).shape
+        torch.Size([48, 68, 3])
     """
     if multiple < 1:
         raise ValueError(f"multiple must be >= 1, got {multiple}")
@@ -38,14 +41,14 @@ def crop_to_multiple(image: Shaped[Tensor, "h w *c"], multiple: int) -> Shaped[T
 
 
 def matlab_bicubic(image: UInt8[Tensor, "h w *c"], upscale: int) -> UInt8[Tensor, "h2 w2 *c"]:
-    """The low-resolution picture of `image`: cropped to a multiple of `upscale`, then shrunk by it.
+    """Return the low-resolution version of `image`: cropped to a multiple of `upscale`, then downscaled by it.
 
-    This is `imresize(modcrop(image, upscale), 1 / upscale)` of MATLAB to the last bit, the
-    degradation named "bicubic" or "BI" in papers.
+    Bit-identical to MATLAB's `imresize(modcrop(image, upscale), 1 / upscale)`, the degradation called "bicubic" or "BI"
+    in papers.
 
     Args:
         image: grey `(h, w)` or with channels last `(h, w, c)`, uint8.
-        upscale: the factor that super-resolution has to undo, `>= 1`.
+        upscale: the super-resolution factor, `>= 1`.
 
     Returns:
         A uint8 picture of `h // upscale` by `w // upscale` pixels.
@@ -54,6 +57,10 @@ def matlab_bicubic(image: UInt8[Tensor, "h w *c"], upscale: int) -> UInt8[Tensor
         ValueError: `upscale < 1`.
         ShapeError: a side is shorter than `upscale`, or the picture has neither 2 nor 3 axes.
         TypeError: the picture is not uint8.
+
+    Examples:
+        >>> matlab_bicubic(torch.zeros(50, 71, 3, dtype=torch.uint8), upscale=4).shape
+        torch.Size([12, 17, 3])
     """
     if upscale < 1:
         raise ValueError(f"upscale must be >= 1, got {upscale}")
@@ -64,34 +71,38 @@ def matlab_bicubic(image: UInt8[Tensor, "h w *c"], upscale: int) -> UInt8[Tensor
 def imresize(
     image: Shaped[Tensor, "h w *c"], *, scale: float | None = None, size: tuple[int, int] | None = None
 ) -> Shaped[Tensor, "h2 w2 *c"]:
-    r"""MATLAB's `imresize` of a picture, bicubic; of uint8 to the last bit.
+    r"""Resize a picture like MATLAB's bicubic `imresize`; bit-identical for uint8.
 
-    Each axis is resampled on its own, $y_o = \sum_i w_{oi} x_i$ with
-    $w_{oi} \propto k(s\,(u_o - i))$, where $s = \min(1, \text{factor})$ widens the kernel when the picture
-    shrinks (antialiasing), $u_o$ is the place of output pixel $o$ on the input's axis (pixel centres
-    at half-integers), and $k$ is Keys' cubic with $a = -1/2$. Beyond the border the picture is mirrored,
-    border pixel included. The axis with the smaller factor comes first, rows before columns when they are
-    equal. A result of uint8 is rounded (halves up) and clipped to 0..255 *after each axis*; one of float64 is neither.
+    Each axis is resampled separately, $y_o = \sum_i w_{oi} x_i$ with $w_{oi} \propto k(s\,(u_o - i))$, where
+    $s = \min(1, \text{factor})$ widens the kernel in downscaling (antialiasing), $u_o$ is the position of output pixel
+    $o$ on the input's axis (pixel centres at half-integers), and $k$ is Keys' cubic with $a = -1/2$. Beyond the border
+    the picture is mirrored, including the border pixel. The axis with the smaller factor comes first, rows before
+    columns if they are equal. For uint8, the result is rounded (halves up) and clipped to 0..255 *after each axis*.
 
     Args:
         image: grey `(h, w)` or with channels last `(h, w, c)`, uint8 or float64.
-        scale: the factor on both sides, `> 0`; the new sides are rounded up.
+        scale: factor for both sides, `> 0`; the new sides are rounded up.
         size: the new height and width in pixels, `>= 1`; instead of `scale`.
 
     Returns:
         A picture with the channels and the dtype of `image`.
 
     Raises:
-        ValueError: both or neither of `scale` and `size` are given, or one is not positive.
+        ValueError: both or neither of `scale` and `size` are given, or the given one is not positive.
         ShapeError: the picture is empty, or has neither 2 nor 3 axes.
         TypeError: the picture is neither uint8 nor float64.
 
     Note:
-        Computed in float64, on the device of `image`. Differentiable in a picture of float64.
+        Computed in float64 on the device of `image`. Differentiable for float64.
 
     Source:
         R. Keys, "Cubic convolution interpolation for digital image processing", 1981; the documented
         behaviour of MATLAB's `imresize` (antialiasing on, method bicubic).
+
+    Examples:
+        >>> image = torch.tensor([[0, 100, 200, 100]], dtype=torch.uint8)
+        >>> imresize(image, size=(1, 2))
+        tensor([[ 55, 145]], dtype=torch.uint8)
     """
     _checked(image, torch.uint8, torch.float64)
     sides = (image.shape[0], image.shape[1])
@@ -112,7 +123,7 @@ def imresize(
 
 
 def _resample(image: Tensor, axis: int, size: int, factor: float) -> Tensor:
-    """One axis, with rounding and clipping where the picture is uint8."""
+    """Resample one axis, with rounding and clipping for uint8."""
     taps, weights = _contributions(image.shape[axis], size, factor)
     taps, weights = taps.to(image.device), weights.to(image.device)
     samples = image.to(torch.float64)
@@ -125,7 +136,7 @@ def _resample(image: Tensor, axis: int, size: int, factor: float) -> Tensor:
 
 
 def _contributions(length: int, size: int, factor: float) -> tuple[Int[Tensor, "o t"], Float[Tensor, "o t"]]:
-    """Which input pixels each output pixel is made of, and how much of each; every row of weights sums to 1."""
+    """Return the input pixels of each output pixel, and their weights; every row of weights sums to 1."""
     squeeze = min(factor, 1.0)
     width = _SUPPORT / squeeze
     # Counted from 1, as MATLAB does: the roundings of the places, too, shall be the same.

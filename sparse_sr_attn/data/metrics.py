@@ -1,7 +1,7 @@
-"""How alike two pictures are, counted as super-resolution papers count it: PSNR and SSIM of the luma, borders left out.
+"""PSNR and SSIM as in super-resolution papers: on luma, without the borders.
 
-Papers differ in small things, which change a mean by up to 0.2 dB. They have names here, so that somebody's published
-figure can be had again from his pictures (`Protocol`).
+Papers differ in details that change a mean by up to 0.2 dB. `Protocol` names them, so that published figures can be
+reproduced from the images.
 """
 
 import math
@@ -16,21 +16,21 @@ from sparse_sr_attn.data.imresize import crop_to_multiple, imresize
 from sparse_sr_attn.errors import ShapeError
 
 Protocol = Literal["basicsr", "matlab"]
-"""How luma is taken from a picture.
+"""How luma is computed from a picture.
 
-- "basicsr": as BasicSR and EDSR do, in floating point; a grey picture counts as three equal channels, hence as
-  16..235.
-- "matlab": as `rgb2ycbcr` does with uint8, rounded; a grey picture is luma already and counts as 0..255. Its PSNR is
-  1.3 dB lower for the same picture.
+- "basicsr": in floating point, as in BasicSR and EDSR; a grey picture is treated as three equal channels, hence with a
+  range of 16..235.
+- "matlab": rounded, as by `rgb2ycbcr` for uint8; a grey picture is taken as luma with a range of 0..255, which lowers
+  its PSNR by 1.3 dB.
 """
 
 
 class Score(NamedTuple):
-    """How alike two pictures are, or the pictures of a set in the mean.
+    """The metrics of a pair of pictures, or their means over a set.
 
     Attributes:
-        psnr: in dB.
-        ssim: at most 1.
+        psnr: PSNR in dB.
+        ssim: SSIM, at most 1.
     """
 
     psnr: float
@@ -43,16 +43,20 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def luma(picture: UInt8[Tensor, "h w *c"], protocol: Protocol = "basicsr") -> Float[Tensor, "h w"]:
-    r"""Return $Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255$ of a picture, in float64.
+    r"""Return the luma $Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255$ of a picture, in float64.
 
     Args:
         picture: grey `(h, w)` or RGB `(h, w, 3)`, uint8.
-        protocol: what is rounded, and what grey is; see `Protocol`.
+        protocol: treatment of rounding and of grey pictures; see `Protocol`.
 
     Raises:
         ShapeError: the picture is neither grey nor RGB.
-        TypeError: it is not uint8.
-        ValueError: there is no such protocol.
+        TypeError: the picture is not uint8.
+        ValueError: `protocol` is unknown.
+
+    Examples:
+        >>> luma(torch.tensor([[[255, 255, 255], [0, 0, 0]]], dtype=torch.uint8))
+        tensor([[235.,  16.]], dtype=torch.float64)
     """
     if picture.dtype != torch.uint8:
         raise TypeError(f"the picture must be uint8 (0..255), got {picture.dtype}; round and clip it first")
@@ -70,16 +74,21 @@ def luma(picture: UInt8[Tensor, "h w *c"], protocol: Protocol = "basicsr") -> Fl
 
 
 def psnr(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int) -> float:
-    r"""Return $10 \log_{10}(255^2 / \mathrm{mean}((a - b)^2))$ in dB; infinite for equal pictures.
+    r"""Return the PSNR $10 \log_{10}(255^2 / \mathrm{mean}((a - b)^2))$ in dB; infinite for equal pictures.
 
     Args:
         one: luma, 0..255.
         other: of the same size.
-        border: pixels left out on each side, >= 0; papers leave out as many as the factor.
+        border: pixels to crop on each side, >= 0; papers crop as many as the upscaling factor.
 
     Raises:
-        ShapeError: the sizes differ, or nothing is left within the border.
+        ShapeError: the sizes differ, or nothing is left after cropping.
         ValueError: `border < 0`.
+
+    Examples:
+        >>> one, other = torch.zeros(16, 16), torch.full((16, 16), 255.0)
+        >>> psnr(one, other, border=2), psnr(one, one, border=2)
+        (0.0, inf)
     """
     error = float((_inner(one, other, border, 1) - _inner(other, one, border, 1)).square().mean())
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
@@ -88,7 +97,7 @@ def psnr(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int)
 def ssim(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int) -> float:
     r"""Return the mean structural similarity, 1 for equal pictures.
 
-    Gaussian windows of 11 pixels, $\sigma = 1.5$, wherever one fits in whole; $K_1 = 0.01$, $K_2 = 0.03$, peak 255.
+    Uses Gaussian windows of 11 pixels with $\sigma = 1.5$, without padding; $K_1 = 0.01$, $K_2 = 0.03$, peak 255.
 
     Args:
         one: as in `psnr`.
@@ -96,11 +105,16 @@ def ssim(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int)
         border: as in `psnr`.
 
     Raises:
-        ShapeError: the sizes differ, or no window fits within the border.
+        ShapeError: the sizes differ, or the pictures are smaller than a window after cropping.
         ValueError: `border < 0`.
 
     Source:
         Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
+
+    Examples:
+        >>> one = luma(torch.randint(256, (32, 32, 3)).byte())
+        >>> round(ssim(one, one, border=2), 3)
+        1.0
     """
     a, b = _inner(one, other, border, _WINDOW), _inner(other, one, border, _WINDOW)
     maps = torch.stack([a, b, a * a, b * b, a * b])[:, None]
@@ -116,7 +130,7 @@ def ssim(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int)
 
 
 def score(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int) -> Score:
-    """Return what papers' tables have of two pictures: `psnr` and `ssim`.
+    """Return `psnr` and `ssim` of two pictures.
 
     Args:
         one: as in `psnr`.
@@ -126,31 +140,41 @@ def score(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int
     Raises:
         ShapeError: as in `ssim`.
         ValueError: `border < 0`.
+
+    Examples:
+        >>> one = luma(torch.randint(256, (32, 32, 3)).byte())
+        >>> score(one, one, border=2)
+        Score(psnr=inf, ssim=1.0)
     """
     return Score(psnr(one, other, border=border), ssim(one, other, border=border))
 
 
 def bicubic_luma(picture: UInt8[Tensor, "h w *c"], upscale: int) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """Return the luma of a picture, and what is left of it when it is shrunk and enlarged: papers' row "bicubic".
+    """Return the luma of a picture, and the same after bicubic down- and upscaling: the row "bicubic" in papers.
 
-    That row comes from SRCNN's code and has been copied since. There luma is taken first ("matlab"), cut to a multiple
-    of the factor, shrunk and enlarged without rounding between, and rounded at the end. No 8-bit small picture exists,
-    unlike the one that networks are given; enlarging that gives 0.01 to 0.03 dB less.
+    That row goes back to SRCNN's code, which takes luma first ("matlab"), crops it to a multiple of the factor,
+    downscales and upscales it without rounding in between, and rounds at the end. Upscaling the 8-bit image that
+    networks get would give 0.01 to 0.03 dB less.
 
     Args:
-        picture: the high resolution, grey `(h, w)` or RGB `(h, w, 3)`, uint8.
-        upscale: the factor, >= 1.
+        picture: the high-resolution picture, grey `(h, w)` or RGB `(h, w, 3)`, uint8.
+        upscale: the upscaling factor, >= 1.
 
     Returns:
-        The luma and the enlarged luma, both whole numbers in float64 and of one size.
+        The luma and the upscaled luma, integers in float64, of equal size.
 
     Raises:
         ShapeError: the picture is neither grey nor RGB, or a side is shorter than `upscale`.
-        TypeError: it is not uint8.
+        TypeError: the picture is not uint8.
         ValueError: `upscale < 1`.
 
     Source:
         Dong et al., "Learning a deep convolutional network for image super-resolution", ECCV 2014.
+
+    Examples:
+        >>> y, bicubic = bicubic_luma(torch.randint(256, (33, 48, 3)).byte(), upscale=4)
+        >>> y.shape, bicubic.shape
+        (torch.Size([32, 48]), torch.Size([32, 48]))
     """
     y = crop_to_multiple(luma(picture, "matlab"), upscale)
     small = imresize(y, size=(y.shape[0] // upscale, y.shape[1] // upscale))
@@ -162,7 +186,7 @@ def _rounded(y: Tensor) -> Tensor:
 
 
 def _inner(one: Tensor, other: Tensor, border: int, least: int) -> Tensor:
-    """Return `one` without its border."""
+    """Return `one` without its border, after checking the sizes."""
     if border < 0:
         raise ValueError(f"border must be >= 0, got {border}")
     if one.shape != other.shape:

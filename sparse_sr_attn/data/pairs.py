@@ -1,4 +1,4 @@
-"""Pairs of high and low resolution, in files as BasicSR's PairedImageDataset reads them.
+"""Pairs of high- and low-resolution images, in files for BasicSR's PairedImageDataset.
 
 Writing them needs Pillow and NumPy.
 """
@@ -20,25 +20,24 @@ PARTIAL = ".partial"
 def tiles(
     high: UInt8[Tensor, "h w 3"], upscale: int, *, tile: int = 0, crop: int = 0
 ) -> Iterator[tuple[str, UInt8[Tensor, "h2 w2 3"], UInt8[Tensor, "h3 w3 3"]]]:
-    """Yield the picture and its low resolution, whole or in tiles that overlap.
+    """Yield the picture and its low-resolution version, whole or in overlapping tiles.
 
     Args:
-        high: of high resolution, channels last.
-        upscale: the factor that super-resolution has to undo, `>= 1`.
-        tile: side of the tiles in pixels of `high`, a multiple of `upscale`; 0 for the picture as a whole. A training
-            step that needs a crop only then decodes a tile, not a photograph.
-        crop: side of the crops to come (`gt_size` in an option file) in pixels of `high`, a multiple of `upscale`,
-            smaller than `tile`. Tiles overlap by it, so that every crop whose place is a multiple of `upscale` lies in
-            a tile.
+        high: the high-resolution picture, channels last.
+        upscale: the super-resolution factor, `>= 1`.
+        tile: side of the tiles in pixels of `high`, a multiple of `upscale`; 0 for the whole picture. With tiles,
+            training decodes a tile rather than a photograph for each crop.
+        crop: side of the training crops (`gt_size` in an option file) in pixels of `high`, a multiple of `upscale`,
+            smaller than `tile`. Tiles overlap by it, so that every crop at a multiple of `upscale` is inside a tile.
 
     Yields:
-        The place (`""`, or for example `"_y0064_x0000"`), the high and the low resolution. The picture is shrunk as a
-        whole and cut afterwards, so a tile's border knows its neighbours. The last tiles end where the picture does; of
-        a picture smaller than a tile there is one, as large as it is.
+        The position (`""`, or for example `"_y0064_x0000"`), the high- and the low-resolution image. The picture is
+        downscaled before it is cut, so tiles have no artificial borders. The last tiles end at the picture's border; a
+        picture smaller than a tile is yielded whole.
 
     Raises:
-        ShapeError: a side is shorter than `crop` or than `upscale`.
-        ValueError: `tile` or `crop` breaks its rule.
+        ShapeError: a side is shorter than `crop` or `upscale`.
+        ValueError: `tile` or `crop` is invalid.
     """
     if tile % upscale or crop % upscale:
         raise ValueError(f"tile and crop must be multiples of upscale, {upscale}, got {tile} and {crop}")
@@ -46,7 +45,7 @@ def tiles(
         raise ValueError(f"tile and crop must be >= 0 and crop smaller than a tile, got {tile} and {crop}")
     high = crop_to_multiple(high, upscale)
     if min(high.shape[:2]) < crop:
-        raise ShapeError(f"both sides must be >= {crop}, that of a crop, got {high.shape[0]}x{high.shape[1]}")
+        raise ShapeError(f"both sides must be >= {crop}, the side of a crop, got {high.shape[0]}x{high.shape[1]}")
     low = matlab_bicubic(high, upscale)
     if not tile:
         yield "", high, low
@@ -70,16 +69,16 @@ def _corners(length: int, upscale: int, tile: int, crop: int) -> list[int]:
 def write_pairs(
     pictures: Iterable[tuple[str, UInt8[Tensor, "h w 3"]]], folder: Path, upscale: int, *, tile: int = 0, crop: int = 0
 ) -> int:
-    """Write `folder/HR/NAME.png` and `folder/LR_xN/NAME.png`, both all at once; return how many pairs there are.
+    """Write pairs to `folder/HR/NAME.png` and `folder/LR_xN/NAME.png`; return their number.
 
-    What stood in these two is replaced. Until all files are there, nothing is.
+    The two folders are replaced together, after all files have been written.
 
     Args:
-        pictures: names without suffix, and pictures of high resolution.
-        folder: made if need be.
-        upscale: as in `tiles`, like `tile` and `crop`.
-        tile: as above.
-        crop: as above.
+        pictures: names without suffix, and high-resolution pictures.
+        folder: output folder, created if necessary.
+        upscale: as in `tiles`.
+        tile: as in `tiles`.
+        crop: as in `tiles`.
 
     Raises:
         ImageError: two pictures have one name, or a file cannot be written.
@@ -99,7 +98,7 @@ def write_pairs(
                 for part, pixels in zip(parts, pair, strict=True):
                     file = part / f"{name}{place}.png"
                     if file.exists():
-                        raise ImageError(f"{name} is the name of two pictures, and must be that of one")
+                        raise ImageError(f"names must be unique, and {name} is the name of two pictures")
                     Image.fromarray(pixels.contiguous().numpy()).save(file)
                 count += 1
         for part in parts:

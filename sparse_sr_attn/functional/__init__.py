@@ -1,4 +1,4 @@
-"""The mathematics, without parameters and without state. Each operation has a slow twin in `reference`."""
+"""The mathematics: functions without parameters or state. Each has a slow reference implementation in `reference`."""
 
 from sparse_sr_attn.functional import batch_norm, cluster, dense, kmeans, lsh, shift, sparsemax, window
 from sparse_sr_attn.functional import random_features as kernel

@@ -1,4 +1,4 @@
-"""What works around torch: export and compilers, precision, recomputation, processes."""
+"""Workarounds for torch: export and compilers, precision, recomputation, processes."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,22 +12,22 @@ from sparse_sr_attn.errors import ExportError, ProcessError
 
 
 def is_exporting() -> bool:
-    """Return whether `torch.export` is at work; `torch.compile` is not that.
+    """Return whether `torch.export` is running; `torch.compile` does not count.
 
-    Older torch (seen in 2.11) answers `torch.compiler.is_exporting()` with True in `torch.compile`, too. The flag
-    behind it is right there as well, and is what newer ones read.
+    In older versions (seen in 2.11), `torch.compiler.is_exporting()` is also True inside `torch.compile`. The flag read
+    here, which newer versions use, is correct in all of them.
     """
     return torch.compiler._is_exporting_flag
 
 
 def is_exporting_to_old_onnx() -> bool:
-    """Return whether the TorchScript-based exporter of ONNX (`dynamo=False`) is at work."""
+    """Return whether the TorchScript-based exporter of ONNX (`dynamo=False`) is running."""
     traced = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
     return traced and torch.onnx.is_in_onnx_export()
 
 
 def is_transformed() -> bool:
-    """Return whether forward-mode derivatives are computed, or a transform of `torch.func` is at work, of any kind."""
+    """Return whether forward-mode derivatives are being computed or any transform of `torch.func` is active."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -37,13 +37,13 @@ is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_plain_code() -> bool:
-    """Return whether operations must consist of torch's own operators, because ours are opaque to what reads them.
+    """Return whether operations must consist of torch's own operators, because the caller cannot see into ours.
 
-    `torch.export` translates torch's operators only; forward-mode derivatives and transforms of `torch.func` (`vmap`,
-    `grad`, `jacrev`) exist for them only.
+    `torch.export` translates only torch's operators. Forward-mode derivatives and transforms of `torch.func` (`vmap`,
+    `grad`, `jacrev`) are defined only for them.
 
     Raises:
-        ExportError: the TorchScript-based exporter of ONNX is at work, which can translate neither.
+        ExportError: the TorchScript-based ONNX exporter is running, which can translate neither.
     """
     if is_exporting_to_old_onnx():
         raise ExportError(
@@ -54,56 +54,56 @@ def needs_plain_code() -> bool:
 
 
 def smaller(one: int, other: int) -> int:
-    """Return the smaller of two sizes, which may be symbolic: export must be told so, older compilers must not."""
+    """Return the smaller of two sizes. They may be symbolic: export needs `sym_min`, older compilers reject it."""
     return torch.sym_min(one, other) if is_exporting() else min(one, other)
 
 
 def larger(one: int, other: int) -> int:
-    """Return the larger of two sizes, as `smaller` does."""
+    """Return the larger of two sizes; see `smaller`."""
     return torch.sym_max(one, other) if is_exporting() else max(one, other)
 
 
 def modulo(numbers: Int[Tensor, "*s"], divisor: int) -> Int[Tensor, "*s"]:
-    """Return `numbers % divisor`, which ONNX export cannot translate for a divisor that depends on the image."""
+    """Return `numbers % divisor`, in a form that ONNX export can translate if `divisor` depends on the image size."""
     return numbers - numbers // divisor * divisor
 
 
 def working_precision(tensor: Tensor) -> torch.dtype:
-    """Return the precision of scores, softmax and k-means over `tensor`: float32 for anything lower."""
+    """Return the dtype for scores, softmax and k-means over `tensor`: float32 or higher."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def lower_precision(first: Tensor, second: Tensor) -> torch.dtype:
-    """Return the precision of a product of two: that of the one with fewer bits, of the second if they have as many."""
+    """Return the dtype for the product of two tensors: the one with fewer bits, on a tie that of `second`."""
     return first.dtype if first.dtype.itemsize < second.dtype.itemsize else second.dtype
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Return a context without autocast on the device of `tensor`, if that device has one (meta has none)."""
+    """Return a context that disables autocast on the device of `tensor`, if that device supports it (meta does not)."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def backward_is_running() -> bool:
-    """Return whether this is called from inside a backward, as activation checkpointing does to compute again."""
+    """Return whether a backward pass is running. Activation checkpointing recomputes the forward inside one."""
     # The question activation checkpointing itself asks.
     return torch._C._current_graph_task_id() != -1
 
 
 def several_processes() -> bool:
-    """Return whether this process trains together with others."""
+    """Return whether this process is one of several in distributed training."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(statistics: Tensor, what: str) -> Tensor:
-    """Return the statistics of all processes, those of the first one first: the same bits on each.
+    """Return the statistics of all processes, in order of rank. The result is bit-identical on each process.
 
     Args:
-        statistics: of this process; of one shape and dtype on all.
-        what: gathers them, for the message.
+        statistics: those of this process; shape and dtype must agree on all.
+        what: name of the operation, for error messages.
 
     Raises:
-        ProcessError: a process ended, or did not come here within the timeout of the process group.
+        ProcessError: a process ended, or did not get here within the timeout of the process group.
     """
     parts = [torch.empty_like(statistics) for _ in range(dist.get_world_size())]
     try:
@@ -111,9 +111,9 @@ def gathered(statistics: Tensor, what: str) -> Tensor:
     except RuntimeError as error:
         raise ProcessError(
             f"process {dist.get_rank()} of {len(parts)}: {what} joins the statistics of all processes in each forward "
-            "in training, so all must make the same number of forwards; another one ended, or made none within the "
-            "timeout of the process group. If one of them runs out of batches first, "
-            "`with model.join(throw_on_early_termination=True):` (of DistributedDataParallel) ends all at once. "
+            "in training, so all must run the same number of forwards; another one ended, or ran none within the "
+            "timeout of the process group. If processes have different numbers of batches, "
+            "`with model.join(throw_on_early_termination=True):` (of DistributedDataParallel) stops all together. "
             f"({error})"
         ) from error
     return torch.stack(parts)

@@ -1,4 +1,4 @@
-"""Which backend of an operation runs where."""
+"""The choice of a backend for an operation."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from sparse_sr_attn.functional._torch import is_transformed, needs_plain_code
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 Backend = Literal["auto", "eager", "tiles", "flex", "triton"]
-"""How cluster attention is carried out."""
+"""How cluster attention is computed."""
 
 _PLAIN = "forward-mode derivatives and transforms of torch.func (vmap, grad, jacrev, ...) need"
 
@@ -22,16 +22,22 @@ def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
     """Return the backend of cluster attention that runs on a device.
 
     Args:
-        backend: "eager", "tiles", "flex" or "triton", which stay as they are if the device can run them, or "auto":
-            tiles on the CPU; triton on CUDA devices of compute capability 8.0 and more, if triton is installed;
-            eager everywhere else, for export, for forward-mode derivatives and in transforms of `torch.func`.
-        device: where the tensors are.
+        backend: "eager", "tiles", "flex" or "triton" to require that one; "auto" for tiles on the CPU, triton on CUDA
+            devices of compute capability 8.0 or higher if triton is installed, and eager everywhere else, for export,
+            for forward-mode derivatives and in transforms of `torch.func`.
+        device: the device of the tensors.
 
     Returns:
-        Any backend but "auto".
+        A backend other than "auto".
 
     Raises:
-        BackendError: `backend` is none of these, or was asked for by name and cannot run there.
+        BackendError: `backend` is unknown, or was requested by name and cannot run on `device`.
+
+    Examples:
+        >>> resolve_backend("auto", "cpu")
+        'tiles'
+        >>> resolve_backend("eager", "cuda")
+        'eager'
     """
     teach_flop_counters()
     if backend not in get_args(Backend):
@@ -58,14 +64,18 @@ def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
 
 
 def uses_operator(backend: str, operator: str) -> bool:
-    """Return whether an operation with two backends, "eager" and one that is an operator of ours, runs as the latter.
+    """Return whether an operation with two backends, eager code and a custom operator, uses the operator.
 
     Args:
-        backend: "eager", the name of the other, or "auto": the other but where `resolve_backend` takes eager, too.
-        operator: what the other backend is called.
+        backend: "eager", the name of the operator, or "auto" for the operator wherever it can run.
+        operator: the name of the operator's backend.
 
     Raises:
-        BackendError: `backend` is none of these, or was asked for by name and cannot run.
+        BackendError: `backend` is unknown, or was requested by name and cannot run.
+
+    Examples:
+        >>> uses_operator("auto", "tiles"), uses_operator("eager", "tiles")
+        (True, False)
     """
     teach_flop_counters()
     if backend not in ("auto", "eager", operator):
@@ -87,5 +97,10 @@ def _best_form(device: torch.device) -> Backend:
 
 
 def interpreting() -> bool:
-    """Return whether triton, as the process was started, runs kernels on the CPU."""
+    """Return whether Triton's interpreter is on, which runs kernels on the CPU.
+
+    Examples:
+        >>> interpreting()  # after TRITON_INTERPRET=1 python  # doctest: +SKIP
+        True
+    """
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

@@ -1,4 +1,4 @@
-"""Batch normalisation in training, whose running statistics move once a forward and never in a recomputation."""
+"""Batch normalisation in training that updates its running statistics once per forward, never in a recomputation."""
 
 import torch
 from jaxtyping import Float, Int
@@ -22,23 +22,29 @@ def batch_norm(
     r"""Return $\gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta$ with the statistics of the batch.
 
     Args:
-        x: the map.
+        x: the feature map.
         weight: $\gamma$.
         bias: $\beta$.
-        running_mean: moved in place.
-        running_var: moved in place; of the unbiased variance.
-        num_batches_tracked: moved in place.
-        momentum: share of this batch in the running statistics, in [0, 1].
+        running_mean: updated in place.
+        running_var: running unbiased variance, updated in place.
+        num_batches_tracked: updated in place.
+        momentum: weight of this batch in the running statistics, in [0, 1].
         eps: $\epsilon$.
 
     Returns:
         A map in the dtype of `x`.
 
     Note:
-        As `torch.nn.BatchNorm2d`, with four differences. Nothing moves in a recomputation (activation checkpointing
-        would move the statistics twice). Statistics that are not finite are not taken over. With one value per channel,
-        which has no variance, the running statistics normalise, and nothing moves. With several processes each
-        normalises its batch by itself, and the running statistics are those of all batches joined.
+        Like `torch.nn.BatchNorm2d`, with four differences. A recomputation updates nothing (with activation
+        checkpointing, statistics would be updated twice). Statistics that are not finite are discarded. With one value
+        per channel, which has no variance, the running statistics are used, and not updated. In distributed training
+        each process normalises by its own batch; the running statistics are those of all batches together.
+
+    Examples:
+        >>> x, mean, var, count = torch.rand(2, 3, 8, 8), torch.zeros(3), torch.ones(3), torch.tensor(0)
+        >>> y = batch_norm(x, torch.ones(3), torch.zeros(3), mean, var, count, momentum=0.1, eps=1e-5)
+        >>> y.shape, count  # mean and var have updated in place
+        (torch.Size([2, 3, 8, 8]), tensor(1))
     """
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if count == 1:
@@ -86,7 +92,7 @@ def _(*_: object) -> None: ...
 
 
 def _join(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Make the statistics of all processes those of one batch, the same on each."""
+    """Merge the statistics of all processes as if they had been one batch."""
     mean = mean.double()  # a count may be more than a half can hold
     rows = torch.stack([mean, variance.double(), torch.full_like(mean, count)])
     means, variances, counts = gathered(rows, "batch normalisation").unbind(dim=1)

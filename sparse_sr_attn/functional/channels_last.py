@@ -1,4 +1,4 @@
-"""Maps in channels-last memory: pixels are rows, and what happens to each of them alone is a plain matrix product."""
+"""Feature maps in channels-last memory format, in which pixels are rows and a 1x1 convolution is a matrix product."""
 
 from typing import Any
 
@@ -12,7 +12,13 @@ from sparse_sr_attn.functional.flops import teach_flop_counters
 
 
 def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return the same map in channels-last memory, or as it is under `torch.func.vmap`, which hides the memory."""
+    """Return `x` in channels-last memory format; unchanged under `torch.func.vmap`, which hides the format.
+
+    Examples:
+        >>> x = torch.rand(2, 3, 4, 5)
+        >>> channels_last(x).shape, channels_last(x).stride()
+        (torch.Size([2, 3, 4, 5]), (60, 1, 15, 3))
+    """
     if is_transformed():
         return x
     if torch.compiler.is_compiling() or not len(x) or is_channels_last(x):
@@ -23,12 +29,23 @@ def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
 
 def is_channels_last(x: Float[Tensor, "b c h w"]) -> bool:
-    """Return whether a map is known to be in channels-last memory; `torch.func.vmap` does not let itself be asked."""
+    """Return whether `x` is in channels-last memory format; `False` under `torch.func.vmap`, which hides the format.
+
+    Examples:
+        >>> x = torch.rand(2, 3, 4, 5)
+        >>> is_channels_last(x), is_channels_last(channels_last(x))
+        (False, True)
+    """
     return not is_transformed() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def new_map(like: Float[Tensor, "b _ h w"], channels: int) -> Float[Tensor, "b c h w"]:
-    """Return an empty map of the size of `like`, in channels-last memory."""
+    """Return an uninitialized map of the size of `like`, in channels-last memory format.
+
+    Examples:
+        >>> new_map(torch.rand(2, 3, 4, 5), 16).shape
+        torch.Size([2, 16, 4, 5])
+    """
     b, _, h, w = like.shape
     return like.new_empty(b, h, w, channels).permute(0, 3, 1, 2)
 
@@ -36,11 +53,15 @@ def new_map(like: Float[Tensor, "b _ h w"], channels: int) -> Float[Tensor, "b c
 def pointwise_conv2d(
     x: Float[Tensor, "b c h w"], weight: Float[Tensor, "o c 1 1"], bias: Float[Tensor, "o"] | None
 ) -> Float[Tensor, "b o h w"]:
-    """Return a 1x1 convolution; with a bias the result is in channels-last memory.
+    """Return the 1x1 convolution of `x`; with a bias the result is in channels-last memory format.
 
-    A map in row-major memory is multiplied and transposed in one product. For channels-last maps, one thread and
-    float32, torch uses a slower routine for fewer than 16 images; so the lines of the map become the images, inside an
-    operator, because a graph of them would hold for some numbers of lines only.
+    A contiguous map is multiplied and transposed in one matrix product. For channels-last maps in float32 on one
+    thread, torch uses a slower routine for fewer than 16 images, so each row of the map is passed as an image. This
+    happens inside a custom operator, because a traced graph would be specialised to some numbers of rows.
+
+    Examples:
+        >>> pointwise_conv2d(torch.rand(2, 3, 4, 5), torch.rand(8, 3, 1, 1), torch.zeros(8)).shape
+        torch.Size([2, 8, 4, 5])
     """
     if bias is None or is_exporting() or is_transformed() or is_exporting_to_old_onnx():
         return F.conv2d(x, weight, bias)

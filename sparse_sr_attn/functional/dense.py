@@ -17,15 +17,20 @@ def dense_attention(
 
     Args:
         query: one row per token.
-        key: one row per token attended to; normalise it first for cosine scores.
+        key: one row per token attended to; normalise the rows first for cosine scores.
         value: one row per token attended to.
         scale: factor on the dot products, dimensionless.
 
     Returns:
-        One row per query, in the dtype of `value`; scores and softmax are in float32 at least.
+        One row per query, in the dtype of `value`; scores and softmax are computed in float32 or higher.
 
     Note:
-        Time grows as `n * m`; memory as `n + m`, where torch has a fused kernel for the device.
+        Time grows as `n * m`; memory as `n + m` if torch has a fused kernel for the device.
+
+    Examples:
+        >>> query, key, value = torch.rand(1, 16, 8), torch.rand(1, 20, 8), torch.rand(1, 20, 32)
+        >>> dense_attention(query, key, value, scale=8**-0.5).shape
+        torch.Size([1, 16, 32])
     """
     dtype = working_precision(query)
     # The fused kernels want rows of one width (zeros change no dot product) that are contiguous.

@@ -1,7 +1,7 @@
 """Floating-point operations of our operators, for `torch.utils.flop_counter`.
 
-As in torch's own formulas, only products count, a multiplication and an addition each, and slots that fill up the last
-chunk or window count like others, because they are computed. A backward that computes scores again counts them again.
+As in torch's own formulas, only matrix products count, with a multiplication and an addition per term. Slots that pad
+the last chunk or window count like others, because they are computed; so do scores that a backward recomputes.
 """
 
 import sys
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 Shape = tuple[int, ...]
-"""Of a tensor; `torch.utils.flop_counter` hands these to formulas in place of tensors (and `None` for none)."""
+"""The shape of a tensor, which `torch.utils.flop_counter` passes to formulas in its place (`None` for `None`)."""
 
 
 def _scores(order: Shape, _neighbors: Shape | None, chunk_size: int, num_adjacent: int, exact_keys: bool) -> int:
-    """Return the scores of a pattern: slots times the keys that each sees."""
+    """Return the number of scores of a pattern: slots times keys per slot."""
     b, n = order
     chunk_size = min(chunk_size, n) if exact_keys else chunk_size
     return b * -(-n // chunk_size) * (2 * num_adjacent + 1) * chunk_size**2
@@ -154,10 +154,19 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def teach_flop_counters() -> None:
-    """Register the formulas and hand them to the counters that are counting now, if there are any.
+    """Register the formulas with `torch.utils.flop_counter` and with the counters that are active now.
 
-    `torch.utils.flop_counter` imports triton, which takes longer than all of this package; so this waits until
-    somebody else has imported it. A counter copies the registered formulas when it is made, which may be before.
+    Layers call this; it does nothing until `torch.utils.flop_counter` has been imported elsewhere, because that imports
+    triton, which takes longer than all of this package. Counters copy the registered formulas when they are created,
+    which may be earlier.
+
+    Examples:
+        >>> from torch.utils.flop_counter import FlopCounterMode
+        >>> teach_flop_counters()
+        >>> with FlopCounterMode(display=False) as counter:
+        ...     _ = LCoA(8, chunk_size=4)(torch.rand(1, 8, 6, 6))
+        >>> counter.get_total_flops() > 0
+        True
     """
     counting = sys.modules.get("torch.utils.flop_counter")
     if counting is None or torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():

@@ -1,8 +1,8 @@
 r"""Spherical k-means over the tokens of feature maps.
 
-A training step is *assign*, then sums and counts, then a moving average of directions, then new seeds for dead
-clusters. `kmeans_step` does one as a single mutating operator, so that eager code, `torch.compile` and activation
-checkpointing see the same thing; the pure pieces stand beside it.
+A training step assigns points, computes sums and counts, updates a moving average of directions, and reseeds dead
+clusters. `kmeans_step` does this as a single mutating operator, so that eager code, `torch.compile` and activation
+checkpointing behave alike. The pure functions that it consists of are public, too.
 """
 
 from typing import NamedTuple
@@ -29,16 +29,16 @@ _PRODUCTS_PER_BLOCK = 2**17  # half a MiB in float32
 
 
 class KMeansState(NamedTuple):
-    """All that k-means remembers between steps; `kmeans_step` moves it in place.
+    """The state of k-means between steps; `kmeans_step` updates it in place.
 
     Attributes:
         centroids: unit vectors.
-        usage: moving average of the share of tokens that each cluster gets; starts at `1 / k`.
-        pending_sums: per cluster, the sum of the unit vectors of its tokens in the last step, not yet applied.
-        pending_counts: per cluster, how many tokens that were; all 0 when nothing is pending.
-        pending_seeds: the directions of the tokens least similar to their centroids, worst first; 0 where none.
-        num_updates: updates applied so far.
-        num_skipped: updates refused because a token was not finite.
+        usage: moving average of each cluster's share of the tokens; starts at `1 / k`.
+        pending_sums: sum of the unit vectors of each cluster's tokens in the last step, not yet applied.
+        pending_counts: number of these tokens per cluster; all 0 when nothing is pending.
+        pending_seeds: directions of the tokens least similar to their centroids, worst first; unused rows are 0.
+        num_updates: number of updates applied.
+        num_skipped: number of updates skipped because a token was not finite.
     """
 
     centroids: Float[Tensor, "k d"]
@@ -51,7 +51,12 @@ class KMeansState(NamedTuple):
 
 
 def initial_state(num_clusters: int, dim: int, seed: int = 0) -> KMeansState:
-    """Return the state before training: `num_clusters` random unit vectors of length `dim`, set by `seed` alone."""
+    """Return the initial state: `num_clusters` random unit vectors of `dim` elements, which depend only on `seed`.
+
+    Examples:
+        >>> initial_state(num_clusters=8, dim=4).centroids.shape
+        torch.Size([8, 4])
+    """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(num_clusters, dim, generator=generator, device="cpu", dtype=torch.float32)
     return KMeansState(
@@ -68,10 +73,15 @@ def initial_state(num_clusters: int, dim: int, seed: int = 0) -> KMeansState:
 def hash_directions(num_clusters: int, dim: int, seed: int = 0) -> Float[Tensor, "k d"]:
     r"""Return directions that make `assign` a locality-sensitive hash.
 
-    Buckets are $\arg\max([pR, -pR])$ with a Gaussian $R$, set by `seed`.
+    Buckets are $\arg\max([pR, -pR])$ with a Gaussian $R$ drawn from `seed`.
 
     Source:
-        Cross-polytope hashing as in NLSA (Mei et al., CVPR 2021). Deviation: NLSA draws $R$ anew in every forward.
+        Cross-polytope hashing as in NLSA (Mei et al., CVPR 2021). Deviation: NLSA draws a new $R$ in every forward.
+
+    Examples:
+        >>> directions = hash_directions(num_clusters=8, dim=4)
+        >>> assign(torch.rand(1, 16, 4), directions).shape
+        torch.Size([1, 16])
     """
     generator = torch.Generator().manual_seed(seed)
     half = torch.randn((num_clusters + 1) // 2, dim, generator=generator, device="cpu", dtype=torch.float32)
@@ -81,7 +91,12 @@ def hash_directions(num_clusters: int, dim: int, seed: int = 0) -> Float[Tensor,
 def assign(points: Float[Tensor, "b n d"], centroids: Float[Tensor, "k d"]) -> Int[Tensor, "b n"]:
     r"""Return $\arg\max_k \langle p, \mu_k \rangle$ for each point; the lowest index wins a tie.
 
-    The length of a point does not matter. Without gradient.
+    The norm of a point does not matter. No gradient flows through the assignment.
+
+    Examples:
+        >>> centroids = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> assign(torch.tensor([[[3.0, 1.0], [1.0, 2.0], [1.0, 1.0]]]), centroids)
+        tensor([[0, 1, 0]])
     """
     return _nearest(points, centroids)[1]
 
@@ -89,7 +104,14 @@ def assign(points: Float[Tensor, "b n d"], centroids: Float[Tensor, "k d"]) -> I
 def cluster_sums(
     points: Float[Tensor, "b n d"], assignment: Int[Tensor, "b n"], num_clusters: int
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k"]]:
-    """Return, per cluster, the sum of the unit vectors of its points over the whole batch, and their number."""
+    """Return, for each cluster, the sum of the unit vectors of its points over the batch, and their number.
+
+    Examples:
+        >>> points, assignment = torch.rand(2, 16, 4), torch.randint(8, (2, 16))
+        >>> sums, counts = cluster_sums(points, assignment, num_clusters=8)
+        >>> sums.shape, int(counts.sum())
+        (torch.Size([8, 4]), 32)
+    """
     units = _unit(points).flatten(0, 1)
     index = assignment.flatten()
     sums = units.new_zeros(num_clusters, units.shape[-1]).index_add_(0, index, units)
@@ -106,7 +128,13 @@ def move_centroids(
 ) -> Float[Tensor, "k d"]:
     r"""Return $\mathrm{unit}(\lambda \mu_k + (1 - \lambda)\,\mathrm{unit}(s_k))$ with $\lambda$ = `ema_decay`.
 
-    A cluster without tokens, or whose sum or new mean has no direction, keeps its centroid.
+    A cluster keeps its centroid if it has no tokens, or if its sum or new mean is zero.
+
+    Examples:
+        >>> centroids, sums, counts = torch.eye(2), torch.tensor([[0.0, 3.0], [0.0, 0.0]]), torch.tensor([3.0, 0.0])
+        >>> move_centroids(centroids, sums, counts, ema_decay=0.5)
+        tensor([[0.7071, 0.7071],
+                [0.0000, 1.0000]])
     """
     moved = ema_decay * centroids + (1 - ema_decay) * _unit(sums)
     keeps = (counts == 0) | (sums.norm(dim=-1) <= _EPS) | (moved.norm(dim=-1) <= _EPS)
@@ -114,23 +142,36 @@ def move_centroids(
 
 
 def least_similar(points: Float[Tensor, "b n d"], similarity: Float[Tensor, "b n"], num: int) -> Float[Tensor, "num d"]:
-    """Return the unit vectors of the `num` points of lowest similarity, lowest first; zero rows where there are fewer.
+    """Return the unit vectors of the `num` least similar points, least similar first, padded with zero rows.
 
     Args:
         points: one row per token.
-        similarity: of each token to its centroid; ties go to the earlier token.
-        num: rows of the result.
+        similarity: similarity of each token to its centroid; the earlier token wins a tie.
+        num: number of rows to return.
+
+    Examples:
+        >>> points, similarity = torch.eye(3)[None], torch.tensor([[0.9, 0.1, 0.5]])
+        >>> least_similar(points, similarity, num=2)
+        tensor([[0., 1., 0.],
+                [0., 0., 1.]])
     """
     return _least_similar(points, similarity, num)[0]
 
 
 def apply_pending(state: KMeansState, *, ema_decay: float, reseed_threshold: float) -> None:
-    """Let what is pending move the centroids, in place, and leave nothing pending.
+    """Apply the pending update to the centroids, in place, and clear it.
 
     Args:
-        state: moved in place.
+        state: updated in place.
         ema_decay: as in `kmeans_step`.
         reseed_threshold: as in `kmeans_step`.
+
+    Examples:
+        >>> state = initial_state(num_clusters=8, dim=4)
+        >>> clusters = kmeans_step(torch.rand(2, 16, 4), state, ema_decay=0.999, reseed_threshold=0.01)
+        >>> apply_pending(state, ema_decay=0.999, reseed_threshold=0.01)
+        >>> int(state.num_updates)
+        1
     """
     _apply_pending(state, ema_decay, reseed_threshold)
     for pending in (state.pending_sums, state.pending_counts, state.pending_seeds):
@@ -145,26 +186,32 @@ def kmeans_step(
     reseed_threshold: float,
     accumulate: bool = False,
 ) -> Int[Tensor, "b n"]:
-    r"""Assign the points, in training: moves `state` in place, once.
+    r"""Assign the points in a training step, and update `state` in place, once.
 
-    In this order: (1) what the previous step left pending moves the centroids (moving average, unit length) and dead
-    clusters take new seeds; (2) the points are assigned; (3) their sums, counts and seeds become the pending ones,
-    summed over all processes when there is a process group. So the centroids that a forward used stay in place until
-    the next one, and a recomputation of this forward during its backward, in which nothing moves, meets them again.
+    The step (1) applies the update pending from the previous step (moving average, unit length) and reseeds dead
+    clusters; (2) assigns the points; (3) stores their sums, counts and seeds, summed over all processes, as the next
+    pending update. Centroids thus stay fixed from one forward to the next, so a recomputation of this forward during
+    its backward, which updates nothing, uses the same ones.
 
-    The decay warms up as $\min(\lambda, (1 + t) / (10 + t))$ over the updates $t$: features turn quickly at first.
+    The decay warms up as $\min(\lambda, (1 + t) / (10 + t))$ over the updates $t$; features change quickly at first.
 
     Args:
-        points: one row per token, of any length; no gradient flows back.
-        state: moved in place.
-        ema_decay: share of the old centroid kept by an update, in [0, 1].
+        points: one row per token, of any norm; no gradient flows back.
+        state: updated in place.
+        ema_decay: weight of the old centroid in an update, in [0, 1].
         reseed_threshold: a cluster whose usage falls below this fraction of the mean is dead and takes the direction
-            of one of the least similar tokens; 0 switches this off.
-        accumulate: leave out (1), and add to what is pending in (3): several steps make one update, that of their
-            points together. `apply_pending` begins such a series.
+            of one of the least similar tokens; 0 disables reseeding.
+        accumulate: skip (1), and add to the pending update in (3): several steps make one update, that of all their
+            points. Call `apply_pending` before such a series.
 
     Returns:
-        The cluster of each point. A step with a non-finite point moves no centroid; `num_skipped` counts it.
+        The cluster of each point. A step with a non-finite point moves no centroid and increments `num_skipped`.
+
+    Examples:
+        >>> state = initial_state(num_clusters=8, dim=4)
+        >>> clusters = kmeans_step(torch.rand(2, 16, 4), state, ema_decay=0.999, reseed_threshold=0.01)
+        >>> clusters.shape, int(state.pending_counts.sum())
+        (torch.Size([2, 16]), 32)
     """
     teach_flop_counters()
     return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold, accumulate)
@@ -254,13 +301,13 @@ def _store_pending(state: KMeansState, points: Tensor, best: Tensor, assignment:
 
 
 def _least_similar_of(seeds: Tensor, centroids: Tensor) -> Tensor:
-    """Return as many of the seeds as there are centroids, the least similar first, and 0 where none."""
+    """Return the least similar seeds, one per centroid, least similar first, padded with zero rows."""
     similarity = torch.where(seeds.norm(dim=-1) > 0.5, _nearest(seeds[None], centroids)[0][0], float("inf"))
     return seeds[similarity.argsort(stable=True)[: len(centroids)]]
 
 
 def _join(sums: Tensor, counts: Tensor, seeds: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make the statistics of all processes one, the same on each."""
+    """Merge the statistics of all processes; the result is the same on each."""
     everywhere = gathered(torch.cat([sums, counts[:, None], seeds, rank[:, None]], dim=1), "k-means")
     all_sums, all_counts, all_seeds, all_ranks = everywhere.split([sums.shape[1], 1, seeds.shape[1], 1], dim=-1)
     worst = all_ranks.flatten().argsort(stable=True)[: len(seeds)]
@@ -276,7 +323,7 @@ def _least_similar(points: Tensor, similarity: Tensor, num: int) -> tuple[Tensor
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best dot product of each point, and of which centroid it is."""
+    """Return the largest dot product of each point with a centroid, and the index of that centroid."""
     points = points.detach()
     points = points.to(working_precision(points))
     if points.shape[-1] <= MAX_QUERY_DIM and resolve_backend("auto", points.device) == "triton":
@@ -290,10 +337,10 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("sparse_sr_attn::nearest", mutates_args=())
 def _nearest_by_blocks(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """See `_nearest`: a block of products at a time stays in cache, and no pass over it looks for indices.
+    """Compute `_nearest` block by block, so that products stay in cache, without a scan for indices.
 
-    `Tensor.max` takes the index along with the maximum, one number after the other. Comparisons and products are
-    several times faster: what equals the maximum becomes its rank from the end, all else 0.
+    `Tensor.max` tracks the index along with the maximum, one element at a time. Comparisons and products are several
+    times faster: elements equal to the maximum become their rank from the end, all others 0.
     """
     num_points, num_clusters = points.shape[0] * points.shape[1], len(centroids)
     rank = torch.arange(num_clusters, 0, -1, dtype=points.dtype, device=points.device)

@@ -1,8 +1,7 @@
 r"""Locality-sensitive hashing of tokens: similar directions fall into the same bucket.
 
 The bucket of $x$ is $\arg\max([Rx, -Rx])$ with a Gaussian $R$ (Andoni et al., NeurIPS 2015). NLSA (Mei et al., CVPR
-2021) draws $R$ anew in every forward; here only training does, with numbers that depend on a seed and on how often that
-was done.
+2021) draws a new $R$ in every forward; here only training does, from a seed and the number of draws so far.
 """
 
 from typing import NamedTuple
@@ -16,11 +15,11 @@ from sparse_sr_attn.functional.flops import teach_flop_counters
 
 
 class HashState(NamedTuple):
-    """All that hashing remembers between steps; `hash_step` moves it in place.
+    """The state of hashing between steps; `hash_step` updates it in place.
 
     Attributes:
         rotations: $R$ of each round.
-        num_draws: how often they were drawn anew.
+        num_draws: number of draws in training so far.
     """
 
     rotations: Float[Tensor, "r m d"]
@@ -28,15 +27,24 @@ class HashState(NamedTuple):
 
 
 def initial_hash(num_rounds: int, max_buckets: int, dim: int, seed: int = 0) -> HashState:
-    """Return the state before training, set by `seed` alone, for `max_buckets // 2` directions and their opposites."""
+    """Return the initial state, which depends only on `seed`: `max_buckets // 2` directions per round.
+
+    Examples:
+        >>> initial_hash(num_rounds=4, max_buckets=16, dim=8).rotations.shape
+        torch.Size([4, 8, 8])
+    """
     return HashState(_draw((num_rounds, max_buckets // 2, dim), seed, 0), torch.zeros((), dtype=torch.int64))
 
 
 def bucket_count(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
-    """Return the number of buckets for a map: as many as full chunks, made even, from 2 to `max_buckets`, itself even.
+    """Return the number of buckets for a map: the number of full chunks, made even, from 2 to `max_buckets`.
 
     Source:
-        NLSA. Deviation: it has none for maps smaller than a chunk, and fails.
+        NLSA. Deviation: the original fails for maps smaller than a chunk.
+
+    Examples:
+        >>> bucket_count(num_tokens=48 * 48, chunk_size=144, max_buckets=128)
+        16
     """
     chunks = num_tokens // chunk_size
     return larger(2, smaller(chunks + chunks % 2, max_buckets))
@@ -48,13 +56,18 @@ def hash_tokens(
     r"""Return the bucket of each point in each round, from 0 to `num_buckets - 1`.
 
     Args:
-        points: one row per token, of any length; without gradient.
+        points: one row per token, of any norm; no gradient flows back.
         rotations: $R$ of each round; the first `num_buckets // 2` rows are used.
         num_buckets: even, from 2 to twice the number of rows.
 
     Returns:
-        $j$ where $|\langle R_j, x \rangle|$ is largest, plus `num_buckets // 2` where $x$ points the other way; the
-        lowest index wins a tie.
+        The $j$ of largest $|\langle R_j, x \rangle|$, plus `num_buckets // 2` if the product is negative; the lowest
+        index wins a tie.
+
+    Examples:
+        >>> state = initial_hash(num_rounds=4, max_buckets=16, dim=8)
+        >>> hash_tokens(torch.rand(2, 36, 8), state.rotations, num_buckets=6).shape
+        torch.Size([2, 4, 36])
     """
     points = points.detach()
     points = points.to(working_precision(points))
@@ -68,22 +81,28 @@ def hash_tokens(
 
 
 def hash_step(points: Float[Tensor, "b n d"], state: HashState, num_buckets: int, *, seed: int) -> Int[Tensor, "b r n"]:
-    """Draw new rotations and hash the points by them, in training: moves `state` in place, once.
+    """Draw new rotations and hash the points with them in a training step; updates `state` in place, once.
 
-    A recomputation of this forward during its backward draws nothing, and so finds the same buckets. Draws depend on
-    `seed` and their number alone: all processes make the same ones, and so does training that goes on from a state.
+    A recomputation of this forward during its backward draws nothing, and so finds the same buckets. Draws depend only
+    on `seed` and their number, so they are the same on all processes and in resumed training.
 
     Args:
         points: as in `hash_tokens`.
-        state: moved in place.
+        state: updated in place.
         num_buckets: as in `hash_tokens`.
-        seed: of all draws.
+        seed: seed of all draws.
 
     Returns:
-        As `hash_tokens` by the new rotations.
+        The buckets, as from `hash_tokens` with the new rotations.
 
     Note:
-        Numbers are drawn on the CPU; a GPU waits for them.
+        Rotations are drawn on the CPU; a GPU waits for them.
+
+    Examples:
+        >>> state = initial_hash(num_rounds=4, max_buckets=16, dim=8)
+        >>> buckets = hash_step(torch.rand(2, 36, 8), state, num_buckets=6, seed=0)
+        >>> buckets.shape, int(state.num_draws)
+        (torch.Size([2, 4, 36]), 1)
     """
     teach_flop_counters()
     return _hash_step(points.detach(), *state, num_buckets, seed)

@@ -16,10 +16,14 @@ from sparse_sr_attn.functional._torch import without_autocast, working_precision
 
 
 def random_directions(num_features: int, dim: int, seed: int = 0) -> Float[Tensor, "m d"]:
-    """Return normally distributed vectors that are orthogonal in groups of `dim`, set by `seed` alone.
+    """Return normally distributed vectors that are orthogonal in groups of `dim` and depend only on `seed`.
 
-    Each alone is distributed like a vector of independent normal numbers; orthogonal ones estimate the kernel with less
-    variance.
+    Each vector on its own is distributed like one of independent normal numbers; orthogonal vectors estimate the kernel
+    with less variance.
+
+    Examples:
+        >>> random_directions(num_features=32, dim=8).shape
+        torch.Size([32, 8])
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (2, -(-num_features // dim), dim, dim)
@@ -40,22 +44,26 @@ def kernel_attention(
 ) -> Float[Tensor, "b n e"]:
     r"""Return $\sum_j \kappa(q, k_j)\,v_j / \sum_j \kappa(q, k_j)$ with $\kappa(q, k) = \sum_w \phi_w(q)\,\phi_w(k)$.
 
-    It is carried out as two softmaxes, which is the same number for number: each feature gathers the values of the keys
-    that excite it, and each query mixes the features. No exponential can overflow and no denominator can vanish.
+    It is computed as two softmaxes, which is mathematically the same: each feature averages the values of the keys, and
+    each query averages the features. No exponential can overflow and no denominator can vanish.
 
     Args:
         query: one row per token.
         key: one row per token attended to.
         value: one row per token attended to.
-        directions: $w$, one row per feature; with more of them, softmax attention with scale 1 is approached, the
-            faster the shorter queries and keys are.
+        directions: $w$, one row per feature. With more features the result approaches softmax attention with scale 1,
+            the faster the shorter queries and keys are.
 
     Returns:
-        One row per query, in the dtype of `value`; computed in float32 at least.
+        One row per query, in the dtype of `value`; computed in float32 or higher.
 
     Note:
-        Time and memory grow as `(n + k) * m`. The length of a query matters through its dot products only: the factor
-        $\exp(-\lVert q \rVert^2 / 2)$ stands in numerator and denominator.
+        Time and memory grow as `(n + k) * m`. The factor $\exp(-\lVert q \rVert^2 / 2)$ of a query cancels.
+
+    Examples:
+        >>> query, key, value = torch.rand(1, 16, 8), torch.rand(1, 20, 8), torch.rand(1, 20, 32)
+        >>> kernel_attention(query, key, value, random_directions(num_features=32, dim=8)).shape
+        torch.Size([1, 16, 32])
     """
     dtype = working_precision(query)
     with without_autocast(query):
@@ -76,33 +84,38 @@ def contrastive_loss(
     negative: float = 0.08,
     seed: int = 0,
 ) -> Float[Tensor, ""]:
-    r"""Return how little the keys most similar to a query stand out from those of middling rank.
+    r"""Return ENLCA's contrastive loss: log-sum-exp of mid-ranked minus top-ranked scores, averaged over queries.
 
     $$\frac{1}{S} \sum_{s=1}^{S} \log \sum_{j = n_2 N}^{(n_1 + n_2) N} \exp T_{s,j} - \log \sum_{j=1}^{n_1 N} \exp
     T_{s,j}$$
 
-    over $S$ queries drawn from each sample, with $T_s$ the dot products of a query with all $N$ keys, falling.
+    over $S$ queries drawn from each sample, where $T_s$ are the dot products of a query with all $N$ keys, descending.
 
     Args:
         query: one row per token.
         key: one row per token.
-        num_queries: $S$, >= 1; of all queries where there are fewer.
-        positive: $n_1$, share of the keys that should stand out; at least one does.
-        negative: $n_2$, rank of the first key that should not, as a share of the keys; `positive` as many are taken.
-        seed: of the choice of queries; give the number of the step, so that each step has others.
+        num_queries: $S$, >= 1; at most all queries are used.
+        positive: $n_1$, fraction of the keys that are positives; at least one is.
+        negative: $n_2$, rank of the first negative as a fraction of the keys; there are as many as positives.
+        seed: seed for drawing queries; pass the step number to draw others in each step.
 
     Returns:
-        One number, < 0 when positives stand out.
+        A scalar, < 0 if positives have higher scores than negatives.
 
     Raises:
-        ShapeError: there are fewer than two keys, hence nothing to compare.
+        ShapeError: there are fewer than two keys.
 
     Note:
         Time and memory grow as `S * N`, not as the square of `N`.
 
     Source:
-        ENLCA (Xia et al., AAAI 2022). Deviations: all queries there, hence $N^2$; a constant margin is added there,
-        which changes no gradient.
+        ENLCA (Xia et al., AAAI 2022). Deviations: the original uses all queries, hence $N^2$, and adds a constant
+        margin, which changes no gradient.
+
+    Examples:
+        >>> rows = torch.eye(4).repeat(1, 25, 1)  # 100 tokens of 4 kinds
+        >>> bool(contrastive_loss(rows, rows, positive=0.25, negative=0.5) < 0)
+        True
     """
     num_keys = key.shape[1]
     if num_keys < 2:

@@ -1,4 +1,4 @@
-r"""Shift convolution: a 1x1 convolution that sees five pixels, because a fifth of the channels comes from each.
+r"""Shift convolution: a 1x1 convolution that sees five pixels, each with a fifth of the channels.
 
 With $g = \lfloor c / 5 \rfloor$, the channels $[0, g)$ are read from the right neighbour of a pixel, $[g, 2g)$ from the
 left one, $[2g, 3g)$ from the one below, $[3g, 4g)$ from the one above, and the rest from the pixel itself.
@@ -15,23 +15,30 @@ from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional.channels_last import is_channels_last, pointwise_conv2d
 
 Form = Literal["slices", "masked"]
-"""How a shift convolution is carried out: by moved slices, or as a 3x3 convolution with five taps."""
+"""How a shift convolution is computed: by shifted slices, or as a 3x3 convolution with five taps."""
 
 _SHARES = 5
 _TAPS = ((1, 2), (1, 0), (2, 1), (0, 1))  # row and column, in a 3x3 kernel, of the neighbour that each share reads
 
 
 def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return the map whose four first fifths of channels have moved by a pixel: left, right, up, down.
-
-    Zeros come in from outside.
+    """Shift the first four fifths of the channels by a pixel: left, right, up, down, with zero padding.
 
     Note:
-        Carried out by moving slices; on a CPU, for a map in channels-last memory, whose slices are in small pieces, by
-        a depthwise 3x3 convolution with one-hot kernels. They are the same to the bit.
+        Computed by moving slices. On a CPU, channels-last maps use a depthwise 3x3 convolution with one-hot kernels,
+        because their slices are fragmented. Both give bit-identical results.
 
     Source:
-        ELAN (arXiv 2203.06697), which spells it as such a convolution.
+        ELAN (arXiv 2203.06697), which uses such a convolution.
+
+    Examples:
+        >>> x = torch.arange(3.0).expand(1, 5, 1, 3)  # five channels, each one row: 0, 1, 2
+        >>> shift2d(x)[0, :, 0]
+        tensor([[1., 2., 0.],
+                [0., 0., 1.],
+                [0., 0., 0.],
+                [0., 0., 0.],
+                [0., 1., 2.]])
     """
     if _is_faster_depthwise(x):
         return F.conv2d(x, taps(x)[:, None], padding=1, groups=x.shape[1])
@@ -53,7 +60,7 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
 
 def _moved(step: int) -> tuple[slice, slice]:
-    """Return what of a side is read, and where it goes, if each place takes what stands `step` further."""
+    """Return source and destination slices along a side, if each position reads the one `step` further."""
     return slice(max(step, 0), min(step, 0) or None), slice(max(-step, 0), min(-step, 0) or None)
 
 
@@ -73,17 +80,21 @@ def shift_conv2d(
     """Return the 1x1 convolution of `shift2d(x)`.
 
     Args:
-        x: the map.
-        weight: of the 1x1 convolution.
-        bias: of the convolution.
-        form: "slices" moves slices of the map; "masked" is one 3x3 convolution, with nine times the products, that
-            keeps no moved copy of the map for the backward. Equal to rounding.
+        x: the feature map.
+        weight: weight of the 1x1 convolution.
+        bias: bias of the convolution.
+        form: "slices" moves slices of the map; "masked" is one 3x3 convolution, which takes nine times the products but
+            keeps no shifted copy of the map for the backward. The results agree up to rounding.
 
     Raises:
-        BackendError: there is no such form.
+        BackendError: `form` is unknown.
 
     Source:
-        ELAN (arXiv 2203.06697), whose released code has both, each with parameters of its own; here they are the same.
+        ELAN (arXiv 2203.06697), whose released code has both forms with different parameters; here they share them.
+
+    Examples:
+        >>> shift_conv2d(torch.rand(2, 10, 6, 7), torch.rand(16, 10, 1, 1)).shape
+        torch.Size([2, 16, 6, 7])
     """
     if form == "masked":
         return F.conv2d(x, spread(weight), bias, padding=1)
@@ -96,12 +107,24 @@ def shift_conv2d(
 
 
 def spread(weight: Float[Tensor, "o c 1 1"]) -> Float[Tensor, "o c 3 3"]:
-    """Return the 3x3 kernel that does what a shift and the 1x1 kernel do: one tap for each input channel."""
+    """Return the 3x3 kernel equivalent to a shift and a 1x1 convolution: one tap for each input channel.
+
+    Examples:
+        >>> spread(torch.rand(16, 10, 1, 1)).shape
+        torch.Size([16, 10, 3, 3])
+    """
     return weight * taps(weight)
 
 
 def taps(weight: Float[Tensor, "o c _ _"]) -> Float[Tensor, "c 3 3"]:
-    """Return where each input channel of a kernel is read from, as ones among zeros."""
+    """Return a one-hot 3x3 kernel for each input channel, with the 1 at the pixel that the channel is read from.
+
+    Examples:
+        >>> taps(torch.rand(16, 5, 1, 1))[0]  # channel 0 is read from the right
+        tensor([[0., 0., 0.],
+                [0., 0., 1.],
+                [0., 0., 0.]])
+    """
     share = weight.shape[1] // _SHARES
     kernels = weight.new_zeros(weight.shape[1], 3, 3)
     for index, (row, column) in enumerate(_TAPS):

@@ -2,9 +2,9 @@ r"""Sparsemax, and attention with it in place of the softmax.
 
 $$\mathrm{sparsemax}(z) = \arg\min_{p \ge 0,\ \sum p = 1} \lVert p - z \rVert^2 = \max(z - \tau(z), 0)$$
 
-Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016. Attention has two backends, equal to each other: *eager*,
-on whole tensors, for export; and *tiles*, an operator that holds the scores of a few queries at a time, so that its
-memory does not grow with the square of the number of tokens.
+Martins and Astudillo, "From Softmax to Sparsemax", ICML 2016. Attention has two backends with equal results: *eager*,
+on whole tensors, for export; and *tiles*, a custom operator that holds the scores of a few queries at a time, so that
+its memory does not grow with the square of the number of tokens.
 """
 
 from collections.abc import Iterator
@@ -28,13 +28,17 @@ def sparsemax(scores: Float[Tensor, "*r n"]) -> Float[Tensor, "*r n"]:
     """Return the point of the probability simplex that is closest to each row.
 
     Args:
-        scores: any numbers; a constant added to a row changes nothing.
+        scores: any numbers; adding a constant to a row has no effect.
 
     Returns:
-        Rows that are >= 0 and sum to 1; scores that lie 1 or more below the largest are exactly 0.
+        Rows that are >= 0 and sum to 1; entries whose score is 1 or more below the largest are exactly 0.
 
     Note:
-        Differentiable: on the support the gradient is centred, elsewhere it is 0.
+        Differentiable: the gradient is centred on the support and 0 elsewhere.
+
+    Examples:
+        >>> sparsemax(torch.tensor([[0.0, 0.5, 1.0, -3.0]]))
+        tensor([[0.0000, 0.2500, 0.7500, 0.0000]])
     """
     scores = scores - scores.detach().amax(dim=-1, keepdim=True)
     support = scores.detach() > _threshold(scores.detach(), scores.shape[-1])[0]
@@ -57,17 +61,22 @@ def sparsemax_attention(
         query: one row per token.
         key: one row per token attended to.
         value: one row per token attended to.
-        scale: factor on the dot products, dimensionless; the larger, the sparser.
-        backend: "eager", "tiles", or "auto": tiles but for export.
+        scale: factor on the dot products, dimensionless; larger values give sparser weights.
+        backend: "eager", "tiles", or "auto" for tiles except in export.
 
     Returns:
-        One row per query, in the dtype of `value`; scores and weights are in float32 at least.
+        One row per query, in the dtype of `value`; scores and weights are computed in float32 or higher.
 
     Raises:
-        BackendError: there is no such backend, or it cannot run here.
+        BackendError: `backend` is unknown or cannot run here.
 
     Note:
-        Time grows as `n * m`. Tiles compute the weights again in the backward.
+        Time grows as `n * m`. Tiles recompute the weights in the backward.
+
+    Examples:
+        >>> query, key, value = torch.rand(1, 16, 8), torch.rand(1, 20, 8), torch.rand(1, 20, 32)
+        >>> sparsemax_attention(query, key, value, scale=4.0).shape
+        torch.Size([1, 16, 32])
     """
     if uses_operator(backend, "tiles"):
         return _attention_op(query, key, value, scale)
@@ -78,10 +87,10 @@ def sparsemax_attention(
 
 
 def _threshold(scores: Tensor, num_largest: int) -> tuple[Tensor, Tensor]:
-    """Return the threshold of each row, and how many lie above it, as far as its largest scores tell.
+    """Return the threshold of each row and the number of scores above it, from its `num_largest` largest scores.
 
-    The largest of all must be 0, so that nothing below -1 counts. Which scores do is found in integers, because torch
-    has no deterministic cumulative sum of floats on a GPU.
+    The largest score must be 0, so that nothing below -1 counts. The scores that count are found in integers, because
+    torch has no deterministic cumulative sum of floats on a GPU.
     """
     largest = scores.topk(num_largest, dim=-1).values
     rank = torch.arange(1, num_largest + 1, device=scores.device)
@@ -92,7 +101,7 @@ def _threshold(scores: Tensor, num_largest: int) -> tuple[Tensor, Tensor]:
 
 
 def _weights(scores: Tensor) -> Tensor:
-    """Return the sparsemax without gradient, looking at as few of the scores as is exact."""
+    """Return the sparsemax without gradient, from as few of the scores as suffice for an exact result."""
     scores = scores - scores.amax(dim=-1, keepdim=True)
     num_scores = scores.shape[-1]
     num_largest = min(_FIRST_GUESS, num_scores)
@@ -104,7 +113,7 @@ def _weights(scores: Tensor) -> Tensor:
 
 
 def _tiles(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield (sample, queries) for all samples."""
+    """Yield (sample, slice of queries) for all samples."""
     step = max(1, _SCORES_PER_TILE // key.shape[1])
     for sample in range(len(query)):
         for start in range(0, query.shape[1], step):

@@ -183,6 +183,10 @@ def read_patterns(names: Iterable[str], *, num_keys: int) -> list[Pattern]:
     Raises:
         ConfigError: there is no such kind, an option breaks a rule, or `num_keys` does not fill the chunks that a token
             sees.
+
+    Examples:
+        >>> [pattern.name for pattern in read_patterns(["LCoA:num_clusters=16", "windows"], num_keys=48)]
+        ['LCoA:num_clusters=16', 'windows']
     """
     problems, patterns = ProblemList(), []
     for name in dict.fromkeys(names):
@@ -327,6 +331,12 @@ def captured_mass(
 
     Note:
         Time grows with the square of the number of tokens, memory with their number: rows are made in blocks.
+
+    Examples:
+        >>> patterns = read_patterns(["LCoA:num_clusters=4", "windows"], num_keys=48)
+        >>> capture = captured_mass(torch.rand(8, 12, 12), patterns, num_keys=48)
+        >>> list(capture.patterns), capture.best > capture.patterns["windows"].mass
+        (['LCoA:num_clusters=4', 'windows'], True)
     """
     if features.ndim != 3 or features.shape[0] < 1 or features.shape[1] * features.shape[2] < 2:
         raise ShapeError(f"features must be a map (c, h, w) of two tokens or more, got shape {tuple(features.shape)}")

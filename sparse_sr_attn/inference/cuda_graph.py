@@ -32,6 +32,12 @@ def capture_cuda_graph(net: nn.Module, images: Tensor) -> Callable[[Tensor], Ten
     Note:
         LCoA, CoA and the networks never wait for the GPU in evaluation mode, which capturing requires. Tiles of one
         size are a use of it: `upscale_tiled(capture(net, tile), image, ...)` for images no smaller than a tile.
+
+    Examples:
+        >>> net = create_model("LCoAN-light").cuda().eval()  # doctest: +SKIP
+        >>> fast = capture_cuda_graph(net, torch.rand(1, 3, 64, 64, device="cuda"))  # doctest: +SKIP
+        >>> fast(torch.rand(1, 3, 64, 64, device="cuda")).shape  # doctest: +SKIP
+        torch.Size([1, 3, 128, 128])
     """
     if not images.is_cuda:
         raise BackendError(

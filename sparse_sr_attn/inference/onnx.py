@@ -81,6 +81,11 @@ def export_onnx(
         onnxruntime may choose the other, and the image differs there by what the pattern changes. So the check is in
         two parts: tokens that moved must have been ties, and the image must be the same under the clusters that
         onnxruntime found. The same goes for neighbours of chunks that are chosen by similarity.
+
+    Examples:
+        >>> deviations = export_onnx(load_model("LCoAN-light_x2"), "net.onnx")  # doctest: +SKIP
+        >>> all(deviation.good for deviation in deviations)  # doctest: +SKIP
+        True
     """
     file = Path(file)
     if file.suffix != ".onnx":
@@ -116,6 +121,10 @@ def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> 
         proto: as `export_onnx` makes it: its outputs are the image and what was chosen for each pattern, its clusters
             and, where they are chosen, its neighbours.
         size: (h, w).
+
+    Examples:
+        >>> compare(load_model("LCoAN-light_x2"), onnx.load("net.onnx"), (40, 56)).good  # doctest: +SKIP
+        True
     """
     import onnxruntime  # noqa: PLC0415
 

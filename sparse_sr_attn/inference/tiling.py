@@ -40,6 +40,11 @@ def upscale_tiled(
 
     Raises:
         ValueError: `tile`, `overlap` or `blend` is out of its range.
+
+    Examples:
+        >>> net = torch.nn.Upsample(scale_factor=2)
+        >>> upscale_tiled(net, torch.rand(1, 3, 50, 70), tile=32, overlap=8, blend=4).shape
+        torch.Size([1, 3, 100, 140])
     """
     output: Tensor | None = None
     first = 0
@@ -72,6 +77,11 @@ def upscaled_strips(
 
     Raises:
         ValueError: `tile`, `overlap` or `blend` is out of its range.
+
+    Examples:
+        >>> net = torch.nn.Upsample(scale_factor=2)
+        >>> [strip.shape[2] for strip in upscaled_strips(net, torch.rand(1, 3, 50, 70), tile=32, overlap=8)]
+        [50, 50]
     """
     if tile < 1 or not 0 <= overlap < tile or not 0 <= blend <= overlap:
         raise ValueError(
@@ -103,7 +113,12 @@ def upscaled_strips(
 
 
 def num_tiles(height: int, width: int, tile: int, overlap: int) -> int:
-    """Return how many tiles `upscale_tiled` makes of an image, which is how often it reports progress."""
+    """Return how many tiles `upscale_tiled` makes of an image, which is how often it reports progress.
+
+    Examples:
+        >>> num_tiles(50, 70, tile=32, overlap=8)
+        6
+    """
     return len(_cuts(height, tile, overlap, 0)) * len(_cuts(width, tile, overlap, 0))
 
 
@@ -120,6 +135,11 @@ def with_smaller_tiles(
 
     Raises:
         MemoryError: memory does not suffice for the smallest tiles either.
+
+    Examples:
+        >>> net, image = torch.nn.Upsample(scale_factor=2), torch.rand(1, 3, 50, 70)
+        >>> with_smaller_tiles(lambda tile: upscale_tiled(net, image, tile, overlap=8), 512).shape
+        torch.Size([1, 3, 100, 140])
     """
     while True:
         try:
@@ -139,7 +159,12 @@ def with_smaller_tiles(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether this is how memory runs out, on any device."""
+    """Return whether this is how memory runs out, on any device.
+
+    Examples:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("tile must be >= 1"))
+        (True, False)
+    """
     # On the CPU, torch says it in words only.
     words = ("can't allocate memory", "not enough memory", "could not create a primitive")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

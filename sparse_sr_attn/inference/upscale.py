@@ -16,7 +16,13 @@ _VISIBLE = 16
 
 
 def network_input(picture: Picture, num_channels: int) -> Float[Tensor, "1 c h w"]:
-    """Return the picture, without alpha, as a network of `num_channels`, 1 or 3, takes it whole: in 0..1."""
+    """Return the picture, without alpha, as a network of `num_channels`, 1 or 3, takes it whole: in 0..1.
+
+    Examples:
+        >>> import numpy as np
+        >>> network_input(Picture(np.zeros((12, 16, 3), np.uint8)), num_channels=3).shape
+        torch.Size([1, 3, 12, 16])
+    """
     import numpy as np  # noqa: PLC0415
 
     pixels = torch.from_numpy(picture.pixels.astype(np.float32) / np.iinfo(picture.pixels.dtype).max)
@@ -52,6 +58,12 @@ def upscale_image(
     Raises:
         ImageError: `model` has another number of channels, or gives numbers that are not finite.
         ValueError: `tile`, `overlap` or `blend` is out of its range.
+
+    Examples:
+        >>> import numpy as np
+        >>> model, picture = load_model("LCoAN-light_x2"), Picture(np.zeros((12, 16, 3), np.uint8))
+        >>> upscale_image(model, picture, tile=12, overlap=4).pixels.shape
+        (24, 32, 3)
     """
     import numpy as np  # noqa: PLC0415
     from PIL import Image  # noqa: PLC0415

@@ -39,6 +39,11 @@ def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tenso
     Raises:
         ValueError: `model` has no LSP, or its forward reaches none.
         ShapeError: `image` is not one image.
+
+    Examples:
+        >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
+        >>> cluster_map(model, torch.rand(3, 12, 16)).shape
+        torch.Size([12, 16])
     """
     batch = _one_image(image)
     patterns = [module for module in model.modules() if isinstance(module, LSP)]
@@ -79,6 +84,11 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
     Raises:
         ValueError: no layer of `model` has a state.
         ShapeError: `image` is not one image.
+
+    Examples:
+        >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 2}, img_range=1.0)
+        >>> list(attention_states(model, torch.rand(3, 12, 16)))
+        ['attention.0', 'attention.1']
     """
     batch = _one_image(image)
     states: dict[str, Any] = {}
@@ -118,6 +128,11 @@ def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> di
     Raises:
         ValueError: `model` has no attention layer, or its forward reaches none.
         ShapeError: `image` is not one image.
+
+    Examples:
+        >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
+        >>> {name: tuple(rows.shape) for name, rows in attention_features(model, torch.rand(3, 12, 16)).items()}
+        {'attention.0.lsp': (4, 12, 16)}
     """
     batch = _one_image(image)
     features: dict[str, Tensor] = {}
@@ -158,6 +173,11 @@ def attention_map_of(state: ClusterAttention | WindowAttention, tokens: Int[Tens
     Raises:
         ShapeError: `state` is of several images, or a token lies outside the map.
         TypeError: `state` is neither a ClusterAttention nor a WindowAttention.
+
+    Examples:
+        >>> state = LCoA(16, chunk_size=32).attend(torch.rand(1, 16, 12, 16))
+        >>> attention_map_of(state, torch.tensor([0, 5 * 16 + 7])).shape  # of the pixels (0, 0) and (5, 7)
+        torch.Size([2, 12, 16])
     """
     if not isinstance(state, (ClusterAttention, WindowAttention)):
         raise TypeError(f"state must be a ClusterAttention or a WindowAttention, got a {type(state).__name__}")
@@ -218,6 +238,11 @@ def attention_entropy(state: ClusterAttention | WindowAttention, *, num_tokens: 
     Raises:
         ShapeError: `state` is of several images.
         TypeError: `state` is neither a ClusterAttention nor a WindowAttention.
+
+    Examples:
+        >>> state = LCoA(16, chunk_size=32).attend(torch.rand(1, 16, 12, 16))
+        >>> 0 <= attention_entropy(state) <= 1
+        True
     """
     total = 0.0
     tokens = _spread_tokens(state.height, state.width, num_tokens)
@@ -258,6 +283,11 @@ def attention_overlap(
     Source:
         The question of the paper's figure 5 (arXiv 2404.04922), how similar the attention of different layers is; the
         measure is this library's.
+
+    Examples:
+        >>> x = torch.rand(1, 16, 12, 16)
+        >>> attention_overlap([LCoA(16, chunk_size=32).attend(x), GMSA(16).attend(x)]).shape
+        torch.Size([2, 2])
     """
     sizes = {(state.height, state.width) for state in states}
     if len(sizes) != 1:
@@ -275,7 +305,13 @@ def attention_overlap(
 
 
 def heatmap(values: Float[Tensor, "h w"]) -> UInt8[Tensor, "h w 3"]:
-    """Colours from black over red and yellow to white, white at the largest of `values`, which are >= 0."""
+    """Colours from black over red and yellow to white, white at the largest of `values`, which are >= 0.
+
+    Examples:
+        >>> heatmap(torch.tensor([[0.0, 1.0]]))
+        tensor([[[  0,   0,   0],
+                 [255, 255, 255]]], dtype=torch.uint8)
+    """
     rising = 3 * values.float() / values.max().clamp(min=1e-12)
     return (255 * torch.stack([rising, rising - 1, rising - 2], dim=-1).clamp(0, 1)).round().to(torch.uint8)
 
@@ -334,6 +370,10 @@ def palette(num_clusters: int) -> UInt8[Tensor, "k 3"]:
 
     Raises:
         ValueError: `num_clusters < 1`.
+
+    Examples:
+        >>> palette(8).shape
+        torch.Size([8, 3])
     """
     if num_clusters < 1:
         raise ValueError(f"num_clusters must be >= 1, got {num_clusters}")
@@ -355,6 +395,10 @@ def similarity_palette(centroids: Float[Tensor, "k d"], counts: Int[Tensor, "k"]
     Raises:
         ShapeError: `centroids` is no matrix with at least one row and one column, or `counts` is not one number a row.
         ValueError: `counts` has a negative number, or nothing else than zeros.
+
+    Examples:
+        >>> similarity_palette(LSP(64, num_clusters=16).centroids).shape
+        torch.Size([16, 3])
     """
     if centroids.dim() != 2 or 0 in centroids.shape:
         raise ShapeError(f"centroids must be (k >= 1, d >= 1), got shape {tuple(centroids.shape)}")
@@ -407,6 +451,10 @@ def colour_map(clusters: Int[Tensor, "h w"], colours: UInt8[Tensor, "k 3"] | Non
 
     Raises:
         ShapeError: `clusters` is not a map, or there are fewer colours than clusters.
+
+    Examples:
+        >>> colour_map(torch.tensor([[0, 1, 1], [2, 2, 0]])).shape
+        torch.Size([2, 3, 3])
     """
     if clusters.dim() != 2 or 0 in clusters.shape:
         raise ShapeError(f"clusters must be a map (h, w) with no empty axis, got shape {tuple(clusters.shape)}")

@@ -1,7 +1,7 @@
 """The contract of attention layers, and the table of all layers.
 
-Kinds: a *layer* is drop-in, `(b, c, h, w) -> (b, c, h, w)`, residual included; a *consumer* is the same with a state
-that must be given; a *provider* makes a state; an *operator* is a building stone without residual.
+Kinds: a *layer* is drop-in, `(b, c, h, w) -> (b, c, h, w)`, including the residual; a *consumer* is the same but
+requires a state; a *provider* computes a state; an *operator* is a building block without residual.
 """
 
 import math
@@ -22,15 +22,15 @@ from sparse_sr_attn.registry import Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
 SATURATING_RANGE = 16.0
-"""Factor on images in 0..1 above which raw queries make the softmax pick one token."""
+"""`img_range` above which the softmax of raw queries picks a single token."""
 
 
 @runtime_checkable
 class State(Protocol):
-    """What every state that layers share can tell."""
+    """Interface of all states that layers share."""
 
     def map_size(self) -> tuple[int, int, int]:
-        """Return the number of maps, their height and width."""
+        """Return batch size, height and width of the maps."""
         ...
 
 
@@ -38,20 +38,25 @@ S = TypeVar("S", bound=State)
 
 
 class AttentionLayer(nn.Module):
-    """A layer or a consumer. Subclasses are final: nobody inherits from them.
+    """Base class of layers and consumers. Subclasses are final.
 
-    A layer that provides a state has `attend` and `make_consumer`; one that requires a state can do nothing without.
+    A layer that provides a state has `attend` and `make_consumer`; one that requires a state cannot run without it.
 
     Attributes:
-        provides: the type of the state that `attend` makes; `None` for a layer that shares nothing.
-        requires: the type of the state that `forward` must be given; `None` for a drop-in layer.
+        provides: the type of the state that `attend` returns; `None` for a layer that shares nothing.
+        requires: the type of the state that `forward` requires; `None` for a drop-in layer.
+
+    Examples:
+        >>> layer = LCoA(8, chunk_size=16)
+        >>> layer.provides.__name__, type(layer.make_consumer()).__name__
+        ('ClusterAttention', 'CoA')
     """
 
     provides: ClassVar[type | None] = None
     requires: ClassVar[type | None] = None
 
     def attend(self, x: Float[Tensor, "b c h w"]) -> Any:
-        """Return the state of `x` that later layers may read; differentiable.
+        """Compute the state of `x` for later layers; differentiable.
 
         Raises:
             SharingError: this layer provides no state.
@@ -59,11 +64,11 @@ class AttentionLayer(nn.Module):
         raise SharingError(f"attend needs a layer that provides a state, got {type(self).__name__}, which does not")
 
     def forward(self, x: Float[Tensor, "b c h w"], state: Any = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus what it attends to; with `state`, by the state of another layer or of `attend`."""
+        """Return `x` plus its attention; `state` is that of another layer or of `attend`."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def make_consumer(self) -> "AttentionLayer":
-        """Return a fresh consumer of this layer's states, of its width and options.
+        """Create a consumer of this layer's states, with the same width and options.
 
         Raises:
             SharingError: this layer provides no state.
@@ -74,44 +79,49 @@ class AttentionLayer(nn.Module):
 
 
 def check_map(x: Tensor, embed_dim: int, name: str = "embed_dim") -> None:
-    """Refuse what is no feature map of so many channels.
+    """Raise ShapeError unless `x` is a float (b, embed_dim, h, w) tensor.
+
+    Args:
+        x: the argument to check.
+        embed_dim: the required number of channels.
+        name: the option that sets this number, for the message.
 
     Raises:
-        ShapeError: it is none; `name` is what the number is called.
+        ShapeError: `x` is not such a tensor.
     """
     wanted = f"x must be a feature map (b, {embed_dim}, h >= 1, w >= 1)"
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.layout != torch.strided:
         got = f"a {x.layout} tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ShapeError(f"{wanted}, a dense tensor of floating point, got {got}")
+        raise ShapeError(f"{wanted}, a dense floating-point tensor, got {got}")
     if x.ndim != 4 or x.shape[1] != embed_dim or 0 in x.shape[2:]:
         raise ShapeError(f"{wanted}, because {name} is {embed_dim}; got shape {tuple(x.shape)}")
 
 
 def check_state(state: object, wanted: type[S], x: Tensor, hint: str) -> S:
-    """Return the state, if it is of the wanted type and was made for maps of the size of `x`.
+    """Return `state` after checking that it is of the wanted type and fits maps of the size of `x`.
 
     Raises:
-        SharingError: it is none, or of another type; `hint` says how to get one.
-        ShapeError: it was made for another size.
+        SharingError: the state is missing or of another type; `hint` says how to get one.
+        ShapeError: the state was computed for another size.
     """
     if not isinstance(state, wanted):
         got = "none" if state is None else f"a {type(state).__name__}"
-        raise SharingError(f"this layer needs the state of another one, a {wanted.__name__}, got {got}; {hint}")
+        raise SharingError(f"this layer needs the state of another layer, a {wanted.__name__}, got {got}; {hint}")
     made_for = state.map_size()
     if made_for != (x.shape[0], *x.shape[2:]):
         b, h, w = made_for
         raise ShapeError(
-            f"a state fits maps of the size it was made for: it was made for {b} of {h}x{w}, "
+            f"a state only fits maps of the size it was computed for, {b} of {h}x{w}, "
             f"got {x.shape[0]} of {x.shape[2]}x{x.shape[3]}"
         )
     return state
 
 
 def reject_state(layer: AttentionLayer, state: object) -> None:
-    """Refuse a state given to a layer that shares nothing.
+    """Raise SharingError if a state is given to a layer that shares nothing.
 
     Raises:
-        SharingError: one is given.
+        SharingError: `state` is not `None`.
     """
     if state is not None:
         raise SharingError(f"{type(layer).__name__} takes no state, got a {type(state).__name__}")
@@ -128,10 +138,14 @@ def feature_map(rows: Float[Tensor, "b n c"], x: Float[Tensor, "b _ h w"]) -> Fl
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d`, computed as a matrix product of pixels where the kernel is 1x1.
+    """`nn.Conv2d`, computed as a matrix product of pixels if the kernel is 1x1.
 
-    The constructor is that of `nn.Conv2d`, so that adapters and wrappers can build one like another. With a bias the
-    output is in channels-last memory.
+    The constructor is that of `nn.Conv2d`, so that adapters and wrappers can create copies. With a bias, the output is
+    in channels-last memory format.
+
+    Examples:
+        >>> PointwiseConv2d(8, 16, 1)(torch.rand(2, 8, 6, 7)).shape
+        torch.Size([2, 16, 6, 7])
     """
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out _ _"]:
@@ -147,17 +161,22 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 Similarity = Literal["cosine", "dot"]
-"""How queries and keys are compared: by cosines at a learnt scale, or by products of raw queries and unit keys."""
+"""How queries and keys are compared: by cosines with a learnt scale, or by products of raw queries and unit keys."""
 
 
 class ScaledCosine(nn.Module):
-    r"""Rows of length $\tau$, so that their products with unit keys are $\tau$ times the cosine; $\tau$ is learnt.
+    r"""Scales rows to length $\tau$, so that products with unit keys are $\tau$ times the cosine; $\tau$ is learnt.
 
     Args:
-        logit_scale: $\tau$ at first, > 0. Its logarithm is the parameter; $\tau$ is at most 100.
+        logit_scale: initial $\tau$, > 0. The parameter is its logarithm; $\tau$ is at most 100.
 
     Source:
-        Scaled cosine attention of Swin Transformer V2 (Liu et al., arXiv 2111.09883), and its limit.
+        Scaled cosine attention of Swin Transformer V2 (Liu et al., arXiv 2111.09883), with its upper limit.
+
+    Examples:
+        >>> rows = ScaledCosine(10.0)(torch.rand(1, 16, 8))
+        >>> rows.shape, torch.allclose(rows.norm(dim=-1), torch.tensor(10.0))
+        (torch.Size([1, 16, 8]), True)
     """
 
     def __init__(self, logit_scale: float) -> None:
@@ -173,32 +192,32 @@ class ScaledCosine(nn.Module):
         return self.logit_scale.to(working_precision(self.logit_scale)).clamp(max=math.log(100)).exp()
 
     def forward(self, rows: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Return the rows at the length of the scale, in float32 at least; rows shorter than 5e-5 stay shorter."""
+        """Return the rows scaled to length `scale()`, in float32 or higher; norms are clamped to at least 5e-5."""
         return self.scale() * l2_normalize(rows)
 
 
 def raw_queries_in(model: nn.Module) -> list[str]:
-    """Return the kinds of layers in a model whose queries have the length of the features."""
+    """Return the types of the layers in a model that use unscaled features as queries."""
     names = {type(module).__name__ for module in model.modules() if getattr(module, "has_raw_queries", False)}
     return sorted(names - {"LSP"} if "LCoA" in names else names)  # it is a part of the other
 
 
 def warn_of_range(model: nn.Module, img_range: float) -> None:
-    """Warn where features of images in 0..`img_range` are queries as they are: they saturate the softmax."""
+    """Warn if layers use unscaled features as queries and `img_range` is so large that this saturates the softmax."""
     names = raw_queries_in(model)
     if names and img_range > SATURATING_RANGE:
         warnings.warn(
-            f"img_range {img_range:g} makes raw queries so long that the softmax of {', '.join(names)} picks one "
-            "token; use img_range 1, or similarity='cosine' where the layer has it",
+            f"img_range {img_range:g} makes raw queries so large that the softmax of {', '.join(names)} picks one "
+            "token; use img_range 1, or similarity='cosine' if the layer has it",
             stacklevel=3,
         )
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether calling `module` does what the forward of `kind` does, and nothing else.
+    """Return whether calling `module` runs the forward of `kind` and nothing else.
 
-    `False` with hooks (hence also with pruning and with `torch.nn.utils.weight_norm`), parametrisations, adapters, or
-    a forward that was replaced (offloading). Only where it is `True` may the weights be used without a call.
+    `False` with hooks (hence also with pruning and `torch.nn.utils.weight_norm`), parametrisations, adapters, or a
+    replaced forward (offloading). Only if it is `True` may the weights be used without calling the module.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if type(module) is not kind or any(hooks):
@@ -207,7 +226,7 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def output_proj(embed_dim: int, *, zero_init: bool) -> PointwiseConv2d:
-    """Return the last 1x1 convolution of a branch; with `zero_init` the branch starts at 0."""
+    """Create the last 1x1 convolution of a branch; `zero_init` sets its weights to 0."""
     conv = PointwiseConv2d(embed_dim, embed_dim, 1)
     if zero_init:
         nn.init.zeros_(conv.weight)

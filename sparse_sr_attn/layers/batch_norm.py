@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics move once a forward, alone and behind a convolution."""
+"""Batch normalisation that updates its statistics once per forward, alone and after a convolution."""
 
 from typing import cast
 
@@ -16,9 +16,13 @@ from sparse_sr_attn.layers.running_state import RunningStateModule
 
 
 class BatchNorm2d(RunningStateModule, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose running statistics move once a forward, and only to finite values.
+    """`nn.BatchNorm2d` that updates its running statistics once per forward, and only with finite values.
 
-    See `functional.batch_norm` for what differs in training.
+    See `functional.batch_norm` for the differences in training.
+
+    Examples:
+        >>> BatchNorm2d(8)(torch.rand(2, 8, 6, 7)).shape
+        torch.Size([2, 8, 6, 7])
     """
 
     running_mean: Tensor
@@ -43,13 +47,17 @@ class BatchNorm2d(RunningStateModule, nn.BatchNorm2d):
 
 
 class ConvNorm(nn.Module):
-    """1x1 convolution and batch normalisation; in evaluation they are one convolution, unless hooks watch them.
+    """1x1 convolution and batch normalisation, fused into one convolution in evaluation unless they have hooks.
 
-    The weights of that one are computed in every forward, which costs next to nothing, so they cannot be out of date.
+    The fused weights are computed in every forward, at negligible cost, so they are never out of date.
 
     Args:
-        in_channels: of the map.
-        out_channels: of the result.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+
+    Examples:
+        >>> ConvNorm(8, 16)(torch.rand(2, 8, 6, 7)).shape
+        torch.Size([2, 16, 6, 7])
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -64,7 +72,7 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x))
 
     def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
-        """Return weight and bias of the convolution that does what both do in evaluation."""
+        """Return weight and bias of the fused convolution."""
         weight, norm = self.conv.weight, self.norm
         precision = working_precision(weight)
         factor = norm.weight.to(precision) * (norm.running_var.to(precision) + norm.eps).rsqrt()

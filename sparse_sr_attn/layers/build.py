@@ -1,4 +1,4 @@
-"""Find a registered layer by name, or timm's, and build it."""
+"""Find a layer by name, registered here or in timm, and build it."""
 
 from typing import Any
 
@@ -10,15 +10,19 @@ from sparse_sr_attn.layers.timm_layers import timm_entry
 from sparse_sr_attn.registry import Entry
 
 _LAYER_OF_NETWORK = {"elan": "ELAB", "elan-light": "ELAB", "lcoan": "LCoA", "lcoan-light": "LCoA", "nlsn": "NLSA"}
-"""The layer that goes with a network's name, in lower case."""
+"""The layer to suggest for the name of a network, in lower case."""
 
 
 def find_layer(name: str) -> Entry[nn.Module]:
-    """Return the entry of a layer, registered or, as `timm:<name>`, of timm.
+    """Return the entry of a registered layer or, for `timm:<name>`, of a layer of timm.
 
     Raises:
-        UnknownNameError: no layer has that name.
-        ConfigError: timm is not installed, or its layer is none for feature maps of any size.
+        UnknownNameError: there is no layer of that name.
+        ConfigError: timm is not installed, or its layer does not accept feature maps of any size.
+
+    Examples:
+        >>> find_layer("LCoA").build is LCoA
+        True
     """
     if isinstance(name, str) and name.startswith("timm:"):
         return timm_entry(name)
@@ -29,15 +33,20 @@ def find_layer(name: str) -> Entry[nn.Module]:
 
 
 def build_layer(name: str, embed_dim: int, **options: Any) -> nn.Module:
-    """Return the layer called `name`, for feature maps of `embed_dim` channels.
+    """Build the layer called `name` for feature maps of `embed_dim` channels.
 
     Args:
-        name: as registered, or `timm:<name>` for a layer of timm.
+        name: a registered name, or `timm:<name>` for a layer of timm.
         embed_dim: channels, >= 1.
-        **options: of the layer.
+        **options: options of the layer.
 
     Raises:
-        UnknownNameError: no layer has that name.
-        ConfigError: an option breaks a rule, or the name is one of timm's that cannot be used.
+        UnknownNameError: there is no layer of that name.
+        ConfigError: an option is invalid, or the layer of timm cannot be used.
+
+    Examples:
+        >>> layer = build_layer("LCoA", 64, num_clusters=32, chunk_size=16)
+        >>> layer(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
     return find_layer(name).build(embed_dim, **options)

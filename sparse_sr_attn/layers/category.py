@@ -1,8 +1,8 @@
 """Category attention: tokens attend to those of their own category, and to all categories.
 
-In the manner of CATANet (Liu et al., CVPR 2025, arXiv 2503.06896), whose categories are found by k-means, and of ATD
-(Zhang et al., CVPR 2024, arXiv 2401.08209), whose categories are a learnt dictionary. Written from the papers; each
-departure is listed in `docs/deviations.md`.
+After CATANet (Liu et al., CVPR 2025, arXiv 2503.06896), which finds categories by k-means, and ATD (Zhang et al., CVPR
+2024, arXiv 2401.08209), which learns a dictionary of them. Written from the papers; deviations are listed in
+`docs/deviations.md`.
 """
 
 from typing import Literal
@@ -42,21 +42,21 @@ class CategoryAttention(KMeansModule, AttentionLayer):
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        categories: "kmeans", centroids of the keys that move once in each training step, as in CATANet; or "learnt", a
-            dictionary that gradients move, as in ATD.
-        num_clusters: categories, >= 1.
-        chunk_size: sorted tokens that attend to each other, >= 1; cut to the number of tokens.
+        categories: "kmeans" for centroids of the keys, updated once per training step, as in CATANet; "learnt" for a
+            dictionary trained by gradients, as in ATD.
+        num_clusters: number of categories, >= 1.
+        chunk_size: sorted tokens that attend to each other, >= 1; at most the number of tokens is used.
         num_adjacent: neighbouring chunks seen on each side, >= 0.
-        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
-        ema_decay: share of the old centroid that an update of k-means keeps, in [0, 1]; 1 freezes the centroids.
-        reseed_threshold: a category used less than this fraction of the mean is reseeded by k-means; 0 switches that
-            off, as published.
-        seed: of the first categories, which are random unit vectors.
-        res_scale: $\rho$, factor on the attention; 0 switches it off.
-        zero_init: start with a zero output convolution, hence as the identity.
+        reduction: ratio of `embed_dim` to the channels of queries and keys, >= 1; at least one channel is kept.
+        ema_decay: weight of the old centroid in an update of k-means, in [0, 1]; 1 freezes the centroids.
+        reseed_threshold: k-means reseeds a category used less than this fraction of the mean; 0 disables reseeding, as
+            published.
+        seed: seed of the initial categories, which are random unit vectors.
+        res_scale: $\rho$, factor on the attention; 0 disables it.
+        zero_init: initialise the output convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
         Neither memory nor time grows with the square of the number of pixels; no weights are stored.
@@ -64,6 +64,10 @@ class CategoryAttention(KMeansModule, AttentionLayer):
     Source:
         Token aggregation with intra- and inter-group attention of arXiv 2503.06896; dictionary of arXiv 2401.08209.
         Deviations P9-P12 of `docs/deviations.md`.
+
+    Examples:
+        >>> CategoryAttention(64, num_clusters=16)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     centroids: Tensor
@@ -107,7 +111,7 @@ class CategoryAttention(KMeansModule, AttentionLayer):
                 self.register_buffer(name, value)
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return (
             f"categories={self.categories!r}, num_clusters={len(self.centroids)}, chunk_size={self.chunk_size}, "
             f"num_adjacent={self.num_adjacent}, ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, "
@@ -115,10 +119,10 @@ class CategoryAttention(KMeansModule, AttentionLayer):
         )
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus what it attends to, for any h, w >= 1; in training k-means moves the centroids once.
+        """Return `x` plus its attention, for any h, w >= 1; in training, k-means updates the centroids once.
 
         Raises:
-            SharingError: a state is given.
+            SharingError: `state` is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         reject_state(self, state)
@@ -136,7 +140,7 @@ class CategoryAttention(KMeansModule, AttentionLayer):
         return x + self.res_scale * branch
 
     def updates_state(self) -> bool:
-        """Return whether a forward would move the centroids now."""
+        """Return whether a forward would update the centroids now."""
         return self.categories == "kmeans" and self.training and self.ema_decay < 1
 
     def _assign(self, points: Float[Tensor, "b n d"]) -> Int[Tensor, "b n"]:

@@ -1,7 +1,7 @@
 """ENLA: attention to all tokens at linear cost, by random features that estimate the softmax.
 
 Xia et al., "Efficient Non-Local Contrastive Attention for Image Super-Resolution", AAAI 2022, arXiv 2201.03794. Written
-from the paper; each departure is listed in `docs/deviations.md`.
+from the paper; deviations are listed in `docs/deviations.md`.
 """
 
 import math
@@ -34,23 +34,27 @@ class ENLA(AttentionLayer):
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
-        num_features: random features, >= 1; more estimate better and cost in proportion.
-        amplification: $\alpha$, > 0; the larger, the more the most similar tokens count, and the worse the estimate.
-        seed: of the features, which stay as they are and stand in the state dict.
-        res_scale: $\rho$, factor on the attention; 0 switches it off.
-        zero_init: start with a zero value convolution, hence as the identity.
+        reduction: ratio of `embed_dim` to the channels of queries and keys, >= 1; at least one channel is kept.
+        num_features: number of random features, >= 1; more give a better estimate at proportional cost.
+        amplification: $\alpha$, > 0; larger values put more weight on the most similar tokens and worsen the estimate.
+        seed: seed of the features, which are fixed and part of the state dict.
+        res_scale: $\rho$, factor on the attention; 0 disables it.
+        zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        Time and memory grow as pixels times features. `contrastive_loss` is the paper's term that pulls similar tokens
-        together; add it to the loss yourself, if you want it.
+        Time and memory grow as pixels times features. The paper's `contrastive_loss`, which pulls similar tokens
+        together, is not part of `forward`; add it to your loss.
 
     Source:
         ENLCA of arXiv 2201.03794, published with reduction 4, 128 features and amplification 6. Deviations P4-P6 of
         `docs/deviations.md`.
+
+    Examples:
+        >>> ENLA(64, num_features=32)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     directions: Tensor
@@ -78,14 +82,14 @@ class ENLA(AttentionLayer):
         self.register_buffer("directions", random_directions(num_features, query_dim, seed))
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"num_features={len(self.directions)}, amplification={self.amplification}, res_scale={self.res_scale}"
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus what it attends to, for any h, w >= 1.
+        """Return `x` plus its attention, for any h, w >= 1.
 
         Raises:
-            SharingError: a state is given.
+            SharingError: `state` is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         reject_state(self, state)
@@ -96,18 +100,23 @@ class ENLA(AttentionLayer):
     def contrastive_loss(
         self, x: Float[Tensor, "b c h w"], *, num_queries: PositiveInt = 256, seed: int = 0
     ) -> Float[Tensor, ""]:
-        """Return the contrastive loss of the queries and keys of `x`, the map that `forward` is given.
+        """Return the contrastive loss of the queries and keys of `x`, an input of `forward`.
 
         Args:
-            x: of two pixels or more.
+            x: a map with at least two pixels.
             num_queries: queries drawn from each sample, >= 1.
-            seed: of the draw; give the number of the step.
+            seed: seed for drawing queries; pass the step number.
 
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels, or has one pixel.
 
         Source:
             `functional.random_features.contrastive_loss`.
+
+        Examples:
+            >>> layer, x = ENLA(64), torch.rand(1, 64, 12, 12)
+            >>> layer.contrastive_loss(x).shape  # add it to your loss
+            torch.Size([])
         """
         check_map(x, self.embed_dim)
         return contrastive_loss(*self._query_and_key(x), num_queries=num_queries, seed=seed)

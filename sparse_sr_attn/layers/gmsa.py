@@ -1,7 +1,7 @@
-"""GMSA: window attention whose groups of channels look through windows of different sizes, and its sharing.
+"""GMSA: window attention with different window sizes for groups of channels, and layers that share its weights.
 
 Zhang et al., "Efficient Long-Range Attention Network for Image Super-resolution", ECCV 2022, arXiv 2203.06697. Written
-from the paper and from the behaviour of the released code; each departure is listed in `docs/deviations.md`.
+from the paper and the behaviour of the released code; deviations are listed in `docs/deviations.md`.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ from sparse_sr_attn.states import WindowAttention
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
 _LARGEST_KEPT = 8
-"""Side of the largest windows whose weights a state keeps where nothing learns: those of 16x16 pixels are 256 numbers a
-pixel, which cost more to write into fresh memory and to read again than to make again."""
+"""Side of the largest windows whose weights a state keeps without gradients. Windows of 16x16 have 256 weights per
+pixel, which cost more to write and read than to recompute."""
 _HINT = "call shared = GMSA(...).attend(x) and pass it: later(x, shared)"
 
 
@@ -41,17 +41,23 @@ class SharedGMSA(AttentionLayer):
 
     Args:
         embed_dim: channels of the feature map, >= 1; that of the provider may differ.
-        res_scale: $\rho$, factor on the attention; 0 switches it off.
-        zero_init: start with a zero output convolution, hence as the identity.
+        res_scale: $\rho$, factor on the attention; 0 disables it.
+        zero_init: initialise the output convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        Gradient flows into the state, hence into the query convolution of all who share it.
+        Gradients flow into the state, hence into the query convolution of the provider.
 
     Source:
-        The accelerated self-attention of arXiv 2203.06697 where it takes the weights of another.
+        The accelerated self-attention of arXiv 2203.06697 with the weights of another layer.
+
+    Examples:
+        >>> first, later, x = GMSA(60), SharedGMSA(60), torch.rand(1, 60, 24, 24)
+        >>> shared = first.attend(x)
+        >>> later(first(x, shared), shared).shape
+        torch.Size([1, 60, 24, 24])
     """
 
     requires: ClassVar[type | None] = WindowAttention
@@ -65,15 +71,15 @@ class SharedGMSA(AttentionLayer):
         self.output = output_proj(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"res_scale={self.res_scale}"
 
     def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus the values that the state's weights gather.
+        """Return `x` plus its values weighted by the state.
 
         Raises:
-            SharingError: `state` is missing or no WindowAttention.
-            ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
+            SharingError: `state` is not a WindowAttention.
+            ShapeError: `x` is not a map of `embed_dim` channels, or the state was computed for another size.
         """
         check_map(x, self.embed_dim)
         state = check_state(state, WindowAttention, x, _HINT)
@@ -94,7 +100,7 @@ class SharedGMSA(AttentionLayer):
 
 @LAYERS.register("GMSA", kind="layer", source=_SOURCE)
 class GMSA(AttentionLayer):
-    r"""Group-wise multi-scale self-attention: each group of channels attends inside windows of a size of its own.
+    r"""Group-wise multi-scale self-attention: each group of channels attends inside windows of its own size.
 
     $$P_g = \mathrm{softmax}(Q_g Q_g^\top), \quad y = x + \rho\,\mathrm{conv}([P_1 V_1, \dots, P_n V_n])$$
 
@@ -102,23 +108,27 @@ class GMSA(AttentionLayer):
 
     Args:
         embed_dim: channels of the feature map, >= 1, split as evenly as possible, larger groups first (64 = 22 + 21 +
-            21); groups without a channel are left out.
+            21); empty groups are dropped.
         window_sizes: side of the windows of each group in pixels, in [1, 1024]. Windows may be larger than the map.
-        shift: move all windows by half their size, rounded down. Opposite borders meet then.
-        exact_shift: move the result back by as much. `False` is published: windows of odd size are moved by a pixel
-            more than they are moved back, so what they see ends up displaced.
-        res_scale: $\rho$, factor on the attention; 0 switches it off.
-        zero_init: start with a zero output convolution, hence as the identity.
+        shift: shift all windows cyclically by half their size, rounded down.
+        exact_shift: shift the result back by the same amount. With `False`, as published, windows of odd size are
+            shifted back one pixel less, which displaces the result.
+        res_scale: $\rho$, factor on the attention; 0 disables it.
+        zero_init: initialise the output convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        In training the statistics of the batch normalise, of real pixels only. Memory of a state: `window_size**2`
-        numbers a pixel and group.
+        In training, normalisation uses the statistics of the batch, without padding. A state holds `window_size**2`
+        numbers per pixel and group.
 
     Source:
         GMSA of arXiv 2203.06697. Deviations 11-15 of `docs/deviations.md`.
+
+    Examples:
+        >>> GMSA(60, window_sizes=(4, 8, 12))(torch.rand(1, 60, 24, 24)).shape
+        torch.Size([1, 60, 24, 24])
     """
 
     provides: ClassVar[type | None] = WindowAttention
@@ -136,7 +146,7 @@ class GMSA(AttentionLayer):
     ) -> None:
         super().__init__()
         if not window_sizes:
-            raise ConfigError([Problem("window_sizes", "must name at least one window size, got none")])
+            raise ConfigError([Problem("window_sizes", "must have at least one window size, got none")])
         self.embed_dim = embed_dim
         self.window_sizes = tuple(window_sizes)[:embed_dim]
         self.shift = shift
@@ -146,11 +156,11 @@ class GMSA(AttentionLayer):
         self.shared = SharedGMSA(embed_dim, res_scale=res_scale, zero_init=zero_init)
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"window_sizes={self.window_sizes}, shift={self.shift}, exact_shift={self.exact_shift}"
 
     def attend(self, x: Float[Tensor, "b c h w"]) -> WindowAttention:
-        """Return the weights of `x`, for any h, w >= 1.
+        """Compute the attention weights of `x`, for any h, w >= 1.
 
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
@@ -174,11 +184,11 @@ class GMSA(AttentionLayer):
         return split_groups(self.query(channels_last(x)), self.embed_dim, len(self.window_sizes))
 
     def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus what it attends to: by `state` if given, else by its own weights.
+        """Return `x` plus its attention, with the weights of `state` if given, else its own.
 
         Raises:
-            SharingError: `state` is no WindowAttention.
-            ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
+            SharingError: `state` is not a WindowAttention.
+            ShapeError: `x` is not a map of `embed_dim` channels, or the state was computed for another size.
         """
         if state is None:
             check_map(x, self.embed_dim)
@@ -193,24 +203,24 @@ class GMSA(AttentionLayer):
         )
 
     def make_consumer(self) -> SharedGMSA:
-        """Return a fresh `SharedGMSA` of this width, `res_scale` and `zero_init`."""
+        """Create a `SharedGMSA` with the width, `res_scale` and `zero_init` of this layer."""
         return SharedGMSA(self.embed_dim, res_scale=self.shared.res_scale, zero_init=self.zero_init)
 
 
 def group_widths(embed_dim: int, num_groups: int) -> list[int]:
-    """Return the channels of each group: as even as possible, larger groups first, without empty ones."""
+    """Return the channels of each group, as even as possible, larger groups first, without empty groups."""
     least, larger = divmod(embed_dim, num_groups)
     widths = [least + (index < larger) for index in range(num_groups)]
     return [width for width in widths if width]
 
 
 def split_groups(x: Float[Tensor, "b c h w"], embed_dim: int, num_groups: int) -> tuple[Tensor, ...]:
-    """Return the groups of channels of a map of `embed_dim` channels."""
+    """Split a map of `embed_dim` channels into its groups."""
     return x.split(group_widths(embed_dim, num_groups), dim=1)
 
 
 def window_shifts(window_size: int, shift: bool, exact: bool) -> tuple[int, int]:
-    """Return by how many pixels windows of this size are moved, and moved back."""
+    """Return the pixels by which windows of this size are shifted, and shifted back."""
     if not shift:
         return 0, 0
     return (window_size // 2 if exact else -(-window_size // 2)), window_size // 2

@@ -1,4 +1,4 @@
-"""HSPA: dense non-local attention that gives most tokens no weight at all.
+"""HSPA: dense non-local attention that gives most tokens a weight of exactly 0.
 
 Su et al., "High-Similarity-Pass Attention for Single Image Super-Resolution", IEEE TIP 2024, arXiv 2305.15768.
 """
@@ -27,25 +27,29 @@ class HSPA(AttentionLayer):
     $$E = \mathrm{conv}_{3\times3}(x), \quad y = x + \rho\,\mathrm{sparsemax}(\sigma E \hat
     E^\top)\,\mathrm{conv}_{1\times1}(x)$$
 
-    Scores that lie 1 or more below the largest of their row get weight 0, exactly; so the length of queries, times
-    $\sigma$, sets how many tokens one attends to.
+    Scores that are 1 or more below the largest of their row get a weight of exactly 0, so the norm of queries times
+    $\sigma$ controls how many tokens a query attends to.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
-        scale: $\sigma$, factor on the scores, > 0; the larger, the sparser.
-        res_scale: $\rho$, factor on the attention; 0 switches it off.
-        zero_init: start with a zero value convolution, hence as the identity.
+        reduction: ratio of `embed_dim` to the channels of queries and keys, >= 1; at least one channel is kept.
+        scale: $\sigma$, factor on the scores, > 0; larger values give sparser attention.
+        res_scale: $\rho$, factor on the attention; 0 disables it.
+        zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        Time grows with the square of the number of pixels; memory does not. A token that no query attends to gets no
-        gradient, except through its own query.
+        Time grows with the square of the number of pixels; memory does not. A token without attention from any query
+        gets no gradient, except through its own query.
 
     Source:
         HSPA of arXiv 2305.15768. Deviations P7-P8 of `docs/deviations.md`.
+
+    Examples:
+        >>> HSPA(64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     has_raw_queries = True
@@ -68,14 +72,14 @@ class HSPA(AttentionLayer):
         self.value = output_proj(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"scale={self.scale}, res_scale={self.res_scale}"
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus what it attends to, for any h, w >= 1.
+        """Return `x` plus its attention, for any h, w >= 1.
 
         Raises:
-            SharingError: a state is given.
+            SharingError: `state` is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         reject_state(self, state)

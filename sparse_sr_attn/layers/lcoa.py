@@ -1,7 +1,7 @@
 """LCoA: a sparse pattern learnt by k-means (LSP) and attention that reuses it in later layers (CoA).
 
 Zhao et al., "Efficient Learnable Collaborative Attention for Single Image Super-Resolution", arXiv 2404.04922. Written
-from the paper and from the behaviour of the released code; each departure is listed in `docs/deviations.md`.
+from the paper and the behaviour of the released code; deviations are listed in `docs/deviations.md`.
 """
 
 from typing import Any, ClassVar, Literal, cast
@@ -47,76 +47,80 @@ from sparse_sr_attn.states import ClusterAttention, ClusterPattern
 
 _SOURCE = "Zhao et al., arXiv 2404.04922"
 Routing = Literal["kmeans", "lsh"]
-"""How tokens find their cluster."""
+"""How tokens are assigned to clusters."""
 
 ClusterOrder = Literal["chain", "index"]
-"""In which order clusters are sorted."""
+"""The order of the clusters."""
 
 Neighbors = Literal["ring", "nearest"]
-"""Which other chunks a chunk sees."""
+"""The other chunks that a chunk sees."""
 
 Reuse = Literal["auto", "weights", "pattern"]
-"""What a state keeps for later layers."""
+"""What a state stores for later layers."""
 
 _HINT = "call shared = LCoA(...).attend(x) and pass it: coa(x, shared)"
 
 
 class Choice(nn.Module):
-    """A choice of a pattern, passed on: a place for forward hooks, which can record it or put another in its place."""
+    """Passes a choice of a pattern on, so that forward hooks can record or replace it."""
 
     def forward(self, chosen: Tensor, *reasons: object) -> Tensor:
-        """Return `chosen`; `reasons` are what it was chosen by, for hooks."""
+        """Return `chosen`; `reasons` are the inputs of the choice, for hooks."""
         return chosen
 
 
 @LAYERS.register("LSP", kind="provider", source=_SOURCE)
 class LSP(KMeansModule):
-    r"""Learnable sparse pattern: cluster the tokens of a map, and attend within chunks of similar ones.
+    r"""Learnable sparse pattern: cluster the tokens of a map and attend within chunks of similar tokens.
 
     $$E = \mathrm{conv}_{3\times3}(x), \quad c_i = \arg\max_k \langle e_i, \mu_k \rangle, \quad
     P_t = \mathrm{softmax}(\tau \hat E_t [\hat E_{t-a}, \dots, \hat E_{t+a}]^\top)$$
 
-    One embedding is query and key; $\tau$, the exponential of a learnt number, makes cosines sharp. Tokens sorted by
-    cluster are cut into chunks; each sees its own and the adjacent ones. Similar clusters are neighbours. In training,
-    each forward moves the centroids once.
+    One embedding is both query and key; the learnt $\tau$ sharpens the cosines. Tokens are sorted by cluster and cut
+    into chunks; each attends to its own chunk and the adjacent ones. Similar clusters are neighbours. In training, each
+    forward updates the centroids once.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        num_clusters: centroids, >= 1; more than there are tokens is allowed.
-        chunk_size: sorted tokens that attend to each other, >= 1; cut to the number of tokens.
-        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
-        num_adjacent: neighbouring chunks seen on each side, >= 0; of `neighbors="nearest"`, half of how many.
-        neighbors: "ring" for the chunks beside a chunk; "nearest" for as many whose mean keys are most similar to its
-            own, wherever they stand (`functional.cluster.with_nearest_chunks`). With smaller chunks and more of them,
-            it sees more of what matters.
-        ema_decay: share of the old centroid that an update keeps, in [0, 1]; 1 freezes the centroids, as published.
-        reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 switches that off, as
+        num_clusters: number of centroids, >= 1; may exceed the number of tokens.
+        chunk_size: sorted tokens that attend to each other, >= 1; at most the number of tokens is used.
+        reduction: ratio of `embed_dim` to the channels of queries and keys, >= 1; at least one channel is kept.
+        num_adjacent: neighbouring chunks seen on each side, >= 0; with `neighbors="nearest"`, half their number.
+        neighbors: "ring" for the adjacent chunks; "nearest" for as many chunks whose mean keys are most similar,
+            anywhere in the map (`functional.cluster.with_nearest_chunks`). This works best with more, smaller chunks.
+        ema_decay: weight of the old centroid in an update, in [0, 1]; 1 freezes the centroids, as published.
+        reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 disables reseeding, as
             published.
-        exact_keys: count every key once; `False` is the published counting, of a ring.
-        similarity: "cosine" for $\tau$ times the cosine, or "dot", as published: the query is raw, so its length is the
-            temperature, and the key has unit length.
-        logit_scale: $\tau$ at first, > 0; it is learnt, and at most 100. Only with "cosine".
-        cluster_order: "chain" puts similar clusters beside each other (`functional.cluster.order`); "index" keeps the
-            order of their indices, which means nothing, as published.
-        routing: "kmeans", or "lsh" for a locality-sensitive hash with `num_clusters` buckets that never learns, the
-            paper's ablation: the centroids are the directions of the hash.
-        num_rounds: patterns from different seeds, >= 1; a token attends in each, and they are merged by how much
-            similar each finds. Time and memory grow with it.
-        seed: of the first centroids, which are random unit vectors.
-        reuse: what later layers get: "weights", which cost memory; "pattern", with the query and the key, of which each
-            computes the weights again; "auto": weights on the CPU, where that is faster, else the pattern.
-        half_weights: keep weights as bfloat16, and let later layers gather their values in it too: half the memory,
-            and faster where the machine multiplies bfloat16; relative error 4e-3.
+        exact_keys: count every key once; `False` counts as published, with a ring only.
+        similarity: "cosine" for $\tau$ times the cosine; "dot", as published, for a raw query, whose norm acts as the
+            temperature, and a unit-length key.
+        logit_scale: initial $\tau$, > 0; it is learnt, and at most 100. Only with "cosine".
+        cluster_order: "chain" makes similar clusters neighbours (`functional.cluster.order`); "index", as published,
+            sorts them by index, which is arbitrary.
+        routing: "kmeans", or "lsh" for the paper's ablation, a fixed locality-sensitive hash with `num_clusters`
+            buckets whose directions are the centroids.
+        num_rounds: patterns from different seeds, >= 1. A token attends in each; rounds with more similar keys get more
+            weight. Time and memory grow with it.
+        seed: seed of the initial centroids, which are random unit vectors.
+        reuse: what later layers receive: "weights", which cost memory; "pattern", with query and key, from which each
+            layer recomputes the weights; "auto" for weights on the CPU, where they are faster, and else the pattern.
+        half_weights: store weights as bfloat16, in which later layers also multiply values. Takes half the memory and
+            is faster on hardware with bfloat16 products; relative error 4e-3.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        `state_dict` holds all that is needed to go on: centroids, their usage, and the update not applied yet.
+        `state_dict` holds all that is needed to resume: centroids, their usage, and the pending update.
 
     Source:
         LSP of arXiv 2404.04922, published with reduction 1, 128 clusters, chunks of 384. The default width of queries
         and chunks follows NLSA (Mei et al., CVPR 2021). Deviations 1-6 and 8-10 of `docs/deviations.md`.
+
+    Examples:
+        >>> state = LSP(64, chunk_size=36)(torch.rand(1, 64, 12, 12))
+        >>> state.pattern.order.shape, state.weights.shape  # 4 chunks of 36 tokens, each sees 3 chunks
+        (torch.Size([1, 144]), torch.Size([1, 4, 36, 108]))
     """
 
     centroids: Tensor
@@ -151,7 +155,7 @@ class LSP(KMeansModule):
     ) -> None:
         super().__init__()
         if neighbors == "nearest" and not exact_keys:
-            rule = "must be 'ring' with exact_keys=False, whose published counting is of a ring, got 'nearest'"
+            rule = "must be 'ring' with exact_keys=False, because the published counting needs a ring, got 'nearest'"
             raise ConfigError([Problem("neighbors", rule)])
         self.embed_dim = embed_dim
         self.similarity = similarity
@@ -183,11 +187,11 @@ class LSP(KMeansModule):
 
     @property
     def has_raw_queries(self) -> bool:
-        """Whether the length of the features sets the temperature."""
+        """Whether queries are unscaled features, whose norm acts as the temperature."""
         return self.similarity == "dot"
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return (
             f"num_clusters={len(self.centroids)}, chunk_size={self.chunk_size}, num_adjacent={self.num_adjacent}, "
             f"neighbors={self.neighbors!r}, ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, "
@@ -196,11 +200,11 @@ class LSP(KMeansModule):
         )
 
     def forward(self, x: Float[Tensor, "b c h w"], *, reuse: Reuse | None = None) -> ClusterAttention:
-        """Return the pattern of `x` with its weights or, as `reuse` chooses, what they are made of, for any h, w >= 1.
+        """Compute the pattern of `x` with its weights or, by `reuse`, its embedding, for any h, w >= 1.
 
         Args:
-            x: the map.
-            reuse: instead of the layer's own, for this call.
+            x: the feature map.
+            reuse: overrides the option of the layer for this call.
 
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
@@ -214,11 +218,11 @@ class LSP(KMeansModule):
 
     @property
     def num_rounds(self) -> int:
-        """Patterns of each sample."""
+        """Number of patterns per sample."""
         return 1 + len(self.further_rounds)
 
     def route(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], ClusterPattern]:
-        """Return the embedding of `x`, in float32 at least, and its pattern; in training the centroids move once.
+        """Return the embedding of `x`, in float32 or higher, and its pattern; in training, update the centroids once.
 
         Raises:
             ShapeError: `x` is not a map of `embed_dim` channels.
@@ -249,7 +253,7 @@ class LSP(KMeansModule):
 
     @torch.no_grad()
     def order_clusters(self) -> None:
-        """Let the order of the clusters follow the centroids at once, as it does in training now and then."""
+        """Update the order of the clusters to the centroids now; training does this after some updates."""
         for state, rank in self._states_and_orders():
             if rank is not None:
                 rank.copy_(chain_rank(state.centroids))
@@ -258,11 +262,11 @@ class LSP(KMeansModule):
         return [self, *self.further_rounds]
 
     def updates_state(self) -> bool:
-        """Return whether a forward would move the centroids now."""
+        """Return whether a forward would update the centroids now."""
         return self.training and self.routing == "kmeans" and self.ema_decay < 1
 
     def states(self) -> list[KMeansState]:
-        """Return the state of k-means of each round, the buffers themselves."""
+        """Return the k-means state of each round; its tensors are the buffers."""
         return [state for state, _ in self._states_and_orders()]
 
     def _states_and_orders(self) -> list[tuple[KMeansState, Tensor | None]]:
@@ -277,17 +281,22 @@ class CoA(AttentionLayer):
 
     Args:
         embed_dim: channels of the feature map, >= 1; that of the provider may differ.
-        res_scale: $\rho$, factor on the attention; 0 switches it off.
-        zero_init: start with a zero value convolution, hence as the identity.
+        res_scale: $\rho$, factor on the attention; 0 disables it.
+        zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        Gradient flows into the state, hence into the one query/key convolution of all who share it.
+        Gradients flow into the state, hence into the query/key convolution of the provider.
 
     Source:
-        CoA of arXiv 2404.04922. Deviation 7: it has no query convolution, which the released one has and never uses.
+        CoA of arXiv 2404.04922. Deviation 7: the unused query convolution of the released code is omitted.
+
+    Examples:
+        >>> lsp, coa, x = LSP(64), CoA(64), torch.rand(1, 64, 12, 12)
+        >>> coa(x, lsp(x)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     requires: ClassVar[type | None] = ClusterAttention
@@ -300,15 +309,15 @@ class CoA(AttentionLayer):
         self.value = output_proj(embed_dim, zero_init=zero_init)
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"res_scale={self.res_scale}"
 
     def forward(self, x: Float[Tensor, "b c h w"], state: ClusterAttention | None = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus the values that the state's weights gather.
+        """Return `x` plus its values weighted by the state.
 
         Raises:
-            SharingError: `state` is missing or no ClusterAttention.
-            ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
+            SharingError: `state` is not a ClusterAttention.
+            ShapeError: `x` is not a map of `embed_dim` channels, or the state was computed for another size.
         """
         check_map(x, self.embed_dim)
         state = check_state(state, ClusterAttention, x, _HINT)
@@ -325,24 +334,33 @@ class CoA(AttentionLayer):
 class LCoA(AttentionLayer):
     """Learnable collaborative attention: an LSP and a CoA in one drop-in layer.
 
-    `y = LCoA(64)(x)` on its own; `first.attend(x)` gives the state that later `CoA`s read, and `first(x, shared)`
-    uses it instead of computing it again.
+    Use it alone, `y = LCoA(64)(x)`, or share its state: `shared = first.attend(x)` computes the state for later `CoA`s,
+    and `first(x, shared)` reuses it in the layer itself.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        res_scale: factor on the attention; 0 switches it off.
+        res_scale: factor on the attention; 0 disables it.
         zero_init: start as the identity.
-        options: those of `LSP`: `num_clusters`, `chunk_size`, `similarity`, ...
+        options: options of `LSP`: `num_clusters`, `chunk_size`, `similarity`, ...
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        Alone, on the CPU, it stores no weights: memory stays at a few feature maps. A state keeps `3 * chunk_size`
-        numbers a token and round (with `num_adjacent` 1), or `embed_dim / reduction` a token if it keeps the pattern.
+        Used alone on the CPU, it stores no weights and takes the memory of a few feature maps. A state holds
+        `3 * chunk_size` numbers per token and round (with `num_adjacent` 1), or `embed_dim / reduction` per token if it
+        stores the pattern.
 
     Source:
         arXiv 2404.04922; see `LSP` and `CoA`.
+
+    Examples:
+        >>> first, later, x = LCoA(64), CoA(64), torch.rand(1, 64, 12, 12)
+        >>> first(x).shape
+        torch.Size([1, 64, 12, 12])
+        >>> shared = first.attend(x)
+        >>> later(first(x, shared), shared).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     provides: ClassVar[type | None] = ClusterAttention
@@ -359,31 +377,36 @@ class LCoA(AttentionLayer):
 
     @property
     def has_raw_queries(self) -> bool:
-        """Whether the length of the features sets the temperature."""
+        """Whether queries are unscaled features, whose norm acts as the temperature."""
         return self.lsp.has_raw_queries
 
     def attend(self, x: Float[Tensor, "b c h w"]) -> ClusterAttention:
-        """Return the pattern of `x` with what `reuse` chooses; in training this moves the centroids once."""
+        """Compute the state of `x`, with contents chosen by `reuse`; in training, update the centroids once."""
         return self.lsp(x)
 
     def forward(self, x: Float[Tensor, "b c h w"], state: ClusterAttention | None = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus what it attends to: by `state` if given, else by its own pattern.
+        """Return `x` plus its attention, with `state` if given, else with its own pattern.
 
         Raises:
-            SharingError: `state` is no ClusterAttention.
-            ShapeError: `x` is not a map of `embed_dim` channels, or the state was made for another size.
+            SharingError: `state` is not a ClusterAttention.
+            ShapeError: `x` is not a map of `embed_dim` channels, or the state was computed for another size.
         """
         if state is None:
             state = self.lsp(x, reuse="pattern")  # read once: no weights are stored
         return self.coa(x, state)
 
     def make_consumer(self) -> CoA:
-        """Return a fresh `CoA` of this width, `res_scale` and `zero_init`."""
+        """Create a `CoA` with the width, `res_scale` and `zero_init` of this layer."""
         return CoA(self.coa.embed_dim, res_scale=self.coa.res_scale, zero_init=self.zero_init)
 
 
 def weights_of(state: ClusterAttention) -> Float[Tensor, "br k i j"]:
-    """Return the weights of a state, computed if it does not hold them."""
+    """Return the weights of a state, computed if it does not store them.
+
+    Examples:
+        >>> weights_of(LCoA(64, chunk_size=36).attend(torch.rand(1, 64, 12, 12))).shape
+        torch.Size([1, 4, 36, 108])
+    """
     if state.weights is not None:
         return state.weights
     return _weights(cast(Tensor, state.embedding), state.pattern, state.num_rounds)

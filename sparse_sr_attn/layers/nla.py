@@ -1,4 +1,4 @@
-"""NLA: dense non-local attention, what the sparse layers are measured by."""
+"""NLA: dense non-local attention, the baseline of the sparse layers."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,25 +28,29 @@ class NLA(AttentionLayer):
     $$E = \mathrm{conv}_{3\times3}(x), \quad y = x + \rho\,\mathrm{softmax}(E \hat
     E^\top)\,\mathrm{conv}_{1\times1}(x)$$
 
-    One embedding is query (raw: its length is a learnt temperature) and key (unit length). With `similarity="cosine"`
-    it differs from `LCoA` in nothing but who sees whom.
+    One embedding is the query (raw; its norm acts as a learnt temperature) and the key (unit length). With
+    `similarity="cosine"`, it differs from `LCoA` only in the keys that a token attends to.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
+        reduction: ratio of `embed_dim` to the channels of queries and keys, >= 1; at least one channel is kept.
         similarity: "dot", or "cosine" as in `LSP`.
         logit_scale: as in `LSP`.
-        res_scale: $\rho$, factor on the attention; 0 switches it off.
-        zero_init: start with a zero value convolution, hence as the identity.
+        res_scale: $\rho$, factor on the attention; 0 disables it.
+        zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        Time grows with the square of the number of pixels; memory does not, where torch has a fused kernel.
+        Time grows with the square of the number of pixels; memory does not, if torch has a fused kernel.
 
     Source:
-        Non-local networks (arXiv 1711.07971), in the form that LCoAN is compared with in arXiv 2404.04922.
+        Non-local networks (arXiv 1711.07971), in the form that arXiv 2404.04922 compares LCoAN with.
+
+    Examples:
+        >>> NLA(64)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     @checked
@@ -70,18 +74,18 @@ class NLA(AttentionLayer):
 
     @property
     def has_raw_queries(self) -> bool:
-        """Whether the length of the features sets the temperature."""
+        """Whether queries are unscaled features, whose norm acts as the temperature."""
         return self.similarity == "dot"
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"similarity={self.similarity!r}, res_scale={self.res_scale}"
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus what it attends to, for any h, w >= 1.
+        """Return `x` plus its attention, for any h, w >= 1.
 
         Raises:
-            SharingError: a state is given.
+            SharingError: `state` is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         reject_state(self, state)

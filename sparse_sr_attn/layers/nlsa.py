@@ -1,7 +1,7 @@
 """NLSA: sparse attention inside the buckets of a locality-sensitive hash.
 
-Mei, Fan, Zhou, "Image Super-Resolution with Non-Local Sparse Attention", CVPR 2021. Written from the paper; each
-departure is listed in `docs/deviations.md`.
+Mei, Fan, Zhou, "Image Super-Resolution with Non-Local Sparse Attention", CVPR 2021. Written from the paper; deviations
+are listed in `docs/deviations.md`.
 """
 
 from typing import Annotated
@@ -27,39 +27,43 @@ from sparse_sr_attn.layers.base import (
 
 @LAYERS.register("NLSA", kind="layer", source="Mei et al., CVPR 2021")
 class NLSA(AttentionLayer):
-    r"""Non-local sparse attention: tokens of similar direction are hashed together, and attend within chunks.
+    r"""Non-local sparse attention: tokens of similar direction share a hash bucket and attend within chunks.
 
     $$E = \mathrm{conv}_{3\times3}(x), \quad c_i^r = \arg\max([R_r e_i, -R_r e_i]), \quad y = x + \rho \sum_r
     \frac{Z_r}{\sum_{r'} Z_{r'}} P_r\,\mathrm{conv}_{1\times1}(x)$$
 
-    One embedding is query (raw) and key (unit length). In each round, tokens sorted by bucket are cut into chunks, and
-    each attends to its own and the adjacent ones; $Z_r$ is the normaliser of that softmax.
+    One embedding is the query (raw) and the key (unit length). In each round, tokens are sorted by bucket and cut into
+    chunks, and each attends to its own chunk and the adjacent ones; $Z_r$ is the denominator of that softmax.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        chunk_size: sorted tokens that attend to each other, >= 1; cut to the number of tokens.
-        num_rounds: hashes of a map, >= 1; time grows with it.
-        max_buckets: a map has a bucket for every `chunk_size` tokens, but at least 2 and at most so many; >= 2.
-        reduction: `embed_dim` over the length of queries and keys, >= 1; at least one channel stays.
+        chunk_size: sorted tokens that attend to each other, >= 1; at most the number of tokens is used.
+        num_rounds: number of hashes per map, >= 1; time grows with it.
+        max_buckets: a map has a bucket for every `chunk_size` tokens, from 2 to this number; >= 2.
+        reduction: ratio of `embed_dim` to the channels of queries and keys, >= 1; at least one channel is kept.
         num_adjacent: neighbouring chunks seen on each side, >= 0.
-        exact_keys: count every key once in a round; `False` is the published counting.
-        redraw: draw new hashes in every training step, as published; else they stay those of `seed`.
-        seed: of all hashes.
+        exact_keys: count every key once in a round; `False` counts as published.
+        redraw: draw new hashes in every training step, as published; `False` keeps those of `seed`.
+        seed: seed of all hashes.
         similarity: "dot", or "cosine" as in `LSP`.
         logit_scale: as in `LSP`.
-        res_scale: $\rho$, factor on the attention; 0 switches it off.
-        zero_init: start with a zero value convolution, hence as the identity.
+        res_scale: $\rho$, factor on the attention; 0 disables it.
+        zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Note:
-        Evaluation uses the hashes of the last training step, which stand in the state dict, so it is deterministic.
+        Evaluation is deterministic: it uses the hashes of the last training step, which are in the state dict.
         Neither memory nor time grows with the square of the number of pixels; no weights are stored.
 
     Source:
         NLSA of CVPR 2021, published with reduction 4, chunks of 144, 4 rounds and 128 buckets. Deviations P1-P3 of
         `docs/deviations.md`.
+
+    Examples:
+        >>> NLSA(64, chunk_size=36)(torch.rand(1, 64, 12, 12)).shape
+        torch.Size([1, 64, 12, 12])
     """
 
     rotations: Tensor
@@ -101,11 +105,11 @@ class NLSA(AttentionLayer):
 
     @property
     def has_raw_queries(self) -> bool:
-        """Whether the length of the features sets the temperature."""
+        """Whether queries are unscaled features, whose norm acts as the temperature."""
         return self.similarity == "dot"
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return (
             f"chunk_size={self.chunk_size}, num_rounds={len(self.rotations)}, "
             f"max_buckets={2 * self.rotations.shape[1]}, num_adjacent={self.num_adjacent}, "
@@ -114,10 +118,10 @@ class NLSA(AttentionLayer):
         )
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus what it attends to, for any h, w >= 1; in training this draws new hashes once.
+        """Return `x` plus its attention, for any h, w >= 1; in training, draw new hashes once.
 
         Raises:
-            SharingError: a state is given.
+            SharingError: `state` is given.
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         reject_state(self, state)

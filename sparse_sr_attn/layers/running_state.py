@@ -1,4 +1,4 @@
-"""Modules whose buffers learn in each forward of training, and how to have several forwards make one update."""
+"""Modules that update buffers in each training forward, and a context that merges the updates of several forwards."""
 
 import functools
 import warnings
@@ -16,10 +16,10 @@ from sparse_sr_attn.functional.kmeans import KMeansState, apply_pending, assign,
 
 
 class RunningStateModule(nn.Module):
-    """A module whose buffers learn from the forwards of training; says what is lost under `nn.DataParallel`."""
+    """A module that updates its buffers in training forwards; warns of lost updates under `nn.DataParallel`."""
 
     def updates_state(self) -> bool:
-        """Return whether a forward would move the buffers now."""
+        """Return whether a forward would update the buffers now."""
         return self.training
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -31,8 +31,8 @@ class RunningStateModule(nn.Module):
 class KMeansStatistics(nn.Module):
     """A module whose buffers are a state of k-means.
 
-    They stay in float32 at least, whatever precision the module is cast to or the loaded weights are in: float16 counts
-    end at 65,504 tokens.
+    They stay in float32 or higher, whatever the dtype the module is cast to or loaded from, because float16 counts
+    overflow at 65,504 tokens.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -54,7 +54,7 @@ class KMeansStatistics(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _statistics(self) -> dict[str, Tensor]:
-        """Return the buffers of the state that hold floating-point numbers."""
+        """Return the floating-point buffers of the state."""
         found = {name: self._buffers.get(name) for name in KMeansState._fields}
         return {name: value for name, value in found.items() if value is not None and value.is_floating_point()}
 
@@ -64,18 +64,18 @@ def _is_order(rank: Tensor) -> bool:
 
 
 class KMeansRound(KMeansStatistics):
-    """A state of k-means and the order of its clusters, which are what a call returns."""
+    """A state of k-means and the order of its clusters; a call returns both."""
 
     def forward(self) -> tuple[KMeansState, Tensor | None]:
-        """Return the state and, if it has one, the order of clusters: the buffers themselves."""
+        """Return the state and, if there is one, the order of clusters, as views of the buffers."""
         return state_of(self), self._buffers.get("rank")
 
 
 class KMeansModule(KMeansStatistics, RunningStateModule):
-    """A module that keeps the states of k-means.
+    """A module with states of k-means.
 
     Attributes:
-        accumulates: whether forwards add to the pending update and none applies it; see `one_kmeans_update`.
+        accumulates: whether forwards add to the pending update without applying it; see `one_kmeans_update`.
     """
 
     ema_decay: float
@@ -83,11 +83,11 @@ class KMeansModule(KMeansStatistics, RunningStateModule):
     accumulates: bool = False
 
     def states(self) -> list[KMeansState]:
-        """Return the states of k-means, the buffers themselves."""
+        """Return the states of k-means; their tensors are the buffers."""
         return [state_of(self)]
 
     def assign_points(self, points: Float[Tensor, "b n d"], state: KMeansState) -> Int[Tensor, "b n"]:
-        """Return the cluster of each point; where the module learns, `state` moves in place."""
+        """Return the cluster of each point; in training, update `state` in place."""
         if not self.updates_state():
             return assign(points, state.centroids)
         return kmeans_step(
@@ -100,27 +100,32 @@ class KMeansModule(KMeansStatistics, RunningStateModule):
 
 
 def state_of(module: nn.Module) -> KMeansState:
-    """Return the state that the buffers of a module are."""
+    """Return the k-means state formed by the buffers of a module."""
     return KMeansState(*(getattr(module, name) for name in KMeansState._fields))
 
 
 @contextmanager
 def one_kmeans_update(model: nn.Module) -> Iterator[None]:
-    """Have all forwards inside make one update of k-means, that of their tokens together; else each makes its own.
+    """Merge all forwards inside into one update of k-means, over all of their tokens. Otherwise each makes its own.
 
         with one_kmeans_update(model):  # once a step of the optimizer
             for part in parts:
                 loss(model(part)).backward()
         optimizer.step()
 
-    The centroids move when the context is entered, by what the forwards before it have left, and then stay. So under
-    activation checkpointing several forwards may go before one backward.
+    Entering the context applies the pending update of earlier forwards; then the centroids stay fixed. So several
+    forwards may precede one backward under activation checkpointing.
 
     Args:
-        model: a layer, or what has layers in it, wrapped or compiled or not. In evaluation nothing moves.
+        model: a layer, or a module that contains layers, wrapped, compiled or plain. Has no effect in evaluation.
 
     Note:
-        Save weights and states outside. A context inside another of the same layers changes nothing.
+        Save weights and states outside the context. Nesting contexts of the same layers has no effect.
+
+    Examples:
+        >>> layer, parts = LCoA(8, num_clusters=4, chunk_size=16), torch.rand(3, 1, 8, 6, 6)
+        >>> with one_kmeans_update(layer):  # three forwards, one update
+        ...     outputs = [layer(part) for part in parts]
     """
     learners = [m for m in model.modules() if isinstance(m, KMeansModule) and m.updates_state() and not m.accumulates]
     with torch.no_grad():

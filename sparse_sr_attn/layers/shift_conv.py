@@ -1,4 +1,4 @@
-"""Shift convolution and the local feature extraction made of it, both of ELAN.
+"""Shift convolution and local feature extraction, the convolutional parts of ELAN.
 
 Zhang et al., "Efficient Long-Range Attention Network for Image Super-resolution", ECCV 2022, arXiv 2203.06697.
 """
@@ -14,28 +14,32 @@ from sparse_sr_attn.functional.shift import Form, shift2d, shift_conv2d
 from sparse_sr_attn.layers.base import LAYERS, PointwiseConv2d, check_map, is_unmodified
 
 _STRIP = 2**19
-"""Numbers between the two convolutions of an LFE that are made at a time where nothing learns: they stay in cache."""
+"""Elements between the two convolutions of an LFE that are computed at a time without gradients, to stay in cache."""
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
 
 
 @LAYERS.register("ShiftConv2d", kind="operator", source=_SOURCE)
 class ShiftConv2d(nn.Module):
-    """1x1 convolution of channels of which four fifths come from the neighbours of a pixel: right, left, below, above.
+    """1x1 convolution that reads four fifths of the channels from the neighbouring pixels: right, left, below, above.
 
-    It sees as far as a 3x3 convolution does, for a ninth of the products and weights.
+    It has the reach of a 3x3 convolution with a ninth of the products and weights.
 
     Args:
-        in_channels: of the map, >= 1; with fewer than 5 nothing is moved.
-        out_channels: of the result; as many as `in_channels` if not given.
-        form: "slices", or "masked", which needs less memory in training and more time. They are equal.
+        in_channels: channels of the input, >= 1; with fewer than 5, nothing is shifted.
+        out_channels: channels of the output; `in_channels` by default.
+        form: "slices", or "masked", which takes less memory in training and more time. The results are equal.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Source:
-        Shift-conv of ELAN. Deviation: the released one keeps its one-hot kernels among the weights, and its two forms
-        have different parameters.
+        Shift-conv of ELAN. Deviation: the released code stores its one-hot kernels as weights, and its two forms have
+        different parameters.
+
+    Examples:
+        >>> ShiftConv2d(10, 16)(torch.rand(1, 10, 12, 12)).shape
+        torch.Size([1, 16, 12, 12])
     """
 
     @checked
@@ -49,7 +53,7 @@ class ShiftConv2d(nn.Module):
         self.form = form
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"{self.in_channels}, {self.out_channels}, form={self.form!r}"
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
@@ -68,14 +72,18 @@ class LFE(nn.Module):
 
     Args:
         embed_dim: channels of the feature map, >= 1.
-        expansion: channels between the two convolutions over `embed_dim`, >= 1.
+        expansion: ratio of the channels between the two convolutions to `embed_dim`, >= 1.
         form: as in `ShiftConv2d`.
 
     Raises:
-        ConfigError: an option breaks its rule; all that do are named.
+        ConfigError: options are invalid; names all of them.
 
     Source:
         LFE of ELAN, with ReLU as in all its configurations.
+
+    Examples:
+        >>> LFE(60)(torch.rand(1, 60, 12, 12)).shape
+        torch.Size([1, 60, 12, 12])
     """
 
     @checked
@@ -88,7 +96,7 @@ class LFE(nn.Module):
         self.conv2 = PointwiseConv2d(expansion * embed_dim, embed_dim, 1)
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"form={self.form!r}"
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -117,7 +125,7 @@ class LFE(nn.Module):
         return is_unmodified(self.conv1, PointwiseConv2d) and is_unmodified(self.conv2, PointwiseConv2d)
 
     def _lines(self, x: Float[Tensor, "b c h w"], start: int, stop: int) -> Float[Tensor, "b c _ w"]:
-        """Return some lines of the result, from no more of the map than they depend on."""
+        """Return some rows of the result, computed only from the rows of the map that they depend on."""
         above = min(start, 2)
         lines: Tensor = self._whole(x[:, :, start - above : stop + 2])[:, :, above:]
         return lines[:, :, : stop - start]

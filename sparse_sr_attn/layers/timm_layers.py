@@ -1,6 +1,6 @@
-"""Attention layers of timm by name: `timm:eca` is a layer like those registered here, as far as timm's fit.
+"""Attention layers of timm by name: `timm:eca` works like a layer registered here.
 
-timm (`pip install timm`) is imported when the first of them is asked for.
+timm (`pip install timm`) is imported when the first of them is requested.
 """
 
 import functools
@@ -24,7 +24,7 @@ USABLE = (
     *("sk", "splat", "lambda", "nl"),
 )
 REFUSED = {
-    "bottleneck": "its position embedding is made for one height and width",
+    "bottleneck": "its position embedding is for one height and width",
     "halo": "it takes heights and widths that are multiples of its block size only",
     "bat": "it takes heights and widths that are multiples of its block size only",
 }
@@ -35,19 +35,19 @@ _PLAIN = (bool, int, float, str)
 
 
 class TimmLayer(AttentionLayer):
-    r"""A layer of timm as one of ours: $y = x + \rho\,g\,(\mathrm{timm}(x) - x)$ with a learnt $g$ for each channel.
+    r"""A layer of timm as a drop-in layer: $y = x + \rho\,g\,(\mathrm{timm}(x) - x)$ with a learnt $g$ per channel.
 
-    With $\rho$ and $g$ at 1, as they start by default, it is timm's layer itself, be that a gate or a residual sum.
+    By default, $\rho = g = 1$ initially, which is timm's layer itself, whether a gate or a residual sum.
 
     Args:
-        attention: timm's layer, for maps of `embed_dim` channels; its batch normalisation is replaced by ours, whose
-            statistics move once a forward and only to finite values.
+        attention: timm's layer, for maps of `embed_dim` channels; its batch normalisation is replaced by
+            `layers.batch_norm.BatchNorm2d`.
         embed_dim: channels of the feature map, >= 1.
-        res_scale: $\rho$, factor on what timm's layer changes; 0 switches it off.
-        zero_init: start with $g = 0$, hence as the identity; at 1 where timm's layer starts as the identity itself.
+        res_scale: $\rho$, factor on the change by timm's layer; 0 disables it.
+        zero_init: start with $g = 0$, the identity; with $g = 1$ if timm's layer itself starts as the identity.
 
     Note:
-        All else that happens inside is timm's; nothing is computed in a higher precision than the input's.
+        The rest is timm's code, which computes in the precision of the input.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class TimmLayer(AttentionLayer):
         self.gain = nn.Parameter(torch.full((embed_dim, 1, 1), 0.0 if starts_at_zero else 1.0))
 
     def extra_repr(self) -> str:
-        """Return the options that shapes do not show."""
+        """Return the options that are not visible from shapes."""
         return f"res_scale={self.res_scale}"
 
     def forward(self, x: Float[Tensor, "b c h w"], state: object = None) -> Float[Tensor, "b c h w"]:
-        """Return `x`, changed by timm's layer.
+        """Return `x` after timm's layer.
 
         Raises:
-            SharingError: a state is given.
-            ShapeError: `x` is not a map of `embed_dim` channels, or timm's layer returns one of another size.
+            SharingError: `state` is given.
+            ShapeError: `x` is not a map of `embed_dim` channels, or timm's layer changes its size.
         """
         reject_state(self, state)
         check_map(x, self.embed_dim)
@@ -78,13 +78,13 @@ class TimmLayer(AttentionLayer):
         if changed.shape != x.shape:
             raise ShapeError(
                 f"a layer must keep the size of its map, but with these options timm's {type(self.attention).__name__} "
-                f"makes {tuple(changed.shape)} of {tuple(x.shape)}; kernels of odd size keep it"
+                f"returns {tuple(changed.shape)} for {tuple(x.shape)}; use a kernel of odd size"
             )
         return x + self.res_scale * self.gain * (changed - x)
 
 
 class _NormAct(BatchNorm2d):
-    """Our batch normalisation with the weights of another, and with the activation that timm's may have inside."""
+    """`BatchNorm2d` with the weights of another, and with the activation that timm's norm may include."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)
@@ -104,13 +104,13 @@ def _with_our_norms(module: nn.Module) -> nn.Module:
 
 
 def timm_entry(name: str) -> Entry[nn.Module]:
-    """Return the entry of a layer of timm, as if it were registered.
+    """Return a registry entry for a layer of timm.
 
     Args:
-        name: `timm:<name>`, with a name that `timm.layers.create_attn` knows.
+        name: `timm:<name>`, with a name known to `timm.layers.create_attn`.
 
     Returns:
-        Its `build` takes `embed_dim`, the plain options of timm's layer, `res_scale` (1) and `zero_init`.
+        The entry. Its `build` takes `embed_dim`, the plain options of timm's layer, `res_scale` (1) and `zero_init`.
 
     Raises:
         UnknownNameError: timm has no attention layer of that name.
@@ -144,7 +144,7 @@ def _timm_class(name: str, short: str) -> Callable[..., nn.Module]:
 
 
 def _builder(name: str, timm_class: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Return a function that builds the layer; its signature declares the options, as config.py wants them."""
+    """Return a function that builds the layer; its signature declares the options, as `config` requires."""
 
     def build(embed_dim: int, *, res_scale: float = 1.0, zero_init: bool = False, **options: Any) -> nn.Module:
         try:
@@ -170,7 +170,7 @@ def _builder(name: str, timm_class: Callable[..., nn.Module]) -> Callable[..., n
 
 
 def _plain_options(timm_class: Callable[..., nn.Module]) -> list[inspect.Parameter]:
-    """Return timm's options that an option file can say: numbers, strings, true and false."""
+    """Return timm's options that an option file can express: numbers, strings and booleans."""
     fixed: set[str] = set()
     if isinstance(timm_class, functools.partial):
         fixed, timm_class = set(timm_class.keywords), timm_class.func
@@ -190,7 +190,7 @@ def _plain_options(timm_class: Callable[..., nn.Module]) -> list[inspect.Paramet
 
 
 def _is_identity(attention: nn.Module, embed_dim: int) -> bool:
-    """Return whether a layer that was just built changes nothing."""
+    """Return whether a newly built layer is the identity."""
     probe = torch.linspace(-1, 1, embed_dim * 12).view(1, embed_dim, 3, 4)
     attention.eval()
     with torch.no_grad():

@@ -516,7 +516,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         lambda: built(Blocks),
         {"body": "layers"},
         "body: must be an nn.Sequential and run its children, got 'layers', a ModuleList; Blocks runs the blocks of "
-        "'layers' itself, so no state can travel between them",
+        "'layers' itself, so no state can pass between them",
     ),
     (built, {"body": "bdy"}, "body: must be the path of a module, got 'bdy'; did you mean 'body'?"),
     (built, {"body": "body.0"}, "body: must be an nn.Sequential and run its children, got 'body.0', a ResBlock"),
@@ -524,12 +524,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (
         attached,
         {"body": "body"},
-        "body: must have no attention yet, got 'body'; detach first, or attach a list of maps",
+        "body: must have no attention yet, got 'body'; detach, or attach a list of mappings",
     ),
     (
         lambda: nn.ModuleDict({"body": nn.Sequential(OrderedDict(attention=conv(8, 8), last=conv(8, 8)))}),
         {"body": "body"},
-        "body: must have no 'attention' of its own",
+        "body: must not have a child 'attention'",
     ),
     # its width
     (
@@ -542,13 +542,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         {"body": "body"},
         "body: must keep its width, 8 channels, from child to child, but child 1 of 'body' seems to go from 8 to 16",
     ),
-    (lambda: with_body(Pixelwise(8), build=Picky), {"body": "body"}, "must have convolutions that tell its width"),
+    (lambda: with_body(Pixelwise(8), build=Picky), {"body": "body"}, "must have convolutions that show its width"),
     (
         lambda: with_body(nn.Flatten(2), nn.Unflatten(2, (4, 4))),
         {"body": "body", "example": image(1, 3, 4, 4)},
         "body: must pass feature maps (b, c, h, w) on, but 'body' passes (1, 8, 16)",
     ),
-    (lambda: built(Loop), {}, "'body', but Loop runs its children itself, and would pass over attention"),
+    (lambda: built(Loop), {}, "'body', but Loop runs its children itself, which skips attention"),
     (lambda: built(Unused), {}, "must be a trunk that the model calls, got 'body', but Unused did not use it"),
     (
         lambda: EDSR(num_feat=8, num_block=4),
@@ -571,14 +571,14 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (built, {"chunk_sise": 3}, "attention.chunk_sise: unknown; did you mean 'chunk_size'?"),
     (built, {"chunk_size": 0, "reduction": -1}, "attention.chunk_size: must be >= 1, got 0\nattention.reduction: must"),
     (built, {"attention": LCOA}, "attention: must have one of 'every' and 'after'"),
-    (built, {"attention": {**LCOA, "every": 1}, "every": 2}, "every: must stand in the map, because attention is one"),
-    (built, {"attention": [LCOA], "share": 2}, "share: must stand in the map"),
-    (built, {"attention": [{**LCOA, "every": 1}], "chunk_size": 2}, "chunk_size: must stand in the map"),
+    (built, {"attention": {**LCOA, "every": 1}, "every": 2}, "every: must be in the mapping that attention is"),
+    (built, {"attention": [LCOA], "share": 2}, "share: must be in the mapping"),
+    (built, {"attention": [{**LCOA, "every": 1}], "chunk_size": 2}, "chunk_size: must be in the mapping"),
     (built, {"attention": [{**LCOA, "every": 1}, {**LCOA, "every": 9}]}, "attention.1.every: must hit"),
     (built, {"attention": None}, "attention must be a string or a mapping or a list, got None"),
-    (built, {"attention": []}, "attention: must be a name, a map or a list of maps, got ()"),
-    (built, {"attention": {}}, "attention: must be a name, a map or a list of maps, got {}"),
-    (built, {"attention": [3]}, "attention.0: must be a map with a key 'type', got 3"),
+    (built, {"attention": []}, "attention: must be a name, a mapping or a list of mappings, got ()"),
+    (built, {"attention": {}}, "attention: must be a name, a mapping or a list of mappings, got {}"),
+    (built, {"attention": [3]}, "attention.0: must be a mapping with a key 'type', got 3"),
     (built, {"body": 3, "every": 1.5}, "body must be a string or ~ (nothing), got 3\nevery must be an integer or ~"),
     (built, {"example": [1]}, "example must be a Tensor or ~ (nothing), got [1]"),
     # convolutions
@@ -622,5 +622,5 @@ def test_a_distributed_model_comes_too_late(tmp_path: Path) -> None:
 
 
 def test_nothing_attached_is_nothing_to_detach() -> None:
-    with pytest.raises(ConfigError, match="must hold attention that attach put there, but Layout has none"):
+    with pytest.raises(ConfigError, match="must have attention from attach, but Layout has none"):
         detach(built())

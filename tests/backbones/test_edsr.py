@@ -243,15 +243,15 @@ BAD = [
     ({"every": 2}, "attention.type: missing"),
     (
         {"type": "LCoA"},
-        "attention: must have one of 'every' and 'after', which say where attention stands, got neither",
+        "attention: must have one of 'every' and 'after', which place the attention, got neither",
     ),
     ({"type": "LCoA", "every": 2, "after": [1]}, "got both"),
     ({"type": "LCoA", "every": 0}, "attention.every: must be >= 1"),
     ({"type": "LCoA", "every": 5}, "attention.every: must hit at least one of the 4 blocks, got 5"),
     ({"type": "LCoA", "after": []}, "attention.after: must hit at least one of the 4 blocks, got []"),
     ({"type": "LCoA", "after": [4]}, "attention.after: must be blocks from 0 to 3, got [4]"),
-    ({"type": "LCoA", "after": [1, 1]}, "attention.after: must be rising, each block once, got [1, 1]"),
-    ({"type": "LCoA", "after": [2, 1]}, "attention.after: must be rising, each block once, got [2, 1]"),
+    ({"type": "LCoA", "after": [1, 1]}, "attention.after: must be in increasing order, each block once, got [1, 1]"),
+    ({"type": "LCoA", "after": [2, 1]}, "attention.after: must be in increasing order, each block once, got [2, 1]"),
     ({"type": "LCoA", "after": [-1]}, "attention.after: must be"),
     ({"type": "LCoA", "after": 1}, "attention.after: must be a list"),
     ({"type": "LCoA", "every": 1, "share": 0}, "attention.share: must be >= 1, got 0"),
@@ -283,8 +283,8 @@ BAD = [
     ({"type": "ELAB", "every": 1, "share": 0}, "attention.share: must be >= 1, got 0"),
     ({"type": "GMSA", "every": 1, "window_size": 8}, "attention.window_size: unknown; did you mean 'window_sizes'?"),
     ([{"type": "LCoA", "every": 1}, {"type": "LCoA"}], "attention.1: must have one of"),
-    (["LCoA"], "attention.0: must be a map with a key 'type', got 'LCoA'"),
-    (3, "attention: must be a name, a map, a list of maps or ~ (no attention), got 3"),
+    (["LCoA"], "attention.0: must be a mapping with a key 'type', got 'LCoA'"),
+    (3, "attention: must be a name, a mapping, a list of mappings or ~ (no attention), got 3"),
     ("LCoB", "attention.type: no layer named 'LCoB'; did you mean 'LCoA'?"),
 ]
 
@@ -297,7 +297,7 @@ def test_wrong_attention_is_explained(attention: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(("block", "message"), [
-    ("ELAB", "block: must be a map with a key 'type' or ~ (the network's own), got 'ELAB'"),
+    ("ELAB", "block: must be a mapping with a key 'type' or ~ (the network's own blocks), got 'ELAB'"),
     ({"share": 2}, "block.type: missing; it has no default"),
     ({"type": 3}, "block.type: must be a string, got 3"),
     ({"type": "ELABB"}, "block.type: no layer named 'ELABB'; did you mean 'ELAB'?"),
@@ -358,5 +358,5 @@ def test_sharing_needs_something_to_share() -> None:
 @pytest.mark.parametrize("image", [torch.zeros(1, 3, 4, 4, dtype=torch.uint8), None, [0.5]])
 def test_an_image_that_is_no_tensor_of_floating_point_is_refused(image: object) -> None:
     """Bytes in 0..255 would pass for an image in 0..1 and give garbage."""
-    with pytest.raises(ShapeError, match=r"^x must be a tensor of images of floating point, in about 0\.\.1, got "):
+    with pytest.raises(ShapeError, match=r"^x must be a floating-point tensor of images in about 0\.\.1, got "):
         EDSR(num_feat=4, num_block=1)(image)

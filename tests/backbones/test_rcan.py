@@ -81,7 +81,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"squeeze_factor": 9}, "squeeze_factor: must be at most num_feat, 8, so that a channel stays, got 9"),
+    ({"squeeze_factor": 9}, "squeeze_factor: must be at most num_feat, 8, got 9"),
     ({"num_group": 0}, "num_group must be >= 1, got 0"),
     ({"attention": {"type": "LCoA", "every": 5}}, "attention.every: must hit at least one of the 4 blocks, got 5"),
     ({"atention": None}, "atention: unknown; did you mean 'attention'?"),

@@ -532,7 +532,7 @@ MALFORMED = [
     ({f"{NET}.network": {"type": "LCoAN", "num_feats": 3}}, r"network_g\.network\.num_feats: unknown; did you mean"),
     ({f"{NET}.attention": ...}, r"network_g\.attention: missing"),
     ({f"{NET}.attention": 3}, r"network_g\.attention: must be a string or a mapping or a list or ~ \(nothing\), got 3"),
-    ({f"{NET}.attention": []}, r"network_g\.attention: must be a name, a map or a list of maps, got \(\)"),
+    ({f"{NET}.attention": []}, r"network_g\.attention: must be a name, a mapping or a list of mappings, got \(\)"),
     ({f"{NET}.attension": {}}, r"network_g\.attension: unknown; did you mean 'attention'\?"),
     ({f"{NET}.attention.type": "LCAo"}, r"network_g\.attention\.type: no layer named 'LCAo'; did you mean 'LCoA'\?"),
     ({f"{NET}.attention.chunk_size": 0}, r"network_g\.attention\.chunk_size: must be >= 1, got 0"),

@@ -110,7 +110,7 @@ MALFORMED = [
     ({f"{NET}.block": {"type": "ELAB", "shar": 2}}, r"network_g\.block\.shar: unknown; did you mean 'share'\?"),
     ({f"{NET}.block": {"type": "ELAB", "expansion": 0}}, r"network_g\.block\.expansion: must be >= 1, got 0"),
     ({f"{NET}.block": {"share": 2}}, r"network_g\.block\.type: missing"),
-    ({f"{NET}.block": "ELAB"}, r"network_g\.block: must be a map with a key 'type' or ~ .*, got 'ELAB'"),
+    ({f"{NET}.block": "ELAB"}, r"network_g\.block: must be a mapping with a key 'type' or ~ .*, got 'ELAB'"),
     (
         {f"{NET}.block": {"type": "ELAB"}, "train.pretrain_img_range": 255.0},
         r"train\.pretrain_img_range: must be ~ unless .* without block, .* it is SparseEDSR with block",

@@ -169,7 +169,7 @@ def test_what_timm_itself_refuses_is_passed_on() -> None:
 def test_a_layer_that_changes_the_size_is_refused() -> None:
     layer = make("splat", kernel_size=4)
     with pytest.raises(
-        ShapeError, match=r"SplitAttn makes \(2, 8, 6, 8\) of \(2, 8, 5, 7\); kernels of odd size keep it"
+        ShapeError, match=r"SplitAttn returns \(2, 8, 6, 8\) for \(2, 8, 5, 7\); use a kernel of odd size"
     ):
         layer(features())
 

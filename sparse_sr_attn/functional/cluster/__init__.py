@@ -1,15 +1,15 @@
 r"""Attention over chunks of tokens sorted by cluster: the pattern, its weights, and their application.
 
-LSP of LCoAN is `cluster_weights`; CoA is `apply_cluster_weights`; `cluster_attention` is one after the other without
-storing the weights. Each has two backends, equal to each other, and what stores no weights has four:
+`cluster_weights` computes the LSP of LCoAN, `apply_cluster_weights` its CoA, and `cluster_attention` both without
+storing the weights. All backends give the same result. Functions that store weights have the first two, the others all:
 
-- *eager*: index masks and whole tensors, no branch and no loop; for export and for devices that like large batches;
-- *tiles*: a loop over a few chunks at a time, so that scores stay in cache, inside an operator that compilers do not
-  look into; for the CPU;
+- *eager*: index masks and whole tensors, without branches or loops; for export and for devices that like large batches;
+- *tiles*: a loop over a few chunks at a time, so that scores stay in cache, inside an operator that is opaque to
+  compilers; for the CPU;
 - *triton*: kernels that read and write rows by token, for GPUs;
-- *flex*: torch's FlexAttention, compiled; on request.
+- *flex*: torch's FlexAttention, compiled; only on request.
 
-`resolve_backend` tells which one runs on a device.
+`resolve_backend` returns the one that runs on a device.
 
 Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chunks of $i$ slots. Chunk $t$ sees the
 chunks $t-a, \dots, t+a$ (mod $k$), in this order, or those that `pattern.neighbors` lists.
@@ -61,19 +61,25 @@ def cluster_pattern(
         assignment: the cluster of each token, in image order, >= 0.
         chunk_size: slots in a chunk, >= 1. Memory of weights grows as `n * chunk_size`.
         num_adjacent: neighbouring chunks seen on each side, >= 0.
-        exact_keys: whether each key counts once. With `False`, as published, the slots that fill the last chunk
-            repeat the last tokens visibly, and a chunk that is a neighbour twice counts twice.
-        place: of the cluster of each token among the clusters, as `order.chain_rank` gives it; `None` for the order of
-            their indices, as published.
+        exact_keys: whether each key counts once. With `False`, as published, the slots that pad the last chunk repeat
+            the last tokens and count, and a chunk that is a neighbour twice counts twice.
+        place: position of each token's cluster in the order of clusters, from `order.chain_rank`; `None` to order
+            clusters by index, as published.
 
     Returns:
-        The pattern. Ties do not exist (sorted by the cluster's place, then position): it is the same on every device.
+        The pattern. Tokens are sorted by cluster, then by position, so there are no ties and every device gives the
+        same result.
 
     Raises:
         ValueError: `chunk_size < 1` or `num_adjacent < 0`.
 
     Source:
         LSP of LCoAN (arXiv 2404.04922). Deviation: the released sort is unstable, hence not reproducible.
+
+    Examples:
+        >>> pattern = cluster_pattern(torch.tensor([[1, 0, 1, 0, 2]]), chunk_size=2)
+        >>> pattern.order  # cluster 0, then 1, then 2
+        tensor([[1, 3, 0, 2, 4]])
     """
     if chunk_size < 1 or num_adjacent < 0:
         raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
@@ -84,42 +90,53 @@ def cluster_pattern(
 
 
 def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:
-    r"""Return the pattern in which each chunk sees the chunks of the most similar keys, not those beside it.
+    r"""Return a pattern in which each chunk sees the chunks with the most similar keys instead of the adjacent ones.
 
-    Chunk $t$ sees itself and the $2a$ others of largest $\langle \bar k_t, \bar k_s \rangle$, with $a$ the pattern's
-    `num_adjacent` and $\bar k_s$ the mean of the keys of chunk $s$, each at unit length.
+    Chunk $t$ sees itself and the $2a$ others of largest $\langle \bar k_t, \bar k_s \rangle$, where $a$ is the
+    pattern's `num_adjacent` and $\bar k_s$ the mean of the unit-length keys of chunk $s$.
 
     Args:
         pattern: from `cluster_pattern`, with exact keys.
         key: one row per token, in image order.
 
     Returns:
-        The pattern with `neighbors`: as many keys to a token as before. Similarities are compared in steps of
+        The pattern with `neighbors`. A token sees as many keys as before. Similarities are compared in steps of
         2**-20, and the lower chunk wins a tie. If there are fewer chunks, each counts once.
 
     Raises:
-        ShapeError: `pattern` orders another number of tokens than `key` has.
-        ValueError: `pattern` counts keys as published, which is defined on the ring only.
+        ShapeError: `pattern` and `key` have different numbers of tokens.
+        ValueError: `pattern` counts keys as published, which is defined only on the ring.
 
     Note:
         No gradient flows through the choice. Time grows with the square of the number of chunks; memory does not,
-        but for plain code (export, transforms of `torch.func`).
+        except in eager code (export, transforms of `torch.func`).
+
+    Examples:
+        >>> key, assignment = torch.rand(1, 16, 8), torch.randint(4, (1, 16))
+        >>> pattern = with_nearest_chunks(cluster_pattern(assignment, chunk_size=2), key)
+        >>> pattern.neighbors.shape  # 8 chunks, each sees itself and 2 others
+        torch.Size([1, 8, 3])
     """
     if not pattern.exact_keys:
-        raise ValueError("nearest chunks need exact_keys=True, got False: the published counting is of a ring")
+        raise ValueError("nearest chunks need exact_keys=True, got False: the published counting needs a ring")
     means = mean_keys(pattern, key)
     return pattern._replace(neighbors=nearest_rows(means, 2 * pattern.num_adjacent + 1))
 
 
 def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Tensor, "b k d"]:
-    """Return the mean of the keys of each chunk, each at unit length, in float32 at least; without gradient.
+    """Return the mean of the unit-length keys of each chunk, in float32 or higher, without gradient.
 
     Args:
         pattern: from `cluster_pattern`, with exact keys.
         key: one row per token, in image order.
 
     Raises:
-        ShapeError: `pattern` orders another number of tokens than `key` has.
+        ShapeError: `pattern` and `key` have different numbers of tokens.
+
+    Examples:
+        >>> pattern = cluster_pattern(torch.randint(4, (1, 16)), chunk_size=4)
+        >>> mean_keys(pattern, torch.rand(1, 16, 8)).shape
+        torch.Size([1, 4, 8])
     """
     _check(pattern, key)
     with without_autocast(key):
@@ -130,15 +147,21 @@ def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Ten
 
 
 def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Tensor, "b s j"], Bool[Tensor, "b s j"]]:
-    """Return which keys tokens attend to.
+    """Return the keys that some tokens attend to.
 
     Args:
         pattern: from `cluster_pattern`.
-        tokens: the queries, by their place in image order.
+        tokens: indices of the queries, in image order.
 
     Returns:
-        The keys of each query, by their place in image order, and which of them count. With `exact_keys` no key
+        The indices of each query's keys, in image order, and a mask of those that count. With `exact_keys` no key
         counts twice.
+
+    Examples:
+        >>> pattern = cluster_pattern(torch.tensor([[0, 1, 0, 1, 0, 1]]), chunk_size=3, num_adjacent=0)
+        >>> keys, counts = seen_keys(pattern, torch.tensor([1]))
+        >>> keys[counts]  # the keys of token 1
+        tensor([1, 3, 5])
     """
     eager = Eager(pattern)
     keys = eager._with_adjacent(eager.token.view(len(eager.order), eager.layout.num_chunks, -1, 1))[..., 0]
@@ -158,7 +181,7 @@ def cluster_weights(
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "b k i j"]:
-    r"""Softmax weights of every slot over its own chunk and the adjacent ones.
+    r"""Return the softmax weights of every slot over its own chunk and the adjacent ones.
 
     $$P_t = \mathrm{softmax}(\mathrm{scale} \cdot Q_t [K_{t-a}, \dots, K_{t+a}]^\top)$$
 
@@ -167,28 +190,34 @@ def cluster_weights(
     Args:
         query: one row per token, in image order.
         key: one row per token, in image order.
-        pattern: from `cluster_pattern`, of as many tokens.
+        pattern: from `cluster_pattern`, with the same number of tokens.
         scale: factor on the dot products, dimensionless.
-        normalize_keys: bring keys to unit length first, as `unit_keys` does; tiles do so without a copy of all keys.
+        normalize_keys: scale keys to unit length first, like `l2_normalize`; tiles do this without copying all keys.
         dtype: of the result; `None` for float32, or that of the query if higher.
-        backend: "eager", "tiles", or "auto": tiles on the CPU, eager elsewhere and for export.
+        backend: "eager", "tiles", or "auto" for tiles on the CPU and eager elsewhere and for export.
 
     Returns:
-        Weights in slot order, $j = (2a + 1)\,i$, in float32 at least. Rows of real slots sum to 1; slots that do not
-        exist and chunks met twice (because $k < 2a + 1$) have weight 0, so no token counts twice. Rows of slots past
-        the last token mean nothing.
+        Weights in slot order, $j = (2a + 1)\,i$, in float32 or higher. Rows of tokens sum to 1. Empty slots and chunks
+        that appear twice (because $k < 2a + 1$) have weight 0, so no token counts twice. Rows of slots past the last
+        token are undefined.
 
     Raises:
-        BackendError: `backend` was asked for by name and stores no weights.
-        ShapeError: `pattern` orders another number of tokens than `query` has.
+        BackendError: `backend` was requested by name and stores no weights.
+        ShapeError: `pattern` and `query` have different numbers of tokens.
 
     Note:
-        Differentiable in `query` and `key`; the pattern carries no gradient. Dense attention is the case
-        `chunk_size >= n`. Oracle: `reference.cluster`.
+        Differentiable in `query` and `key`; the pattern carries no gradient. Equals dense attention if
+        `chunk_size >= n`. Reference implementation: `reference.cluster`.
 
     Source:
-        LSP of LCoAN (arXiv 2404.04922, section 1 of its released code's behaviour), which has its key chunks in the
-        order own, previous, next: the same weights.
+        LSP of LCoAN (arXiv 2404.04922). Its released code orders the key chunks as own, previous, next, which gives
+        the same weights.
+
+    Examples:
+        >>> query, key, assignment = torch.rand(1, 16, 8), torch.rand(1, 16, 8), torch.randint(4, (1, 16))
+        >>> pattern = cluster_pattern(assignment, chunk_size=4)
+        >>> cluster_weights(query, key, pattern).shape  # 4 chunks of 4 slots, each sees 3 chunks
+        torch.Size([1, 4, 4, 12])
     """
     return _weights(query, key, pattern, scale, normalize_keys, dtype, backend, with_lse=False)[0]
 
@@ -204,7 +233,7 @@ def _weights(
     *,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the weights and, `with_lse`, the logsumexp of the same scores."""
+    """Return the weights and, if `with_lse`, the logsumexp of the same scores."""
     _check(pattern, query, key)
     dtype = dtype or working_precision(query)
     if _tiled(backend, query):
@@ -227,32 +256,39 @@ def apply_cluster_weights(
     *,
     backend: Backend = "auto",
 ) -> Float[Tensor, "b n e"]:
-    """Gather values by weights: the second half of attention, for values that the weights were not made with.
+    """Apply attention weights to values; the second half of attention.
 
     Args:
-        weights: from `cluster_weights` under the same pattern.
+        weights: from `cluster_weights` with the same pattern.
         value: one row per token, in image order.
-        pattern: of as many tokens.
+        pattern: the one that the weights were computed with.
         backend: as in `cluster_weights`.
 
     Returns:
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
-        BackendError: `backend` was asked for by name and stores no weights.
-        ShapeError: `pattern`, `weights` and `value` are not of one size.
+        BackendError: `backend` was requested by name and stores no weights.
+        ShapeError: the sizes of `pattern`, `weights` and `value` do not agree.
 
     Note:
         Differentiable in `weights` and `value`.
 
     Source:
         CoA of LCoAN (arXiv 2404.04922).
+
+    Examples:
+        >>> query, key, value = torch.rand(3, 1, 16, 8).unbind()
+        >>> pattern = cluster_pattern(torch.randint(4, (1, 16)), chunk_size=4)
+        >>> weights = cluster_weights(query, key, pattern)
+        >>> apply_cluster_weights(weights, value, pattern).shape
+        torch.Size([1, 16, 8])
     """
     _check(pattern, value)
     layout = ClusterLayout.of(pattern)
     expected = (value.shape[0], layout.num_chunks, layout.chunk_size, layout.num_offsets * layout.chunk_size)
     if tuple(weights.shape) != expected:
-        raise ShapeError(f"weights under this pattern must be of shape {expected}, got {tuple(weights.shape)}")
+        raise ShapeError(f"weights with this pattern must be of shape {expected}, got {tuple(weights.shape)}")
     if _tiled(backend, value):
         return tiles.apply_op(weights, value, *_unpack(pattern))
     with without_autocast(value):
@@ -276,20 +312,26 @@ def cluster_attention(
         query: one row per token, in image order.
         key: one row per token, in image order.
         value: one row per token, in image order.
-        pattern: from `cluster_pattern`, of as many tokens.
+        pattern: from `cluster_pattern`, with the same number of tokens.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
-        backend: as `resolve_backend` takes it; all but eager save the memory of the weights.
+        backend: as in `resolve_backend`; all but eager save the memory of the weights.
 
     Returns:
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
-        BackendError: `backend` was asked for by name and cannot run here.
-        ShapeError: `pattern` orders another number of tokens than there are.
+        BackendError: `backend` was requested by name and cannot run here.
+        ShapeError: `pattern` has another number of tokens than the rows.
 
     Note:
         Differentiable in `query`, `key` and `value` (flex: on GPUs); the backward recomputes the weights.
+
+    Examples:
+        >>> query, key, value = torch.rand(3, 1, 16, 8).unbind()
+        >>> pattern = cluster_pattern(torch.randint(4, (1, 16)), chunk_size=4)
+        >>> cluster_attention(query, key, value, pattern, scale=8**-0.5).shape
+        torch.Size([1, 16, 8])
     """
     return _attention(query, key, value, pattern, scale, normalize_keys, backend, with_lse=False)[0]
 
@@ -305,7 +347,7 @@ def _attention(
     *,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention and, `with_lse`, the logsumexp of the same scores."""
+    """Return the attention and, if `with_lse`, the logsumexp of the same scores."""
     _check(pattern, query, key, value)
     backend = _backend(backend, query)
     if backend == "tiles":
@@ -339,20 +381,25 @@ def cluster_lse(
     Args:
         query: one row per token, in image order.
         key: one row per token, in image order.
-        pattern: from `cluster_pattern`, of as many tokens.
+        pattern: from `cluster_pattern`, with the same number of tokens.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
         backend: as in `cluster_attention`.
 
     Returns:
-        One number per token, in image order, in float32 at least: how much similar the pattern shows to a token.
+        One number per token, in image order, in float32 or higher: the log of the softmax denominator.
 
     Raises:
-        BackendError: `backend` was asked for by name and cannot run here.
-        ShapeError: `pattern` orders another number of tokens than `query` has.
+        BackendError: `backend` was requested by name and cannot run here.
+        ShapeError: `pattern` and `query` have different numbers of tokens.
 
     Note:
         Differentiable in `query` and `key`.
+
+    Examples:
+        >>> pattern = cluster_pattern(torch.randint(4, (1, 16)), chunk_size=4)
+        >>> cluster_lse(torch.rand(1, 16, 8), torch.rand(1, 16, 8), pattern).shape
+        torch.Size([1, 16])
     """
     _check(pattern, query, key)
     backend = _backend(backend, query)
@@ -381,17 +428,17 @@ def cluster_attention_rounds(
     normalize_keys: bool = False,
     backend: Backend = "auto",
 ) -> Float[Tensor, "b n e"]:
-    r"""Return cluster attention in several rounds, in which a key counts once for each round that shows it.
+    r"""Return cluster attention over several rounds, in which a key counts once for each round that contains it.
 
-    It is `cluster_weights_rounds` without storing the weights: $\sum_r Z_r O_r / \sum_r Z_r$, with the attention
-    $O_r$ of each round and the normaliser $Z_r$ of its softmax.
+    Equals applying `cluster_weights_rounds` without storing the weights: $\sum_r Z_r O_r / \sum_r Z_r$, with the output
+    $O_r$ of each round and the denominator $Z_r$ of its softmax.
 
     Args:
         query: one row per token, in image order.
         key: one row per token, in image order.
         value: one row per token, in image order.
-        pattern: of `b * num_rounds` samples: the rounds of a sample one after the other.
-        num_rounds: patterns of each sample, >= 1.
+        pattern: for `b * num_rounds` samples; the rounds of a sample follow each other.
+        num_rounds: patterns per sample, >= 1.
         scale: factor on the dot products, dimensionless.
         normalize_keys: as in `cluster_weights`.
         backend: as in `cluster_attention`.
@@ -400,11 +447,17 @@ def cluster_attention_rounds(
         One row per token, in image order, in the dtype of `value`.
 
     Raises:
-        BackendError: `backend` was asked for by name and cannot run here.
-        ShapeError: `pattern` orders another number of samples or tokens.
+        BackendError: `backend` was requested by name and cannot run here.
+        ShapeError: `pattern` has another number of samples or tokens.
 
     Source:
         NLSA (Mei et al., CVPR 2021).
+
+    Examples:
+        >>> query, key, value = torch.rand(3, 1, 16, 8).unbind()
+        >>> pattern = cluster_pattern(torch.randint(4, (2, 16)), chunk_size=4)  # two rounds of one sample
+        >>> cluster_attention_rounds(query, key, value, pattern, num_rounds=2).shape
+        torch.Size([1, 16, 8])
     """
     if num_rounds == 1:
         return cluster_attention(
@@ -429,15 +482,15 @@ def cluster_weights_rounds(
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "br k i j"]:
-    r"""Return the weights of attention in several rounds, whose sum over the rounds is one attention.
+    r"""Return the weights of attention over several rounds, one softmax over the keys of all rounds.
 
-    A round with more similar keys counts more: $P_r \leftarrow P_r\, Z_r / \sum_{r'} Z_{r'}$ with
-    $Z_r = \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys that the round sees.
+    A round with more similar keys gets more weight: $P_r \leftarrow P_r\, Z_r / \sum_{r'} Z_{r'}$ with
+    $Z_r = \sum_j \exp(\mathrm{scale} \cdot \langle q, k_j \rangle)$ over the keys of the round.
 
     Args:
         query: one row per token, in image order.
         key: one row per token, in image order.
-        pattern: of `b * num_rounds` samples: the rounds of a sample one after the other.
+        pattern: for `b * num_rounds` samples; the rounds of a sample follow each other.
         num_rounds: $r$, >= 1.
         scale: as in `cluster_weights`.
         normalize_keys: as in `cluster_weights`.
@@ -445,14 +498,20 @@ def cluster_weights_rounds(
         backend: as in `cluster_weights`.
 
     Returns:
-        Weights as of `cluster_weights`, whose rows sum to 1 over the rounds together.
+        Weights as from `cluster_weights`; the rows of a token sum to 1 over all rounds together.
 
     Raises:
-        BackendError: `backend` was asked for by name and stores no weights.
-        ShapeError: `pattern` orders another number of samples or tokens.
+        BackendError: `backend` was requested by name and stores no weights.
+        ShapeError: `pattern` has another number of samples or tokens.
 
     Source:
         NLSA (Mei et al., CVPR 2021), a softmax over each round's logsumexp.
+
+    Examples:
+        >>> query, key = torch.rand(2, 1, 16, 8).unbind()
+        >>> pattern = cluster_pattern(torch.randint(4, (2, 16)), chunk_size=4)  # two rounds of one sample
+        >>> cluster_weights_rounds(query, key, pattern, num_rounds=2).shape
+        torch.Size([2, 4, 4, 12])
     """
     if num_rounds == 1:
         return cluster_weights(
@@ -469,7 +528,7 @@ def _check(pattern: ClusterPattern, *rows: Tensor) -> None:
     for tensor in rows:
         if tensor.ndim != 3 or tensor.shape[:2] != pattern.order.shape:
             raise ShapeError(
-                f"pattern must order the tokens of rows (b, n, c); it orders (b, n) = {tuple(pattern.order.shape)}, "
+                f"pattern must have the tokens of the rows (b, n, c); it has (b, n) = {tuple(pattern.order.shape)}, "
                 f"got rows of shape {tuple(tensor.shape)}"
             )
 
@@ -482,10 +541,10 @@ def _backend(backend: Backend, query: Tensor) -> Backend:
 
 
 def _tiled(backend: Backend, rows: Tensor) -> bool:
-    """Whether weights that are stored are made or applied by tiles."""
+    """Return whether stored weights are computed or applied by tiles."""
     if backend in ("flex", "triton"):
         raise BackendError(
-            f"backend {backend!r} stores no weights, and weights were asked for; 'eager' works on any device"
+            f"this operation stores weights, which backend {backend!r} cannot; 'eager' works on any device"
         )
     return resolve_backend(backend, rows.device) == "tiles"
 

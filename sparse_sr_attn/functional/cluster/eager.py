@@ -1,4 +1,4 @@
-"""Cluster attention on whole tensors: no loop and no branch, for export and where nothing is faster."""
+"""Cluster attention on whole tensors, without loops or branches: for export and devices without a faster backend."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from sparse_sr_attn.states import ClusterPattern
 
 
 class Eager:
-    """Cluster attention on whole tensors under one pattern."""
+    """Cluster attention on whole tensors with one pattern."""
 
     def __init__(self, pattern: ClusterPattern) -> None:
         self.order, self.neighbors = pattern.order, pattern.neighbors
@@ -25,7 +25,7 @@ class Eager:
         return scores.masked_fill(~self.visible[..., None, :], float("-inf"))
 
     def apply(self, weights: Float[Tensor, "b k i j"], value: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
-        """Return the values that weights gather, in image order."""
+        """Return the weighted sums of values, in image order."""
         return self.to_tokens(weights @ self._with_adjacent(self.chunks(value)))
 
     def lse(self, scores: Float[Tensor, "b k i j"]) -> Float[Tensor, "b n"]:
@@ -40,7 +40,7 @@ class Eager:
         return chunks.flatten(1, 2).gather(1, inverse[..., None].expand(-1, -1, chunks.shape[-1]))
 
     def chunks(self, rows: Float[Tensor, "b n c"]) -> Float[Tensor, "b k i c"]:
-        """Return the row at each slot; slots past the last token repeat some token."""
+        """Return the row at each slot; slots past the last token repeat a token."""
         index = self.token[..., None].expand(-1, -1, rows.shape[-1])
         of_slots = rows.gather(1, index)
         return of_slots.view(rows.shape[0], self.layout.num_chunks, self.layout.chunk_size, rows.shape[-1])

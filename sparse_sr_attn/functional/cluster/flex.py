@@ -1,9 +1,9 @@
 """Cluster attention by torch's FlexAttention: sorted rows under a block mask.
 
-Queries stand in slot order. Keys do, too, but the last chunks stand once more before the first one and the first ones
-after the last, so that what a chunk sees is one run of slots, in which each counts as often as it should. The kernel is
-compiled once for all image sizes of a chunk size (once more for the second one, from which torch learns what varies).
-Where a table says which chunks a chunk sees, keys stand in slot order and the table becomes the mask.
+Queries are in slot order. So are keys, but the last chunks are repeated before the first one and the first ones after
+the last, so that each chunk sees one contiguous run of slots. The kernel is compiled once per chunk size for all image
+sizes (and once more for the second size, from which torch learns what varies). If a table lists the neighbours of each
+chunk, keys are not repeated and the table becomes the mask.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ _compiled: Callable[..., Any] | None = None
 def cluster_attention(
     query: Tensor, key: Tensor, value: Tensor, pattern: ClusterPattern, scale: float, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return `cluster.cluster_attention`, in float32 inside, and, `with_lse`, `cluster.cluster_lse`.
+    """Return `cluster.cluster_attention`, computed in float32, and, if `with_lse`, `cluster.cluster_lse`.
 
     Raises:
-        BackendError: an input is in float64, a gradient or the logsumexp is wanted on the CPU, or torch cannot build
-            the kernel.
+        BackendError: an input is float64, a gradient or the logsumexp is needed on the CPU, or torch cannot build the
+            kernel.
     """
     _check(query, key, value)
     request = {}
@@ -63,7 +63,7 @@ def _rows(rows: Tensor, token: Tensor) -> Tensor:
 
 
 def _seen(pattern: ClusterPattern, block: int) -> tuple[Tensor, Any]:
-    """Return the slot at each place of the keys, and which blocks of so many queries see which blocks of keys."""
+    """Return the slot of each key, and the block mask for blocks of `block` queries and keys."""
     layout, device = ClusterLayout.of(pattern), pattern.order.device
     if pattern.neighbors is not None:
         return torch.arange(layout.num_slots, device=device), _table_mask(layout, pattern.neighbors, block)
@@ -73,7 +73,7 @@ def _seen(pattern: ClusterPattern, block: int) -> tuple[Tensor, Any]:
 
 
 def _table_mask(layout: ClusterLayout, neighbors: Tensor, block: int) -> Any:
-    """Return which blocks of queries see which blocks of keys by a table of the chunks that each chunk sees."""
+    """Return the block mask for a table of the chunks that each chunk sees."""
     from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
 
     i, k, device = layout.chunk_size, layout.num_chunks, neighbors.device
@@ -105,17 +105,17 @@ def _table_mask(layout: ClusterLayout, neighbors: Tensor, block: int) -> Any:
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many columns are chosen in each row of tables (b, r, c), and which, for all heads."""
+    """Return the number of chosen columns in each row of tables (b, r, c), and their indices, for all heads."""
     front = chosen.int().argsort(dim=2, descending=True, stable=True)
     return chosen.sum(dim=2, dtype=torch.int32)[:, None], front.int()[:, None]
 
 
 def _block_mask(layout: ClusterLayout, seen: Tensor, block: int) -> Any:
-    """Return which blocks of queries see which blocks of keys on the ring.
+    """Return the block mask for a ring of chunks.
 
     Args:
-        layout: of the pattern.
-        seen: the slot at each place of the keys.
+        layout: layout of the pattern.
+        seen: the slot of each key.
         block: slots in a block.
     """
     from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
@@ -170,8 +170,8 @@ def _check(*rows: Tensor) -> None:
         raise BackendError(f"backend 'flex' computes in float32, got {wide[0]}; 'tiles' and 'eager' compute in it")
     if rows[0].device.type == "cpu" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in rows):
         raise BackendError(
-            "backend 'flex' has no gradient on 'cpu', and an input requires one; 'tiles' and 'eager' have, and "
-            "torch.no_grad() does without"
+            "backend 'flex' has no gradient on 'cpu', and an input requires one; 'tiles' and 'eager' have, or use "
+            "torch.no_grad()"
         )
 
 

@@ -1,4 +1,4 @@
-"""How sorted tokens fill chunks, and which chunks see which: what all backends of cluster attention agree on."""
+"""How sorted tokens fill chunks, and which chunks see which; shared by all backends of cluster attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class ClusterLayout:
     """How `num_tokens` sorted tokens fill chunks, and which chunks see which.
 
     Attributes:
-        num_tokens: tokens of a sample.
-        chunk_size: slots in a chunk; with exact keys cut to the number of tokens.
-        num_chunks: enough for all tokens.
-        num_adjacent: chunks seen on each side, or half of those seen beside a chunk's own.
+        num_tokens: tokens per sample.
+        chunk_size: slots in a chunk; with exact keys at most the number of tokens.
+        num_chunks: number of chunks needed for all tokens.
+        num_adjacent: chunks seen on each side; with `nearest`, half the number of chunks seen besides a chunk's own.
         exact_keys: whether each key counts once.
-        nearest: whether a table says which chunks a chunk sees (`ClusterPattern.neighbors`), and not the ring.
+        nearest: whether a table (`ClusterPattern.neighbors`) rather than the ring defines the chunks that a chunk sees.
     """
 
     num_tokens: int
@@ -47,7 +47,7 @@ class ClusterLayout:
         num_adjacent: int,
         exact_keys: bool,
     ) -> "ClusterLayout":
-        """Return the layout of a pattern in parts, as operators take it."""
+        """Return the layout of a pattern given by its fields, as operators take them."""
         num_tokens = order.shape[1]
         if exact_keys:
             chunk_size = smaller(chunk_size, num_tokens)
@@ -56,16 +56,16 @@ class ClusterLayout:
 
     @property
     def num_slots(self) -> int:
-        """Places in all chunks, those past the last token too."""
+        """Number of slots in all chunks, including those past the last token."""
         return self.num_chunks * self.chunk_size
 
     @property
     def num_offsets(self) -> int:
-        """Chunks that a chunk sees, itself included."""
+        """Number of chunks that a chunk sees, including itself."""
         return 2 * self.num_adjacent + 1
 
     def rank(self, slot: Int[Tensor, "*s"]) -> Int[Tensor, "*s"]:
-        """Return which of the sorted tokens stands at a slot; past the last token, the one that fills it."""
+        """Return the index in `order` of the token at a slot; past the last token, of the one that pads it."""
         if self.exact_keys:
             # A token of the same chunk: weight 0 hides a number, but not a NaN from a chunk that must not be seen.
             return slot.clamp(max=self.num_tokens - 1)
@@ -74,16 +74,16 @@ class ClusterLayout:
 
     @property
     def counted(self) -> tuple[int, int]:
-        """Which places among the chunks that a chunk sees count, as the first one and the one after the last.
+        """The range of offsets that count among the chunks that a chunk sees, as (first, last + 1).
 
-        On a ring several places may lead to the same chunk, of which those around the middle count; in a table, all
-        chunks stand in the first places.
+        On a ring several offsets may lead to the same chunk; those around the middle count. In a table, the first
+        entries count.
         """
         first = 0 if self.nearest else self.num_adjacent - (self.num_chunks - 1) // 2
         return first, first + self.num_chunks
 
     def visible(self, slot: Int[Tensor, "*t j"]) -> Bool[Tensor, "*t j"]:
-        """Return which key slots of chunks (rows of `slot`, their keys) count."""
+        """Return a mask of the key slots that count; each row of `slot` lists the keys of a chunk."""
         if not self.exact_keys:
             return torch.ones_like(slot, dtype=torch.bool)
         # A quotient and not `repeat_interleave`, which ONNX export gets wrong for a number that depends on the image.
@@ -97,7 +97,7 @@ class ClusterLayout:
         return [(chunk + offset) % self.num_chunks for offset in range(-a, a + 1)]
 
     def hidden(self, seen: Sequence[int]) -> list[slice]:
-        """Return which keys of a chunk that sees these chunks do not count, as runs of them: all not `visible`."""
+        """Return the keys that do not count for a chunk that sees these chunks, as slices: those not `visible`."""
         if not self.exact_keys:
             return []
         i, tail = self.chunk_size, self.num_slots - self.num_tokens

@@ -1,4 +1,4 @@
-"""Which chunks of sorted tokens are similar: the neighbours of a chunk by content."""
+"""The neighbours of a chunk by content: the chunks whose mean keys are most similar."""
 
 import torch
 from jaxtyping import Float, Int
@@ -16,15 +16,22 @@ _PAIRS_ELSEWHERE = 2**24  # few kernels
 
 
 def nearest_rows(rows: Float[Tensor, "b k d"], num: int) -> Int[Tensor, "b k m"]:
-    """Return for each row its own index, then those of the most similar others, the most similar first.
+    """Return for each row its own index, followed by those of the most similar other rows in descending order.
 
     Args:
-        rows: of length at most 1.
-        num: how many indices, >= 1, its own included.
+        rows: vectors of norm at most 1.
+        num: number of indices, >= 1, including the row's own.
 
     Returns:
-        Of fewer rows than `num`, each once, then the own index again. Products are compared in steps of 2**-20, one
-        with NaN as 0; the lower index wins a tie.
+        Indices. With fewer than `num` rows, each appears once and the own index fills the rest. Dot products are
+        compared in steps of 2**-20, NaN as 0; the lower index wins a tie.
+
+    Examples:
+        >>> nearest_rows(torch.eye(4)[None, [0, 1, 0, 1]], 2)
+        tensor([[[0, 2],
+                 [1, 3],
+                 [2, 0],
+                 [3, 1]]])
     """
     rows = rows.detach()
     if needs_plain_code():
@@ -34,7 +41,7 @@ def nearest_rows(rows: Float[Tensor, "b k d"], num: int) -> Int[Tensor, "b k m"]
 
 
 def _nearest(some: Tensor, rows: Tensor, own: Tensor, num: int, *, missing: int) -> Tensor:
-    """Return the answers for `some` of the rows, whose indices are `own`; up to `missing` rows are made up."""
+    """Return the result for `some` of the rows, whose indices are `own`; up to `missing` rows are padded."""
     batch, num_rows, _ = rows.shape
     steps = (some @ rows.transpose(1, 2)).nan_to_num_().mul_(_STEPS).round_().long()
     rank = steps.mul_(num_rows).sub_(torch.arange(num_rows, device=rows.device))  # no two alike

@@ -1,4 +1,4 @@
-"""An order of clusters in which neighbours are similar: the neighbouring chunks of a chunk become worth reading."""
+"""An order of clusters in which neighbours are similar, so that adjacent chunks hold similar tokens."""
 
 import torch
 from jaxtyping import Int
@@ -13,17 +13,22 @@ _STEPS = 2**24
 """Similarities are compared in steps of 2**-24, computed in float64: the same on every device."""
 
 _EVERY = 16
-"""Updates of the centroids after which the order follows them; also after 0, 1, 2, 4 and 8."""
+"""The order is recomputed after every so many updates of the centroids, and after 0, 1, 2, 4 and 8."""
 
 
 def chain_rank(centroids: Tensor) -> Int[Tensor, "k"]:
-    """Return the place of each cluster on a path that starts at cluster 0 and goes on to the most similar one left.
+    """Return the rank of each cluster on a greedy path from cluster 0 to the most similar remaining cluster.
 
     Args:
         centroids: (k, d); their cosines count, so they may be of any length.
 
     Returns:
         A permutation; the lowest index wins a tie.
+
+    Examples:
+        >>> centroids = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+        >>> chain_rank(centroids)  # 0, then 2, which is similar to both, then 1
+        tensor([0, 2, 1])
     """
     if centroids.is_meta:
         return torch.empty(len(centroids), dtype=torch.int64, device="meta")
@@ -39,18 +44,18 @@ def chain_rank(centroids: Tensor) -> Int[Tensor, "k"]:
 
 
 def order_clusters(centroids: Tensor, num_updates: Int[Tensor, ""], rank: Int[Tensor, "k"]) -> None:
-    """Let `rank` follow the centroids, in training: it becomes their `chain_rank` after some of their updates.
+    """Update `rank` in training: set it to the `chain_rank` of the centroids after some of their updates.
 
-    Between two forwards the centroids stay in place, so a recomputation of a forward finds the same ranks; nothing is
-    moved there.
+    Centroids do not move between two forwards, so a recomputation of a forward finds the same ranks; it updates
+    nothing.
 
     Args:
-        centroids: of k-means.
-        num_updates: of the centroids, as k-means counts them.
-        rank: moved in place.
+        centroids: the centroids of k-means.
+        num_updates: number of their updates so far.
+        rank: updated in place.
 
     Note:
-        On GPUs with triton one program walks along the path; elsewhere, the CPU does.
+        On GPUs with triton a single program computes the path; elsewhere, the CPU does.
     """
     _order_clusters(centroids.detach(), num_updates, rank)
 

@@ -1,8 +1,8 @@
-"""Cluster attention by tiles of a few chunks, as operators that compilers and autograd see whole.
+"""Cluster attention by tiles of a few chunks, as custom operators that are opaque to compilers and autograd.
 
-Scores of a tile stay in cache, and no operator keeps more than one tile of them but for the weights it returns. The
-backward of `attention` computes the weights again. Results are collected in sorted order and moved to image order in
-one go, because rows are read in any order several times faster than they are written so.
+Scores of a tile stay in cache, and no operator holds more than one tile of them, except for weights that it returns.
+The backward of `attention` recomputes the weights. Results are collected in sorted order and moved to image order at
+the end, because gathering rows is several times faster than scattering them.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ class _Tile:
 
     Attributes:
         start: the first chunk.
-        stop: the one after the last.
-        hidden: keys that do not count, as (chunk of the tile, keys).
+        stop: the last chunk + 1.
+        hidden: keys that do not count, as (chunk in the tile, keys).
     """
 
     start: int
@@ -37,19 +37,19 @@ class _Tile:
 
     @property
     def chunks(self) -> slice:
-        """The chunks, to index what has a row for each."""
+        """The chunks of the tile as a slice."""
         return slice(self.start, self.stop)
 
 
 class _Sorted:
     """The tokens of one sample in sorted order: its tiles, and rows in and out of them.
 
-    A tile reads its *halo*, the slots that any of its chunks sees. In the halo of the whole sample all chunks stand in
-    a row, and beyond each end those that the chunks there see at the other end.
+    A tile reads its *halo*, the slots that any of its chunks sees. The halo of the whole sample holds all chunks in
+    order, extended at each end by the chunks from the other end that are seen there.
     """
 
     reads_again: ClassVar[bool] = False
-    """Whether tiles have so much in common that work on a row should be done before it is read."""
+    """Whether tiles overlap so much that rows are best preprocessed once, before tiles read them."""
 
     def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout, reach: int | None = None) -> None:
         self.layout = layout
@@ -60,7 +60,7 @@ class _Sorted:
         self._slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
     def tiles(self, scores: int | None = None) -> Iterator[_Tile]:
-        """Yield all tiles, of about so many scores each."""
+        """Yield all tiles, of about `scores` scores each."""
         layout = self.layout
         step = max(1, (scores or _SCORES_PER_TILE) // (layout.num_offsets * layout.chunk_size**2))
         for start in range(0, layout.num_chunks, step):
@@ -73,7 +73,7 @@ class _Sorted:
         return self.layout.ring(chunk)
 
     def chunks(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t i c"]:
-        """Return the rows of a tile's chunks; slots past the last token repeat some token."""
+        """Return the rows of a tile's chunks; slots past the last token repeat a token."""
         first, last = (chunk * self.layout.chunk_size + self.margin for chunk in (tile.start, tile.stop))
         return self._chunks(rows.index_select(0, self._token[first:last]))
 
@@ -84,13 +84,13 @@ class _Sorted:
         return chunks
 
     def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
-        """Return the rows that each chunk of a tile sees, or `unit_keys` of them: overlapping views of its halo."""
+        """Return the rows that each chunk of a tile sees, with `unit` normalised: overlapping views of its halo."""
         i = self.layout.chunk_size
         halo = rows.index_select(0, self._token[tile.start * i : tile.stop * i + 2 * self.margin])
         return (l2_normalize(halo) if unit else halo).unfold(0, self.layout.num_offsets * i, i).transpose(1, 2)
 
     def slots(self, rows: Tensor) -> Float[Tensor, "s c"]:
-        """Return space for a row at each slot, like `rows`."""
+        """Return an uninitialized tensor with a row for each slot, like `rows`."""
         return rows.new_empty(self.layout.num_slots, rows.shape[-1])
 
     def at(self, slots: Float[Tensor, "s c"], tile: _Tile) -> Float[Tensor, "t i c"]:
@@ -106,20 +106,20 @@ class _Sorted:
             out.copy_(slots.index_select(0, self._slot))
 
     def halo(self, rows: Tensor) -> Float[Tensor, "h c"]:
-        """Return a sum, still 0, for each place of the halo, like `rows`."""
+        """Return zeros with a row for each position of the halo, like `rows`."""
         return rows.new_zeros(self.layout.num_slots + 2 * self.margin, rows.shape[-1])
 
     def send_back(
         self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
     ) -> None:
-        """Add what each chunk sends, its rows by weights, to the sums of all that it sees."""
+        """Add the weighted rows of each chunk to the sums of the slots that it sees."""
         i = self.layout.chunk_size
         for offset, part in enumerate(weights.split(i, dim=2)):
             first = (tile.start + offset) * i
             self._chunks(halo[first : first + (tile.stop - tile.start) * i]).baddbmm_(part.transpose(1, 2), rows)
 
     def halo_to_tokens(self, halo: Float[Tensor, "h c"], out: Float[Tensor, "n c"]) -> None:
-        """Write the sum over all places of each token to `out`."""
+        """Write the sum over all positions of each token to `out`."""
         layout, i = self.layout, self.layout.chunk_size
         slots = halo[self.margin : self.margin + layout.num_slots]
         for chunk in [
@@ -138,7 +138,7 @@ class _Sorted:
 
 
 class _Nearest(_Sorted):
-    """The same where a table says which chunks a chunk sees: there is no halo but the chunks themselves."""
+    """Like `_Sorted`, with a table of the chunks that each chunk sees. The halo is the chunks themselves."""
 
     reads_again: ClassVar[bool] = True
 
@@ -151,7 +151,7 @@ class _Nearest(_Sorted):
         return self._lists[chunk]
 
     def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
-        """Return the rows that each chunk of a tile sees, or `unit_keys` of them."""
+        """Return the rows that each chunk of a tile sees, with `unit` normalised."""
         token = self._token.view(self.layout.num_chunks, -1).index_select(0, self._neighbors[tile.chunks].flatten())
         seen = rows.index_select(0, token.flatten())
         return (l2_normalize(seen) if unit else seen).view(tile.stop - tile.start, -1, rows.shape[-1])
@@ -159,7 +159,7 @@ class _Nearest(_Sorted):
     def send_back(
         self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
     ) -> None:
-        """Add what each chunk sends, its rows by weights, to the sums of all that it sees."""
+        """Add the weighted rows of each chunk to the sums of the slots that it sees."""
         parts = torch.bmm(weights.transpose(1, 2), rows)
         chunk_length = self.layout.chunk_size * rows.shape[-1]
         halo.view(-1, chunk_length).index_add_(
@@ -168,7 +168,7 @@ class _Nearest(_Sorted):
 
 
 class _Scored:
-    """Queries and keys of one sample and what they make of its tiles; scores and gradients are in their precision."""
+    """Queries and keys of one sample, and the scores of its tiles, in working precision."""
 
     def __init__(
         self, tokens: _Sorted, query: Float[Tensor, "n d"], key: Float[Tensor, "n d"], scale: float, unit: bool
@@ -216,7 +216,7 @@ class _ScoreGrads:
         self._slots, self._halo = scored.tokens.slots(scored.query), scored.tokens.halo(scored.key)
 
     def add(self, grad_scores: Float[Tensor, "t i j"], tile: _Tile) -> None:
-        """Add what the scores of a tile send back; writes over `grad_scores`."""
+        """Add the gradients from the scores of a tile; overwrites `grad_scores`."""
         scored, tokens = self.scored, self.scored.tokens
         if scored.scale != 1:
             grad_scores.mul_(scored.scale)
@@ -230,7 +230,7 @@ class _ScoreGrads:
         tile: _Tile,
         grad_lse: Float[Tensor, "t i 1"] | None = None,
     ) -> None:
-        """Add what the weights of a tile, and the logsumexp of its scores, send back; writes over `grad_weights`."""
+        """Add the gradients from the weights of a tile and its logsumexp; overwrites `grad_weights`."""
         torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
         if grad_lse is not None:
             grad_weights.addcmul_(weights, grad_lse)
@@ -254,7 +254,7 @@ def _samples(order: Tensor, neighbors: Tensor | None, layout: ClusterLayout) -> 
 
 
 def _space(out: Tensor | None, like: Tensor) -> Tensor:
-    """Return `out`, made now if it is not there: of one sample, when all that its tiles needed is gone."""
+    """Return `out`, or a new tensor if it is `None`; called late, when the memory of the tiles is free again."""
     return like.new_empty(like.shape) if out is None else out
 
 
@@ -280,7 +280,7 @@ def weights_op(
     dtype: torch.dtype,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return `cluster.cluster_weights` and, `with_lse`, `cluster.cluster_lse`, tile by tile."""
+    """Return `cluster.cluster_weights` and, if `with_lse`, `cluster.cluster_lse`, tile by tile."""
     layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     weights, lse = query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
     with without_autocast(query):
@@ -485,7 +485,7 @@ def attention_op(
     unit: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return `cluster.cluster_attention` and, `with_lse`, `cluster.cluster_lse`; a tile of weights exists at a time."""
+    """Return `cluster.cluster_attention` and, if `with_lse`, `cluster.cluster_lse`, one tile of weights at a time."""
     layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     out, lse = None, _new_lse(query, order, with_lse)
     with without_autocast(query):

@@ -1,8 +1,8 @@
-"""Cluster attention and the assignment to centroids by Triton kernels, as operators that compilers see whole.
+"""Cluster attention and the assignment to centroids by Triton kernels, as custom operators opaque to compilers.
 
-Attention reads rows by token, keeps a running softmax and writes rows by token: no copy in slot order, no stored
-weights. Besides the inputs, the backward keeps one number a token. The kernels are in `triton_kernels`,
-which is imported when one of them is to run.
+Attention reads rows by token, keeps a running softmax and writes rows by token, without a copy in slot order and
+without stored weights. Besides the inputs, the backward keeps one number per token. The kernels are in
+`triton_kernels`, which is imported when one of them runs.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from sparse_sr_attn.functional.backend import interpreting
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 
 MAX_QUERY_DIM = 256
-"""Channels of queries and keys that the kernels take; of values, any number."""
+"""Most channels of queries and keys that the kernels accept; values may have any number."""
 
 _VALUE_COLUMNS = 128  # that one kernel gathers; wider values go in several
 _SLOTS = 64  # that a block has at most
@@ -25,12 +25,12 @@ _SLOTS = 64  # that a block has at most
 
 @dataclass(frozen=True)
 class _Kernel:
-    """How a kernel is launched, so that on-chip memory suffices and no register is spilled.
+    """Launch options of a kernel, chosen so that on-chip memory suffices and no register is spilled.
 
     Attributes:
-        numbers: of queries and values that a block has at most (16 slots always), for rows of up to 128 columns of
-            queries and values, and for wider ones.
-        warps: of a program, likewise.
+        numbers: most elements of queries and values in a block (but at least 16 slots), for rows of up to 128 columns
+            of queries and values, and for wider ones.
+        warps: warps of a program, likewise.
     """
 
     numbers: tuple[int, int]
@@ -47,15 +47,15 @@ _KERNELS = {
 
 @dataclass(frozen=True)
 class _Launch:
-    """What all kernels of one attention are called with.
+    """The arguments that all kernels of one attention call share.
 
     Attributes:
-        grid: blocks of a chunk, chunks, samples.
+        grid: blocks per chunk, chunks, samples.
         sizes: tokens, slots in a chunk, slots.
-        fill: takes a slot past the last token to the slot whose token it repeats.
-        sees: the first slot that chunk 0 sees, and how many there are; not used with neighbours.
-        seen_by: the first slot from which chunk 0 is seen, and how many there are; likewise.
-        num_repeats: how often a token may stand in slots past the last token.
+        fill: offset, modulo the number of tokens, from a slot past the last token to the slot whose token it repeats.
+        sees: the first slot that chunk 0 sees, and the number of slots; unused with neighbours.
+        seen_by: the first slot that sees chunk 0, and the number of slots; likewise.
+        num_repeats: most slots past the last token that repeat the same token.
         options: compile-time constants.
     """
 
@@ -101,12 +101,12 @@ class _Launch:
         )
 
     def column_blocks(self) -> range:
-        """Return the first columns of the parts in which values are gathered."""
+        """Return the first column of each block of value columns."""
         return range(0, self.options["VALUE_DIM"], self.options["BLOCK_E"])
 
 
 def _sees(order: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return which chunks each chunk sees, one list after the other, and where each begins; the order if on a ring."""
+    """Return the concatenated lists of chunks that each chunk sees, and their offsets; `order` twice for a ring."""
     if neighbors is None:
         return order, order
     batch, num_chunks, num_seen = neighbors.shape
@@ -117,7 +117,7 @@ def _sees(order: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _seen_by(order: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return which chunks see each chunk, as `_sees` does."""
+    """Return the lists of chunks that see each chunk, in the form of `_sees`."""
     if neighbors is None:
         return order, order
     _, num_chunks, num_seen = neighbors.shape
@@ -129,17 +129,17 @@ def _seen_by(order: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _padded(size: int) -> int:
-    """Return the side of a block that holds `size`: a power of two that matrix units take."""
+    """Return the side of a block that holds `size`: a power of two, at least the minimum of matrix units."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def _most_slots(kernel: str, columns: int) -> int:
-    """Return how many slots a block has at most, whose rows have so many columns: a power of two."""
+    """Return the largest number of slots in a block with rows of `columns` columns, a power of two."""
     return max(16, min(_SLOTS, 1 << (_KERNELS[kernel].numbers[columns > 128] // columns).bit_length() - 1))
 
 
 def _block_of_chunk(chunk_size: int, most: int) -> int:
-    """Return how many slots of a chunk a program takes: as many as leave at most an eighth of its work idle."""
+    """Return the number of slots of a chunk per program: the largest with at most an eighth of its work wasted."""
     block = min(_padded(chunk_size), most)
     while block > 16 and -chunk_size % block * 8 > chunk_size:
         block //= 2
@@ -165,9 +165,9 @@ def _precision(query: Tensor, value: Tensor) -> dict[str, Any]:
 
 
 def _row_statistics(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return space for the logsumexp of the scores of each query, their maximum, and 1 over their sum of exponentials.
+    """Return empty tensors for the logsumexp of each query's scores, their maximum, and 1 / the sum of exponentials.
 
-    The backward makes weights of the latter two: of a logsumexp, rounding grows with the size of the scores.
+    The backward recomputes weights from the latter two: the rounding error of a logsumexp grows with the scores.
     """
     lse = query.new_empty(query.shape[:2], dtype=working_precision(query))
     return lse, torch.empty_like(lse), torch.empty_like(lse)
@@ -185,13 +185,13 @@ def attention_op(
     exact_keys: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `cluster.cluster_attention`, `cluster.cluster_lse`, and what the backward needs (`_row_statistics`)."""
+    """Return `cluster.cluster_attention`, `cluster.cluster_lse`, and the statistics that the backward needs."""
     from sparse_sr_attn.functional.cluster import triton_kernels as kernels  # noqa: PLC0415
 
     if query.shape[-1] > MAX_QUERY_DIM:
         raise BackendError(
             f"backend 'triton' takes queries of at most {MAX_QUERY_DIM} channels, got {query.shape[-1]}; "
-            "'eager' works for any"
+            "'eager' takes any number"
         )
     query, key, value, order = (tensor.contiguous() for tensor in (query, key, value, order))
     layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
@@ -273,13 +273,13 @@ attention_op.register_autograd(_backward, setup_context=_context)
 
 
 def chain_op(similarity: Tensor, num_updates: Tensor, rank: Tensor, every: int) -> None:
-    """Write the place of each cluster on the path of `cluster_order.chain_rank`, if `num_updates` says so.
+    """Write the rank of each cluster on the path of `order.chain_rank`, if it is due after `num_updates` updates.
 
     Args:
-        similarity: of each pair of clusters, (k, k), in int32.
-        num_updates: a number on the device: nothing waits for it.
-        rank: in int64; left alone where it is not to change.
-        every: it changes where `num_updates` is a multiple of this or a power of two.
+        similarity: similarity of each pair of clusters, (k, k), int32.
+        num_updates: on the device, so that the host does not wait for it.
+        rank: int64; unchanged if no update is due.
+        every: an update is due if `num_updates` is a multiple of this or a power of two.
     """
     from sparse_sr_attn.functional.cluster import triton_kernels as kernels  # noqa: PLC0415
 
@@ -292,9 +292,9 @@ def chain_op(similarity: Tensor, num_updates: Tensor, rank: Tensor, every: int) 
 
 @torch.library.custom_op("sparse_sr_attn::nearest_centroid_triton", mutates_args=())
 def nearest_op(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest dot product of each point (b, n, d) with a centroid (k, d), and which that is.
+    """Return the largest dot product of each point (b, n, d) with a centroid (k, d), and the index of that centroid.
 
-    The lowest index wins a tie. Of a point whose every product is NaN, the centroid is 0.
+    The lowest index wins a tie. If all products are NaN, the index is 0.
     """
     import triton.language as tl  # noqa: PLC0415
 

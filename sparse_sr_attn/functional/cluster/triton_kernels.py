@@ -1,10 +1,10 @@
 """Triton kernels of cluster attention and of the assignment to centroids; this module needs triton.
 
-Chunks stand on a ring of slots, so the keys that a chunk sees are one run of slots from `first` on, around the end of
-the ring if need be; a run longer than the ring meets keys twice, as the published counting has it. The same is true of
-the queries that see a key. Where there is no ring (NEAREST), lists name the chunks that a chunk sees, and those that
-see it. Rows are read by token: nothing is copied into slot order. Each row of each result is written by one program,
-without atomics, so results are the same in every run.
+Chunks form a ring of slots, so the keys that a chunk sees are one run of slots from `first` on, which may wrap around
+the end of the ring; a run longer than the ring contains keys twice, as in the published counting. The same is true of
+the queries that see a key. Without a ring (NEAREST), lists name the chunks that a chunk sees, and those that see it.
+Rows are read by token; nothing is copied into slot order. Each row of each result is written by one program, without
+atomics, so results are deterministic.
 """
 
 import triton
@@ -28,7 +28,7 @@ _kernel = triton.jit(do_not_specialize=_SIZES)
 
 @triton.jit
 def _rows(pointer, token, mask, width: tl.constexpr, start: tl.constexpr, BLOCK: tl.constexpr):
-    """Return BLOCK columns from `start` of the rows of tokens; 0 where `mask` is off or a row ends."""
+    """Return BLOCK columns from `start` of the rows of tokens; 0 where `mask` is False or past the end of a row."""
     column = start + tl.arange(0, BLOCK)
     return tl.load(
         pointer + token[:, None] * width + column[None, :], mask=mask[:, None] & (column < width)[None, :], other=0.0
@@ -45,7 +45,7 @@ def _put(pointer, token, mask, rows, width: tl.constexpr, start: tl.constexpr, B
 
 @triton.jit
 def _tokens(order, slot, mask, num_tokens, fill, EXACT: tl.constexpr):
-    """Return the row of the token at a slot of this sample, whose tokens `order` lists."""
+    """Return the row of the token at a slot of this sample."""
     if not EXACT:
         slot = tl.where(slot < num_tokens, slot, (slot + fill) % num_tokens)
     return tl.program_id(2).to(tl.int64) * num_tokens + tl.load(order + slot, mask=mask, other=0)
@@ -53,7 +53,7 @@ def _tokens(order, slot, mask, num_tokens, fill, EXACT: tl.constexpr):
 
 @triton.jit
 def _own(order, chunk_size, num_tokens, BLOCK: tl.constexpr):
-    """Return the slots of a program, the rows of their tokens, and which hold one."""
+    """Return the slots of a program, the rows of their tokens, and a mask of the slots that hold one."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.program_id(1) * chunk_size + i
     mask = (i < chunk_size) & (slot < num_tokens)
@@ -62,7 +62,7 @@ def _own(order, chunk_size, num_tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def _listed(starts, chunk, chunk_size):
-    """Return where the list of a chunk of this sample begins, and how many slots its chunks have."""
+    """Return where the list of a chunk of this sample begins, and the number of slots of its chunks."""
     starts += tl.program_id(2).to(tl.int64) * (tl.num_programs(1) + 1) + chunk
     begin = tl.load(starts)
     return begin, (tl.load(starts + 1) - begin).to(tl.int32) * chunk_size
@@ -83,9 +83,9 @@ def _seen(
     NEAREST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Return the rows of BLOCK tokens that are seen, those from `begin` on, and which of them count.
+    """Return the rows of BLOCK seen tokens, from `begin` on, and a mask of those that count.
 
-    They are seen from slot `start` on or, if NEAREST, in the chunks that are listed from `start` on.
+    The seen tokens begin at slot `start` or, if NEAREST, are those of the chunks listed from `start` on.
     """
     j = begin + tl.arange(0, BLOCK)
     mask = j < num_seen
@@ -132,10 +132,10 @@ def forward(
 ):
     """Attend from BLOCK_I queries of a chunk; program ids are (block of queries, chunk, sample).
 
-    `first` is the first slot that chunk 0 sees, in [0, num_slots), and `num_seen` how many there are from there on; if
+    `first` is the first slot that chunk 0 sees, in [0, num_slots), and `num_seen` the number of slots that it sees; if
     NEAREST, chunk t of sample b sees instead the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`.
-    `fill` takes a slot past the last token to the slot whose token it repeats. SCALE multiplies scores. BLOCK_E columns
-    of the values are gathered, from column START on.
+    `fill` is the offset, modulo the number of tokens, from a slot past the last token to the slot whose token it
+    repeats. SCALE multiplies scores. BLOCK_E columns of the values are gathered, from column START on.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
     _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
@@ -204,11 +204,11 @@ def backward_query(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Send gradients to BLOCK_I queries of a chunk; programs and sizes are those of `forward`.
+    """Compute the gradients of BLOCK_I queries of a chunk; programs and sizes are those of `forward`.
 
-    Also writes `delta`, what is taken from the gradient of each weight of a query: the mean of these gradients under
-    the weights, less the gradient of the lse (which counts once, with the first columns). It is known only when all
-    keys have been met, so the mean key, of which `delta` times is taken from the result, is gathered on its own.
+    Also writes `delta`, which is subtracted from the gradient of each weight of a query: the weighted mean of these
+    gradients minus the gradient of the lse (which counts once, with the first columns). It is known only after all keys
+    have been read, so the mean key is accumulated separately, and `delta` times it is subtracted from the result.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
     _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
@@ -278,12 +278,12 @@ def backward_key(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Send gradients to BLOCK_I keys and values of a chunk; program ids are (block of keys, chunk, sample).
+    """Compute the gradients of BLOCK_I keys and values of a chunk; program ids are (block of keys, chunk, sample).
 
-    `first` is the first slot from which chunk 0 is seen, and `num_seen` how many slots see it from there on; if
-    NEAREST, chunk t of sample b is seen by the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`. The token of a
-    slot may be repeated in up to `num_repeats` slots past the last token, all in the last chunk: queries that see
-    that chunk see it there as well.
+    `first` is the first slot that sees chunk 0, and `num_seen` the number of slots that do; if NEAREST, chunk t of
+    sample b is seen by the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`. The token of a slot may be repeated
+    in up to `num_repeats` slots past the last token, all in the last chunk; queries that see that chunk see it there
+    as well.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
     key_slot, key_token, is_key = _own(order, chunk_size, num_tokens, BLOCK_I)
@@ -337,7 +337,7 @@ def nearest(
     WORK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Find the centroid of largest dot product for BLOCK_I points; the lowest index wins a tie."""
+    """Find the centroid with the largest dot product for BLOCK_I points; the lowest index wins a tie."""
     point = tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
     is_point = point < num_points
     p = _rows(points, point, is_point, WIDTH, 0, BLOCK_D).to(WORK)
@@ -359,7 +359,7 @@ def nearest(
 
 @_kernel
 def chain(similarity, num_updates, rank, num_clusters, every, BLOCK: tl.constexpr):
-    """Walk from cluster 0 to the most similar one left, and so on; one program, the lowest index wins a tie."""
+    """Compute the greedy path from cluster 0 to the most similar remaining cluster; the lowest index wins a tie."""
     updates = tl.load(num_updates)
     if ((updates & (updates - 1)) == 0) | (updates % every == 0):
         cluster = tl.arange(0, BLOCK)

@@ -1,11 +1,11 @@
-r"""Attention inside square windows of a map, of any size and shifted or not.
+r"""Attention inside square windows of a map of any size, shifted or not.
 
-The map is padded at the right and at the bottom to whole windows, rolled to the left and up by `shift` pixels
-(cyclically: opposite borders meet, and the pads take part), and cut into $k$ windows of $i = \mathrm{window\_size}^2$
-slots, all in raster order. A pixel attends to the real pixels of its window.
+The map is padded at the right and the bottom to whole windows, rolled to the left and up by `shift` pixels (cyclically,
+padding included), and cut into $k$ windows of $i = \mathrm{window\_size}^2$ slots, all in raster order. A pixel attends
+to the pixels of its window, not to padding.
 
-Each operation has two backends with equal results: *eager*, plain code, for export, and *operator*, which compilers do
-not look into, for all else. Dense attention is the case of a window that holds the whole map.
+Each operation has two backends with equal results: *eager*, plain code for export, and *operator*, a custom operator
+that is opaque to compilers, for everything else. A window that holds the whole map gives dense attention.
 """
 
 import math
@@ -24,15 +24,25 @@ Form = Literal["auto", "eager", "operator"]
 
 
 def partition(x: Float[Tensor, "b c h w"], window_size: int, shift: int = 0) -> Float[Tensor, "b k i c"]:
-    """Cut a map of any size into windows, in raster order, as are the slots of each; pads are zeros."""
+    """Cut a map of any size into windows, in raster order; padding is zero.
+
+    Examples:
+        >>> partition(torch.rand(2, 3, 8, 10), window_size=4).shape  # 10 pixels are padded to 12
+        torch.Size([2, 6, 16, 3])
+    """
     return WindowGrid(x.shape[2], x.shape[3], window_size).cut(x, shift)
 
 
 def merge(windows: Float[Tensor, "b k i c"], height: int, width: int, shift: int = 0) -> Float[Tensor, "b c h w"]:
-    """Put windows together again: the inverse of `partition`.
+    """Join windows to a map; the inverse of `partition`.
 
     Raises:
-        ShapeError: a map of this height and width has other windows.
+        ShapeError: the windows do not fit a map of this height and width.
+
+    Examples:
+        >>> x = torch.rand(2, 3, 8, 10)
+        >>> torch.equal(merge(partition(x, window_size=4), 8, 10), x)
+        True
     """
     grid = WindowGrid(height, width, math.isqrt(windows.shape[2]))
     if tuple(windows.shape[1:3]) != (grid.num_windows, grid.window_size**2):
@@ -52,26 +62,30 @@ def window_weights(
     scale: float = 1.0,
     backend: Form = "auto",
 ) -> Float[Tensor, "b k i i"]:
-    r"""Softmax weights of every pixel over the pixels of its window, $\mathrm{softmax}(\mathrm{scale}\, Q K^\top)$.
+    r"""Return the softmax weights of every pixel over its window, $\mathrm{softmax}(\mathrm{scale}\, Q K^\top)$.
 
     Args:
-        query: any h, w >= 1.
-        key: of the same size; `None` where the queries are the keys, which saves work.
+        query: a map of any h, w >= 1.
+        key: a map of the same size; `None` to use the queries as keys, which saves work.
         window_size: side of a window in pixels, >= 1; may exceed the map.
-        shift: pixels that the windows are moved by to the right and down, >= 0.
+        shift: pixels by which the windows are moved to the right and down, >= 0.
         scale: factor on the dot products, dimensionless.
-        backend: "eager", "operator", or "auto": operator but for export.
+        backend: "eager", "operator", or "auto" for the operator except in export.
 
     Returns:
-        Weights in float32 at least. Rows of real pixels sum to 1, and pads have weight 0 in them; rows of pads mean
-        nothing, and are finite.
+        Weights in float32 or higher. Rows of pixels sum to 1 and give padding weight 0; rows of padding are finite but
+        undefined.
 
     Raises:
-        BackendError: there is no such backend, or it cannot run here.
-        ShapeError: `key` has another size.
+        BackendError: `backend` is unknown or cannot run here.
+        ShapeError: `key` differs from `query` in size.
 
     Note:
-        Differentiable. Oracle: `reference.window`. A window that holds the whole map is dense attention.
+        Differentiable. Reference implementation: `reference.window`.
+
+    Examples:
+        >>> window_weights(torch.rand(2, 3, 8, 10), window_size=4).shape
+        torch.Size([2, 6, 16, 16])
     """
     _check_key(query, key)
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
@@ -90,26 +104,32 @@ def apply_window_weights(
     unshift: int | None = None,
     backend: Form = "auto",
 ) -> Float[Tensor, "b e h w"]:
-    """Gather values by weights: the second half of attention, for values that the weights were not made with.
+    """Apply attention weights to values; the second half of attention.
 
     Args:
-        weights: from `window_weights` with the same `window_size` and `shift`, of a map of the same size.
-        value: one row a pixel.
+        weights: from `window_weights` with the same `window_size` and `shift`, for a map of the same size.
+        value: the map of values.
         window_size: side of a window in pixels, >= 1.
         shift: as in `window_weights`.
-        unshift: pixels to roll back by, if not as many as `shift`: the result is then displaced, and where it moves
-            pads into the map, pixels mean nothing.
+        unshift: pixels to roll back by, `shift` by default. Otherwise the result is displaced, and pixels that come
+            from padding are undefined.
         backend: as in `window_weights`.
 
     Returns:
         A map in the dtype of `value`.
 
     Raises:
-        BackendError: there is no such backend, or it cannot run here.
-        ShapeError: the weights are those of another map.
+        BackendError: `backend` is unknown or cannot run here.
+        ShapeError: the weights do not fit a map of this size.
 
     Note:
         Differentiable in `weights` and `value`.
+
+    Examples:
+        >>> query, value = torch.rand(2, 3, 8, 10), torch.rand(2, 16, 8, 10)
+        >>> weights = window_weights(query, window_size=4, shift=2)
+        >>> apply_window_weights(weights, value, window_size=4, shift=2).shape
+        torch.Size([2, 16, 8, 10])
     """
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
     expected = (value.shape[0], grid.num_windows, window_size**2, window_size**2)
@@ -133,7 +153,7 @@ def window_attention(
     scale: float = 1.0,
     backend: Form = "auto",
 ) -> Float[Tensor, "b e h w"]:
-    """Return `apply_window_weights(window_weights(query, key, ...), value, ...)`, without keeping the weights.
+    """Return `apply_window_weights(window_weights(query, key, ...), value, ...)` without storing the weights.
 
     Args:
         query: as in `window_weights`.
@@ -149,11 +169,16 @@ def window_attention(
         A map in the dtype of `value`.
 
     Raises:
-        BackendError: there is no such backend, or it cannot run here.
+        BackendError: `backend` is unknown or cannot run here.
         ShapeError: the maps differ in size.
 
     Note:
-        Differentiable. The backward computes the weights again.
+        Differentiable. The backward recomputes the weights.
+
+    Examples:
+        >>> query, value = torch.rand(2, 3, 8, 10), torch.rand(2, 16, 8, 10)
+        >>> window_attention(query, None, value, window_size=4, shift=2).shape  # the queries are the keys
+        torch.Size([2, 16, 8, 10])
     """
     _check_key(query, key)
     if query.shape[0] != value.shape[0] or query.shape[2:] != value.shape[2:]:

@@ -8,7 +8,7 @@ from sparse_sr_attn.functional.window.grid import WindowGrid
 
 
 def weights(query: Tensor, key: Tensor | None, grid: WindowGrid, shift: int, scale: float) -> Tensor:
-    """Return the softmax weights `(b, k, i, i)` of maps, in float32 at least, as plain differentiable code."""
+    """Return the softmax weights `(b, k, i, i)`, in float32 or higher, as plain differentiable code."""
     precision = working_precision(query)
     queries = grid.cut(query.to(precision), shift)
     keys = queries if key is None else grid.cut(key.to(precision), shift)
@@ -20,5 +20,5 @@ def weights(query: Tensor, key: Tensor | None, grid: WindowGrid, shift: int, sca
 
 
 def apply(weights: Tensor, value: Tensor, grid: WindowGrid, shift: int, unshift: int) -> Tensor:
-    """Return the map of values that weights gather, as plain differentiable code."""
+    """Return the map of weighted sums of values, as plain differentiable code."""
     return grid.join(weights.to(value.dtype) @ grid.cut(value, shift), unshift)

@@ -1,4 +1,4 @@
-"""How a map of some size is cut into windows: arithmetic on the numbers of its pixels, so that data move once."""
+"""How a map is cut into windows: arithmetic on pixel indices, so that data are moved only once."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from sparse_sr_attn.functional._torch import is_exporting, modulo
 
 @dataclass(frozen=True)
 class WindowGrid:
-    """A map of `height` by `width` pixels, padded at the right and at the bottom to whole windows.
+    """A map of `height` by `width` pixels, padded at the right and the bottom to whole windows.
 
-    The padded map is rolled to the left and up by a shift, cyclically; windows follow each other in raster order, and
-    so do the slots of each.
+    The padded map is rolled cyclically to the left and up by a shift. Windows, and the slots of each, are in raster
+    order.
     """
 
     height: int
@@ -28,43 +28,43 @@ class WindowGrid:
 
     @property
     def rows(self) -> int:
-        """Windows in a column of them."""
+        """Number of rows of windows."""
         return (self.height + self.window_size - 1) // self.window_size  # of what is >= 0: ONNX rounds to 0
 
     @property
     def columns(self) -> int:
-        """Windows in a row of them."""
+        """Number of columns of windows."""
         return (self.width + self.window_size - 1) // self.window_size
 
     @property
     def num_windows(self) -> int:
-        """Windows of the padded map; in a program that is exported one of pads more.
+        """Number of windows of the padded map; in export, one more, of padding.
 
-        A dimension of 1 is another program for export. So there are two of them at least.
+        Export specialises on dimensions of 1, so there are always at least two windows.
         """
         return self.rows * self.columns + int(is_exporting())
 
     @property
     def is_whole(self) -> bool:
-        """Whether the map is known to have no pads; a program that is exported for all sizes is not asked."""
+        """Whether the map is known to need no padding; always `False` in export, which is for all sizes."""
         if is_exporting():
             return False
         return self.height % self.window_size == 0 and self.width % self.window_size == 0
 
     def cut(self, x: Tensor, shift: int) -> Tensor:
-        """Return the windows of a map `(b, c, h, w)` as `(b, k, i, c)`; pads are zeros."""
+        """Return the windows of a map `(b, c, h, w)` as `(b, k, i, c)`; padding is zero."""
         rows = x.flatten(2).transpose(1, 2)
         rows = rows.contiguous() if self.is_whole else F.pad(rows, (0, 0, 0, 1))  # the last one is what pads read
         cut: Tensor = rows.index_select(1, self.pixels(shift, x.device))
         return cut.view(x.shape[0], self.num_windows, self.window_size**2, x.shape[1])
 
     def join(self, windows: Tensor, shift: int) -> Tensor:
-        """Return the map `(b, c, h, w)` of windows `(b, k, i, c)`: the inverse of `cut`."""
+        """Join windows `(b, k, i, c)` to a map `(b, c, h, w)`; the inverse of `cut`."""
         rows = windows.flatten(1, 2).index_select(1, self.slots(shift, windows.device))
         return rows.transpose(1, 2).unflatten(2, (self.height, self.width))
 
     def pixels(self, shift: int, device: torch.device) -> Int[Tensor, "ki"]:
-        """Return the number of the pixel in each slot; one past the last for pads."""
+        """Return the index of the pixel in each slot; the number of pixels for padding."""
         size = self.window_size
         slot = torch.arange(self.num_windows * size**2, device=device)
         window, place = slot // size**2, slot % size**2
@@ -83,5 +83,5 @@ class WindowGrid:
         return window * size**2 + y % size * size + x % size
 
     def is_real(self, shift: int, device: torch.device) -> Bool[Tensor, "k i"]:
-        """Return which slots hold a pixel."""
+        """Return a mask of the slots that hold a pixel."""
         return (self.pixels(shift, device) < self.height * self.width).view(-1, self.window_size**2)

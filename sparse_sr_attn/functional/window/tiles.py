@@ -1,8 +1,8 @@
-"""Window attention as operators that compilers see whole: what they would trace depends on the size of the map.
+"""Window attention as custom operators that are opaque to compilers, because a trace would depend on the map's size.
 
-On the CPU scores are made a few windows at a time, so that they stay in cache; only `weights_op` keeps them. The
-backward of `attention_op` computes them again, and all backwards cut the maps again instead of keeping their windows.
-Maps that come out are in channels-last memory.
+On the CPU, scores are computed a few windows at a time, so that they stay in cache; only `weights_op` keeps them. The
+backward of `attention_op` recomputes them, and all backwards cut the maps again instead of keeping their windows.
+Output maps are in channels-last memory format.
 """
 
 import math
@@ -22,10 +22,10 @@ _SCORES_PER_LAUNCH = 2**27  # elsewhere, 512 MiB: a GPU waits for each launch, a
 
 
 class _Windows:
-    """How maps of some size are cut into windows `(b * k, i, c)` and joined again.
+    """Cuts maps of one size into windows `(b * k, i, c)` and joins them again.
 
     Args:
-        like: a map of that size.
+        like: a map of this size.
         window_size: side of a window.
     """
 
@@ -35,7 +35,7 @@ class _Windows:
         self.padded = self.grid.rows * window_size, self.grid.columns * window_size
 
     def cut(self, x: Float[Tensor, "b c h w"], shift: int, dtype: torch.dtype | None = None) -> Float[Tensor, "bk i c"]:
-        """Return the windows of a map; pads are zeros."""
+        """Return the windows of a map; padding is zero."""
         x = x.permute(0, 2, 3, 1)
         if shift or not self.grid.is_whole:
             rolled = x.new_zeros(self.batch, *self.padded, x.shape[-1])
@@ -49,7 +49,7 @@ class _Windows:
         )
 
     def join(self, windows: Float[Tensor, "bk i c"], shift: int) -> Float[Tensor, "b c h w"]:
-        """Return the map of windows, in channels-last memory: the inverse of `cut`."""
+        """Join windows to a map in channels-last memory format; the inverse of `cut`."""
         size, grid = self.grid.window_size, self.grid
         x = windows.new_empty(self.batch, grid.height, grid.width, windows.shape[-1])
         whole = shift == 0 and grid.is_whole
@@ -63,7 +63,7 @@ class _Windows:
         return x.permute(0, 3, 1, 2)
 
     def _blocks(self, shift: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """Yield where each of four blocks lies in the map, and where once it is padded and rolled."""
+        """Yield the position of each of four blocks in the map, and in the padded and rolled map."""
         rows, columns = (
             _pieces(side, padded, shift)
             for side, padded in zip((self.grid.height, self.grid.width), self.padded, strict=True)
@@ -73,14 +73,14 @@ class _Windows:
                 yield (slice(None), row, column), (slice(None), rolled_row, rolled_column)
 
     def is_real(self, shift: int, device: torch.device) -> Bool[Tensor, "bk 1 i"] | None:
-        """Return which slots hold a pixel; `None` for all."""
+        """Return a mask of the slots that hold a pixel; `None` if all do."""
         if self.grid.is_whole:
             return None
         return self.grid.is_real(shift, device).repeat(self.batch, 1)[:, None]
 
 
 def _pieces(side: int, padded: int, shift: int) -> list[tuple[slice, slice]]:
-    """Return where the two pieces of a side lie, and where once it is padded and rolled."""
+    """Return the positions of the two pieces of a side, before and after padding and rolling."""
     shift %= padded
     front = min(shift, side)  # what goes around to the end
     return [
@@ -90,7 +90,7 @@ def _pieces(side: int, padded: int, shift: int) -> list[tuple[slice, slice]]:
 
 
 def _tiles(windows: Tensor) -> Iterator[slice]:
-    """Yield which windows to do at a time."""
+    """Yield the slices of windows to process together."""
     scores = _SCORES_PER_TILE if windows.device.type == "cpu" else _SCORES_PER_LAUNCH
     step = max(1, scores // windows.shape[1] ** 2)
     for start in range(0, len(windows), step):
@@ -110,7 +110,7 @@ def _weights_of(
 
 
 def _product(one: Tensor, other: Tensor, out: Tensor) -> None:
-    """Write the products of matrices into `out`, of their precision or a higher one."""
+    """Write the products of matrices to `out`, whose precision is theirs or higher."""
     if out.dtype == one.dtype:
         torch.bmm(one, other, out=out)
     else:
@@ -120,7 +120,7 @@ def _product(one: Tensor, other: Tensor, out: Tensor) -> None:
 def _scores_backward(
     grad_weights: Tensor, weights: Tensor, queries: Tensor, keys: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what the weights of a tile send back to queries and keys; `None` for keys that are the queries."""
+    """Return the gradients of queries and keys from those of a tile's weights; `None` if the queries are the keys."""
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
     if scale != 1:
         grad_scores *= scale
@@ -132,7 +132,7 @@ def _scores_backward(
 def _cut_both(
     windows: _Windows, query: Tensor, key: Tensor | None, shift: int
 ) -> tuple[Float[Tensor, "bk i d"], Float[Tensor, "bk i d"]]:
-    """Return the windows of queries and keys in working precision; the same where there is no key."""
+    """Return the windows of queries and keys in working precision; without `key`, those of the queries twice."""
     queries = windows.cut(query, shift, working_precision(query))
     return queries, queries if key is None else windows.cut(key, shift, queries.dtype)
 
@@ -144,7 +144,7 @@ def _new_maps(query: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
 def _sent_back(
     windows: _Windows, grads: tuple[Tensor, Tensor | None], query: Tensor, shift: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of query and key as maps; an empty one where there is no key."""
+    """Return the gradients of query and key as maps; without `key`, an empty tensor for it."""
     grad_query, grad_key = grads
     return (
         windows.join(grad_query.to(query.dtype), shift),
@@ -154,7 +154,7 @@ def _sent_back(
 
 @torch.library.custom_op("sparse_sr_attn::window_weights", mutates_args=())
 def weights_op(query: Tensor, key: Tensor | None, window_size: int, shift: int, scale: float) -> Tensor:
-    """See `weights`."""
+    """Return `window_weights`, tile by tile."""
     windows = _Windows(query, window_size)
     with without_autocast(query):
         queries, keys = _cut_both(windows, query, key, shift)
@@ -217,7 +217,7 @@ weights_op.register_autograd(_backward_weights, setup_context=_keep_weights)
 
 @torch.library.custom_op("sparse_sr_attn::apply_window_weights", mutates_args=())
 def apply_op(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int) -> Tensor:
-    """See `apply`."""
+    """Return `apply_window_weights`, tile by tile."""
     windows = _Windows(value, window_size)
     with without_autocast(value):
         values, weights = windows.cut(value, shift), weights.flatten(0, 1)
@@ -266,7 +266,7 @@ apply_op.register_autograd(_backward_apply, setup_context=_keep_values)
 def attention_op(
     query: Tensor, key: Tensor | None, value: Tensor, window_size: int, shift: int, unshift: int, scale: float
 ) -> Tensor:
-    """Return what `apply` makes of `weights`; only a tile of weights exists at a time."""
+    """Return `window_attention`, with one tile of weights in memory at a time."""
     windows = _Windows(value, window_size)
     with without_autocast(value):
         queries, keys = _cut_both(windows, query, key, shift)
