@@ -9,6 +9,7 @@ import ast
 import copy
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -405,3 +406,14 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "concepts" / "index.html").is_file()
+
+
+def test_the_table_of_captured_mass_has_the_figures_on_record() -> None:
+    record = json.loads((ROOT / "docs" / "assets" / "capture.json").read_text())
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name, pattern in record["10"]["patterns"].items():
+        cells = [f"`{name}`", str(pattern["num_keys"])]
+        for of in record.values():
+            mass = of["patterns"][name]["mass"]
+            cells += [f"{mass:.3f}", f"{mass / of['best']:.2f}"]
+        assert f"| {' | '.join(cells)} |" in page
