@@ -1,6 +1,6 @@
-"""Cut training and validation data from the photographs that scikit-image brings along. Downloads nothing.
+"""Make training and validation data from the photographs in scikit-image. Downloads nothing.
 
-python demo/prepare.py [--out DIR]
+python demo/prepare.py [--output FOLDER]
 """
 
 import argparse
@@ -15,9 +15,9 @@ from sparse_sr_attn.data.pairs import write_pairs
 
 UPSCALE = 2
 CROP = 48  # `gt_size` of train.yml: the side of a training crop, in high-resolution pixels
-TILE = 128  # small files, so that a training step need not decode whole photographs
+TILE = 128  # small files, so that a training step does not decode whole photographs
 
-# The two motorcycles are one scene seen by a stereo pair: both stand on the same side of the split.
+# The two motorcycles are a stereo pair of one scene: both are on the same side of the split.
 TRAIN: dict[str, Callable[[], np.ndarray]] = {
     "brick": data.brick,
     "coffee": data.coffee,
@@ -47,9 +47,13 @@ def photograph(load: Callable[[], np.ndarray]) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).resolve().parent / "data", help="folder to write (demo/data)"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path(__file__).resolve().parent / "data",
+        help="folder to write (demo/data)",
     )
-    out: Path = parser.parse_args().out.resolve()
+    out: Path = parser.parse_args().output.resolve()
     for part, photographs, cut in (("train", TRAIN, {"tile": TILE, "crop": CROP}), ("val", VAL, {})):
         pictures = ((name, photograph(load)) for name, load in photographs.items())
         count = write_pairs(pictures, out / part, UPSCALE, **cut)

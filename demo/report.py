@@ -1,8 +1,8 @@
-"""Measure what `sparse-sr train -opt train.yml` has learnt, and draw it.
+"""Measure and draw the result of `sparse-sr train -opt train.yml`.
 
-python demo/report.py [--opt FILE] [--root DIR] [--out DIR]
+python demo/report.py [--opt FILE] [--root FOLDER] [--output FOLDER]
 
-Prints a table of the photographs held out from training, writes `report.json` and `demo.png`, and fails if the gain
+Prints a table for the held-out photographs, writes `report.json` and `demo.png`, and fails if the gain
 over bicubic is too small.
 """
 
@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class DemoError(Exception):
-    """The demo cannot go on; says what to run first."""
+    """The demo cannot continue; the message says what to run first."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,20 @@ def load_trained(options: dict, experiment: Path) -> Network:
 
 
 def training_seconds(experiment: Path) -> int:
-    """What the newest log of the experiment says, validation included."""
+    """Duration according to the newest log of the experiment, validation included."""
     pattern = re.compile(r"Time consumed: (?:(\d+) days?, )?(\d+):(\d+):(\d+)")
     for log in sorted(experiment.glob("train_*.log"), reverse=True):
         found = pattern.findall(log.read_text())
         if found:
             days, hours, minutes, seconds = (int(number or 0) for number in found[-1])
             return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    raise DemoError(f"no log in {experiment} tells how long the training took; was it interrupted? Train again")
+    raise DemoError(
+        f"no log in {experiment} says how long the training took; it may have been interrupted. Train again"
+    )
 
 
 def without_attention(model: LCoAN) -> dict[CoA, float]:
-    """Switch the attention off, and return what switches it on again."""
+    """Switch the attention off, and return the factors that switch it on again."""
     scales = {module: module.res_scale for module in model.modules() if isinstance(module, CoA)}
     for module in scales:
         module.res_scale = 0.0
@@ -117,7 +119,7 @@ def results(model: LCoAN, plain: Network | None, data: Path) -> list[Result]:
 
 
 def table(pictures: Sequence[Result]) -> dict[str, float]:
-    """Print one line a photograph and return the means."""
+    """Print one line per photograph and return the means."""
     rows = {}
     for result in pictures:
         bicubic, ours = score(result.bicubic, result.high), score(result.ours, result.high)
@@ -132,7 +134,7 @@ def table(pictures: Sequence[Result]) -> dict[str, float]:
             rows[result.name]["psnr_plain"] = score(result.plain, result.high).psnr
     means = {key: float(np.mean([row[key] for row in rows.values()])) for key in next(iter(rows.values()))}
     width = max(map(len, [*rows, "photograph"]))
-    print(f"x{UPSCALE}, Y channel, {UPSCALE} pixels of border shaved; photographs that training has not seen\n")
+    print(f"x{UPSCALE}, Y channel, {UPSCALE} pixels of border shaved; held-out photographs\n")
     print(f"{'':{width}}  ------ PSNR, dB ------  ----- SSIM -----")
     print(f"{'photograph':{width}}  bicubic   ours   gain  bicubic    ours")
     for name, row in [*rows.items(), ("mean", means)]:
@@ -145,7 +147,7 @@ def table(pictures: Sequence[Result]) -> dict[str, float]:
     print(f"\nwith the attention switched off: {means['psnr_without_attention']:.2f} dB, {lost:.2f} dB less")
     if "psnr_plain" in means:
         gain = means["psnr"] - means["psnr_plain"]
-        print(f"an EDSR of its size, trained as long: {means['psnr_plain']:.2f} dB; ours {gain:+.2f} dB")
+        print(f"an EDSR of the same size, trained as long: {means['psnr_plain']:.2f} dB; ours {gain:+.2f} dB")
     return means
 
 
@@ -243,7 +245,7 @@ def main() -> None:
         help="option file of the network without attention; compared with if it was trained",
     )
     parser.add_argument("--root", type=Path, default=HERE, help="folder with data/ and experiments/")
-    parser.add_argument("--out", type=Path, default=HERE, help="where report.json and demo.png go")
+    parser.add_argument("-o", "--output", type=Path, default=HERE, help="folder for report.json and demo.png")
     arguments = parser.parse_args()
     options = yaml.safe_load(arguments.opt.read_text())
     experiment = arguments.root / "experiments" / options["name"]
@@ -254,10 +256,10 @@ def main() -> None:
     seconds = training_seconds(experiment)
     report = {**{key: round(value, 4) for key, value in table(pictures).items()}, "seconds": seconds}
     print(f"trained for {seconds // 60}:{seconds % 60:02d} minutes\n")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    draw(model, pictures, arguments.out / "demo.png")
-    (arguments.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written: {arguments.out / 'report.json'} and {arguments.out / 'demo.png'}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    draw(model, pictures, arguments.output / "demo.png")
+    (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written: {arguments.output / 'report.json'} and {arguments.output / 'demo.png'}")
     gain = report["psnr"] - report["psnr_bicubic"]
     if gain < REQUIRED_GAIN:
         raise DemoError(

@@ -1,8 +1,8 @@
-"""Draw the pictures of docs/concepts.md with the library itself, on photographs that scikit-image brings along.
+"""Draw the pictures of docs/concepts.md with the library itself, on photographs from scikit-image.
 
-python docs/draw.py [--out DIR]
+python docs/draw.py [--output FOLDER]
 
-No network is trained for them: the features are colours and random convolutions of colours, and k-means alone learns.
+No network is trained for them: the features are colours and random convolutions of colours; only k-means is fitted.
 """
 
 import argparse
@@ -275,9 +275,9 @@ PICTURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "assets" / "concepts", help="folder to write"
+        "-o", "--output", type=Path, default=Path(__file__).parent / "assets" / "concepts", help="folder to write"
     )
-    out: Path = parser.parse_args().out
+    out: Path = parser.parse_args().output
     out.mkdir(parents=True, exist_ok=True)
     mpl.use("Agg")
     for name, draw in PICTURES.items():

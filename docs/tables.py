@@ -1,4 +1,4 @@
-"""Write the tables of docs/modules.md from the registry, as `sparse-sr list` tells it.
+"""Write the tables of docs/modules.md from the registry, with the data of `sparse-sr list`.
 
 python docs/tables.py
 """

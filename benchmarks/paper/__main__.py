@@ -156,7 +156,7 @@ def _scale(arguments: argparse.Namespace) -> Scale:
 
 
 def _page(arguments: argparse.Namespace, scale: Scale) -> int:
-    """Put what is kept of each figure between its marks in the page, and its plot and its record beside it."""
+    """Write the stored results of each figure between its marks in the page, and its plot and record next to it."""
     page = arguments.page
     if arguments.figures != ["page"] or page is None:
         raise UsageError("`python -m benchmarks.paper page` needs --page FILE and no figure")
@@ -180,7 +180,7 @@ def _page(arguments: argparse.Namespace, scale: Scale) -> int:
 
 
 def _progress(label: str = "", text: str = "") -> None:
-    """Show on one line what is being done, to somebody who looks at a terminal; else a line each."""
+    """Show the progress: on one line of a terminal, otherwise as separate lines."""
     line = f"{label}: {text}" if label else ""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

@@ -49,7 +49,7 @@ class Scale:
         all_clusters: numbers of clusters that are compared.
         all_chunks: lengths of chunks that are compared.
         elan_width: channels of ELAN.
-        elan_pairs: pairs of LFE and attention in ELAN, whoever shares.
+        elan_pairs: pairs of LFE and attention in ELAN, with any sharing.
         elan_shares: numbers of attentions with one set of weights that are compared.
         cost_side: side of the images on which time and memory are measured.
         sides: the same, where growth is looked at.
@@ -126,7 +126,7 @@ class Figure:
         title: what is compared.
         question: what the paper asks, and with which figure or table.
         variants: what is compared, by the name that tables give it.
-        baseline: against whom differences are counted.
+        baseline: the variant that differences refer to.
         caution: what this figure cannot show here.
         kind: what is drawn: quality with cost; growth of the cost of bodies with the map, without training; overlap of
             attention.

@@ -104,7 +104,7 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """Trains variants one by one, and keeps the result of each, so that an interrupted run goes on.
+    """Trains variants one by one, and keeps the result of each, so that an interrupted run resumes.
 
     Attributes:
         budget: the same for all.

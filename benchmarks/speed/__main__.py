@@ -130,7 +130,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _progress(text: str) -> None:
-    """Show on one line what is being done, to somebody who looks at a terminal."""
+    """Show the progress on one line of a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

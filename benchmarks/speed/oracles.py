@@ -58,7 +58,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Given:
-    """What a twin gets beside its input.
+    """What a twin gets in addition to its input.
 
     Attributes:
         provider: in float64; makes the state of a consumer.
@@ -189,7 +189,7 @@ def _attended(layer: Any, given: Given, query: Tensor, key: Tensor, value: Tenso
 
 
 class _Dense(nn.Module):
-    """LCoA, CoA or a stand-in for one, as dense attention; it stands in a network where they stood.
+    """LCoA, CoA or a stand-in for one, as dense attention; it replaces them in a network.
 
     Args:
         layer: in float64.

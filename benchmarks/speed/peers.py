@@ -133,7 +133,7 @@ def _class(spec: str, file: Path, name: str) -> Any:
     module = importlib.util.module_from_spec(found)
     folder = str(file.resolve().parent)
     sys.modules[module_name] = module  # dataclasses and pickle look there
-    sys.path.insert(0, folder)  # for what lies beside it
+    sys.path.insert(0, folder)  # for modules in the same folder
     try:
         found.loader.exec_module(module)
     except Exception as error:  # whatever somebody else's code raises

@@ -59,7 +59,7 @@ class Row:
         memory: bytes.
         maps: peak of new memory in feature maps.
         largest_maps: largest tensor in feature maps.
-        cost: arithmetic, if somebody has counted it.
+        cost: arithmetic, if counted.
         floor: milliseconds that the arithmetic takes at the rates of this run.
         operators: what ran, beyond torch's plain operators.
     """
@@ -360,7 +360,7 @@ def _validity(methods: dict[str, Method], settings: Settings, progress: Progress
     names |= {name for method in methods.values() for name in method.valid_as}
     if not names or not settings.validity or settings.device != "cpu":
         return {}
-    progress("holding stand-ins against their authors' figures")
+    progress("checking stand-ins against their authors' figures")
     published = Settings(rounds=settings.rounds, shortest=settings.shortest)
     device = torch.device("cpu")
     x = _input(published, device, VALID_SIDE, batch=1)
@@ -448,7 +448,7 @@ def _compare(found: Run, name: str, output: Tensor, other: Tensor, x: Tensor) ->
 
 
 def _expected(found: Run, name: str, passed: Pass, side: int) -> float:
-    """Return the seconds that a method will take if it goes on growing as between the last two sizes; 0 if unknown."""
+    """Return the seconds that a method will take if its time grows as between the last two sizes; 0 if unknown."""
     rows = [row for row in found.rows if (row.method, row.passed) == (name, passed)][-2:]
     if len(rows) < 2:
         return 0.0

@@ -40,7 +40,7 @@ class Settings:
     Attributes:
         what: whether methods are layers or networks.
         methods: their names.
-        peers: code from outside (`bench.peers`).
+        peers: code from outside (`benchmarks.speed.peers`).
         sizes: sides of the square maps, or of the images that networks are given.
         embed_dim: channels of maps.
         batch: maps.

@@ -1,7 +1,7 @@
 """Stand-ins for the released codes: the published mathematics, written here, with the costs that the originals have.
 
 They are no part of the library. They exist so that a benchmark has something to be held against where the original may
-not be copied, and they keep what makes the originals dear: softmax as an exponential of scores minus their
+not be copied, and they keep what makes the originals expensive: softmax as an exponential of scores minus their
 log-sum-exp, `gather` on transposed views, copies of neighbouring chunks side by side, weights of all tokens at once;
 batch normalisation that is not folded, depthwise convolutions with one-hot kernels, windows by rolling and reshaping.
 Whether one is as fast as its original is checked in each run (`docs/benchmarks.md`).

@@ -1,4 +1,4 @@
-"""`sparse-sr train` and `sparse-sr test`: check the options, run, and say what went wrong."""
+"""`sparse-sr train` and `sparse-sr test`: check the options, run, and report errors."""
 
 import argparse
 import importlib
@@ -51,8 +51,8 @@ def train(arguments: argparse.Namespace) -> None:
                 raise
             # Not saved: buffers may have moved in a step that did not end.
             raise TrainingError(
-                f"{_reason(error)}\nSmaller gt_size or batch_size_per_gpu, or train.accumulate, need less.\n"
-                f"What was saved before is in experiments/{options['name']}."
+                f"{_reason(error)}\nReduce gt_size or batch_size_per_gpu, or set train.accumulate.\n"
+                f"Earlier files are in experiments/{options['name']}."
             ) from error
 
 
@@ -81,7 +81,9 @@ def test(arguments: argparse.Namespace) -> None:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise SparseSRError(f"{_reason(error)}\nval.tile, in pixels of the input, needs less.") from error
+            raise SparseSRError(
+                f"{_reason(error)}\nSet val.tile, in pixels of the input, to use less memory."
+            ) from error
 
 
 def _checked_options(arguments: argparse.Namespace, *, training: bool) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise SparseSRError(
-            f"this BasicSR lacks a part of BasicSR 1.4.2: {error}; start this fork by its own script, with "
+            f"this BasicSR lacks a part of BasicSR 1.4.2: {error}; start this fork with its own script and "
             "sparse_sr_attn_basicsr.register() (docs/basicsr.md)"
         ) from error
 
@@ -159,7 +161,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"cannot read or write: {error}"
     if isinstance(error, MemoryError | RuntimeError):
-        return " ".join(f"memory does not suffice: {error}".partition("\n")[0].split())
+        return " ".join(f"out of memory: {error}".partition("\n")[0].split())
     return str(error)
 
 

@@ -247,6 +247,6 @@ def _plot(document: dict[str, Any], path: Path) -> None:
 
 
 def _progress(text: str) -> None:
-    """Show on one line what is being done, to somebody who looks at a terminal."""
+    """Show the progress on one line of a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ImageError as error:
         raise ImageError(f"{name(arguments.image)}: {error}") from error
     except (ValueError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        reason = str(error).partition("\n")[0] or "memory does not suffice"
+        reason = str(error).partition("\n")[0] or "out of memory"
         raise SparseSRError(f"{name(arguments.image)}: {reason}") from error
     if not 0 <= arguments.layer < len(states):
         raise UsageError(f"--layer must be from 0 to {len(states) - 1}, got {arguments.layer}")

@@ -243,5 +243,5 @@ def test_a_network_that_memory_cannot_hold_is_told(
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     told = told_at_the_end(capsys)
-    assert told.startswith("memory does not suffice: ")
-    assert told.splitlines()[1].startswith("Smaller " if command == "train" else "val.tile")
+    assert told.startswith("out of memory: ")
+    assert told.splitlines()[1].startswith("Reduce gt_size" if command == "train" else "Set val.tile")
