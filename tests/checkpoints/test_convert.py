@@ -151,7 +151,7 @@ def test_layouts_with_other_names_can_be_written() -> None:
         (lambda: LCoAN(num_feat=8, num_group=4, num_block=1, share=2, num_clusters=3), "no place for body.2.attention"),
         (lambda: LCoAN(num_feat=8, num_group=2, num_block=1, num_rounds=2, num_clusters=3), "no place for .*further"),
         (lambda: ELAN(num_feat=12, num_block=1, window_sizes=(2, 3)), "no place for .*query.*would not come back"),
-        (lambda: ELAN(3, 1, num_feat=12, num_block=1), "images of 3 channels, the network makes others"),
+        (lambda: ELAN(3, 1, num_feat=12, num_block=1), "images of 3 channels, and the network has others"),
         (lambda: EDSR(1, 1, num_feat=8, num_block=2), "a mean of 3 channels, but the network has 1"),
     ],
 )
@@ -161,14 +161,18 @@ def test_what_has_no_place_is_refused(model: Callable[[], nn.Module], message: s
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "said", "typed"),
     [
-        ({"img_range": 1.0, "rgb_mean": (0.0, 0.0, 0.0)}, "img_range=1.0, rgb_mean=[0.0, 0.0, 0.0]"),
-        ({"res_scale": 0.2}, "res_scale=0.2"),
+        (
+            {"img_range": 1.0, "rgb_mean": (0.0, 0.0, 0.0)},
+            "img_range=1.0, rgb_mean=[0.0, 0.0, 0.0]",
+            "img_range=1.0 'rgb_mean=[0.0, 0.0, 0.0]'",
+        ),
+        ({"res_scale": 0.2}, "res_scale=0.2", "res_scale=0.2"),
     ],
 )
 def test_what_weights_do_not_tell_is_said(
-    options: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: dict[str, object], said: str, typed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     torch.save(EDSR(num_feat=8, num_block=2, upscale=2, **options).state_dict(), tmp_path / "edsr.pth")
@@ -201,7 +205,7 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     torch.save(EDSR(num_feat=8, num_block=1).state_dict(), source)
     target.write_bytes(b"mine")
     assert main(["convert", str(source), str(target)]) == 1
-    assert "is there already, and stays; --overwrite replaces it" in capsys.readouterr().err
+    assert "already exists; use --overwrite" in capsys.readouterr().err
     assert target.read_bytes() == b"mine"
     assert main(["convert", str(source), str(target), "--overwrite"]) == 0
     assert load_file(target)
