@@ -783,7 +783,8 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "an ELAN of ours that says nothing": (
         {key: value for key, value in trained("ELAN").state_dict().items() if key != "options"},
-        "window_sizes is not recorded in weights of our ELAN; pass it when loading: load_model(..., window_sizes=[4, 8, 16])",
+        "window_sizes is not recorded in weights of our ELAN; pass it when loading: "
+        "load_model(..., window_sizes=[4, 8, 16])",
     ),
     "a released ELAN with odd projections": (
         {key: value[:-1] if key.endswith("gmsa_0.project_inp.0.weight") else value
