@@ -152,9 +152,9 @@ PATTERNS = (
 
 _SET_HERE = {
     "chunk_size": "follows from the number of keys",
-    "reduction": "plays no part: the features are queries and keys",
-    "ema_decay": "plays no part: k-means is fitted to the image",
-    "redraw": "plays no part: the hash is drawn anew for each image",
+    "reduction": "has no effect: the features are queries and keys",
+    "ema_decay": "has no effect: k-means is fitted to the image",
+    "redraw": "has no effect: a new hash is drawn for each image",
     "categories": "must be kmeans: a dictionary must be trained",
     "seed": "is the number of the image",
 }
