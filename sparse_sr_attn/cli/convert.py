@@ -1,7 +1,6 @@
 """`sparse-sr convert`: weights under other names and in other files."""
 
 import argparse
-import shlex
 from pathlib import Path
 
 from sparse_sr_attn.checkpoints.convert import convert_weights, unsaid_options, write_weights

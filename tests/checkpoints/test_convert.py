@@ -161,18 +161,14 @@ def test_what_has_no_place_is_refused(model: Callable[[], nn.Module], message: s
 
 
 @pytest.mark.parametrize(
-    ("options", "said", "typed"),
+    ("options", "said"),
     [
-        (
-            {"img_range": 1.0, "rgb_mean": (0.0, 0.0, 0.0)},
-            "img_range=1.0, rgb_mean=[0.0, 0.0, 0.0]",
-            "img_range=1.0 'rgb_mean=[0.0, 0.0, 0.0]'",
-        ),
-        ({"res_scale": 0.2}, "res_scale=0.2", "res_scale=0.2"),
+        ({"img_range": 1.0, "rgb_mean": (0.0, 0.0, 0.0)}, "img_range=1.0, rgb_mean=[0.0, 0.0, 0.0]"),
+        ({"res_scale": 0.2}, "res_scale=0.2"),
     ],
 )
 def test_what_weights_do_not_tell_is_said(
-    options: dict[str, object], said: str, typed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     torch.save(EDSR(num_feat=8, num_block=2, upscale=2, **options).state_dict(), tmp_path / "edsr.pth")
