@@ -1,4 +1,4 @@
-"""`sparse-sr capture`: how much of dense attention the keys of sparse patterns capture."""
+"""`sparse-sr capture`: the share of dense attention that the keys of sparse patterns capture."""
 
 import argparse
 import json
@@ -77,10 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print the table and keep it; return the exit status.
+    """Measure, print the table and save it; return the exit status.
 
     Raises:
-        UsageError: the arguments are wrong.
+        UsageError: the arguments are invalid.
         SparseSRError: images or weights cannot be used, there is no attention, or a file cannot be written.
     """
     require("PIL", "numpy")
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _checked(arguments: argparse.Namespace) -> list[Pattern]:
-    """Return the patterns, when all arguments are right and what is asked for can be written."""
+    """Return the patterns after checking all arguments and that the output can be written."""
     for option, least in (("keys", 1), ("steps", 0), ("crop", 2), ("limit", 1), ("layer", 0)):
         value = getattr(arguments, option)
         if value is not None and value < least:
@@ -134,7 +134,7 @@ def _checked(arguments: argparse.Namespace) -> list[Pattern]:
 
 
 def _input(file: Path, model: Network, side: int) -> Tensor:
-    """Return the middle of an image, shrunk, as the network takes it."""
+    """Return the downscaled centre of an image as input of the network."""
     small = matlab_bicubic(as_rgb(read_pixels(file)), model.upscale)
     for axis in (0, 1):
         length = min(side, small.shape[axis])
@@ -145,7 +145,7 @@ def _input(file: Path, model: Network, side: int) -> Tensor:
 def _captured(
     model: Network, image: Tensor, patterns: list[Pattern], number: int, arguments: argparse.Namespace
 ) -> tuple[str, Capture]:
-    """Return the name of the layer, and what patterns capture on an image."""
+    """Return the name of the layer, and the results for the patterns on an image."""
     try:
         features = attention_features(model, image.to(model.mean.device))
     except ShapeError:
@@ -177,7 +177,7 @@ def _captured(
 
 
 def _document(arguments: argparse.Namespace, layer: str, captures: dict[str, Capture]) -> dict[str, Any]:
-    """Return all that was found, means and images."""
+    """Return all results, means and single images."""
     each = {
         file: {
             "entropy": one.entropy,
@@ -224,7 +224,7 @@ def _report(document: dict[str, Any]) -> str:
 
 
 def _plot(document: dict[str, Any], path: Path) -> None:
-    """Draw what is captured: the mean as a bar, each image as a dot; needs matplotlib."""
+    """Plot the results: the mean as a bar, each image as a dot; needs matplotlib."""
     from matplotlib.figure import Figure  # noqa: PLC0415  an extra
 
     found, images = document["mean"], document["images"].values()
@@ -247,6 +247,6 @@ def _plot(document: dict[str, Any], path: Path) -> None:
 
 
 def _progress(text: str) -> None:
-    """Show the progress on one line of a terminal."""
+    """Show progress on one line if the output is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

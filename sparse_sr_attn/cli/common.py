@@ -31,18 +31,18 @@ class UsageError(SparseSRError):
 
 
 def say(text: str, *, everywhere: bool = False) -> None:
-    """Print an error or a note, of the first process only unless `everywhere`."""
+    """Print an error or a note, in the first process only unless `everywhere`."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         show(f"sparse-sr: {text}", sys.stderr)
 
 
 def exit_status(run: Callable[[], int], *, options: str = "--set", interrupted: str = "interrupted") -> int:
-    """Return what `run` returns, or the exit status of what it raises, after saying what that was.
+    """Return the result of `run`, or the exit status for an error after printing its message.
 
     Args:
         run: the command.
-        options: where the options come from that a `ConfigError` is about.
-        interrupted: what to say when the user interrupts.
+        options: source of the options, for the message of a `ConfigError`.
+        interrupted: message if the user interrupts.
     """
     try:
         return run()
@@ -63,7 +63,7 @@ def exit_status(run: Callable[[], int], *, options: str = "--set", interrupted: 
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, whatever is in a file's name."""
+    """Print a line, even if a file name in it cannot be encoded."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
@@ -76,12 +76,12 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def name(path: Path | str) -> str:
-    """Return a path as one line."""
+    """Return a path on one line."""
     return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in str(path))
 
 
 def require(*modules: str) -> None:
-    """Raise an error that says what to install, if a package is not there.
+    """Raise an error that says what to install if a package is missing.
 
     Raises:
         SparseSRError: one of `modules` is missing.
@@ -92,10 +92,10 @@ def require(*modules: str) -> None:
 
 
 def images_in(path: Path) -> list[Path]:
-    """Return the images of a folder, sorted, without hidden ones; an image alone is one.
+    """Return the images in a folder, sorted, without hidden files; or a single image.
 
     Raises:
-        UsageError: there is no such path, or no image in the folder.
+        UsageError: the path does not exist, or the folder has no images.
     """
     if not os.path.lexists(path):
         raise UsageError(f"{name(path)}: no such image or folder")
@@ -114,12 +114,12 @@ def images_in(path: Path) -> list[Path]:
 
 
 def distinct_names(files: Sequence[Path]) -> list[str]:
-    """Return a name for each file: its stem where no other file has it, else its whole name, else its folder's too.
+    """Return a unique name for each file: its stem if unique, else its file name, else with its folder's name.
 
     Names that differ only in case count as one.
 
     Raises:
-        UsageError: two files have one name even so.
+        UsageError: two files still have the same name.
     """
     choices = [(file.stem, file.name, f"{file.resolve().parent.name}_{file.name}") for file in files]
     chosen = [0] * len(files)
@@ -212,10 +212,10 @@ def add_imports(parser: argparse.ArgumentParser) -> None:
 
 
 def import_modules(arguments: argparse.Namespace) -> None:
-    """Import what `--import` names.
+    """Import the modules of `--import`.
 
     Raises:
-        UsageError: something cannot be imported.
+        UsageError: a module cannot be imported.
     """
     if not arguments.imports:
         return
@@ -231,7 +231,7 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options given by `--set`.
 
     Raises:
-        UsageError: one is not of the form NAME=VALUE.
+        UsageError: an option does not have the form NAME=VALUE.
     """
     given = {}
     for item in arguments.set:
@@ -246,12 +246,12 @@ def options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(arguments: argparse.Namespace) -> "Network":
-    """Return the network of `--weights` and `--set`, on `--device` if there is such an argument.
+    """Load the network of `--weights` and `--set`, on `--device` if the command has that argument.
 
     Raises:
-        UsageError: there is no such device, or `--set` is wrong.
+        UsageError: the device is not available, or `--set` is invalid.
         CheckpointError: the weights cannot be read.
-        ConfigError: an option is wrong.
+        ConfigError: an option is invalid.
     """
     from sparse_sr_attn.checkpoints.load import load_and_tell  # noqa: PLC0415
 
@@ -264,10 +264,10 @@ def load(arguments: argparse.Namespace) -> "Network":
 
 
 def find_device(asked: str | None) -> "torch.device":
-    """Return a device by its name; without one, the GPU if torch can use one.
+    """Return a device by name; by default, the GPU if torch can use one.
 
     Raises:
-        UsageError: torch cannot use it here.
+        UsageError: torch cannot use the device.
     """
     import torch  # noqa: PLC0415
 

@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert the file; return the exit status.
 
     Raises:
-        UsageError: the output cannot be such a file.
-        CheckpointError: weights cannot be read, converted or written.
+        UsageError: the output has an unknown suffix.
+        CheckpointError: the weights cannot be read, converted or written.
     """
     output = output_file(arguments)
     if output.suffix not in _SUFFIXES:

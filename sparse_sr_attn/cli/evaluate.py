@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print a line for each picture and one for their mean; return the exit status.
 
     Raises:
-        UsageError: the arguments are wrong.
-        SparseSRError: pictures cannot be read or do not fit together.
+        UsageError: the arguments are invalid.
+        SparseSRError: pictures cannot be read or do not match.
     """
     require("PIL", "numpy")
     _check(arguments)
@@ -116,7 +116,7 @@ def _border(arguments: argparse.Namespace) -> int:
 
 
 def _pictures(folder: Path, template: str) -> dict[str, Path]:
-    """Return the pictures of a folder by what stands for {} in their names."""
+    """Return the pictures of a folder by the part of their names that matches {}."""
     before, after = template.split("{}")
     found: dict[str, Path] = {}
     for path in images_in(folder):
@@ -149,7 +149,7 @@ def _grey(pixels: Tensor) -> Tensor:
 
 @contextmanager
 def _about(path: Path) -> Iterator[None]:
-    """Say of which file an error is."""
+    """Add the name of the file to an error."""
     try:
         yield
     except (ImageError, ShapeError) as error:

@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Export the network; return the exit status.
 
     Raises:
-        UsageError: the output cannot be such a file, or a size is empty.
-        SparseSRError: a package is missing, or weights cannot be read, or exported, or the check fails.
+        UsageError: the output has another suffix, or a size is empty.
+        SparseSRError: a package is missing, the weights cannot be read or exported, or the check fails.
     """
     require("onnx", "onnxruntime", "onnxscript")
     output = output_file(arguments)

@@ -58,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw what the command line asks for; return the exit status.
+    """Draw the requested picture; return the exit status.
 
     Raises:
-        UsageError: nothing can be drawn as it was asked.
-        SparseSRError: the image or the weights cannot be used, or the network has no such attention.
+        UsageError: the arguments are invalid.
+        SparseSRError: the image or weights cannot be used, or the network has no such attention.
     """
     require("PIL", "numpy")
     import numpy as np  # noqa: PLC0415
@@ -142,7 +142,7 @@ def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tu
 
 
 def _large(colours: Tensor) -> "Image.Image":
-    """Return a picture in which a pixel of the map is a square that can be seen."""
+    """Return a picture in which each pixel of the map is a visible square."""
     from PIL import Image  # noqa: PLC0415
 
     factor = max(1, -(-_SHORTEST // max(colours.shape[:2])))

@@ -1,6 +1,6 @@
 """The command `sparse-sr`.
 
-Exit status: 0 done; 1 something failed; 2 the command line or the options are wrong, and nothing was done; 130
+Exit status: 0 done; 1 something failed; 2 the command line or the options are invalid, and nothing was done; 130
 interrupted.
 """
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(
         partial(_run, arguments),
         options=getattr(arguments, "opt", "--set"),
-        interrupted="interrupted; `--auto_resume` resumes from the last saved state, or starts anew if there is none"
+        interrupted="interrupted; `--auto_resume` resumes from the last saved state, or starts over if there is none"
         if arguments.command == "train"
         else "interrupted",
     )
@@ -95,10 +95,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _prefer_fork(folder: Path) -> None:
-    """Have Python import the BasicSR of a fork in whose folder the user stands, and say so.
+    """Import the BasicSR of a fork if the working directory is one, with a note.
 
     Raises:
-        UsageError: it cannot be imported from there.
+        UsageError: it cannot be imported.
     """
     package = folder / "basicsr"
     if not (package / "utils" / "registry.py").is_file():

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Make the pairs; return the exit status.
 
     Raises:
-        UsageError: nothing can be done as it was asked.
-        ImageError: an image cannot be read, or a pair not be written.
+        UsageError: the arguments are invalid.
+        ImageError: an image cannot be read or a pair written.
     """
     require("PIL", "numpy")
     scale, tile, crop, output = arguments.scale, arguments.tile, arguments.crop, arguments.output
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read(files: Mapping[str, Path], smallest: int, small: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and pictures, and remember those that are too small."""
+    """Yield names and pictures; add those that are too small to `small`."""
     for label, file in files.items():
         try:
             pixels = read_pixels(file)

@@ -57,11 +57,11 @@ STREAM = Path("-")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 _REPORT_EVERY = 30
-"""Seconds between two lines of progress where there is no terminal for a bar."""
+"""Seconds between two lines of progress without a terminal."""
 
 
 class _Job(NamedTuple):
-    """An image and the file it becomes; either may be `STREAM`."""
+    """An image and its output file; either may be `STREAM`."""
 
     source: Path
     target: Path
@@ -112,10 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Upscale what the command line names; return the exit status.
+    """Upscale the images of the command line; return the exit status.
 
     Raises:
-        UsageError: nothing can be done as it was asked.
+        UsageError: the arguments are invalid.
         CheckpointError: the weights cannot be read.
     """
     require("PIL", "numpy", "tqdm")
@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
                     raise
                 raise UsageError(f"{name(job.source)}: {' '.join(str(error).split())}") from error
             if picture.reduced:
-                say(f"note: {name(job.source)}: Pillow reads 8 bits a channel of it, and the result has 8")
+                say(f"note: {name(job.source)}: Pillow reads only 8 bits per channel of it, and the result has 8")
             large = _enlarged(arguments, model, picture, label)
             _write(large, job.target, arguments)
         except ImageError as error:
@@ -158,10 +158,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Have glibc keep the memory that layers free for the layers that follow, or give it back as it does by default.
+    """Make glibc keep freed memory for later layers, or restore its default.
 
-    By default it gives large blocks back to the system, which then fills new ones with zeros, page by page, in every
-    layer. Settings of the user (`MALLOC_...`, `GLIBC_TUNABLES`) go before; other C libraries are left alone.
+    By default it returns large blocks to the system, which then zeroes new ones, page by page, in every layer. User
+    settings (`MALLOC_...`, `GLIBC_TUNABLES`) take precedence; other C libraries are not affected.
     """
     if any(variable.startswith(("MALLOC_", "GLIBC_TUNABLES")) for variable in os.environ) or sys.platform != "linux":
         return
@@ -194,7 +194,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _choose(arguments: argparse.Namespace) -> None:
-    """Take the weights of `--scale`."""
+    """Choose the weights of `--scale`."""
     known = trained_weights()
     scales = [scale for scale in range(1, 17) if f"{NETWORK}_x{scale}" in known]
     if arguments.scale not in scales:
@@ -207,7 +207,7 @@ def _to_stdout(arguments: argparse.Namespace) -> bool:
 
 
 def _sources(arguments: argparse.Namespace) -> dict[Path, Path]:
-    """Return each image once, with the input that named it."""
+    """Return each image once, with the input that it comes from."""
     found: dict[Path, Path] = {}
     seen: set[Path] = set()
     for path in arguments.input:
@@ -222,7 +222,7 @@ def _folder(arguments: argparse.Namespace, *, several: bool) -> Path | None:
     """Return the folder that `--output` names; `None` if it names a file.
 
     Raises:
-        UsageError: it names neither as it should.
+        UsageError: `--output` is not a valid file or folder.
     """
     output, path = arguments.output, Path(arguments.output)
     ends_so = output.endswith((os.sep, os.altsep or os.sep))
@@ -243,7 +243,7 @@ def _folder(arguments: argparse.Namespace, *, several: bool) -> Path | None:
 
 
 def _jobs(arguments: argparse.Namespace, sources: dict[Path, Path], upscale: int, *, several: bool) -> list[_Job]:
-    """Return each image with the file it becomes."""
+    """Return each image with its output file."""
     if _to_stdout(arguments):
         if several:
             raise UsageError("--output - takes one image, and there are several")
@@ -272,16 +272,14 @@ def _check_folders(jobs: list[_Job]) -> None:
 
 
 def _unfinished(jobs: list[_Job], arguments: argparse.Namespace) -> list[_Job]:
-    """Leave out what an earlier run has done, and say so: results that exist, and images that are results."""
+    """Skip finished work with a note: existing results, and images that are results."""
     targets = {job.target.absolute() for job in jobs}
     images = [job for job in jobs if job.source.absolute() not in targets]
     if len(images) < len(jobs):
         say(f"note: {len(jobs) - len(images)} of {len(jobs)} images are results of others and are skipped")
     left = [job for job in images if arguments.overwrite or not os.path.isfile(job.target)]
     if len(left) < len(images):
-        say(
-            f"note: {len(images) - len(left)} of {len(images)} results exist and are skipped; --overwrite replaces them"
-        )
+        say(f"note: {len(images) - len(left)} of {len(images)} results exist and are skipped; use --overwrite")
     return left
 
 
@@ -291,14 +289,14 @@ def _read(source: Path, arguments: argparse.Namespace) -> Picture:
 
 
 def _check_target(job: _Job, picture: Picture, upscale: int, arguments: argparse.Namespace) -> None:
-    """Refuse before the work what could not be written after it."""
+    """Check that the result can be written before computing it."""
     target = job.target
     if target == STREAM:
         return
     if os.path.exists(target) and job.source != STREAM and target.samefile(job.source):
         raise ImageError("would be replaced by its own result; give another --output")
     if not arguments.overwrite and os.path.lexists(target):
-        raise ImageError(f"{name(target)} already exists; --overwrite replaces it")
+        raise ImageError(f"{name(target)} already exists; use --overwrite")
     try:
         check_writable(target)
     except OSError as error:
@@ -342,7 +340,7 @@ def _write(picture: Picture, target: Path, arguments: argparse.Namespace) -> Non
 
 @contextmanager
 def _reported(model: Network, label: str, tiles: int) -> Iterator[Progress]:
-    """Show how far an image is, by the parts of the network that have run: by a bar, or by a line every half minute."""
+    """Show progress by the parts of the network that have run, as a bar or as a line every half minute."""
     from tqdm import tqdm  # noqa: PLC0415
 
     parts = [part for group in model.children() for part in group.children()]

@@ -81,7 +81,7 @@ def write_pairs(
         crop: as in `tiles`.
 
     Raises:
-        ImageError: two pictures have one name, or a file cannot be written.
+        ImageError: two pictures have the same name, or a file cannot be written.
         ShapeError: a picture is too small.
     """
     from PIL import Image  # noqa: PLC0415

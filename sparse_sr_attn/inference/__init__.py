@@ -1,4 +1,4 @@
-"""Use a trained network: whole images in tiles, ONNX, CUDA graphs, and what its attention looks at."""
+"""Use a trained network: tiled inference, ONNX, CUDA graphs, and visualisations of its attention."""
 
 from sparse_sr_attn.inference.tiling import upscale_tiled
 

@@ -1,6 +1,6 @@
-"""Captured mass: how much of dense attention falls on the keys that a sparse pattern shows to each query.
+"""Captured mass: the share of dense attention that falls on the keys of a sparse pattern.
 
-A pattern is named by a text, as in `LCoA:num_clusters=64,num_adjacent=4`: a kind of `KINDS`, and options of its layer.
+A pattern is given by a string like `LCoA:num_clusters=64,num_adjacent=4`: a kind from `KINDS` and options of its layer.
 """
 
 import json
@@ -33,14 +33,14 @@ _SCORES_PER_BLOCK = 2**22
 
 
 class Setting(NamedTuple):
-    """What a pattern is made for.
+    """The input that a pattern is built for.
 
     Attributes:
-        features: one map of unit vectors, the query and the key of each token.
-        num_keys: how many keys a token may see.
-        steps: of k-means on these features.
-        seed: of hashes and of the first centroids.
-        trained: the layer that made the features, if it is an LSP.
+        features: a map of unit vectors, which are both query and key of each token.
+        num_keys: number of keys that a token may see.
+        steps: steps of k-means on these features.
+        seed: seed of hashes and initial centroids.
+        trained: the layer that computed the features, if it is an LSP.
     """
 
     features: Float[Tensor, "1 d h w"]
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
 
 
 Visible = Callable[[Int[Tensor, "s"]], Bool[Tensor, "s n"]]
-"""For some queries: whether they see each token."""
+"""A function from some queries to a mask of the tokens that each sees."""
 
 
 # --- patterns ---------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def _lcoa(setting: Setting, **options: Any) -> Visible:
 
 
 def _trained(setting: Setting) -> Visible:
-    """LCoA as it was trained: its centroids and options, for `num_keys`."""
+    """LCoA as trained: its centroids and options, for `num_keys` keys."""
     if setting.trained is None:
         raise ConfigError([Problem("", "pattern 'trained' needs features of an LSP (of an LCoA)")])
     lsp = deepcopy(setting.trained).eval()
@@ -75,7 +75,7 @@ def _trained(setting: Setting) -> Visible:
 
 
 def _nlsa(setting: Setting, **options: Any) -> Visible:
-    """NLSA: buckets of a hash that is drawn anew for each image."""
+    """NLSA: buckets of a hash drawn for each image."""
     layer = NLSA(setting.features.shape[1], reduction=1, seed=setting.seed, **options)
     points, chunk_size = tokens(setting.features), _chunk_size(layer, setting.num_keys)
     num_buckets = bucket_count(points.shape[1], chunk_size, 2 * layer.rotations.shape[1])
@@ -84,7 +84,7 @@ def _nlsa(setting: Setting, **options: Any) -> Visible:
 
 
 def _category(setting: Setting, **options: Any) -> Visible:
-    """The tokens that CategoryAttention sees one by one, with k-means fitted to the image."""
+    """The tokens that CategoryAttention attends to individually, with k-means fitted to the image."""
     layer = CategoryAttention(setting.features.shape[1], reduction=1, ema_decay=0.0, seed=setting.seed, **options)
     assignment = _fit(layer, setting)
     chunk_size = _chunk_size(layer, setting.num_keys)
@@ -92,7 +92,7 @@ def _category(setting: Setting, **options: Any) -> Visible:
 
 
 def _windows(setting: Setting) -> Visible:
-    """Square windows, as large as `num_keys` allows."""
+    """Square windows of at most `num_keys` pixels."""
     side = math.isqrt(setting.num_keys)
     height, width = setting.features.shape[2:]
     window = WindowGrid(height, width, side).slots(0, setting.features.device) // side**2
@@ -100,7 +100,7 @@ def _windows(setting: Setting) -> Visible:
 
 
 def _raster(setting: Setting) -> Visible:
-    """Chunks of tokens in image order, and the chunks next to them."""
+    """Chunks of tokens in image order, with adjacent chunks."""
     nobody = torch.zeros_like(tokens(setting.features)[..., 0], dtype=torch.int64)
     return _clustered(cluster_pattern(nobody, chunk_size=max(1, setting.num_keys // 3)))
 
@@ -109,7 +109,7 @@ class Kind(NamedTuple):
     """A kind of patterns.
 
     Attributes:
-        show: makes the pattern.
+        show: function that builds the pattern.
         layer: the layer whose options it takes; `None` if it takes none.
     """
 
@@ -148,13 +148,13 @@ PATTERNS = (
     "windows",
     "raster",
 )
-"""The patterns that are compared unless others are asked for."""
+"""The patterns compared by default."""
 
 _SET_HERE = {
     "chunk_size": "follows from the number of keys",
-    "reduction": "plays no part: the features are queries and keys",
-    "ema_decay": "plays no part: k-means is fitted to the image",
-    "redraw": "plays no part: the hash is drawn anew for each image",
+    "reduction": "has no effect: the features are queries and keys",
+    "ema_decay": "has no effect: k-means is fitted to the image",
+    "redraw": "has no effect: a new hash is drawn for each image",
     "categories": "must be kmeans: a dictionary must be trained",
     "seed": "is the number of the image",
 }
@@ -165,8 +165,8 @@ class Pattern:
     """A pattern by its name.
 
     Attributes:
-        name: as it was asked for.
-        show: returns which keys each query sees.
+        name: the string that it was given by.
+        show: function that returns the keys of each query.
     """
 
     name: str
@@ -174,15 +174,15 @@ class Pattern:
 
 
 def read_patterns(names: Iterable[str], *, num_keys: int) -> list[Pattern]:
-    """Return the patterns that names ask for.
+    """Parse the names of patterns.
 
     Args:
         names: each a kind of `KINDS`, or `kind:option=value,option=value` with options of its layer.
-        num_keys: how many keys a token may see.
+        num_keys: number of keys that a token may see.
 
     Raises:
-        ConfigError: there is no such kind, an option breaks a rule, or `num_keys` does not fill the chunks that a token
-            sees.
+        ConfigError: a kind is unknown, an option is invalid, or `num_keys` is smaller than the number of chunks that a
+            token sees.
 
     Examples:
         >>> [pattern.name for pattern in read_patterns(["LCoA:num_clusters=16", "windows"], num_keys=48)]
@@ -223,7 +223,7 @@ def _read(name: str, num_keys: int) -> Pattern:
 
 
 def _chunk_size(layer: Any, num_keys: int) -> int:
-    """Return the size of chunks of which a token sees at most `num_keys` slots, in all rounds together."""
+    """Return the chunk size with which a token sees at most `num_keys` slots in all rounds together."""
     num_rounds = len(layer.rotations) if isinstance(layer, NLSA) else getattr(layer, "num_rounds", 1)
     num_chunks = int(num_rounds * (2 * layer.num_adjacent + 1))
     if num_keys < num_chunks:
@@ -232,7 +232,7 @@ def _chunk_size(layer: Any, num_keys: int) -> int:
 
 
 def _fit(layer: KMeansModule, setting: Setting) -> Int[Tensor, "b n"]:
-    """Fit k-means of a layer to the features, from tokens drawn at random; return the clusters of the first round."""
+    """Fit k-means of a layer to the features from randomly drawn tokens; return the clusters of the first round."""
     points = tokens(setting.features)
     layer.to(points.device).train()
     assignments = []
@@ -249,14 +249,14 @@ def _fit(layer: KMeansModule, setting: Setting) -> Int[Tensor, "b n"]:
 
 
 def _routed(lsp: LSP, setting: Setting) -> Visible:
-    """Return who sees whom by a layer that takes the features as they are."""
+    """Return the visible keys for a layer applied directly to the features."""
     lsp.embed = nn.Identity()  # type: ignore[assignment]
     lsp.chunk_size = _chunk_size(lsp, setting.num_keys)
     return _clustered(lsp.route(setting.features)[1])
 
 
 def _clustered(pattern: ClusterPattern) -> Visible:
-    """Return who sees whom by patterns of one map: those of its rounds."""
+    """Return the visible keys for the patterns of one map, one per round."""
     num_tokens = pattern.order.shape[1]
 
     def visible(queries: Tensor) -> Tensor:
@@ -272,11 +272,11 @@ def _clustered(pattern: ClusterPattern) -> Visible:
 
 
 class Seen(NamedTuple):
-    """What a pattern captures.
+    """The result for one pattern.
 
     Attributes:
-        num_keys: different keys that a token sees, in the mean.
-        mass: share of dense attention that falls on them, in the mean over tokens.
+        num_keys: mean number of different keys that a token sees.
+        mass: share of dense attention that falls on them, averaged over tokens.
     """
 
     num_keys: float
@@ -284,12 +284,12 @@ class Seen(NamedTuple):
 
 
 class Capture(NamedTuple):
-    """What patterns capture of dense attention on one map.
+    """The results for several patterns on one map.
 
     Attributes:
-        entropy: of dense attention, in the mean over tokens, as a share of that of uniform attention: log(tokens).
-        best: what the pattern with the `num_keys` largest weights of each token captures.
-        patterns: what each pattern captures, by its name.
+        entropy: mean entropy of dense attention, relative to log(tokens), that of uniform attention.
+        best: mass captured by the `num_keys` largest weights of each token.
+        patterns: the result for each pattern, by name.
     """
 
     entropy: float
@@ -308,29 +308,29 @@ def captured_mass(
     seed: int = 0,
     trained: LSP | None = None,
 ) -> Capture:
-    r"""Return how much of dense attention falls on the keys that patterns show.
+    r"""Return the share of dense attention that falls on the keys of each pattern.
 
     $$m = \frac{1}{n} \sum_i \sum_{j \in S_i} P_{ij}, \quad P = \mathrm{softmax}(\tau \hat F \hat F^\top)$$
 
-    with the features $\hat F$ at unit length and the keys $S_i$ that the pattern shows to token $i$.
+    with unit-length features $\hat F$ and the keys $S_i$ of token $i$ in the pattern.
 
     Args:
-        features: a map, e.g. of `visualize.attention_features`.
-        patterns: from `read_patterns`, for as many keys.
-        num_keys: how many keys a token may see, >= 1. Chunks and windows are as large as that allows, rounded down. A
-            key that several rounds show takes a place in each.
+        features: a feature map, e.g. from `visualize.attention_features`.
+        patterns: from `read_patterns`, for the same number of keys.
+        num_keys: number of keys that a token may see, >= 1. Chunks and windows have the largest size within it. A key
+            in several rounds counts in each.
         temperature: $\tau$, > 0.
-        steps: of k-means on the features, >= 0.
-        seed: of hashes and of the tokens that k-means starts from.
-        trained: the LSP that made the features, for the pattern `trained`.
+        steps: steps of k-means on the features, >= 0.
+        seed: seed of hashes and of the tokens that k-means starts from.
+        trained: the LSP that computed the features, for the pattern `trained`.
 
     Raises:
-        ShapeError: `features` is no map of two tokens or more.
-        ValueError: a feature is not finite, or a number is out of its range.
-        ConfigError: pattern `trained` is asked for, and `trained` is not given.
+        ShapeError: `features` is not a map of at least two tokens.
+        ValueError: a feature is not finite, or a number is out of range.
+        ConfigError: pattern `trained` is requested without `trained`.
 
     Note:
-        Time grows with the square of the number of tokens, memory with their number: rows are made in blocks.
+        Time grows with the square of the number of tokens; memory grows linearly, because rows are computed in blocks.
 
     Examples:
         >>> patterns = read_patterns(["LCoA:num_clusters=4", "windows"], num_keys=48)

@@ -1,4 +1,4 @@
-"""CUDA graphs: a network's kernels for one size of image, recorded once and launched together."""
+"""CUDA graphs: the kernels of a network for one image size, recorded once and launched together."""
 
 from collections.abc import Callable
 
@@ -11,27 +11,27 @@ _WARM_UPS = 3  # runs before the recording, in which libraries and kernels set t
 
 
 def capture_cuda_graph(net: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return `net` for inference on images of one size, as a CUDA graph.
+    """Capture `net` as a CUDA graph for inference on images of one size.
 
-    A network launches hundreds of small kernels; on small images a GPU waits for Python between them. A graph launches
-    all of them at once. It computes what `net` computes, but holds the memory of all its intermediate results.
+    A network launches hundreds of small kernels, and on small images the GPU waits for Python between them. A graph
+    launches all of them at once. Its results are those of `net`, but it keeps the memory of all intermediate results.
 
     Args:
-        net: a network in evaluation mode, on the GPU. Its weights may be overwritten in place later, which the graph
-            sees, but not moved or replaced.
-        images: (b, c, h, w) on the GPU; only its shape, dtype and device matter.
+        net: a network in evaluation mode, on the GPU. Weights may later be changed in place, which affects the graph,
+            but not moved or replaced.
+        images: (b, c, h, w) on the GPU; only shape, dtype and device matter.
 
     Returns:
-        A function of images of that shape, dtype and device, without gradient. It returns memory of its own.
+        A function of images of that shape, dtype and device, without gradient. It returns a new tensor.
 
     Raises:
-        BackendError: `images` is not on a CUDA device, or `net` is in training mode (each replay would move its state).
-        ShapeError: (when called) the images are not as `images` was.
-        RuntimeError: (when called) a weight is no longer where it was.
+        BackendError: `images` is not on a CUDA device, or `net` is in training mode (replays would update its state).
+        ShapeError: (when called) shape, dtype or device differ from those of `images`.
+        RuntimeError: (when called) a weight has been moved.
 
     Note:
-        LCoA, CoA and the networks never wait for the GPU in evaluation mode, which capturing requires. Tiles of one
-        size are a use of it: `upscale_tiled(capture(net, tile), image, ...)` for images no smaller than a tile.
+        LCoA, CoA and the networks do not synchronise with the GPU in evaluation mode, as capturing requires. For tiles
+        of one size, use `upscale_tiled(capture_cuda_graph(net, tile), image, ...)` with images no smaller than a tile.
 
     Examples:
         >>> net = create_model("LCoAN-light").cuda().eval()  # doctest: +SKIP

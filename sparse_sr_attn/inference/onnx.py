@@ -1,4 +1,4 @@
-"""ONNX files of our networks, for images of any size, checked against the network before they are written."""
+"""Export networks to ONNX for images of any size; checked against the network before writing."""
 
 import io
 import logging
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     import onnx
 
 TOLERANCE = 1e-4
-"""How far an image (0..1) from onnxruntime may be from the network's, under one pattern."""
+"""Largest allowed difference between images (0..1) from onnxruntime and the network under one pattern."""
 
 _TIE = 1e-4  # of a token's length: how far its cluster may be from the nearest one to count as a tie
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How onnxruntime and PyTorch differ on one image.
+    """The difference between onnxruntime and PyTorch on one image.
 
     Attributes:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
         as_is: largest difference of the two results, in 0..1.
-        under_one_pattern: the same when the network takes the clusters, and the neighbours, that onnxruntime found.
-        num_moved: tokens that the two put into different clusters; a tie may fall either way by rounding.
-        num_tokens: of how many, in all patterns of the network.
-        margin: how far the worst of these was from a tie, as a share of the token's length; or a neighbour, of 1.
+        under_one_pattern: the same if the network uses the clusters and neighbours that onnxruntime found.
+        num_moved: number of tokens in different clusters; rounding may decide ties either way.
+        num_tokens: number of tokens in all patterns of the network.
+        margin: largest distance of these from a tie, relative to the norm of the token (or to 1 for neighbours).
     """
 
     height: int
@@ -53,34 +53,34 @@ class Deviation:
 
     @property
     def good(self) -> bool:
-        """Whether all of it is rounding."""
+        """Whether the differences are only rounding."""
         return self.under_one_pattern <= TOLERANCE and self.margin <= _TIE
 
 
 def export_onnx(
     model: Network, file: str | Path, *, overwrite: bool = False, sizes: Sequence[tuple[int, int]] | None = None
 ) -> list[Deviation]:
-    """Write `model` as ONNX for any height and width, once onnxruntime has given the same images at several sizes.
+    """Export `model` to ONNX for any height and width, and check with onnxruntime at several sizes before writing.
 
     Args:
         model: in evaluation mode, on the CPU, in float32.
-        file: ends in `.onnx`. It takes `image`, (1, c, h, w) in 0..1, and gives `forward_body`; its metadata tell
-            `upscale`, `channels` and the network.
-        overwrite: whether a file that is there may be replaced.
-        sizes: (h, w) of the images that are compared; four by default, none of which the export has seen.
+        file: path ending in `.onnx`. The input is `image`, (1, c, h, w) in 0..1, the output that of `forward_body`;
+            metadata contain `upscale`, `channels` and the network.
+        overwrite: whether to replace an existing file.
+        sizes: (h, w) of the images to compare; by default four sizes other than that of the export.
 
     Returns:
         The deviation at each size; all are good.
 
     Raises:
-        ExportError: the network cannot be exported, or onnxruntime gives other images; nothing was written. Or `file`
+        ExportError: the network cannot be exported, or onnxruntime gives other images (nothing is written), or `file`
             cannot be written.
 
     Note:
-        k-means puts a token into the cluster whose centroid is most similar. Where two are as similar but for rounding,
-        onnxruntime may choose the other, and the image differs there by what the pattern changes. So the check is in
-        two parts: tokens that moved must have been ties, and the image must be the same under the clusters that
-        onnxruntime found. The same goes for neighbours of chunks that are chosen by similarity.
+        k-means assigns a token to the most similar centroid. If two are equally similar up to rounding, onnxruntime may
+        choose the other one, which changes the image there. So the check has two parts: reassigned tokens must have
+        been ties, and the image must agree under the clusters that onnxruntime found. The same applies to neighbouring
+        chunks chosen by similarity.
 
     Examples:
         >>> deviations = export_onnx(load_model("LCoAN-light_x2"), "net.onnx")  # doctest: +SKIP
@@ -107,14 +107,14 @@ def export_onnx(
         with atomic_write(file, overwrite=overwrite) as stream:
             stream.write(proto.SerializeToString())
     except FileExistsError as error:
-        raise ExportError(f"{file} is there already, and stays; --overwrite replaces it") from error
+        raise ExportError(f"{file} already exists; use --overwrite") from error
     except OSError as error:
         raise ExportError(f"{file} cannot be written: {error.strerror or error}") from error
     return found
 
 
 def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> Deviation:
-    """Return how onnxruntime and the network differ on an image of `size` (h, w).
+    """Compare onnxruntime and the network on an image of `size` (h, w).
 
     Args:
         model: as it was exported.
@@ -142,7 +142,7 @@ def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> 
     with torch.no_grad(), _watched(model, choices) as forced:
         under_one_pattern = model(image)
     if result.shape != as_is.shape:
-        raise ExportError(f"onnxruntime gives {tuple(result.shape)}, and must give {tuple(as_is.shape)}")
+        raise ExportError(f"onnxruntime must return shape {tuple(as_is.shape)}, got {tuple(result.shape)}")
     return Deviation(
         *size,
         float((result - as_is).abs().max()),
@@ -154,11 +154,11 @@ def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> 
 
 
 class _Watch:
-    """The clusters and neighbours that the patterns of a network find, one after the other, or those they shall take.
+    """Records the clusters and neighbours that the patterns of a network choose, or replaces them by given ones.
 
     Attributes:
-        choices: of each pattern, in the order in which they run: clusters (b, n) and neighbours (b, k, m).
-        margin: how far the worst of those given was from the best choice, as a share of the token's length.
+        choices: the choices of each pattern, in the order in which they run: clusters (b, n) and neighbours (b, k, m).
+        margin: largest distance of a given choice from the best one, relative to the norm of the token.
     """
 
     def __init__(self, given: Sequence[Tensor] | None) -> None:
@@ -167,7 +167,7 @@ class _Watch:
         self._given = given
 
     def hook(self, choice: nn.Module, reasons: tuple[Any, ...], found: Tensor) -> Tensor:
-        """Record a choice; return the one given for it, if any, and see how good it is."""
+        """Record a choice; return the given one instead, if any, after measuring how good it is."""
         if self._given is not None:
             given = self._given[len(self.choices)]
             margin = (
@@ -181,14 +181,14 @@ class _Watch:
 
 
 def _cluster_margin(given: Tensor, points: Tensor, centroids: Tensor) -> float:
-    """Return how much less similar the given clusters are than the nearest, as a share of a token's length."""
+    """Return by how much the given clusters are less similar than the nearest, relative to the norm of the token."""
     scores = points @ centroids.T
     short = scores.amax(dim=-1) - scores.gather(-1, given[..., None])[..., 0]
     return float((short / points.norm(dim=-1).clamp(min=1e-12)).max())
 
 
 def _neighbor_margin(given: Tensor, found: Tensor, pattern: ClusterPattern, keys: Tensor) -> float:
-    """Return how far the similarities of the given neighbours are from those of the nearest."""
+    """Return the largest difference in similarity between the given and the nearest neighbours."""
     means = mean_keys(pattern, keys)
     best, taken = ((means @ means.mT).gather(2, neighbors) for neighbors in (found, given))
     return float((best - taken).abs().max())
@@ -206,7 +206,7 @@ def _watched(model: nn.Module, given: Sequence[Tensor] | None = None) -> Iterato
 
 
 class _WithClusters(nn.Module):
-    """The network, giving what its patterns chose beside the image."""
+    """The network, which also returns the choices of its patterns."""
 
     def __init__(self, model: Network) -> None:
         super().__init__()
@@ -254,12 +254,12 @@ def _exported(model: Network) -> "onnx.ModelProto":
 
 
 def _without_patterns(proto: "onnx.ModelProto") -> None:
-    """Leave the image alone as output."""
+    """Keep only the image as output."""
     del proto.graph.output[1:]
 
 
 def _image(num_channels: int, size: tuple[int, int]) -> Tensor:
-    """Return an image with smooth parts and edges, the same every time."""
+    """Return a fixed image with smooth parts and edges."""
     generator = torch.Generator().manual_seed(size[0] * 10_007 + size[1])
     coarse = torch.rand(1, num_channels, max(2, size[0] // 6), max(2, size[1] // 6), generator=generator)
     image = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
@@ -268,14 +268,14 @@ def _image(num_channels: int, size: tuple[int, int]) -> Tensor:
 
 
 def _export_size(model: nn.Module) -> tuple[int, int]:
-    """Return a size with three chunks and more: with one chunk, some dimension is 1, which is another program."""
+    """Return a size with at least three chunks; with one chunk, export would specialise on a dimension of 1."""
     chunk_size = max([module.chunk_size for module in model.modules() if isinstance(module, LSP)], default=1)
     side = max(12, math.isqrt(3 * chunk_size) + 1)
     return side, side + 2
 
 
 def _sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Return four sizes: within one chunk where there is one, odd, wide, and larger than that of the export."""
+    """Return four sizes: within one chunk if there are chunks, odd, wide, and larger than that of the export."""
     height, width = _export_size(model)
     return [
         (3, 5),

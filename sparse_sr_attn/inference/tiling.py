@@ -1,4 +1,4 @@
-"""Large images in overlapping tiles, so that memory does not grow with the image."""
+"""Inference on large images in overlapping tiles, so that memory does not grow with the image."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -10,7 +10,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 Progress = Callable[[int, int], object]
-"""Told after each tile: how many are done, of how many."""
+"""Called after each tile with the number of finished tiles and the total."""
 
 
 def upscale_tiled(
@@ -22,24 +22,24 @@ def upscale_tiled(
     blend: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Return `net(images)` put together from tiles.
+    """Compute `net(images)` in overlapping tiles.
 
     Args:
-        net: enlarges (b, c, h, w) by a whole factor.
+        net: a function that enlarges (b, c, h, w) by an integer factor.
         images: (b, c, h, w).
-        tile: side of the squares that `net` sees, in pixels of `images`, >= 1; a shorter image is not cut.
-        overlap: pixels that neighbouring tiles share at least, `0 <= overlap < tile`. They meet in the middle of these.
-        blend: pixels around that middle over which one tile passes into the other, `0 <= blend <= overlap`; 0 cuts
-            sharply. An odd number counts as the even one below.
+        tile: side of the tiles in pixels of `images`, >= 1; a shorter side is not cut.
+        overlap: minimum overlap of neighbouring tiles in pixels, `0 <= overlap < tile`. Seams are in its middle.
+        blend: width of the blending around the seam in pixels, `0 <= blend <= overlap`; 0 for a sharp seam. Odd numbers
+            are rounded down to even.
         progress: called after each tile.
 
     Returns:
-        The same as `net(images)` where a pixel depends on no other further away than `(overlap - blend) / 2`. Layers
-        that reach further, attention among them, see their own tile only; blending hides where tiles meet, and
-        `docs/upscale.md` says how far the image is from that of the whole.
+        The upscaled images. They equal `net(images)` if pixels depend on others at most `(overlap - blend) / 2` away.
+        Layers with a larger reach, such as attention, only see their own tile; blending hides the seams, and
+        `docs/upscale.md` gives the differences.
 
     Raises:
-        ValueError: `tile`, `overlap` or `blend` is out of its range.
+        ValueError: `tile`, `overlap` or `blend` is out of range.
 
     Examples:
         >>> net = torch.nn.Upsample(scale_factor=2)
@@ -70,13 +70,13 @@ def upscaled_strips(
     blend: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the rows of `upscale_tiled(...)` from top to bottom, as soon as no tile adds to them any more.
+    """Yield strips of rows of `upscale_tiled(...)` from top to bottom, as soon as they are complete.
 
-    So whoever keeps them in fewer bits never holds the whole image in floats. The arguments are those of
-    `upscale_tiled`; `net` gets parts of `images` as they are, and may convert them, too.
+    A caller that converts them, e.g. to uint8, never holds the whole image in floats. The arguments are those of
+    `upscale_tiled`. `net` gets unconverted parts of `images`, and may convert them itself.
 
     Raises:
-        ValueError: `tile`, `overlap` or `blend` is out of its range.
+        ValueError: `tile`, `overlap` or `blend` is out of range.
 
     Examples:
         >>> net = torch.nn.Upsample(scale_factor=2)
@@ -113,7 +113,7 @@ def upscaled_strips(
 
 
 def num_tiles(height: int, width: int, tile: int, overlap: int) -> int:
-    """Return how many tiles `upscale_tiled` makes of an image, which is how often it reports progress.
+    """Return the number of tiles that `upscale_tiled` uses for an image.
 
     Examples:
         >>> num_tiles(50, 70, tile=32, overlap=8)
@@ -125,16 +125,16 @@ def num_tiles(height: int, width: int, tile: int, overlap: int) -> int:
 def with_smaller_tiles(
     attempt: Callable[[int], T], tile: int, *, smallest: int = 32, notice: Callable[[int], object] | None = None
 ) -> T:
-    """Return `attempt(tile)`; whenever memory runs out, try again with half the side.
+    """Return `attempt(tile)`; if memory runs out, retry with half the tile size.
 
     Args:
-        attempt: does all the work for a side of tiles.
-        tile: the first side, in pixels, >= 1.
-        smallest: the last side that is tried.
-        notice: told each smaller side before it is tried.
+        attempt: function that does the work with a tile size.
+        tile: the first tile size in pixels, >= 1.
+        smallest: the last tile size to try.
+        notice: called with each smaller size before it is tried.
 
     Raises:
-        MemoryError: memory does not suffice for the smallest tiles either.
+        MemoryError: memory runs out even with the smallest tiles.
 
     Examples:
         >>> net, image = torch.nn.Upsample(scale_factor=2), torch.rand(1, 3, 50, 70)
@@ -159,7 +159,7 @@ def with_smaller_tiles(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether this is how memory runs out, on any device.
+    """Return whether an error means that a device is out of memory.
 
     Examples:
         >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("tile must be >= 1"))
@@ -174,12 +174,12 @@ class _Cut(NamedTuple):
     """One tile along one side, in pixels of the input.
 
     Attributes:
-        start: where it begins.
-        length: what the network sees of it.
-        first: the first pixel it contributes to.
+        start: the first pixel of the tile.
+        length: its length.
+        first: the first pixel that it contributes to.
         last: the last one, + 1.
-        rise: from where to where its share grows from 0 to 1; both the same for a sharp cut.
-        fall: from where to where its share goes back to 0.
+        rise: the interval in which its weight grows from 0 to 1; empty for a sharp seam.
+        fall: the interval in which its weight falls to 0.
     """
 
     start: int
@@ -190,11 +190,11 @@ class _Cut(NamedTuple):
     fall: tuple[int, int]
 
     def kept(self, scale: int) -> slice:
-        """Return the part of the tile's output that it contributes."""
+        """Return the slice of the tile's output that is used."""
         return slice((self.first - self.start) * scale, (self.last - self.start) * scale)
 
     def share(self, scale: int, like: Tensor) -> Tensor:
-        """Return its share in each pixel it contributes to; those of all tiles add up to 1."""
+        """Return its weight in each pixel that it contributes to; the weights of all tiles sum to 1."""
         centre = torch.arange(self.first * scale, self.last * scale, device=like.device, dtype=torch.float64) + 0.5
         risen, fallen = (
             ((centre - start * scale) / max(end - start, 1e-9) / scale).clamp(0, 1)
@@ -204,7 +204,7 @@ class _Cut(NamedTuple):
 
 
 def _cuts(size: int, tile: int, overlap: int, half: int) -> list[_Cut]:
-    """Return the tiles along a side; `half` of the blend lies on each side of a seam."""
+    """Return the tiles along a side; blending extends `half` pixels to each side of a seam."""
     length = min(size, tile)
     starts = [*range(0, size - length, tile - overlap), size - length]
     seams = [(start + length + following) // 2 for start, following in pairwise(starts)]

@@ -1,4 +1,4 @@
-"""Upscale a picture by a network, whatever its kind and depth of pixels. Needs Pillow and NumPy."""
+"""Upscale pictures of any kind and bit depth with a network. Needs Pillow and NumPy."""
 
 import torch
 from jaxtyping import Float, UInt8
@@ -12,11 +12,11 @@ from sparse_sr_attn.inference.tiling import Progress, upscaled_strips
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
 
 _VISIBLE = 16
-"""Alpha, of 255, from which a pixel's own colour counts in full."""
+"""Alpha (of 255) from which a pixel's own colour is fully used."""
 
 
 def network_input(picture: Picture, num_channels: int) -> Float[Tensor, "1 c h w"]:
-    """Return the picture, without alpha, as a network of `num_channels`, 1 or 3, takes it whole: in 0..1.
+    """Return the picture without alpha as input in 0..1 for a network of `num_channels`, 1 or 3, channels.
 
     Examples:
         >>> import numpy as np
@@ -41,14 +41,14 @@ def upscale_image(
     blend: int = 0,
     progress: Progress | None = None,
 ) -> Picture:
-    """Return the picture enlarged by `model`, with the same kind and depth of pixels.
+    """Upscale a picture with `model`; the result has the same kind and bit depth.
 
-    A network of three channels gets grey three times, and its result is made grey again; one of one channel gets the
-    colours one after the other. Alpha is enlarged by bicubic interpolation. Pixels that alpha hides take the colours of
-    the visible pixels around them first, so that no hidden colour shows at an edge.
+    For a network of three channels, grey is repeated and the result converted back to grey; a network of one channel
+    gets each colour separately. Alpha is upscaled by bicubic interpolation. Transparent pixels first take the colours
+    of visible pixels around them, so that no hidden colour shows at an edge.
 
     Args:
-        model: one of this library's networks, of one or three channels, in evaluation mode, on any device.
+        model: a network of this library with one or three channels, in evaluation mode, on any device.
         picture: from `read_image`.
         tile: as in `upscale_tiled`.
         overlap: as in `upscale_tiled`.
@@ -56,8 +56,8 @@ def upscale_image(
         progress: as in `upscale_tiled`.
 
     Raises:
-        ImageError: `model` has another number of channels, or gives numbers that are not finite.
-        ValueError: `tile`, `overlap` or `blend` is out of its range.
+        ImageError: `model` has another number of channels, or its output is not finite.
+        ValueError: `tile`, `overlap` or `blend` is out of range.
 
     Examples:
         >>> import numpy as np
@@ -71,7 +71,7 @@ def upscale_image(
     height, width = picture.pixels.shape[:2]
     upscale, num_channels = int(model.upscale), int(model.num_in_ch)  # type: ignore[arg-type]
     if num_channels not in (1, 3):
-        raise ImageError(f"images go through networks of 1 or 3 channels, and this one has {num_channels}")
+        raise ImageError(f"the network must have 1 or 3 channels for images, got {num_channels}")
     peak = int(np.iinfo(picture.pixels.dtype).max)
     device = next(model.parameters()).device
     grey = picture.pixels.ndim == 2
@@ -81,7 +81,9 @@ def upscale_image(
         low = low.transpose(0, 1) if num_channels == 1 else low.expand(-1, 3, -1, -1)
         high: Tensor = model(low)
         if high.shape[1] != num_channels:
-            raise ImageError(f"a network must give as many channels as it takes, {num_channels}, got {high.shape[1]}")
+            raise ImageError(
+                f"the network must have {num_channels} output channels, like its input, got {high.shape[1]}"
+            )
         if num_channels == 1:
             return high.transpose(0, 1)
         return _luma(high) if grey else high
@@ -98,7 +100,7 @@ def upscale_image(
     with torch.inference_mode():
         for strip in upscaled_strips(net, images, tile, overlap, blend=blend, progress=progress):
             if not strip.isfinite().all():
-                raise ImageError("the network gives numbers that are not finite")
+                raise ImageError("the output of the network is not finite")
             values = (strip[0] * peak).round().clamp(0, peak).to("cpu", torch.int32).numpy()
             pixels[first : first + strip.shape[-2]] = values[0] if grey else values.transpose(1, 2, 0)
             first += strip.shape[-2]
@@ -110,7 +112,7 @@ def upscale_image(
 
 
 def _without_hidden_colours(images: Tensor, alpha: UInt8[Tensor, "h w"]) -> Tensor:
-    """Return `images` (1, c, h, w) with colours from around where `alpha` hides their own."""
+    """Return `images` (1, c, h, w) with transparent pixels filled with colours around them."""
     certainty = (alpha[None, None].float() / _VISIBLE).clamp(max=1)
     if not 0 < certainty.mean() < 1:
         return images
@@ -118,7 +120,7 @@ def _without_hidden_colours(images: Tensor, alpha: UInt8[Tensor, "h w"]) -> Tens
 
 
 def _filled(colours: Tensor, certainty: Tensor) -> Tensor:
-    """Blend what is uncertain with the certain colours around it, those of a coarser image first."""
+    """Fill uncertain pixels with the certain colours around them, from a coarser image first."""
     if max(colours.shape[2:]) == 1 or bool((certainty == 1).all()):
         return colours
     share = F.avg_pool2d(certainty, 2, ceil_mode=True)

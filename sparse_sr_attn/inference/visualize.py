@@ -1,4 +1,4 @@
-"""Pictures of what a network has learnt: which cluster each pixel belongs to, and where it attends."""
+"""Visualisations of a network: the cluster of each pixel, and where pixels attend."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,20 +25,20 @@ _ROWS_AT_A_TIME = 16
 
 
 def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tensor, "h2 w2"]:
-    """The k-means cluster of each token of `image`, as the first LSP that `model` runs sees it.
+    """Return the k-means cluster of each token of `image` in the first LSP that `model` runs.
 
     Args:
-        model: a network with an LSP in it: an LCoAN, an EDSR with LCoA, or one of your own. It is run as in evaluation
-            and left as it was: neither its mode nor its centroids change.
-        image: what the model takes: one image `(c, h, w)` or a batch of one, `(1, c, h, w)`.
+        model: a network that contains an LSP: an LCoAN, an EDSR with LCoA, or your own. It is run in evaluation mode;
+            its mode is restored and its centroids do not change.
+        image: an input of the model: one image `(c, h, w)`, or a batch of one, `(1, c, h, w)`.
 
     Returns:
-        A cluster number in `0..num_clusters - 1` for each pixel of the feature map: that of the low-resolution image
-        in networks that upscale at their end.
+        A cluster index in `0..num_clusters - 1` for each pixel of the feature map, which has the size of the
+        low-resolution image in networks that upscale at their end.
 
     Raises:
-        ValueError: `model` has no LSP, or its forward reaches none.
-        ShapeError: `image` is not one image.
+        ValueError: `model` has no LSP, or its forward does not run it.
+        ShapeError: `image` is not a single image.
 
     Examples:
         >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
@@ -67,23 +67,23 @@ def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tenso
     with _removed(hooks):
         _run(model, batch)
     if not maps:
-        raise ValueError(f"{type(model).__name__} has an LSP, but its forward does not reach it")
+        raise ValueError(f"{type(model).__name__} has an LSP, but its forward does not run it")
     return maps[0]
 
 
 def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Any]:
-    """What each attention layer of `model` attends by on `image`, in the order in which they run.
+    """Return the state of each attention layer of `model` on `image`, in the order in which they run.
 
     Args:
-        model: a network with layers that make or read a state. It is run as in evaluation and left as it was.
+        model: a network with layers that compute or read a state. It is run in evaluation mode; its mode is restored.
         image: as in `cluster_map`.
 
     Returns:
-        The state of each layer, under the layer's name in `model`. Layers that share one have the same object.
+        The state of each layer by its name in `model`. Layers that share a state have the same object.
 
     Raises:
         ValueError: no layer of `model` has a state.
-        ShapeError: `image` is not one image.
+        ShapeError: `image` is not a single image.
 
     Examples:
         >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 2}, img_range=1.0)
@@ -106,7 +106,7 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
         _run(model, batch)
     if not states:
         raise ValueError(
-            "attention can be shown of layers with a state (LCoA, GMSA and who reads them), and "
+            "attention can be shown for layers with a state (LCoA, GMSA and their consumers), and "
             f"{type(model).__name__} runs none; build it with attention, "
             "e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
         )
@@ -114,20 +114,19 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
 
 
 def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Float[Tensor, "_ h2 w2"]]:
-    """The features by which each attention layer of `model` compares tokens on `image`.
+    """Return the features that each attention layer of `model` compares tokens by on `image`.
 
     Args:
-        model: a network with attention layers. It is run as in evaluation and left as it was.
+        model: a network with attention layers. It is run in evaluation mode; its mode is restored.
         image: as in `cluster_map`.
 
     Returns:
-        For each layer that computes attention, under its name in `model`: the embedding that is its query and its key
-        (LSP, NLSA, NLA, HSPA), or the map that it is given where it has no such embedding. Layers that read the state
-        of another are left out.
+        For each layer that computes attention, by its name in `model`: the embedding that is both query and key (LSP,
+        NLSA, NLA, HSPA), or the layer's input if it has no such embedding. Layers that only read a state are omitted.
 
     Raises:
-        ValueError: `model` has no attention layer, or its forward reaches none.
-        ShapeError: `image` is not one image.
+        ValueError: `model` has no attention layer, or its forward runs none.
+        ShapeError: `image` is not a single image.
 
     Examples:
         >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
@@ -160,18 +159,18 @@ def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> di
 
 
 def attention_map_of(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
-    """Where tokens attend, as weights over the whole map.
+    """Return the attention of tokens as weights over the whole map.
 
     Args:
-        state: of one image, from `attention_states`, `LCoA.attend` or `GMSA.attend`.
-        tokens: which, in raster order: y * w + x.
+        state: the state of one image, from `attention_states`, `LCoA.attend` or `GMSA.attend`.
+        tokens: indices of the tokens in raster order: y * w + x.
 
     Returns:
-        A map for each token, all its rounds together, or the mean of its windows; each adds up to 1 (with the published
-        counting, a token that is a key several times has the sum of its weights).
+        A map for each token, summed over rounds or averaged over window sizes; each sums to 1. With the published
+        counting, weights of a key that appears several times are added.
 
     Raises:
-        ShapeError: `state` is of several images, or a token lies outside the map.
+        ShapeError: `state` is of several images, or a token is outside the map.
         TypeError: `state` is neither a ClusterAttention nor a WindowAttention.
 
     Examples:
@@ -224,16 +223,16 @@ def _in_windows(state: WindowAttention, tokens: Tensor) -> Tensor:
 
 
 def attention_entropy(state: ClusterAttention | WindowAttention, *, num_tokens: int = 256) -> float:
-    r"""Return how evenly tokens spread their attention over the keys that they see.
+    r"""Return the mean normalised entropy of the attention of tokens.
 
     $$\frac{1}{|S|} \sum_{i \in S} \frac{-\sum_j P(i, j) \log P(i, j)}{\log |\{j : P(i, j) > 0\}|}$$
 
     Args:
-        state: of one image, from `attention_states`, `LCoA.attend` or `GMSA.attend`.
-        num_tokens: how many pixels $S$ to take, spread evenly; all, if there are not more.
+        state: the state of one image, from `attention_states`, `LCoA.attend` or `GMSA.attend`.
+        num_tokens: number of pixels $S$ to sample evenly; at most all.
 
     Returns:
-        A number in [0, 1]: 0 where each token attends to one key alone, 1 where all keys weigh the same.
+        A number in [0, 1]: 0 if each token attends to a single key, 1 if all keys have equal weight.
 
     Raises:
         ShapeError: `state` is of several images.
@@ -265,24 +264,24 @@ def _device_of(state: ClusterAttention | WindowAttention) -> torch.device:
 def attention_overlap(
     states: Sequence[ClusterAttention | WindowAttention], *, num_tokens: int = 256
 ) -> Float[Tensor, "l l"]:
-    r"""How much of their attention layers have in common, two by two.
+    r"""Return the overlap of the attention of each pair of layers.
 
     $$o_{ab} = \frac{1}{|S|} \sum_{i \in S} \sum_j \min(P_a(i, j), P_b(i, j))$$
 
     Args:
-        states: of several layers on one image, on maps of one size.
-        num_tokens: how many pixels $S$ to take, spread evenly; all, if there are not more.
+        states: states of several layers on one image, for maps of equal size.
+        num_tokens: number of pixels $S$ to sample evenly; at most all.
 
     Returns:
-        A symmetric matrix of shares: 1 where two layers attend alike, as those that share a state do, 0 where no key
-        is common to them. The diagonal is 1.
+        A symmetric matrix with values from 0, for layers without common keys, to 1, for layers with equal attention,
+        such as those that share a state. The diagonal is 1.
 
     Raises:
         ShapeError: there is no state, or their maps differ in size.
 
     Source:
-        The question of the paper's figure 5 (arXiv 2404.04922), how similar the attention of different layers is; the
-        measure is this library's.
+        Figure 5 of arXiv 2404.04922 asks how similar the attention of different layers is; this measure is the
+        library's own.
 
     Examples:
         >>> x = torch.rand(1, 16, 12, 16)
@@ -305,7 +304,7 @@ def attention_overlap(
 
 
 def heatmap(values: Float[Tensor, "h w"]) -> UInt8[Tensor, "h w 3"]:
-    """Colours from black over red and yellow to white, white at the largest of `values`, which are >= 0.
+    """Map values >= 0 to colours from black over red and yellow to white, white for the largest value.
 
     Examples:
         >>> heatmap(torch.tensor([[0.0, 1.0]]))
@@ -324,7 +323,7 @@ def _one_image(image: Tensor) -> Tensor:
 
 
 def _run(model: nn.Module, batch: Tensor) -> None:
-    """Run the model as in evaluation, and leave it in the mode it was in."""
+    """Run the model in evaluation mode, and restore its mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -345,12 +344,12 @@ def _removed(hooks: Sequence[Any]) -> Iterator[None]:
 
 
 def _computes(module: nn.Module) -> bool:
-    """Return whether a module makes attention of its own."""
+    """Return whether a module computes attention of its own."""
     return isinstance(module, LSP) or (isinstance(module, AttentionLayer) and not module.requires)
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, AttentionLayer]]:
-    """Yield the layers that have a state, with their names, but none that is part of another."""
+    """Yield the layers with a state and their names, except those inside another."""
     for name, child in model.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, AttentionLayer) and (child.provides or child.requires):
@@ -360,13 +359,13 @@ def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Attent
 
 
 def palette(num_clusters: int) -> UInt8[Tensor, "k 3"]:
-    """Colours (RGB) that differ between neighbours in number; the same in every run and on every machine.
+    """Return RGB colours in which consecutive indices differ clearly; deterministic.
 
-    The hue turns by the golden ratio from each to the next, so that any first few are spread evenly, while saturation
-    and brightness take turns.
+    The hue advances by the golden ratio from one to the next, so that the first few are always spread evenly;
+    saturation and brightness alternate.
 
     Args:
-        num_clusters: colours wanted, `>= 1`.
+        num_clusters: number of colours, `>= 1`.
 
     Raises:
         ValueError: `num_clusters < 1`.
@@ -382,19 +381,19 @@ def palette(num_clusters: int) -> UInt8[Tensor, "k 3"]:
 
 
 def similarity_palette(centroids: Float[Tensor, "k d"], counts: Int[Tensor, "k"] | None = None) -> UInt8[Tensor, "k 3"]:
-    """Colours (RGB) that are alike where centroids are alike, so that a map shows more than borders.
+    """Return RGB colours that are similar for similar centroids.
 
-    The plane of the two main components of the centroids becomes the circle of hues, the distance from its centre
-    saturation, and the third component brightness, each spread evenly.
+    In the plane of the first two principal components of the centroids, the angle gives the hue and the distance from
+    the centre the saturation. The third component gives the brightness. Each is spread evenly.
 
     Args:
-        centroids: those of an `LSP`, one row a cluster.
-        counts: how many pixels each cluster has, to spread the colours evenly over a picture instead of over the
-            clusters: `torch.bincount(clusters.flatten(), minlength=len(centroids))`.
+        centroids: centroids of an `LSP`, one row per cluster.
+        counts: number of pixels of each cluster, to spread the colours evenly over a picture instead of the clusters:
+            `torch.bincount(clusters.flatten(), minlength=len(centroids))`.
 
     Raises:
-        ShapeError: `centroids` is no matrix with at least one row and one column, or `counts` is not one number a row.
-        ValueError: `counts` has a negative number, or nothing else than zeros.
+        ShapeError: `centroids` is not a matrix with at least one row and column, or `counts` has not one entry per row.
+        ValueError: `counts` has negative entries or only zeros.
 
     Examples:
         >>> similarity_palette(LSP(64, num_clusters=16).centroids).shape
@@ -424,7 +423,7 @@ def similarity_palette(centroids: Float[Tensor, "k d"], counts: Int[Tensor, "k"]
 
 
 def _spread(values: Float[Tensor, "k"], weights: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
-    """The share of all weight that lies at lower values, from 0 to 1."""
+    """Return the share of the total weight at lower values, from 0 to 1."""
     order = values.argsort(stable=True)
     below = weights[order].cumsum(0) - weights[order] / 2
     return torch.empty_like(values).scatter_(0, order, below.clamp(0, 1))
@@ -440,17 +439,17 @@ def _rgb(
 
 
 def colour_map(clusters: Int[Tensor, "h w"], colours: UInt8[Tensor, "k 3"] | None = None) -> UInt8[Tensor, "h w 3"]:
-    """Paint each cluster in a colour of its own.
+    """Return a picture with a colour for each cluster.
 
     Args:
         clusters: from `cluster_map`.
-        colours: RGB of each cluster; `palette` of as many as needed if not given.
+        colours: RGB colour of each cluster; `palette` by default.
 
     Returns:
-        A picture with channels last, as image files have it.
+        A picture with channels last.
 
     Raises:
-        ShapeError: `clusters` is not a map, or there are fewer colours than clusters.
+        ShapeError: `clusters` is not a matrix, or there are fewer colours than clusters.
 
     Examples:
         >>> colour_map(torch.tensor([[0, 1, 1], [2, 2, 0]])).shape

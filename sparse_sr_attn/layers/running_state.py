@@ -50,7 +50,7 @@ class KMeansStatistics(nn.Module):
                 state_dict[prefix + name] = value.to(working_precision(value))
         rank, centroids = (state_dict.get(prefix + name) for name in ("rank", "centroids"))
         if isinstance(rank, Tensor) and isinstance(centroids, Tensor) and not _is_order(rank):
-            state_dict[prefix + "rank"] = chain_rank(centroids)  # averages of buffers make of it what is none
+            state_dict[prefix + "rank"] = chain_rank(centroids)  # averaging buffers breaks it
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _statistics(self) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Slow twins of the fast operations: loops and dense masks that can be read next to the formulae.
+"""Slow reference implementations of the operations: loops and dense masks that read like the formulae.
 
-The modules have the names of those in `functional`, and the functions theirs. They import nothing but torch, so an
-error in the library cannot hide in its own oracle. They are differentiable, and meant for a few dozen tokens.
+Modules and functions have the names of those in `functional`. They import only torch, so an error in the library cannot
+hide in its own reference. They are differentiable, and meant for a few dozen tokens.
 """
 
 from sparse_sr_attn.reference import batch_norm, cluster, dense, kmeans, lsh, shift, sparsemax, window

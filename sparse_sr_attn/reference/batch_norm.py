@@ -1,4 +1,4 @@
-"""Batch normalisation in training, from means of powers; nothing is moved in place."""
+"""Batch normalisation in training, from means of powers; nothing is updated in place."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalise by the statistics of the batch, or by the running ones if each channel has a single value.
+    """Normalise by the statistics of the batch, or by the running statistics if each channel has a single value.
 
     Args:
         x: `(b, c, h, w)`.
@@ -24,12 +24,12 @@ def batch_norm(
         running_mean: moving average of means, `(c,)`.
         running_var: moving average of unbiased variances, `(c,)`.
         num_batches_tracked: batches in these averages.
-        momentum: share of the new statistics in an average.
+        momentum: weight of the new statistics in an average.
         eps: added to variances.
 
     Returns:
-        The output `(b, c, h, w)`, and the running statistics and the count after it: unchanged after a single value
-        per channel, and after statistics that are not finite in the dtype of the running ones.
+        The output `(b, c, h, w)`, and the updated running statistics and count. They are unchanged for a single value
+        per channel, and for statistics that are not finite in the dtype of the running ones.
     """
     count = x[:, 0].numel()
     if count == 1:
@@ -50,7 +50,7 @@ def batch_norm(
 
 
 def affine(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Return the channels of `x` with the mean taken off, divided by the deviation, times `weight`, plus `bias`."""
+    """Return `(x - mean) / sqrt(variance + eps) * weight + bias`, channel by channel."""
     return (x - expand(mean)) / torch.sqrt(expand(variance) + eps) * expand(weight) + expand(bias)
 
 

@@ -1,4 +1,4 @@
-"""Cluster attention by loops over chunks, and as dense attention under a table of who sees whom how often."""
+"""Cluster attention by loops over chunks, and as dense attention with a count for each pair of tokens."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PatternLike(Protocol):
-    """What these functions read of a pattern; the library's own `ClusterPattern` will do."""
+    """The attributes of a pattern that these functions read; the library's own `ClusterPattern` has them."""
 
     @property
     def order(self) -> Tensor:
@@ -16,7 +16,7 @@ class PatternLike(Protocol):
 
     @property
     def chunk_size(self) -> int:
-        """Slots in a chunk, as asked for."""
+        """Requested slots in a chunk."""
 
     @property
     def num_adjacent(self) -> int:
@@ -33,7 +33,7 @@ class PatternLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ClusterPattern:
-    """The order of the tokens and how it is cut into chunks."""
+    """The order of the tokens, and how it is cut into chunks."""
 
     order: Tensor
     assignment: Tensor
@@ -51,14 +51,14 @@ def cluster_pattern(
     exact_keys: bool = True,
     place: Tensor | None = None,
 ) -> ClusterPattern:
-    """Order the tokens of each sample by the place of their cluster, and within a cluster by position.
+    """Sort the tokens of each sample by the rank of their cluster, and within a cluster by position.
 
     Args:
         assignment: cluster of each token, `(b, n)`.
         chunk_size: slots in a chunk, at least 1.
         num_adjacent: neighbouring chunks seen on each side.
-        exact_keys: each key counts once; else as in the published code.
-        place: of the cluster of each token, `(b, n)`; its index if `None`.
+        exact_keys: whether each key counts once; `False` as in the published code.
+        place: rank of the cluster of each token, `(b, n)`; its index if `None`.
 
     Returns:
         The pattern.
@@ -80,12 +80,12 @@ def nearest_chunks(key: Tensor, pattern: PatternLike) -> Tensor:
     """Return the chunks that each chunk sees by content: itself, then those of the most similar mean key.
 
     Args:
-        key: `(b, n, d)`; the mean is that of the keys at unit length.
-        pattern: which tokens stand in which chunk; it says how many chunks are seen, too.
+        key: `(b, n, d)`; means are those of the unit-length keys.
+        pattern: the chunks, and the number of chunks to see.
 
     Returns:
-        `(b, k, 2 * num_adjacent + 1)`. Products are compared in steps of 2**-20, the lower chunk wins a tie, and where
-        chunks run out, the own one stands again.
+        `(b, k, 2 * num_adjacent + 1)`. Products are compared in steps of 2**-20, the lower chunk wins a tie, and the
+        own chunk fills the rest if there are too few.
     """
     num_seen = 2 * pattern.num_adjacent + 1
     samples = []
@@ -108,7 +108,7 @@ def slot_tokens(order: list[int], chunk_size: int, exact_keys: bool) -> list[lis
     """Cut one sample's slots into chunks: the token at each slot, None where a slot is empty.
 
     With `exact_keys` a chunk is at most as long as the sample, and the last chunk ends in empty slots. Without, the
-    last chunk is filled up by repeating the tokens of the last slots (round and round if that is not enough).
+    tokens of the last slots are repeated, several times if necessary, to fill the last chunk.
 
     Args:
         order: token at each slot.
@@ -116,7 +116,7 @@ def slot_tokens(order: list[int], chunk_size: int, exact_keys: bool) -> list[lis
         exact_keys: as in `cluster_pattern`.
 
     Returns:
-        The chunks, all of one length.
+        The chunks, all of equal length.
     """
     num_tokens = len(order)
     length = min(chunk_size, num_tokens) if exact_keys else chunk_size
@@ -132,9 +132,9 @@ def seen_tokens(
 ) -> list[list[int | None]]:
     """Return the tokens each chunk sees in the order of axis `j`: offset by offset, None where nothing is seen.
 
-    Chunks form a ring. If the ring is so short that a chunk is met at two offsets, then with `exact_keys` only one of
-    them shows it, the one closest to 0 (between equals the following chunk's side); else both do. A table of neighbours
-    takes the place of the ring; of its columns, as many show something as there are chunks.
+    Chunks form a ring. If the ring is so short that a chunk appears at two offsets, then with `exact_keys` it is seen
+    only at the one closest to 0 (the positive one on a tie), else at both. A table of neighbours replaces the ring; its
+    first columns count, at most one per chunk.
 
     Args:
         chunks: from `slot_tokens`.
@@ -171,7 +171,7 @@ def multiplicity(pattern: PatternLike) -> Tensor:
     """Return how often query token l sees key token m.
 
     Args:
-        pattern: who is in which chunk.
+        pattern: the tokens of each chunk.
 
     Returns:
         Counts `(b, l, m)` in image order, int64: 0 or 1 with `exact_keys`, else up to what the published code counts.
@@ -194,7 +194,7 @@ def visible_pairs(pattern: PatternLike) -> Tensor:
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, counts: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Softmax attention over all pairs of tokens, in which a pair weighs as often as it counts.
+    """Softmax attention over all pairs of tokens, weighted by their counts.
 
     Args:
         query: `(b, n, d)`.
@@ -215,13 +215,13 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, counts: Tensor, *
 
 
 def cluster_attention(query: Tensor, key: Tensor, value: Tensor, pattern: PatternLike, *, scale: float = 1.0) -> Tensor:
-    """Cluster attention as dense attention under the pattern's counts.
+    """Cluster attention as dense attention with the counts of the pattern.
 
     Args:
         query: `(b, n, d)`.
         key: `(b, n, d)`.
         value: `(b, n, e)`.
-        pattern: who sees whom.
+        pattern: the keys that each token sees.
         scale: factor on the dot products.
 
     Returns:
@@ -236,12 +236,12 @@ def cluster_weights(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: 
     Args:
         query: `(b, n, d)`.
         key: `(b, n, d)`.
-        pattern: who sees whom.
+        pattern: the keys that each token sees.
         scale: factor on the dot products.
 
     Returns:
-        `(b, k, i, j)`: chunk, slot in the chunk, slot seen. What is not seen has weight 0, and so has everything in the
-        rows of slots past the last token.
+        `(b, k, i, j)`: chunk, slot in the chunk, slot seen. Slots that are not seen have weight 0, and so have the rows
+        of slots past the last token.
     """
     samples = []
     for b, order in enumerate(pattern.order.tolist()):
@@ -269,7 +269,7 @@ def apply_cluster_weights(weights: Tensor, value: Tensor, pattern: PatternLike) 
     Args:
         weights: from `cluster_weights`.
         value: `(b, n, e)`.
-        pattern: the one of the weights.
+        pattern: the pattern of the weights.
 
     Returns:
         `(b, n, e)` in image order.
@@ -294,7 +294,7 @@ def cluster_lse(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: floa
     Args:
         query: `(b, n, d)`.
         key: `(b, n, d)`.
-        pattern: who sees whom.
+        pattern: the keys that each token sees.
         scale: factor on the dot products.
 
     Returns:
@@ -315,14 +315,14 @@ def cluster_lse(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: floa
 def cluster_attention_rounds(
     query: Tensor, key: Tensor, value: Tensor, pattern: PatternLike, num_rounds: int, *, scale: float = 1.0
 ) -> Tensor:
-    """Dense attention in which a key counts as often as all rounds together show it.
+    """Dense attention in which a key counts once for each time that a round shows it.
 
     Args:
         query: `(b, n, d)`.
         key: `(b, n, d)`.
         value: `(b, n, e)`.
-        pattern: of `b * num_rounds` samples, the rounds of a sample one after the other.
-        num_rounds: patterns of each sample.
+        pattern: for `b * num_rounds` samples; the rounds of a sample follow each other.
+        num_rounds: patterns per sample.
         scale: factor on the dot products.
 
     Returns:

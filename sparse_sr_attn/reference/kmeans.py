@@ -13,7 +13,7 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def assign(points: Tensor, centroids: Tensor) -> Tensor:
-    """Return the cluster of each token: the centroid of the largest dot product, the lowest index among equals.
+    """Return the cluster of each token: the centroid with the largest dot product, the lowest index on a tie.
 
     Args:
         points: tokens, `(b, n, d)`.
@@ -57,14 +57,14 @@ def cluster_sums(points: Tensor, assignment: Tensor, num_clusters: int) -> tuple
 def move_centroids(centroids: Tensor, sums: Tensor, counts: Tensor, ema_decay: float) -> Tensor:
     """Return the centroids after one step of the spherical moving average.
 
-    A centroid goes to `unit(ema_decay * centroid + (1 - ema_decay) * unit(sum))`. It stays where it is when its cluster
-    is empty, when the sum has no direction, or when old and new cancel.
+    A centroid becomes `unit(ema_decay * centroid + (1 - ema_decay) * unit(sum))`. It is unchanged if its cluster is
+    empty, the sum is zero, or old and new cancel.
 
     Args:
         centroids: unit vectors, `(k, d)`.
         sums: sums of unit vectors, `(k, d)`.
         counts: tokens per cluster, `(k,)`.
-        ema_decay: share of the old centroid that is kept, 0 to 1.
+        ema_decay: weight of the old centroid, 0 to 1.
 
     Returns:
         Unit vectors, `(k, d)`.
@@ -87,7 +87,7 @@ def least_similar(points: Tensor, similarity: Tensor, num: int) -> Tensor:
         num: rows of the result.
 
     Returns:
-        Seeds `(num, d)`, similarity rising, equals by sample and position; zero rows where there are fewer tokens.
+        Seeds `(num, d)` in ascending similarity, ties by sample and position, padded with zero rows.
     """
     ranked = sorted((s, b, n) for b, row in enumerate(similarity.tolist()) for n, s in enumerate(row))
     seeds = points.new_zeros(num, points.shape[-1])
@@ -98,16 +98,16 @@ def least_similar(points: Tensor, similarity: Tensor, num: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class KMeansState:
-    """Everything that k-means carries from one step to the next.
+    """The state of k-means between steps.
 
     Attributes:
         centroids: unit vectors, `(k, d)`.
-        usage: moving average of the share of tokens that each cluster takes, `(k,)`.
+        usage: moving average of each cluster's share of the tokens, `(k,)`.
         pending_sums: of the previous step, `(k, d)`; zero when nothing is pending.
         pending_counts: of the previous step, `(k,)`.
         pending_seeds: of the previous step, `(k, d)`; the least similar token first.
-        num_updates: updates applied so far.
-        num_skipped: updates that were not finite and were dropped.
+        num_updates: number of updates applied.
+        num_skipped: number of updates that were not finite and were dropped.
     """
 
     centroids: Tensor
@@ -120,7 +120,7 @@ class KMeansState:
 
     @classmethod
     def start(cls, centroids: Tensor) -> "KMeansState":
-        """Return the state before any training: even usage, nothing pending."""
+        """Return the initial state: even usage, nothing pending."""
         num_clusters = centroids.shape[0]
         usage = centroids.new_full((num_clusters,), 1 / num_clusters)
         return cls(
@@ -142,20 +142,20 @@ class KMeansState:
 
 
 def apply_pending(state: KMeansState, *, ema_decay: float, reseed_threshold: float) -> KMeansState:
-    """Return the state after the pending update: centroids and usage moved, dead clusters put on new seeds.
+    """Return the state after the pending update: centroids and usage updated, dead clusters reseeded.
 
-    With t updates applied so far the average keeps `min(ema_decay, (1 + t) / (10 + t))` of the old value, so that young
-    centroids move fast. A cluster whose usage falls below `reseed_threshold` of an even share is dead; dead clusters,
-    by index, take the seeds that are not zero, in their order, and start again with an even share.
+    After t updates the average keeps `min(ema_decay, (1 + t) / (10 + t))` of the old value, so that centroids move fast
+    at first. A cluster whose usage falls below `reseed_threshold` of an even share is dead. Dead clusters, by index,
+    take the nonzero seeds in their order, and restart with an even share.
 
     Args:
         state: before the update.
-        ema_decay: share of the old value that is kept in the long run.
-        reseed_threshold: usage, in even shares, below which a cluster is dead; 0 reseeds nothing.
+        ema_decay: weight of the old value after warm-up.
+        reseed_threshold: usage, relative to an even share, below which a cluster is dead; 0 disables reseeding.
 
     Returns:
-        A new state. Without a pending update, the one given; after one that is not finite, the one given with the
-        pending update cleared and one more skipped.
+        A new state. Without a pending update, `state`; if the update is not finite, `state` with the update cleared and
+        `num_skipped` incremented.
     """
     if not state.pending_counts.any():
         return state
@@ -183,9 +183,9 @@ def kmeans_step(
 ) -> tuple[KMeansState, Tensor]:
     """Return the state after one training step, and the cluster of each token.
 
-    First the pending update of the step before is applied, then the tokens are assigned to the centroids that result,
-    then this batch's sums, counts and seeds (the least similar tokens; a zero token has no direction, so it comes last)
-    become pending. A batch that is not finite leaves nothing pending and is counted.
+    The step applies the pending update of the previous step, assigns the tokens to the resulting centroids, and stores
+    this batch's sums, counts and seeds (the least similar tokens; zero tokens come last) as pending. A batch that is
+    not finite leaves nothing pending and is counted.
 
     Args:
         points: tokens, `(b, n, d)`.

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def bucket_count(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
-    """Return the number of buckets: the chunks that the tokens fill, made even, between 2 and the even `max_buckets`.
+    """Return the number of buckets: the number of full chunks, made even, from 2 to the even `max_buckets`.
 
     Args:
-        num_tokens: of a map.
-        chunk_size: of its chunks.
-        max_buckets: most that there may be.
+        num_tokens: tokens of a map.
+        chunk_size: tokens in a chunk.
+        max_buckets: largest number of buckets.
 
     Returns:
         An even number.
@@ -26,7 +26,7 @@ def hash_tokens(points: Tensor, rotations: Tensor, num_buckets: int) -> Tensor:
 
     Args:
         points: `(b, n, d)`.
-        rotations: R of each round, `(r, m, d)`; of its m rows, `num_buckets // 2` are used.
+        rotations: R of each round, `(r, m, d)`; the first `num_buckets // 2` of its m rows are used.
         num_buckets: even.
 
     Returns:

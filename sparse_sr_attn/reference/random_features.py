@@ -1,4 +1,4 @@
-"""Random feature attention with its features written out, and the contrastive loss by sorting."""
+"""Random feature attention with explicit features, and the contrastive loss by sorting."""
 
 import math
 
@@ -21,7 +21,7 @@ def features(rows: Tensor, directions: Tensor) -> Tensor:
 
 
 def kernel_attention(query: Tensor, key: Tensor, value: Tensor, directions: Tensor) -> Tensor:
-    """Attention whose weights are dot products of features, as matrices of all pairs.
+    """Attention with dot products of features as weights, for all pairs of tokens.
 
     Args:
         query: `(b, n, d)`.
@@ -45,11 +45,11 @@ def contrastive_loss(query: Tensor, key: Tensor, *, positive: float, negative: f
     Args:
         query: `(b, n, d)`.
         key: `(b, k, d)`.
-        positive: share of the keys, from the most similar on, that should stand out; at least one.
-        negative: rank, as a share of the keys, from which on as many others are taken that should not.
+        positive: fraction of the keys, most similar first, that are positives; at least one is.
+        negative: rank of the first negative as a fraction of the keys; there are as many as positives.
 
     Returns:
-        A number: the mean over queries of log(sum of exponentials of the others / of those that should stand out).
+        A scalar: the mean over queries of log(sum of exponentials of the negatives / of the positives).
     """
     terms = []
     for b in range(len(query)):

@@ -1,15 +1,15 @@
-"""Shift convolution pixel by pixel, and as the depthwise convolution with one-hot kernels that it is published as."""
+"""Shift convolution pixel by pixel, and as the published depthwise convolution with one-hot kernels."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
-"""Rows down and columns to the right, from a pixel to where each of the first four fifths of channels is read."""
+"""Offset (down, right) from a pixel to the pixel that each of the first four fifths of the channels is read from."""
 
 
 def step_of(channel: int, num_channels: int) -> tuple[int, int]:
-    """Return the step of one channel out of `num_channels`."""
+    """Return the offset of one channel out of `num_channels`."""
     for share, step in enumerate(STEPS):
         if channel in range(share * (num_channels // 5), (share + 1) * (num_channels // 5)):
             return step
@@ -17,7 +17,7 @@ def step_of(channel: int, num_channels: int) -> tuple[int, int]:
 
 
 def shift2d(x: Tensor) -> Tensor:
-    """Return each channel as read from its neighbour, one pixel at a time; zero where there is no neighbour.
+    """Return each channel read from its neighbour, one pixel at a time; zero without a neighbour.
 
     Args:
         x: `(b, c, h, w)`.

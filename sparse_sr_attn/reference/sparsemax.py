@@ -7,7 +7,7 @@ from torch import Tensor
 def project(row: Tensor) -> Tensor:
     """Return the point of the probability simplex closest to `row`.
 
-    Project onto the plane of sum 1; what is negative then is 0 in the end; go on with the rest (Michelot, 1986).
+    Project onto the plane of sum 1, set negative entries to 0, and repeat with the others (Michelot, 1986).
 
     Args:
         row: `(n,)`.

@@ -1,4 +1,4 @@
-"""Window attention by loops over windows and pixels, and as dense attention under a table of who sees whom."""
+"""Window attention by loops over windows and pixels, and as dense attention with a mask of visible pairs."""
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ def whole(length: int, window_size: int) -> int:
 def windows_of(height: int, width: int, window_size: int, shift: int = 0) -> list[list[Pixel | None]]:
     """List the pixels of each window, windows and pixels in raster order.
 
-    The windows lie on the map rounded up to whole windows, and begin `shift` rows and columns further on; what they
-    lose at one border they find at the opposite one.
+    The windows cover the map padded to whole windows. They begin `shift` rows and columns further on and wrap around
+    its borders.
 
     Args:
         height: of the map.
@@ -27,7 +27,7 @@ def windows_of(height: int, width: int, window_size: int, shift: int = 0) -> lis
         shift: see above.
 
     Returns:
-        `window_size ** 2` entries for each window, None for a pad.
+        `window_size ** 2` entries for each window, None for padding.
     """
     padded_height, padded_width = whole(height, window_size), whole(width, window_size)
     windows: list[list[Pixel | None]] = []
@@ -51,7 +51,7 @@ def partition(x: Tensor, window_size: int, shift: int = 0) -> Tensor:
         shift: as in `windows_of`.
 
     Returns:
-        `(b, k, i, c)`, zero for pads.
+        `(b, k, i, c)`, zero for padding.
     """
     pad = torch.zeros_like(x[:, :, 0, 0])
     windows = [
@@ -95,7 +95,7 @@ def window_weights(query: Tensor, key: Tensor, *, window_size: int, shift: int =
         scale: factor on the dot products.
 
     Returns:
-        `(b, k, i, i)`: window, pixel, pixel seen. Pads have weight 0, and so has everything in their own rows.
+        `(b, k, i, i)`: window, pixel, pixel seen. Padding has weight 0, and so have its own rows.
     """
     windows = windows_of(query.shape[2], query.shape[3], window_size, shift)
     rows = []
@@ -123,10 +123,10 @@ def apply_window_weights(
         value: `(b, e, h, w)`.
         window_size: side of a window.
         shift: as in `windows_of`.
-        unshift: rows and columns by which results are moved back; None for `shift`.
+        unshift: rows and columns by which results are shifted back; None for `shift`.
 
     Returns:
-        `(b, e, h, w)`; zero where the row of a pad comes to lie.
+        `(b, e, h, w)`; zero for pixels that come from padding.
     """
     batch, _, height, width = value.shape
     padded_height, padded_width = whole(height, window_size), whole(width, window_size)
@@ -151,8 +151,8 @@ def apply_window_weights(
 def visible_pairs(height: int, width: int, window_size: int, shift: int = 0) -> Tensor:
     """Return whether pixel l sees pixel m, `(h * w, h * w)` in raster order.
 
-    Two pixels see each other if, counted from where the windows begin and around the padded map, rows and columns lie
-    in one window.
+    Two pixels see each other if their rows and columns, counted cyclically from the start of the windows, are in the
+    same window.
     """
     rows, columns = (
         (torch.arange(length) - shift) % whole(length, window_size) // window_size for length in (height, width)
@@ -163,9 +163,9 @@ def visible_pairs(height: int, width: int, window_size: int, shift: int = 0) -> 
 
 
 def sources(height: int, width: int, window_size: int, shift: int, unshift: int) -> Tensor:
-    """Return which pixel's row comes to lie on each pixel, `(h * w,)`, -1 for the row of a pad.
+    """Return the index of the pixel whose row ends up at each pixel, `(h * w,)`, -1 for padding.
 
-    With `unshift` equal to `shift` it is the pixel's own.
+    With `unshift` equal to `shift`, it is the pixel itself.
     """
     rows, columns = (
         (torch.arange(length) - unshift + shift) % whole(length, window_size) for length in (height, width)
@@ -184,7 +184,7 @@ def window_attention(
     unshift: int | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Window attention as dense attention under the table of pairs.
+    """Window attention as dense attention with a mask of visible pairs.
 
     Args:
         query: `(b, d, h, w)`.
@@ -196,7 +196,7 @@ def window_attention(
         scale: factor on the dot products.
 
     Returns:
-        `(b, e, h, w)`; zero where the row of a pad comes to lie.
+        `(b, e, h, w)`; zero for pixels that come from padding.
     """
     batch, _, height, width = query.shape
     table = visible_pairs(height, width, window_size, shift).expand(batch, -1, -1).to(query.device)

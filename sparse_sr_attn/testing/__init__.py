@@ -1,4 +1,4 @@
-"""Tools for tests, shipped so that layers written elsewhere can be held to the same contract. Needs hypothesis."""
+"""Tools for tests, included so that third-party layers can be checked against the same contract. Needs hypothesis."""
 
 from sparse_sr_attn.testing import conformance, strategies, tolerances
 

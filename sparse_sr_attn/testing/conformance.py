@@ -1,4 +1,4 @@
-"""The contract of attention layers, clause by clause, for a layer of your own or for any registry of layers.
+"""The contract of attention layers, clause by clause, for your own layer or a registry of layers.
 
     from sparse_sr_attn.testing import conformance
 
@@ -9,9 +9,8 @@
     def test_contract(subject, clause):
         clause.check(subject, torch.device("cpu"))
 
-A layer is built with small options (`SMALL`, as far as its signature has them, unless you give your own), and a
-consumer or provider is joined with the first partner in the registry that fits. A clause returns the figures that it
-measured.
+A layer is built with small options (those of `SMALL` in its signature, unless you pass your own), and a consumer or
+provider is combined with the first matching partner in the registry. A clause returns the figures that it measured.
 """
 
 import copy
@@ -40,7 +39,7 @@ from sparse_sr_attn.testing.strategies import generator
 from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_derivatives, rms
 
 Figures = Mapping[str, float]
-"""What a check has measured, by name."""
+"""The figures measured by a check, by name."""
 
 CHANNELS = 8
 HEIGHT, WIDTH = 5, 7
@@ -65,13 +64,13 @@ SMALL: Mapping[str, object] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A registered layer, ready to be built small.
+    """A registered layer and how to build it small.
 
     Attributes:
-        entry: its row in the registry.
-        partner: for a consumer its provider, for a provider its consumer.
-        shared: use a layer in two steps, `layer(x, layer.attend(x))`, rather than alone.
-        options: given on top of the small ones.
+        entry: the entry in the registry.
+        partner: the provider of a consumer, or the consumer of a provider.
+        shared: whether to use the layer in two steps, `layer(x, layer.attend(x))`, instead of alone.
+        options: options in addition to the small ones.
     """
 
     entry: Entry[nn.Module]
@@ -92,7 +91,7 @@ class Subject:
         return option in inspect.signature(self.entry.build).parameters
 
     def layer(self, channels: int = CHANNELS, **options: object) -> nn.Module:
-        """Build the layer alone, with the same weights each time."""
+        """Build the layer alone, with reproducible weights."""
         return _build(self.entry, channels, {**self.options, **options})
 
     def chain(self, channels: int = CHANNELS, **options: object) -> "Chain":
@@ -102,13 +101,13 @@ class Subject:
 
 
 class Chain(nn.Module):
-    """A layer of any kind made into a module from feature map to feature map.
+    """A layer of any kind, wrapped as a module from feature map to feature map.
 
     Args:
-        layer: what is checked.
+        layer: the layer to check.
         partner: the provider of a consumer, or the consumer of a provider.
-        kind: of the layer.
-        shared: whether a layer is used through its own state.
+        kind: kind of the layer.
+        shared: whether the layer is used through its own state.
     """
 
     def __init__(self, layer: nn.Module, partner: nn.Module | None, kind: str, shared: bool) -> None:
@@ -119,13 +118,13 @@ class Chain(nn.Module):
         self.shared = shared
 
     def state(self, x: Tensor) -> Any:
-        """Return the state that is shared."""
+        """Return the shared state."""
         if self.kind == "consumer":
             return attend(self.partner, x)
         return attend(self.layer, x)
 
     def read(self, x: Tensor, state: object) -> Tensor:
-        """Return what the reader of a state makes of it."""
+        """Return the output of the reader of a state."""
         reader = self.partner if self.kind == "provider" else self.layer
         assert reader is not None, "a provider without a consumer in the registry"
         return reader(x, state)
@@ -138,14 +137,14 @@ class Chain(nn.Module):
 
 
 def attend(provider: nn.Module | None, x: Tensor) -> Any:
-    """Return the state of `x` by a provider or by a layer that provides."""
+    """Return the state of `x` from a provider or a layer that provides one."""
     assert provider is not None, "a consumer without a provider in the registry"
     make = getattr(provider, "attend", provider)
     return make(x)
 
 
 def subjects(registry: Registry[nn.Module]) -> list[Subject]:
-    """Return all layers of a registry, each with its partner; layers that provide come twice, alone and sharing."""
+    """Return all layers of a registry with their partners; layers that provide a state twice, alone and sharing."""
     entries = [registry.get(name) for name in registry]
     entries.sort(key=lambda entry: entry.kind != "provider")  # a partner that only provides comes first
     found = []
@@ -195,7 +194,7 @@ def feature_map(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return normal numbers that depend on nothing but `name` and the size."""
+    """Return normal numbers that depend only on `name` and the size."""
     numbers = torch.randn(batch, channels, height, width, generator=generator(0, name), dtype=torch.float64)
     return numbers.to(device, dtype)
 
@@ -211,12 +210,12 @@ class Clause:
     """One clause of the contract.
 
     Attributes:
-        name: for test ids.
-        check: raises AssertionError, or the layer's own error, if the subject breaks the clause; else it returns the
-            figures that it measured.
-        applies: to which subjects.
-        hookable: whether it can be checked under jaxtyping's import hook, which disturbs compilers, moves Python's
-            random state, and is the first to notice a value of the wrong type.
+        name: name for test ids.
+        check: function that raises AssertionError, or the layer's own error, if the subject breaks the clause, and else
+            returns the figures that it measured.
+        applies: function that returns whether the clause applies to a subject.
+        hookable: whether it can be checked under jaxtyping's import hook, which interferes with compilers and Python's
+            random state, and reports values of the wrong type first.
         slow: whether it takes more than a few seconds.
     """
 
@@ -264,24 +263,24 @@ def check_layer(
     leave_out: Collection[str] = (),
     **options: object,
 ) -> dict[str, float]:
-    """Hold a layer of your own to the whole contract, registered or not.
+    """Check your own layer, registered or not, against the whole contract.
 
     Args:
         build: the layer, called as `build(embed_dim, **options)`.
         kind: layer, consumer, provider or operator.
-        partner: for a consumer a layer that provides its state, for a provider a consumer.
-        device: where.
-        slow: the slow clauses too, minutes with a compiler.
-        leave_out: names of clauses that you do not promise.
-        **options: of the layer, on top of the small ones (`SMALL`).
+        partner: for a consumer, a layer that provides its state; for a provider, a consumer.
+        device: device to check on.
+        slow: whether to include the slow clauses, which take minutes with a compiler.
+        leave_out: names of clauses to skip.
+        **options: options of the layer, in addition to the small ones (`SMALL`).
 
     Returns:
         The figures that the clauses measured.
 
     Raises:
-        AssertionError: the layer breaks clauses; all are named, each with its reason.
-        ValueError: `leave_out` names no clause.
-        LookupError: a consumer or provider without a partner that fits.
+        AssertionError: the layer breaks clauses; names all of them with the reasons.
+        ValueError: a name in `leave_out` is not a clause.
+        LookupError: a consumer or provider has no matching partner.
     """
     known = {clause.name for clause in CLAUSES}
     if set(leave_out) - known:
@@ -359,7 +358,7 @@ def check_every_size(subject: Subject, device: torch.device) -> Figures:
 
 
 def _snapshot(module: nn.Module) -> dict[str, object]:
-    """What a forward must leave alone: every attribute of every submodule, and which tensors are registered."""
+    """Return what a forward must not change: every attribute of every submodule, and the registered tensors."""
     seen: dict[str, object] = {}
     for path, child in module.named_modules():
         for name, value in vars(child).items():
@@ -374,7 +373,7 @@ def _snapshot(module: nn.Module) -> dict[str, object]:
 
 @_clause()
 def check_forward_sets_no_attribute(subject: Subject, device: torch.device) -> None:
-    """In training and evaluation, whatever a forward needs to remember stands in buffers that move in place."""
+    """In training and evaluation, a forward stores state only in buffers, which it updates in place."""
     chain = subject.chain().to(device)
     for training in (True, False):
         chain.train(training)
@@ -454,7 +453,7 @@ def check_every_part_is_called(subject: Subject, device: torch.device) -> None:
 
 @_clause()
 def check_parts_can_be_replaced(subject: Subject, device: torch.device) -> None:
-    """Nothing but a call is asked of convolutions and linear maps: quantisation, offloading and fusion replace them."""
+    """Convolutions and linear layers are only called, because quantisation, offloading and fusion replace them."""
     for training in (True, False):
         chain = subject.chain().to(device).train(training)
         x = feature_map("x", device=device)
@@ -486,14 +485,14 @@ def check_compiled_with_other_forwards(subject: Subject, device: torch.device) -
 
 
 class _Hidden(nn.Module):
-    """What does what another module does and has none of its attributes."""
+    """A module that behaves like another and has none of its attributes."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.call = module.__call__
 
     def forward(self, *args: Tensor) -> Tensor:
-        """Return what the other returns."""
+        """Return the output of the other module."""
         return self.call(*args)
 
 
@@ -678,7 +677,7 @@ def check_another_number_of_channels_is_refused(subject: Subject, device: torch.
 
 @_clause(_reads_states, hookable=False)
 def check_a_foreign_state_is_refused(subject: Subject, device: torch.device) -> None:
-    """A consumer without a state, and anybody with a state of another type, raise SharingError."""
+    """A consumer without a state, and any layer with a state of another type, raise SharingError."""
     layer, x = subject.layer().to(device), feature_map("x", device=device)
     if subject.kind == "consumer":
         assert str(_message(SharingError, layer, x))

@@ -1,7 +1,7 @@
-"""How much memory a call takes beyond what was there: every allocation of torch's, as its profiler sees them.
+"""The memory that a call allocates: every allocation of torch, as recorded by its profiler.
 
-What libraries take for themselves, past torch's allocator, is not seen. Figures do not depend on how busy the machine
-is, so tests may assert them:
+Memory that libraries allocate without torch's allocator is not included. Figures do not depend on the load of the
+machine, so tests may assert them:
 
     x = torch.rand(1, 64, 128, 128)
     assert in_maps(new_memory(lambda: layer(x)).peak, x) <= 3.5
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NewMemory:
-    """Bytes that a call took.
+    """The memory of a call in bytes.
 
     Attributes:
-        peak: most that it held at once, beyond what was held before; its result included.
-        kept: what it still held when it returned: its result, a graph, gradients, caches.
-        largest: its largest single allocation, which is its largest tensor.
-        operators: names of torch operators that ran, each once.
+        peak: peak memory beyond what was allocated before, including the result.
+        kept: memory still allocated on return: the result, a graph, gradients, caches.
+        largest: the largest single allocation, that of the largest tensor.
+        operators: names of the torch operators that ran, each once.
     """
 
     peak: int
@@ -37,15 +37,15 @@ class NewMemory:
 
 
 def new_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> NewMemory:
-    """Return the memory that `call` takes on a device.
+    """Measure the memory that `call` allocates on a device.
 
     Args:
-        call: is run once. What a first call makes and keeps counts; where it should not, call before.
-        device: whose memory is counted.
+        call: function to run once. Caches of a first call count; to exclude them, call it before.
+        device: device whose memory is counted.
 
     Note:
-        On the CPU figures are exact; freeing what was there before is not counted. A GPU rounds allocations up to 512
-        bytes, and its first products of matrices take a workspace that stays.
+        On the CPU, figures are exact; freeing earlier memory is not counted. A GPU rounds allocations up to 512 bytes,
+        and its first matrix product allocates a permanent workspace.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
@@ -69,12 +69,12 @@ def new_memory(call: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 def in_maps(num_bytes: int, x: Tensor) -> float:
-    """Return bytes in feature maps: a map is as many float32 numbers as `x` has."""
+    """Convert bytes to feature maps; one is as many float32 numbers as `x` has elements."""
     return num_bytes / (4 * x.numel())
 
 
 def _allocations(events: "list[_Event]", device: torch.device) -> list[tuple[int, int]]:
-    """Return (address, bytes) of each allocation in turn, and (address, minus bytes) where it is freed."""
+    """Return (address, bytes) of each allocation and (address, -bytes) of each deallocation, in order."""
     found = [
         (event.start_time_ns, fields.ptr, fields.alloc_size)
         for event in events

@@ -1,7 +1,7 @@
 """Hypothesis strategies that draw sizes and a seed, never elements.
 
-A failure then shrinks to the smallest sizes, prints as one line that can be pasted as an `@example`, and its numbers
-come from a generator of its own: no global state is read or moved.
+A failure then shrinks to the smallest sizes and prints as one line that can be pasted as an `@example`. Its numbers
+come from a generator of its own; no global state is used.
 """
 
 import zlib
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator that depends on nothing but `seed` and `name`."""
+    """Return a CPU generator that depends only on `seed` and `name`."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one clustered attention problem, and the seed of its numbers.
+    """Sizes of a cluster attention problem, and the seed of its numbers.
 
     Attributes:
         batch: samples.
@@ -29,7 +29,7 @@ class Case:
         chunk_size: slots in a chunk; may exceed the tokens.
         num_adjacent: neighbouring chunks seen on each side.
         exact_keys: each key counts once, or as published.
-        seed: of all numbers.
+        seed: seed of all numbers.
         nearest: neighbours are the most similar chunks, not those of a ring; only with `exact_keys`.
     """
 
@@ -84,7 +84,7 @@ def cases(
     exact_keys: bool | None = None,
     nearest: bool | None = None,
 ) -> st.SearchStrategy[Case]:
-    """Return a strategy of cases within the given limits; None draws both ways of counting, and both of seeing."""
+    """Return a strategy of cases within the given limits; None draws both values of an option."""
     drawn = st.builds(
         Case,
         batch=st.integers(1, max_batch),

@@ -1,7 +1,7 @@
-"""How far two results may lie apart, in one place.
+"""Tolerances for comparing two results, in one place.
 
-In float64 they agree to rounding. In lower precisions no fixed number is right: there, an operation may err at most a
-given multiple of what plain dense attention errs in the same precision against the same float64 oracle.
+In float64 they agree up to rounding. In lower precisions there is no right fixed number: the error of an operation may
+be at most a given multiple of that of plain dense attention in the same precision, against the same float64 reference.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ FLOAT64_GRADIENTS = 1e-9
 
 @dataclass(frozen=True)
 class Budget:
-    """Error allowed in a low precision, as a multiple of dense attention's own."""
+    """The error allowed in a low precision, as a multiple of that of dense attention."""
 
     values: float = 2.0
     gradients: float = 3.0
@@ -32,7 +32,7 @@ def assert_values_close(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_gradients_close(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
-    """Require float64 gradients to agree to `FLOAT64_GRADIENTS`; None, an input that is not used, counts as zero."""
+    """Require float64 gradients to agree to `FLOAT64_GRADIENTS`; None (an unused input) counts as zero."""
     assert len(actual) == len(expected), f"{len(actual)} gradients against {len(expected)}"
     for mine, other in zip(actual, expected, strict=True):
         if mine is None or other is None:

@@ -102,7 +102,7 @@ def test_pictures_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="at least 24 pixels a side, and none of 1 has"):
         read_pairs([tmp_path / "colour.png"], 2, smallest=12)
     Image.fromarray(np.zeros((30, 30), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ImageError, match="deep.png must have 8 bits a channel, got 16"):
+    with pytest.raises(ImageError, match="deep.png must have 8 bits per channel, got 16"):
         read_pairs([tmp_path / "deep.png"], 2, smallest=8)
 
 

@@ -151,7 +151,7 @@ def test_layouts_with_other_names_can_be_written() -> None:
         (lambda: LCoAN(num_feat=8, num_group=4, num_block=1, share=2, num_clusters=3), "no place for body.2.attention"),
         (lambda: LCoAN(num_feat=8, num_group=2, num_block=1, num_rounds=2, num_clusters=3), "no place for .*further"),
         (lambda: ELAN(num_feat=12, num_block=1, window_sizes=(2, 3)), "no place for .*query.*would not come back"),
-        (lambda: ELAN(3, 1, num_feat=12, num_block=1), "images of 3 channels, the network makes others"),
+        (lambda: ELAN(3, 1, num_feat=12, num_block=1), "images of 3 channels, and the network has others"),
         (lambda: EDSR(1, 1, num_feat=8, num_block=2), "a mean of 3 channels, but the network has 1"),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     torch.save(EDSR(num_feat=8, num_block=1).state_dict(), source)
     target.write_bytes(b"mine")
     assert main(["convert", str(source), str(target)]) == 1
-    assert "is there already, and stays; --overwrite replaces it" in capsys.readouterr().err
+    assert "already exists; use --overwrite" in capsys.readouterr().err
     assert target.read_bytes() == b"mine"
     assert main(["convert", str(source), str(target), "--overwrite"]) == 0
     assert load_file(target)

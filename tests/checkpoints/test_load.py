@@ -337,7 +337,7 @@ def test_files_of_ours_without_options_need_to_be_told() -> None:
         model = trained(name)
         state = {key: value for key, value in model.state_dict().items() if key != "options"}
         assert_same(load_model(state, **told), model)
-        with pytest.raises(CheckpointError, match=r"do not tell .*; say it: load_model\("):
+        with pytest.raises(CheckpointError, match=r"not recorded in weights of .*; pass .* when loading: load_model\("):
             load_model(state)
 
 
@@ -703,12 +703,12 @@ WEIGHT = torch.zeros(8, 8, 3, 3)
 CARRIED = json.loads(bytes(OURS["EDSR"]().state_dict()["options"].byte().tolist()))
 
 CONTENTS: dict[str, tuple[Any, str]] = {
-    "a list": ([torch.zeros(3)], "must hold a state dict, a map from keys to tensors, got a list"),
-    "a tensor": (torch.zeros(3), "must hold a state dict, a map from keys to tensors, got a Tensor"),
+    "a list": ([torch.zeros(3)], "must hold a state dict, a mapping from keys to tensors, got a list"),
+    "a tensor": (torch.zeros(3), "must hold a state dict, a mapping from keys to tensors, got a Tensor"),
     "nothing": (None, "got a NoneType"),
-    "an empty map": ({}, "must hold weights, got an empty map"),
-    "empty params": ({"params": {}}, "must hold weights, got an empty map"),
-    "a map that holds itself": (looped(), "must hold a map from keys to dense tensors, got 'params': dict"),
+    "an empty map": ({}, "must hold weights, got an empty mapping"),
+    "empty params": ({"params": {}}, "must hold weights, got an empty mapping"),
+    "a map that holds itself": (looped(), "must hold a mapping from keys to dense tensors, got 'params': dict"),
     "a training state": (
         {"epoch": 1, "iter": 9, "optimizers": []},
         "got 'epoch': int, 'iter': int, 'optimizers': list; this looks like a training state",
@@ -725,7 +725,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "half of the keys under module.": (
         {f"module.{key}" if "body" in key else key: value for key, value in edsr().items()},
-        "must be of a layout known here. Tried:\n  our LCoAN, with keys like body.<g>.blocks.<b>.conv1.*\n",
+        "must be of a known layout. Tried:\n  our LCoAN, with keys like body.<g>.blocks.<b>.conv1.*\n",
     ),
     "a missing key": (
         edsr(body__1__conv2__bias=...),
@@ -772,39 +772,40 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "attention that nobody placed": (
         {key: value for key, value in trained("EDSR").state_dict().items() if key != "options"},
-        "weights of EDSR (ours and BasicSR's) do not tell attention; say it: load_model(..., "
+        "attention is not recorded in weights of EDSR (ours and BasicSR's); pass it when loading: load_model(..., "
         "attention={'type': 'LCoA', 'every': 4, 'share': 4, 'chunk_size': 144}), or on the command line --set "
         """'attention={"type": "LCoA", "every": 4, "share": 4, "chunk_size": 144}'""",
     ),
     "an LCoAN of unknown chunks": (
         {key: value for key, value in trained("LCoAN").state_dict().items() if key != "options"},
-        "weights of our LCoAN do not tell chunk_size and res_scale; say it: "
+        "chunk_size and res_scale are not recorded in weights of our LCoAN; pass them when loading: "
         "load_model(..., chunk_size=384, res_scale=0.1), or on the command line --set chunk_size=384 res_scale=0.1",
     ),
     "an ELAN of ours that says nothing": (
         {key: value for key, value in trained("ELAN").state_dict().items() if key != "options"},
-        "weights of our ELAN do not tell window_sizes; say it: load_model(..., window_sizes=[4, 8, 16])",
+        "window_sizes is not recorded in weights of our ELAN; pass it when loading: "
+        "load_model(..., window_sizes=[4, 8, 16])",
     ),
     "a released ELAN with odd projections": (
         {key: value[:-1] if key.endswith("gmsa_0.project_inp.0.weight") else value
          for key, value in released_elan().items()},
         "project_inp.0.weight must have an even number of rows, got 23",
     ),
-    "options that are no text": (with_options(b"\xff\xfe"), "the key 'options' must hold the bytes of a JSON map"),
-    "options that are no map": (with_options([1]), "the key 'options' must hold the bytes of a JSON map"),
-    "options without end": (with_options(b"[" * 99_999), "the key 'options' must hold the bytes of a JSON map"),
+    "options that are no text": (with_options(b"\xff\xfe"), "the key 'options' must hold the bytes of a JSON mapping"),
+    "options that are no map": (with_options([1]), "the key 'options' must hold the bytes of a JSON mapping"),
+    "options without end": (with_options(b"[" * 99_999), "the key 'options' must hold the bytes of a JSON mapping"),
     "options that are no numbers": (
         {**trained("EDSR").state_dict(), "options": torch.full((3,), float("inf"))},
-        "the key 'options' must hold the bytes of a JSON map",
+        "the key 'options' must hold the bytes of a JSON mapping",
     ),
-    "options of a megabyte": (with_options(b" " * 2**20 + b"{}"), "must hold the bytes of a JSON map (got 1048578"),
+    "options of a megabyte": (with_options(b" " * 2**20 + b"{}"), "must hold the bytes of a JSON mapping (got 1048578"),
     "weights that repeat one number": (
         {**plain_edsr().state_dict(), "conv_first.weight": torch.zeros(1).expand(8, 3, 3, 3)},
-        "must hold each number of its weights, got weights that repeat numbers or share them",
+        "must store every element of its weights, got expanded or overlapping tensors",
     ),
     "blocks that share their weights": (
         {**plain_edsr().state_dict(), **dict.fromkeys(["body.3.conv1.weight", "body.4.conv1.weight"], WEIGHT)},
-        "must hold each number of its weights, got weights that repeat numbers or share them",
+        "must store every element of its weights, got expanded or overlapping tensors",
     ),
     "centroids without a dimension": (
         {**trained("LCoAN").state_dict(), "body.0.attention.lsp.centroids": torch.tensor(1.0)},
@@ -812,7 +813,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "an option of the future": (
         with_options({**CARRIED, "magic": 1}),
-        "the options that belong to the weights cannot be used here:\nmagic: unknown",
+        "the options stored with the weights cannot be used here:\nmagic: unknown",
     ),
     "a layer that is not registered": (
         with_options({**CARRIED, "attention": {"type": "Theirs", "every": 1}}),
@@ -828,11 +829,11 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "two keys for one": (
         {**pytorch_weights("EDSR", 2), "body.9.weight": WEIGHT},
-        "two keys of EDSR of EDSR-PyTorch must not mean the same, but 'body.9.weight' is 'conv_after_body.weight'",
+        "keys of EDSR of EDSR-PyTorch must be distinct, but 'body.9.weight' is a second 'conv_after_body.weight'",
     ),
     "deviations": (
         {**pytorch_weights("RCAN", 2), "sub_mean.weight": 0.5 * torch.eye(3).view(3, 3, 1, 1)},
-        "sub_mean.weight must be that of no change, because ours divides by no deviation",
+        "sub_mean.weight must be the identity; our networks divide by no standard deviation",
     ),
     "a mean of two": (
         {**pytorch_weights("RCAN", 2), "sub_mean.bias": torch.tensor([-0.5, -0.5])},
@@ -973,7 +974,7 @@ def test_the_family_is_carried_where_keys_do_not_tell_it() -> None:
     assert not [layout for layout in LAYOUTS if layout.recognises(state)]
     assert type(load_model(state)) is RCAN
     del state["options"]
-    with pytest.raises(CheckpointError, match="must be of a layout known here"):
+    with pytest.raises(CheckpointError, match="must be of a known layout"):
         load_model(state)
 
 
@@ -998,7 +999,7 @@ def test_options_that_ask_for_too_much_together_are_refused_while_it_is_built(na
     model = build()
     state = {**model.state_dict(), "options": encode_options({**(options_of(model) or {}), **change})}
     with pytest.raises(
-        CheckpointError, match=r"the options ask for far more than a file of \d+ numbers can be weights of"
+        CheckpointError, match=r"the options ask for a far larger network than a file of \d+ numbers can hold"
     ):
         load_model(state)
     assert torch.is_grad_enabled()

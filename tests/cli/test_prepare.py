@@ -53,7 +53,7 @@ def test_tiles_leave_out_what_is_smaller_than_a_crop(here: Path, capsys: pytest.
     assert [file.name for file in files] == sorted(file.name for file in (here / "out/LR_x2").iterdir())
     assert {tuple(pixels(file).shape) for file in files} == {(32, 32, 3)}
     assert main(command) == 2
-    assert "--overwrite replaces it" in capsys.readouterr().err
+    assert "already exists; use --overwrite" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
 
 
@@ -107,10 +107,10 @@ def test_sixteen_bit_colours_are_refused(channels: int, here: Path, capsys: pyte
     cv2 = pytest.importorskip("cv2")
     cv2.imwrite("deep.png", np.full((16, 16, channels), 40000, dtype=np.uint16))
     assert main(["prepare", "deep.png", "--scale", "2", "-o", "out"]) == 1
-    assert "deep.png: must have 8 bits a channel, got more; save it with 8 bits" in capsys.readouterr().err
+    assert "deep.png: must have 8 bits per channel, got more; save it with 8 bits" in capsys.readouterr().err
 
 
 def test_sixteen_bits_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(np.full((16, 16), 40000, dtype=np.uint16)).save(here / "deep.png")
     assert main(["prepare", "deep.png", "--scale", "2", "-o", "out"]) == 1
-    assert "deep.png: must have 8 bits a channel, got 16; save it with 8 bits" in capsys.readouterr().err
+    assert "deep.png: must have 8 bits per channel, got 16; save it with 8 bits" in capsys.readouterr().err

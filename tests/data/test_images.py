@@ -28,7 +28,7 @@ def test_pixels_are_those_of_the_file_without_alpha(mode: str, kept: tuple[int, 
 
 def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(noise(6, 5).astype(np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ImageError, match="^must have 8 bits a channel, got 16; save it with 8 bits$"):
+    with pytest.raises(ImageError, match="^must have 8 bits per channel, got 16; save it with 8 bits$"):
         read_pixels(tmp_path / "deep.png")
 
 

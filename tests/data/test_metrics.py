@@ -260,7 +260,7 @@ def test_pictures_that_do_not_fit(folders: tuple[Path, Path], capsys: pytest.Cap
     )
     Image.fromarray(np.zeros((30, 40), np.uint16)).save(results / "bird_ours.png")
     assert main([*command, "--scale", "2"]) == 1
-    assert "bird_ours.png: must have 8 bits a channel, got 16" in capsys.readouterr().err
+    assert "bird_ours.png: must have 8 bits per channel, got 16" in capsys.readouterr().err
     (results / "bird_ours.png").write_bytes(b"nothing")
     assert main([*command, "--scale", "2"]) == 1
-    assert "bird_ours.png: is not an image that Pillow knows" in capsys.readouterr().err
+    assert "bird_ours.png: is not an image that Pillow can read" in capsys.readouterr().err

@@ -192,7 +192,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_without_attention_there_is_nothing_to_show() -> None:
-    with pytest.raises(ValueError, match=r"layers with a state \(LCoA, GMSA and who reads them\), and EDSR runs none"):
+    with pytest.raises(ValueError, match=r"layers with a state \(LCoA, GMSA and their consumers\), and EDSR runs none"):
         attention_states(EDSR(num_feat=8, num_block=1), picture())
 
 
@@ -345,9 +345,13 @@ def test_overlap(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["clusters", "photo.png", "--layer", "4"], 2, "--layer must be from 0 to 3, got 4"),
         (["clusters", "no.png"], 1, "no.png: cannot be read: No such file or directory"),
         (["clusters", "photo.png", "-o", "x.gif"], 2, "--output x.gif cannot hold this picture"),
-        (["clusters", "photo.png", "-o", "x.txt"], 2, "--output x.txt must end like an image that Pillow writes"),
-        (["clusters", "photo.png", "-o", "net.png"], 1, "net.png already exists; --overwrite replaces it"),
-        (["clusters", "net.pth"], 1, "net.pth: is not an image that Pillow knows"),
+        (
+            ["clusters", "photo.png", "-o", "x.txt"],
+            2,
+            "--output x.txt must have the suffix of an image format that Pillow writes",
+        ),
+        (["clusters", "photo.png", "-o", "net.png"], 1, "net.png already exists; use --overwrite"),
+        (["clusters", "net.pth"], 1, "net.pth: is not an image that Pillow can read"),
     ],
 )
 def test_one_line_errors(

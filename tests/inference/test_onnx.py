@@ -200,7 +200,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert lines[2] == "net.pth -> net.onnx"
     same_at_other_sizes(plain(), tmp_path / "net.onnx")
     assert main(["export", "net.pth", "net.onnx"]) == 1
-    assert "net.onnx is there already, and stays; --overwrite replaces it" in capsys.readouterr().err
+    assert "net.onnx already exists; use --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

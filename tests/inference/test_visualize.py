@@ -94,7 +94,7 @@ def test_an_lsp_that_is_never_reached_is_reported() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    with pytest.raises(ValueError, match="Idle has an LSP, but its forward does not reach it"):
+    with pytest.raises(ValueError, match="Idle has an LSP, but its forward does not run it"):
         cluster_map(Idle(), picture())
 
 

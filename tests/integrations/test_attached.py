@@ -600,5 +600,5 @@ def test_a_network_that_the_meta_device_forbids_is_built(training: Write) -> Non
 
 
 def test_load_model_says_that_it_does_not_know_what_was_attached_by_hand() -> None:
-    with pytest.raises(CheckpointError, match="must be of a layout known here"):
+    with pytest.raises(CheckpointError, match="must be of a known layout"):
         load_model(attach(built(RRDB), **OPTIONS).state_dict())

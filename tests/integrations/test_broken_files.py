@@ -105,8 +105,8 @@ def told_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
 PARTS = ["train/HR", "train/LR", "val/HR"]
 BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut off": (cut_off, "cannot be read: image file is truncated"),
-    "empty": (lambda file: file.write_bytes(b""), "is not an image that Pillow knows"),
-    "text": (lambda file: file.write_text("not an image"), "is not an image that Pillow knows"),
+    "empty": (lambda file: file.write_bytes(b""), "is not an image that Pillow can read"),
+    "text": (lambda file: file.write_text("not an image"), "is not an image that Pillow can read"),
 }
 
 

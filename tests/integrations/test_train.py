@@ -402,7 +402,7 @@ def test_validation_test_and_upscale_take_the_averaged_weights(
     capsys.readouterr()
     picture = "datasets/val/LR/0.png"
     assert main(["upscale", picture, "-w", str(file), "-o", "both.png", "--set", "img_range=1"]) == 0
-    assert "the averaged weights are taken (params_ema, not params)" in capsys.readouterr().err
+    assert "using the averaged weights (params_ema, not params)" in capsys.readouterr().err
     torch.save(content["params_ema"], file)
     assert main(["upscale", picture, "-w", str(file), "-o", "one.png", "--set", "img_range=1"]) == 0
     assert "averaged" not in capsys.readouterr().err

@@ -10,7 +10,7 @@ atomics, so results are deterministic.
 import triton
 import triton.language as tl
 
-# Sizes that change from image to image: no kernel is compiled anew because one can be divided by 16.
+# Sizes that change from image to image. Kernels are not specialised to their divisibility by 16.
 _SIZES = [
     "num_tokens",
     "chunk_size",
