@@ -1,6 +1,6 @@
 """Save networks to and load them from the Hugging Face hub, and folders with the same layout.
 
-    from sparse_sr_attn.checkpoints.load import hub
+    from sparse_sr_attn.checkpoints import hub
 
     hub.push_to_hub(model, "me/lcoan-x2")
     model = hub.from_pretrained("me/lcoan-x2")
@@ -43,7 +43,7 @@ A network for image super-resolution with {{ parameters }} parameters, made with
 `config.json`.
 
 ```python
-from sparse_sr_attn.checkpoints.load import hub
+from sparse_sr_attn.checkpoints import hub
 
 model = hub.from_pretrained("{{ source }}")  # images (b, {{ num_in_ch }}, h, w) in 0..1
 ```

@@ -90,6 +90,9 @@ def test_weights_and_config_are_for_others_too(trained: Network, tmp_path: Path)
     assert card.startswith("---\nlibrary_name: sparse_sr_attn\n")
     assert f"# {type(trained).__name__} ×{trained.upscale}\n" in card
     assert f'hub.from_pretrained("{tmp_path.name}")' in card
+    scope: dict[str, object] = {}
+    exec(re.findall(r"^from .* import .*$", card, flags=re.MULTILINE)[0], scope)  # noqa: S102  (the card is ours)
+    assert scope["hub"] is hub
 
 
 def test_subclasses_and_memory_formats(tmp_path: Path) -> None:
