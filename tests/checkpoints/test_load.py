@@ -713,7 +713,10 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         {"epoch": 1, "iter": 9, "optimizers": []},
         "got 'epoch': int, 'iter': int, 'optimizers': list; this looks like a training state",
     ),
-    "texts": ({"conv_first.weight": "zeros"}, "got 'conv_first.weight': str, or such a mapping under one of params_ema,"),
+    "texts": (
+        {"conv_first.weight": "zeros"},
+        "got 'conv_first.weight': str, or such a mapping under one of params_ema,",
+    ),
     "keys that are numbers": ({0: WEIGHT}, "got 0: Tensor"),
     "a sparse tensor": (edsr(conv_first__bias=torch.zeros(8).to_sparse()), "got 'conv_first.bias': Tensor"),
     "a tensor without values": (edsr(conv_first__bias=torch.zeros(8, device="meta")), "got 'conv_first.bias': Tensor"),
