@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--crop must be smaller than --tile, {tile}, got {crop}")
     taken = [part for part in (output / "HR", output / f"LR_x{scale}") if os.path.lexists(part)]
     if taken and not arguments.overwrite:
-        raise UsageError(f"{name(taken[0])} already exists; --overwrite replaces it")
+        raise UsageError(f"{name(taken[0])} already exists; use --overwrite")
     files = list({file.absolute(): file for path in arguments.input for file in images_in(path)}.values())
     named = dict(zip(distinct_names(files), files, strict=True))
     small: list[Path] = []

@@ -207,7 +207,7 @@ def warn_of_range(model: nn.Module, img_range: float) -> None:
     names = raw_queries_in(model)
     if names and img_range > SATURATING_RANGE:
         warnings.warn(
-            f"img_range {img_range:g} makes raw queries so large that the softmax of {', '.join(names)} picks one "
+            f"img_range {img_range:g} makes raw queries so long that the softmax of {', '.join(names)} picks one "
             "token; use img_range 1, or similarity='cosine' if the layer has it",
             stacklevel=3,
         )

@@ -146,7 +146,7 @@ class GMSA(AttentionLayer):
     ) -> None:
         super().__init__()
         if not window_sizes:
-            raise ConfigError([Problem("window_sizes", "must have at least one window size, got none")])
+            raise ConfigError([Problem("window_sizes", "must name at least one window size, got none")])
         self.embed_dim = embed_dim
         self.window_sizes = tuple(window_sizes)[:embed_dim]
         self.shift = shift

@@ -79,7 +79,7 @@ def test_wrong_channels_name_the_rule() -> None:
 
 
 def test_mean_needs_a_number_a_channel() -> None:
-    with pytest.raises(ConfigError, match="rgb_mean: must have one number for each channel"):
+    with pytest.raises(ConfigError, match="rgb_mean: must have one number per channel"):
         LCoAN(1, 1, num_feat=8, num_group=1, num_block=1, rgb_mean=[0.1, 0.2, 0.3])
 
 

@@ -147,12 +147,12 @@ def test_layouts_with_other_names_can_be_written() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: EDSR(num_feat=8, num_block=2, attention=LCOA), "no place for attention.0"),
-        (lambda: LCoAN(num_feat=8, num_group=4, num_block=1, share=2, num_clusters=3), "no place for body.2.attention"),
-        (lambda: LCoAN(num_feat=8, num_group=2, num_block=1, num_rounds=2, num_clusters=3), "no place for .*further"),
-        (lambda: ELAN(num_feat=12, num_block=1, window_sizes=(2, 3)), "no place for .*query.*would not come back"),
+        (lambda: EDSR(num_feat=8, num_block=2, attention=LCOA), "no name for attention.0"),
+        (lambda: LCoAN(num_feat=8, num_group=4, num_block=1, share=2, num_clusters=3), "no name for body.2.attention"),
+        (lambda: LCoAN(num_feat=8, num_group=2, num_block=1, num_rounds=2, num_clusters=3), "no name for .*further"),
+        (lambda: ELAN(num_feat=12, num_block=1, window_sizes=(2, 3)), "no name for .*query.*would be lost"),
         (lambda: ELAN(3, 1, num_feat=12, num_block=1), "images of 3 channels, and the network has others"),
-        (lambda: EDSR(1, 1, num_feat=8, num_block=2), "a mean of 3 channels, but the network has 1"),
+        (lambda: EDSR(1, 1, num_feat=8, num_block=2), "a mean of 3 channels, and the network has 1"),
     ],
 )
 def test_what_has_no_place_is_refused(model: Callable[[], nn.Module], message: str) -> None:

@@ -655,7 +655,7 @@ def test_another_upscale_keeps_the_body_only_on_request() -> None:
     ({"allow_tail_reinitt": True}, "allow_tail_reinitt: unknown; did you mean 'allow_tail_reinit'?"),
     ({"res_scale": "much"}, "res_scale: must be a number other than inf and nan, got 'much'"),
     ({"attention": {"type": "LCoA", "every": 4}}, "attention.every: must hit at least one of the 3 blocks, got 4"),
-    ({"rgb_mean": [0.5]}, "rgb_mean: must have one number for each channel"),
+    ({"rgb_mean": [0.5]}, "rgb_mean: must have one number per channel"),
 ])  # fmt: skip
 def test_wrong_overrides_are_explained(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -713,7 +713,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         {"epoch": 1, "iter": 9, "optimizers": []},
         "got 'epoch': int, 'iter': int, 'optimizers': list; this looks like a training state",
     ),
-    "texts": ({"conv_first.weight": "zeros"}, "got 'conv_first.weight': str, or such a map under one of params_ema,"),
+    "texts": ({"conv_first.weight": "zeros"}, "got 'conv_first.weight': str, or such a mapping under one of params"),
     "keys that are numbers": ({0: WEIGHT}, "got 0: Tensor"),
     "a sparse tensor": (edsr(conv_first__bias=torch.zeros(8).to_sparse()), "got 'conv_first.bias': Tensor"),
     "a tensor without values": (edsr(conv_first__bias=torch.zeros(8, device="meta")), "got 'conv_first.bias': Tensor"),
@@ -837,7 +837,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "a mean of two": (
         {**pytorch_weights("RCAN", 2), "sub_mean.bias": torch.tensor([-0.5, -0.5])},
-        "cannot be used here:\nrgb_mean: must have one number for each channel",
+        "cannot be used here:\nrgb_mean: must have one number per channel",
     ),
     "batch normalisation": (
         {**pytorch_weights("EDSR", 2), "body.0.body.1.running_mean": torch.zeros(8)},

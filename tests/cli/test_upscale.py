@@ -358,9 +358,9 @@ BAD: dict[str, tuple[Callable[[str], object], str]] = {
     "empty.png": (lambda f: Path(f).touch(), "is not an image that Pillow can read"),
     "text.jpg": (lambda f: Path(f).write_text("hello"), "is not an image that Pillow can read"),
     "moves.gif": (animated, "must be a single picture, got 3 frames"),
-    "moves.webp": (animated, "has 3 frames"),
-    "pages.tif": (animated, "has 3 frames"),
-    "moves.png": (animated, "has 3 frames"),
+    "moves.webp": (animated, "must be a single picture, got 3 frames"),
+    "pages.tif": (animated, "must be a single picture, got 3 frames"),
+    "moves.png": (animated, "must be a single picture, got 3 frames"),
     "bomb.png": (bomb, "must have at most 178,956,970 pixels (--max-pixels), got 3,600,000,000"),
     "float.tif": (
         lambda f: Image.fromarray(noise(4, 4).astype(np.float32)).save(f),

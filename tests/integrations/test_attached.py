@@ -345,7 +345,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"attention\.type: no layer named 'Gone'.*\n.*--import FILE\.py does that",
     ),
     "a giant": (lambda options: options["network"].update(num_block=10**9), r"the options say num_block 1000000000"),
-    "a wide one": (lambda options: options["network"].update(num_feat=10**5), r"num_feat 100000|far more than a file"),
+    "a wide one": (
+        lambda options: options["network"].update(num_feat=10**5),
+        r"num_feat 100000|far larger network than a file",
+    ),
     "another size": (lambda options: options["network"].update(num_feat=12), r"of wrong size: conv_first\.weight"),
     "no map": (lambda options: options.update(network=3), r"network: must be a mapping, got 3"),
     "nonsense": (lambda options: options["network"].update(num_feat="x"), r"cannot be used here:\nTypeError"),

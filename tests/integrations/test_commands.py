@@ -79,5 +79,5 @@ def test_another_basicsr_that_is_imported_already_is_not_taken_for_it(
     from sparse_sr_attn.cli.main import main
 
     assert main(["train", "-opt", training()]) == 2
-    assert "the BasicSR of this folder cannot be used, because that in " in capsys.readouterr().err
+    assert "the BasicSR of this folder cannot be used, because " in capsys.readouterr().err
     assert not (fork / "experiments").exists()

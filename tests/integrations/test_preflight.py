@@ -49,7 +49,7 @@ MALFORMED = [
     ({f"{NET}.num_feat": 0}, r"network_g\.num_feat: must be >= 1, got 0"),
     ({f"{NET}.num_feat": "many"}, r"network_g\.num_feat: must be an integer >= 1, got 'many'"),
     ({f"{NET}.img_range": 0}, r"network_g\.img_range: must be > 0 and finite, got 0"),
-    ({f"{NET}.rgb_mean": [0.5]}, r"network_g\.rgb_mean: must have one number for each channel"),
+    ({f"{NET}.rgb_mean": [0.5]}, r"network_g\.rgb_mean: must have one number per channel"),
     ({f"{NET}.upscale": 5, "scale": 5}, r"network_g\.upscale: must be one of 2, 3, 4, 8, got 5"),
     ({f"{NET}.upscale": 4}, r"network_g\.upscale: must be 2, the option 'scale', got 4"),
     ({f"{NET}.upscale": ...}, r"network_g\.upscale: must be 2, the option 'scale', got 4 \(its default\)"),

@@ -173,7 +173,7 @@ def test_what_is_no_dense_map_of_floating_point_is_refused(name: str) -> None:
     layer = build_layer(name, 6)
     x = torch.rand(1, 6, 4, 4)
     for wrong in (x.long(), x.bool(), x.to(torch.complex64), x.to_sparse(), None, [1], "x", x.numpy()):
-        with pytest.raises(ShapeError, match=r"^x must be a feature map \(b, 6, .*\), a dense tensor of floating"):
+        with pytest.raises(ShapeError, match=r"^x must be a feature map \(b, 6, .*\), a dense floating-point tensor"):
             layer(wrong)
     for wrong in (torch.tensor(1.0), x[0, :, 0, 0], x[0], x[None], x[:, 1:], x[:, :, :0]):
         with pytest.raises(ShapeError, match=r"^x must be a feature map .*because embed_dim is 6; got shape \("):
