@@ -307,7 +307,7 @@ def test_a_run_can_be_interrupted_and_resumed(training: Write, here: Path) -> No
         finally:
             process.kill()
     assert process.returncode == 130, output
-    assert "sparse-sr: interrupted; `--auto_resume` goes on from the last saved state, or begins" in output
+    assert "sparse-sr: interrupted; `--auto_resume` resumes from the last saved state, or starts over" in output
     assert "Traceback" not in output
     states = [int(path.stem) for path in state.parent.iterdir()]
     assert main(["train", "-opt", file, "--auto_resume", "--force_yml", f"train:total_iter={max(states) + 1}"]) == 0
