@@ -40,7 +40,10 @@ RECORD = Path(__file__).with_name("figures.json")
 BEGIN, END = "<!-- figures of benchmarks/weights/recipe.py -->\n", "<!-- end of figures -->"
 
 _EDSR = {"type": "SparseEDSR", **LIGHT_EDSR}
-_LCOA = dict(LIGHT_LCOA)
+_LCOA = {
+    **LIGHT_LCOA,
+    "res_scale": 1.0,
+}  # from the identity, too; with the default of 0.1 networks learn to use it late
 _WHOLE_PATCH = 96**2  # a chunk of so many tokens holds the patch: dense attention
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -50,6 +53,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "EDSR-wider": {**_EDSR, "num_feat": 49},
     "EDSR-deeper": {**_EDSR, "num_block": 16},
     "EDSR-LCoA": {**_EDSR, "attention": _LCOA},
+    "EDSR-nearest": {**_EDSR, "attention": {**_LCOA, "neighbors": "nearest", "chunk_size": 21, "num_adjacent": 4}},
     "EDSR-index": {**_EDSR, "attention": {**_LCOA, "cluster_order": "index"}},
     "EDSR-hash": {**_EDSR, "attention": {**_LCOA, "routing": "lsh"}},
     "EDSR-published": {**_EDSR, "attention": {**_LCOA, "similarity": "dot", "cluster_order": "index"}},
