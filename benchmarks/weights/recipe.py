@@ -40,10 +40,8 @@ RECORD = Path(__file__).with_name("figures.json")
 BEGIN, END = "<!-- figures of benchmarks/weights/recipe.py -->\n", "<!-- end of figures -->"
 
 _EDSR = {"type": "SparseEDSR", **LIGHT_EDSR}
-_LCOA = {
-    **LIGHT_LCOA,
-    "res_scale": 1.0,
-}  # from the identity, too; with the default of 0.1 networks learn to use it late
+# Attention starts as the identity with any `res_scale`; with the default of 0.1 a network learns to use it late.
+_LCOA = {**LIGHT_LCOA, "res_scale": 1.0}
 _WHOLE_PATCH = 96**2  # a chunk of so many tokens holds the patch: dense attention
 
 NETWORKS: dict[str, dict[str, Any]] = {
