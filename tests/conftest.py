@@ -3,7 +3,9 @@
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from sparse_sr_attn.backbones.base import Network
 
 pytest_plugins = ["promises", "pytester"]
+
+# For benchmarks/, which is not installed; behind all else, so that seeded faults can put a copy of the packages first.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, which it must know when it is imported; nothing else here looks at this.
