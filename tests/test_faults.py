@@ -222,8 +222,8 @@ FAULTS = [
     Fault("the first chunk of a ring is unseen", "layout:ClusterLayout.visible", swap(">=", ">"), DENSE),
     Fault("a chunk met twice counts twice", "layout:ClusterLayout.visible", swap("&", "|"), DENSE),
     Fault("published counting hides keys", "layout:ClusterLayout.visible", decide(False), DENSE),
-    Fault("padding is visible (tiles)", "layout:ClusterLayout.hidden", decide(False, 3), DENSE),
-    Fault("a chunk met twice counts twice (tiles)", "layout:ClusterLayout.hidden", decide(False, 2), DENSE),
+    Fault("padding is visible (tiles)", "layout:ClusterLayout.hidden", decide(False, 4), DENSE),
+    Fault("a chunk met twice counts twice (tiles)", "layout:ClusterLayout.hidden", decide(False, 3), DENSE),
     Fault(
         "every chunk hides as much as the last (tiles)", "layout:ClusterLayout.hidden", swap("and", "or", 1),
         "cluster:test_hidden_is_what_is_not_visible",
