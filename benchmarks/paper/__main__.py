@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import make_parser, run_command
 from benchmarks.paper.experiment import Costing, costed, keep, kept, trained
 from benchmarks.paper.figures import FIGURES, SCALES, Figure, Scale
 from benchmarks.paper.pictures import read_pairs
@@ -19,7 +20,6 @@ from benchmarks.paper.training import Budget, Trainer
 from sparse_sr_attn.cli.common import (
     UsageError,
     add_device,
-    exit_status,
     find_device,
     images_in,
     keep_old,
@@ -190,23 +190,12 @@ def _progress(label: str = "", text: str = "") -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(made)
-    return made
+    return make_parser("paper", DESCRIPTION, EPILOG, add_arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed help or an error
-        return stop.code if isinstance(stop.code, int) else 2
-    return exit_status(partial(run, arguments))
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

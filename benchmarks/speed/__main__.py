@@ -8,10 +8,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from benchmarks.command import make_parser, run_command
 from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS
 from benchmarks.speed.report import markdown, write_json, write_plot
 from benchmarks.speed.run import run as measure
@@ -19,7 +19,6 @@ from benchmarks.speed.settings import DEFAULT_NETWORKS, DTYPES, Pass, Settings
 from sparse_sr_attn.cli.common import (
     UsageError,
     add_device,
-    exit_status,
     find_device,
     keep_old,
     name,
@@ -157,23 +156,12 @@ def _with_huge_pages(settings: Settings) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(made)
-    return made
+    return make_parser("speed", DESCRIPTION, EPILOG, add_arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed help or an error
-        return stop.code if isinstance(stop.code, int) else 2
-    return exit_status(partial(run, arguments))
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -185,8 +185,8 @@ class Figure:
         ssim: in 0..1.
         parameters: of the network; `None` for interpolation.
         trained_on: steps, patches and what came before.
-        psnr_without_attention: with the attention switched off afterwards; `None` where there is none.
-        entropy: of its attention, as `attention_entropy` counts.
+        psnr_without_attention: PSNR with attention disabled after training, in dB; `None` for other networks.
+        entropy: mean `attention_entropy` of the first attention layer; `None` for other networks.
     """
 
     network: str
@@ -210,16 +210,21 @@ def measure(name: str, model: Any, upscale: int, folder: Path, trained_on: str) 
     if model is None:
         bicubic = [score(*bicubic_luma(read_pixels(file), upscale), border=upscale) for file in images_in(folder)]
         return Figure(name, upscale, folder.name, *means(bicubic), None, trained_on)
-    psnr, ssim = means(scores(model, upscale, folder))
+    pairs = list(pairs_in(folder, upscale))
+    psnr, ssim = means(scores(model, pairs, upscale))
     size = sum(parameter.numel() for parameter in model.parameters())
     figure = Figure(name, upscale, folder.name, psnr, ssim, size, trained_on)
     attention = [layer for layer in model.modules() if isinstance(layer, CoA)]
     if not attention:
         return figure
-    entropy = sum(entropies(model, upscale, folder)) / len(images_in(folder))
+    entropy = sum(entropies(model, pairs)) / len(pairs)
     for layer in attention:
         layer.res_scale = 0
-    return replace(figure, psnr_without_attention=means(scores(model, upscale, folder))[0], entropy=entropy)
+    return replace(figure, psnr_without_attention=means(scores(model, pairs, upscale))[0], entropy=entropy)
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A photograph, uint8 (h, w, 3), and its low resolution."""
 
 
 def means(each: Sequence[Score]) -> tuple[float, float]:
@@ -227,24 +232,24 @@ def means(each: Sequence[Score]) -> tuple[float, float]:
     return psnr, ssim
 
 
-def pairs_in(folder: Path, upscale: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def pairs_in(folder: Path, upscale: int) -> Iterator[Pair]:
     """Yield the photographs of a folder, cut to multiples of the factor, and their low resolution."""
     for file in images_in(folder):
         high = crop_to_multiple(as_rgb(read_pixels(file)), upscale)  # grey, too, as BasicSR has it
         yield high, matlab_bicubic(high, upscale)
 
 
-def scores(model: Any, upscale: int, folder: Path) -> list[Score]:
+def scores(model: Any, pairs: Sequence[Pair], upscale: int) -> list[Score]:
     found = []
-    for high, low in pairs_in(folder, upscale):
+    for high, low in pairs:
         large = upscale_image(model, Picture(low.numpy()), tile=max(low.shape), overlap=0).pixels
         found.append(score(luma(high), luma(torch.from_numpy(large)), border=upscale))
     return found
 
 
-def entropies(model: Any, upscale: int, folder: Path) -> Iterator[float]:
+def entropies(model: Any, pairs: Sequence[Pair]) -> Iterator[float]:
     """Yield the entropy of the first attention layer on the middle of each photograph."""
-    for _, low in pairs_in(folder, upscale):
+    for _, low in pairs:
         top, left = (max(0, (side - ENTROPY_SIDE) // 2) for side in low.shape[:2])
         middle = low[top : top + ENTROPY_SIDE, left : left + ENTROPY_SIDE].permute(2, 0, 1) / 255
         state = next(iter(attention_states(model, middle).values()))
@@ -270,13 +275,15 @@ def report(arguments: argparse.Namespace) -> None:
         network, upscale, seed = asked["name"].partition("_x")[0], asked["scale"], asked["manual_seed"]
         if not finished(asked):
             continue
+        # Weights without attention do not carry the range that they were trained with.
+        untold = {key: value for key, value in asked["network_g"].items() if key == "img_range"}
         models = {
             "bicubic": (None, ""),
             network + (f", seed {seed}" if seed else ""): (asked["name"], described(asked)),
         }
         for (label, (name, trained_on)), folder in product(models.items(), arguments.test):
             if (label, upscale, trained_on, folder.name) not in known:
-                model = name and load_model(trained(name), img_range=LIGHT_EDSR["img_range"])
+                model = name and load_model(trained(name), **untold)
                 figure = measure(label, model, upscale, folder, trained_on)
                 print(figure, flush=True)
                 found.append(figure)

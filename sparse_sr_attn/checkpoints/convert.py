@@ -120,7 +120,7 @@ def _renamed(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _their_key(layout: Layout, key: str) -> str | None:
-    """Return their name of our key, with `<b>` for a number that our key lacks; `None` if there is none."""
+    """Return their name of our key, with `<b>` for a number that our key lacks, or `None` if they have no such key."""
     for pattern, ours in layout.names.items():
         if ours is not None and (found := key_pattern(ours).fullmatch(key)):
             numbers = found.groupdict()

@@ -66,7 +66,7 @@ def find_weights(content: object) -> tuple[dict[str, Tensor], State, unwrap.Foun
     if found is None:
         return _checked(_innermost(content)), {}, None
     own = found.chosen.state.items()
-    # Numbers and texts beside weights, an epoch say, are none. Those in place of weights have a dot in their key.
+    # A number or string next to weights, such as an epoch, is not a weight. One in place of a weight has a dotted key.
     weights = {k: v for k, v in own if isinstance(v, Tensor) or k == OPTIONS or not isinstance(k, str) or "." in k}
     return _checked(weights), {k: v for k, v in found.beside.items() if is_plain(k, v)}, found
 

@@ -149,7 +149,7 @@ def bases(cls: Any) -> tuple[type, ...]:
 
 
 def nested(options: object, *names: str) -> Any:
-    """Return the value at the end of a path; `None` if there is none."""
+    """Return the value at a path of keys, or `None` if the path does not exist."""
     for name in names:
         options = options.get(name) if isinstance(options, Mapping) else None
     return options
