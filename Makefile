@@ -47,7 +47,7 @@ test: setup  ## Run the tests (about 8 minutes on two cores).
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup lint  ## Run all tests, including the slow ones (about half an hour).
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=explore
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --jaxtyping tests/functional tests/layers
 
 lint: setup  ## Check style and types.

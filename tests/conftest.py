@@ -25,7 +25,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _RELAXED = (HealthCheck.too_slow, HealthCheck.data_too_large)
-settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_RELAXED)
+# `make test` tries the same examples every time, `make test-all` others each time.
+settings.register_profile("dev", max_examples=50, deadline=None, derandomize=True, suppress_health_check=_RELAXED)
+settings.register_profile("explore", max_examples=50, deadline=None, print_blob=True, suppress_health_check=_RELAXED)
 settings.register_profile(
     "ci",
     max_examples=100,
