@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, RCAN, LCoAN, create_model
+    from sparse_sr_attn.backbones import EDSR, ELAN, RCAN, LCoAN
     from sparse_sr_attn.backbones.attach import attach, detach
     from sparse_sr_attn.blocks import ELAB
     from sparse_sr_attn.checkpoints.load import load_model
@@ -46,8 +46,10 @@ if TYPE_CHECKING:
         SharedGMSA,
         ShiftConv2d,
         build_layer,
+        list_layers,
         one_kmeans_update,
     )
+    from sparse_sr_attn.models import PRESETS, create_model, list_models
     from sparse_sr_attn.states import ClusterAttention, ClusterPattern, WindowAttention
 
 __version__ = "0.1.0"
@@ -96,6 +98,8 @@ __all__ = [
     "build_layer",
     "create_model",
     "detach",
+    "list_layers",
+    "list_models",
     "load_model",
     "one_kmeans_update",
     "upscale_tiled",
@@ -109,10 +113,8 @@ _HOMES = {
     "backbones": (
         "EDSR",
         "ELAN",
-        "PRESETS",
         "RCAN",
         "LCoAN",
-        "create_model",
     ),
     "blocks": ("ELAB",),
     "checkpoints": ("load_model",),
@@ -148,7 +150,13 @@ _HOMES = {
         "SharedGMSA",
         "ShiftConv2d",
         "build_layer",
+        "list_layers",
         "one_kmeans_update",
+    ),
+    "models": (
+        "PRESETS",
+        "create_model",
+        "list_models",
     ),
     "states": (
         "ClusterAttention",

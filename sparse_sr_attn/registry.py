@@ -82,6 +82,14 @@ class Registry(Generic[T]):
         except (KeyError, TypeError):
             raise UnknownNameError(f"no {self.noun} named {name!r}{suggestion(name, list(self))}") from None
 
+    def __getitem__(self, name: str) -> Callable[..., T]:
+        """Return the class or function called `name`; `get` returns its whole entry.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        return self.get(name).build
+
     def __contains__(self, name: object) -> bool:
         return name in self._all()
 

@@ -18,7 +18,7 @@ CLONE = Path(__file__).resolve().parents[1]
 # Who may import whom; docs/architecture.md draws the same arrows.
 _OPTIONS = {"errors", "registry", "config"}
 _NETWORKS = {*_OPTIONS, "states", "functional", "layers", "blocks", "backbones"}
-_TOOLS = {*_NETWORKS, "checkpoints", "data", "inference", "cli"}
+_TOOLS = {*_NETWORKS, "checkpoints", "models", "data", "inference", "cli"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -31,9 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {*_OPTIONS, "states", "functional", "layers", "blocks"},
     "data": {"errors"},
     "checkpoints": {*_NETWORKS, "data"},
+    "models": {*_NETWORKS, "checkpoints"},
     "inference": {*_NETWORKS, "data"},
     "testing": {*_OPTIONS, "states", "functional", "layers", "reference"},
-    "cli": {*_NETWORKS, "checkpoints", "data", "inference", "sparse_sr_attn"},
+    "cli": {*_NETWORKS, "checkpoints", "models", "data", "inference", "sparse_sr_attn"},
     "__main__": {"cli"},
     "_moved": {"backbones", "checkpoints", "data", "inference"},
     "sparse_sr_attn_basicsr": {*_TOOLS, "sparse_sr_attn"},

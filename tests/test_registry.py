@@ -24,6 +24,7 @@ def test_entries_come_back_whole() -> None:
     entry = table().get("One")
     assert (entry.name, entry.kind, entry.build, entry.source) == ("One", "odd", one, "Peano")
     assert entry.build() == 1
+    assert table()["One"] is one
 
 
 def test_unknown_name_suggests() -> None:

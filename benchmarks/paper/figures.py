@@ -10,9 +10,10 @@ import torch
 from benchmarks.paper.pictures import Pair, as_input
 from benchmarks.paper.training import Budget, Variant
 from benchmarks.paper.variants import with_plain_convolutions, with_standard_attention, without_attention
-from sparse_sr_attn.backbones import EDSR, ELAN, PRESETS, LCoAN
+from sparse_sr_attn.backbones import EDSR, ELAN, LCoAN
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.inference.visualize import attention_overlap, attention_states
+from sparse_sr_attn.models import PRESETS
 
 WHOLE = 10**9
 """A chunk that holds all tokens of any map: then cluster attention is dense attention."""

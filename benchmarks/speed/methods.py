@@ -15,12 +15,12 @@ from benchmarks.speed.floor import Cost
 from benchmarks.speed.settings import Settings
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
-from sparse_sr_attn.backbones.presets import PRESETS, create_model
 from sparse_sr_attn.layers.base import LAYERS
 from sparse_sr_attn.layers.build import build_layer
 from sparse_sr_attn.layers.gmsa import GMSA, group_widths
 from sparse_sr_attn.layers.lcoa import CoA, LCoA
 from sparse_sr_attn.layers.nlsa import NLSA
+from sparse_sr_attn.models import PRESETS, create_model
 from sparse_sr_attn.reference import lsh
 
 ALLOWED_HALF = 0.02

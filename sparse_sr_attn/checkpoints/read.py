@@ -41,7 +41,8 @@ def read_file(source: object) -> object:
     if not path.is_file():
         known = trained_weights()
         if str(source) not in known:
-            names = "" if path.suffix else f", nor are they weights of the library: {', '.join(known)}"
+            names = f", nor are there included weights of that name (known: {', '.join(known)})"
+            names = "" if path.suffix else f"{names}; create_model builds an untrained network by name"
             raise CheckpointError(f"there is no such file{names}")
         path = known[str(source)]
     try:

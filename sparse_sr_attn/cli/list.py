@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from sparse_sr_attn.backbones.presets import PRESETS
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 from sparse_sr_attn.checkpoints.load import load_model
 from sparse_sr_attn.checkpoints.read import trained_weights
@@ -18,6 +17,7 @@ from sparse_sr_attn.cli.common import UsageError, add_imports, import_modules, s
 from sparse_sr_attn.config import fields
 from sparse_sr_attn.errors import SparseSRError
 from sparse_sr_attn.layers.base import LAYERS
+from sparse_sr_attn.models import PRESETS
 
 DESCRIPTION = """\
 List attention layers (for `attention: {type: NAME}`), networks, presets (networks with options), and the included

@@ -1,7 +1,7 @@
 """Attention layers, each registered under the name that users write."""
 
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer
-from sparse_sr_attn.layers.build import build_layer, find_layer
+from sparse_sr_attn.layers.build import build_layer, find_layer, list_layers
 from sparse_sr_attn.layers.category import CategoryAttention
 from sparse_sr_attn.layers.enla import ENLA
 from sparse_sr_attn.layers.gmsa import GMSA, SharedGMSA
@@ -29,5 +29,6 @@ __all__ = [
     "ShiftConv2d",
     "build_layer",
     "find_layer",
+    "list_layers",
     "one_kmeans_update",
 ]

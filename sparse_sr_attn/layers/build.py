@@ -1,5 +1,6 @@
 """Find a layer by name, registered here or in timm, and build it."""
 
+from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,19 @@ def find_layer(name: str) -> Entry[nn.Module]:
     if layer is not None and name not in LAYERS:
         raise UnknownNameError(f"no layer named {name!r}, which is a network; did you mean {layer!r}, its layer?")
     return LAYERS.get(name)
+
+
+def list_layers(pattern: str = "*") -> list[str]:
+    """Return the names that `build_layer` knows, without those of timm.
+
+    Args:
+        pattern: shell-style pattern that the names match.
+
+    Examples:
+        >>> list_layers("*CoA")
+        ['CoA', 'LCoA']
+    """
+    return [name for name in LAYERS if fnmatch(name, pattern)]
 
 
 def build_layer(name: str, embed_dim: int, **options: Any) -> nn.Module:
