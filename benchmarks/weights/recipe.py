@@ -27,10 +27,10 @@ from benchmarks.paper.figures import LIGHT_EDSR, LIGHT_LCOA
 from sparse_sr_attn import PRESETS, CoA, load_model
 from sparse_sr_attn.checkpoints.convert import convert_weights, write_weights
 from sparse_sr_attn.cli.common import images_in
-from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
+from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import crop_to_multiple, matlab_bicubic
-from sparse_sr_attn.data.metrics import Score, bicubic_luma, luma, score
-from sparse_sr_attn.inference.upscale import upscale_image
+from sparse_sr_attn.data.metrics import Score, bicubic_luma, score
+from sparse_sr_attn.inference.evaluate import evaluate
 from sparse_sr_attn.inference.visualize import attention_entropy, attention_states
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,21 +210,17 @@ def measure(name: str, model: Any, upscale: int, folder: Path, trained_on: str) 
     if model is None:
         bicubic = [score(*bicubic_luma(read_pixels(file), upscale), border=upscale) for file in images_in(folder)]
         return Figure(name, upscale, folder.name, *means(bicubic), None, trained_on)
-    pairs = list(pairs_in(folder, upscale))
-    psnr, ssim = means(scores(model, pairs, upscale))
+    pictures = [as_rgb(read_pixels(file)) for file in images_in(folder)]
+    psnr, ssim = means(evaluate(model, pictures))
     size = sum(parameter.numel() for parameter in model.parameters())
     figure = Figure(name, upscale, folder.name, psnr, ssim, size, trained_on)
     attention = [layer for layer in model.modules() if isinstance(layer, CoA)]
     if not attention:
         return figure
-    entropy = sum(entropies(model, pairs)) / len(pairs)
+    entropy = sum(entropies(model, pictures)) / len(pictures)
     for layer in attention:
         layer.res_scale = 0
-    return replace(figure, psnr_without_attention=means(scores(model, pairs, upscale))[0], entropy=entropy)
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A photograph, uint8 (h, w, 3), and its low resolution."""
+    return replace(figure, psnr_without_attention=means(evaluate(model, pictures))[0], entropy=entropy)
 
 
 def means(each: Sequence[Score]) -> tuple[float, float]:
@@ -232,24 +228,10 @@ def means(each: Sequence[Score]) -> tuple[float, float]:
     return psnr, ssim
 
 
-def pairs_in(folder: Path, upscale: int) -> Iterator[Pair]:
-    """Yield the photographs of a folder, cut to multiples of the factor, and their low resolution."""
-    for file in images_in(folder):
-        high = crop_to_multiple(as_rgb(read_pixels(file)), upscale)  # grey, too, as BasicSR has it
-        yield high, matlab_bicubic(high, upscale)
-
-
-def scores(model: Any, pairs: Sequence[Pair], upscale: int) -> list[Score]:
-    found = []
-    for high, low in pairs:
-        large = upscale_image(model, Picture(low.numpy()), tile=max(low.shape), overlap=0).pixels
-        found.append(score(luma(high), luma(torch.from_numpy(large)), border=upscale))
-    return found
-
-
-def entropies(model: Any, pairs: Sequence[Pair]) -> Iterator[float]:
+def entropies(model: Any, pictures: Sequence[torch.Tensor]) -> Iterator[float]:
     """Yield the entropy of the first attention layer on the middle of each photograph."""
-    for _, low in pairs:
+    for picture in pictures:
+        low = matlab_bicubic(crop_to_multiple(picture, model.upscale), model.upscale)
         top, left = (max(0, (side - ENTROPY_SIDE) // 2) for side in low.shape[:2])
         middle = low[top : top + ENTROPY_SIDE, left : left + ENTROPY_SIDE].permute(2, 0, 1) / 255
         state = next(iter(attention_states(model, middle).values()))

@@ -1,27 +1,46 @@
 """`sparse-sr evaluate`: PSNR and SSIM of images against the ground truth, as in papers."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from torch import Tensor
 
-from sparse_sr_attn.cli.common import UsageError, images_in, keep_old, name, require, show
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.cli.common import (
+    UsageError,
+    add_device,
+    add_options,
+    images_in,
+    keep_old,
+    load,
+    name,
+    require,
+    show,
+    table,
+)
 from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import crop_to_multiple
 from sparse_sr_attn.data.metrics import Protocol, Score, bicubic_luma, luma, score
 from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
+from sparse_sr_attn.inference.evaluate import evaluate
 
 DESCRIPTION = """\
-Compare upscaled images with the ground truth: PSNR and SSIM on luma, without the border.
+Compare upscaled images with the ground truth, or measure networks on test sets: PSNR and SSIM on luma, without the
+border.
 
 examples:
+  sparse-sr evaluate Set5/HR Set14/HR --weights LCoAN-light_x2 --weights net_g_latest.pth --bicubic       a table
   sparse-sr evaluate results/ Set5/HR --scale 2
   sparse-sr evaluate results/ Set5/HR --scale 4 --names {}_RCAN {}_HR_x4      baby_RCAN.png belongs to baby_HR_x4.png
   sparse-sr evaluate --bicubic Set14/HR --scale 3 --grey bridge               the row "bicubic" of papers' tables"""
 EPILOG = """\
+With --weights or --bicubic, folders hold the ground truth only. It is downsampled by MATLAB's bicubic, then upscaled.
+Several of them, or several folders, give a table with a column for each folder.
+
 Protocols: basicsr (BasicSR, EDSR and most networks since): luma in floating point, grey images as RGB. matlab (SRCNN,
 and papers that copied its figures): luma rounded to 8 bits, grey images as they are, which lowers their PSNR by 1.3 dB.
 Set14 has two grey images; published figures of bicubic take one of them (bridge) as grey and the other as RGB. If both
@@ -31,42 +50,86 @@ are stored as RGB, name the grey one with --grey."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument
-    add("folders", nargs="+", type=Path, metavar="FOLDER", help="results, then ground truth")
-    scale = add("-s", "--scale", "--upscale", type=int, required=True, metavar="N", help="super-resolution factor")
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help="results, then ground truth; or test sets, see below")
+    add("-w", "--weights", action="append", default=[], metavar="FILE|NAME", help="measure this network; repeatable")
+    scale = add(
+        "-s", "--scale", "--upscale", type=int, metavar="N", help="super-resolution factor, if no weights say it"
+    )
     keep_old(scale, "--upscale")
     add("--border", type=int, metavar="N", help="pixels of border to leave out (default: the scale)")
     add("--protocol", choices=get_args(Protocol), help="see below (default: basicsr; with --bicubic always matlab)")
     add("--grey", nargs="+", default=[], metavar="NAME", help="RGB images to treat as grey")
-    add("--bicubic", action="store_true", help="no results: downsample and upsample the ground truth, as in SRCNN")
+    add("--bicubic", action="store_true", help="downsample and upsample the ground truth, as in SRCNN")
     add("--names", nargs=2, default=["{}", "{}"], metavar=("RESULT", "TRUE"), help="file names, {} for the common part")
+    add_options(parser)
+    add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a line for each picture and one for their mean; return the exit status.
+    """Print a line for each picture and one for their mean, or a table of means; return the exit status.
 
     Raises:
         UsageError: the arguments are invalid.
+        CheckpointError: weights cannot be read.
         SparseSRError: pictures cannot be read or do not match.
     """
     require("PIL", "numpy")
+    networks = _networks(arguments)
     _check(arguments)
-    scores = dict(_bicubic(arguments) if arguments.bicubic else _results(arguments))
-    values = scores.values()
-    mean = Score(sum(one.psnr for one in values) / len(values), sum(one.ssim for one in values) / len(values))
-    rows = [(name(label), one) for label, one in [*scores.items(), ("mean", mean)]]
-    width = max(len(label) for label, _ in rows)
-    for label, one in rows:
-        show(f"{label:<{width}}  {one.psnr:6.3f} dB  {one.ssim:.4f}")
+    methods: dict[str, Method] = {"bicubic": partial(_bicubic, arguments)} if arguments.bicubic else {}
+    methods |= {label: partial(_upscaled, arguments, model) for label, model in networks.items()}
+    if not methods:
+        _show_pictures(dict(_results(arguments)))
+    elif len(methods) == len(arguments.folders) == 1:
+        _show_pictures(dict(next(iter(methods.values()))(arguments.folders[0])))
+    else:
+        _show_table(arguments, methods)
     return 0
 
 
+Method = Callable[[Path], Iterator[tuple[str, Score]]]
+"""Yields the names and scores of the pictures of a folder."""
+
+
+def _networks(arguments: argparse.Namespace) -> dict[str, Network]:
+    """Return the networks of `--weights` by name, and set the scale if only they say it."""
+    networks = {}
+    for weights in arguments.weights:
+        networks[weights] = load(argparse.Namespace(**{**vars(arguments), "weights": weights}))
+        arguments.scale = networks[weights].upscale if arguments.scale is None else arguments.scale
+        if networks[weights].upscale != arguments.scale:
+            raise UsageError(f"--scale must be that of all weights, {networks[weights].upscale} of {name(weights)}")
+    return networks
+
+
+def _show_pictures(scores: dict[str, Score]) -> None:
+    rows = [(name(label), one) for label, one in [*scores.items(), ("mean", _mean(scores.values()))]]
+    width = max(len(label) for label, _ in rows)
+    for label, one in rows:
+        show(f"{label:<{width}}  {one.psnr:6.3f} dB  {one.ssim:.4f}")
+
+
+def _show_table(arguments: argparse.Namespace, methods: dict[str, Method]) -> None:
+    rows = []
+    for label, method in methods.items():
+        means = [_mean(dict(method(folder)).values()) for folder in arguments.folders]
+        rows.append([name(label), *(f"{one.psnr:.2f} / {one.ssim:.4f}" for one in means)])
+    show(table([f"×{arguments.scale}", *(name(folder) for folder in arguments.folders)], rows))
+
+
+def _mean(scores: Collection[Score]) -> Score:
+    return Score(*(sum(values) / len(scores) for values in zip(*scores, strict=True)))
+
+
 def _check(arguments: argparse.Namespace) -> None:
-    wanted = 1 if arguments.bicubic else 2
-    if len(arguments.folders) != wanted:
-        what = "the ground truth" if arguments.bicubic else "the results and the ground truth"
-        raise UsageError(f"needs {wanted} FOLDER, {what}; got {len(arguments.folders)}")
-    if arguments.bicubic and arguments.protocol == "basicsr":
+    if not (arguments.bicubic or arguments.weights) and len(arguments.folders) != 2:
+        raise UsageError(
+            f"needs 2 FOLDERs, results and ground truth, got {len(arguments.folders)}; or test sets and --weights"
+        )
+    if arguments.bicubic and arguments.protocol == "basicsr" and not arguments.weights:
         raise UsageError("--bicubic needs --protocol matlab, which the published figures use")
+    if arguments.scale is None:
+        raise UsageError("--scale must be given if no weights say it")
     if arguments.scale < 1:
         raise UsageError(f"--scale must be >= 1, got {arguments.scale}")
     if arguments.border is not None and arguments.border < 0:
@@ -76,13 +139,27 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--names must each have one {{}}, got {template}")
 
 
-def _bicubic(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
-    pictures = _pictures(arguments.folders[0], arguments.names[1])
+def _truths(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
+    """Yield the name, the file and the pixels of each picture of a test set."""
+    pictures = _pictures(folder, arguments.names[1])
     _check_grey(arguments, pictures)
     for label, path in pictures.items():
         with _about(path):
-            truth, enlarged = bicubic_luma(_read(path, grey=label in arguments.grey), arguments.scale)
+            yield label, path, _read(path, grey=label in arguments.grey)
+
+
+def _bicubic(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Score]]:
+    for label, path, picture in _truths(arguments, folder):
+        with _about(path):
+            truth, enlarged = bicubic_luma(picture, arguments.scale)
             yield label, score(enlarged, truth, border=_border(arguments))
+
+
+def _upscaled(arguments: argparse.Namespace, model: Network, folder: Path) -> Iterator[tuple[str, Score]]:
+    protocol: Protocol = arguments.protocol or "basicsr"
+    for label, path, picture in _truths(arguments, folder):
+        with _about(path):
+            yield label, evaluate(model, [picture], border=arguments.border, protocol=protocol)[0]
 
 
 def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:

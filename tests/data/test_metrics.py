@@ -215,8 +215,7 @@ def test_bicubic(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["results", "--scale", "2"], "needs 2 FOLDER, the results and the ground truth; got 1"),
-        (["results", "truths", "--bicubic", "--scale", "2"], "needs 1 FOLDER, the ground truth; got 2"),
+        (["results", "--scale", "2"], "needs 2 FOLDERs, results and ground truth, got 1; or test sets and --weights"),
         (["truths", "--bicubic", "--scale", "2", "--protocol", "basicsr"], "--bicubic needs --protocol matlab"),
         (["results", "truths", "--scale", "0"], "--scale must be >= 1, got 0"),
         (["results", "truths", "--scale", "2", "--border", "-1"], "--border must be >= 0, got -1"),

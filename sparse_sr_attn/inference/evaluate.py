@@ -1,0 +1,50 @@
+"""Measure networks on folders of images, as the tables of papers do."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.data.images import Picture, as_rgb
+from sparse_sr_attn.data.imresize import crop_to_multiple, matlab_bicubic
+from sparse_sr_attn.data.metrics import Protocol, Score, luma, score
+from sparse_sr_attn.inference.upscale import upscale_image
+
+
+def evaluate(
+    model: Network,
+    pictures: Iterable[UInt8[Tensor, "h w *c"]],
+    *,
+    border: int | None = None,
+    protocol: Protocol = "basicsr",
+) -> list[Score]:
+    """Downsample pictures by MATLAB's bicubic, upscale them with `model`, and compare the luma.
+
+    Args:
+        model: a network in evaluation mode, on any device. Each picture goes through it whole.
+        pictures: the ground truth, (h, w, 3) or (h, w), cropped to multiples of the factor.
+        border: pixels of border to leave out, by default the factor.
+        protocol: as in `luma`; with "basicsr", grey pictures count as RGB.
+
+    Returns:
+        PSNR in dB and SSIM of each picture.
+
+    Raises:
+        ImageError: the network has neither 1 nor 3 channels, or its output is not finite.
+        ShapeError: a picture is too small.
+
+    Examples:
+        >>> picture = torch.randint(256, (48, 64, 3), dtype=torch.uint8)
+        >>> len(evaluate(load_model("LCoAN-light_x2"), [picture, picture]))
+        2
+    """
+    scores = []
+    for picture in pictures:
+        high = crop_to_multiple(as_rgb(picture) if protocol == "basicsr" else picture, model.upscale)
+        low = Picture(matlab_bicubic(high, model.upscale).numpy())
+        result = torch.from_numpy(upscale_image(model, low, tile=max(low.pixels.shape), overlap=0).pixels)
+        border_of = model.upscale if border is None else border
+        scores.append(score(luma(result, protocol), luma(high, protocol), border=border_of))
+    return scores
