@@ -1,0 +1,78 @@
+"""Figures of matplotlib for notebooks and papers."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_sr_attn.inference.visualize import attention_entropy, attention_map_of, attention_states, colour_map
+from sparse_sr_attn.states import ClusterAttention
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SIDE = 3.2  # inches
+_COLUMNS = 4
+
+
+def plot_attention(
+    model: nn.Module, image: Float[Tensor, "*b c h w"], *, pixel: tuple[int, int] | None = None
+) -> "Figure":
+    """Plot what a pixel attends to: the image, the clusters of the first LCoA, and one map for each state.
+
+    Needs matplotlib. Layers that share a state share a map. Weights are drawn as square roots, so that weak ones show.
+
+    Args:
+        model: a network whose layers have states: an LCoAN, an ELAN, an EDSR with LCoA or GMSA, or your own.
+        image: values in 0..1, `(c, h, w)` or `(1, c, h, w)`.
+        pixel: (row, column) in `image`; by default the middle.
+
+    Returns:
+        A figure; `figure.savefig("attention.png")` writes it.
+
+    Raises:
+        ValueError: no layer of `model` has a state, or `pixel` is outside the image.
+        ShapeError: `image` is not a single image.
+
+    Examples:
+        >>> figure = plot_attention(load_model("LCoAN-light_x2"), torch.rand(3, 24, 32), pixel=(10, 20))
+        >>> [axes.get_title() for axes in figure.axes][:2]
+        ['image', 'clusters']
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    height, width = image.shape[-2:]
+    row, column = (height // 2, width // 2) if pixel is None else pixel
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"pixel must lie in the image, 0..{height - 1} and 0..{width - 1}, got {(row, column)}")
+    states = attention_states(model, image)
+    readers: dict[int, list[str]] = {}
+    for name, state in states.items():
+        readers.setdefault(id(state), []).append(name)
+    panels: list[tuple[str, Tensor, str | None]] = [
+        ("image", image.reshape(-1, height, width).permute(1, 2, 0).clamp(0, 1).cpu(), "grey")
+    ]
+    clustered = next((state for state in states.values() if isinstance(state, ClusterAttention)), None)
+    if clustered is not None:
+        clusters = clustered.pattern.assignment[0].view(clustered.height, clustered.width)
+        panels.append(("clusters", colour_map(clusters.cpu()), None))
+    for names in readers.values():
+        state = states[names[0]]
+        side = max(1, round(width / state.width))  # some networks work on smaller maps
+        token = torch.tensor([row // side * state.width + column // side], device=image.device)
+        title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        weights = attention_map_of(state, token)[0].sqrt().cpu()
+        panels.append((f"{title}\nentropy {attention_entropy(state):.2f}", weights, "magma"))
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (_SIDE * columns, rows * (_SIDE * height / width + 0.6))
+    figure = Figure(figsize=size, layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (title, picture, colours) in zip(places, panels, strict=False):
+        axes.imshow(picture.numpy(), cmap=colours, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        axes.plot(column, row, "+", color="lime", markersize=12, markeredgewidth=2)
+        axes.set_title(title, fontsize="medium")
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure
