@@ -58,6 +58,9 @@ lint: setup  ## Check style and types.
 docs: setup  ## Build the documentation into site/.
 	$(BIN)/mkdocs build --strict
 
+notebooks: setup  ## Run the notebooks of docs/notebooks and write them with their outputs.
+	$(BIN)/python docs/notebooks/execute.py
+
 pictures: setup  ## Draw the pictures of docs/concepts.md.
 	$(BIN)/python docs/draw.py
 

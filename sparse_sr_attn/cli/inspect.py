@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.cli.common import UsageError, add_weights, load, name, require, show
@@ -17,11 +17,9 @@ from sparse_sr_attn.inference.visualize import (
     attention_map_of,
     attention_overlap,
     attention_states,
-    colour_map,
+    cluster_picture,
     heatmap,
-    similarity_palette,
 )
-from sparse_sr_attn.layers.lcoa import LCoA
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
 if TYPE_CHECKING:
@@ -111,17 +109,10 @@ def _pixel(asked: list[int] | None, low: Tensor) -> tuple[int, int]:
     return x, y
 
 
-def _clusters(layer: object, state: ClusterAttention) -> "Image.Image":
-    clusters = state.pattern.assignment[0].view(state.height, state.width).cpu()
-    show(
-        f"{len(clusters.unique())} clusters in use, the largest with {int(clusters.flatten().bincount().max())} pixels"
-    )
-    if not isinstance(layer, LCoA):  # one that reads the state of another
-        return _large(colour_map(clusters))
-    centroids = layer.lsp.centroids.cpu()
-    return _large(
-        colour_map(clusters, similarity_palette(centroids, clusters.flatten().bincount(minlength=len(centroids))))
-    )
+def _clusters(layer: nn.Module, state: ClusterAttention) -> "Image.Image":
+    sizes = state.pattern.assignment[0].bincount()
+    show(f"{int((sizes > 0).sum())} clusters in use, the largest with {int(sizes.max())} pixels")
+    return _large(cluster_picture(layer, state))
 
 
 def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tuple[int, int]) -> "Image.Image":

@@ -1,12 +1,13 @@
 """Figures of matplotlib for notebooks and papers."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.inference.visualize import attention_entropy, attention_map_of, attention_states, colour_map
+from sparse_sr_attn.inference.visualize import attention_entropy, attention_map_of, attention_states, cluster_picture
 from sparse_sr_attn.states import ClusterAttention
 
 if TYPE_CHECKING:
@@ -17,7 +18,11 @@ _COLUMNS = 4
 
 
 def plot_attention(
-    model: nn.Module, image: Float[Tensor, "*b c h w"], *, pixel: tuple[int, int] | None = None
+    model: nn.Module,
+    image: Float[Tensor, "*b c h w"],
+    *,
+    pixel: tuple[int, int] | None = None,
+    layers: Sequence[str] | None = None,
 ) -> "Figure":
     """Plot what a pixel attends to: the image, the clusters of the first LCoA, and one map for each state.
 
@@ -27,12 +32,13 @@ def plot_attention(
         model: a network whose layers have states: an LCoAN, an ELAN, an EDSR with LCoA or GMSA, or your own.
         image: values in 0..1, `(c, h, w)` or `(1, c, h, w)`.
         pixel: (row, column) in `image`; by default the middle.
+        layers: names of the layers to draw; by default all that have states.
 
     Returns:
         A figure; `figure.savefig("attention.png")` writes it.
 
     Raises:
-        ValueError: no layer of `model` has a state, or `pixel` is outside the image.
+        ValueError: no layer of `model` has a state, a layer of `layers` has none, or `pixel` is outside the image.
         ShapeError: `image` is not a single image.
 
     Examples:
@@ -47,16 +53,19 @@ def plot_attention(
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(f"pixel must lie in the image, 0..{height - 1} and 0..{width - 1}, got {(row, column)}")
     states = attention_states(model, image)
+    if unknown := [name for name in layers or () if name not in states]:
+        raise ValueError(f"layers must have states, but {', '.join(unknown)} is none of {', '.join(states)}")
     readers: dict[int, list[str]] = {}
-    for name, state in states.items():
-        readers.setdefault(id(state), []).append(name)
+    for name in states if layers is None else layers:
+        readers.setdefault(id(states[name]), []).append(name)
     panels: list[tuple[str, Tensor, str | None]] = [
         ("image", image.reshape(-1, height, width).permute(1, 2, 0).clamp(0, 1).cpu(), "grey")
     ]
-    clustered = next((state for state in states.values() if isinstance(state, ClusterAttention)), None)
-    if clustered is not None:
-        clusters = clustered.pattern.assignment[0].view(clustered.height, clustered.width)
-        panels.append(("clusters", colour_map(clusters.cpu()), None))
+    for names in readers.values():
+        state = states[names[0]]
+        if isinstance(state, ClusterAttention):
+            panels.append(("clusters", cluster_picture(model.get_submodule(names[0]), state), None))
+            break
     for names in readers.values():
         state = states[names[0]]
         side = max(1, round(width / state.width))  # some networks work on smaller maps

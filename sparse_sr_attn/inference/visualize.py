@@ -17,7 +17,7 @@ from sparse_sr_attn.functional.window import window_weights
 from sparse_sr_attn.functional.window.grid import WindowGrid
 from sparse_sr_attn.layers.base import AttentionLayer
 from sparse_sr_attn.layers.gmsa import window_shifts
-from sparse_sr_attn.layers.lcoa import LSP, weights_of
+from sparse_sr_attn.layers.lcoa import LSP, LCoA, weights_of
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
 _GOLDEN = 0.6180339887498949
@@ -463,3 +463,23 @@ def colour_map(clusters: Int[Tensor, "h w"], colours: UInt8[Tensor, "k 3"] | Non
     if colours.dim() != 2 or colours.shape[1] != 3 or len(colours) < needed:
         raise ShapeError(f"colours must be (k, 3) with k >= {needed} clusters, got shape {tuple(colours.shape)}")
     return colours[clusters]
+
+
+def cluster_picture(layer: nn.Module, state: ClusterAttention) -> UInt8[Tensor, "h w 3"]:
+    """Draw the clusters of a state; similar ones have similar colours if `layer` has their centroids.
+
+    Args:
+        layer: an LCoA, or a layer that only reads the state.
+        state: from `attention_states`, of one image.
+
+    Examples:
+        >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
+        >>> states = attention_states(model, torch.rand(3, 12, 16))
+        >>> cluster_picture(model.get_submodule("attention.0"), states["attention.0"]).shape
+        torch.Size([12, 16, 3])
+    """
+    clusters = state.pattern.assignment[0].view(state.height, state.width).cpu()
+    if not isinstance(layer, LCoA):
+        return colour_map(clusters)
+    centroids = layer.lsp.centroids.cpu()
+    return colour_map(clusters, similarity_palette(centroids, clusters.flatten().bincount(minlength=len(centroids))))

@@ -40,3 +40,12 @@ def test_many_maps_go_on_in_new_rows() -> None:
 def test_pixels_outside_are_refused(pixel: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"pixel must lie in the image, 0\.\.23 and 0\.\.31, got"):
         plot_attention(load_model("LCoAN-light_x2"), torch.rand(3, 24, 32), pixel=pixel)
+
+
+def test_layers_are_chosen_by_name() -> None:
+    model, image = ELAN(num_feat=12, num_block=2, share=1, upscale=2).eval(), torch.rand(3, 16, 16)
+    names = list(attention_states(model, image))
+    drawn = plot_attention(model, image, layers=names[1:]).axes
+    assert [axes.get_title().partition("\n")[0] for axes in drawn] == ["image", *names[1:]]
+    with pytest.raises(ValueError, match=rf"layers must have states, but head is none of {names[0]}"):
+        plot_attention(model, image, layers=["head"])
