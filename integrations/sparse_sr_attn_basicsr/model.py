@@ -458,7 +458,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         try:
             for number, images in enumerate(parts, start=1):
                 self.__dict__.update(zip(whole, images, strict=True))
-                done.begin(share=len(images[0]) / len(whole["lq"]))
+                done.begin(fraction=len(images[0]) / len(whole["lq"]))
                 alone = isinstance(net, DistributedDataParallel) and number < len(parts)
                 with net.no_sync() if alone else nullcontext():
                     super().optimize_parameters(current_iter)
@@ -468,7 +468,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return done
 
     def _forward(self, net: nn.Module, low: Tensor) -> Tensor:
-        """Return the image, of which the gradient will be scaled as the share of this part and `fp16` want it."""
+        """Return the image, of which the gradient will be scaled as the fraction of this part and `fp16` want it."""
         done = self._pass
         with self._autocast():
             output: Tensor = net(low)
@@ -483,9 +483,9 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 losses, extra = own
                 done.own.update(losses)
                 gradient, own = gradient + extra, None
-            return self._scaler.scale(gradient if done.share == 1 else done.share * gradient)
+            return self._scaler.scale(gradient if done.fraction == 1 else done.fraction * gradient)
 
-        if own is not None or done.share != 1 or self._scaler.is_enabled():
+        if own is not None or done.fraction != 1 or self._scaler.is_enabled():
             output.register_hook(scaled)
         return output
 
@@ -578,11 +578,11 @@ class _Pass:
         self.losses: OrderedDict[str, Tensor] = OrderedDict()
         self.own: dict[str, Tensor] = {}  # of the present part, not the host's
         self.ema_decay: float | None = None
-        self.share = 1.0  # of the batch that the present part is
+        self.fraction = 1.0  # of the batch that the present part is
 
-    def begin(self, share: float) -> None:
+    def begin(self, fraction: float) -> None:
         """Begin a part of the batch."""
-        self.share = share
+        self.fraction = fraction
         for optimizer in self.optimizers.values():
             optimizer.begin()
 
@@ -590,7 +590,7 @@ class _Pass:
         """Add the losses of a part to those of the batch."""
         for name, loss in losses.items():
             mean = torch.as_tensor(loss).detach().float().mean()
-            self.losses[name] = self.losses.get(name, 0) + self.share * mean
+            self.losses[name] = self.losses.get(name, 0) + self.fraction * mean
 
 
 class _Waiting:

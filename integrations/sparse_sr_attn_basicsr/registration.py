@@ -20,8 +20,8 @@ from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import DuplicateNameError
 from sparse_sr_attn_basicsr import shims
-from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.losses import FFTLoss
+from sparse_sr_attn_basicsr.with_attention import Attended, WithAttention
 
 
 class SparseEDSR(EDSR):
@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 
 Build = Callable[..., nn.Module]
 
-NETWORKS: tuple[Build, ...] = (ELAN, LCoAN, SparseEDSR, SparseRCAN, Attended)
+NETWORKS: tuple[Build, ...] = (ELAN, LCoAN, SparseEDSR, SparseRCAN, WithAttention, Attended)
 
 MODELS = ("SRModel", "SRGANModel", "ESRGANModel", "RealESRNetModel", "RealESRGANModel")
 """Models of BasicSR that have a counterpart of ours, by that name with `Sparse` before it."""

@@ -14,7 +14,6 @@ from sparse_sr_attn.config import fields, join_path
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import option_lookups, schema
-from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.preflight import trials
 from sparse_sr_attn_basicsr.preflight.findings import Findings, bases, nested
 from sparse_sr_attn_basicsr.preflight.images import (
@@ -26,6 +25,7 @@ from sparse_sr_attn_basicsr.preflight.images import (
     size_of,
 )
 from sparse_sr_attn_basicsr.preflight.validation import Metrics, try_metrics
+from sparse_sr_attn_basicsr.with_attention import is_with_attention
 
 _PAIRED = "PairedImageDataset"
 _NUM_IMAGES_MEASURED = 10
@@ -285,7 +285,7 @@ class _Check:
     def channels(self) -> int | None:
         """Return how many channels the network takes, if its options show it."""
         network = self.findings.options.get("network_g")
-        if self.findings.networks.get(str(nested(network, "type"))) is Attended:
+        if is_with_attention(self.findings.networks.get(str(nested(network, "type")))):
             network = nested(network, "network")
         build = self.findings.registered("ARCH", nested(network, "type"))
         default = inspect.signature(build).parameters.get("num_in_ch") if build is not None else None

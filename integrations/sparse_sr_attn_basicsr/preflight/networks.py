@@ -18,9 +18,9 @@ from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.layers.base import SATURATING_RANGE, raw_queries_in
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import option_lookups, registration
-from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.preflight import trials
 from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested, without_warnings
+from sparse_sr_attn_basicsr.with_attention import WithAttention, is_with_attention
 
 _READ_BY_MODELS = r"""opt\[["'](network_\w+)["']\]\[["'](\w+)["']\]"""
 # What the buffers of layers are to those who train them, by how their names end.
@@ -70,7 +70,7 @@ def _check_network(findings: Findings, path: str, options: object) -> int:
         return 1
     rest = {key: value for key, value in options.items() if key != "type"}
     ours = findings.networks.get(str(options.get("type")))
-    if ours is Attended:
+    if is_with_attention(ours):
         return _check_attended(findings, path, rest)
     if ours is not None:
         _check_ours(findings, path, ours, rest)
@@ -123,7 +123,7 @@ def _check_attention(findings: Findings, path: str, network: nn.Module, options:
 def _check_attended(findings: Findings, path: str, options: Mapping[str, Any]) -> int:
     """Check a network of BasicSR by itself, and then whether attention can be put into it."""
     before = len(findings.problems)
-    right = read(Attended, options, path, problems=findings.problems)
+    right = read(WithAttention, options, path, problems=findings.problems)
     if "network" in right:
         _check_network(findings, f"{path}.network", right["network"])
     if len(findings.problems) > before or right["attention"] is None:
@@ -150,7 +150,7 @@ def _check_theirs(findings: Findings, path: str, name: str, build: Any, options:
         if better is not None and key in fields(better):
             return f"; type: Sparse{name} has it"
         if key == "attention":
-            return f"; put it beside: {{type: Attended, network: {{type: {name}, ...}}, attention: ...}}"
+            return f"; put it beside: {{type: WithAttention, network: {{type: {name}, ...}}, attention: ...}}"
         return suggestion(key, known)
 
     before = len(findings.problems)
@@ -208,7 +208,7 @@ def check_model_lookups(findings: Findings, multiple: int) -> None:
     """Check that the model finds the options of its networks that it reads, and let it find them.
 
     Models read options such as `opt['network_g']['window_size']` when they first validate. They find those of the
-    network inside `Attended`, and defaults that the file leaves out.
+    network inside `WithAttention`, and defaults that the file leaves out.
 
     Args:
         findings: their options get `SeenThrough` networks.
@@ -217,7 +217,8 @@ def check_model_lookups(findings: Findings, multiple: int) -> None:
     options = findings.options
     for key in [key for key in options if key.startswith("network_")]:
         if isinstance(given := options[key], Mapping):
-            inner = given.get("network") if findings.networks.get(str(given.get("type"))) is Attended else given
+            wrapped = is_with_attention(findings.networks.get(str(given.get("type"))))
+            inner = given.get("network") if wrapped else given
             inner = inner if isinstance(inner, Mapping) else {}
             build = findings.registered("ARCH", inner.get("type"))
             parameters = inspect.signature(build).parameters if build is not None else {}

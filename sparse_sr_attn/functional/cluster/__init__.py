@@ -465,9 +465,9 @@ def cluster_attention_rounds(
         )
     query, key, rows = (tensor.repeat_interleave(num_rounds, dim=0) for tensor in (query, key, value))
     each, lse = _attention(query, key, rows, pattern, scale, normalize_keys, backend, with_lse=True)
-    share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1)
+    round_weights = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1)
     with without_autocast(value):
-        merged: Tensor = (share[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
+        merged: Tensor = (round_weights[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
         return merged.to(value.dtype)
 
 
@@ -519,8 +519,8 @@ def cluster_weights_rounds(
         )
     query, key = (rows.repeat_interleave(num_rounds, dim=0) for rows in (query, key))
     weights, lse = _weights(query, key, pattern, scale, normalize_keys, None, backend, with_lse=True)
-    share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
-    weights = weights * Eager(pattern).chunks(share[..., None])
+    round_weights = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
+    weights = weights * Eager(pattern).chunks(round_weights[..., None])
     return weights if dtype is None else weights.to(dtype)
 
 

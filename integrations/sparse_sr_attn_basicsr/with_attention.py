@@ -1,16 +1,18 @@
 """Any network of BasicSR with attention in its trunk, by option file."""
 
+import functools
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from sparse_sr_attn import attach
-from sparse_sr_attn.checkpoints.foreign import ATTENDED, carry_options
+from sparse_sr_attn.checkpoints.foreign import WITH_ATTENTION, carry_options
 
 
-def Attended(  # noqa: N802  (a network's name in option files)
+def WithAttention(  # noqa: N802  (a network's name in option files)
     network: Mapping[str, Any], attention: str | Mapping[str, Any] | Sequence[Any] | None, body: str | None = None
 ) -> nn.Module:
     """Return a network of BasicSR's registry into whose trunk attention was put; its weights keep their names.
@@ -26,20 +28,34 @@ def Attended(  # noqa: N802  (a network's name in option files)
         ConfigError: attention cannot be put there, or an option of it is wrong.
     """
     built: nn.Module = importlib.import_module("basicsr.archs").build_network(network)
-    return with_attention(built, network, attention, body)
+    return add_attention(built, network, attention, body)
 
 
-def with_attention(built: nn.Module, network: Mapping[str, Any], attention: Any, body: str | None) -> nn.Module:
-    """Put attention into a network, which then carries the options of `Attended` in its state dict.
+@functools.wraps(WithAttention)
+def Attended(*args: Any, **kwargs: Any) -> nn.Module:  # noqa: D103, N802  (the old name of WithAttention)
+    warnings.warn("type: Attended is type: WithAttention now; the old name still works", FutureWarning, stacklevel=2)
+    return WithAttention(*args, **kwargs)
+
+
+Attended.__name__ = "Attended"
+
+
+def is_with_attention(build: object) -> bool:
+    """Return whether a network's builder is `WithAttention`, by its present or its old name."""
+    return build in (WithAttention, Attended)
+
+
+def add_attention(built: nn.Module, network: Mapping[str, Any], attention: Any, body: str | None) -> nn.Module:
+    """Put attention into a network, which then carries the options of `WithAttention` in its state dict.
 
     Args:
         built: the network.
         network: its options, with `type`.
-        attention: see `Attended`.
-        body: see `Attended`.
+        attention: see `WithAttention`.
+        body: see `WithAttention`.
     """
     if attention is None:
         return built
     attach(built, body, attention)
-    carry_options(built, {"type": ATTENDED, "network": network, "attention": attention, "body": body})
+    carry_options(built, {"type": WITH_ATTENTION, "network": network, "attention": attention, "body": body})
     return built
