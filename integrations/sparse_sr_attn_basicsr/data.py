@@ -181,8 +181,8 @@ def _read_entry(file_client: Any, key: str, client: str) -> None:
     """Read an image from a database, or raise ImageError."""
     value = file_client.get(key, client)
     if value is None:
-        raise ImageError("has no such entry; meta_info.txt beside it lists more than was written")
+        raise ImageError("has no such entry, although meta_info.txt beside it lists it")
     try:
         importlib.import_module("basicsr.utils").imfrombytes(value, float32=True)
     except Exception as error:  # its decoders raise anything
-        raise ImageError(f"holds {len(value)} bytes that are no image, or a broken one") from error
+        raise ImageError(f"holds {len(value)} bytes that are not an image, or a damaged one") from error

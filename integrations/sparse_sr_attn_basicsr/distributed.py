@@ -62,7 +62,9 @@ def peer_errors(launcher: str) -> Iterator[None]:
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise ProcessError(f"{_who()}: told to end ({signal.Signals(number).name}), as torchrun does when one ends")
+        raise ProcessError(
+            f"{_who()}: received {signal.Signals(number).name}, which torchrun sends when another process ends"
+        )
 
     in_main = threading.current_thread() is threading.main_thread()
     after = signal.signal(signal.SIGTERM, stop) if in_main else None
@@ -76,7 +78,7 @@ def peer_errors(launcher: str) -> Iterator[None]:
             raise
         after = signal.SIG_IGN
         raise ProcessError(
-            f"{_who()}: another process of this run ended, or did not answer in time; see what it says itself ({error})"
+            f"{_who()}: another process of this run ended, or did not answer in time; see its own message ({error})"
         ) from error
     finally:
         if in_main:

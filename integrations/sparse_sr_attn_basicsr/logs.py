@@ -26,7 +26,7 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self._failed:
             self._failed = True
-            _LOG.warning("note: the log %s is not whole (%s); the run goes on", self.baseFilename, error)
+            _LOG.warning("note: the log %s is incomplete (%s); the run continues", self.baseFilename, error)
 
 
 @contextmanager

@@ -311,7 +311,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def save(self, epoch: int, current_iter: int) -> None:
         """Save networks and state. A state is there only while the networks beside it are those it was saved with.
 
-        A file that cannot be written is logged, and training goes on; older files stay as they are. Several processes
+        A file that cannot be written is logged, and training continues; older files are unchanged. Several processes
         stop, because the others cannot know of it.
 
         Args:
@@ -328,7 +328,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             message = f"cannot save iteration {self.iteration:,} in {self.opt['path']['models']}: {error}"
             if current_iter == -1 or self.opt.get("dist"):
                 raise CheckpointError(message) from error
-            get_root_logger().error(f"{message}; training goes on, and what was saved before is whole")
+            get_root_logger().error(f"{message}; training continues, and earlier files are complete")
             return
         self.saved_iteration = current_iter
 
@@ -406,7 +406,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if saved_with != names:
             raise CheckpointError(
                 f"{where}: train.optim_g.type must be {saved_with}, with which it was saved, got "
-                f"{names}; to change it, begin a run that has the weights as path.pretrain_network_g"
+                f"{names}; to change it, start a new run with these weights as path.pretrain_network_g"
             )
         try:
             changes = changed_options.resume(self, resume_state, self._restore)
@@ -421,7 +421,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 _try_step(optimizer, scheduler)
             for change in changes:
-                get_root_logger().warning(f"note: {change}; from here on what the option file says counts")
+                get_root_logger().warning(f"note: {change}; from here on, the value in the option file applies")
         except Exception as error:  # whatever is wrong in it shows by what is done with it
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
@@ -613,8 +613,8 @@ class _Waiting:
     def step(self, *_: Any, **__: Any) -> None:
         if self._stepped:
             raise TrainingError(
-                "the host's optimize_parameters steps an optimizer more than once an iteration, which cannot be put "
-                "off until all is known to be finite; train with the host's own model_type"
+                "the host's optimize_parameters steps an optimizer more than once per iteration, and such steps "
+                "cannot be delayed until all values are known to be finite; use the host's own model_type"
             )
         self.due = self._stepped = True
 

@@ -62,7 +62,7 @@ def load(file: str | Path) -> dict[str, Any]:
     options = parse(text, str(file))
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         found = "nothing" if options is None else f"a {type(options).__name__}"
-        raise ConfigError([Problem(str(file), f"must hold a map of option names to values, got {found}")])
+        raise ConfigError([Problem(str(file), f"must hold a mapping from option names to values, got {found}")])
     return options
 
 
@@ -105,7 +105,9 @@ def override(options: dict[str, Any], entries: Iterable[str]) -> tuple[dict[str,
         for depth, key in enumerate(path[:-1]):
             target = target.get(key)
             if not isinstance(target, dict):
-                problems.append(Problem(where, f"there is no map '{':'.join(path[: depth + 1])}' in the option file"))
+                problems.append(
+                    Problem(where, f"there is no mapping '{':'.join(path[: depth + 1])}' in the option file")
+                )
                 break
         else:
             if path[-1] not in target and target:

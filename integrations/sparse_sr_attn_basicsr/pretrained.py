@@ -143,7 +143,7 @@ def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | N
 def why_unreadable(path: str, error: Exception) -> str:
     """Return that a file cannot be read as weights, and why."""
     reason = str(error).strip().partition("\n")[0]
-    return f"{path}: must be a map of weights that can be read as data; got {type(error).__name__}: {reason}"
+    return f"{path}: must hold weights that can be read as data; got {type(error).__name__}: {reason}"
 
 
 def differences(network: nn.Module, weights: Mapping[str, Any]) -> Differences:
@@ -190,8 +190,8 @@ def check_img_range(network: nn.Module, loaded: Loaded, path: str) -> str | None
     if verdict == "fits":
         return None
     return (
-        f"{path} does not tell the img_range it was trained with, and network_g.img_range is {ours:g}; "
-        "if it was another one, images start wrong: write train: pretrain_img_range"
+        f"{path} does not record the img_range of its training, and network_g.img_range is {ours:g}; "
+        "if they differ, images are wrong at first: set train: pretrain_img_range"
     )
 
 
@@ -270,6 +270,6 @@ def _try_strictly(network: nn.Module, weights: Mapping[str, Any], different: Dif
         if different.fresh and not (different.untrained or different.resized or different.unused):
             text += (
                 "\nIf these are attention layers that the checkpoint was trained without, write strict_load_g: false "
-                "under path: they then start fresh."
+                "under path: they then start untrained."
             )
         raise CheckpointError(text) from error

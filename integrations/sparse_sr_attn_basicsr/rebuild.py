@@ -26,7 +26,7 @@ def rebuild(options: Mapping[str, Any]) -> nn.Module:
     name = network.pop("type", None)
     for option, value in network.items():
         if isinstance(value, str) and _FILES.search(option):
-            message = f"names a file, {value!r}, which is not read because weights ask for it"
+            message = f"names a file, {value!r}, which is never read on behalf of weights"
             raise ConfigError([Problem(f"network.{option}", message)])
     register()
     importlib.import_module("basicsr.archs")

@@ -82,7 +82,7 @@ class Run:
         if resumed is not None:
             if self.opt["manual_seed"] is None:
                 self.opt["manual_seed"] = (resumed.get("exact") or {}).get("manual_seed")
-            inexact = "training goes on, but not exactly as it would have without the stop"
+            inexact = "training resumes, but not exactly as if it had not been stopped"
             notes += [f"{inexact}: {reason}" for reason in state.inexactness(resumed, self.opt)]
         for note in notes:
             _LOG.warning("note: %s", note)
@@ -168,7 +168,7 @@ class Run:
             return f"It could not be saved; the states before it are in {folder}."
         return (
             f"The state after iteration {model.iteration:,} is saved: {folder / f'{model.iteration}.state'}\n"
-            "Fix the cause and go on from there with --auto_resume."
+            "Fix the cause, then resume with --auto_resume."
         )
 
     def newest_state(self) -> str:
@@ -176,7 +176,7 @@ class Run:
         states = state.list_states(Path(self.opt["path"]["training_states"]))
         if not states:
             return "No state was saved yet."
-        return f"The newest state is {states[-1]}; go on from there with --auto_resume."
+        return f"The newest state is {states[-1]}; resume from it with --auto_resume."
 
 
 def _restore(model: Any, resumed: Mapping[str, Any]) -> None:
@@ -196,7 +196,7 @@ def _restore(model: Any, resumed: Mapping[str, Any]) -> None:
             f"the state of iteration {resumed['iter']}: does not fit this network and these options: {reason}"
         ) from error
     for change in changes:
-        _LOG.warning("note: %s; from here on what the option file says counts", change)
+        _LOG.warning("note: %s; from here on, the value in the option file applies", change)
 
 
 def _logs_to_tensorboard(opt: Mapping[str, Any]) -> bool:

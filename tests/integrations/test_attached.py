@@ -334,7 +334,7 @@ def altered(change: Callable[[dict[str, Any]], Any]) -> dict[str, Tensor]:
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a file": (
         lambda options: options.update(network={"type": "SpyNet", "load_path": "/etc/passwd"}),
-        r"network\.load_path: names a file, '/etc/passwd', which is not read because weights ask for it",
+        r"network\.load_path: names a file, '/etc/passwd', which is never read on behalf of weights",
     ),
     "another network": (
         lambda options: options["network"].update(type="RRDBNett"),
@@ -566,7 +566,7 @@ MALFORMED = [
     ),
     (
         {NET: {"type": "RRDBNet", **SMALL, "attention": {}}},
-        r"network_g\.attention: unknown to RRDBNet; put it beside: \{type: WithAttention, network: \{type: RRDBNet, \.",
+        r"network_g\.attention: unknown to RRDBNet; wrap the network: \{type: WithAttention, network: \{type: RRDBNet",
     ),
 ]
 

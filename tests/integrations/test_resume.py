@@ -289,7 +289,7 @@ def test_a_state_of_basicsr_itself_is_resumed_with_a_note(
 ) -> None:
     assert main(["train", "-opt", training({"model_type": "SRModel", "network_g.attention": None})]) == 0
     assert train(training({"network_g.attention": None}), total=6) == 0
-    assert "note: training goes on, but not exactly as it would have without the stop" in caplog.text
+    assert "note: training resumes, but not exactly as if it had not been stopped" in caplog.text
     assert "no random numbers and no place in the epoch are in this state" in caplog.text
     assert iterations_logged(logs(here)[-1]) == [5, 6]
 

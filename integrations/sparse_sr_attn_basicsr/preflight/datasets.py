@@ -84,7 +84,7 @@ class _Check:
             findings.add(self.path, f"data sets must be named {names}, got {self.phase!r}")
             return self.values
         if not isinstance(self.values, Mapping):
-            findings.add(self.path, f"must be a map, got {self.values!r}")
+            findings.add(self.path, f"must be a mapping, got {self.values!r}")
             return self.values
         before = len(findings.problems)
         self.values = values = dict(self.values)
@@ -262,7 +262,7 @@ class _Check:
         """Check that a sample has what the model looks up, and as many channels as the network takes."""
         findings, name = self.findings, self.right["type"]
         if not isinstance(sample, Mapping):
-            self.add("type", f"{name} must give a map for each sample, gives {type(sample).__name__}")
+            self.add("type", f"{name} must return a mapping for each sample, returns {type(sample).__name__}")
             return
         plain = findings.registered("MODEL", "SRModel")
         theirs = (cls for cls in bases(findings.model) if not cls.__module__.startswith("sparse_sr_attn"))
@@ -304,5 +304,5 @@ class _Check:
             self.add(
                 "dataset_enlarge_ratio",
                 f"must be at least {math.ceil(batch / num_images)}, got {ratio:g}: an epoch of {num_images} images "
-                f"must fill a batch of {batch}, or BasicSR trains on nothing",
+                f"must fill a batch of {batch}, or BasicSR trains on no batch at all",
             )

@@ -92,7 +92,7 @@ class Findings:
             if close and value is not None:
                 self.add(join_path(path, name), f"unknown{hint}")
             elif path == "path" and not any(part in str(name) for part in _NO_FOLDERS):
-                self.add(join_path(path, name), f"unknown, and BasicSR would make a folder of it{hint}")
+                self.add(join_path(path, name), f"unknown, and BasicSR would create a folder for it{hint}")
             else:
                 self.remarks.append(f"{join_path(path, name)}: nothing reads this option{hint}")
 
@@ -129,7 +129,7 @@ class Findings:
         """Return a copy of a mapping that has a `type`; for another value `None`, with a problem."""
         if isinstance(value, Mapping):
             return dict(value)
-        self.add(path, f"must be a map with a key 'type', got {value!r}")
+        self.add(path, f"must be a mapping with a key 'type', got {value!r}")
         return None
 
     def is_ours(self) -> bool:

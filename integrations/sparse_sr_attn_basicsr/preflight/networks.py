@@ -150,7 +150,7 @@ def _check_theirs(findings: Findings, path: str, name: str, build: Any, options:
         if better is not None and key in fields(better):
             return f"; type: Sparse{name} has it"
         if key == "attention":
-            return f"; put it beside: {{type: WithAttention, network: {{type: {name}, ...}}, attention: ...}}"
+            return f"; wrap the network: {{type: WithAttention, network: {{type: {name}, ...}}, attention: ...}}"
         return suggestion(key, known)
 
     before = len(findings.problems)

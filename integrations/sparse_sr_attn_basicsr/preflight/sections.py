@@ -54,7 +54,7 @@ def _check_launcher(findings: Findings, launcher: str) -> None:
     path = f"--launcher {launcher}"
     if launcher == "pytorch" and "RANK" not in os.environ:
         findings.add(
-            path, "needs what torchrun tells each process: torchrun --nproc_per_node 2 -m sparse_sr_attn train ..."
+            path, "needs the environment variables of torchrun: torchrun --nproc_per_node 2 -m sparse_sr_attn train ..."
         )
     if findings.training and findings.options.get("manual_seed") is None:
         findings.remarks.append(

@@ -57,8 +57,8 @@ def _check_img_range(findings: Findings, train: Mapping[str, Any]) -> None:
     if train.get("pretrain_img_range") is not None and not plain:
         findings.add(
             "train.pretrain_img_range",
-            "must be ~ unless network_g is a SparseEDSR without block, whose image can stay the same; "
-            f"it is {kind}{' with block' if block is not None else ''}",
+            "must be ~ unless network_g is a SparseEDSR without block, whose biases can be scaled; "
+            f"got {kind}{' with block' if block is not None else ''}",
         )
 
 
@@ -87,7 +87,7 @@ def _check_losses(findings: Findings, train: dict[str, Any]) -> None:
         if findings.model is not None and known and key not in known and key not in schema.ONLY_OURS["train"]:
             findings.add(path, f"unknown to {name}{suggestion(key, known)}")
         elif key in lookups.built and lookups.built[key] not in lookups.used:
-            findings.add(path, f"{name} builds this loss and then leaves it out; write ~")
+            findings.add(path, f"{name} builds this loss but never uses it; write ~")
         elif (options := findings.mapping(path, train[key])) is not None:
             train[key] = options
             _check_loss(findings, key, options)
@@ -173,4 +173,4 @@ def _try_to_build(
             build(first, **rest)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             known = [name for name in fields(build) if name not in taken]
-            findings.add(path, f"{options['type']} refuses these options: {error} (known: {', '.join(known)})")
+            findings.add(path, f"{options['type']} rejects these options: {error} (known: {', '.join(known)})")

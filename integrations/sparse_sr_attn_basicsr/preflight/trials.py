@@ -105,7 +105,7 @@ def try_loss(build: type, options: Mapping[str, Any], key: str) -> str | None:
         try:
             criterion = _criterion(build, options)
         except Exception as error:  # somebody else's code can raise anything
-            return f"{name} refuses these options: {reason(error)}"
+            return f"{name} rejects these options: {reason(error)}"
         try:
             return _fault_of_loss(name, criterion, key)
         except Exception as error:
@@ -178,7 +178,7 @@ def reason(error: Exception) -> str:
 
 def _fault_of_perceptual_loss(options: Mapping[str, Any], key: str) -> str | None:
     if key != "perceptual_opt":
-        return "PerceptualLoss must give one number, gives a tuple; it belongs under perceptual_opt"
+        return "PerceptualLoss must return one number, returns a tuple; it belongs under perceptual_opt"
     vgg, criterion = options.get("vgg_type", "vgg19"), options.get("criterion", "l1")
     arch = importlib.import_module("basicsr.archs.vgg_arch")
     if (plain := vgg.removesuffix("_bn")) not in arch.NAMES:
@@ -189,7 +189,7 @@ def _fault_of_perceptual_loss(options: Mapping[str, Any], key: str) -> str | Non
     if criterion not in ("l1", "fro"):  # the code for l2 misspells its class
         return f"criterion must be 'l1' or 'fro', got {criterion!r}"
     if not (options.get("perceptual_weight", 1) or options.get("style_weight", 0)):
-        return "PerceptualLoss gives nothing: perceptual_weight and style_weight are both 0"
+        return "PerceptualLoss has no effect: perceptual_weight and style_weight are both 0"
     return None
 
 
@@ -214,14 +214,14 @@ def _fault_of_loss(name: str, criterion: Any, key: str) -> str | None:
     elif key == "perceptual_opt":
         pair = criterion(output, target)
         if not isinstance(pair, tuple) or len(pair) != 2:
-            return f"{name} is no perceptual loss: it must give two numbers, of content and of style"
+            return f"{name} is not a perceptual loss, which must return two numbers, for content and for style"
         values = [value for value in pair if value is not None]
         if not values:
-            return f"{name} gives nothing: perceptual_weight and style_weight are both 0"
+            return f"{name} has no effect: perceptual_weight and style_weight are both 0"
     elif key in _COMPARING:
         second = list(inspect.signature(criterion.forward).parameters.values())[1:2]
         if not second or second[0].default is not inspect.Parameter.empty:
-            return f"{name} is no {key.removesuffix('_opt')} loss: it does not compare the image with another"
+            return f"{name} is not a {key.removesuffix('_opt')} loss: it does not compare two images"
         values = [criterion(output, target)]
     else:
         values = []
@@ -230,11 +230,11 @@ def _fault_of_loss(name: str, criterion: Any, key: str) -> str | None:
 
 def _fault_of_number(name: str, value: object) -> str | None:
     if not isinstance(value, Tensor):
-        return f"{name} must give one number, gives a {type(value).__name__}"
+        return f"{name} must return one number, returns a {type(value).__name__}"
     if value.ndim:
-        return f"{name} must give one number, gives {tuple(value.shape)} of them"
+        return f"{name} must return one number, returns {tuple(value.shape)} of them"
     if value.device.type != "meta" and not math.isfinite(float(value)):
-        return f"{name} must give a finite number, gives {float(value)}"
+        return f"{name} must return a finite number, returns {float(value)}"
     return None
 
 
@@ -281,4 +281,4 @@ def _why_not_read(build: type, error: Exception, path: str) -> Problem:
         return Problem(join_path(path, cause.args[0]), f"missing; {build.__name__} needs it")
     if isinstance(error, SampleError):
         return Problem(path, f"the first sample cannot be read: {error}")
-    return Problem(path, f"{build.__name__} refuses these options: {reason(error)}")
+    return Problem(path, f"{build.__name__} rejects these options: {reason(error)}")
