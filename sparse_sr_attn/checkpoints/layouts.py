@@ -304,7 +304,7 @@ LAYOUTS = (
             **_mean_shift(state, 1.0),
             "chunk_size": 384,
             "res_scale": 0.1,
-            "exact_keys": False,
+            "count_keys_once": False,
         },
         may_be_missing=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
         extra_keys=_dead_weights,
