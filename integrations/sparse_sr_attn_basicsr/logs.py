@@ -1,4 +1,4 @@
-"""The log of a run: BasicSR's logger, written to a file that may run out of room."""
+"""The log of a run: BasicSR's logger, and a log file that survives a full disk."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class LogFile(logging.FileHandler):
-    """A log file that reports once, and without a traceback, that it cannot be written."""
+    """A log file that reports once, without a traceback, that it cannot be written."""
 
     def __init__(self, file: str) -> None:
         super().__init__(file, mode="w")
@@ -31,7 +31,7 @@ class LogFile(logging.FileHandler):
 
 @contextmanager
 def log_to(file: str) -> Iterator[logging.Logger]:
-    """Have BasicSR's logger write to `file` too, on the first process; the others log errors only."""
+    """Add `file` to BasicSR's logger on the first process; the others log errors only."""
     logger: logging.Logger = get_root_logger()
     if get_dist_info()[0] != 0:
         logger.setLevel(logging.ERROR)
@@ -44,5 +44,5 @@ def log_to(file: str) -> Iterator[logging.Logger]:
         yield logger
     finally:
         logger.removeHandler(handler)
-        with suppress(OSError):  # the rest of a log that could not be written
+        with suppress(OSError):  # a log that cannot be written
             handler.close()

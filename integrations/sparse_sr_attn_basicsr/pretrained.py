@@ -75,7 +75,7 @@ class Loaded:
 
 
 def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loaded:
-    """Load weights as BasicSR does, from `.safetensors` too.
+    """Load weights as BasicSR does, also from `.safetensors`.
 
     Args:
         network: takes the weights.
@@ -85,7 +85,7 @@ def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loa
             `params`.
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit; with what to do about it. The network is unchanged.
+        CheckpointError: the file cannot be read or does not fit; says what to do. The network is unchanged.
     """
     try:
         weights, found = _read_weights(path, key)
@@ -112,7 +112,7 @@ def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loa
 
 
 def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | None, str]:
-    """Return the entry of a file that is tested, and a remark on it: the average, unless another is asked for.
+    """Return the entry of a file to test, by default the averaged weights, and a remark on it.
 
     Args:
         path: the file.
@@ -120,7 +120,7 @@ def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | N
         given: whether the option file says `param_key_g`.
 
     Raises:
-        Exception: whatever a malformed file leads to.
+        Exception: anything that a malformed file leads to.
     """
     if Path(path).suffix == ".safetensors":
         return None, f"testing the weights in {path}"
@@ -164,13 +164,13 @@ def differences(network: nn.Module, weights: Mapping[str, Any]) -> Differences:
 
 
 def check_img_range(network: nn.Module, loaded: Loaded, path: str) -> str | None:
-    """Compare the `img_range` of a network with the one its weights were trained with.
+    """Compare the `img_range` of a network with that of the training of its weights.
 
     Returns:
-        A remark if that range is not known, else `None`.
+        A remark if that range is unknown; `None` otherwise.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: they differ.
     """
     ours = getattr(network, "img_range", None)
     if not isinstance(ours, (int, float)):
@@ -196,14 +196,14 @@ def check_img_range(network: nn.Module, loaded: Loaded, path: str) -> str | None
 
 
 def change_img_range(network: nn.Module, was: float, missing: Iterable[str]) -> None:
-    """Scale the biases of an EDSR that was trained at another `img_range`, so that it gives the same image.
+    """Scale the biases of an EDSR that was trained with another `img_range`, so that it gives the same image.
 
     Convolutions, ReLU and residual sums scale with their input if the biases scale along.
 
     Args:
-        network: an EDSR, as the preflight made sure.
-        was: the range that it was trained at.
-        missing: its entries that were not trained then.
+        network: an EDSR.
+        was: the range of its training.
+        missing: its entries that were not trained.
     """
     fresh = set(missing)
     factor = float(network.img_range) / was  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def change_img_range(network: nn.Module, was: float, missing: Iterable[str]) -> 
 
 
 def range_seen(network: nn.Module) -> tuple[str, float]:
-    """Return how the `img_range` of a network goes with its weights, as far as an image shows.
+    """Return whether the `img_range` of a network fits its weights, as far as an image shows.
 
     A trained network returns a larger version of its input. So the input is compared with the output, made as small
     as the input, at the network's range and at the usual ones. Weights of range 255 at range 1 are far off, because
@@ -246,7 +246,7 @@ def range_seen(network: nn.Module) -> tuple[str, float]:
 
 
 def _read_weights(path: str, key: str | None) -> tuple[dict[Any, Any], str | None]:
-    """Return the weights in a file, and the entry of the file that they are; or raise what malformed ones lead to."""
+    """Return the weights in a file and their entry, or raise anything that a malformed file leads to."""
     if Path(path).suffix == ".safetensors":
         try:
             from safetensors.torch import load_file  # noqa: PLC0415  (only here is it needed)

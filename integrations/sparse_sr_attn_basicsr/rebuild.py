@@ -1,4 +1,4 @@
-"""Networks rebuilt from the options that their weights carry."""
+"""Rebuild networks from the options stored with their weights."""
 
 import importlib
 import re
@@ -16,10 +16,10 @@ _FILES = re.compile("path|file|dir|url|load|pretrain", re.IGNORECASE)
 
 
 def rebuild(options: Mapping[str, Any]) -> nn.Module:
-    """Return the network of BasicSR whose weights carry these options of `WithAttention`.
+    """Return the network of BasicSR with these options of `WithAttention`, which its weights record.
 
     Raises:
-        ConfigError: the options are wrong, or would have the network read a file.
+        ConfigError: the options are invalid, or would make the network read a file.
     """
     known = read(WithAttention, options)
     network = dict(known["network"])

@@ -15,17 +15,17 @@ from sparse_sr_attn.checkpoints.foreign import WITH_ATTENTION, carry_options
 def WithAttention(  # noqa: N802  (a network's name in option files)
     network: Mapping[str, Any], attention: str | Mapping[str, Any] | Sequence[Any] | None, body: str | None = None
 ) -> nn.Module:
-    """Return a network of BasicSR's registry into whose trunk attention was put; its weights keep their names.
+    """Return a network of BasicSR's registry with attention in its trunk; its weights keep their names.
 
     Args:
-        network: what would stand under `network_g` without attention: `type` and the options of the network.
-        attention: a map or a list of maps, as in the option `attention` of `SparseEDSR`; `every` and `after` count the
-            children of the trunk from 0. The name of a layer stands for its map with all defaults, `None` for no
-            attention.
-        body: path of the trunk, see `sparse_sr_attn.attach`; `None` for the only one there is.
+        network: the options of `network_g` without attention, with `type`.
+        attention: a mapping or a list of mappings, as in the option `attention` of `SparseEDSR`; `every` and `after`
+            count the children of the trunk from 0. The name of a layer is short for a mapping with all defaults; `None`
+            for no attention.
+        body: path of the trunk, see `sparse_sr_attn.attach`; `None` for the only one.
 
     Raises:
-        ConfigError: attention cannot be put there, or an option of it is wrong.
+        ConfigError: the trunk cannot hold attention, or an option is invalid.
     """
     built: nn.Module = importlib.import_module("basicsr.archs").build_network(network)
     return add_attention(built, network, attention, body)
@@ -46,7 +46,7 @@ def is_with_attention(build: object) -> bool:
 
 
 def add_attention(built: nn.Module, network: Mapping[str, Any], attention: Any, body: str | None) -> nn.Module:
-    """Put attention into a network, which then carries the options of `WithAttention` in its state dict.
+    """Insert attention into a network, which then has the options of `WithAttention` in its state dict.
 
     Args:
         built: the network.

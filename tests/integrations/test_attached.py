@@ -491,7 +491,7 @@ def test_our_padding_is_that_of_swinir(training: Write, here: Path) -> None:
     [
         (
             {"model_type": "SRModel"},
-            r"model_type: must be one that pads images, because network_g takes only sides that",
+            r"model_type: must be one that pads images, because network_g needs sides that",
         ),
         ({"model_type": "SRGANModel"}, r"model_type: must be one that pads images"),
         ({"datasets.train.gt_size": 32}, r"datasets\.train\.gt_size: must be a multiple of 10, because .* got 32"),

@@ -149,7 +149,7 @@ MALFORMED = [
     ({"num_gpu": -1}, r"num_gpu: must be .*got -1"),
     pytest.param(
         {"num_gpu": 1},
-        r"num_gpu: must be at most the number of CUDA GPUs, .* sees 0, got 1; .*0 is the CPU",
+        r"num_gpu: must be at most 0, the number of CUDA GPUs that this PyTorch sees, got 1; .*0 is the CPU",
         marks=no_gpu,
     ),
     ({"manual_seed": ..., "manual_sed": 1}, r"manual_sed: unknown; did you mean 'manual_seed'\?"),
@@ -744,7 +744,7 @@ def test_bits_that_basicsr_does_not_read_are_remarked_on(
     }
     _, remarks = preflight.check(load(training(changes)), training=True)
     assert remarks == [
-        f"datasets.{part}.dataroot_{name}: BasicSR reads 8 bits a channel, and '1.{suffix}' has more; its lower "
+        f"datasets.{part}.dataroot_{name}: BasicSR reads 8 bits per channel, and '1.{suffix}' has more; its lower "
         "bits are lost (as in 1 of the first 2 images)"
         for part in ("train", "val")
     ]
@@ -867,7 +867,7 @@ def test_processes_without_a_common_seed_are_remarked_on(
     for changes, number in (({}, 0), ({"manual_seed": ...}, 1)):
         _, remarks = preflight.check(load(training(changes)), training=True, launcher="pytorch")
         assert len(remarks) == number
-    assert remarks[0].startswith("manual_seed: with --launcher each process draws its own")
+    assert remarks[0].startswith("manual_seed: with --launcher and without a seed, each process draws its own")
 
 
 @pytest.mark.parametrize(

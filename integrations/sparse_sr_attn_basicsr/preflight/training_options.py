@@ -22,7 +22,7 @@ OPTIMIZERS = {
     and issubclass(value, torch.optim.Optimizer)
     and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 }
-"""Those of `torch.optim` that train any network; the others need a closure, or a certain kind of gradient or weight."""
+"""Optimizers of `torch.optim` for any network; the others need a closure, or special gradients or weights."""
 
 
 def check(findings: Findings) -> None:
@@ -32,7 +32,7 @@ def check(findings: Findings) -> None:
         return
     for key in [key for key in train if str(key).startswith("optim_")]:
         if key == "optim_g" and not isinstance(train[key], Mapping):
-            continue  # which was said of the section
+            continue  # already reported for the section
         if (options := findings.mapping(f"train.{key}", train[key])) is not None:
             train[key] = options
             _check_optimizer(findings, f"train.{key}", options)
@@ -63,7 +63,7 @@ def _check_img_range(findings: Findings, train: Mapping[str, Any]) -> None:
 
 
 def _check_accumulation(findings: Findings, train: Mapping[str, Any]) -> None:
-    """Check that a batch can be cut into equal parts, and that the loss is an average over them."""
+    """Check that a batch can be split into equal parts, and that the loss is an average over them."""
     parts, loss = train.get("accumulate"), train.get("pixel_opt")
     if not isinstance(parts, int) or parts <= 1:
         return
@@ -78,7 +78,7 @@ def _check_accumulation(findings: Findings, train: Mapping[str, Any]) -> None:
 
 
 def _check_losses(findings: Findings, train: dict[str, Any]) -> None:
-    """Check of every loss that the model uses it, and that it can be built and computed."""
+    """Check that the model uses every loss, and that each can be built and computed."""
     lookups, name = option_lookups.of(*bases(findings.model)), findings.options.get("model_type")
     known = sorted(key for key in lookups.names.get("train", ()) if key.endswith("_opt"))
     given = [key for key in train if str(key).endswith("_opt") and (train[key] or train[key] == {})]
@@ -126,7 +126,7 @@ def _check_optimizer(findings: Findings, path: str, options: dict[str, Any]) -> 
 
 
 def _optimizers(findings: Findings) -> list[str]:
-    """Return the optimizers that the model can make."""
+    """Return the optimizers that the model can create."""
     if findings.model is None or findings.is_ours() or not hasattr(findings.model, "get_optimizer"):
         return sorted(OPTIMIZERS)
     known = []
