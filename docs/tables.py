@@ -38,10 +38,10 @@ def count(number: int | None) -> str:
 
 
 def sharing(name: str) -> str:
-    """Which state a layer makes or reads."""
+    """Which state a layer provides or requires."""
     build: Any = LAYERS.get(name).build
-    made, read = getattr(build, "provides", None), getattr(build, "requires", None)
-    return f"makes `{made.__name__}`" if made else f"reads `{read.__name__}`" if read else ""
+    provides, requires = getattr(build, "provides", None), getattr(build, "requires", None)
+    return f"provides `{provides.__name__}`" if provides else f"requires `{requires.__name__}`" if requires else ""
 
 
 def reference(name: str) -> str:

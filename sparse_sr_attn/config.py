@@ -12,7 +12,8 @@ same rules to direct calls. Modules never see a mapping.
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -23,8 +24,18 @@ from sparse_sr_attn.registry import suggestion
 
 _SHOWN = 200  # characters of a value that a message shows
 
+RENAMED: Mapping[str, tuple[str, Mapping[object, object]]] = {
+    "exact_keys": ("count_keys_once", {}),
+    "half_weights": ("weights_dtype", {True: "bfloat16", False: None}),
+}
+"""Old names of options, with the new names, and the new values where they differ."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class RenamedOptionWarning(FutureWarning):
+    """An option is given by its old name."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,42 @@ def join_path(path: str, name: object) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
+def renamed(mapping: Mapping[str, Any], known: Collection[str], path: str = "") -> dict[str, Any]:
+    """Return options with new names in place of old ones, with a warning for each.
+
+    Args:
+        mapping: names and values.
+        known: names of the options of what is built. A layer may have an option of its own by an old name.
+        path: position of the mapping in an option file, for messages.
+
+    Raises:
+        ConfigError: an option is given by both names.
+
+    Examples:
+        >>> renamed({"exact_keys": False}, known=["exact_keys"])  # an option of that name
+        {'exact_keys': False}
+    """
+    options: dict[str, Any] = {}
+    for name, value in mapping.items():
+        new, values = RENAMED.get(name, (name, {}))
+        if new == name or name in known or new not in known:
+            options[name] = value
+            continue
+        if new in mapping:
+            raise ConfigError([Problem(join_path(path, name), f"is the old name of {new}, which is given too")])
+        warnings.warn(f"the option {name} is {new} now; the old name still works", RenamedOptionWarning, stacklevel=1)
+        options[new] = values.get(value, value) if isinstance(value, bool) else value
+    return options
+
+
+@contextmanager
+def old_names_allowed() -> Iterator[None]:
+    """Accept old names of options inside without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RenamedOptionWarning)
+        yield
+
+
 def read(
     build: Callable[..., object],
     mapping: Mapping[str, object],
@@ -119,6 +166,8 @@ def read(
     options = dict(list(fields(build).items())[given:])
     found = ProblemList() if problems is None else problems
     values: dict[str, Any] = {}
+    with found.gathered():
+        mapping = renamed(mapping, options, path)
     for name, value in mapping.items():
         if name not in options:
             found.add(join_path(path, name), f"unknown{suggestion(name, [*siblings, *options])}")
@@ -146,6 +195,7 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
         if not hints:
             hints.update(get_type_hints(init, include_extras=True))
         problems = ProblemList()
+        kwargs = renamed(kwargs, signature.parameters)  # type: ignore[assignment]
         for name in () if takes_any else kwargs.keys() - signature.parameters.keys():
             problems.add(name, f"unknown{suggestion(name, list(signature.parameters)[1:])}")
         problems.raise_if_any()

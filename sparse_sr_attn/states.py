@@ -18,7 +18,7 @@ class ClusterPattern(NamedTuple):
         chunk_size: slots in a chunk, >= 1.
         num_adjacent: neighbouring chunks that a chunk sees on each side (circularly), >= 0; with `neighbors`, half the
             number of chunks that it sees besides itself.
-        exact_keys: whether every key counts once; `False` counts as published (`docs/deviations.md`, 5).
+        count_keys_once: whether every key counts once; `False` counts as published (`docs/deviations.md`, 5).
         neighbors: the `m = 2 * num_adjacent + 1` chunks that each chunk sees, itself first. With fewer than `m` chunks,
             each counts once and the rest of a row is ignored. `None` for a ring. No gradient.
 
@@ -32,8 +32,13 @@ class ClusterPattern(NamedTuple):
     assignment: Int[Tensor, "b n"]
     chunk_size: int
     num_adjacent: int
-    exact_keys: bool
+    count_keys_once: bool
     neighbors: Int[Tensor, "b k m"] | None = None
+
+    @property
+    def exact_keys(self) -> bool:
+        """The old name of `count_keys_once`."""
+        return self.count_keys_once
 
 
 class ClusterAttention(NamedTuple):

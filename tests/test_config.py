@@ -1,17 +1,23 @@
 """Options are declared once, in signatures; everything wrong is said at once, with its path."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_sr_attn import ELAN, GMSA, LCoA, attach
+from sparse_sr_attn import EDSR, ELAN, GMSA, LSP, NLA, NLSA, LCoA, LCoAN, attach, create_model, load_model
+from sparse_sr_attn.backbones.base import encode_options, options_of
+from sparse_sr_attn.checkpoints.read import carried_options
 from sparse_sr_attn.config import (
     Positive,
     PositiveInt,
     ProblemList,
+    RenamedOptionWarning,
     UnitInterval,
     checked,
     fields,
@@ -19,6 +25,7 @@ from sparse_sr_attn.config import (
     takes_options_of,
 )
 from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.functional.cluster import cluster_pattern
 
 pytestmark = pytest.mark.promise("R1", "of options")
 
@@ -181,3 +188,78 @@ def test_any_mapping_is_read_or_explained(mapping: dict[str, object]) -> None:
         assert error.problems
     else:
         assert values.keys() == mapping.keys()
+
+
+# --- old names --------------------------------------------------------------------------------------------------------
+
+OLD = {"exact_keys": False, "half_weights": True}
+NEW = {"count_keys_once": False, "weights_dtype": "bfloat16"}
+
+
+def small(**options: Any) -> LCoAN:
+    return LCoAN(num_feat=8, num_group=1, num_block=1, num_clusters=4, **options)
+
+
+def test_old_names_work_everywhere_with_a_notice() -> None:
+    builds: list[tuple[Callable[..., Any], Callable[[Any], object]]] = [
+        (lambda **options: LSP(8, **options), lambda lsp: lsp),
+        (lambda **options: LCoA(8, **options), lambda lcoa: lcoa.lsp),
+        (small, lambda model: model.body[0].attention.lsp),
+        (
+            lambda **options: EDSR(num_feat=8, num_block=1, attention={"type": "LCoA", "every": 1, **options}),
+            lambda model: model.attention[0].lsp,
+        ),
+        (lambda **options: create_model("LCoAN-light", **options), lambda model: model.body[0].attention.lsp),
+        (lambda **options: read(LSP, options, given=1), lambda given: SimpleNamespace(**given)),
+    ]
+    for build, lsp_of in builds:
+        with pytest.warns(FutureWarning) as warned:
+            found: Any = lsp_of(build(**OLD))
+        assert {name: getattr(found, name) for name in NEW} == NEW
+        texts = sorted({str(each.message) for each in warned if each.category is RenamedOptionWarning})
+        assert texts == [
+            f"the option {old} is {new} now; the old name still works" for old, new in zip(OLD, NEW, strict=True)
+        ]
+    with pytest.warns(FutureWarning, match="the option exact_keys is count_keys_once now"):
+        assert not NLSA(8, exact_keys=False).count_keys_once
+
+
+def test_an_option_by_both_names_is_a_mistake() -> None:
+    message = "exact_keys: is the old name of count_keys_once, which is given too"
+    for build in (lambda **options: LSP(8, **options), lambda **options: read(LSP, options, "here", given=1)):
+        with pytest.raises(ConfigError, match=message):
+            build(exact_keys=True, count_keys_once=True)
+    with pytest.raises(ConfigError, match=r"exact_keys: unknown"):
+        read(NLA, {"exact_keys": True}, given=1)
+
+
+def test_a_layer_may_have_an_option_by_an_old_name() -> None:
+    @checked
+    def build(exact_keys: bool, *, count_keys_once: bool = True) -> tuple[bool, bool]:
+        return exact_keys, count_keys_once
+
+    assert build(exact_keys=False) == (False, True)
+    assert read(build, {"exact_keys": False}) == {"exact_keys": False}
+
+
+def test_weights_with_old_names_load_without_a_notice() -> None:
+    model = small(**NEW)
+    state = model.state_dict()
+    options = carried_options(state["options"])
+    old = {name: value for name, value in options.items() if name not in NEW}
+    state["options"] = encode_options({**old, **OLD})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load_model(state)
+        assert load_model(state, count_keys_once=True).body[0].attention.lsp.count_keys_once
+    assert options_of(again) == options_of(model)
+    with pytest.warns(FutureWarning, match="exact_keys is count_keys_once now"):
+        assert load_model(state, exact_keys=True).body[0].attention.lsp.count_keys_once
+
+
+def test_the_old_keyword_of_a_pattern() -> None:
+    assignment = torch.tensor([[0, 1, 0, 1, 0]])
+    with pytest.warns(FutureWarning, match="exact_keys is count_keys_once now"):
+        pattern = cluster_pattern(assignment, chunk_size=2, exact_keys=False)
+    assert not pattern.count_keys_once
+    assert not pattern.exact_keys

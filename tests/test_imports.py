@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sparse_sr_attn
+from sparse_sr_attn._moved import MOVED
 
 ROOT = Path(sparse_sr_attn.__file__).parent
 CLONE = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {*_OPTIONS, "states", "functional", "layers", "reference"},
     "cli": {*_NETWORKS, "checkpoints", "models", "data", "inference", "sparse_sr_attn"},
     "__main__": {"cli"},
-    "_moved": {"backbones", "checkpoints", "data", "inference"},
+    "_moved": set(),
     "sparse_sr_attn_basicsr": {*_TOOLS, "sparse_sr_attn"},
     "sparse_sr_attn_spandrel": {"errors", "backbones", "checkpoints"},
     "benchmarks": {*_TOOLS, "testing", "reference", "sparse_sr_attn"},
@@ -116,14 +117,16 @@ def test_the_slow_twins_share_no_code() -> None:
 
 
 def test_modules_that_moved_can_be_imported_by_their_old_names() -> None:
-    moved = sorted((ROOT / "_moved").glob("*.py"))
-    assert moved
-    for file in moved:
-        with pytest.warns(FutureWarning, match=f"^sparse_sr_attn.{file.stem} is sparse_sr_attn\\.") as warned:
-            old = importlib.import_module(f"sparse_sr_attn.{file.stem}")
+    for name in MOVED:
+        with pytest.warns(FutureWarning, match=f"^sparse_sr_attn.{name} is sparse_sr_attn\\.") as warned:
+            old = importlib.import_module(f"sparse_sr_attn.{name}")
         new = importlib.import_module(str(warned[0].message).split()[2])
         names = [name for name in vars(new) if not name.startswith("_")]
         assert all(getattr(old, name) is getattr(new, name) for name in names)
+    from sparse_sr_attn.images import network_input, read_image
+
+    assert network_input.__module__ == "sparse_sr_attn.inference.upscale"
+    assert read_image.__module__ == "sparse_sr_attn.data.images"
 
 
 COLD = """
@@ -135,6 +138,7 @@ import sparse_sr_attn
 optional = {"basicsr", "timm", "torchvision", "spandrel", "huggingface_hub", "safetensors"}
 for name in {*optional, "numpy.testing", "skimage", "yaml", "tqdm", "matplotlib"}:
     assert name in before or name not in sys.modules, name
+assert all(hasattr(sparse_sr_attn, name) for name in sparse_sr_attn.__all__)
 new = {name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
 assert new <= {"sparse_sr_attn"}, new
 assert sparse_sr_attn.LCoA(8)(torch.rand(1, 8, 3, 3)).shape == (1, 8, 3, 3)
@@ -149,7 +153,7 @@ def test_the_package_alone_imports_nothing() -> None:
     code = "import sys; before = set(sys.modules); import sparse_sr_attn; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     new = {name for name in done.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
-    assert new == {"sparse_sr_attn"}
+    assert new == {"sparse_sr_attn", "sparse_sr_attn._moved"}
 
 
 def test_public_names_exist() -> None:

@@ -355,7 +355,7 @@ LAYER_METHODS: Mapping[str, Method] = {
     "CoA": Method("ours", lambda s: Subject(_coa(s), _lcoa(s, reuse="weights")), _coa_cost, ("plain-CoA", "LCoA")),
     "CoA-bf16": Method(
         "ours",
-        lambda s: Subject(_coa(s), _lcoa(s, reuse="weights", half_weights=True)),
+        lambda s: Subject(_coa(s), _lcoa(s, reuse="weights", weights_dtype="bfloat16")),
         _half_coa_cost,
         ("plain-CoA", "CoA"),
         allowed=ALLOWED_HALF,
@@ -369,7 +369,7 @@ LAYER_METHODS: Mapping[str, Method] = {
     "LCoA-x10": Method("ours", _stack, _stack_cost, ("plain-NLSA-x10", "plain-LCoA-x10")),
     "LCoA-x10-bf16": Method(
         "ours",
-        lambda s: _stack(s, reuse="weights", half_weights=True),
+        lambda s: _stack(s, reuse="weights", weights_dtype="bfloat16"),
         rivals=("plain-NLSA-x10", "plain-LCoA-x10"),
         allowed=ALLOWED_HALF,
     ),

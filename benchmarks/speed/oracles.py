@@ -152,7 +152,7 @@ def seen(
     chunk_size: int,
     *,
     num_adjacent: int = 1,
-    exact_keys: bool = True,
+    count_keys_once: bool = True,
     rank: Tensor | None = None,
 ) -> Tensor:
     """Return how often each token sees each other one: `reference.cluster.multiplicity`, a chunk at a time."""
@@ -160,14 +160,14 @@ def seen(
         assignment,
         chunk_size=chunk_size,
         num_adjacent=num_adjacent,
-        exact_keys=exact_keys,
+        count_keys_once=count_keys_once,
         place=None if rank is None else rank[assignment],
     )
     samples, num_tokens = assignment.shape
     counts = torch.zeros(samples, num_tokens, num_tokens, dtype=torch.float64)
     for sample, order in zip(counts, pattern.order.tolist(), strict=True):
-        chunks = cluster.slot_tokens(order, chunk_size, exact_keys)
-        visible = cluster.seen_tokens(chunks, num_adjacent, exact_keys)
+        chunks = cluster.slot_tokens(order, chunk_size, count_keys_once)
+        visible = cluster.seen_tokens(chunks, num_adjacent, count_keys_once)
         for start, keys in zip(range(0, num_tokens, len(chunks[0])), visible, strict=True):
             own = torch.tensor(order[start : start + len(chunks[0])])
             others = torch.tensor([key for key in keys if key is not None])
@@ -182,7 +182,9 @@ def _attended(layer: Any, given: Given, query: Tensor, key: Tensor, value: Tenso
         given.assignment,
         layer.chunk_size,
         num_adjacent=getattr(layer, "num_adjacent", 1),
-        exact_keys=getattr(layer, "exact_keys", isinstance(layer, CategoryAttention)),  # stand-ins count as published
+        count_keys_once=getattr(
+            layer, "count_keys_once", isinstance(layer, CategoryAttention)
+        ),  # stand-ins count as published
         rank=getattr(layer, "rank", None),
     )
     return cluster.dense_attention(query, key, value, counts.unflatten(0, (-1, rounds)).sum(dim=1))

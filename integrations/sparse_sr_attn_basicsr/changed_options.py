@@ -1,7 +1,7 @@
 """Options of the optimizer and the schedule that changed between a stop and its resume.
 
-A training state holds both as they were. BasicSR restores them, so new values in the option file are ignored without
-notice, and a schedule of another kind fails later. Here the option file wins, and every change is reported.
+A training state contains the old ones. BasicSR restores them, so new values in the option file are ignored silently,
+and a schedule of another type fails later. Here the option file takes precedence, and every change is reported.
 """
 
 import copy
@@ -15,16 +15,16 @@ _SCHEDULED = ("lr", "initial_lr", "params")  # in a group of weights: set by the
 def resume(model: Any, state: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], object]) -> list[str]:
     """Restore a training state, keep the options that the model was built with, and return what differs.
 
-    If the schedule has changed, the learning rate is the one that the new schedule has at this iteration.
+    If the schedule has changed, the learning rate is that of the new schedule at this iteration.
 
     Args:
-        model: of BasicSR, just built.
-        state: with `optimizers`, `schedulers`, `iter`, ...
-        restore: the model's own method for it.
+        model: a new model of BasicSR.
+        state: the training state, with `optimizers`, `schedulers`, `iter`, ...
+        restore: the model's method that restores it.
 
     Raises:
-        ValueError: an entry of `schedulers` is no state of a schedule.
-        Exception: anything that a state that does not fit leads to.
+        ValueError: an entry of `schedulers` is not the state of a schedule.
+        Exception: anything that a state of another model leads to.
     """
     groups = [[dict(group, params=None) for group in optimizer.param_groups] for optimizer in model.optimizers]
     schedules = [copy.deepcopy(scheduler.state_dict()) for scheduler in model.schedulers]
@@ -68,7 +68,7 @@ def _changed_warmup(model: Any, state: Mapping[str, Any]) -> str | None:
 
 
 def _changed_schedule(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how the settings of a schedule differ, counters and learning rates excepted."""
+    """Yield how the settings of a schedule differ, except for counters and learning rates."""
     old, new = _settings(before), _settings(now)
     if old.keys() != new.keys():
         yield f"train.scheduler.type: there was a schedule with {', '.join(sorted(old))}, now {', '.join(sorted(new))}"

@@ -27,9 +27,9 @@ def train(arguments: argparse.Namespace) -> None:
         arguments: `opt`, `force_yml`, `auto_resume`, `debug`, `launcher`, as `sparse-sr train` parses them.
 
     Raises:
-        ConfigError: options are wrong; nothing was loaded or written.
-        TrainingError: a number is not finite, or an image or the disk cannot be used; the last good state has been
-            saved if that is possible, and the message says where.
+        ConfigError: options are invalid; nothing was loaded or written.
+        TrainingError: a value is not finite, or an image or the disk cannot be used; the last good state has been
+            saved if possible, and the message says where.
         ProcessError: another process ended; the message says from which state training can resume.
         CheckpointError: weights or a state cannot be read.
     """
@@ -49,7 +49,7 @@ def train(arguments: argparse.Namespace) -> None:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            # Not saved: buffers may have moved in a step that did not end.
+            # Not saved: buffers may have changed in an incomplete step.
             raise TrainingError(
                 f"{_reason(error)}\nReduce gt_size or batch_size_per_gpu, or set train.accumulate.\n"
                 f"Earlier files are in experiments/{options['name']}."
@@ -63,7 +63,7 @@ def test(arguments: argparse.Namespace) -> None:
         arguments: `opt`, `force_yml`, `debug`, `launcher`, as `sparse-sr test` parses them.
 
     Raises:
-        ConfigError: options are wrong; nothing was loaded or written.
+        ConfigError: options are invalid; nothing was loaded or written.
         CheckpointError: weights cannot be read.
         SparseSRError: an image or the disk cannot be used.
     """
@@ -87,7 +87,7 @@ def test(arguments: argparse.Namespace) -> None:
 
 
 def _checked_options(arguments: argparse.Namespace, *, training: bool) -> dict[str, Any]:
-    """Return the options of the file, overridden and checked."""
+    """Return the options of the file, with overrides, checked."""
     options = option_file.load(arguments.opt)
     options, remarks = option_file.override(options, arguments.force_yml or ())
     try:
@@ -102,10 +102,10 @@ def _checked_options(arguments: argparse.Namespace, *, training: bool) -> dict[s
 
 
 def _import(module: str) -> Any:
-    """Return a module that builds on BasicSR's public parts.
+    """Import a module that uses BasicSR's public parts.
 
     Raises:
-        SparseSRError: this BasicSR, a fork's, lacks one of them.
+        SparseSRError: this BasicSR, a fork, lacks one of them.
     """
     try:
         return importlib.import_module(module)
@@ -117,7 +117,7 @@ def _import(module: str) -> Any:
 
 
 def _completed(options: Mapping[str, Any], arguments: argparse.Namespace, *, training: bool) -> dict[str, Any]:
-    """Return the options with what BasicSR's parts look up besides."""
+    """Return the options with everything else that BasicSR looks up."""
     rank, world_size = importlib.import_module("basicsr.utils.dist_util").get_dist_info()
     return option_file.complete(
         options,
@@ -131,7 +131,7 @@ def _completed(options: Mapping[str, Any], arguments: argparse.Namespace, *, tra
 
 
 def _choose_weights(path: dict[str, Any]) -> None:
-    """Select the averaged weights where a file has them, unless `param_key_g` says otherwise, and note which.
+    """Select the averaged weights of a file, unless `param_key_g` says otherwise, and log the choice.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -147,7 +147,7 @@ def _choose_weights(path: dict[str, Any]) -> None:
 
 @contextmanager
 def _torch_settings() -> Iterator[None]:
-    """Let cuDNN choose its fastest algorithms, as BasicSR does; afterwards PyTorch's settings are what they were."""
+    """Let cuDNN choose its fastest algorithms, as BasicSR does; restore PyTorch's settings on exit."""
     benchmark, deterministic = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
     torch.backends.cudnn.benchmark = True
     try:
@@ -166,7 +166,7 @@ def _reason(error: Exception) -> str:
 
 
 def _record_options(folder: Path, arguments: argparse.Namespace) -> None:
-    """Copy the option file to the experiment, headed by the command line."""
+    """Copy the option file to the experiment, with the command line as its header."""
     command = ["sparse-sr train -opt", str(arguments.opt)]
     command += ["--auto_resume"] if arguments.auto_resume else []
     command += ["--debug"] if arguments.debug else []
@@ -174,5 +174,5 @@ def _record_options(folder: Path, arguments: argparse.Namespace) -> None:
     file = Path(arguments.opt).expanduser()
     text = file.read_bytes()
     header = f"# {time.asctime()}\n# {' '.join(command)}\n\n".encode()
-    with atomic_write(folder / file.name) as stream:  # it may be the very file, when a run is resumed with it
+    with atomic_write(folder / file.name) as stream:  # it may be the same file, if a run is resumed with it
         stream.write(header + text)

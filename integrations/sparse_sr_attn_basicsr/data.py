@@ -1,4 +1,4 @@
-"""Training data in which every sample follows from the seed, the epoch and its place in the epoch.
+"""Training data in which every sample is determined by the seed, the epoch and its position in the epoch.
 
 BasicSR's augmentation draws from global random numbers, so a sample depends on the number of workers and on everything
 drawn before. Here each sample carries its own seed, and a resumed run skips the samples used before without reading
@@ -22,7 +22,7 @@ from sparse_sr_attn_basicsr import shims
 from sparse_sr_attn_basicsr.randomness import seeded
 
 PLACE = "place_in_epoch"
-"""Key of a training sample: (epoch, samples of the epoch used by all processes once this one is), as a tensor."""
+"""Key of a training sample: (epoch, number of samples of the epoch that all processes have used with it), a tensor."""
 
 
 class SampleError(ImageError):
@@ -37,10 +37,10 @@ class Draw(NamedTuple):
     """What `RunSampler` passes to `PortableDataset` instead of an index.
 
     Attributes:
-        number: of the sample in the data set.
-        epoch: in which it is drawn.
-        used: samples of this epoch that all processes have used, once they have used this one.
-        entropy: seeds its augmentation.
+        number: index of the sample in the data set.
+        epoch: the epoch in which it is drawn.
+        used: number of samples of this epoch that all processes have used, including this one.
+        entropy: seed of its augmentation.
     """
 
     number: int
@@ -50,16 +50,16 @@ class Draw(NamedTuple):
 
 
 class RunSampler(Sampler[Draw]):
-    """The samples of a whole run: epoch after epoch in full batches, from where a resumed run continues.
+    """The samples of a whole run, epoch after epoch in full batches, from the position of a resumed run.
 
-    One pass is the whole run. So loader processes start once, and read ahead across the ends of epochs.
+    One pass is the whole run, so loader processes start once and prefetch across epochs.
 
     Args:
         sampler: BasicSR's `EnlargedSampler`, which gives the order within an epoch.
         seed: `manual_seed`.
-        batch_size: of one process. Samples at the end of an epoch that fill no batch are left out.
+        batch_size: of one process. Samples at the end of an epoch that do not fill a batch are dropped.
         num_batches: of the run.
-        start: the epoch to start in, and how many of its samples all processes together have used before.
+        start: the epoch to start in, and the number of its samples that all processes together have used.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RunSampler(Sampler[Draw]):
 
 
 class PortableDataset(Dataset[Any]):
-    """A data set of BasicSR that understands `Draw`, and can be sent to loader processes that are spawned.
+    """A data set of BasicSR that accepts `Draw` and can be sent to spawned loader processes.
 
     A sample that cannot be read raises `SampleError`, which names the file. A spawned process imports BasicSR when it
     unpickles the data set; the import shims are applied first.
@@ -101,7 +101,7 @@ class PortableDataset(Dataset[Any]):
         dataset: one of BasicSR's.
     """
 
-    # The loader asks for this first, and must not find that of the data set inside, which does not know `Draw`.
+    # The loader looks for this first, and must not find that of the wrapped data set, which does not accept `Draw`.
     __getitems__ = None
 
     def __init__(self, dataset: Any) -> None:
@@ -120,15 +120,15 @@ class PortableDataset(Dataset[Any]):
     def _read(self, index: int) -> Any:
         try:
             return self.dataset[index]
-        except Exception as error:  # decoders and other people's data sets raise anything
+        except Exception as error:  # decoders and third-party data sets can raise anything
             raise SampleError(_why_unreadable(self.dataset, index, error)) from error
 
     def __getattr__(self, name: str) -> Any:
-        """Pass on the attributes that BasicSR reads from its data sets."""
+        """Forward the attributes that BasicSR reads from its data sets."""
         return getattr(self.__dict__["dataset"], name)
 
     def __reduce__(self) -> tuple[Callable[..., "PortableDataset"], tuple["_Shims", Any]]:
-        """Have the shims applied before the data set is unpickled: arguments are unpickled in their order."""
+        """Apply the shims before the data set is unpickled: arguments are unpickled in order."""
         return _unpickled, (_Shims(), self.dataset)
 
 
@@ -144,7 +144,7 @@ def _unpickled(_: None, dataset: Any) -> PortableDataset:
 
 
 def _why_unreadable(dataset: Any, index: int, error: Exception) -> str:
-    """Return which file or entry of a sample is broken, as far as can be found out, and the reason."""
+    """Return the damaged file or entry of a sample, as far as it can be found, and the reason."""
     sources = _sources(dataset, index)
     for name, read in sources.items():
         try:
@@ -160,7 +160,7 @@ def _why_unreadable(dataset: Any, index: int, error: Exception) -> str:
 
 
 def _sources(dataset: Any, index: int) -> dict[str, Callable[[], object]]:
-    """Return what a sample is read from, by name, with a function that reads it."""
+    """Return the files or entries of a sample by name, each with a function that reads it."""
     paths = getattr(dataset, "paths", None)  # as BasicSR's data sets have them
     entry = paths[index] if isinstance(paths, list) and index < len(paths) else {}
     backend = getattr(dataset, "io_backend_opt", None) or {}
@@ -181,8 +181,8 @@ def _read_entry(file_client: Any, key: str, client: str) -> None:
     """Read an image from a database, or raise ImageError."""
     value = file_client.get(key, client)
     if value is None:
-        raise ImageError("has no such entry; meta_info.txt beside it lists more than was written")
+        raise ImageError("has no such entry, although meta_info.txt beside it lists it")
     try:
         importlib.import_module("basicsr.utils").imfrombytes(value, float32=True)
     except Exception as error:  # its decoders raise anything
-        raise ImageError(f"holds {len(value)} bytes that are no image, or a broken one") from error
+        raise ImageError(f"holds {len(value)} bytes that are not an image, or a damaged one") from error

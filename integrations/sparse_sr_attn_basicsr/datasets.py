@@ -13,11 +13,11 @@ Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
 class CachedPairedImageDataset(PairedImageDataset):  # type: ignore[misc]  # BasicSR has no types
-    """BasicSR's `PairedImageDataset`, keeping each image in memory once it was read.
+    """BasicSR's `PairedImageDataset` with images cached in memory after the first read.
 
-    Patches are cut from the decoded uint8 image, so photographs need not be cut into sub-images first, and after the
-    first epoch loading costs next to nothing. Samples equal those of `PairedImageDataset` to the last bit, with the
-    same random numbers. Memory: 3 bytes a pixel of both resolutions (8 GB for DIV2K at x2) in each process that loads;
+    Patches are cut from the decoded uint8 image, so photographs need not be cut into sub-images, and loading costs
+    almost nothing after the first epoch. Samples are bit-identical to those of `PairedImageDataset` with the same
+    random numbers. Memory: 3 bytes a pixel of both resolutions (8 GB for DIV2K at x2) in each process that loads;
     one worker is enough.
 
     Args:
@@ -25,11 +25,11 @@ class CachedPairedImageDataset(PairedImageDataset):  # type: ignore[misc]  # Bas
 
             - `dataroot_teacher`: folder with another network's outputs, named and sized like the images of
               `dataroot_gt`. Optional.
-            - `teacher_weight`: share of the teacher's image in the target, in [0, 1]; the rest is the ground truth.
+            - `teacher_weight`: weight of the teacher's image in the target, in [0, 1]; the rest is the ground truth.
               Default: 0.5.
 
     Raises:
-        ValueError: `teacher_weight` breaks its rule.
+        ValueError: `teacher_weight` is not in [0, 1].
 
     Source:
         The mixed targets follow empirical centroid-oriented optimisation (AAAI 2024, arXiv 2312.17526).

@@ -1,4 +1,4 @@
-"""Training in several processes, on the CPU too, and a clear error when one of them ends."""
+"""Training in several processes, also on the CPU, and a clear error when one of them ends."""
 
 import importlib
 import os
@@ -23,10 +23,10 @@ def on_cpu(options: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def process_group(launcher: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Join the processes that the launcher started: by gloo on the CPU, else by `dist_params.backend`.
+    """Initialise the process group of the launcher: with gloo on the CPU, else with `dist_params.backend`.
 
     Args:
-        launcher: `none` (nothing to join), `pytorch` or `slurm`.
+        launcher: `none` (one process), `pytorch` or `slurm`.
         options: of the option file. BasicSR reads `dist_params` for slurm only.
     """
     if launcher == "none":
@@ -34,7 +34,7 @@ def process_group(launcher: str, options: Mapping[str, Any]) -> Iterator[None]:
         return
     if on_cpu(options):
         if mp.get_start_method(allow_none=True) is None:
-            mp.set_start_method("spawn")  # as BasicSR does: threads that talk to other processes do not survive a fork
+            mp.set_start_method("spawn")  # as BasicSR does: communication threads do not survive a fork
         dist.init_process_group("gloo")
     else:
         given = options.get("dist_params") or {}
@@ -49,12 +49,12 @@ def process_group(launcher: str, options: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def peer_errors(launcher: str) -> Iterator[None]:
-    """Raise `ProcessError` when another process ends, or when the launcher tells this one to end (SIGTERM).
+    """Raise `ProcessError` when another process ends, or when the launcher ends this one (SIGTERM).
 
-    The signal is ignored from then on: it may arrive while this process still reports what happened.
+    The signal is ignored from then on, because it may arrive while this process reports the error.
 
     Raises:
-        ProcessError: another process ended or did not answer in time, or this one was told to end.
+        ProcessError: another process ended or did not answer in time, or this one received SIGTERM.
     """
     if launcher == "none":
         yield
@@ -62,7 +62,9 @@ def peer_errors(launcher: str) -> Iterator[None]:
 
     def stop(number: int, _: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise ProcessError(f"{_who()}: told to end ({signal.Signals(number).name}), as torchrun does when one ends")
+        raise ProcessError(
+            f"{_who()}: received {signal.Signals(number).name}, which torchrun sends when another process ends"
+        )
 
     in_main = threading.current_thread() is threading.main_thread()
     after = signal.signal(signal.SIGTERM, stop) if in_main else None
@@ -76,7 +78,7 @@ def peer_errors(launcher: str) -> Iterator[None]:
             raise
         after = signal.SIG_IGN
         raise ProcessError(
-            f"{_who()}: another process of this run ended, or did not answer in time; see what it says itself ({error})"
+            f"{_who()}: another process of this run ended, or did not answer in time; see its own message ({error})"
         ) from error
     finally:
         if in_main:

@@ -1,6 +1,6 @@
-"""Modules of the user's own that an option file names under `custom_imports`: layers, networks, losses, data sets.
+"""Import the user's modules, which an option file lists under `custom_imports`: layers, networks, losses, data sets.
 
-They are imported before the options are checked, so what they register can be named like anything else.
+They are imported before options are checked, so option files can use what they register.
 """
 
 import hashlib
@@ -16,13 +16,12 @@ _PATH = "custom_imports"
 
 
 def load(entries: object, path: str = _PATH) -> None:
-    """Import the modules that an option file names.
+    """Import the modules that an option file lists.
 
     Args:
-        entries: `None`, or a list of module names (`my_project.layers`, found from the working directory too) and of
-            Python files (`layers/mine.py`, relative to the working directory). One imported before is not imported
-            again.
-        path: what names them, for messages.
+        entries: `None`, or a list of module names (`my_project.layers`, also searched in the working directory) and
+            Python files (`layers/mine.py`, relative to the working directory). Each is imported once.
+        path: name of the option, for messages.
 
     Raises:
         ConfigError: names each entry that cannot be imported, and why.
@@ -63,7 +62,7 @@ def _import(entry: str) -> None:
         return
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ImportError("it is no Python file")
+        raise ImportError("it is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -16,11 +16,11 @@ from sparse_sr_attn_basicsr.data import PortableDataset, RunSampler
 def training_batches(
     opt: Mapping[str, Any], num_batches: int, start: tuple[int, int] = (0, 0)
 ) -> Iterator[Mapping[str, Any]]:
-    """Return the batches of a run, read ahead where the options ask for it; the same in any case.
+    """Return the batches of a run, prefetched if the options say so; the batches are the same.
 
     Args:
         opt: complete options, see `option_file.complete`.
-        num_batches: of the run, or of what is left of it.
+        num_batches: number of batches left in the run.
         start: see `RunSampler`.
 
     Raises:
@@ -28,7 +28,7 @@ def training_batches(
     """
     options = dict(opt["datasets"]["train"])
     mode = options.pop("prefetch_mode", None)
-    if mode == "cpu":  # BasicSR reads in a thread, which would disturb the random numbers of training
+    if mode == "cpu":  # BasicSR prefetches in a thread, which would change the random states of training
         options["num_worker_per_gpu"] = max(1, options["num_worker_per_gpu"])
     dataset = PortableDataset(build_dataset(options))
     ratio = options.get("dataset_enlarge_ratio", 1)
@@ -41,7 +41,7 @@ def training_batches(
     seed = opt["manual_seed"]
     sampler = RunSampler(epoch, seed, batch_size=batch_size, num_batches=num_batches, start=start)
     loader = build_dataloader(dataset, options, num_gpu=opt["num_gpu"], dist=opt["dist"], sampler=sampler, seed=seed)
-    loader.generator = torch.Generator()  # else starting it draws a global random number, before the network is built
+    loader.generator = torch.Generator()  # or starting it draws a global random number before the network is built
     if loader.num_workers and "num_prefetch_queue" in options:
         loader.prefetch_factor = options["num_prefetch_queue"]
     get_root_logger().info(

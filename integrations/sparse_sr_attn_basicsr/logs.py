@@ -1,4 +1,4 @@
-"""The log of a run: BasicSR's logger, written to a file that may run out of room."""
+"""The log of a run: BasicSR's logger, and a log file that survives a full disk."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class LogFile(logging.FileHandler):
-    """A log file that reports once, and without a traceback, that it cannot be written."""
+    """A log file that reports once, without a traceback, that it cannot be written."""
 
     def __init__(self, file: str) -> None:
         super().__init__(file, mode="w")
@@ -26,12 +26,12 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self._failed:
             self._failed = True
-            _LOG.warning("note: the log %s is not whole (%s); the run goes on", self.baseFilename, error)
+            _LOG.warning("note: the log %s is incomplete (%s); the run continues", self.baseFilename, error)
 
 
 @contextmanager
 def log_to(file: str) -> Iterator[logging.Logger]:
-    """Have BasicSR's logger write to `file` too, on the first process; the others log errors only."""
+    """Add `file` to BasicSR's logger on the first process; the others log errors only."""
     logger: logging.Logger = get_root_logger()
     if get_dist_info()[0] != 0:
         logger.setLevel(logging.ERROR)
@@ -44,5 +44,5 @@ def log_to(file: str) -> Iterator[logging.Logger]:
         yield logger
     finally:
         logger.removeHandler(handler)
-        with suppress(OSError):  # the rest of a log that could not be written
+        with suppress(OSError):  # a log that cannot be written
             handler.close()

@@ -1,4 +1,4 @@
-"""Losses for option files that BasicSR does not have."""
+"""Losses that BasicSR lacks, for option files."""
 
 from typing import Literal, cast
 

@@ -1,4 +1,4 @@
-"""BasicSR's models for layers with running state, with exact resume and no step on numbers that are not finite."""
+"""BasicSR's models for layers with running state: exact resume, and no step on non-finite values."""
 
 import copy
 import importlib
@@ -41,39 +41,39 @@ _UNHARMED = "Weights, buffers and optimizer are finite and as they were before t
 
 
 class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
-    """`SRModel` whose EMA network is whole, and which stops before a number that is not finite does harm.
+    """`SRModel` with a complete EMA network, which stops before a non-finite value does harm.
 
-    - The EMA network gets all buffers of the trained one (k-means centroids, BatchNorm statistics), copied and not
-      averaged; `SRModel` averages the parameters and forgets the buffers.
-    - Weights that a pretrained checkpoint does not have (new attention layers) start the same in both networks.
-    - An image, a loss or a gradient that is not finite raises `TrainingError` before anything has changed.
+    - The EMA network also gets copies of the buffers (k-means centroids, BatchNorm statistics); `SRModel` averages the
+      parameters only.
+    - Weights that a pretrained checkpoint lacks (new attention layers) start equal in both networks.
+    - A non-finite image, loss or gradient raises `TrainingError` before anything has changed.
     - A line is logged after the first iteration, and then at least every 15 seconds.
-    - Files are written whole or not at all, and a state exists only with its weights. It holds everything that exact
-      resume needs: the random numbers, and the place in the epoch.
-    - Validation leaves the random numbers of training alone.
+    - Files are written completely or not at all, and a state exists only with its weights. It contains all that an
+      exact resume needs: random states and the position in the epoch.
+    - Validation does not change the random states of training.
 
-    Losses and gradients come from the host's own `optimize_parameters`, so losses that a fork adds to its `SRModel`
-    count here too. Only the steps of its optimizers and its EMA wait until everything is known to be finite.
+    Losses and gradients come from BasicSR's `optimize_parameters`, so losses that a fork adds to its `SRModel` work
+    here, too. Only the steps of its optimizers and its EMA are delayed until all values are known to be finite.
 
     Options beyond those of `SRModel`, all off unless given:
 
     - `train.optim_g.type`: the optimizers of `torch.optim`.
-    - `train.fft_opt`: a loss on the Fourier transforms, e.g. `FFTLoss`, beside the host's own losses.
-    - `train.grad_clip`: the longest that the gradient may be (2-norm over all weights).
-    - `train.accumulate`: in how many parts a batch goes through the network, before one step of the optimizer.
-    - `train.one_kmeans_update`: the parts of a batch move the centroids once, as the whole batch would.
+    - `train.fft_opt`: a loss on the Fourier transforms, e.g. `FFTLoss`, in addition to BasicSR's losses.
+    - `train.grad_clip`: upper bound of the gradient norm (2-norm over all weights).
+    - `train.accumulate`: number of parts in which a batch is processed for one step of the optimizer.
+    - `train.one_kmeans_update`: update the centroids once for all parts of a batch.
     - `train.autocast`: `bf16` or `fp16`, the precision in which the network is trained; losses, weights and validation
       stay in float32.
-    - `train.channels_last`: weights and images in channels-last memory, in which convolutions in half precision are
-      faster; unless given, where `train.autocast` is.
-    - `train.deterministic`: let PyTorch use algorithms only that give the same bits every time.
-    - `train.pretrain_img_range`: the `img_range` that `path.pretrain_network_g` was trained with, if it is not that of
-      the network; its biases are scaled, so that an EDSR gives the same image.
+    - `train.channels_last`: weights and images in channels-last memory, which makes convolutions in half precision
+      faster. Default: if `train.autocast` is set.
+    - `train.deterministic`: use only deterministic algorithms of PyTorch.
+    - `train.pretrain_img_range`: the `img_range` of the training of `path.pretrain_network_g`, if it differs from the
+      network's. Biases are scaled so that an EDSR gives the same image.
     - `val.tile`, `val.tile_overlap`: upscale larger images in tiles, see `upscale_tiled`.
 
     Attributes:
-        iteration: iterations finished, counted as BasicSR counts them.
-        saved_iteration: the one last saved or resumed, or `None`.
+        iteration: number of finished iterations, as BasicSR counts them.
+        saved_iteration: the last one that was saved or resumed; `None` for none.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
@@ -95,23 +95,23 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._grad_clip: float | None = train.get("grad_clip")
         self._num_parts: int = train.get("accumulate") or 1
         self._one_kmeans_update: bool = train.get("one_kmeans_update") or False
-        # Of weights to start from: those of a run that goes on, or is tested, have the network's own range.
+        # Only for weights to start from: those of a resumed or tested run have the network's own range.
         self._starts = bool(opt.get("is_train") and not opt["path"].get("resume_state"))
         self._pretrain_img_range: float | None = train.get("pretrain_img_range") if self._starts else None
-        self._multiple: int | None = None  # of what sides of images must be multiples, once it is needed
+        self._multiple: int | None = None  # sides of images must be multiples of it; found when needed
         self._reported: dict[str, list[str]] = {}
         self._ranges_checked: set[str] = set()
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
         channels_last = train.get("channels_last")
         self._channels_last = self._dtype is not None if channels_last is None else channels_last
         if train.get("deterministic"):
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS raises an error without it
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True)
         super().__init__(opt)
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
-        """Bring `net` to its device and, with a launcher, to all processes; on the CPU too, which BasicSR cannot."""
+        """Move `net` to its device and, with a launcher, distribute it; also on the CPU, which BasicSR cannot."""
         if self._channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if not (self.opt["dist"] and self.device.type == "cpu"):
@@ -121,11 +121,11 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def load_network(
         self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = "params"
     ) -> None:
-        """Load weights as BasicSR does, from `.safetensors` too, and remember which entries the file did not have.
+        """Load weights as BasicSR does, also from `.safetensors`, and record which entries the file lacks.
 
         Raises:
-            CheckpointError: the file cannot be read or does not fit, or was trained with another `img_range`; with what
-                to do about it.
+            CheckpointError: the file cannot be read, does not fit, or was trained with another `img_range`; says what
+                to do.
         """
         bare = self.get_bare_model(net)
         loaded = pretrained.load(bare, load_path, strict=strict, key=param_key)
@@ -135,7 +135,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         log.info(f"Loading {type(bare).__name__} model from {load_path}{entry}.")
         if (lines := different.lines()) != self._reported.get(
             load_path
-        ):  # once, although two networks may start from it
+        ):  # once, even if two networks are loaded from it
             self._reported[load_path] = lines
             untrained = len(different.untrained) + len(different.resized)
             for line in lines:
@@ -158,7 +158,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return getattr(torch.optim, optim_type)(params, lr=lr, **kwargs)
 
     def init_training_settings(self) -> None:
-        """Set up training as BasicSR does, then make the two networks start alike where the checkpoint is silent."""
+        """Set up training as BasicSR does; copy weights that the checkpoint lacks from the network to its average."""
         super().init_training_settings()
         fft = self.opt["train"].get("fft_opt")
         host = [cls for cls in type(self).__mro__ if cls.__module__ != __name__]
@@ -203,14 +203,14 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._fed_place = data[PLACE][-1].tolist() if PLACE in data else None
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """Train on the batch that was fed: one step of the optimizer, however many parts the batch goes through in.
+        """Train on the batch of `feed_data`: one step of the optimizer, whatever the number of parts.
 
-        In `fp16` a gradient that is not finite leaves out the step and lowers the factor on the loss, as is usual
-        there; only when that factor has come down to 1 does it count as an error.
+        In `fp16`, a non-finite gradient skips the step and reduces the loss scale, as usual. It is an error only if the
+        scale is 1.
 
         Raises:
-            TrainingError: loss or gradient is not finite. Nothing has changed then: neither weights nor EMA, nor
-                optimizer, nor buffers.
+            TrainingError: the loss or the gradient is not finite. Weights, EMA, optimizer and buffers are
+                unchanged.
         """
         net = self.get_bare_model(self.net_g)
         nets = self._nets()
@@ -248,7 +248,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._heartbeat(current_iter)
 
     def reduce_loss_dict(self, loss_dict: Mapping[str, Tensor]) -> "OrderedDict[str, float]":
-        """Return the losses as numbers, averaged over processes; within a step they are only noted."""
+        """Return the losses as numbers, averaged over processes; within a step, only record them."""
         if self._pass is None:
             return super().reduce_loss_dict(loss_dict)
         self._pass.note({**loss_dict, **self._pass.own})
@@ -256,12 +256,12 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return OrderedDict()
 
     def test(self) -> None:
-        """Upscale the images that were fed, with the EMA network if there is one; in tiles if `val.tile` is given.
+        """Upscale the images of `feed_data` with the EMA network, if there is one; in tiles if `val.tile` is given.
 
-        Where the network needs sides that are multiples of a number, images are padded and the result is cut.
+        If the network needs sides that are multiples of a number, images are padded and the result is cropped.
         """
         val = self.opt.get("val") or {}
-        # Bare: only one process is here, and what distributes the network would wait for the others.
+        # Without its wrapper: only one process validates, and DistributedDataParallel would wait for the others.
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
         was_training = net.training
         net.eval()
@@ -277,9 +277,9 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         net.train(was_training)
 
     def validation(self, dataloader: Any, current_iter: int | str, tb_logger: Any, save_img: bool = False) -> None:
-        """Validate as BasicSR does: on one process, whatever the others do, and leaving random numbers alone.
+        """Validate as BasicSR does, on one process, without changing random states.
 
-        Images are saved where BasicSR saves them, but whole or not at all.
+        Images are saved where BasicSR saves them, completely or not at all.
 
         Raises:
             OSError: an image cannot be written.
@@ -295,27 +295,27 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             self._spoke = time.monotonic()
 
     def get_current_visuals(self) -> "OrderedDict[str, Tensor]":
-        """Return the images last fed and made; in validation, save the one made if images are saved."""
+        """Return the last images and results; in validation, save the result if images are saved."""
         visuals: OrderedDict[str, Tensor] = super().get_current_visuals()
         if self._image_place is not None:
             state.write_image(tensor2img([visuals["result"]]), self._image_file(*self._image_place))
         return visuals
 
     def _image_file(self, dataset: str, current_iter: int | str) -> Path:
-        """Return where BasicSR's own validation saves the image of the sample last fed."""
+        """Return where BasicSR's validation saves the image of the last sample."""
         folder, name = Path(self.opt["path"]["visualization"]), Path(self._names[0]).stem
         if self.opt["is_train"]:
             return folder / name / f"{name}_{current_iter}.png"
         return folder / dataset / f"{name}_{self.opt['val']['suffix'] or self.opt['name']}.png"
 
     def save(self, epoch: int, current_iter: int) -> None:
-        """Save networks and state. A state is there only while the networks beside it are those it was saved with.
+        """Save networks and state. A state exists only together with the networks that it was saved with.
 
-        A file that cannot be written is logged, and training goes on; older files stay as they are. Several processes
-        stop, because the others cannot know of it.
+        A file that cannot be written is logged, and training continues; older files are unchanged. Several processes
+        stop, because the others do not notice.
 
         Args:
-            epoch: the present one.
+            epoch: the current epoch.
             current_iter: iterations finished; -1 for the end of training, which has no state.
 
         Raises:
@@ -328,7 +328,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             message = f"cannot save iteration {self.iteration:,} in {self.opt['path']['models']}: {error}"
             if current_iter == -1 or self.opt.get("dist"):
                 raise CheckpointError(message) from error
-            get_root_logger().error(f"{message}; training goes on, and what was saved before is whole")
+            get_root_logger().error(f"{message}; training continues, and earlier files are complete")
             return
         self.saved_iteration = current_iter
 
@@ -340,10 +340,10 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         current_iter: int,
         param_key: str | list[str] = "params",
     ) -> None:
-        """Save networks under BasicSR's names, whole or not at all.
+        """Save networks under BasicSR's names, completely or not at all.
 
         Raises:
-            OSError: the file cannot be written; one that was there before is as it was.
+            OSError: the file cannot be written; an existing file is unchanged.
         """
         nets = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
@@ -355,7 +355,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         state.write(weights, Path(self.opt["path"]["models"]) / f"{net_label}_{label}.pth")
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """Save BasicSR's state and beside it, under `exact`, what going on exactly needs; whole or not at all.
+        """Save BasicSR's state and, under `exact`, what an exact resume needs; completely or not at all.
 
         Raises:
             OSError: the file cannot be written.
@@ -392,9 +392,9 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def resume_training(self, resume_state: Mapping[str, Any]) -> None:
         """Restore a saved state, so that training continues as if it had not been stopped.
 
-        Options of the optimizer and the schedule that have changed since are applied, and reported.
+        Options of the optimizer and the schedule that have changed since are applied and reported.
 
-        A state without `exact`, such as one of BasicSR's own models, is restored as far as it goes.
+        A state without `exact`, such as one of BasicSR's models, is restored as far as possible.
 
         Raises:
             CheckpointError: the state was saved with another optimizer, or does not fit for another reason.
@@ -406,7 +406,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if saved_with != names:
             raise CheckpointError(
                 f"{where}: train.optim_g.type must be {saved_with}, with which it was saved, got "
-                f"{names}; to change it, begin a run that has the weights as path.pretrain_network_g"
+                f"{names}; to change it, start a new run with these weights as path.pretrain_network_g"
             )
         try:
             changes = changed_options.resume(self, resume_state, self._restore)
@@ -421,8 +421,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 _try_step(optimizer, scheduler)
             for change in changes:
-                get_root_logger().warning(f"note: {change}; from here on what the option file says counts")
-        except Exception as error:  # whatever is wrong in it shows by what is done with it
+                get_root_logger().warning(f"note: {change}; from here on, the value in the option file applies")
+        except Exception as error:  # a malformed state can raise anything
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
         if self._state_file(self.iteration).is_file():
@@ -434,7 +434,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             _try_step(optimizer, scheduler)
 
     def get_current_log(self) -> "OrderedDict[str, float]":
-        """Return the losses and, if there are any, the numbers of k-means updates and of steps that were left out."""
+        """Return the losses and, if there are any, the numbers of skipped k-means updates and steps."""
         self._spoke = time.monotonic()
         log = OrderedDict(self.log_dict)
         skipped = sum(int(m.num_skipped) for m in self.get_bare_model(self.net_g).modules() if isinstance(m, LSP))
@@ -445,11 +445,11 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return log
 
     def _nets(self) -> list[nn.Module]:
-        """Return the networks that are trained: that of the image, and of a GAN the discriminator."""
+        """Return the trained networks: the generator and, of a GAN, the discriminator."""
         return [self.get_bare_model(getattr(self, name)) for name in ("net_g", "net_d") if hasattr(self, name)]
 
     def _compute(self, current_iter: int) -> "_Pass":
-        """Have the host's model compute losses and gradients, part by part; put off what it does with them."""
+        """Let BasicSR's model compute losses and gradients, part by part; delay what it does with them."""
         net, whole = self.net_g, {name: self.__dict__[name] for name in ("lq", "gt") if name in self.__dict__}
         optimizers = {name: value for name, value in self.__dict__.items() if isinstance(value, torch.optim.Optimizer)}
         done = self._pass = _Pass({name: _Waiting(optimizer) for name, optimizer in optimizers.items()})
@@ -458,7 +458,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         try:
             for number, images in enumerate(parts, start=1):
                 self.__dict__.update(zip(whole, images, strict=True))
-                done.begin(share=len(images[0]) / len(whole["lq"]))
+                done.begin(fraction=len(images[0]) / len(whole["lq"]))
                 alone = isinstance(net, DistributedDataParallel) and number < len(parts)
                 with net.no_sync() if alone else nullcontext():
                     super().optimize_parameters(current_iter)
@@ -468,7 +468,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return done
 
     def _forward(self, net: nn.Module, low: Tensor) -> Tensor:
-        """Return the image, of which the gradient will be scaled as the share of this part and `fp16` want it."""
+        """Return the image; its gradient will be scaled by the fraction of this part and by the loss scale."""
         done = self._pass
         with self._autocast():
             output: Tensor = net(low)
@@ -483,14 +483,14 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 losses, extra = own
                 done.own.update(losses)
                 gradient, own = gradient + extra, None
-            return self._scaler.scale(gradient if done.share == 1 else done.share * gradient)
+            return self._scaler.scale(gradient if done.fraction == 1 else done.fraction * gradient)
 
-        if own is not None or done.share != 1 or self._scaler.is_enabled():
+        if own is not None or done.fraction != 1 or self._scaler.is_enabled():
             output.register_hook(scaled)
         return output
 
     def _own_losses(self, criterion: nn.Module, output: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the losses that the host's model does not know, and the gradient of their sum."""
+        """Return the losses that BasicSR's model does not compute, and the gradient of their sum."""
         with torch.enable_grad():
             loss = criterion(output.requires_grad_(), self.gt)
             (gradient,) = torch.autograd.grad(loss, output)
@@ -515,7 +515,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return (name for name, good in zip(names, fine, strict=True) if not good)
 
     def _everywhere(self, good: bool) -> bool:
-        """Return whether `good` holds on every process, so that all stop together and the first can save."""
+        """Return whether `good` is true on every process, so that all stop together and the first can save."""
         training_together = self.is_train and not self._validating and self.opt.get("dist")
         if not (training_together and dist.is_available() and dist.is_initialized()):
             return good
@@ -544,13 +544,13 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                     buffer.copy_(before)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self._scaler.update(self._scaler.get_scale())  # the factor stays, and the next step may begin
+        self._scaler.update(self._scaler.get_scale())  # keeps the scale, and allows the next step
 
     def _heartbeat(self, current_iter: int) -> None:
-        """Log a line after the first iteration, and whenever BasicSR's own lines are slow to come."""
+        """Log a line after the first iteration, and whenever BasicSR has not logged one for a while."""
         now = time.monotonic()
         first = self._first is None
-        printed = current_iter % self.opt["logger"]["print_freq"] == 0  # by BasicSR itself, in a moment
+        printed = current_iter % self.opt["logger"]["print_freq"] == 0  # by BasicSR, right after this
         if first:
             # The first iteration pays for what is set up lazily: time is counted from its end.
             self._first, self._started = current_iter, now
@@ -567,7 +567,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
 
 
 class _Pass:
-    """What the host's model does within one step: losses and gradients at once; steps and EMA put off, noted here.
+    """One step of BasicSR's model: computes losses and gradients, and records optimizer steps and the EMA for later.
 
     Args:
         optimizers: by attribute of the model.
@@ -576,13 +576,13 @@ class _Pass:
     def __init__(self, optimizers: "dict[str, _Waiting]") -> None:
         self.optimizers = optimizers
         self.losses: OrderedDict[str, Tensor] = OrderedDict()
-        self.own: dict[str, Tensor] = {}  # of the present part, not the host's
+        self.own: dict[str, Tensor] = {}  # of the current part, computed here
         self.ema_decay: float | None = None
-        self.share = 1.0  # of the batch that the present part is
+        self.fraction = 1.0  # of the batch that is in the current part
 
-    def begin(self, share: float) -> None:
+    def begin(self, fraction: float) -> None:
         """Begin a part of the batch."""
-        self.share = share
+        self.fraction = fraction
         for optimizer in self.optimizers.values():
             optimizer.begin()
 
@@ -590,11 +590,11 @@ class _Pass:
         """Add the losses of a part to those of the batch."""
         for name, loss in losses.items():
             mean = torch.as_tensor(loss).detach().float().mean()
-            self.losses[name] = self.losses.get(name, 0) + self.share * mean
+            self.losses[name] = self.losses.get(name, 0) + self.fraction * mean
 
 
 class _Waiting:
-    """An optimizer in the hands of the host's model: it clears gradients, and notes that a step is due."""
+    """The optimizer that BasicSR's model sees: it clears gradients, and records that a step is due."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -613,14 +613,14 @@ class _Waiting:
     def step(self, *_: Any, **__: Any) -> None:
         if self._stepped:
             raise TrainingError(
-                "the host's optimize_parameters steps an optimizer more than once an iteration, which cannot be put "
-                "off until all is known to be finite; train with the host's own model_type"
+                "the host's optimize_parameters steps an optimizer more than once per iteration, and such steps "
+                "cannot be delayed until all values are known to be finite; use the host's own model_type"
             )
         self.due = self._stepped = True
 
 
 class _Through:
-    """A network in the hands of the host's model, called by way of `forward`."""
+    """The network that BasicSR's model sees: a call goes through `forward`."""
 
     def __init__(self, net: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
         self._net, self._forward = net, forward
@@ -638,11 +638,11 @@ def _largest_gradient(optimizer: torch.optim.Optimizer) -> float:
 
 
 def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Make a step with copies of both, so that what is wrong in their states shows before anything is trained.
+    """Make a step with copies of both, so that errors in their states show before anything is trained.
 
     Raises:
         ValueError: weights or the learning rate would not be finite.
-        Exception: whatever a step with numbers of wrong size or type leads to.
+        Exception: anything that values of wrong size or type lead to.
     """
     trial = copy.deepcopy(optimizer)
     weights = [weight for group in trial.param_groups for weight in group["params"]]
@@ -661,7 +661,7 @@ def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether all values are finite, with one look from the host."""
+    """Return whether all values are finite, with one synchronisation."""
     flags = [tensor.detach().isfinite().all() for tensor in tensors]
     return not flags or bool(torch.stack(flags).all())
 
@@ -682,7 +682,7 @@ def _clock(seconds: float) -> str:
 
 
 def variant(name: str) -> type[SparseSRModel] | None:
-    """Return `Sparse<name>`: what `SparseSRModel` is to `SRModel`, for another model of the host; None if it lacks it.
+    """Return `Sparse<name>`, the counterpart of `SparseSRModel` for another model of BasicSR; `None` if it is missing.
 
     Args:
         name: of a model that extends `SRModel`, in a module of `basicsr.models` named after it.

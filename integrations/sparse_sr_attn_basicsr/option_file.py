@@ -1,7 +1,7 @@
-"""Option files, read as data, and completed as BasicSR's parts expect them.
+"""Read option files as data, and complete them as BasicSR expects.
 
-BasicSR's own loader runs any Python that a file asks for. This one runs nothing, reads `1e-4` as a number, and names
-the line of everything it refuses.
+BasicSR's loader runs Python code from a file. This one runs nothing, reads `1e-4` as a number, and names the line of
+every error.
 """
 
 import copy
@@ -49,10 +49,10 @@ def load(file: str | Path) -> dict[str, Any]:
     """Return the options in a YAML file.
 
     Args:
-        file: its path. Tags other than YAML's own and `!!python/tuple` are refused: nothing in the file is executed.
+        file: its path. Tags other than YAML's own and `!!python/tuple` are errors: nothing in the file is executed.
 
     Raises:
-        ConfigError: there is no such file, it is no YAML, or no map of names to values; with the line where known.
+        ConfigError: there is no such file, or it is not a YAML mapping of names to values; with the line if known.
     """
     path = Path(file).expanduser()
     try:
@@ -62,12 +62,12 @@ def load(file: str | Path) -> dict[str, Any]:
     options = parse(text, str(file))
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         found = "nothing" if options is None else f"a {type(options).__name__}"
-        raise ConfigError([Problem(str(file), f"must hold a map of option names to values, got {found}")])
+        raise ConfigError([Problem(str(file), f"must hold a mapping from option names to values, got {found}")])
     return options
 
 
 def parse(text: str | bytes, where: str) -> Any:
-    """Return the YAML value in `text`; `where` opens the messages of the `ConfigError` that it may raise."""
+    """Return the YAML value in `text`; `where` begins the message of the `ConfigError` that this may raise."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -79,12 +79,13 @@ def parse(text: str | bytes, where: str) -> Any:
 
 
 def override(options: dict[str, Any], entries: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the options with `a:b:c=value` entries (`--force_yml`) put in, and remarks on names that are new.
+    """Return the options with `a:b:c=value` entries (`--force_yml`) applied, and remarks on new names.
 
-    Values are read as YAML, so `1e-4`, `true`, `~` and `[1, 2]` mean what they mean in an option file; `none` is `~`.
+    Values are YAML, so `1e-4`, `true`, `~` and `[1, 2]` mean the same as in an option file; `none` is `~`.
 
     Raises:
-        ConfigError: names every entry without `=`, whose value is no YAML, or that leads through what is no map.
+        ConfigError: names every entry without `=`, with an invalid value, or with a path through something that is
+            not a mapping.
     """
     result = _copy(options)
     problems: list[Problem] = []
@@ -105,7 +106,9 @@ def override(options: dict[str, Any], entries: Iterable[str]) -> tuple[dict[str,
         for depth, key in enumerate(path[:-1]):
             target = target.get(key)
             if not isinstance(target, dict):
-                problems.append(Problem(where, f"there is no map '{':'.join(path[: depth + 1])}' in the option file"))
+                problems.append(
+                    Problem(where, f"there is no mapping '{':'.join(path[: depth + 1])}' in the option file")
+                )
                 break
         else:
             if path[-1] not in target and target:
@@ -128,11 +131,11 @@ def complete(
     auto_resume: bool = False,
     debug: bool = False,
 ) -> dict[str, Any]:
-    """Return checked options with everything that BasicSR's parts look up besides, as its `parse_options` does.
+    """Return checked options with everything else that BasicSR looks up, as its `parse_options` does.
 
     Args:
-        options: of the whole file, as `preflight.check` returns them.
-        training: whether they are for training; else for testing.
+        options: options of the whole file, from `preflight.check`.
+        training: whether they are for training or for testing.
         rank: of this process.
         world_size: the number of processes.
         distributed: whether a launcher started them.
@@ -170,7 +173,7 @@ def _expand_user(options: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def _copy(value: Any) -> Any:
-    """Copy maps and lists, so that YAML's aliases of one map become maps of their own."""
+    """Copy mappings and lists, so that YAML aliases become independent mappings."""
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -18,13 +18,13 @@ _LOOKUPS = ("get", "pop", "setdefault")
 
 @dataclass
 class Reads:
-    """What becomes of options, by section; `""` is the top.
+    """How code uses options, by section; `""` is the top level.
 
     Attributes:
-        names: those that are looked up.
-        needed: those without which an error follows.
-        built: attributes that are made of options, by the option: `cri_pix` by `pixel_opt`.
-        used: attributes that are looked at.
+        names: options that are looked up.
+        needed: options whose absence is an error.
+        built: attributes that are built from options, by the option: `cri_pix` by `pixel_opt`.
+        used: attributes that are read.
     """
 
     names: dict[str, set[str]] = field(default_factory=dict)
@@ -39,14 +39,14 @@ def mentions(things: Iterable[object], name: str) -> bool:
 
 
 def of(*things: object) -> Reads:
-    """Return what the sources of classes, functions and modules read. Those without source read nothing."""
+    """Return what the sources of classes, functions and modules read; nothing for those without source."""
     joined = Reads()
     for thing in things:
         reads = _of(thing)
         for into, names in ((joined.names, reads.names), (joined.needed, reads.needed)):
             for section, found in names.items():
                 into.setdefault(section, set()).update(found)
-        joined.built = reads.built | joined.built  # the nearest class has the word
+        joined.built = reads.built | joined.built  # the nearest class takes precedence
         joined.used |= reads.used
     return joined
 
@@ -79,7 +79,7 @@ def _of(thing: object) -> Reads:
 
 
 def _note_assignments(reads: Reads, nodes: Iterable[ast.AST]) -> dict[str, str]:
-    """Note which attributes are made of options and used; return the names that variables give to sections."""
+    """Record which attributes are built from options and used; return the names of variables for sections."""
     sections = dict(_SECTIONS)
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -94,7 +94,7 @@ def _note_assignments(reads: Reads, nodes: Iterable[ast.AST]) -> dict[str, str]:
 
 
 def _walk(node: ast.AST, certain: bool = True) -> Iterator[tuple[ast.AST, bool]]:
-    """Yield nodes, and whether they are reached whenever their function is called."""
+    """Yield nodes, and whether they always run when their function is called."""
     yield node, certain
     for name, value in ast.iter_fields(node):
         unsure = isinstance(node, ast.If | ast.IfExp | ast.Try | ast.While | ast.For) and name in ("body", "orelse")
@@ -104,7 +104,7 @@ def _walk(node: ast.AST, certain: bool = True) -> Iterator[tuple[ast.AST, bool]]
 
 
 def _unset(node: ast.If, reads: Reads) -> set[str]:
-    """Return the losses without which an attribute that is used has no value: `if opt.get('x_opt'): self.x = ...`."""
+    """Return the losses without which a used attribute is undefined: `if opt.get('x_opt'): self.x = ...`."""
     asked = {name for name in _names_in(node.test) if name.endswith("_opt")}
     otherwise = {inner.attr for each in node.orelse for inner in ast.walk(each) if isinstance(inner, ast.Attribute)}
     attributes = {name: reads.built.get(name) for name in asked}
@@ -112,7 +112,7 @@ def _unset(node: ast.If, reads: Reads) -> set[str]:
 
 
 def _lookup(node: ast.AST) -> tuple[ast.expr, str] | None:
-    """Return in what an option is looked up, and its name: `x['name']`, `x.get('name')`, `'name' in x`."""
+    """Return the mapping and the name of an option look-up: `x['name']`, `x.get('name')`, `'name' in x`."""
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         where, key = node.value, node.slice
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:

@@ -75,7 +75,7 @@ class Loaded:
 
 
 def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loaded:
-    """Load weights as BasicSR does, from `.safetensors` too.
+    """Load weights as BasicSR does, also from `.safetensors`.
 
     Args:
         network: takes the weights.
@@ -85,7 +85,7 @@ def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loa
             `params`.
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit; with what to do about it. The network is unchanged.
+        CheckpointError: the file cannot be read or does not fit; says what to do. The network is unchanged.
     """
     try:
         weights, found = _read_weights(path, key)
@@ -112,7 +112,7 @@ def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loa
 
 
 def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | None, str]:
-    """Return the entry of a file that is tested, and a remark on it: the average, unless another is asked for.
+    """Return the entry of a file to test, by default the averaged weights, and a remark on it.
 
     Args:
         path: the file.
@@ -120,7 +120,7 @@ def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | N
         given: whether the option file says `param_key_g`.
 
     Raises:
-        Exception: whatever a malformed file leads to.
+        Exception: anything that a malformed file leads to.
     """
     if Path(path).suffix == ".safetensors":
         return None, f"testing the weights in {path}"
@@ -143,7 +143,7 @@ def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | N
 def why_unreadable(path: str, error: Exception) -> str:
     """Return that a file cannot be read as weights, and why."""
     reason = str(error).strip().partition("\n")[0]
-    return f"{path}: must be a map of weights that can be read as data; got {type(error).__name__}: {reason}"
+    return f"{path}: must hold weights that can be read as data; got {type(error).__name__}: {reason}"
 
 
 def differences(network: nn.Module, weights: Mapping[str, Any]) -> Differences:
@@ -164,13 +164,13 @@ def differences(network: nn.Module, weights: Mapping[str, Any]) -> Differences:
 
 
 def check_img_range(network: nn.Module, loaded: Loaded, path: str) -> str | None:
-    """Compare the `img_range` of a network with the one its weights were trained with.
+    """Compare the `img_range` of a network with that of the training of its weights.
 
     Returns:
-        A remark if that range is not known, else `None`.
+        A remark if that range is unknown; `None` otherwise.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: they differ.
     """
     ours = getattr(network, "img_range", None)
     if not isinstance(ours, (int, float)):
@@ -190,20 +190,20 @@ def check_img_range(network: nn.Module, loaded: Loaded, path: str) -> str | None
     if verdict == "fits":
         return None
     return (
-        f"{path} does not tell the img_range it was trained with, and network_g.img_range is {ours:g}; "
-        "if it was another one, images start wrong: write train: pretrain_img_range"
+        f"{path} does not record the img_range of its training, and network_g.img_range is {ours:g}; "
+        "if they differ, images are wrong at first: set train: pretrain_img_range"
     )
 
 
 def change_img_range(network: nn.Module, was: float, missing: Iterable[str]) -> None:
-    """Scale the biases of an EDSR that was trained at another `img_range`, so that it gives the same image.
+    """Scale the biases of an EDSR that was trained with another `img_range`, so that it gives the same image.
 
     Convolutions, ReLU and residual sums scale with their input if the biases scale along.
 
     Args:
-        network: an EDSR, as the preflight made sure.
-        was: the range that it was trained at.
-        missing: its entries that were not trained then.
+        network: an EDSR.
+        was: the range of its training.
+        missing: its entries that were not trained.
     """
     fresh = set(missing)
     factor = float(network.img_range) / was  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def change_img_range(network: nn.Module, was: float, missing: Iterable[str]) -> 
 
 
 def range_seen(network: nn.Module) -> tuple[str, float]:
-    """Return how the `img_range` of a network goes with its weights, as far as an image shows.
+    """Return whether the `img_range` of a network fits its weights, as far as an image shows.
 
     A trained network returns a larger version of its input. So the input is compared with the output, made as small
     as the input, at the network's range and at the usual ones. Weights of range 255 at range 1 are far off, because
@@ -246,7 +246,7 @@ def range_seen(network: nn.Module) -> tuple[str, float]:
 
 
 def _read_weights(path: str, key: str | None) -> tuple[dict[Any, Any], str | None]:
-    """Return the weights in a file, and the entry of the file that they are; or raise what malformed ones lead to."""
+    """Return the weights in a file and their entry, or raise anything that a malformed file leads to."""
     if Path(path).suffix == ".safetensors":
         try:
             from safetensors.torch import load_file  # noqa: PLC0415  (only here is it needed)
@@ -270,6 +270,6 @@ def _try_strictly(network: nn.Module, weights: Mapping[str, Any], different: Dif
         if different.fresh and not (different.untrained or different.resized or different.unused):
             text += (
                 "\nIf these are attention layers that the checkpoint was trained without, write strict_load_g: false "
-                "under path: they then start fresh."
+                "under path: they then start untrained."
             )
         raise CheckpointError(text) from error

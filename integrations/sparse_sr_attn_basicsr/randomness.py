@@ -1,4 +1,4 @@
-"""The global random numbers of Python, NumPy and PyTorch: kept, put back, set for a moment."""
+"""Save, restore and temporarily seed the global random states of Python, NumPy and PyTorch."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put every global generator back to where `random_state` found it; GPUs that are not there are left out."""
+    """Restore every global generator to a state from `random_state`; missing GPUs are skipped."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
@@ -36,7 +36,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Whatever is drawn inside, go on outside as if nothing had been drawn."""
+    """Restore all global random states on exit."""
     before = random_state()
     try:
         yield
@@ -46,10 +46,10 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def seeded(entropy: Sequence[int]) -> Iterator[None]:
-    """Inside, the random numbers of the CPU follow from `entropy` alone; outside they go on undisturbed.
+    """Seed the random numbers of the CPU from `entropy`, and restore all random states on exit.
 
     Args:
-        entropy: integers >= 0; other integers give other random numbers.
+        entropy: integers >= 0; different integers give different random numbers.
     """
     seeds = np.random.SeedSequence(entropy).generate_state(3)
     with undisturbed():

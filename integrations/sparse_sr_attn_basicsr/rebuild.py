@@ -1,4 +1,4 @@
-"""Networks rebuilt from the options that their weights carry."""
+"""Rebuild networks from the options stored with their weights."""
 
 import importlib
 import re
@@ -9,24 +9,24 @@ from torch import nn
 
 from sparse_sr_attn.config import read
 from sparse_sr_attn.errors import ConfigError, Problem
-from sparse_sr_attn_basicsr.attended import Attended, with_attention
 from sparse_sr_attn_basicsr.registration import register
+from sparse_sr_attn_basicsr.with_attention import WithAttention, add_attention
 
 _FILES = re.compile("path|file|dir|url|load|pretrain", re.IGNORECASE)
 
 
 def rebuild(options: Mapping[str, Any]) -> nn.Module:
-    """Return the network of BasicSR whose weights carry these options of `Attended`.
+    """Return the network of BasicSR with these options of `WithAttention`, which its weights record.
 
     Raises:
-        ConfigError: the options are wrong, or would have the network read a file.
+        ConfigError: the options are invalid, or would make the network read a file.
     """
-    known = read(Attended, options)
+    known = read(WithAttention, options)
     network = dict(known["network"])
     name = network.pop("type", None)
     for option, value in network.items():
         if isinstance(value, str) and _FILES.search(option):
-            message = f"names a file, {value!r}, which is not read because weights ask for it"
+            message = f"names a file, {value!r}, which is never read on behalf of weights"
             raise ConfigError([Problem(f"network.{option}", message)])
     register()
     importlib.import_module("basicsr.archs")
@@ -34,4 +34,4 @@ def rebuild(options: Mapping[str, Any]) -> nn.Module:
     if name not in registry and f"{name}_basicsr" not in registry:
         raise ConfigError([Problem("network.type", f"BasicSR has no network named {name!r}")])
     built = registry.get(name)(**network)
-    return with_attention(built, known["network"], known["attention"], known.get("body"))
+    return add_attention(built, known["network"], known["attention"], known.get("body"))

@@ -1,7 +1,6 @@
-"""Enter our networks and our model into the registries of whatever package calls itself `basicsr` here.
+"""Register our networks and models with the installed package `basicsr`, BasicSR or a fork.
 
-Nothing of it is imported but `basicsr.utils.registry` and, for the model, `basicsr.models.sr_model`: forks keep these
-two and drop other parts.
+Only `basicsr.utils.registry` and, for the model, `basicsr.models.sr_model` are imported, which forks keep.
 """
 
 import functools
@@ -20,40 +19,39 @@ from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import DuplicateNameError
 from sparse_sr_attn_basicsr import shims
-from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.losses import FFTLoss
+from sparse_sr_attn_basicsr.with_attention import Attended, WithAttention
 
 
 class SparseEDSR(EDSR):
-    """`sparse_sr_attn.EDSR` under a name that is free: BasicSR has an `EDSR` of its own."""
+    """`sparse_sr_attn.EDSR` under another name, because BasicSR has an `EDSR` of its own."""
 
 
 class SparseRCAN(RCAN):
-    """`sparse_sr_attn.RCAN` under a name that is free: BasicSR has an `RCAN` of its own."""
+    """`sparse_sr_attn.RCAN` under another name, because BasicSR has an `RCAN` of its own."""
 
 
 _LOG = logging.getLogger(__name__)
 
 Build = Callable[..., nn.Module]
 
-NETWORKS: tuple[Build, ...] = (ELAN, LCoAN, SparseEDSR, SparseRCAN, Attended)
+NETWORKS: tuple[Build, ...] = (ELAN, LCoAN, SparseEDSR, SparseRCAN, WithAttention, Attended)
 
 MODELS = ("SRModel", "SRGANModel", "ESRGANModel", "RealESRNetModel", "RealESRGANModel")
-"""Models of BasicSR that have a counterpart of ours, by that name with `Sparse` before it."""
+"""Models of BasicSR with a counterpart `Sparse<name>`."""
 
 
 def register() -> None:
     """Register `NETWORKS`, counterparts of `MODELS`, `CachedPairedImageDataset` and `FFTLoss`.
 
-    Calling it again does no harm.
+    Calling it again has no effect.
 
-    May stand in a file that BasicSR's own scan imports (`basicsr/archs/*_arch.py`, `basicsr/models/*_model.py`): while
-    the networks are still being scanned the model classes cannot exist yet, and functions that make them take their
-    place. If the host has a network of its own by one of our names, that one stays, and ours gets the name with
-    `_sparse_sr_attn` behind it; a line in the log says so.
+    Can be called in a file that BasicSR's scan imports (`basicsr/archs/*_arch.py`, `basicsr/models/*_model.py`). While
+    networks are being scanned, model classes cannot exist yet, and functions that create them are registered instead.
+    If BasicSR has a network by one of our names, ours is registered as `<name>_sparse_sr_attn`, and the log says so.
 
     Raises:
-        DuplicateNameError: somebody else's model has the name of one of ours.
+        DuplicateNameError: another model has the name of one of ours.
     """
     shims.apply()
     registry = importlib.import_module("basicsr.utils.registry")
@@ -77,7 +75,7 @@ def register() -> None:
 
 
 def names() -> dict[str, Build]:
-    """Return our networks by the names that they have, or will have, in this BasicSR's registry."""
+    """Return our networks by their names in the registry of this BasicSR."""
     registry = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY
     return {
         network.__name__
@@ -97,7 +95,7 @@ def _renamed(network: Build, name: str) -> Build:
 
 @functools.cache
 def _model(name: str) -> Any:
-    """Return our counterpart of the host's model of that name; None if the host has none."""
+    """Return our counterpart of a model of BasicSR; `None` if this BasicSR lacks the model."""
     model = importlib.import_module("sparse_sr_attn_basicsr.model")
     return model.SparseSRModel if name == "SRModel" else model.variant(name)
 

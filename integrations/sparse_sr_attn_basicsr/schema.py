@@ -33,7 +33,7 @@ ONLY_OURS = {
 
 @dataclass(frozen=True, kw_only=True)
 class General:
-    """The top of every option file."""
+    """The top level of every option file."""
 
     name: str
     model_type: str
@@ -50,7 +50,7 @@ class General:
 
 @dataclass(frozen=True, kw_only=True)
 class Training(General):
-    """The top of a file to train by."""
+    """The top level of an option file for training."""
 
     train: Mapping[str, Any]
     logger: Mapping[str, Any]
@@ -59,7 +59,7 @@ class Training(General):
 
 @dataclass(frozen=True, kw_only=True)
 class Testing(General):
-    """The top of a file to test by."""
+    """The top level of an option file for testing."""
 
     val: Mapping[str, Any]
     train: Mapping[str, Any] | None = None

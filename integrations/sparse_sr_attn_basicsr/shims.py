@@ -1,7 +1,7 @@
-"""Small repairs that let the published BasicSR import beside today's libraries.
+"""Small repairs with which the published BasicSR can be imported with current libraries.
 
-Each is made only where the thing is really missing, and none touches a file. `apply` makes them all; it must run
-before the first `import basicsr`.
+Each is applied only if needed, and none changes a file. `apply` applies all; call it before the first
+`import basicsr`.
 """
 
 import importlib
@@ -19,7 +19,7 @@ _TORCHVISION_OPERATORS: list[torch.library.Library] = []
 
 
 def apply() -> None:
-    """Make every repair that is needed here. Calling it again changes nothing."""
+    """Apply every repair that is needed. Calling it again has no effect."""
     torchvision_operators()
     functional_tensor()
     ndimage_filters()
@@ -28,9 +28,9 @@ def apply() -> None:
 def torchvision_operators() -> None:
     """Let a torchvision built for CUDA import beside a torch built without.
 
-    Such a torchvision cannot load its compiled operators, and then refuses to import because two of them lack
-    a declaration. With the declarations everything works except what calls the compiled code: `ops.nms`,
-    `ops.deform_conv2d` and `io.decode_png`. One line is logged, so that nobody meets these unprepared.
+    Such a torchvision cannot load its compiled operators, and its import fails because two of them are not declared.
+    With the declarations, everything works except what calls the compiled code: `ops.nms`, `ops.deform_conv2d` and
+    `io.decode_png`. A line in the log says so.
     """
     try:
         importlib.import_module("torchvision")
@@ -55,14 +55,14 @@ def torchvision_operators() -> None:
 
 
 def functional_tensor() -> None:
-    """Give `torchvision.transforms.functional_tensor`, gone since torchvision 0.17, its public successor."""
+    """Alias `torchvision.transforms.functional_tensor`, removed in torchvision 0.17, to its public successor."""
     name = "torchvision.transforms.functional_tensor"
     if _missing(name) and not _missing("torchvision"):
         _alias(name, importlib.import_module("torchvision.transforms.functional"))
 
 
 def ndimage_filters() -> None:
-    """Give `scipy.ndimage.filters`, deprecated in SciPy 1.8 and to vanish, its public successor."""
+    """Alias `scipy.ndimage.filters`, deprecated in SciPy 1.8, to its public successor."""
     name = "scipy.ndimage.filters"
     if not _missing("scipy.ndimage") and (_missing(name) or _deprecated(name, "convolve")):
         _alias(name, importlib.import_module("scipy.ndimage"))
@@ -72,7 +72,7 @@ def _missing(name: str) -> bool:
     if sys.modules.get(name) is not None:
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a module will vanish one day is no news to BasicSR's users
+        warnings.simplefilter("ignore")  # BasicSR's users need no deprecation warnings
         try:
             importlib.import_module(name)
         except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Training states: written whole, read as data, checked before a run resumes from one."""
+"""Training states: written completely or not at all, read as data, and checked before a run resumes."""
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ class _State:
 
 
 def write(value: Any, file: Path) -> None:
-    """Save `value` with `torch.save`; until that is done, `file` stays what it was.
+    """Save `value` with `torch.save`; until this is complete, `file` is unchanged.
 
     Raises:
         OSError: it cannot be written; `file` is unchanged.
@@ -55,7 +55,7 @@ def write(value: Any, file: Path) -> None:
 
 
 def write_image(image: Any, file: Path) -> None:
-    """Save an image as BasicSR's `imwrite` does, but whole or not at all.
+    """Save an image as BasicSR's `imwrite` does, but completely or not at all.
 
     Args:
         image: (h, w, 3) in BGR or (h, w), as in OpenCV.
@@ -83,10 +83,10 @@ def list_states(folder: Path) -> list[Path]:
 
 
 def find_state(opt: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
-    """Return the state to resume from, on the CPU: the newest whole one with `--auto_resume`, else the one named.
+    """Return the state to resume from, on the CPU: the newest complete one with `--auto_resume`, else the named one.
 
     Args:
-        opt: complete options. Their `path` is pointed to the weights that belong to the state.
+        opt: complete options. `path` in them is set to the weights that belong to the state.
         notes: gets a line for each damaged state that was skipped.
 
     Returns:
@@ -123,14 +123,14 @@ def inexactness(state: Mapping[str, Any], opt: Mapping[str, Any]) -> Iterator[st
     """Yield why training cannot resume exactly from `state`."""
     exact = state.get("exact")
     if not exact:
-        yield "no random numbers and no place in the epoch are in this state, as BasicSR's own models save it"
+        yield "this state, of one of BasicSR's own models, has no random states and no position in the epoch"
         return
     if exact["manual_seed"] != opt["manual_seed"]:
         yield f"manual_seed is {opt['manual_seed']}, and was {exact['manual_seed']}"
     if len(exact["random"]) != opt["world_size"]:
         yield f"the number of processes is {opt['world_size']}, and was {len(exact['random'])}"
     if exact["place"] is None and state["iter"]:
-        yield "no place in the epoch is in this state, as it was not saved under `sparse-sr train`"
+        yield "this state, which was not saved by `sparse-sr train`, has no position in the epoch"
 
 
 def _check(state: Mapping[Any, Any], file: Path) -> None:

@@ -76,20 +76,20 @@ class Run:
                     tb_logger.close()
 
     def _find_state(self) -> dict[str, Any] | None:
-        """Return the state to resume, or `None` to begin; note what keeps a resumed run from being exact."""
+        """Return the state to resume, or `None`; log why a resumed run would not be exact."""
         notes: list[str] = []
         resumed = state.find_state(self.opt, notes)
         if resumed is not None:
             if self.opt["manual_seed"] is None:
                 self.opt["manual_seed"] = (resumed.get("exact") or {}).get("manual_seed")
-            inexact = "training goes on, but not exactly as it would have without the stop"
+            inexact = "training resumes, but not exactly as if it had not been stopped"
             notes += [f"{inexact}: {reason}" for reason in state.inexactness(resumed, self.opt)]
         for note in notes:
             _LOG.warning("note: %s", note)
         return resumed
 
     def _begin_folders(self) -> None:
-        """Make the folders of the experiment; those of an earlier run by this name are archived."""
+        """Create the folders of the experiment; archive those of an earlier run with this name."""
         make_exp_dirs(self.opt)
         if _logs_to_tensorboard(self.opt) and self.opt["rank"] == 0:
             mkdir_and_rename(f"{self.opt['root_path']}/tb_logger/{self.opt['name']}")
@@ -136,7 +136,7 @@ class Run:
             iter_timer.record()
             self.epoch = int(batch[PLACE][-1][0])
             if iteration == 1:
-                messages.reset_start_time()  # the first iteration pays for what is set up lazily
+                messages.reset_start_time()  # the first iteration includes lazy initialisation
             if iteration % opt["logger"]["print_freq"] == 0:
                 times = {"time": iter_timer.get_avg_time(), "data_time": data_timer.get_avg_time()}
                 rates = {"lrs": model.get_current_learning_rate()}
@@ -150,10 +150,10 @@ class Run:
             self.model.validation(loader, iteration, tb_logger, self.opt["val"]["save_img"])
 
     def save(self, *, together: bool) -> str:
-        """Save the state as it is, and return a sentence on where.
+        """Save the current state, and return a sentence that says where.
 
         Args:
-            together: whether all processes do so; one alone would wait for the others.
+            together: whether all processes save; one alone would wait for the others.
         """
         model, folder = self.model, Path(self.opt["path"]["training_states"])
         if model is None:
@@ -168,19 +168,19 @@ class Run:
             return f"It could not be saved; the states before it are in {folder}."
         return (
             f"The state after iteration {model.iteration:,} is saved: {folder / f'{model.iteration}.state'}\n"
-            "Fix the cause and go on from there with --auto_resume."
+            "Fix the cause, then resume with --auto_resume."
         )
 
     def newest_state(self) -> str:
-        """Return a sentence on the newest state saved."""
+        """Return a sentence on the newest saved state."""
         states = state.list_states(Path(self.opt["path"]["training_states"]))
         if not states:
             return "No state was saved yet."
-        return f"The newest state is {states[-1]}; go on from there with --auto_resume."
+        return f"The newest state is {states[-1]}; resume from it with --auto_resume."
 
 
 def _restore(model: Any, resumed: Mapping[str, Any]) -> None:
-    """Have a model restore a state, with the options of the file. Models of ours do both themselves.
+    """Restore a state in a model, with the options of the file. Our models do both themselves.
 
     Raises:
         CheckpointError: the state does not fit.
@@ -190,13 +190,13 @@ def _restore(model: Any, resumed: Mapping[str, Any]) -> None:
         return
     try:
         changes = changed_options.resume(model, resumed, model.resume_training)
-    except Exception as error:  # whatever is wrong in a state shows by what is done with it
+    except Exception as error:  # a malformed state can raise anything
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"the state of iteration {resumed['iter']}: does not fit this network and these options: {reason}"
         ) from error
     for change in changes:
-        _LOG.warning("note: %s; from here on what the option file says counts", change)
+        _LOG.warning("note: %s; from here on, the value in the option file applies", change)
 
 
 def _logs_to_tensorboard(opt: Mapping[str, Any]) -> bool:
@@ -204,7 +204,7 @@ def _logs_to_tensorboard(opt: Mapping[str, Any]) -> bool:
 
 
 def _tb_logger(opt: Mapping[str, Any]) -> Any:
-    """Return the writer for TensorBoard, if one is asked for; wandb, which follows it, starts first."""
+    """Return the TensorBoard writer, if it is enabled; start wandb, which mirrors it, before."""
     if (opt["logger"].get("wandb") or {}).get("project") is not None and "debug" not in opt["name"]:
         init_wandb_logger(opt)
     if not _logs_to_tensorboard(opt):

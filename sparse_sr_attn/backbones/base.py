@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.blocks.attention_config import AttentionConfig
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.blocks.upsample import Upsample, Upscale
+from sparse_sr_attn.config import renamed
 from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
 from sparse_sr_attn.layers.base import warn_of_range
 
@@ -33,6 +34,7 @@ def store_init_args(init: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(init)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        kwargs = renamed(kwargs, signature.parameters)  # type: ignore[assignment]
         init(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()

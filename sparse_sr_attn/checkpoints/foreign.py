@@ -14,8 +14,8 @@ from sparse_sr_attn.backbones.attach import evaluating, is_attended
 from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, encode_options
 from sparse_sr_attn.errors import CheckpointError
 
-ATTENDED = "Attended"
-"""The `type` in the options of a third-party network with attention."""
+WITH_ATTENTION = "WithAttention"
+"""The `type` in the options of a third-party network with attention; `Attended` in older files."""
 
 _MULTIPLES = (*range(1, 65), 96, 128)
 _SHORTEST = 9  # side of an image that any network should take

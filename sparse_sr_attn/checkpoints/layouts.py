@@ -15,7 +15,7 @@ from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import CheckpointError
-from sparse_sr_attn.functional.shift import taps
+from sparse_sr_attn.functional.shift import shift_kernels
 from sparse_sr_attn.layers.gmsa import group_widths
 
 State = Mapping[str, Tensor]
@@ -143,7 +143,7 @@ def _elan_channels(state: State, shapes: Options) -> Options:
 
 
 def _released_elan(state: State, options: Options) -> State:
-    """Split each projection of a provider into query and value, and reduce masked convolutions to their five taps."""
+    """Split each projection of a provider into query and value, and drop the masked pixels of shift convolutions."""
     num_groups = len(options.get("window_sizes", (4, 8, 16)))
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -158,7 +158,7 @@ def _released_elan(state: State, options: Options) -> State:
             for name, part in zip(("query", "value"), parts, strict=True):
                 converted[f"{found[1]}_{name}{found[2]}"] = part
         elif (found := re.fullmatch(r"(.+\.shift_conv)\.w", key)) and value.ndim == 4 and value.shape[2:] == (3, 3):
-            converted[f"{found[1]}.conv1x1.weight"] = (value * taps(value)).sum(dim=(2, 3), keepdim=True)
+            converted[f"{found[1]}.conv1x1.weight"] = (value * shift_kernels(value)).sum(dim=(2, 3), keepdim=True)
         else:
             converted[key] = value
     return converted
@@ -229,7 +229,9 @@ def _one_hot_kernels(model: Network) -> dict[str, Tensor]:
     for key, weight in model.state_dict().items():
         if found := re.fullmatch(r"body\.(\d+)\.lfe\.(\d+)\.conv([12])\.weight", key):
             block, pair, turn = map(int, found.groups())
-            kept[f"body.{block}.modules_lfe.lfe_{pair}.conv{turn - 1}.shift_conv.weight"] = taps(weight)[:, None]
+            kept[f"body.{block}.modules_lfe.lfe_{pair}.conv{turn - 1}.shift_conv.weight"] = shift_kernels(weight)[
+                :, None
+            ]
     return kept
 
 
@@ -302,7 +304,7 @@ LAYOUTS = (
             **_mean_shift(state, 1.0),
             "chunk_size": 384,
             "res_scale": 0.1,
-            "exact_keys": False,
+            "count_keys_once": False,
         },
         may_be_missing=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
         extra_keys=_dead_weights,

@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.lcoan import LCoAN
-from sparse_sr_attn.checkpoints.foreign import ATTENDED, ForeignNetwork
+from sparse_sr_attn.checkpoints.foreign import WITH_ATTENTION, ForeignNetwork
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, Options, State
 from sparse_sr_attn.checkpoints.read import carried_options, find_weights, is_plain, listed, read_file
-from sparse_sr_attn.config import read
+from sparse_sr_attn.config import fields, old_names_allowed, read, renamed
 from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem
 from sparse_sr_attn.registry import suggestion
 
@@ -84,7 +84,7 @@ def load_and_tell(
 
 def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tail_reinit: bool) -> Network:
     carried = carried_options(state.pop(OPTIONS, beside.get(OPTIONS)))
-    if carried.get("type") == ATTENDED:
+    if carried.get("type") in (WITH_ATTENTION, "Attended"):
         return _load_foreign(state, beside, carried, overrides)
     family = carried.pop("type", None)
     layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
@@ -145,13 +145,13 @@ def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, ove
     if unknown:
         known = [name for name in carried if name != "type"]
         raise ConfigError(Problem(name, f"unknown{suggestion(name, known)}") for name in unknown)
-    options = {**carried, **overrides}
+    options = {**carried, **overrides, "type": WITH_ATTENTION}
     rest = {name: value for name, value in options.items() if name != "type"}
     size = sum(value.numel() for value in state.values())
     _refuse_giants(carried, limit=size)
     try:
         integration = importlib.import_module("sparse_sr_attn_basicsr.rebuild")
-        with _Budget(size):
+        with _Budget(size), old_names_allowed():
             network = integration.rebuild(rest)
     except CheckpointError:
         raise
@@ -258,9 +258,11 @@ def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:
 
 def _built(layout: Layout, found: Options, overrides: Options) -> Network:
     """Build the network; blame problems on the overrides or on the weights."""
-    found = {name: value for name, value in found.items() if name not in overrides}
     try:
-        return layout.build(**read(layout.build, found), **overrides)
+        with old_names_allowed():  # in files that were written before
+            found = renamed(found, fields(layout.build))
+            rest = {name: value for name, value in found.items() if name not in overrides}
+            return layout.build(**read(layout.build, rest), **overrides)
     except ConfigError as error:
         if all(problem.path.split(".")[0] in overrides for problem in error.problems):
             raise

@@ -1,1 +1,1 @@
-"""The commands of `sparse-sr` that need no BasicSR: one module each, with `add_arguments` and `run`."""
+"""The commands of `sparse-sr`: one module each, with `DESCRIPTION`, `EPILOG`, `add_arguments` and `run`."""

@@ -86,7 +86,7 @@ def _networks() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "source": inspect.cleandoc(build.__doc__ or "").partition("Source:\n")[2].strip() or _about(build),
+            "source": _source(build) or _about(build),
             "about": _about(build),
             "parameters": _num_parameters(build),
             "options": _options(build),
@@ -123,6 +123,12 @@ def _weights() -> list[dict[str, Any]]:
 
 def _about(build: Callable[..., object]) -> str:
     return inspect.cleandoc(build.__doc__ or "").partition("\n")[0]
+
+
+def _source(build: Callable[..., object]) -> str:
+    """Return the section `Source` of a docstring."""
+    section = inspect.cleandoc(build.__doc__ or "").partition("Source:\n")[2].partition("\n\n")[0]
+    return " ".join(section.split())
 
 
 def _options(build: Callable[..., object]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional.channels_last import is_channels_last, pointwise_conv2d
 
 Form = Literal["slices", "masked"]
-"""How a shift convolution is computed: by shifted slices, or as a 3x3 convolution with five taps."""
+"""How a shift convolution is computed: by shifted slices, or as a 3x3 convolution with five nonzero pixels."""
 
-_SHARES = 5
-_TAPS = ((1, 2), (1, 0), (2, 1), (0, 1))  # row and column, in a 3x3 kernel, of the neighbour that each share reads
+_NUM_GROUPS = 5
+_NEIGHBORS = ((1, 2), (1, 0), (2, 1), (0, 1))  # row and column, in a 3x3 kernel, that each group of channels reads
 
 
 def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -41,21 +41,21 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
                 [0., 1., 2.]])
     """
     if _is_faster_depthwise(x):
-        return F.conv2d(x, taps(x)[:, None], padding=1, groups=x.shape[1])
-    share = x.shape[1] // _SHARES
+        return F.conv2d(x, shift_kernels(x)[:, None], padding=1, groups=x.shape[1])
+    group = x.shape[1] // _NUM_GROUPS
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         moved = [
-            F.pad(x[:, index * share : (index + 1) * share], (1 - column, column - 1, 1 - row, row - 1))
-            for index, (row, column) in enumerate(_TAPS)
+            F.pad(x[:, index * group : (index + 1) * group], (1 - column, column - 1, 1 - row, row - 1))
+            for index, (row, column) in enumerate(_NEIGHBORS)
         ]
-        return torch.cat([*moved, x[:, len(_TAPS) * share :]], dim=1)
+        return torch.cat([*moved, x[:, len(_NEIGHBORS) * group :]], dim=1)
     # Where nothing learns: written in place, so that all is copied once.
     result = torch.zeros_like(x)
-    for index, (row, column) in enumerate(_TAPS):
-        channels = slice(index * share, (index + 1) * share)
+    for index, (row, column) in enumerate(_NEIGHBORS):
+        channels = slice(index * group, (index + 1) * group)
         (here_y, there_y), (here_x, there_x) = _moved(row - 1), _moved(column - 1)
         result[:, channels, there_y, there_x] = x[:, channels, here_y, here_x]
-    result[:, len(_TAPS) * share :] = x[:, len(_TAPS) * share :]
+    result[:, len(_NEIGHBORS) * group :] = x[:, len(_NEIGHBORS) * group :]
     return result
 
 
@@ -107,27 +107,27 @@ def shift_conv2d(
 
 
 def spread(weight: Float[Tensor, "o c 1 1"]) -> Float[Tensor, "o c 3 3"]:
-    """Return the 3x3 kernel equivalent to a shift and a 1x1 convolution: one tap for each input channel.
+    """Return the 3x3 kernel equivalent to a shift and a 1x1 convolution: each input channel has one nonzero pixel.
 
     Examples:
         >>> spread(torch.rand(16, 10, 1, 1)).shape
         torch.Size([16, 10, 3, 3])
     """
-    return weight * taps(weight)
+    return weight * shift_kernels(weight)
 
 
-def taps(weight: Float[Tensor, "o c _ _"]) -> Float[Tensor, "c 3 3"]:
+def shift_kernels(weight: Float[Tensor, "o c _ _"]) -> Float[Tensor, "c 3 3"]:
     """Return a one-hot 3x3 kernel for each input channel, with the 1 at the pixel that the channel is read from.
 
     Examples:
-        >>> taps(torch.rand(16, 5, 1, 1))[0]  # channel 0 is read from the right
+        >>> shift_kernels(torch.rand(16, 5, 1, 1))[0]  # channel 0 is read from the right
         tensor([[0., 0., 0.],
                 [0., 0., 1.],
                 [0., 0., 0.]])
     """
-    share = weight.shape[1] // _SHARES
+    group = weight.shape[1] // _NUM_GROUPS
     kernels = weight.new_zeros(weight.shape[1], 3, 3)
-    for index, (row, column) in enumerate(_TAPS):
-        kernels[index * share : (index + 1) * share, row, column] = 1
-    kernels[len(_TAPS) * share :, 1, 1] = 1
+    for index, (row, column) in enumerate(_NEIGHBORS):
+        kernels[index * group : (index + 1) * group, row, column] = 1
+    kernels[len(_NEIGHBORS) * group :, 1, 1] = 1
     return kernels

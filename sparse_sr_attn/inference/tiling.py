@@ -102,8 +102,8 @@ def upscaled_strips(
                     band[..., : above.shape[-2], :] = above
             assert band is not None  # noqa: S101  (the first column made it)
             kept = piece[..., row.kept(scale), column.kept(scale)]
-            share = row.share(scale, piece)[:, None] * column.share(scale, piece)
-            band[..., slice(column.first * scale, column.last * scale)] += kept * share
+            blend_weights = row.blend_weights(scale, piece)[:, None] * column.blend_weights(scale, piece)
+            band[..., slice(column.first * scale, column.last * scale)] += kept * blend_weights
             if progress is not None:
                 progress(down * len(columns) + across + 1, len(rows) * len(columns))
         assert band is not None  # noqa: S101  (there is a column)
@@ -193,7 +193,7 @@ class _Cut(NamedTuple):
         """Return the slice of the tile's output that is used."""
         return slice((self.first - self.start) * scale, (self.last - self.start) * scale)
 
-    def share(self, scale: int, like: Tensor) -> Tensor:
+    def blend_weights(self, scale: int, like: Tensor) -> Tensor:
         """Return its weight in each pixel that it contributes to; the weights of all tiles sum to 1."""
         centre = torch.arange(self.first * scale, self.last * scale, device=like.device, dtype=torch.float64) + 0.5
         risen, fallen = (

@@ -123,9 +123,9 @@ def _filled(colours: Tensor, certainty: Tensor) -> Tensor:
     """Fill uncertain pixels with the certain colours around them, from a coarser image first."""
     if max(colours.shape[2:]) == 1 or bool((certainty == 1).all()):
         return colours
-    share = F.avg_pool2d(certainty, 2, ceil_mode=True)
-    coarse = F.avg_pool2d(colours * certainty, 2, ceil_mode=True) / share.clamp(min=1e-9)
-    around = F.interpolate(_filled(coarse, (4 * share).clamp(max=1)), scale_factor=2, mode="bilinear")
+    coverage = F.avg_pool2d(certainty, 2, ceil_mode=True)
+    coarse = F.avg_pool2d(colours * certainty, 2, ceil_mode=True) / coverage.clamp(min=1e-9)
+    around = F.interpolate(_filled(coarse, (4 * coverage).clamp(max=1)), scale_factor=2, mode="bilinear")
     return torch.lerp(around[..., : colours.shape[2], : colours.shape[3]], colours, certainty)
 
 

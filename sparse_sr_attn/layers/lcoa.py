@@ -91,7 +91,7 @@ class LSP(KMeansModule):
         ema_decay: weight of the old centroid in an update, in [0, 1]; 1 freezes the centroids, as published.
         reseed_threshold: a cluster used less than this fraction of the mean is reseeded; 0 disables reseeding, as
             published.
-        exact_keys: count every key once; `False` counts as published, with a ring only.
+        count_keys_once: count every key once; `False` counts as published, with a ring only.
         similarity: "cosine" for $\tau$ times the cosine; "dot", as published, for a raw query, whose norm acts as the
             temperature, and a unit-length key.
         logit_scale: initial $\tau$, > 0; it is learnt, and at most 100. Only with "cosine".
@@ -104,8 +104,9 @@ class LSP(KMeansModule):
         seed: seed of the initial centroids, which are random unit vectors.
         reuse: what later layers receive: "weights", which cost memory; "pattern", with query and key, from which each
             layer recomputes the weights; "auto" for weights on the CPU, where they are faster, and else the pattern.
-        half_weights: store weights as bfloat16, in which later layers also multiply values. Takes half the memory and
-            is faster on hardware with bfloat16 products; relative error 4e-3.
+        weights_dtype: "bfloat16" to store weights, and to multiply values by them in later layers, in this precision.
+            Takes half the memory and is faster on hardware with bfloat16 products; relative error 4e-3. `None` for the
+            precision of the softmax.
 
     Raises:
         ConfigError: options are invalid; names all of them.
@@ -143,7 +144,7 @@ class LSP(KMeansModule):
         neighbors: Neighbors = "ring",
         ema_decay: UnitInterval = 0.999,
         reseed_threshold: NonNegative = 0.01,
-        exact_keys: bool = True,
+        count_keys_once: bool = True,
         similarity: Similarity = "cosine",
         logit_scale: Positive = 10.0,
         cluster_order: ClusterOrder = "chain",
@@ -151,11 +152,11 @@ class LSP(KMeansModule):
         num_rounds: PositiveInt = 1,
         seed: int = 0,
         reuse: Reuse = "auto",
-        half_weights: bool = False,
+        weights_dtype: Literal["bfloat16"] | None = None,
     ) -> None:
         super().__init__()
-        if neighbors == "nearest" and not exact_keys:
-            rule = "must be 'ring' with exact_keys=False, because the published counting needs a ring, got 'nearest'"
+        if neighbors == "nearest" and not count_keys_once:
+            rule = "must be 'ring' with count_keys_once=False, because that counting needs a ring, got 'nearest'"
             raise ConfigError([Problem("neighbors", rule)])
         self.embed_dim = embed_dim
         self.similarity = similarity
@@ -165,10 +166,10 @@ class LSP(KMeansModule):
         self.neighbors = neighbors
         self.ema_decay = ema_decay
         self.reseed_threshold = reseed_threshold
-        self.exact_keys = exact_keys
+        self.count_keys_once = count_keys_once
         self.routing = routing
         self.reuse = reuse
-        self.half_weights = half_weights
+        self.weights_dtype = weights_dtype
         query_dim = max(1, embed_dim // reduction)
         self.embed = nn.Conv2d(embed_dim, query_dim, 3, padding=1)
         self.scale_logits = ScaledCosine(logit_scale) if similarity == "cosine" else nn.Identity()
@@ -195,8 +196,9 @@ class LSP(KMeansModule):
         return (
             f"num_clusters={len(self.centroids)}, chunk_size={self.chunk_size}, num_adjacent={self.num_adjacent}, "
             f"neighbors={self.neighbors!r}, ema_decay={self.ema_decay}, reseed_threshold={self.reseed_threshold}, "
-            f"exact_keys={self.exact_keys}, similarity={self.similarity!r}, cluster_order={self.cluster_order!r}, "
-            f"routing={self.routing!r}, reuse={self.reuse!r}, half_weights={self.half_weights}"
+            f"count_keys_once={self.count_keys_once}, similarity={self.similarity!r}, "
+            f"cluster_order={self.cluster_order!r}, routing={self.routing!r}, reuse={self.reuse!r}, "
+            f"weights_dtype={self.weights_dtype!r}"
         )
 
     def forward(self, x: Float[Tensor, "b c h w"], *, reuse: Reuse | None = None) -> ClusterAttention:
@@ -213,7 +215,7 @@ class LSP(KMeansModule):
         (height, width), num_rounds, reuse = x.shape[-2:], self.num_rounds, reuse or self.reuse
         if reuse == "pattern" or (reuse == "auto" and x.device.type != "cpu"):
             return ClusterAttention(pattern, height, width, num_rounds, embedding=embedding)
-        dtype = torch.bfloat16 if self.half_weights else None
+        dtype = torch.bfloat16 if self.weights_dtype == "bfloat16" else None
         return ClusterAttention(pattern, height, width, num_rounds, _weights(embedding, pattern, num_rounds, dtype))
 
     @property
@@ -242,7 +244,7 @@ class LSP(KMeansModule):
             torch.stack(assignments, dim=1).flatten(0, 1),
             chunk_size=self.chunk_size,
             num_adjacent=self.num_adjacent,
-            exact_keys=self.exact_keys,
+            count_keys_once=self.count_keys_once,
             place=torch.stack(places, dim=1).flatten(0, 1) if places else None,
         )
         if self.neighbors == "nearest":

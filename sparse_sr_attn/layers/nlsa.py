@@ -42,7 +42,7 @@ class NLSA(AttentionLayer):
         max_buckets: a map has a bucket for every `chunk_size` tokens, from 2 to this number; >= 2.
         reduction: ratio of `embed_dim` to the channels of queries and keys, >= 1; at least one channel is kept.
         num_adjacent: neighbouring chunks seen on each side, >= 0.
-        exact_keys: count every key once in a round; `False` counts as published.
+        count_keys_once: count every key once in a round; `False` counts as published.
         redraw: draw new hashes in every training step, as published; `False` keeps those of `seed`.
         seed: seed of all hashes.
         similarity: "dot", or "cosine" as in `LSP`.
@@ -79,7 +79,7 @@ class NLSA(AttentionLayer):
         max_buckets: Annotated[int, Rule(">= 2", lambda value: value >= 2)] = 128,
         reduction: PositiveInt = 4,
         num_adjacent: NonNegativeInt = 1,
-        exact_keys: bool = True,
+        count_keys_once: bool = True,
         redraw: bool = True,
         seed: int = 0,
         similarity: Similarity = "dot",
@@ -91,7 +91,7 @@ class NLSA(AttentionLayer):
         self.embed_dim = embed_dim
         self.chunk_size = chunk_size
         self.num_adjacent = num_adjacent
-        self.exact_keys = exact_keys
+        self.count_keys_once = count_keys_once
         self.redraw = redraw
         self.seed = seed
         self.res_scale = res_scale
@@ -113,7 +113,7 @@ class NLSA(AttentionLayer):
         return (
             f"chunk_size={self.chunk_size}, num_rounds={len(self.rotations)}, "
             f"max_buckets={2 * self.rotations.shape[1]}, num_adjacent={self.num_adjacent}, "
-            f"exact_keys={self.exact_keys}, redraw={self.redraw}, seed={self.seed}, "
+            f"count_keys_once={self.count_keys_once}, redraw={self.redraw}, seed={self.seed}, "
             f"similarity={self.similarity!r}, res_scale={self.res_scale}"
         )
 
@@ -131,7 +131,7 @@ class NLSA(AttentionLayer):
             self._hash(query).flatten(0, 1),
             chunk_size=self.chunk_size,
             num_adjacent=self.num_adjacent,
-            exact_keys=self.exact_keys,
+            count_keys_once=self.count_keys_once,
         )
         rows = query, query, tokens(self.value(x)).contiguous()
         attended = cluster_attention_rounds(*rows, pattern, len(self.rotations), normalize_keys=True)

@@ -23,7 +23,7 @@ class PatternLike(Protocol):
         """Neighbouring chunks seen on each side."""
 
     @property
-    def exact_keys(self) -> bool:
+    def count_keys_once(self) -> bool:
         """Whether each key counts once, or as often as the published code counts it."""
 
     @property
@@ -39,7 +39,7 @@ class ClusterPattern:
     assignment: Tensor
     chunk_size: int
     num_adjacent: int
-    exact_keys: bool
+    count_keys_once: bool
     neighbors: Tensor | None = None
 
 
@@ -48,7 +48,7 @@ def cluster_pattern(
     *,
     chunk_size: int,
     num_adjacent: int = 1,
-    exact_keys: bool = True,
+    count_keys_once: bool = True,
     place: Tensor | None = None,
 ) -> ClusterPattern:
     """Sort the tokens of each sample by the rank of their cluster, and within a cluster by position.
@@ -57,7 +57,7 @@ def cluster_pattern(
         assignment: cluster of each token, `(b, n)`.
         chunk_size: slots in a chunk, at least 1.
         num_adjacent: neighbouring chunks seen on each side.
-        exact_keys: whether each key counts once; `False` as in the published code.
+        count_keys_once: whether each key counts once; `False` as in the published code.
         place: rank of the cluster of each token, `(b, n)`; its index if `None`.
 
     Returns:
@@ -72,7 +72,7 @@ def cluster_pattern(
         assignment,
         chunk_size,
         num_adjacent,
-        exact_keys,
+        count_keys_once,
     )
 
 
@@ -104,42 +104,42 @@ def nearest_chunks(key: Tensor, pattern: PatternLike) -> Tensor:
     return torch.tensor(samples, dtype=torch.int64, device=key.device)
 
 
-def slot_tokens(order: list[int], chunk_size: int, exact_keys: bool) -> list[list[int | None]]:
+def slot_tokens(order: list[int], chunk_size: int, count_keys_once: bool) -> list[list[int | None]]:
     """Cut one sample's slots into chunks: the token at each slot, None where a slot is empty.
 
-    With `exact_keys` a chunk is at most as long as the sample, and the last chunk ends in empty slots. Without, the
-    tokens of the last slots are repeated, several times if necessary, to fill the last chunk.
+    With `count_keys_once` a chunk is at most as long as the sample, and the last chunk ends in empty slots. Without,
+    the tokens of the last slots are repeated, several times if necessary, to fill the last chunk.
 
     Args:
         order: token at each slot.
         chunk_size: slots in a chunk.
-        exact_keys: as in `cluster_pattern`.
+        count_keys_once: as in `cluster_pattern`.
 
     Returns:
         The chunks, all of equal length.
     """
     num_tokens = len(order)
-    length = min(chunk_size, num_tokens) if exact_keys else chunk_size
+    length = min(chunk_size, num_tokens) if count_keys_once else chunk_size
     num_chunks = (num_tokens + length - 1) // length
     num_padding = num_chunks * length - num_tokens
     filling = (order[(slot - num_padding) % num_tokens] for slot in range(num_tokens, num_chunks * length))
-    slots: list[int | None] = [*order, *(None if exact_keys else token for token in filling)]
+    slots: list[int | None] = [*order, *(None if count_keys_once else token for token in filling)]
     return [slots[start : start + length] for start in range(0, num_chunks * length, length)]
 
 
 def seen_tokens(
-    chunks: list[list[int | None]], num_adjacent: int, exact_keys: bool, neighbors: Tensor | None = None
+    chunks: list[list[int | None]], num_adjacent: int, count_keys_once: bool, neighbors: Tensor | None = None
 ) -> list[list[int | None]]:
     """Return the tokens each chunk sees in the order of axis `j`: offset by offset, None where nothing is seen.
 
-    Chunks form a ring. If the ring is so short that a chunk appears at two offsets, then with `exact_keys` it is seen
-    only at the one closest to 0 (the positive one on a tie), else at both. A table of neighbours replaces the ring; its
-    first columns count, at most one per chunk.
+    Chunks form a ring. If the ring is so short that a chunk appears at two offsets, then with `count_keys_once` it is
+    seen only at the one closest to 0 (the positive one on a tie), else at both. A table of neighbours replaces the
+    ring; its first columns count, at most one per chunk.
 
     Args:
         chunks: from `slot_tokens`.
         num_adjacent: neighbouring chunks seen on each side.
-        exact_keys: as in `cluster_pattern`.
+        count_keys_once: as in `cluster_pattern`.
         neighbors: the chunks that each chunk sees, `(k, 2 * num_adjacent + 1)`; `None` for the ring.
 
     Returns:
@@ -156,7 +156,7 @@ def seen_tokens(
             seen.append(row)
             continue
         for offset in range(-num_adjacent, num_adjacent + 1):
-            shown = first <= offset <= last or not exact_keys
+            shown = first <= offset <= last or not count_keys_once
             row += [token if shown else None for token in chunks[(t + offset) % num_chunks]]
         seen.append(row)
     return seen
@@ -164,7 +164,7 @@ def seen_tokens(
 
 def _seen_tokens(chunks: list[list[int | None]], pattern: PatternLike, sample: int) -> list[list[int | None]]:
     neighbors = None if pattern.neighbors is None else pattern.neighbors[sample]
-    return seen_tokens(chunks, pattern.num_adjacent, pattern.exact_keys, neighbors)
+    return seen_tokens(chunks, pattern.num_adjacent, pattern.count_keys_once, neighbors)
 
 
 def multiplicity(pattern: PatternLike) -> Tensor:
@@ -174,12 +174,12 @@ def multiplicity(pattern: PatternLike) -> Tensor:
         pattern: the tokens of each chunk.
 
     Returns:
-        Counts `(b, l, m)` in image order, int64: 0 or 1 with `exact_keys`, else up to what the published code counts.
+        Counts `(b, l, m)` in image order, int64: 0 or 1 with `count_keys_once`, else what the published code counts.
     """
     batch, num_tokens = pattern.order.shape
     counts = torch.zeros(batch, num_tokens, num_tokens, dtype=torch.int64)
     for b, order in enumerate(pattern.order.tolist()):
-        chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
+        chunks = slot_tokens(order, pattern.chunk_size, pattern.count_keys_once)
         seen = _seen_tokens(chunks, pattern, b)
         for slot, query in enumerate(order):
             for key in seen[slot // len(chunks[0])]:
@@ -245,7 +245,7 @@ def cluster_weights(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: 
     """
     samples = []
     for b, order in enumerate(pattern.order.tolist()):
-        chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
+        chunks = slot_tokens(order, pattern.chunk_size, pattern.count_keys_once)
         seen = _seen_tokens(chunks, pattern, b)
         length, num_seen = len(chunks[0]), len(seen[0])
         rows = []
@@ -276,7 +276,7 @@ def apply_cluster_weights(weights: Tensor, value: Tensor, pattern: PatternLike) 
     """
     samples = []
     for b, order in enumerate(pattern.order.tolist()):
-        chunks = slot_tokens(order, pattern.chunk_size, pattern.exact_keys)
+        chunks = slot_tokens(order, pattern.chunk_size, pattern.count_keys_once)
         seen = _seen_tokens(chunks, pattern, b)
         results: list[Tensor] = [value[b, 0]] * len(order)
         for slot, query in enumerate(order):

@@ -28,9 +28,9 @@ class Case:
         num_clusters: clusters they are drawn from; may exceed the tokens, and some may stay empty.
         chunk_size: slots in a chunk; may exceed the tokens.
         num_adjacent: neighbouring chunks seen on each side.
-        exact_keys: each key counts once, or as published.
+        count_keys_once: each key counts once, or as published.
         seed: seed of all numbers.
-        nearest: neighbours are the most similar chunks, not those of a ring; only with `exact_keys`.
+        nearest: neighbours are the most similar chunks, not those of a ring; only with `count_keys_once`.
     """
 
     batch: int = 1
@@ -38,7 +38,7 @@ class Case:
     num_clusters: int = 2
     chunk_size: int = 3
     num_adjacent: int = 1
-    exact_keys: bool = True
+    count_keys_once: bool = True
     seed: int = 0
     nearest: bool = False
 
@@ -81,7 +81,7 @@ def cases(
     max_clusters: int = 9,
     max_chunk_size: int = 9,
     max_adjacent: int = 2,
-    exact_keys: bool | None = None,
+    count_keys_once: bool | None = None,
     nearest: bool | None = None,
 ) -> st.SearchStrategy[Case]:
     """Return a strategy of cases within the given limits; None draws both values of an option."""
@@ -92,8 +92,8 @@ def cases(
         num_clusters=st.integers(1, max_clusters),
         chunk_size=st.integers(1, max_chunk_size),
         num_adjacent=st.integers(0, max_adjacent),
-        exact_keys=st.booleans() if exact_keys is None else st.just(exact_keys),
+        count_keys_once=st.booleans() if count_keys_once is None else st.just(count_keys_once),
         seed=st.integers(0, 2**16),
         nearest=st.booleans() if nearest is None else st.just(nearest),
     )
-    return drawn.map(lambda case: case if case.exact_keys else case.but(nearest=False))
+    return drawn.map(lambda case: case if case.count_keys_once else case.but(nearest=False))

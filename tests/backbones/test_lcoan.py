@@ -23,7 +23,7 @@ def test_equals_released_code(name: str) -> None:
         {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
         res_scale=case["res_scale"],
         chunk_size=case["window_size"],
-        **({"exact_keys": True} if name.endswith("_exact") else {}),
+        **({"count_keys_once": True} if name.endswith("_exact") else {}),
     )
     assert type(model) is LCoAN
     assert not model.training

@@ -118,14 +118,14 @@ def test_their_code_loads_it_strictly_and_gives_the_same_image(name: str) -> Non
 def test_released_lcoan_goes_and_comes_back(path: Path) -> None:
     """All keys that its code has, with the shapes it has them in; what it never uses may be other numbers."""
     released = {key[6:]: value for key, value in load_file(path).items() if key.startswith("state.")}
-    model = load_model(released, chunk_size=5, exact_keys=True)
+    model = load_model(released, chunk_size=5, count_keys_once=True)
     again = convert_weights(model, "released")
     assert {key: value.shape for key, value in again.items()} == {key: value.shape for key, value in released.items()}
     dead = re.compile(r"a|body\.[1-9]\d*\.attention\.0\.(conv_match|kmeans).*|.*initted")
     for key, value in released.items():
         assert again[key].dtype == value.dtype
         assert dead.fullmatch(key) or torch.equal(again[key], value), key
-    assert {"chunk_size=5", "exact_keys=true"} <= set(unsaid_options(model, again))
+    assert {"chunk_size=5", "count_keys_once=true"} <= set(unsaid_options(model, again))
     assert unsaid_options(load_model(released), again) == []
 
 

@@ -27,7 +27,16 @@ LCOA: dict[str, Any] = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "red
 OURS: dict[str, Callable[[], nn.Module]] = {
     "LCoAN": lambda: LCoAN(num_feat=8, num_group=2, num_block=1, chunk_size=9, num_clusters=5, res_scale=0.7),
     "LCoAN x3, one in two shares": lambda: LCoAN(
-        1, 1, num_feat=8, num_group=4, num_block=2, upscale=3, share=2, reduction=3, num_adjacent=0, exact_keys=False
+        1,
+        1,
+        num_feat=8,
+        num_group=4,
+        num_block=2,
+        upscale=3,
+        share=2,
+        reduction=3,
+        num_adjacent=0,
+        count_keys_once=False,
     ),
     "LCoAN x8, ablated": lambda: LCoAN(
         num_feat=6, num_group=2, num_block=1, upscale=8, share=1, routing="lsh", num_rounds=2, num_clusters=4
@@ -462,7 +471,7 @@ def test_released_lcoan_is_as_published_by_default(tmp_path: Path) -> None:
     save_file(released(), tmp_path / "lcoan.safetensors")
     model = load_model(tmp_path / "lcoan.safetensors")
     layer = model.body[0].attention
-    assert (layer.lsp.chunk_size, layer.lsp.exact_keys, layer.coa.res_scale, model.body[0].res_scale) == (
+    assert (layer.lsp.chunk_size, layer.lsp.count_keys_once, layer.coa.res_scale, model.body[0].res_scale) == (
         384,
         False,
         0.1,

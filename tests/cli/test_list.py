@@ -27,6 +27,7 @@ def test_json_has_all(capsys: pytest.CaptureFixture[str]) -> None:
         for row in rows:
             assert set(row) >= {"name", "source", "about", "parameters", "options"}
             assert row["source"], row["name"]
+            assert not {"Examples:", ">>>"} & set(row["source"].split()), row["name"]
 
 
 def test_parameters_are_those_of_the_real_thing(capsys: pytest.CaptureFixture[str]) -> None:

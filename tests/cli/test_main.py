@@ -12,7 +12,7 @@ import pytest
 from benchmarks.paper.__main__ import parser as paper_parser
 from benchmarks.speed.__main__ import parser as speed_parser
 from sparse_sr_attn.cli.common import output_file
-from sparse_sr_attn.cli.main import _parser, main
+from sparse_sr_attn.cli.main import COMMANDS, _parse, _parser, main
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["test", "--help"]])
@@ -48,9 +48,6 @@ sys.exit(status)
 def test_what_needs_no_torch_imports_none(arguments: list[str], status: int) -> None:
     done = subprocess.run([sys.executable, "-c", COLD, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
-
-
-COMMANDS = (*("train", "test", "prepare", "upscale", "list", "inspect", "convert", "export", "evaluate", "capture"),)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS), ["list"]])
@@ -110,9 +107,17 @@ NEEDED = {"sparse-sr evaluate": ["--scale", "2"]}
 
 @pytest.mark.parametrize(("command", "file"), [("convert", "net.pth"), ("export", "net.onnx")])
 def test_the_output_may_be_the_second_argument(command: str, file: str) -> None:
+    for given in (
+        ["w.pth", file],
+        ["w.pth", "--overwrite", file],
+        ["--overwrite", "w.pth", file],
+        ["w.pth", "-o", file],
+    ):
+        assert output_file(_parse([command, *given])) == Path(file), given
+    for given in (["w.pth", file, "third"], ["w.pth", "-o", file, "--overwrite", "second", "third"]):
+        with pytest.raises(SystemExit):
+            _parse([command, *given])
     parser = command_parsers()[f"sparse-sr {command}"]
-    old, new = parser.parse_args(["w.pth", file]), parser.parse_args(["w.pth", "-o", file])
-    assert output_file(old) == output_file(new) == Path(file)
     assert re.search(r"usage: .*\bWEIGHTS$", parser.format_usage().replace("\n", " ").strip())
 
 

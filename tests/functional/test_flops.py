@@ -31,7 +31,7 @@ def forward_and_backward(call: Callable[[], Tensor]) -> tuple[int, int]:
 CASES = {
     "whole chunks": Case(batch=2, num_tokens=12, num_clusters=3, chunk_size=4),
     "a tail": Case(batch=2, num_tokens=11, num_clusters=3, chunk_size=4),
-    "published": Case(num_tokens=7, num_clusters=3, chunk_size=4, exact_keys=False),
+    "published": Case(num_tokens=7, num_clusters=3, chunk_size=4, count_keys_once=False),
     "fewer than a chunk": Case(num_tokens=3, chunk_size=8),
     "two on each side": Case(num_tokens=25, num_clusters=3, chunk_size=3, num_adjacent=2),
     "nearest": Case(batch=2, num_tokens=25, num_clusters=3, chunk_size=3, num_adjacent=2, nearest=True),
@@ -43,7 +43,10 @@ def operations(case: Case) -> dict[str, tuple[Callable[..., Tensor], int]]:
     query, key = (case.tokens(name, 5).requires_grad_() for name in ("query", "key"))
     value = case.tokens("value", 3).requires_grad_()
     pattern = cluster_pattern(
-        case.assignment(), chunk_size=case.chunk_size, num_adjacent=case.num_adjacent, exact_keys=case.exact_keys
+        case.assignment(),
+        chunk_size=case.chunk_size,
+        num_adjacent=case.num_adjacent,
+        count_keys_once=case.count_keys_once,
     )
     if case.nearest:
         pattern = cluster.with_nearest_chunks(pattern, key)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unhooked
 
 CASES = {
     "padded": Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3),
-    "published": Case(batch=2, num_tokens=10, num_clusters=3, chunk_size=4, exact_keys=False),
+    "published": Case(batch=2, num_tokens=10, num_clusters=3, chunk_size=4, count_keys_once=False),
     "one token": Case(num_tokens=1, chunk_size=4),
     "many chunks": Case(num_tokens=17, num_clusters=5, chunk_size=2, num_adjacent=2),
     "nearest": Case(batch=2, num_tokens=17, num_clusters=5, chunk_size=2, nearest=True),
@@ -47,10 +47,10 @@ def layout_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor | None, 
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
-        exact_keys=case.exact_keys,
+        count_keys_once=case.count_keys_once,
     )
     neighbors = slow.nearest_chunks(case.tokens("routing", 3, device=device), pattern) if case.nearest else None
-    return pattern.order, neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+    return pattern.order, neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once
 
 
 @cases

@@ -41,7 +41,7 @@ def expected_of(layer: LCoA, x: Tensor) -> tuple[Tensor, Tensor]:
         place=layer.lsp.rank[assignment] if layer.lsp.cluster_order == "chain" else None,
         chunk_size=layer.lsp.chunk_size,
         num_adjacent=layer.lsp.num_adjacent,
-        exact_keys=layer.lsp.exact_keys,
+        count_keys_once=layer.lsp.count_keys_once,
     )
     if layer.lsp.neighbors == "nearest":
         pattern = replace(pattern, neighbors=cluster.nearest_chunks(key, pattern))
@@ -70,12 +70,12 @@ def check(layer: LCoA, device: torch.device, height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "exact_keys", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["each key once", "as published"]
+    "count_keys_once", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["each key once", "as published"]
 )
 @pytest.mark.parametrize("heights", [range(1, 10), range(10, LONGEST + 1)], ids=["small", "large"])
-def test_every_size(device: torch.device, heights: range, exact_keys: bool) -> None:
-    published = {} if exact_keys else {"similarity": "dot", "cluster_order": "index"}
-    layer = layer_of(device, chunk_size=7, exact_keys=exact_keys, **published)
+def test_every_size(device: torch.device, heights: range, count_keys_once: bool) -> None:
+    published = {} if count_keys_once else {"similarity": "dot", "cluster_order": "index"}
+    layer = layer_of(device, chunk_size=7, count_keys_once=count_keys_once, **published)
     for height in heights:
         for width in range(1, LONGEST + 1):
             check(layer, device, height, width)
@@ -88,6 +88,6 @@ def test_lopsided_sizes(device: torch.device, height: int, width: int) -> None:
 
 @pytest.mark.parametrize("num_adjacent", [0, 1, 2, 3])
 def test_every_layout_at_one_size(device: torch.device, num_adjacent: int) -> None:
-    for chunk_size, exact_keys in itertools.product((1, 2, 5, 48), (True, False)):
-        layer = layer_of(device, chunk_size=chunk_size, num_adjacent=num_adjacent, exact_keys=exact_keys)
+    for chunk_size, count_keys_once in itertools.product((1, 2, 5, 48), (True, False)):
+        layer = layer_of(device, chunk_size=chunk_size, num_adjacent=num_adjacent, count_keys_once=count_keys_once)
         check(layer, device, 5, 6)

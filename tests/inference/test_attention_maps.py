@@ -60,7 +60,7 @@ def network(share: int) -> EDSR:
         {},
         {"num_adjacent": 0},
         {"num_adjacent": 2},
-        {"exact_keys": False},
+        {"count_keys_once": False},
         {"chunk_size": 100},
         {"neighbors": "nearest", "chunk_size": 4},
         {"neighbors": "nearest", "chunk_size": 20, "num_adjacent": 2},

@@ -256,7 +256,7 @@ NETWORKS = {
         num_feat=8, num_group=2, num_block=1, upscale=4, share=1, chunk_size=20, num_clusters=5, res_scale=1.0
     ),
     "LCoAN, published counting": lambda: LCoAN(
-        num_feat=8, num_group=2, num_block=1, chunk_size=20, num_clusters=5, res_scale=1.0, exact_keys=False
+        num_feat=8, num_group=2, num_block=1, chunk_size=20, num_clusters=5, res_scale=1.0, count_keys_once=False
     ),
     "rounds of hashes": lambda: attending(num_rounds=2, routing="lsh", share=1),
     "no neighbours": lambda: attending(num_adjacent=0),

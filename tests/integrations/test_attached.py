@@ -1,4 +1,4 @@
-"""Attention in BasicSR's own networks: by hand, and by option file through `Attended`."""
+"""Attention in BasicSR's own networks: by hand, and by option file through `WithAttention`."""
 
 import copy
 import pickle
@@ -46,7 +46,7 @@ BODIES: dict[str, dict[str, Any]] = {
 SWINIR = {"type": "SwinIR", "upscale": 2, "img_size": 8, "embed_dim": 12, "window_size": 4}
 SWINIR |= {"depths": [2], "num_heads": [2]}
 OPTIONS: dict[str, Any] = {"every": 2, "share": 2, "num_clusters": 8, "chunk_size": 16}
-ATTENDED = {"type": "Attended", "network": RRDB, "attention": {"type": "LCoA", **OPTIONS}}
+WITH_ATTENTION = {"type": "WithAttention", "network": RRDB, "attention": {"type": "LCoA", **OPTIONS}}
 
 old_meshgrid = pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of SwinIR
 
@@ -152,7 +152,7 @@ def test_swinir_runs_its_blocks_itself_and_is_told_what_to_do() -> None:
 
 def test_attended_is_the_network_itself_with_more_in_it() -> None:
     plain = built(RRDB)
-    options = OrderedDict(ATTENDED, network=OrderedDict(RRDB), attention=OrderedDict(ATTENDED["attention"]))
+    options = OrderedDict(WITH_ATTENTION, network=OrderedDict(RRDB), attention=OrderedDict(WITH_ATTENTION["attention"]))
     model = built(options)
     assert type(model) is type(plain)
     assert options["network"]["type"] == "RRDBNet"
@@ -172,7 +172,7 @@ def saved(here: Path, name: str, iteration: int) -> dict[str, Any]:
 
 def test_it_trains_resumes_exactly_and_averages(training: Write, testing: Write, here: Path) -> None:
     """Stopped after 5 of 10 iterations: the same bits; the EMA network has the centroids of the trained one."""
-    changes = {"network_g": ATTENDED, "logger.save_checkpoint_freq": 5, "val.val_freq": 5, "train.total_iter": 10}
+    changes = {"network_g": WITH_ATTENTION, "logger.save_checkpoint_freq": 5, "val.val_freq": 5, "train.total_iter": 10}
     file = training(changes)
     assert main(["train", "-opt", file, "--force_yml", "name=whole"]) == 0
     for total in (5, 10):
@@ -189,7 +189,7 @@ def test_it_trains_resumes_exactly_and_averages(training: Write, testing: Write,
     moved = [key for key, value in params.items() if not torch.equal(value, half["params"][key])]
     assert {"body.attention.0.coa.value.weight", "body.attention.1.value.weight", "conv_first.weight"} <= set(moved)
 
-    assert main(["test", "-opt", testing({"network_g": ATTENDED})]) == 0
+    assert main(["test", "-opt", testing({"network_g": WITH_ATTENTION})]) == 0
     log = "".join(path.read_text() for path in (here / "results/tiny_test").glob("*.log"))
     trained = "".join(path.read_text() for path in sorted((here / "experiments/tiny").glob("*.log")))
     assert re.findall(r"# psnr: (\S+)", log) == re.findall(r"# psnr: (\S+)", trained)[-1:]
@@ -199,14 +199,14 @@ def test_a_trained_rrdbnet_goes_on_with_attention(training: Write, here: Path) -
     plain = {"network_g": RRDB, "model_type": "SRModel", "name": "plain", "train.total_iter": 20, "val": ...}
     assert main(["train", "-opt", training(plain)]) == 0
     path = {"pretrain_network_g": "experiments/plain/models/net_g_latest.pth", "strict_load_g": False}
-    still = {"path": path, "network_g": ATTENDED, "train.optim_g.lr": 1e-12, "train.total_iter": 1, "val": ...}
+    still = {"path": path, "network_g": WITH_ATTENTION, "train.optim_g.lr": 1e-12, "train.total_iter": 1, "val": ...}
     assert main(["train", "-opt", training(still)]) == 0
     weights = {
         name: torch.load(here / f"experiments/{name}/models/net_g_latest.pth", weights_only=True)["params"]
         for name in ("plain", "tiny")
     }
     assert any(".attention." in key for key in weights["tiny"])
-    networks = {"plain": built(RRDB), "tiny": built(ATTENDED)}
+    networks = {"plain": built(RRDB), "tiny": built(WITH_ATTENTION)}
     for name, network in networks.items():
         network.load_state_dict(weights[name], strict=True)
     x = image(1, 3, 8, 8)
@@ -230,7 +230,7 @@ class Gain(AttentionLayer):
 def test_ten_lines_of_a_third_party_are_a_word_in_an_option_file(training: Write, here: Path) -> None:
     assert len(TEN_LINES.splitlines()) == 10
     (here / "gain.py").write_text(TEN_LINES)
-    network = {**ATTENDED, "attention": {"type": "Gain", "every": 1, "start": 0.5}}
+    network = {**WITH_ATTENTION, "attention": {"type": "Gain", "every": 1, "start": 0.5}}
     try:
         file = training({"custom_imports": ["gain.py"], "network_g": network, "val": ...})
         assert main(["train", "-opt", file]) == 0
@@ -252,17 +252,17 @@ def trained_weights(training: Write, here: Path, changes: dict[str, Any]) -> Pat
 
 
 USED: dict[str, dict[str, Any]] = {
-    "RRDBNet, which needs even sides": ATTENDED,
-    "EDSR": {"type": "Attended", "network": BODIES["EDSR"], "attention": [{"type": "LCoA", **OPTIONS}]},
-    "MSRResNet, a layer by name": {"type": "Attended", "network": BODIES["MSRResNet"], "attention": "LCoA"},
+    "RRDBNet, which needs even sides": WITH_ATTENTION,
+    "EDSR": {"type": "WithAttention", "network": BODIES["EDSR"], "attention": [{"type": "LCoA", **OPTIONS}]},
+    "MSRResNet, a layer by name": {"type": "WithAttention", "network": BODIES["MSRResNet"], "attention": "LCoA"},
     "RCAN, its trunk named, with GMSA": {
-        "type": "Attended",
+        "type": "WithAttention",
         "network": BODIES["RCAN"],
         "attention": {"type": "GMSA", "every": 2, "share": 2, "window_sizes": [2, 4]},
         "body": "body",
     },
     "SwinIR, which needs multiples of 4": {
-        "type": "Attended",
+        "type": "WithAttention",
         "network": {**SWINIR, "upsampler": "pixelshuffle"},
         "attention": {"type": "LCoA", "every": 1, "num_clusters": 4, "chunk_size": 16},
         "body": "layers.*.conv",
@@ -296,7 +296,7 @@ def test_what_was_trained_attended_comes_back_from_its_weights_alone(
 def test_what_was_trained_attended_upscales_and_is_looked_into(
     training: Write, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = str(trained_weights(training, here, {"network_g": ATTENDED}))
+    file = str(trained_weights(training, here, {"network_g": WITH_ATTENTION}))
     picture = "datasets/val/LR/0.png"
     capsys.readouterr()
     assert main(["upscale", picture, "-w", file, "-o", "big.png", "--tile", "17"]) == 0
@@ -308,15 +308,15 @@ def test_what_was_trained_attended_upscales_and_is_looked_into(
 
 
 def test_without_attention_it_is_basicsrs_own_network_and_carries_nothing() -> None:
-    assert "options" not in built({**ATTENDED, "attention": None}).state_dict()
-    model = built(ATTENDED)
+    assert "options" not in built({**WITH_ATTENTION, "attention": None}).state_dict()
+    model = built(WITH_ATTENTION)
     assert "options" in model.state_dict()
     assert "options" not in detach(model).state_dict()
-    assert "net.options" in nn.ModuleDict({"net": built(ATTENDED)}).state_dict()
+    assert "net.options" in nn.ModuleDict({"net": built(WITH_ATTENTION)}).state_dict()
 
 
 def test_copies_and_pickles_carry_the_options_too() -> None:
-    model = built(ATTENDED)
+    model = built(WITH_ATTENTION)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  (our own bytes)
         assert torch.equal(twin.state_dict()["options"], model.state_dict()["options"])
         twin.load_state_dict(model.state_dict(), strict=True)
@@ -325,7 +325,7 @@ def test_copies_and_pickles_carry_the_options_too() -> None:
 
 
 def altered(change: Callable[[dict[str, Any]], Any]) -> dict[str, Tensor]:
-    state = dict(built(ATTENDED).state_dict())
+    state = dict(built(WITH_ATTENTION).state_dict())
     options = carried_options(state["options"])
     change(options)
     return {**state, "options": encode_options(options)}
@@ -334,7 +334,7 @@ def altered(change: Callable[[dict[str, Any]], Any]) -> dict[str, Tensor]:
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a file": (
         lambda options: options.update(network={"type": "SpyNet", "load_path": "/etc/passwd"}),
-        r"network\.load_path: names a file, '/etc/passwd', which is not read because weights ask for it",
+        r"network\.load_path: names a file, '/etc/passwd', which is never read on behalf of weights",
     ),
     "another network": (
         lambda options: options["network"].update(type="RRDBNett"),
@@ -356,6 +356,23 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+def test_the_old_name_works_with_a_notice(training: Write) -> None:
+    old, new = {**WITH_ATTENTION, "type": "Attended"}, built(WITH_ATTENTION)
+    with pytest.warns(FutureWarning, match="type: Attended is type: WithAttention now"):
+        network = built(old)
+    assert network.state_dict().keys() == new.state_dict().keys()
+    assert carried_options(network.options)["type"] == "WithAttention"
+    seen = preflight.check(load(training({"network_g": old})), training=True)[0]["network_g"]
+    assert seen["num_grow_ch"] == RRDB["num_grow_ch"]
+    wrong = load(training({"network_g": {**old, "attention": {**WITH_ATTENTION["attention"], "chunk_size": 0}}}))
+    with pytest.raises(ConfigError, match=r"network_g\.attention\.chunk_size: must be >= 1, got 0"):
+        preflight.check(wrong, training=True)
+    state = new.state_dict()
+    state["options"] = encode_options({**carried_options(state["options"]), "type": "Attended"})
+    x = image(1, 3, 6, 8)
+    assert torch.equal(load_model(state)(x), new.eval()(x))
+
+
 @pytest.mark.parametrize("what", HOSTILE)
 def test_options_that_cannot_be_used_give_one_clear_error(what: str) -> None:
     change, message = HOSTILE[what]
@@ -364,13 +381,13 @@ def test_options_that_cannot_be_used_give_one_clear_error(what: str) -> None:
 
 
 def test_options_of_an_attended_network_can_be_overridden() -> None:
-    state = built(ATTENDED).state_dict()
-    other = load_model(state, attention={**ATTENDED["attention"], "chunk_size": 4})
+    state = built(WITH_ATTENTION).state_dict()
+    other = load_model(state, attention={**WITH_ATTENTION["attention"], "chunk_size": 4})
     assert other.network.body.attention[0].lsp.chunk_size == 4
     with pytest.raises(ConfigError, match=r"attentio: unknown; did you mean 'attention'\?"):
         load_model(state, attentio={})
     with pytest.raises(ConfigError, match=r"attention\.chunk_size: must be >= 1, got 0"):
-        load_model(state, attention={**ATTENDED["attention"], "chunk_size": 0})
+        load_model(state, attention={**WITH_ATTENTION["attention"], "chunk_size": 0})
 
 
 @pytest.mark.slow  # many processes
@@ -382,11 +399,11 @@ def test_options_of_an_attended_network_can_be_overridden() -> None:
             [["convert", "{file}", "net.safetensors"], ["list", "Gain"]],
         ),
         (
-            {"type": "Attended", "network": BODIES["EDSR"]},
+            {"type": "WithAttention", "network": BODIES["EDSR"]},
             [["upscale", "datasets/val/LR/0.png", "-w", "{file}", "-o", "big.png"]],
         ),
     ],
-    ids=["SparseEDSR", "Attended"],
+    ids=["SparseEDSR", "WithAttention"],
 )
 def test_a_layer_of_the_users_own_is_imported_by_every_command(
     network: dict[str, Any], commands: list[list[str]], training: Write, here: Path, capsys: pytest.CaptureFixture[str]
@@ -420,7 +437,7 @@ def test_a_layer_of_the_users_own_is_imported_by_every_command(
 
 FIVE = {**SWINIR, "img_size": 10, "window_size": 5, "upsampler": "pixelshuffle"}
 IN_FIVES = {
-    "type": "Attended",
+    "type": "WithAttention",
     "network": FIVE,
     "attention": {"type": "LCoA", "every": 1, "num_clusters": 4, "chunk_size": 16},
     "body": "layers.*.conv",
@@ -435,7 +452,7 @@ SMALLEST: dict[str, Any] = {
 
 @old_meshgrid
 @pytest.mark.parametrize("model", ["SparseSRModel", "SwinIRModel"])
-@pytest.mark.parametrize("network", [IN_FIVES, FIVE], ids=["Attended", "SwinIR"])
+@pytest.mark.parametrize("network", [IN_FIVES, FIVE], ids=["WithAttention", "SwinIR"])
 @pytest.mark.parametrize("said", [True, False])
 def test_validation_pads_where_the_network_needs_it(
     said: bool, network: dict[str, Any], model: str, training: Write, here: Path
@@ -474,7 +491,7 @@ def test_our_padding_is_that_of_swinir(training: Write, here: Path) -> None:
     [
         (
             {"model_type": "SRModel"},
-            r"model_type: must be one that pads images, because network_g takes only sides that",
+            r"model_type: must be one that pads images, because network_g needs sides that",
         ),
         ({"model_type": "SRGANModel"}, r"model_type: must be one that pads images"),
         ({"datasets.train.gt_size": 32}, r"datasets\.train\.gt_size: must be a multiple of 10, because .* got 32"),
@@ -498,21 +515,21 @@ def test_an_option_that_a_model_reads_is_looked_for_before_the_start(
             self.width = self.opt["network_g"]["num_feat"], self.opt["network_g"]["blocks"]
 
     monkeypatch.setitem(MODEL_REGISTRY._obj_map, "Reader", Reader)
-    file = training({"network_g": ATTENDED, "model_type": "Reader", "train.ema_decay": 0})
+    file = training({"network_g": WITH_ATTENTION, "model_type": "Reader", "train.ema_decay": 0})
     with pytest.raises(ConfigError, match=r"network_g\.blocks: missing; Reader reads it") as caught:
         preflight.check(load(file), training=True)
     assert len(caught.value.problems) == 1
 
 
 def test_look_ups_go_on_to_the_network_inside_and_the_map_stays_what_it_was(training: Write) -> None:
-    options, _ = preflight.check(load(training({"network_g": ATTENDED})), training=True)
+    options, _ = preflight.check(load(training({"network_g": WITH_ATTENTION})), training=True)
     twin = pickle.loads(pickle.dumps(options))  # noqa: S301  (our own bytes)
     for seen in (options["network_g"], copy.deepcopy(options)["network_g"], twin["network_g"]):
-        assert dict(**seen) == ATTENDED
+        assert dict(**seen) == WITH_ATTENTION
         assert seen["num_feat"] == seen.get("num_feat") == 8
         assert seen["num_grow_ch"] == 4
         assert "num_feat" in seen
-        assert seen["type"] == "Attended"
+        assert seen["type"] == "WithAttention"
         assert seen.get("gone") is None
         assert "gone" not in seen
         with pytest.raises(KeyError):
@@ -549,22 +566,22 @@ MALFORMED = [
     ),
     (
         {NET: {"type": "RRDBNet", **SMALL, "attention": {}}},
-        r"network_g\.attention: unknown to RRDBNet; put it beside: \{type: Attended, network: \{type: RRDBNet, \.\.",
+        r"network_g\.attention: unknown to RRDBNet; wrap the network: \{type: WithAttention, network: \{type: RRDBNet",
     ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), MALFORMED)
 def test_a_wrong_option_is_explained(changes: dict[str, Any], message: str, training: Write) -> None:
-    file = training({NET: ATTENDED, **changes})
+    file = training({NET: WITH_ATTENTION, **changes})
     with pytest.raises(ConfigError, match=message) as caught:
         preflight.check(load(file), training=True)
     assert len(caught.value.problems) == 1
 
 
-@pytest.mark.parametrize("attention", [ATTENDED["attention"], [ATTENDED["attention"]], "LCoA", None])
+@pytest.mark.parametrize("attention", [WITH_ATTENTION["attention"], [WITH_ATTENTION["attention"]], "LCoA", None])
 def test_the_well_formed_file_passes(attention: object, training: Write) -> None:
-    options = {**ATTENDED, "attention": attention}
+    options = {**WITH_ATTENTION, "attention": attention}
     assert preflight.check(load(training({NET: options})), training=True)[1] == []
     assert hasattr(built(options).body, "attention") == (attention is not None)
 
@@ -580,16 +597,16 @@ def test_the_well_formed_file_passes(attention: object, training: Write) -> None
     ],
 )
 def test_a_range_that_saturates_is_remarked_on(network: dict[str, Any], remark: str, training: Write) -> None:
-    raw = {**ATTENDED, "attention": {**ATTENDED["attention"], "similarity": "dot"}, "network": network}
+    raw = {**WITH_ATTENTION, "attention": {**WITH_ATTENTION["attention"], "similarity": "dot"}, "network": network}
     _, remarks = preflight.check(load(training({NET: raw})), training=True)
     assert len(remarks) == 1
     assert re.search(remark, remarks[0])
-    assert preflight.check(load(training({NET: {**ATTENDED, "network": network}})), training=True)[1] == []
+    assert preflight.check(load(training({NET: {**WITH_ATTENTION, "network": network}})), training=True)[1] == []
 
 
 def test_large_networks_are_checked_without_memory(training: Write) -> None:
     """One convolution between a hundred thousand channels would need 360 GB."""
-    file = training({NET: {**ATTENDED, "network": {**RRDB, "num_feat": 100_000}, "attention": {"type": "LCoA"}}})
+    file = training({NET: {**WITH_ATTENTION, "network": {**RRDB, "num_feat": 100_000}, "attention": {"type": "LCoA"}}})
     with pytest.raises(ConfigError, match=r"network_g\.attention: must have one of 'every' and 'after'"):
         preflight.check(load(file), training=True)
 
@@ -597,7 +614,7 @@ def test_large_networks_are_checked_without_memory(training: Write) -> None:
 @old_meshgrid
 def test_a_network_that_the_meta_device_forbids_is_built(training: Write) -> None:
     """SwinIR reads a number from a tensor while it is built."""
-    network = {"type": "Attended", "network": SWINIR, "body": "layers.*.conv"}
+    network = {"type": "WithAttention", "network": SWINIR, "body": "layers.*.conv"}
     attention = {"type": "LCoA", "every": 1, "num_clusters": 4}
     assert preflight.check(load(training({NET: {**network, "attention": attention}})), training=True)[1] == []
 

@@ -125,7 +125,7 @@ def test_a_broken_image_ends_training_with_its_name_and_the_state(
     assert main(["train", "-opt", file]) == 1
     told = told_at_the_end(capsys)
     assert told.startswith(f"datasets/{part}/0.png: {message}")
-    assert ".state\nFix the cause and go on from there with --auto_resume." in told
+    assert ".state\nFix the cause, then resume with --auto_resume." in told
     image.write_bytes(whole)
     later(lambda: image.write_bytes(whole))
     assert main(["train", "-opt", file, "--auto_resume"]) == 0
@@ -174,12 +174,12 @@ def test_a_full_disk_keeps_what_was_saved_and_is_told_without_a_traceback(traini
     code, told = on_a_disk_of_its_own(here / "experiments", run, size=300_000)
     assert "Traceback" not in told
     assert code == 1, told
-    assert told.count("is not whole ([Errno 28] No space left on device); the run goes on") <= 1
+    assert told.count("is incomplete ([Errno 28] No space left on device); the run continues") <= 1
     assert told.splitlines()[-1].startswith("sparse-sr: cannot save iteration 6 in ")
     code, told = on_a_disk_of_its_own(here / "experiments", lambda: main(["train", "-opt", file]), size=8192)
     assert "Traceback" not in told
     assert code == 1, told
-    assert told.count("is not whole ([Errno 28] No space left on device); the run goes on") == 1
+    assert told.count("is incomplete ([Errno 28] No space left on device); the run continues") == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

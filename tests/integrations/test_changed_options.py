@@ -44,7 +44,7 @@ def noted(here: Path, caplog: pytest.LogCaptureFixture, name: str = "tiny") -> l
         *logs(here, name)[-1].read_text().splitlines(),
         *(r.message for r in caplog.records if r.name != "basicsr"),
     ]
-    return [line.partition("note: ")[2] for line in lines if "what the option file says counts" in line]
+    return [line.partition("note: ")[2] for line in lines if "the value in the option file applies" in line]
 
 
 COSINE = {"type": "CosineAnnealingRestartLR", "periods": [12], "eta_min": 1e-6}

@@ -226,7 +226,7 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed_exactly(noting: Writ
     newest = states(here)[-1]
     assert told[1] == (
         f"The newest state is {here}/experiments/tiny/training_states/{newest}.state; "
-        "go on from there with --auto_resume."
+        "resume from it with --auto_resume."
     )
 
     total = newest + 3

@@ -57,10 +57,13 @@ def test_it_trains_and_validates(databases: Callable[..., Any], training: Callab
 
 
 BROKEN: dict[str, tuple[Change, str]] = {
-    "missing": (lambda entries: entries.pop("2"), "has no such entry; meta_info.txt beside it lists more than was"),
-    "empty": (lambda entries: entries.update({"2": b""}), "holds 0 bytes that are no image, or a broken one"),
-    "text": (lambda entries: entries.update({"2": b"hello"}), "holds 5 bytes that are no image, or a broken one"),
-    "half": (lambda entries: entries.update({"2": entries["2"][:40]}), "holds 40 bytes that are no image, or a broken"),
+    "missing": (lambda entries: entries.pop("2"), "has no such entry, although meta_info.txt beside it lists it"),
+    "empty": (lambda entries: entries.update({"2": b""}), "holds 0 bytes that are not an image, or a damaged one"),
+    "text": (lambda entries: entries.update({"2": b"hello"}), "holds 5 bytes that are not an image, or a damaged one"),
+    "half": (
+        lambda entries: entries.update({"2": entries["2"][:40]}),
+        "holds 40 bytes that are not an image, or a damaged",
+    ),
 }
 
 
@@ -79,7 +82,7 @@ def test_an_entry_that_is_broken_ends_the_run_with_its_name(
     told = capsys.readouterr().err.rpartition("sparse-sr: ")[2]
     assert told.startswith(f"train_{quality}.lmdb, key '2': {message}")
     assert "No such file" not in told
-    assert "Fix the cause and go on from there with --auto_resume" in told
+    assert "Fix the cause, then resume with --auto_resume" in told
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -148,7 +151,7 @@ def test_a_database_of_single_images(databases: Callable[..., Any], here: Path) 
     }
     dataset = PortableDataset(build_dataset(options))
     assert isinstance(dataset[0]["lq"], torch.Tensor)
-    with pytest.raises(SampleError, match=r"^val_LR\.lmdb, key '1': holds 5 bytes that are no image"):
+    with pytest.raises(SampleError, match=r"^val_LR\.lmdb, key '1': holds 5 bytes that are not an image"):
         dataset[1]
 
 

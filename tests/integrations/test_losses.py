@@ -188,7 +188,7 @@ class TwiceModel(SRModel):  # type: ignore[misc]
 def test_a_host_that_steps_twice_is_told_so_and_nothing_has_changed(options: Options) -> None:
     model = type("SparseTwiceModel", (SparseSRModel, TwiceModel), {})(options(PLAIN))
     before = weights(model)
-    with pytest.raises(TrainingError, match="steps an optimizer more than once an iteration"):
+    with pytest.raises(TrainingError, match="steps an optimizer more than once per iteration"):
         step(model, 1)
     assert distance(weights(model), before) == 0
     assert isinstance(model.optimizer_g, torch.optim.SGD)

@@ -276,7 +276,7 @@ def test_a_range_that_cannot_be_told_is_asked_for(
         torch.save({"params": state}, here / "edsr.pth")
     caplog.clear()
     start_from(options, "edsr.pth")
-    assert messages(caplog).count("note: edsr.pth does not tell the img_range it was trained with") == 1
+    assert messages(caplog).count("note: edsr.pth does not record the img_range of its training") == 1
 
 
 def test_the_range_that_weights_carry_counts(options: Options, here: Path) -> None:

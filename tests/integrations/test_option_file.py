@@ -84,9 +84,9 @@ def test_an_unknown_tag_is_refused(tmp_path: Path) -> None:
         ("a: 1\nb: 2\na: 3\n", r"line 3, column 1: 'a' is given twice, first on line 1"),
         ("net:\n  type: x\n  type: y\n", r"line 3, column 3: 'type' is given twice, first on line 2"),
         ("a: *nowhere\n", r"line 1, column 4: found undefined alias"),
-        ("- 1\n", r"must hold a map of option names to values, got a list"),
-        ("1: 2\n", r"must hold a map of option names to values"),
-        ("", r"must hold a map of option names to values, got nothing"),
+        ("- 1\n", r"must hold a mapping from option names to values, got a list"),
+        ("1: 2\n", r"must hold a mapping from option names to values"),
+        ("", r"must hold a mapping from option names to values, got nothing"),
     ],
 )
 def test_what_is_no_option_file_is_explained(text: str, message: str, tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_a_new_name_that_looks_misspelt_is_remarked_on() -> None:
         ("train", "must be name=value"),
         ("=3", "must be name=value"),
         ("train:=3", "must be name=value"),
-        ("trian:lr=3", "there is no map 'trian'"),
-        ("train:lr:x=3", "there is no map 'train:lr'"),
+        ("trian:lr=3", "there is no mapping 'trian'"),
+        ("train:lr:x=3", "there is no mapping 'train:lr'"),
         ("train:lr=[1, 2", "line 1"),
         ("train:lr=!!python/object/apply:os.getcwd []", "is refused"),
     ],

@@ -79,7 +79,7 @@ def test_all_are_there() -> None:
     }
     expected.add("train/EDSR/finetune_SparseEDSR_LCoA_x2.yml")
     expected |= {f"train/LCoAN/{name}.yml" for name in OF_OWN_PHOTOGRAPHS}
-    expected |= {f"{part}/RRDBNet/{part}_Attended_RRDBNet_LCoA_x4.yml" for part in ("train", "test")}
+    expected |= {f"{part}/RRDBNet/{part}_WithAttention_RRDBNet_LCoA_x4.yml" for part in ("train", "test")}
     assert {str(file.relative_to(OPTIONS)) for file in FILES} == expected
 
 
@@ -179,7 +179,7 @@ def test_every_second_group_of_rcan_reuses_the_windows_of_the_one_before() -> No
     [
         ("EDSR/train_SparseEDSR_LCoA_x2", 4),
         ("RCAN/train_SparseRCAN_LCoA_x2", 2),
-        ("RRDBNet/train_Attended_RRDBNet_LCoA_x4", 3),
+        ("RRDBNet/train_WithAttention_RRDBNet_LCoA_x4", 3),
     ],
 )
 def test_one_computes_and_the_others_share(name: str, shared: int) -> None:

@@ -113,7 +113,7 @@ MALFORMED = [
     ({f"{NET}.block": "ELAB"}, r"network_g\.block: must be a mapping with a key 'type' or ~ .*, got 'ELAB'"),
     (
         {f"{NET}.block": {"type": "ELAB"}, "train.pretrain_img_range": 255.0},
-        r"train\.pretrain_img_range: must be ~ unless .* without block, .* it is SparseEDSR with block",
+        r"train\.pretrain_img_range: must be ~ unless .* without block, .* got SparseEDSR with block",
     ),
     # BasicSR's networks
     (
@@ -137,8 +137,8 @@ MALFORMED = [
     ({"scale": -1}, r"scale: must be >= 1, got -1"),
     ({"scale": True}, r"scale: must be an integer >= 1, got True"),
     ({f"{NET}.attention.every": None}, r"network_g\.attention: must have one of 'every' and 'after'.*got neither"),
-    ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would make a folder of it"),
-    ({"path.weights": 3}, r"path\.weights: unknown, and BasicSR would make a folder of it"),
+    ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
+    ({"path.weights": 3}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"train.total_iter": 10**30}, r"train\.total_iter: must be below 2\*\*31, got 1000000"),
     (
         {"datasets.train.dataset_enlarge_ratio": 1e30},
@@ -149,7 +149,7 @@ MALFORMED = [
     ({"num_gpu": -1}, r"num_gpu: must be .*got -1"),
     pytest.param(
         {"num_gpu": 1},
-        r"num_gpu: must be at most the number of CUDA GPUs, .* sees 0, got 1; .*0 is the CPU",
+        r"num_gpu: must be at most 0, the number of CUDA GPUs that this PyTorch sees, got 1; .*0 is the CPU",
         marks=no_gpu,
     ),
     ({"manual_seed": ..., "manual_sed": 1}, r"manual_sed: unknown; did you mean 'manual_seed'\?"),
@@ -199,7 +199,7 @@ MALFORMED = [
     ),
     (
         {"datasets.train.batch_size_per_gpu": 64},
-        r"dataset_enlarge_ratio: must be at least 11, got 10: .* trains on nothing",
+        r"dataset_enlarge_ratio: must be at least 11, got 10: .* trains on no batch",
     ),
     (
         {"datasets.train.type": "PairedImageDatset"},
@@ -211,7 +211,7 @@ MALFORMED = [
     ),
     ({"datasets.vol": {}}, r"datasets\.vol: data sets must be named train and val, val_2, \.\.\., got 'vol'"),
     ({"datasets.train": ...}, r"datasets\.train: missing; training needs images"),
-    ({"datasets.val": None}, r"datasets\.val: must be a map, got None"),
+    ({"datasets.val": None}, r"datasets\.val: must be a mapping, got None"),
     ({"datasets": ...}, r"datasets: missing"),
     # training
     ({"train": ...}, r"train: missing"),
@@ -244,7 +244,7 @@ MALFORMED = [
     ({"train.optim_g.betas": [0.9]}, r"train\.optim_g\.betas: must be two numbers, got \[0\.9\]"),
     (
         {"train.optim_g.betas": [0.9, 1]},
-        r"train\.optim_g: Adam refuses these options: Invalid beta parameter at index 1",
+        r"train\.optim_g: Adam rejects these options: Invalid beta parameter at index 1",
     ),
     ({"train.optim_g.betas": [0.9, 2]}, r"train\.optim_g\.betas: must be in \[0, 1\], got \[0\.9, 2\]"),
     ({"train.scheduler.type": "CosineLR"}, r"train\.scheduler\.type: BasicSR has no scheduler 'CosineLR'"),
@@ -256,7 +256,7 @@ MALFORMED = [
     ),
     (
         {"train.scheduler": {"type": "CosineAnnealingRestartLR", "periods": [2, 2]}},
-        r"train\.scheduler: CosineAnnealingRestartLR refuses these options: periods and restart_weights should have",
+        r"train\.scheduler: CosineAnnealingRestartLR rejects these options: periods and restart_weights should have",
     ),
     ({"train.grad_clip": 0}, r"train\.grad_clip: must be .*> 0 and finite or ~ \(nothing\), got 0"),
     ({"train.grad_clip": "tight"}, r"train\.grad_clip: must be a number > 0 .*got 'tight'"),
@@ -290,7 +290,7 @@ MALFORMED = [
         r"val\.metrics\.psnr\.type: BasicSR has no metric named 'psnr'.*calculate_psnr",
     ),
     # metrics
-    ({PSNR: 3}, r"val\.metrics\.psnr: must be a map with a key 'type', got 3"),
+    ({PSNR: 3}, r"val\.metrics\.psnr: must be a mapping with a key 'type', got 3"),
     ({"val.metrics": ["psnr"]}, r"val\.metrics: must be a mapping or ~ \(nothing\), got \['psnr'\]"),
     ({f"{PSNR}.type": ...}, r"psnr\.type: missing; it names the metric, e\.g\. calculate_psnr"),
     ({f"{PSNR}.crop_border": ...}, r"psnr\.crop_border: missing; calculate_psnr needs it"),
@@ -314,27 +314,30 @@ MALFORMED = [
     ({f"{PSNR}.better": "lowr"}, r"psnr\.better: must be one of 'higher', 'lower', got 'lowr'"),
     ({f"{PSNR}.type": "calculate_psnr_pt"}, r"psnr: calculate_psnr_pt fails \(IndexError: .*\) on an image"),
     # losses
-    ({"train.pixel_opt": "L1Loss"}, r"train\.pixel_opt: must be a map with a key 'type', got 'L1Loss'"),
+    ({"train.pixel_opt": "L1Loss"}, r"train\.pixel_opt: must be a mapping with a key 'type', got 'L1Loss'"),
     ({"train.pixel_opt": {}}, r"train\.pixel_opt\.type: missing; it names the loss, e\.g\. L1Loss"),
     ({"train.pixel_opt.loss_weigth": 1}, r"pixel_opt\.loss_weigth: unknown to L1Loss; did you mean 'loss_weight'\?"),
     ({"train.pixel_opt.loss_weight": "big"}, r"pixel_opt\.loss_weight: must be a number >= 0 and finite, got 'big'"),
     ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be >= 0 and finite, got nan"),
     ({"train.pixel_opt.loss_weight": -1}, r"pixel_opt\.loss_weight: must be >= 0 and finite, got -1"),
-    ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss refuses these options: .*avg.*'none', 'mean', 'sum'"),
-    ({"train.pixel_opt.reduction": "none"}, r"pixel_opt: L1Loss must give one number, gives \(1, 3, 32, 32\) of them"),
+    ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss rejects these options: .*avg.*'none', 'mean', 'sum'"),
+    (
+        {"train.pixel_opt.reduction": "none"},
+        r"pixel_opt: L1Loss must return one number, returns \(1, 3, 32, 32\) of them",
+    ),
     ({"train.pixel_opt.reduction": 1}, r"pixel_opt\.reduction: must be a string, got 1"),
     ({"train.pixel_opt": {"type": "CharbonnierLoss", "eps": "small"}}, r"pixel_opt\.eps: must be a number .*'small'"),
     (
         {"train.pixel_opt": {"type": "CharbonnierLoss", "eps": -1}},
-        r"CharbonnierLoss must give a finite number, gives nan",
+        r"CharbonnierLoss must return a finite number, returns nan",
     ),
     ({"train.pixel_opt.type": "GANLoss"}, r"pixel_opt\.gan_type: missing; GANLoss needs it"),
-    ({"train.pixel_opt.type": "WeightedTVLoss"}, r"WeightedTVLoss is no pixel loss: it does not compare"),
-    ({"train.pixel_opt": VGG}, r"train\.pixel_opt: PerceptualLoss must give one number, gives a tuple"),
+    ({"train.pixel_opt.type": "WeightedTVLoss"}, r"WeightedTVLoss is not a pixel loss: it does not compare"),
+    ({"train.pixel_opt": VGG}, r"train\.pixel_opt: PerceptualLoss must return one number, returns a tuple"),
     ({"train.pixl_opt": {"type": "L1Loss"}}, r"pixl_opt: unknown to SparseSRModel; did you mean 'pixel_opt'\?"),
     ({"train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla"}}, r"gan_opt: unknown to SparseSRModel \(known: "),
     ({"train.l_opt": {"type": "L1Loss"}, "model_type": "SRModel", "train.ema_decay": 0}, r"l_opt: unknown to SRModel"),
-    ({"train.perceptual_opt": {"type": "L1Loss"}}, r"perceptual_opt: L1Loss is no perceptual loss"),
+    ({"train.perceptual_opt": {"type": "L1Loss"}}, r"perceptual_opt: L1Loss is not a perceptual loss"),
     (
         {"train.perceptual_opt": {"type": "PerceptualLoss"}},
         r"perceptual_opt\.layer_weights: missing; PerceptualLoss needs",
@@ -357,7 +360,7 @@ MALFORMED = [
     ),
     ({"train.perceptual_opt": {**VGG, "vgg_type": "vgg19_bn", "layer_weights": {"bn5_5": 1}}}, r"layers of vgg19_bn"),
     ({"train.perceptual_opt": {**VGG, "criterion": "l2"}}, r"perceptual_opt: criterion must be 'l1' or 'fro', got"),
-    ({"train.perceptual_opt": {**VGG, "perceptual_weight": 0}}, r"PerceptualLoss gives nothing: perceptual_weight and"),
+    ({"train.perceptual_opt": {**VGG, "perceptual_weight": 0}}, r"PerceptualLoss has no effect: perceptual_weight and"),
     (
         {"train.fft_opt": {"type": "FFTLos"}},
         r"fft_opt\.type: BasicSR has no loss named 'FFTLos'; did you mean 'FFTLoss'\?",
@@ -376,12 +379,12 @@ MALFORMED = [
     ({**GAN, "train.gan_opt.type": "GANLos"}, r"gan_opt\.type: BasicSR has no loss named 'GANLos'; .*'GANLoss'\?"),
     (
         {**GAN, "train.gan_opt.gan_type": "vanila"},
-        r"gan_opt: GANLoss refuses these options: GAN type vanila is not impl",
+        r"gan_opt: GANLoss rejects these options: GAN type vanila is not impl",
     ),
     ({**GAN, "train.gan_opt": {"type": "L1Loss"}}, r"gan_opt: L1Loss cannot be used here"),
     ({**GAN, "train.optim_d.type": "Adm"}, r"train\.optim_d\.type: there is no optimizer 'Adm'; did you mean 'Adam'\?"),
     ({**GAN, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
-    ({**GAN, "train.optim_d": "Adam"}, r"train\.optim_d: must be a map with a key 'type', got 'Adam'"),
+    ({**GAN, "train.optim_d": "Adam"}, r"train\.optim_d: must be a mapping with a key 'type', got 'Adam'"),
     (
         {"model_type": "SparseSRGANModel", "network_d": GAN["network_d"], "train.gan_opt": GAN["train.gan_opt"]},
         r"optim_d: miss",
@@ -404,7 +407,7 @@ MALFORMED = [
     ({**GAN, "train.net_d_init_iter": 1}, r"train\.net_d_init_iter: unknown; did you mean 'net_d_init_iters'\?"),
     (
         {**GAN, "train.ldl_opt": {"type": "L1Loss"}},
-        r"ldl_opt: SparseSRGANModel builds this loss and then leaves it out",
+        r"ldl_opt: SparseSRGANModel builds this loss but never uses it",
     ),
     ({**GAN, "train.accumulate": 2}, r"train\.accumulate: must be 1 with SparseSRGANModel, whose discriminator"),
     *[
@@ -741,7 +744,7 @@ def test_bits_that_basicsr_does_not_read_are_remarked_on(
     }
     _, remarks = preflight.check(load(training(changes)), training=True)
     assert remarks == [
-        f"datasets.{part}.dataroot_{name}: BasicSR reads 8 bits a channel, and '1.{suffix}' has more; its lower "
+        f"datasets.{part}.dataroot_{name}: BasicSR reads 8 bits per channel, and '1.{suffix}' has more; its lower "
         "bits are lost (as in 1 of the first 2 images)"
         for part in ("train", "val")
     ]
@@ -864,7 +867,7 @@ def test_processes_without_a_common_seed_are_remarked_on(
     for changes, number in (({}, 0), ({"manual_seed": ...}, 1)):
         _, remarks = preflight.check(load(training(changes)), training=True, launcher="pytorch")
         assert len(remarks) == number
-    assert remarks[0].startswith("manual_seed: with --launcher each process draws its own")
+    assert remarks[0].startswith("manual_seed: with --launcher and without a seed, each process draws its own")
 
 
 @pytest.mark.parametrize(
@@ -881,7 +884,7 @@ def test_processes_without_a_common_seed_are_remarked_on(
             {"dist_params": {"backend": "ncc"}},
             "dist_params.backend: must be one of 'nccl', 'gloo', got 'ncc'",
         ),
-        ("pytorch", None, "--launcher pytorch: needs what torchrun tells each process"),
+        ("pytorch", None, "--launcher pytorch: needs the environment variables of torchrun"),
     ],
 )
 def test_what_a_launcher_needs(

@@ -47,7 +47,7 @@ def each(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, Any]],
     return changed
 
 
-DATA = "must be a map of weights that can be read as data; got "
+DATA = "must hold weights that can be read as data; got "
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {

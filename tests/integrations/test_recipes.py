@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparse_sr_attn import CoA, LCoA
 from sparse_sr_attn.config import read
-from sparse_sr_attn_basicsr.attended import Attended
+from sparse_sr_attn_basicsr.with_attention import WithAttention
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -247,10 +247,10 @@ def test_the_page_on_attach_runs() -> None:
     for code in re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE):
         scope = run(code, **scope)
     (option,) = (yaml.safe_load(text) for text in blocks("attach.md", "By option file", "yaml")[:1])
-    assert option["network_g"].pop("type") == "Attended"
-    options = read(Attended, option["network_g"])
+    assert option["network_g"].pop("type") == "WithAttention"
+    options = read(WithAttention, option["network_g"])
     options["network"] = {**options["network"], "num_feat": 8, "num_grow_ch": 4}
-    assert [type(layer) for layer in Attended(**options).body.attention] == [LCoA, CoA, CoA]
+    assert [type(layer) for layer in WithAttention(**options).body.attention] == [LCoA, CoA, CoA]
 
 
 def test_each_host_has_its_recipe() -> None:

@@ -19,8 +19,8 @@ from torch import nn
 
 from sparse_sr_attn import EDSR, ELAN, DuplicateNameError, LCoAN
 from sparse_sr_attn_basicsr import SparseEDSR, register
-from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.model import SparseSRModel
+from sparse_sr_attn_basicsr.with_attention import WithAttention
 
 pytestmark = pytest.mark.promise("R23", "BasicSR")
 
@@ -33,7 +33,7 @@ def test_registering_twice_is_registering_once() -> None:
     assert ARCH_REGISTRY.get("LCoAN") is LCoAN
     assert ARCH_REGISTRY.get("ELAN") is ELAN
     assert ARCH_REGISTRY.get("SparseEDSR") is SparseEDSR
-    assert ARCH_REGISTRY.get("Attended") is Attended
+    assert ARCH_REGISTRY.get("WithAttention") is WithAttention
     assert MODEL_REGISTRY.get("SparseSRModel") is SparseSRModel
     assert issubclass(SparseEDSR, EDSR)
     assert issubclass(SparseSRModel, SRModel)
@@ -49,7 +49,7 @@ def test_basicsr_builds_our_networks_from_its_nested_options(network: dict[str, 
     assert net(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
 
 
-@pytest.mark.parametrize("name", ["ELAN", "LCoAN", "SparseEDSR", "SparseRCAN", "Attended"])
+@pytest.mark.parametrize("name", ["Attended", "ELAN", "LCoAN", "SparseEDSR", "SparseRCAN", "WithAttention"])
 def test_a_network_of_our_name_stays_and_ours_gets_another(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -63,7 +63,7 @@ def test_a_network_of_our_name_stays_and_ours_gets_another(
     ours = crowded.get(f"{name}_sparse_sr_attn")
     assert ours.__module__.startswith("sparse_sr_attn_basicsr.")
     assert inspect.signature(ours) == inspect.signature(ARCH_REGISTRY.get(name))
-    ours_too = {"ELAN", "LCoAN", "SparseEDSR", "SparseRCAN", "Attended", f"{name}_sparse_sr_attn"}
+    ours_too = {"Attended", "ELAN", "LCoAN", "SparseEDSR", "SparseRCAN", "WithAttention", f"{name}_sparse_sr_attn"}
     assert sorted(crowded.keys()) == sorted(ours_too)
     assert f"this BasicSR has a {name} of its own; ours is {name}_sparse_sr_attn" in caplog.text
     assert caplog.text.count("of its own") == 1
@@ -106,7 +106,7 @@ def test_one_line_in_a_fork_is_enough(file: str, tmp_path: Path) -> None:
         build_network(net)
         rrdbnet = {{"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 2}}
         attention = {{"type": "LCoA", "every": 1}}
-        attended = build_network({{"type": "Attended", "network": rrdbnet, "attention": attention}})
+        attended = build_network({{"type": "WithAttention", "network": rrdbnet, "attention": attention}})
         assert len(attended.body.attention) == 2
         opt = {{"model_type": "SparseSRModel", "num_gpu": 0, "is_train": False, "dist": False, "path": {{}}}}
         model = build_model({{**opt, "network_g": net}})

@@ -289,8 +289,8 @@ def test_a_state_of_basicsr_itself_is_resumed_with_a_note(
 ) -> None:
     assert main(["train", "-opt", training({"model_type": "SRModel", "network_g.attention": None})]) == 0
     assert train(training({"network_g.attention": None}), total=6) == 0
-    assert "note: training goes on, but not exactly as it would have without the stop" in caplog.text
-    assert "no random numbers and no place in the epoch are in this state" in caplog.text
+    assert "note: training resumes, but not exactly as if it had not been stopped" in caplog.text
+    assert "has no random states and no position in the epoch" in caplog.text
     assert iterations_logged(logs(here)[-1]) == [5, 6]
 
 
@@ -299,7 +299,7 @@ def test_a_state_of_basicsr_itself_is_resumed_with_a_note(
     [
         (lambda exact: exact.update(manual_seed=5), "manual_seed is 0, and was 5"),
         (lambda exact: exact.update(random=exact["random"] * 2), "the number of processes is 1, and was 2"),
-        (lambda exact: exact.update(place=None), "no place in the epoch is in this state"),
+        (lambda exact: exact.update(place=None), "has no position in the epoch"),
     ],
 )
 def test_what_keeps_a_resume_from_being_exact_is_said(

@@ -414,5 +414,5 @@ def test_a_file_that_cannot_be_read_ends_the_test_in_one_line(
 ) -> None:
     (here / "weights.pth").write_bytes(b"no weights")
     assert main(["test", "-opt", testing({"path": {"pretrain_network_g": "weights.pth"}})]) == 1
-    assert re.search(r"sparse-sr: weights\.pth: must be a map of weights that can be read as", capsys.readouterr().err)
+    assert re.search(r"sparse-sr: weights\.pth: must hold weights that can be read as", capsys.readouterr().err)
     assert not (here / "results").exists()

@@ -76,12 +76,10 @@ def test_a_network_takes_them() -> None:
 
 
 def test_the_published_counting_needs_a_ring() -> None:
-    rule = (
-        r"neighbors: must be 'ring' with exact_keys=False, because the published counting needs a ring, got 'nearest'"
-    )
+    rule = r"neighbors: must be 'ring' with count_keys_once=False, because that counting needs a ring, got 'nearest'"
     for build in (layer, lambda **options: LCoAN(num_feat=8, num_group=1, num_block=1, **options)):
         with pytest.raises(ConfigError, match=rule):
-            build(neighbors="nearest", exact_keys=False)
+            build(neighbors="nearest", count_keys_once=False)
 
 
 def test_unknown_routing_is_explained() -> None:

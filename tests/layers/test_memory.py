@@ -85,8 +85,8 @@ def test_sharing_keeps_the_weights_and_no_more(side: int) -> None:
 
 
 @sides
-def test_half_weights_are_half(side: int) -> None:
-    x, lcoa, later = picture(side), layer(reuse="weights", half_weights=True), CoA(64)
+def test_bfloat16_weights_take_half(side: int) -> None:
+    x, lcoa, later = picture(side), layer(reuse="weights", weights_dtype="bfloat16"), CoA(64)
     memory = memory_of(lambda: lcoa.attend(x))
     assert memory.largest == weights_of(x) / 2
     assert memory.peak <= weights_of(x) / 2 + map_of(x)

@@ -77,7 +77,7 @@ def branch_by_twins(layer: Any, x: Tensor) -> Tensor:
             lsh.hash_tokens(query, layer.rotations, num_buckets).flatten(0, 1),
             chunk_size=layer.chunk_size,
             num_adjacent=layer.num_adjacent,
-            exact_keys=layer.exact_keys,
+            count_keys_once=layer.count_keys_once,
         )
         values = rows(layer.value, x)
         return as_map(cluster.cluster_attention_rounds(query, unit(query), values, pattern, num_rounds), x)
@@ -101,7 +101,7 @@ VARIANTS = [
     ("ENLA", {"amplification": 2.0, "seed": 3}),
     ("NLSA", {}),
     ("NLSA", {"num_rounds": 3, "max_buckets": 4, "num_adjacent": 0}),
-    ("NLSA", {"exact_keys": False, "chunk_size": 7}),
+    ("NLSA", {"count_keys_once": False, "chunk_size": 7}),
     ("CategoryAttention", {}),
     ("CategoryAttention", {"categories": "learnt", "num_adjacent": 2}),
 ]
@@ -314,7 +314,7 @@ def test_two_forwards_before_a_backward() -> None:
 
 SUBJECTS = [
     conformance.Subject(LAYERS.get("CategoryAttention"), options={"categories": "learnt"}),
-    conformance.Subject(LAYERS.get("NLSA"), options={"redraw": False, "exact_keys": False}),
+    conformance.Subject(LAYERS.get("NLSA"), options={"redraw": False, "count_keys_once": False}),
 ]
 EXTRA = [
     "every parameter learns",

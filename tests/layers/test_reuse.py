@@ -20,10 +20,10 @@ from sparse_sr_attn.testing.tolerances import (
 
 SMALL: dict[str, Any] = {"num_clusters": 6, "chunk_size": 7, "reduction": 2, "res_scale": 1.0}
 KINDS = [
-    {"routing": routing, "num_rounds": num_rounds, "exact_keys": exact_keys}
+    {"routing": routing, "num_rounds": num_rounds, "count_keys_once": count_keys_once}
     for routing in ("kmeans", "lsh")
     for num_rounds in (1, 3)
-    for exact_keys in (True, False)
+    for count_keys_once in (True, False)
 ]
 KINDS += [{"neighbors": "nearest", "chunk_size": 3, "num_rounds": num_rounds} for num_rounds in (1, 3)]
 
@@ -89,10 +89,10 @@ def test_what_a_state_holds(reuse: str, place: str, expected: str, num_rounds: i
 
 
 @rounds
-def test_half_weights_are_the_rounded_weights(device: torch.device, num_rounds: int) -> None:
+def test_bfloat16_weights_are_the_rounded_weights(device: torch.device, num_rounds: int) -> None:
     x = features(dtype=torch.float32, device=device)
     whole = layer(reuse="weights", num_rounds=num_rounds).to(device).lsp(x)
-    half = layer(reuse="weights", num_rounds=num_rounds, half_weights=True).to(device).lsp(x)
+    half = layer(reuse="weights", num_rounds=num_rounds, weights_dtype="bfloat16").to(device).lsp(x)
     assert whole.weights.dtype == torch.float32
     assert half.weights.dtype == torch.bfloat16
     rows = [weights.flatten(1, 2)[:, :30] for weights in (half.weights, whole.weights)]  # the other slots hold no token
@@ -100,13 +100,13 @@ def test_half_weights_are_the_rounded_weights(device: torch.device, num_rounds: 
 
 
 @rounds
-def test_half_weights_err_little(device: torch.device, num_rounds: int) -> None:
+def test_bfloat16_weights_err_little(device: torch.device, num_rounds: int) -> None:
     """What a later layer reads is off by 4e-3 of itself at most, and so are gradients by 1e-2; alone nothing is."""
     x, y = (features(i, dtype=torch.float32, device=device) for i in (0, 1))
     later = consumer().to(device)
     branches, grads, alone = [], [], []
-    for half_weights in (False, True):
-        first = layer(reuse="weights", num_rounds=num_rounds, half_weights=half_weights).to(device)
+    for dtype in (None, "bfloat16"):
+        first = layer(reuse="weights", num_rounds=num_rounds, weights_dtype=dtype).to(device)
         output = later(y, first.attend(x))
         assert output.dtype == torch.float32
         branches.append(output - y)
@@ -138,7 +138,7 @@ def test_a_network_passes_both_on() -> None:
     x = features(dtype=torch.float32)
     options: dict[str, Any] = {"num_feat": 8, "num_group": 3, "num_block": 1, "chunk_size": 7, "share": 2}
     held = []
-    for change in ({}, {"reuse": "pattern"}, {"half_weights": True}):
+    for change in ({}, {"reuse": "pattern"}, {"weights_dtype": "bfloat16"}):
         patterns = [module for module in LCoAN(**options, **change).modules() if isinstance(module, LSP)]
         assert len(patterns) == 2
         states = [pattern(x) for pattern in patterns]
@@ -177,7 +177,7 @@ def test_networks_train_alike(build: Callable[..., nn.Module]) -> None:
     ("options", "message"),
     [
         ({"reuse": "embedding"}, "reuse must be one of 'auto', 'weights', 'pattern', got 'embedding'"),
-        ({"half_weights": "yes"}, "half_weights must be true or false, got 'yes'"),
+        ({"weights_dtype": "half"}, "weights_dtype must be one of 'bfloat16' or ~ \\(nothing\\), got 'half'"),
     ],
 )
 def test_other_values_are_explained(options: dict[str, Any], message: str) -> None:

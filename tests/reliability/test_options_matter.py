@@ -22,11 +22,11 @@ VALUES: dict[str, tuple[object, object]] = {
     "categories": ("kmeans", "learnt"),
     "chunk_size": (4, 7),
     "ema_decay": (0.9, 0.05),  # the first steps keep less than they are told: the decay warms up
-    "exact_keys": (True, False),
+    "count_keys_once": (True, False),
     "exact_shift": (True, False),
     "expansion": (2, 3),
     "form": ("slices", "masked"),
-    "half_weights": (False, True),
+    "weights_dtype": (None, "bfloat16"),
     "max_buckets": (128, 2),
     "neighbors": ("ring", "nearest"),
     "num_adjacent": (1, 0),
@@ -67,7 +67,7 @@ VALUES: dict[str, tuple[object, object]] = {
 
 BESIDE: dict[str, dict[str, object]] = {
     "exact_shift": {"shift": True, "window_sizes": (3, 5)},  # windows of even size go back where they were anyway
-    "half_weights": {"reuse": "weights"},
+    "weights_dtype": {"reuse": "weights"},
     "reseed_threshold": {"ema_decay": 0.3, "num_clusters": 30},  # so that clusters die within a few steps
     "redraw": {"num_rounds": 1},
     "logit_scale": {"similarity": "cosine"},

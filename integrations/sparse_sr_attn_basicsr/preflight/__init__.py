@@ -1,7 +1,7 @@
 """Checks of an option file before anything is loaded or written.
 
-BasicSR meets a wrong option where it first uses it, minutes into a run, or never, when it ignores the name. `check`
-looks at all options first and reports all problems together.
+BasicSR reports an invalid option where it first uses it, minutes into a run, and ignores unknown names. `check` checks
+all options first and reports all problems together.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from sparse_sr_attn_basicsr.preflight.findings import Findings
 
 
 def check(options: Mapping[str, Any], *, training: bool, launcher: str = "none") -> tuple[dict[str, Any], list[str]]:
-    """Return the options, ready for BasicSR, and remarks on what is legal and probably not meant.
+    """Return the options, ready for BasicSR, and remarks on what is valid but probably a mistake.
 
     Args:
-        options: of a whole option file. Relative paths in it start from the working directory.
-        training: whether they are for training; else for testing.
+        options: options of a whole option file. Relative paths are relative to the working directory.
+        training: whether they are for training or for testing.
         launcher: BasicSR's `--launcher`.
 
     Returns:
-        A copy in which numbers given as text are numbers, and every option that BasicSR requires is spelt out.
+        A copy in which numbers given as text are converted, and every option that BasicSR requires is present.
 
     Raises:
         ConfigError: names all problems, each with its path. Nothing was loaded or written.

@@ -1,4 +1,4 @@
-"""Checks of `datasets`: folders, pairs of images, loading, and the first sample of each."""
+"""Checks of `datasets`: folders, pairs of images, loaders, and the first sample of each."""
 
 import importlib
 import inspect
@@ -14,7 +14,6 @@ from sparse_sr_attn.config import fields, join_path
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import option_lookups, schema
-from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.preflight import trials
 from sparse_sr_attn_basicsr.preflight.findings import Findings, bases, nested
 from sparse_sr_attn_basicsr.preflight.images import (
@@ -26,6 +25,7 @@ from sparse_sr_attn_basicsr.preflight.images import (
     size_of,
 )
 from sparse_sr_attn_basicsr.preflight.validation import Metrics, try_metrics
+from sparse_sr_attn_basicsr.with_attention import is_with_attention
 
 _PAIRED = "PairedImageDataset"
 _NUM_IMAGES_MEASURED = 10
@@ -56,10 +56,10 @@ class _Check:
     """The check of one data set.
 
     Args:
-        findings: of the file.
+        findings: the check of the file.
         phase: the name of the data set in the file.
         values: its options.
-        metrics: whose options are right.
+        metrics: the metrics with valid options.
     """
 
     def __init__(self, findings: Findings, phase: str, values: Any, metrics: Metrics) -> None:
@@ -72,7 +72,7 @@ class _Check:
         self.right: dict[str, Any] = {}
 
     def add(self, option: str, message: str) -> None:
-        """Note a problem of an option."""
+        """Add a problem of an option."""
         self.findings.add(join_path(self.path, option), message)
 
     def run(self) -> Any:
@@ -84,7 +84,7 @@ class _Check:
             findings.add(self.path, f"data sets must be named {names}, got {self.phase!r}")
             return self.values
         if not isinstance(self.values, Mapping):
-            findings.add(self.path, f"must be a map, got {self.values!r}")
+            findings.add(self.path, f"must be a mapping, got {self.values!r}")
             return self.values
         before = len(findings.problems)
         self.values = values = dict(self.values)
@@ -117,7 +117,7 @@ class _Check:
         return values
 
     def check_loader(self) -> None:
-        """Check what PyTorch's loaders and BasicSR's prefetchers need."""
+        """Check the options of PyTorch's loaders and BasicSR's prefetchers."""
         right, training = self.right, self.kind == "train"
         if right.get("prefetch_mode") == "cuda" and not torch.cuda.is_available():
             self.add("prefetch_mode", "must be cpu or ~ without a CUDA GPU, got 'cuda'")
@@ -128,7 +128,7 @@ class _Check:
             self.add("persistent_workers", f"must be false: {why}")
 
     def check_backend(self) -> None:
-        """Check what images are read from."""
+        """Check the backend that images are read from."""
         backend = self.values.get("io_backend")
         if not isinstance(backend, Mapping):
             return
@@ -154,7 +154,7 @@ class _Check:
                     )
 
     def folder(self, name: str) -> Path | None:
-        """Check that a data folder is there; return it if its images are plain files."""
+        """Check that a data folder exists; return it if its images are plain files."""
         given = self.values[name]
         if not isinstance(given, str):
             return None
@@ -165,18 +165,18 @@ class _Check:
         return folder if nested(self.values, "io_backend", "type") == "disk" else None
 
     def check_depths(self, folders: Mapping[str, Path | None]) -> None:
-        """Remark on images whose lower bits are lost: BasicSR reads 8 bits a channel."""
+        """Add a remark on images whose lower bits are lost: BasicSR reads 8 bits per channel."""
         for name, folder in folders.items():
             files = sorted(files_in(folder))[:_NUM_IMAGES_MEASURED] if folder else []
             deep = [file for file in files if folder and is_deep(folder / file)]
             if deep:
                 self.findings.remarks.append(
-                    f"{join_path(self.path, name)}: BasicSR reads 8 bits a channel, and {deep[0]!r} has more; its "
+                    f"{join_path(self.path, name)}: BasicSR reads 8 bits per channel, and {deep[0]!r} has more; its "
                     f"lower bits are lost (as in {len(deep)} of the first {len(files)} images)"
                 )
 
     def pairs(self, high: Path | None, low: Path | None) -> list[tuple[Path, Path]]:
-        """Check that each image has its counterpart, as BasicSR looks for it; return the pairs if all do."""
+        """Check that each image has its counterpart; return the pairs if all do."""
         if high is None or low is None:
             return []
         template = self.right.get("filename_tmpl", "{}")
@@ -205,9 +205,9 @@ class _Check:
         return []
 
     def check_sizes(self, pairs: Sequence[tuple[Path, Path]]) -> None:
-        """Check that images are `scale` times as large as their counterparts, and in training no smaller than a patch.
+        """Check that images are `scale` times as large as their counterparts and, in training, as large as a patch.
 
-        In validation they may be larger: BasicSR cuts them.
+        In validation they may be larger: BasicSR crops them.
         """
         scale = self.findings.scale
         gt_size = self.right.get("gt_size") if self.kind == "train" else None
@@ -216,7 +216,7 @@ class _Check:
         for high, low in pairs:
             original, counterpart = size_of(high), size_of(low)
             if original is None or counterpart is None:
-                continue  # a file that is no image is found when it is read
+                continue  # a file that is not an image is reported when it is read
             wanted = tuple(scale * side for side in counterpart)
             too_small = any(side < other for side, other in zip(original, wanted, strict=True))
             if too_small or (gt_size and original != wanted):
@@ -234,13 +234,13 @@ class _Check:
                 return
 
     def check_samples(self, build: type, pairs: Sequence[tuple[Path, Path]]) -> None:
-        """Build a data set whose options look right, read its first sample, and try the metrics on it."""
+        """Build a data set with valid options, read its first sample, and try the metrics on it."""
         scale = self.findings.scale or 1
         options = self.values | {"phase": self.kind, "scale": scale}
         for name in ("dataroot_gt", "dataroot_lq"):
             if isinstance(options.get(name), str):
                 options[name] = os.path.expanduser(options[name])
-        if options.get("cache_data"):  # it would read everything, before the first sample
+        if options.get("cache_data"):  # it would read all images first
             return
         try:
             number, files, sample = trials.first_sample(build, options, self.path)
@@ -259,10 +259,10 @@ class _Check:
             try_metrics(self.findings, self.metrics, self.path, self.right["type"], sample, sizes)
 
     def check_first(self, sample: object) -> None:
-        """Check that a sample has what the model looks up, and as many channels as the network takes."""
+        """Check that a sample has the entries that the model reads and the channels that the network needs."""
         findings, name = self.findings, self.right["type"]
         if not isinstance(sample, Mapping):
-            self.add("type", f"{name} must give a map for each sample, gives {type(sample).__name__}")
+            self.add("type", f"{name} must return a mapping for each sample, returns {type(sample).__name__}")
             return
         plain = findings.registered("MODEL", "SRModel")
         theirs = (cls for cls in bases(findings.model) if not cls.__module__.startswith("sparse_sr_attn"))
@@ -283,9 +283,9 @@ class _Check:
             )
 
     def channels(self) -> int | None:
-        """Return how many channels the network takes, if its options show it."""
+        """Return the number of input channels of the network, if its options show it."""
         network = self.findings.options.get("network_g")
-        if self.findings.networks.get(str(nested(network, "type"))) is Attended:
+        if is_with_attention(self.findings.networks.get(str(nested(network, "type")))):
             network = nested(network, "network")
         build = self.findings.registered("ARCH", nested(network, "type"))
         default = inspect.signature(build).parameters.get("num_in_ch") if build is not None else None
@@ -304,5 +304,5 @@ class _Check:
             self.add(
                 "dataset_enlarge_ratio",
                 f"must be at least {math.ceil(batch / num_images)}, got {ratio:g}: an epoch of {num_images} images "
-                f"must fill a batch of {batch}, or BasicSR trains on nothing",
+                f"must fill a batch of {batch}, or BasicSR trains on no batch at all",
             )

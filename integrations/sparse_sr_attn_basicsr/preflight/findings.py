@@ -1,4 +1,4 @@
-"""What the checks of an option file share: its options, what was found wrong, and what this BasicSR knows."""
+"""The data that the checks of an option file share: options, problems, and what this BasicSR has registered."""
 
 import importlib
 import importlib.util
@@ -21,18 +21,18 @@ _NO_FOLDERS = ("strict_load", "pretrain_network", "resume", "param_key")  # Basi
 
 
 class Findings:
-    """One check of one file: the options, converted as far as they are right, and what was found.
+    """The check of one file: the options, converted as far as they are valid, and the problems found.
 
     Args:
-        options: of a whole option file.
-        training: whether they are for training; else for testing.
+        options: options of a whole option file.
+        training: whether they are for training or for testing.
 
     Attributes:
-        problems: what is wrong.
-        remarks: what is legal and probably not meant.
-        scale: `scale`, if it is right.
+        problems: the problems found.
+        remarks: what is valid but probably a mistake.
+        scale: `scale`, if it is valid.
         model: the class that `model_type` names, or `None`.
-        networks: our networks, by the names they have in this BasicSR.
+        networks: our networks by their names in this BasicSR.
     """
 
     def __init__(self, options: Mapping[str, Any], training: bool) -> None:
@@ -48,11 +48,11 @@ class Findings:
         self.lookups = option_lookups.of(*modules, importlib.import_module("basicsr.data"), *bases(self.model))
 
     def add(self, path: str, message: str) -> None:
-        """Note a problem."""
+        """Add a problem."""
         self.problems.add(path, message)
 
     def add_all(self, error: ConfigError) -> None:
-        """Note the problems of an error."""
+        """Add the problems of an error."""
         for problem in error.problems:
             self.problems.add(problem.path, problem.message)
 
@@ -78,7 +78,7 @@ class Findings:
         return right
 
     def unread(self, path: str, values: Mapping[str, Any], known: Iterable[str]) -> None:
-        """Refuse names close to one that is looked up; remark on others that nothing looks up."""
+        """Add a problem for names similar to a known one, and a remark for others that nothing reads."""
         known = list(known)
         for name, value in values.items():
             if name in known or (path == "train" and str(name).endswith("_opt")):  # a loss, checked as such
@@ -92,23 +92,23 @@ class Findings:
             if close and value is not None:
                 self.add(join_path(path, name), f"unknown{hint}")
             elif path == "path" and not any(part in str(name) for part in _NO_FOLDERS):
-                self.add(join_path(path, name), f"unknown, and BasicSR would make a folder of it{hint}")
+                self.add(join_path(path, name), f"unknown, and BasicSR would create a folder for it{hint}")
             else:
                 self.remarks.append(f"{join_path(path, name)}: nothing reads this option{hint}")
 
     def registered(self, registry: str, name: object) -> Any:
-        """Return what BasicSR has registered under a name; `None` for nothing.
+        """Return what BasicSR has registered under a name; `None` if there is nothing.
 
         Args:
             registry: `ARCH`, `DATASET`, `LOSS`, `METRIC` or `MODEL`.
-            name: as an option gives it.
+            name: the name in an option file.
         """
         table = getattr(self._registries, f"{registry}_REGISTRY")
         names = (name, f"{name}_basicsr") if isinstance(name, str) else ()
         return next((table.get(key) for key in names if key in table), None)
 
     def choose(self, registry: str, path: str, options: Mapping[str, Any], example: str) -> Any:
-        """Return what the option `type` names in a registry; for a missing or unknown name `None`, with a problem."""
+        """Return what the option `type` names in a registry; `None` and a problem for a missing or unknown name."""
         name = options.get("type")
         if not isinstance(name, str):
             self.add(f"{path}.type", f"missing; it names {example}")
@@ -116,7 +116,7 @@ class Findings:
         return self.chosen(registry, f"{path}.type", name)
 
     def chosen(self, registry: str, path: str, name: str) -> Any:
-        """Return what BasicSR has registered under a name; for an unknown one `None`, with a problem."""
+        """Return what BasicSR has registered under a name; `None` and a problem for an unknown one."""
         found = self.registered(registry, name)
         if found is None:
             table = getattr(self._registries, f"{registry}_REGISTRY")
@@ -126,10 +126,10 @@ class Findings:
         return found
 
     def mapping(self, path: str, value: object) -> dict[str, Any] | None:
-        """Return a copy of a mapping that has a `type`; for another value `None`, with a problem."""
+        """Return a copy of a mapping; `None` and a problem for any other value."""
         if isinstance(value, Mapping):
             return dict(value)
-        self.add(path, f"must be a map with a key 'type', got {value!r}")
+        self.add(path, f"must be a mapping with a key 'type', got {value!r}")
         return None
 
     def is_ours(self) -> bool:
@@ -138,13 +138,13 @@ class Findings:
         return inspect.isclass(self.model) and inspect.isclass(ours) and issubclass(self.model, ours)
 
     def counterpart(self) -> str:
-        """Return the model of ours to use instead of the one given."""
+        """Return our model to use instead of the given one."""
         name = f"Sparse{self.options.get('model_type')}"
         return MODEL if self.registered("MODEL", name) is None else name
 
 
 def bases(cls: Any) -> tuple[type, ...]:
-    """Return a class and its bases, the nearest first; nothing for what is no class."""
+    """Return a class and its bases, the nearest first; nothing for anything else."""
     return cls.__mro__ if inspect.isclass(cls) else ()
 
 

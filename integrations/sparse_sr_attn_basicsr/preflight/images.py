@@ -1,4 +1,4 @@
-"""Image files as BasicSR sees them, without decoding them where their head is enough."""
+"""Properties of image files as BasicSR reads them, without decoding if the header is enough."""
 
 import importlib
 from contextlib import suppress
@@ -15,7 +15,7 @@ _HEAD_ERRORS = (OSError, SyntaxError, ValueError)
 
 
 def files_in(folder: Path) -> set[str]:
-    """Return the names of the files in a folder, hidden ones excepted."""
+    """Return the names of the files in a folder, except hidden ones."""
     return {file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
 
 
@@ -33,7 +33,7 @@ def size_of(image: Path) -> tuple[int, int] | None:
 
 
 def is_deep(image: Path) -> bool:
-    """Return whether a file has more than 8 bits a channel, as far as its head says."""
+    """Return whether a file has more than 8 bits per channel, according to its header."""
     try:
         with Image.open(image) as opened:
             return opened.mode.startswith(("I", "F")) or is_reduced(opened)
@@ -61,7 +61,7 @@ def shown_size(size: tuple[int, int]) -> str:
 
 
 def similar_file(wanted: Path) -> str:
-    """Return a hint at a file or folder of nearly the same name beside one that is missing."""
+    """Return a suggestion of a file or folder with a similar name for a missing one."""
     parent = wanted.parent
     beside = {entry.name.casefold(): entry.name for entry in parent.iterdir()} if parent.is_dir() else {}
     close = get_close_matches(wanted.name.casefold(), beside, n=1)

@@ -1,4 +1,4 @@
-"""Checks of `network_*`: options, the size of the image that comes out, and what a model reads of them."""
+"""Checks of `network_*`: options, the size of the output, and options that the model reads."""
 
 import copy
 import importlib
@@ -18,24 +18,24 @@ from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.layers.base import SATURATING_RANGE, raw_queries_in
 from sparse_sr_attn.registry import suggestion
 from sparse_sr_attn_basicsr import option_lookups, registration
-from sparse_sr_attn_basicsr.attended import Attended
 from sparse_sr_attn_basicsr.preflight import trials
 from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested, without_warnings
+from sparse_sr_attn_basicsr.with_attention import WithAttention, is_with_attention
 
 _READ_BY_MODELS = r"""opt\[["'](network_\w+)["']\]\[["'](\w+)["']\]"""
-# What the buffers of layers are to those who train them, by how their names end.
+# Buffers of layers in the words of users, by the end of their names.
 _BUFFERS = {"centroids": "k-means centroids", "running_mean": "BatchNorm statistics"}
 
 
 class SeenThrough(dict[str, Any]):
-    """Options of a network; look-ups that find nothing fall through to the network inside, and to its defaults.
+    """Options of a network; missing keys are looked up in the wrapped network and its defaults.
 
-    Models of BasicSR read options of their network, such as `opt['network_g']['window_size']`. The mapping itself, as
-    it is iterated over, copied and unpacked, has the options given.
+    Models of BasicSR read options of their network, such as `opt['network_g']['window_size']`. Iterating, copying and
+    unpacking give the given options only.
 
     Args:
-        options: the options given.
-        inside: what look-ups find besides.
+        options: the given options.
+        inside: what is looked up otherwise.
     """
 
     def __init__(self, options: Mapping[str, Any], inside: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class SeenThrough(dict[str, Any]):
 
 
 def check(findings: Findings) -> int:
-    """Check every network; return the number of which `network_g` takes only multiples as sides of images."""
+    """Check every network; return the number whose multiples `network_g` needs as sides of images."""
     multiple = 1
     for key in [key for key in findings.options if key.startswith("network_")]:
         found = _check_network(findings, key, findings.options[key])
@@ -63,14 +63,14 @@ def check(findings: Findings) -> int:
 
 
 def _check_network(findings: Findings, path: str, options: object) -> int:
-    """Check a network; return of which number it takes only multiples."""
+    """Check a network; return the number whose multiples it needs as sides of images."""
     if not isinstance(options, Mapping):
-        if path != "network_g":  # else that was said of the section
+        if path != "network_g":  # else already reported for the section
             findings.mapping(path, options)
         return 1
     rest = {key: value for key, value in options.items() if key != "type"}
     ours = findings.networks.get(str(options.get("type")))
-    if ours is Attended:
+    if is_with_attention(ours):
         return _check_attended(findings, path, rest)
     if ours is not None:
         _check_ours(findings, path, ours, rest)
@@ -88,7 +88,7 @@ def _check_ours(findings: Findings, path: str, build: registration.Build, option
         findings.add(f"{path}.upscale", f"must be {scale}, the option 'scale', got {upscale}{default}")
     try:
         # Rules that join several options are the constructor's own. The meta device allocates nothing.
-        with torch.device("meta"), without_warnings():  # there is a remark on what they warn of
+        with torch.device("meta"), without_warnings():  # remarks say the same
             network = build(**right)
     except ConfigError as error:
         findings.add_all(error.under(path))
@@ -97,7 +97,7 @@ def _check_ours(findings: Findings, path: str, build: registration.Build, option
 
 
 def _check_attention(findings: Findings, path: str, network: nn.Module, options: Mapping[str, Any]) -> None:
-    """Check for options that do not fit the attention of a network and its buffers."""
+    """Check options against the attention and the buffers of a network."""
     img_range = getattr(network, "img_range", 1.0)
     raw = raw_queries_in(network)
     if raw and img_range > SATURATING_RANGE:
@@ -121,9 +121,9 @@ def _check_attention(findings: Findings, path: str, network: nn.Module, options:
 
 
 def _check_attended(findings: Findings, path: str, options: Mapping[str, Any]) -> int:
-    """Check a network of BasicSR by itself, and then whether attention can be put into it."""
+    """Check a network of BasicSR by itself, and then whether it can hold attention."""
     before = len(findings.problems)
-    right = read(Attended, options, path, problems=findings.problems)
+    right = read(WithAttention, options, path, problems=findings.problems)
     if "network" in right:
         _check_network(findings, f"{path}.network", right["network"])
     if len(findings.problems) > before or right["attention"] is None:
@@ -143,14 +143,14 @@ def _check_attended(findings: Findings, path: str, options: Mapping[str, Any]) -
 
 
 def _check_theirs(findings: Findings, path: str, name: str, build: Any, options: Mapping[str, Any]) -> None:
-    """Check a network of BasicSR, or of the user."""
+    """Check a network of BasicSR or of the user."""
 
     def hint(key: str, known: list[str]) -> str:
         better = findings.networks.get(f"Sparse{name}")
         if better is not None and key in fields(better):
             return f"; type: Sparse{name} has it"
         if key == "attention":
-            return f"; put it beside: {{type: Attended, network: {{type: {name}, ...}}, attention: ...}}"
+            return f"; wrap the network: {{type: WithAttention, network: {{type: {name}, ...}}, attention: ...}}"
         return suggestion(key, known)
 
     before = len(findings.problems)
@@ -162,13 +162,13 @@ def _check_theirs(findings: Findings, path: str, name: str, build: Any, options:
 
 
 def _check_patches(findings: Findings, path: str, network: nn.Module, build: Any, options: Mapping[str, Any]) -> None:
-    """Check that a network of BasicSR takes the patches of training, and that images come out in the right size."""
+    """Check that a network of BasicSR accepts the training patches, and that its output has the right size."""
     scale, gt_size = findings.scale, nested(findings.options, "datasets", "train", "gt_size")
     if scale is None or not isinstance(gt_size, int) or gt_size < 1 or gt_size % scale:
         return
     if path == "network_g":
         low = gt_size // scale
-        with suppress(Exception), torch.no_grad():  # not every network computes on the meta device
+        with suppress(Exception), torch.no_grad():  # not every network runs on the meta device
             image = torch.empty(1, options.get("num_in_ch", 3), low, low, device="meta")
             output = network.to("meta").eval()(image)
             if tuple(output.shape[-2:]) != (gt_size, gt_size):
@@ -182,7 +182,7 @@ def _check_patches(findings: Findings, path: str, network: nn.Module, build: Any
 
 
 def _built(findings: Findings, path: str, options: Mapping[str, Any]) -> nn.Module | None:
-    """Return a network of BasicSR's registry, without memory for its weights if it can be built so."""
+    """Build a network of BasicSR's registry, on the meta device if possible."""
     build = findings.registered("ARCH", options["type"])
     rest = {key: value for key, value in options.items() if key != "type"}
     network: nn.Module | None
@@ -193,7 +193,7 @@ def _built(findings: Findings, path: str, options: Mapping[str, Any]) -> nn.Modu
 
 
 def _tried(compute: Any) -> tuple[Any, Exception | None]:
-    """Return what a function returns or raises, on the meta device or, where that forbids it, on the CPU."""
+    """Return what a function returns or raises, on the meta device or, if that fails, on the CPU."""
     failure: Exception | None = None
     for device in ("meta", "cpu"):
         try:
@@ -205,19 +205,20 @@ def _tried(compute: Any) -> tuple[Any, Exception | None]:
 
 
 def check_model_lookups(findings: Findings, multiple: int) -> None:
-    """Check that the model finds the options of its networks that it reads, and let it find them.
+    """Check that the options that the model reads of its networks exist, and make them available.
 
-    Models read options such as `opt['network_g']['window_size']` when they first validate. They find those of the
-    network inside `Attended`, and defaults that the file leaves out.
+    Models read options such as `opt['network_g']['window_size']` when they first validate. They get those of the
+    network inside `WithAttention`, and defaults that the file omits.
 
     Args:
         findings: their options get `SeenThrough` networks.
-        multiple: `network_g` takes only multiples of it as sides of images.
+        multiple: `network_g` needs multiples of it as sides of images.
     """
     options = findings.options
     for key in [key for key in options if key.startswith("network_")]:
         if isinstance(given := options[key], Mapping):
-            inner = given.get("network") if findings.networks.get(str(given.get("type"))) is Attended else given
+            wrapped = is_with_attention(findings.networks.get(str(given.get("type"))))
+            inner = given.get("network") if wrapped else given
             inner = inner if isinstance(inner, Mapping) else {}
             build = findings.registered("ARCH", inner.get("type"))
             parameters = inspect.signature(build).parameters if build is not None else {}
@@ -233,8 +234,8 @@ def check_model_lookups(findings: Findings, multiple: int) -> None:
 
 
 def _check_padding(findings: Findings, multiple: int) -> None:
-    """Check that images fit a network that takes only sides which are multiples of a number."""
-    why = f"because network_g takes only sides that are multiples of {multiple}"
+    """Check the options of a network that needs images with sides that are multiples of a number."""
+    why = f"because network_g needs sides that are multiples of {multiple}"
     theirs = importlib.import_module("basicsr.models.sr_model").SRModel
     if getattr(findings.model, "test", None) is theirs.test:
         name = findings.options.get("model_type")

@@ -1,4 +1,4 @@
-"""Checks of the top of an option file, its sections as a whole, the machine and the weights."""
+"""Checks of the top level of an option file, its sections as a whole, the machine and the weights."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ _ON_CUDA = ("RealESRNetModel", "RealESRGANModel")  # they call .cuda() whatever 
 
 
 def check(findings: Findings, launcher: str) -> None:
-    """Check the top of the file and the options that each section has in any case."""
+    """Check the top level of the file and the general options of each section."""
     options = findings.options
     general = findings.section(schema.Training if findings.training else schema.Testing, options, "")
     findings.scale = general.get("scale")
@@ -30,8 +30,8 @@ def check(findings: Findings, launcher: str) -> None:
     if isinstance(num_gpu := general.get("num_gpu"), int) and num_gpu > gpus:
         findings.add(
             "num_gpu",
-            f"must be at most the number of CUDA GPUs, of which this PyTorch sees {gpus}, got {num_gpu}; 'auto' "
-            "takes all of them, 0 is the CPU",
+            f"must be at most {gpus}, the number of CUDA GPUs that this PyTorch sees, got {num_gpu}; 'auto' uses all, "
+            "0 is the CPU",
         )
     if launcher != "none":
         _check_launcher(findings, launcher)
@@ -54,11 +54,11 @@ def _check_launcher(findings: Findings, launcher: str) -> None:
     path = f"--launcher {launcher}"
     if launcher == "pytorch" and "RANK" not in os.environ:
         findings.add(
-            path, "needs what torchrun tells each process: torchrun --nproc_per_node 2 -m sparse_sr_attn train ..."
+            path, "needs the environment variables of torchrun: torchrun --nproc_per_node 2 -m sparse_sr_attn train ..."
         )
     if findings.training and findings.options.get("manual_seed") is None:
         findings.remarks.append(
-            "manual_seed: with --launcher each process draws its own if none is given, and a resumed run will not "
+            "manual_seed: with --launcher and without a seed, each process draws its own, and a resumed run will not "
             "be exact"
         )
     if isinstance(params := findings.options.get("dist_params"), Mapping):
@@ -88,7 +88,7 @@ def _check_logger(findings: Findings) -> None:
 
 
 def check_model(findings: Findings) -> None:
-    """Check that the model has what it cannot do without, and no options that it would ignore."""
+    """Check that the model has all required options, and none that it would ignore."""
     name, train, model = findings.options.get("model_type"), findings.options.get("train"), findings.model
     if model is None:
         return
@@ -114,7 +114,7 @@ def check_model(findings: Findings) -> None:
 
 
 def check_weights(findings: Findings) -> None:
-    """Check that weights and states are there, and of a kind that the model reads."""
+    """Check that weights and states exist and have a format that the model reads."""
     path = findings.options["path"]
     if not isinstance(path, Mapping):
         return

@@ -22,7 +22,7 @@ OPTIMIZERS = {
     and issubclass(value, torch.optim.Optimizer)
     and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 }
-"""Those of `torch.optim` that train any network; the others need a closure, or a certain kind of gradient or weight."""
+"""Optimizers of `torch.optim` for any network; the others need a closure, or special gradients or weights."""
 
 
 def check(findings: Findings) -> None:
@@ -32,7 +32,7 @@ def check(findings: Findings) -> None:
         return
     for key in [key for key in train if str(key).startswith("optim_")]:
         if key == "optim_g" and not isinstance(train[key], Mapping):
-            continue  # which was said of the section
+            continue  # already reported for the section
         if (options := findings.mapping(f"train.{key}", train[key])) is not None:
             train[key] = options
             _check_optimizer(findings, f"train.{key}", options)
@@ -57,13 +57,13 @@ def _check_img_range(findings: Findings, train: Mapping[str, Any]) -> None:
     if train.get("pretrain_img_range") is not None and not plain:
         findings.add(
             "train.pretrain_img_range",
-            "must be ~ unless network_g is a SparseEDSR without block, whose image can stay the same; "
-            f"it is {kind}{' with block' if block is not None else ''}",
+            "must be ~ unless network_g is a SparseEDSR without block, whose biases can be scaled; "
+            f"got {kind}{' with block' if block is not None else ''}",
         )
 
 
 def _check_accumulation(findings: Findings, train: Mapping[str, Any]) -> None:
-    """Check that a batch can be cut into equal parts, and that the loss is an average over them."""
+    """Check that a batch can be split into equal parts, and that the loss is an average over them."""
     parts, loss = train.get("accumulate"), train.get("pixel_opt")
     if not isinstance(parts, int) or parts <= 1:
         return
@@ -78,7 +78,7 @@ def _check_accumulation(findings: Findings, train: Mapping[str, Any]) -> None:
 
 
 def _check_losses(findings: Findings, train: dict[str, Any]) -> None:
-    """Check of every loss that the model uses it, and that it can be built and computed."""
+    """Check that the model uses every loss, and that each can be built and computed."""
     lookups, name = option_lookups.of(*bases(findings.model)), findings.options.get("model_type")
     known = sorted(key for key in lookups.names.get("train", ()) if key.endswith("_opt"))
     given = [key for key in train if str(key).endswith("_opt") and (train[key] or train[key] == {})]
@@ -87,7 +87,7 @@ def _check_losses(findings: Findings, train: dict[str, Any]) -> None:
         if findings.model is not None and known and key not in known and key not in schema.ONLY_OURS["train"]:
             findings.add(path, f"unknown to {name}{suggestion(key, known)}")
         elif key in lookups.built and lookups.built[key] not in lookups.used:
-            findings.add(path, f"{name} builds this loss and then leaves it out; write ~")
+            findings.add(path, f"{name} builds this loss but never uses it; write ~")
         elif (options := findings.mapping(path, train[key])) is not None:
             train[key] = options
             _check_loss(findings, key, options)
@@ -126,7 +126,7 @@ def _check_optimizer(findings: Findings, path: str, options: dict[str, Any]) -> 
 
 
 def _optimizers(findings: Findings) -> list[str]:
-    """Return the optimizers that the model can make."""
+    """Return the optimizers that the model can create."""
     if findings.model is None or findings.is_ours() or not hasattr(findings.model, "get_optimizer"):
         return sorted(OPTIMIZERS)
     known = []
@@ -173,4 +173,4 @@ def _try_to_build(
             build(first, **rest)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             known = [name for name in fields(build) if name not in taken]
-            findings.add(path, f"{options['type']} refuses these options: {error} (known: {', '.join(known)})")
+            findings.add(path, f"{options['type']} rejects these options: {error} (known: {', '.join(known)})")

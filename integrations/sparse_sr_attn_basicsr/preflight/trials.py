@@ -1,4 +1,4 @@
-"""Trials of losses, metrics and data sets: built and computed once, to learn what their code refuses."""
+"""Try losses, metrics and data sets once, to find the options that their code rejects."""
 
 import copy
 import dis
@@ -22,7 +22,7 @@ from sparse_sr_attn_basicsr.data import PortableDataset, SampleError
 from sparse_sr_attn_basicsr.preflight.findings import without_warnings
 from sparse_sr_attn_basicsr.randomness import undisturbed
 
-# What no default shows.
+# Rules that defaults do not show.
 _RULES: dict[str, Any] = {
     "crop_border": NonNegativeInt,
     "loss_weight": NonNegative,
@@ -32,7 +32,7 @@ _RULES: dict[str, Any] = {
 }
 _PLAIN = (bool, int, float, str)
 
-# Losses of which it is known how BasicSR calls them.
+# Losses that BasicSR calls with an image and its target.
 _COMPARING = ("pixel_opt", "fft_opt", "ldl_opt")
 
 
@@ -46,16 +46,16 @@ def check_names(
     hint: Callable[[str, list[str]], str] = suggestion,
     lenient: bool = False,
 ) -> dict[str, inspect.Parameter]:
-    """Note options that a signature does not have, and parameters that are missing; return the parameters.
+    """Add problems for unknown options and missing parameters of a signature; return the parameters.
 
     Args:
-        problems: takes them up.
+        problems: gets the problems.
         build: a class or a function.
-        options: all that it will be given beside `given`.
-        path: where they stand, for messages.
-        given: parameters that are no options.
-        hint: ends the message on an unknown option; called with it and the known ones.
-        lenient: allow any option where the signature takes any, whether or not it is looked at.
+        options: the options that it will get in addition to `given`.
+        path: position of the options, for messages.
+        given: parameters that are not options.
+        hint: returns the end of the message for an unknown option and the known ones.
+        lenient: allow any option if the signature takes any, even if the code ignores it.
     """
     name = getattr(build, "__name__", str(build))
     parameters = inspect.signature(build).parameters.values()
@@ -89,14 +89,14 @@ def check_arguments(
 
 
 def try_loss(build: type, options: Mapping[str, Any], key: str) -> str | None:
-    """Build a loss and compute it on small images; return what is wrong with it, if anything is.
+    """Build a loss and compute it on small images; return what is wrong, or `None`.
 
     BasicSR's perceptual loss is not built, because it would load or download the weights of its VGG.
 
     Args:
-        build: its class.
-        options: for the class.
-        key: under which the loss stands in the options, e.g. `pixel_opt`.
+        build: the class of the loss.
+        options: its options.
+        key: name of the loss in the option file, e.g. `pixel_opt`.
     """
     if build is getattr(importlib.import_module("basicsr.losses.basic_loss"), "PerceptualLoss", None):
         return _fault_of_perceptual_loss(options, key)
@@ -105,7 +105,7 @@ def try_loss(build: type, options: Mapping[str, Any], key: str) -> str | None:
         try:
             criterion = _criterion(build, options)
         except Exception as error:  # somebody else's code can raise anything
-            return f"{name} refuses these options: {reason(error)}"
+            return f"{name} rejects these options: {reason(error)}"
         try:
             return _fault_of_loss(name, criterion, key)
         except Exception as error:
@@ -113,12 +113,12 @@ def try_loss(build: type, options: Mapping[str, Any], key: str) -> str | None:
 
 
 def try_metric(build: Callable[..., Any], options: Mapping[str, Any], shape: Sequence[int]) -> str | None:
-    """Take a metric of two images of noise; return what is wrong with it, if anything is.
+    """Compute a metric of two images of noise; return what is wrong, or `None`.
 
     Args:
-        build: the function.
-        options: for it.
-        shape: of the images, as BasicSR's models hand them to metrics: (height, width) or (height, width, 3).
+        build: the metric.
+        options: its options.
+        shape: shape of the images that BasicSR's models pass to metrics: (height, width) or (height, width, 3).
     """
     draw = np.random.default_rng(0)
     images = {
@@ -138,12 +138,12 @@ def first_sample(build: type, options: Mapping[str, Any], path: str) -> tuple[in
     """Build a data set and read its first sample.
 
     Args:
-        build: its class.
-        options: as BasicSR hands them to the class.
-        path: where they stand, for messages.
+        build: the class of the data set.
+        options: its options, as BasicSR passes them.
+        path: position of the options, for messages.
 
     Returns:
-        The number of samples, the files of the first of them where they are known, and the sample.
+        The number of samples, the files of the first ones if they are known, and the first sample.
 
     Raises:
         ConfigError: there is no sample, or it cannot be read.
@@ -169,7 +169,7 @@ def first_sample(build: type, options: Mapping[str, Any], path: str) -> tuple[in
 
 
 def reason(error: Exception) -> str:
-    """Return what an error says, on one line."""
+    """Return the message of an error on one line."""
     text = " ".join(str(error).split())
     if isinstance(error, AssertionError | ValueError | NotImplementedError) and text:
         return text
@@ -178,7 +178,7 @@ def reason(error: Exception) -> str:
 
 def _fault_of_perceptual_loss(options: Mapping[str, Any], key: str) -> str | None:
     if key != "perceptual_opt":
-        return "PerceptualLoss must give one number, gives a tuple; it belongs under perceptual_opt"
+        return "PerceptualLoss must return one number, returns a tuple; it belongs under perceptual_opt"
     vgg, criterion = options.get("vgg_type", "vgg19"), options.get("criterion", "l1")
     arch = importlib.import_module("basicsr.archs.vgg_arch")
     if (plain := vgg.removesuffix("_bn")) not in arch.NAMES:
@@ -189,7 +189,7 @@ def _fault_of_perceptual_loss(options: Mapping[str, Any], key: str) -> str | Non
     if criterion not in ("l1", "fro"):  # the code for l2 misspells its class
         return f"criterion must be 'l1' or 'fro', got {criterion!r}"
     if not (options.get("perceptual_weight", 1) or options.get("style_weight", 0)):
-        return "PerceptualLoss gives nothing: perceptual_weight and style_weight are both 0"
+        return "PerceptualLoss has no effect: perceptual_weight and style_weight are both 0"
     return None
 
 
@@ -214,14 +214,14 @@ def _fault_of_loss(name: str, criterion: Any, key: str) -> str | None:
     elif key == "perceptual_opt":
         pair = criterion(output, target)
         if not isinstance(pair, tuple) or len(pair) != 2:
-            return f"{name} is no perceptual loss: it must give two numbers, of content and of style"
+            return f"{name} is not a perceptual loss, which must return two numbers, for content and for style"
         values = [value for value in pair if value is not None]
         if not values:
-            return f"{name} gives nothing: perceptual_weight and style_weight are both 0"
+            return f"{name} has no effect: perceptual_weight and style_weight are both 0"
     elif key in _COMPARING:
         second = list(inspect.signature(criterion.forward).parameters.values())[1:2]
         if not second or second[0].default is not inspect.Parameter.empty:
-            return f"{name} is no {key.removesuffix('_opt')} loss: it does not compare the image with another"
+            return f"{name} is not a {key.removesuffix('_opt')} loss: it does not compare two images"
         values = [criterion(output, target)]
     else:
         values = []
@@ -230,11 +230,11 @@ def _fault_of_loss(name: str, criterion: Any, key: str) -> str | None:
 
 def _fault_of_number(name: str, value: object) -> str | None:
     if not isinstance(value, Tensor):
-        return f"{name} must give one number, gives a {type(value).__name__}"
+        return f"{name} must return one number, returns a {type(value).__name__}"
     if value.ndim:
-        return f"{name} must give one number, gives {tuple(value.shape)} of them"
+        return f"{name} must return one number, returns {tuple(value.shape)} of them"
     if value.device.type != "meta" and not math.isfinite(float(value)):
-        return f"{name} must give a finite number, gives {float(value)}"
+        return f"{name} must return a finite number, returns {float(value)}"
     return None
 
 
@@ -256,7 +256,7 @@ def _annotation(build: Callable[..., object], parameter: inspect.Parameter) -> A
 
 
 def _uses_keywords(build: Callable[..., object]) -> bool:
-    """Return whether what is given beyond the parameters is looked at; most of BasicSR's metrics ignore it."""
+    """Return whether a function uses its `**kwargs`; most of BasicSR's metrics ignore them."""
     function: Any = inspect.unwrap(build.__init__ if inspect.isclass(build) else build)
     keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
     code = getattr(function, "__code__", None)
@@ -281,4 +281,4 @@ def _why_not_read(build: type, error: Exception, path: str) -> Problem:
         return Problem(join_path(path, cause.args[0]), f"missing; {build.__name__} needs it")
     if isinstance(error, SampleError):
         return Problem(path, f"the first sample cannot be read: {error}")
-    return Problem(path, f"{build.__name__} refuses these options: {reason(error)}")
+    return Problem(path, f"{build.__name__} rejects these options: {reason(error)}")

@@ -13,11 +13,11 @@ from sparse_sr_attn_basicsr.preflight.findings import Findings
 from sparse_sr_attn_basicsr.preflight.images import shown_size
 
 Metrics = Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]
-"""Metrics by their path, with their options."""
+"""Metrics by their path in the file, with their options."""
 
 
 def check(findings: Findings) -> Metrics:
-    """Check the section `val`; return the metrics whose options are right, to be tried on the sizes of images."""
+    """Check the section `val`; return the metrics with valid options, to try them on the sizes of images."""
     val = findings.options.get("val")
     if not isinstance(val, dict):
         return {}
@@ -56,12 +56,12 @@ def try_metrics(
     """Compute the metrics of noise as large as the smallest image of a data set.
 
     Args:
-        findings: of the file.
-        metrics: as `check` returns them.
-        path: of the data set.
-        kind: its type.
-        sample: the first one.
-        sizes: (width, height) by image, where they are known.
+        findings: the check of the file.
+        metrics: the metrics, from `check`.
+        path: path of the data set.
+        kind: type of the data set.
+        sample: its first sample.
+        sizes: (width, height) of each image, if known.
     """
     image = sample.get("gt", sample.get("lq"))
     if not isinstance(image, torch.Tensor) or image.ndim != 3:

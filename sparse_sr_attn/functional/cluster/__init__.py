@@ -15,6 +15,7 @@ Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chun
 chunks $t-a, \dots, t+a$ (mod $k$), in this order, or those that `pattern.neighbors` lists.
 """
 
+import warnings
 from typing import cast
 
 import torch
@@ -52,8 +53,9 @@ def cluster_pattern(
     *,
     chunk_size: int,
     num_adjacent: int = 1,
-    exact_keys: bool = True,
+    count_keys_once: bool = True,
     place: Int[Tensor, "b n"] | None = None,
+    exact_keys: bool | None = None,
 ) -> ClusterPattern:
     """Sort the tokens by cluster.
 
@@ -61,10 +63,11 @@ def cluster_pattern(
         assignment: the cluster of each token, in image order, >= 0.
         chunk_size: slots in a chunk, >= 1. Memory of weights grows as `n * chunk_size`.
         num_adjacent: neighbouring chunks seen on each side, >= 0.
-        exact_keys: whether each key counts once. With `False`, as published, the slots that pad the last chunk repeat
-            the last tokens and count, and a chunk that is a neighbour twice counts twice.
+        count_keys_once: whether each key counts once. With `False`, as published, the slots that pad the last chunk
+            repeat the last tokens and count, and a chunk that is a neighbour twice counts twice.
         place: position of each token's cluster in the order of clusters, from `order.chain_rank`; `None` to order
             clusters by index, as published.
+        exact_keys: the old name of `count_keys_once`.
 
     Returns:
         The pattern. Tokens are sorted by cluster, then by position, so there are no ties and every device gives the
@@ -81,12 +84,15 @@ def cluster_pattern(
         >>> pattern.order  # cluster 0, then 1, then 2
         tensor([[1, 3, 0, 2, 4]])
     """
+    if exact_keys is not None:
+        warnings.warn("exact_keys is count_keys_once now", FutureWarning, stacklevel=2)
+        count_keys_once = exact_keys
     if chunk_size < 1 or num_adjacent < 0:
         raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
     num_tokens = assignment.shape[1]
     position = torch.arange(num_tokens, device=assignment.device)
     order = ((assignment if place is None else place) * num_tokens + position).argsort(dim=1)
-    return ClusterPattern(order, assignment, chunk_size, num_adjacent, exact_keys)
+    return ClusterPattern(order, assignment, chunk_size, num_adjacent, count_keys_once)
 
 
 def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:
@@ -117,8 +123,8 @@ def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) ->
         >>> pattern.neighbors.shape  # 8 chunks, each sees itself and 2 others
         torch.Size([1, 8, 3])
     """
-    if not pattern.exact_keys:
-        raise ValueError("nearest chunks need exact_keys=True, got False: the published counting needs a ring")
+    if not pattern.count_keys_once:
+        raise ValueError("nearest chunks need count_keys_once=True, got False: the published counting needs a ring")
     means = mean_keys(pattern, key)
     return pattern._replace(neighbors=nearest_rows(means, 2 * pattern.num_adjacent + 1))
 
@@ -154,7 +160,7 @@ def seen_keys(pattern: ClusterPattern, tokens: Int[Tensor, "s"]) -> tuple[Int[Te
         tokens: indices of the queries, in image order.
 
     Returns:
-        The indices of each query's keys, in image order, and a mask of those that count. With `exact_keys` no key
+        The indices of each query's keys, in image order, and a mask of those that count. With `count_keys_once` no key
         counts twice.
 
     Examples:
@@ -465,9 +471,9 @@ def cluster_attention_rounds(
         )
     query, key, rows = (tensor.repeat_interleave(num_rounds, dim=0) for tensor in (query, key, value))
     each, lse = _attention(query, key, rows, pattern, scale, normalize_keys, backend, with_lse=True)
-    share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1)
+    round_weights = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1)
     with without_autocast(value):
-        merged: Tensor = (share[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
+        merged: Tensor = (round_weights[..., None] * each.unflatten(0, (-1, num_rounds))).sum(dim=1)
         return merged.to(value.dtype)
 
 
@@ -519,8 +525,8 @@ def cluster_weights_rounds(
         )
     query, key = (rows.repeat_interleave(num_rounds, dim=0) for rows in (query, key))
     weights, lse = _weights(query, key, pattern, scale, normalize_keys, None, backend, with_lse=True)
-    share = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
-    weights = weights * Eager(pattern).chunks(share[..., None])
+    round_weights = cast(Tensor, lse).unflatten(0, (-1, num_rounds)).softmax(dim=1).flatten(0, 1)
+    weights = weights * Eager(pattern).chunks(round_weights[..., None])
     return weights if dtype is None else weights.to(dtype)
 
 
@@ -550,4 +556,4 @@ def _tiled(backend: Backend, rows: Tensor) -> bool:
 
 
 def _unpack(pattern: ClusterPattern) -> tuple[Tensor, Tensor | None, int, int, bool]:
-    return pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+    return pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once

@@ -20,7 +20,7 @@ class ClusterLayout:
         chunk_size: slots in a chunk; with exact keys at most the number of tokens.
         num_chunks: number of chunks needed for all tokens.
         num_adjacent: chunks seen on each side; with `nearest`, half the number of chunks seen besides a chunk's own.
-        exact_keys: whether each key counts once.
+        count_keys_once: whether each key counts once.
         nearest: whether a table (`ClusterPattern.neighbors`) rather than the ring defines the chunks that a chunk sees.
     """
 
@@ -28,14 +28,14 @@ class ClusterLayout:
     chunk_size: int
     num_chunks: int
     num_adjacent: int
-    exact_keys: bool
+    count_keys_once: bool
     nearest: bool
 
     @classmethod
     def of(cls, pattern: ClusterPattern) -> "ClusterLayout":
         """Return the layout of a pattern; sizes may be symbolic."""
         return cls.of_order(
-            pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys
+            pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once
         )
 
     @classmethod
@@ -45,14 +45,14 @@ class ClusterLayout:
         neighbors: Int[Tensor, "b k m"] | None,
         chunk_size: int,
         num_adjacent: int,
-        exact_keys: bool,
+        count_keys_once: bool,
     ) -> "ClusterLayout":
         """Return the layout of a pattern given by its fields, as operators take them."""
         num_tokens = order.shape[1]
-        if exact_keys:
+        if count_keys_once:
             chunk_size = smaller(chunk_size, num_tokens)
         num_chunks = (num_tokens + chunk_size - 1) // chunk_size
-        return cls(num_tokens, chunk_size, num_chunks, num_adjacent, exact_keys, neighbors is not None)
+        return cls(num_tokens, chunk_size, num_chunks, num_adjacent, count_keys_once, neighbors is not None)
 
     @property
     def num_slots(self) -> int:
@@ -66,7 +66,7 @@ class ClusterLayout:
 
     def rank(self, slot: Int[Tensor, "*s"]) -> Int[Tensor, "*s"]:
         """Return the index in `order` of the token at a slot; past the last token, of the one that pads it."""
-        if self.exact_keys:
+        if self.count_keys_once:
             # A token of the same chunk: weight 0 hides a number, but not a NaN from a chunk that must not be seen.
             return slot.clamp(max=self.num_tokens - 1)
         repeated = modulo(slot - (self.num_slots - self.num_tokens), self.num_tokens)
@@ -84,7 +84,7 @@ class ClusterLayout:
 
     def visible(self, slot: Int[Tensor, "*t j"]) -> Bool[Tensor, "*t j"]:
         """Return a mask of the key slots that count; each row of `slot` lists the keys of a chunk."""
-        if not self.exact_keys:
+        if not self.count_keys_once:
             return torch.ones_like(slot, dtype=torch.bool)
         # A quotient and not `repeat_interleave`, which ONNX export gets wrong for a number that depends on the image.
         place = torch.arange(self.num_offsets * self.chunk_size, device=slot.device) // self.chunk_size
@@ -98,7 +98,7 @@ class ClusterLayout:
 
     def hidden(self, seen: Sequence[int]) -> list[slice]:
         """Return the keys that do not count for a chunk that sees these chunks, as slices: those not `visible`."""
-        if not self.exact_keys:
+        if not self.count_keys_once:
             return []
         i, tail = self.chunk_size, self.num_slots - self.num_tokens
         first, stop = self.counted

@@ -129,7 +129,7 @@ class _Sorted:
             home, place = chunk % layout.num_chunks * i, chunk * i + self.margin
             slots[home : home + i] += halo[place : place + i]
         self.to_tokens(slots, out)
-        if not layout.exact_keys:  # slots past the last token are seen, and stand for a token
+        if not layout.count_keys_once:  # slots past the last token are seen, and stand for a token
             first, last = self.margin + layout.num_tokens, self.margin + layout.num_slots
             out.index_add_(0, self._token[first:last], slots[layout.num_tokens :].to(out.dtype))
 

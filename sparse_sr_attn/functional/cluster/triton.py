@@ -71,7 +71,7 @@ class _Launch:
     def of(cls, kernel: str, query: Tensor, value: Tensor, layout: ClusterLayout, scale: float) -> "_Launch":
         n, i, k, a = layout.num_tokens, layout.chunk_size, layout.num_chunks, layout.num_adjacent
         # Of the offsets that lead to the same chunk one counts (`ClusterLayout.counted`).
-        behind, ahead = (min(a, (k - 1) // 2), min(a, k // 2)) if layout.exact_keys else (a, a)
+        behind, ahead = (min(a, (k - 1) // 2), min(a, k // 2)) if layout.count_keys_once else (a, a)
         num_seen = (behind + 1 + ahead) * i
         padding = layout.num_slots - n
         block_d, block_e = _padded(query.shape[-1]), min(_padded(value.shape[-1]), _VALUE_COLUMNS)
@@ -83,10 +83,10 @@ class _Launch:
             fill=-padding % n,
             sees=(-behind * i % layout.num_slots, num_seen),
             seen_by=(-ahead * i % layout.num_slots, num_seen),
-            num_repeats=0 if layout.exact_keys else -(-padding // n),
+            num_repeats=0 if layout.count_keys_once else -(-padding // n),
             options={
                 "SCALE": scale,
-                "EXACT": layout.exact_keys,
+                "EXACT": layout.count_keys_once,
                 "NEAREST": layout.nearest,
                 "QUERY_DIM": query.shape[-1],
                 "VALUE_DIM": value.shape[-1],

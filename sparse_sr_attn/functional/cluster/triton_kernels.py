@@ -215,7 +215,7 @@ def backward_query(
     q = _rows(query, query_token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
     grad = _rows(grad_output, query_token, is_query, VALUE_DIM, START, BLOCK_E)
     m_i = tl.load(maximum + query_token, mask=is_query, other=0.0)
-    share = tl.load(inverse + query_token, mask=is_query, other=0.0)
+    inverse_l = tl.load(inverse + query_token, mask=is_query, other=0.0)
 
     delta_i = tl.zeros([BLOCK_I], WORK)
     result = tl.zeros([BLOCK_I, BLOCK_D], WORK)
@@ -231,11 +231,11 @@ def backward_query(
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
-        weights = tl.where(is_key[None, :], tl.exp(scores - m_i[:, None]) * share[:, None], 0.0)
+        weights = tl.where(is_key[None, :], tl.exp(scores - m_i[:, None]) * inverse_l[:, None], 0.0)
         grad_weights = tl.dot(grad.to(DOT), tl.trans(v.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
-        shares = weights * grad_weights
-        delta_i += tl.sum(shares, 1)
-        result += tl.dot(shares, k, out_dtype=WORK, input_precision=PRECISION)
+        contributions = weights * grad_weights
+        delta_i += tl.sum(contributions, 1)
+        result += tl.dot(contributions, k, out_dtype=WORK, input_precision=PRECISION)
         mean_key += tl.dot(weights, k, out_dtype=WORK, input_precision=PRECISION)
     if START == 0:
         delta_i -= tl.load(grad_lse + query_token, mask=is_query, other=0.0)
@@ -309,11 +309,11 @@ def backward_key(
             q = _rows(query, token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
             grad = _rows(grad_output, token, is_query, VALUE_DIM, START, BLOCK_E)
             m_i = tl.load(maximum + token, mask=is_query, other=0.0)
-            share = tl.load(inverse + token, mask=is_query, other=0.0)
+            inverse_l = tl.load(inverse + token, mask=is_query, other=0.0)
             delta_i = tl.load(delta + token, mask=is_query, other=0.0)
             scores = SCALE * tl.dot(k, tl.trans(q), out_dtype=WORK, input_precision=PRECISION)
             shown = is_shown[:, None] & is_query[None, :]
-            weights = tl.where(shown, tl.exp(scores - m_i[None, :]) * share[None, :], 0.0)
+            weights = tl.where(shown, tl.exp(scores - m_i[None, :]) * inverse_l[None, :], 0.0)
             grad_weights = tl.dot(v.to(DOT), tl.trans(grad.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
             grad_scores = weights * (grad_weights - delta_i[None, :])
             to_value += tl.dot(weights.to(grad.dtype).to(DOT), grad.to(DOT), out_dtype=WORK, input_precision=PRECISION)

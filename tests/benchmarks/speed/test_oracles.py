@@ -151,9 +151,9 @@ def test_the_layer_is_as_it_was_afterwards() -> None:
     "case", [(7, 3, 1, True), (7, 3, 1, False), (6, 3, 1, False), (4, 9, 2, True), (11, 2, 0, True)]
 )
 def test_counting_is_that_of_the_reference(case: tuple[int, int, int, bool]) -> None:
-    num_tokens, chunk_size, num_adjacent, exact_keys = case
+    num_tokens, chunk_size, num_adjacent, count_keys_once = case
     where = torch.randint(3, (2, num_tokens), generator=torch.Generator().manual_seed(0))
-    options = {"chunk_size": chunk_size, "num_adjacent": num_adjacent, "exact_keys": exact_keys}
+    options = {"chunk_size": chunk_size, "num_adjacent": num_adjacent, "count_keys_once": count_keys_once}
     expected = cluster.multiplicity(cluster.cluster_pattern(where, **options))
     assert torch.equal(seen(where, **options).long(), expected)
 

@@ -38,11 +38,11 @@ SIZES = [(2, 3), (3, 4), (5, 6), (6, 6), (5, 7)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_lcoa_counts_keys_as_published(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    layer = LCoA(C, num_clusters=4, chunk_size=6, reduction=2, res_scale=0.5, exact_keys=False).double().eval()
+    layer = LCoA(C, num_clusters=4, chunk_size=6, reduction=2, res_scale=0.5, count_keys_once=False).double().eval()
     plain = standins.PlainLCoA(layer).double().eval()
     x = features(*size)
     query = rows(layer.lsp.embed, x)
-    pattern = cluster.cluster_pattern(kmeans.assign(query, layer.lsp.centroids), chunk_size=6, exact_keys=False)
+    pattern = cluster.cluster_pattern(kmeans.assign(query, layer.lsp.centroids), chunk_size=6, count_keys_once=False)
     attended = cluster.cluster_attention(query, unit(query), rows(layer.coa.value, x), pattern)
     assert_values_close(plain(x), x + 0.5 * as_map(attended, x))
     y = features(*size).flip(-1)
@@ -68,7 +68,7 @@ def test_nlsa_with_given_rotations(size: tuple[int, int]) -> None:
     query = rows(layer.embed, x)
     num_buckets = lsh.bucket_count(query.shape[1], 6, 4)
     assignment = lsh.hash_tokens(query, layer.rotations, num_buckets).flatten(0, 1)
-    pattern = cluster.cluster_pattern(assignment, chunk_size=6, exact_keys=False)
+    pattern = cluster.cluster_pattern(assignment, chunk_size=6, count_keys_once=False)
     attended = cluster.cluster_attention_rounds(query, unit(query), rows(layer.value, x), pattern, 3)
     assert_values_close(plain(x), x + 0.5 * as_map(attended, x))
 

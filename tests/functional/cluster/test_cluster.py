@@ -32,11 +32,11 @@ backends = st.sampled_from(BACKENDS)
 # Shapes at which code like this breaks; run before anything that is drawn.
 ONE_TOKEN = Case(num_tokens=1, num_clusters=1, chunk_size=1)
 NEIGHBOURS_COINCIDE = Case(num_tokens=5, num_clusters=1, chunk_size=3, seed=1)
-TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, exact_keys=False, seed=2)
+TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, count_keys_once=False, seed=2)
 PADDED_TAIL = Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3)
-PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4)
-CHUNK_LONGER_THAN_SAMPLE = Case(num_tokens=4, num_clusters=2, chunk_size=9, exact_keys=False, seed=5)
-REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, exact_keys=False, seed=6)
+PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, count_keys_once=False, seed=4)
+CHUNK_LONGER_THAN_SAMPLE = Case(num_tokens=4, num_clusters=2, chunk_size=9, count_keys_once=False, seed=5)
+REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, count_keys_once=False, seed=6)
 WIDE_RING = Case(num_tokens=9, num_clusters=3, chunk_size=2, num_adjacent=2, seed=7)
 FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
 LONELY_TAIL = Case(num_tokens=4, num_clusters=1, chunk_size=3, num_adjacent=0, seed=1)
@@ -51,7 +51,7 @@ def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
-        exact_keys=case.exact_keys,
+        count_keys_once=case.count_keys_once,
     )
     routing = case.tokens("routing", 3, device=device)
     return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
@@ -104,13 +104,13 @@ def test_hidden_is_what_is_not_visible() -> None:
     for num_tokens in range(1, 14):
         for chunk_size in range(1, 8):
             for num_adjacent in range(4):
-                for exact_keys in (True, False):
+                for count_keys_once in (True, False):
                     order = torch.arange(num_tokens)[None]
-                    pattern = ClusterPattern(order, order, chunk_size, num_adjacent, exact_keys)
+                    pattern = ClusterPattern(order, order, chunk_size, num_adjacent, count_keys_once)
                     ring = ClusterLayout.of(pattern)
                     seen = torch.tensor([ring.ring(chunk) for chunk in range(ring.num_chunks)])
                     patterns = [pattern]
-                    if exact_keys:  # the last chunk stands first, in the middle and last
+                    if count_keys_once:  # the last chunk stands first, in the middle and last
                         patterns.append(pattern._replace(neighbors=seen.flip(0)[None]))
                     for each in patterns:
                         layout, table = ClusterLayout.of(each), seen if each.neighbors is None else each.neighbors[0]
@@ -202,7 +202,7 @@ def test_application_equals_loops(device: torch.device, case: Case, backend: str
     assert_gradients_close((mine[0] * shown, mine[1]), (other[0] * shown, other[1]))
 
 
-@given(case=cases(exact_keys=True), backend=backends, longer=st.integers(0, 3))
+@given(case=cases(count_keys_once=True), backend=backends, longer=st.integers(0, 3))
 @example(case=ONE_TOKEN, backend="eager", longer=3)
 @example(case=NEIGHBOURS_COINCIDE, backend="tiles", longer=0)
 def test_one_chunk_is_plain_attention(device: torch.device, case: Case, backend: str, longer: int) -> None:
@@ -217,7 +217,7 @@ def test_one_chunk_is_plain_attention(device: torch.device, case: Case, backend:
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
-@given(case=cases(exact_keys=True), backend=backends)
+@given(case=cases(count_keys_once=True), backend=backends)
 @example(case=PADDED_TAIL, backend="eager")
 @example(case=PADDED_TAIL, backend="tiles")
 def test_chunks_in_sight_of_all_are_plain_attention(device: torch.device, case: Case, backend: str) -> None:
@@ -275,7 +275,7 @@ def test_a_batch_is_its_samples(device: torch.device, case: Case, backend: str) 
             case.assignment(device=device)[one],
             chunk_size=case.chunk_size,
             num_adjacent=case.num_adjacent,
-            exact_keys=case.exact_keys,
+            count_keys_once=case.count_keys_once,
         )
         if case.nearest:
             alone = fast.with_nearest_chunks(alone, case.tokens("routing", 3, device=device)[one])
@@ -368,14 +368,14 @@ def test_a_key_counts_as_often_as_it_should(device: torch.device, case: Case, ba
     who = torch.eye(case.num_tokens, dtype=torch.float64, device=device).repeat(case.batch, 1, 1)
     weights = fast.cluster_attention(nothing, nothing, who, pattern, backend=backend)
     counts = slow.multiplicity(pattern)
-    if case.exact_keys:
+    if case.count_keys_once:
         assert counts.max() == 1
     assert_values_close(weights, counts.double() / counts.sum(dim=-1, keepdim=True))
     assert (weights.diagonal(dim1=1, dim2=2) > 0).all(), "every token sees itself"
 
 
 @pytest.mark.promise("R6", "clusters")
-@given(case=cases(exact_keys=True), backend=backends, filling=st.sampled_from((0.0, 1e4, float("nan"))))
+@given(case=cases(count_keys_once=True), backend=backends, filling=st.sampled_from((0.0, 1e4, float("nan"))))
 @example(case=PADDED_TAIL, backend="eager", filling=float("nan"))
 @example(case=PADDED_TAIL, backend="tiles", filling=float("nan"))
 def test_padding_is_neutral(device: torch.device, case: Case, backend: str, filling: float) -> None:

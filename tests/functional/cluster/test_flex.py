@@ -17,12 +17,12 @@ from sparse_sr_attn.testing.strategies import Case, cases
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 
 PADDED_TAIL = Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3)
-PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4)
-REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, exact_keys=False, seed=6)
+PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, count_keys_once=False, seed=4)
+REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, count_keys_once=False, seed=6)
 NEAREST = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, seed=10, nearest=True)
 NEAREST_LONG = Case(batch=2, num_tokens=17, num_clusters=5, chunk_size=5, num_adjacent=2, seed=11, nearest=True)
 FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
-TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, exact_keys=False, seed=2)
+TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, count_keys_once=False, seed=2)
 
 
 def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
@@ -30,7 +30,7 @@ def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
-        exact_keys=case.exact_keys,
+        count_keys_once=case.count_keys_once,
     )
     routing = case.tokens("routing", 3, device=device)
     return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
@@ -99,7 +99,12 @@ def test_attention_equals_masked_dense_attention(device: torch.device, nearest: 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     base = Case(batch=2, num_tokens=30, num_clusters=9, chunk_size=4, seed=3, nearest=nearest)
-    for case in (base, base.but(num_tokens=23), base.but(num_tokens=40), base.but(num_tokens=50, exact_keys=nearest)):
+    for case in (
+        base,
+        base.but(num_tokens=23),
+        base.but(num_tokens=40),
+        base.but(num_tokens=50, count_keys_once=nearest),
+    ):
         rows = inputs_of(case, device)
         pattern = pattern_of(case, device)
         with torch.no_grad():

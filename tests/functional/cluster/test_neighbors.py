@@ -23,7 +23,7 @@ def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
     )
 
 
-@given(case=cases(exact_keys=True), ties=st.booleans(), block=st.sampled_from((1, 5, 2**18)))
+@given(case=cases(count_keys_once=True), ties=st.booleans(), block=st.sampled_from((1, 5, 2**18)))
 @example(case=TAIL, ties=False, block=1)
 @example(case=TAIL, ties=True, block=2**18)
 @example(case=FEW, ties=True, block=5)
@@ -40,7 +40,7 @@ def test_neighbors_equal_loops(device: torch.device, case: Case, ties: bool, blo
     assert found._replace(neighbors=None)[1:] == pattern[1:]
 
 
-@given(case=cases(exact_keys=True))
+@given(case=cases(count_keys_once=True))
 @example(case=FEW)
 def test_a_chunk_sees_itself_first_and_none_twice(device: torch.device, case: Case) -> None:
     pattern = fast.with_nearest_chunks(pattern_of(case, device), case.tokens("key", 3, device=device))
@@ -83,8 +83,8 @@ def test_no_gradient_flows_through_the_choice(device: torch.device) -> None:
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     key = TAIL.tokens("key", 3, device=device)
-    published = fast.cluster_pattern(TAIL.assignment(device=device), chunk_size=2, exact_keys=False)
-    with pytest.raises(ValueError, match=r"^nearest chunks need exact_keys=True, got False"):
+    published = fast.cluster_pattern(TAIL.assignment(device=device), chunk_size=2, count_keys_once=False)
+    with pytest.raises(ValueError, match=r"^nearest chunks need count_keys_once=True, got False"):
         fast.with_nearest_chunks(published, key)
     with pytest.raises(ShapeError, match=r"\(b, n\) = \(2, 13\), got rows of shape \(2, 12, 3\)"):
         fast.with_nearest_chunks(pattern_of(TAIL, device), key[:, 1:])

@@ -24,7 +24,11 @@ def test_rounds_are_dense_attention_over_what_any_round_sees(
 ) -> None:
     query, key, value = (case.tokens(name, 4, device=device).requires_grad_() for name in ("query", "key", "value"))
     rounds = [case.but(seed=case.seed + turn).assignment(device=device) for turn in range(num_rounds)]
-    options = {"chunk_size": case.chunk_size, "num_adjacent": case.num_adjacent, "exact_keys": case.exact_keys}
+    options = {
+        "chunk_size": case.chunk_size,
+        "num_adjacent": case.num_adjacent,
+        "count_keys_once": case.count_keys_once,
+    }
 
     pattern = fast.cluster_pattern(torch.stack(rounds, dim=1).flatten(0, 1), **options)
     patterns = [slow.cluster_pattern(assignment, **options) for assignment in rounds]
@@ -60,14 +64,16 @@ def test_no_samples(backend: fast.Backend, num_rounds: int) -> None:
 
 @given(case=cases(nearest=False), backend=st.sampled_from(("eager", "tiles")), scale=st.sampled_from((1.0, 0.3)))
 @example(case=Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3), backend="tiles", scale=0.3)
-@example(case=Case(num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4), backend="tiles", scale=1.0)
+@example(
+    case=Case(num_tokens=10, num_clusters=4, chunk_size=3, count_keys_once=False, seed=4), backend="tiles", scale=1.0
+)
 def test_lse_equals_loops(device: torch.device, case: Case, backend: fast.Backend, scale: float) -> None:
     query, key = (case.tokens(name, 4, device=device).requires_grad_() for name in ("query", "key"))
     pattern = fast.cluster_pattern(
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
-        exact_keys=case.exact_keys,
+        count_keys_once=case.count_keys_once,
     )
     actual = fast.cluster_lse(query, key, pattern, scale=scale, backend=backend)
     expected = slow.cluster_lse(query, key, pattern, scale=scale)

@@ -34,14 +34,14 @@ small = cases(max_batch=2, max_tokens=9, max_chunk_size=5)
 few = settings(max_examples=8)  # a kernel takes the interpreter a few milliseconds a block
 
 NEIGHBOURS_COINCIDE = Case(num_tokens=5, num_clusters=1, chunk_size=3, seed=1)
-TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, exact_keys=False, seed=2)
+TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, count_keys_once=False, seed=2)
 PADDED_TAIL = Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3)
-PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, exact_keys=False, seed=4)
-REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, exact_keys=False, seed=6)
+PADDED_TAIL_PUBLISHED = Case(batch=2, num_tokens=10, num_clusters=4, chunk_size=3, count_keys_once=False, seed=4)
+REPEATED_TWICE_OVER = Case(num_tokens=2, num_clusters=2, chunk_size=7, count_keys_once=False, seed=6)
 FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
 LONELY_TAIL = Case(num_tokens=4, num_clusters=1, chunk_size=3, num_adjacent=0, seed=1)
 SEVERAL_BLOCKS = Case(num_tokens=45, num_clusters=5, chunk_size=18, seed=10)  # of 16 slots
-SEVERAL_BLOCKS_PUBLISHED = SEVERAL_BLOCKS.but(exact_keys=False)
+SEVERAL_BLOCKS_PUBLISHED = SEVERAL_BLOCKS.but(count_keys_once=False)
 NEAREST = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, seed=10, nearest=True)
 NEAREST_FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=3, seed=11, nearest=True)
 NEAREST_BLOCKS = SEVERAL_BLOCKS.but(num_tokens=80, nearest=True)
@@ -58,7 +58,7 @@ def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
         case.assignment(device=device),
         chunk_size=case.chunk_size,
         num_adjacent=case.num_adjacent,
-        exact_keys=case.exact_keys,
+        count_keys_once=case.count_keys_once,
     )
     routing = case.tokens("routing", 3, device=device)
     return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
@@ -126,7 +126,7 @@ def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(num_tokens=3, chunk_size=2, exact_keys=False),
+        Case(num_tokens=3, chunk_size=2, count_keys_once=False),
         Case(num_tokens=5, num_clusters=3, chunk_size=1, nearest=True),
     ],
     ids=["published", "nearest"],
@@ -134,7 +134,7 @@ def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
 def test_gradcheck_of_both_outputs(device: torch.device, case: Case) -> None:
     """Numerical derivatives; the output and the lse of one call send gradients back together."""
     pattern = pattern_of(case, device)
-    layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
+    layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once)
 
     def both(*leaves: Tensor) -> Tensor:
         output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 0.7)
@@ -149,7 +149,7 @@ def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: 
     monkeypatch.setattr(cluster_triton, "_VALUE_COLUMNS", 16)
     leaves = inputs_of(case, device, value_width=35)
     pattern = pattern_of(case, device)
-    layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.exact_keys)
+    layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once)
     output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 1.0)
     actual = torch.cat([output, lse[..., None]], dim=-1)
     output, lse = slow.cluster_attention(*leaves, pattern), slow.cluster_lse(*leaves[:2], pattern)
@@ -331,7 +331,7 @@ for dtype, query_dim, value_dim, kind, chunk_size in (
     query = torch.empty(1, 1000, query_dim, dtype=torch.promote_types(dtype, torch.float32))
     value = torch.empty(1, 1000, value_dim, dtype=dtype)
     nobody = torch.zeros(1, 1000).long()
-    pattern = cluster.cluster_pattern(nobody, chunk_size=chunk_size, exact_keys=kind != "published")
+    pattern = cluster.cluster_pattern(nobody, chunk_size=chunk_size, count_keys_once=kind != "published")
     if kind == "nearest":
         pattern = cluster.with_nearest_chunks(pattern, query)
     for name in ("forward", "backward_query", "backward_key"):
