@@ -99,6 +99,9 @@ class Registry(Generic[T]):
     def __len__(self) -> int:
         return len(self._all())
 
+    def __repr__(self) -> str:
+        return f"Registry({self.noun}: {', '.join(self)})"
+
     def _all(self) -> dict[str, Entry[T]]:
         while self._modules:
             importlib.import_module(self._modules.pop())

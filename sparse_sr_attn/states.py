@@ -9,6 +9,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def _summary(state: NamedTuple) -> str:
+    """Return what a state is built of, with the dtype and shape of each tensor in place of its values."""
+    return f"{type(state).__name__}({', '.join(f'{name}={_short(value)}' for name, value in state._asdict().items())})"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if type(value) is tuple:
+        return f"({', '.join(map(_short, value))}{',' * (len(value) == 1)})"
+    return repr(value)
+
+
 class ClusterPattern(NamedTuple):
     """Which tokens attend to which: tokens sorted by cluster and cut into chunks.
 
@@ -34,6 +47,9 @@ class ClusterPattern(NamedTuple):
     num_adjacent: int
     count_keys_once: bool
     neighbors: Int[Tensor, "b k m"] | None = None
+
+    def __repr__(self) -> str:
+        return _summary(self)
 
     @property
     def exact_keys(self) -> bool:
@@ -69,6 +85,9 @@ class ClusterAttention(NamedTuple):
     weights: Float[Tensor, "br k i j"] | None = None
     embedding: Float[Tensor, "b n d"] | None = None
 
+    def __repr__(self) -> str:
+        return _summary(self)
+
     def map_size(self) -> tuple[int, int, int]:
         """Return batch size, height and width of the maps."""
         return self.pattern.order.shape[0] // self.num_rounds, self.height, self.width
@@ -101,6 +120,9 @@ class WindowAttention(NamedTuple):
     exact_shift: bool
     height: int
     width: int
+
+    def __repr__(self) -> str:
+        return _summary(self)
 
     def map_size(self) -> tuple[int, int, int]:
         """Return batch size, height and width of the maps."""

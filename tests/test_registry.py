@@ -25,6 +25,7 @@ def test_entries_come_back_whole() -> None:
     assert (entry.name, entry.kind, entry.build, entry.source) == ("One", "odd", one, "Peano")
     assert entry.build() == 1
     assert table()["One"] is one
+    assert repr(table()) == "Registry(number: One)"
 
 
 def test_unknown_name_suggests() -> None:
