@@ -16,9 +16,9 @@ from sparse_sr_attn.inference.visualize import (
     attention_entropy,
     attention_map_of,
     attention_overlap,
+    attention_picture,
     attention_states,
     cluster_picture,
-    heatmap,
 )
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
@@ -124,12 +124,8 @@ def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tu
     strongest = weights.flatten().topk(min(5, weights.numel()))
     for weight, token in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
         show(f"{weight:.4f} at pixel {token % width * side} {token // width * side}")
-    weights = weights.repeat_interleave(side, 0).repeat_interleave(side, 1)[: low.shape[2], : low.shape[3]]
     show(f"entropy over the image: {attention_entropy(state):.2f} of an even spread")
-    behind = (low[0].mean(dim=0, keepdim=True).clamp(0, 1) * 90).round().to(torch.uint8).permute(1, 2, 0)
-    colours = torch.maximum(behind.expand(-1, -1, 3), heatmap(weights.sqrt()))  # the root shows weak ones, too
-    colours[y, x] = torch.tensor([0, 255, 0], dtype=torch.uint8)
-    return _large(colours)
+    return _large(attention_picture(state, low, (y, x)))
 
 
 def _large(colours: Tensor) -> "Image.Image":

@@ -19,6 +19,7 @@ COMMANDS = {
     "test": "test a trained network from an option file, with BasicSR",
     "prepare": "make pairs of high- and low-resolution images for training and validation",
     "upscale": "upscale images, or all images in folders",
+    "demo": "serve a local web page to try a network on images",
     "list": "list layers, networks, presets and trained weights, with source and number of parameters",
     "inspect": "draw the clusters, where a pixel attends, or the overlap of layers",
     "convert": "convert weights to other names, or to .safetensors",
