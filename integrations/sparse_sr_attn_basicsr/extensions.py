@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from sparse_sr_attn.config import ProblemList
 
@@ -39,27 +40,31 @@ def load(entries: object, path: str = _PATH) -> None:
             problems.add(where, f"must be the name of a module or a Python file, got {entry!r}")
             continue
         try:
-            _import(entry)
+            import_entry(entry)
         except Exception as error:  # somebody else's code can raise anything
             problems.add(where, f"{entry} cannot be imported: {type(error).__name__}: {error}")
     problems.raise_if_any()
 
 
-def _import(entry: str) -> None:
+def import_entry(entry: str) -> ModuleType:
+    """Return the module that the name of a module or a Python file stands for.
+
+    Raises:
+        Exception: whatever importing it leads to.
+    """
     if not entry.endswith(".py"):
         here = str(Path.cwd())
         sys.path.append(here)
         try:
-            importlib.import_module(entry)
+            return importlib.import_module(entry)
         finally:
             sys.path.remove(here)
-        return
     file = Path(entry).expanduser().resolve()
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {str(file)!r}")
     name = f"sparse_sr_attn_custom_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
-        return
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError("it is not a Python file")
@@ -70,3 +75,4 @@ def _import(entry: str) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    return module

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.backbones.attach import evaluating
+from sparse_sr_attn.backbones.attach import without_records
 from sparse_sr_attn.backbones.base import OPTIONS
+from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.checkpoints.load import unusable
 from sparse_sr_attn.checkpoints.read import carried_options, listed
 from sparse_sr_attn.errors import CheckpointError
@@ -89,7 +90,8 @@ def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loa
     """
     try:
         weights, found = _read_weights(path, key)
-        expected = {name: value for name, value in network.state_dict().items() if name != OPTIONS}
+        weights = without_records(weights, network)
+        expected = _entries(network)
         if faults := unusable(expected, weights):
             raise CheckpointError(f"does not fit the network.{faults}")
         different = differences(network, weights)
@@ -146,9 +148,14 @@ def why_unreadable(path: str, error: Exception) -> str:
     return f"{path}: must hold weights that can be read as data; got {type(error).__name__}: {reason}"
 
 
+def _entries(network: nn.Module) -> dict[str, Any]:
+    """Return the state dict without the options and the attached attention that are recorded in it."""
+    return {name: value for name, value in without_records(network.state_dict()).items() if name != OPTIONS}
+
+
 def differences(network: nn.Module, weights: Mapping[str, Any]) -> Differences:
     """Return how weights differ from those of a network."""
-    expected = {name: value for name, value in network.state_dict().items() if name != OPTIONS}
+    expected = _entries(network)
     missing = [name for name in expected if name not in weights]
     inside = tuple(f"{path}." for path, module in network.named_modules() if isinstance(module, AttentionLayer))
     return Differences(

@@ -1,41 +1,69 @@
 """Insert attention into third-party models, and remove it again."""
 
 import itertools
-import re
+import json
+import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn.blocks.attention_config import AttentionConfig, default_config, read_attention
+from sparse_sr_attn.backbones.base import as_json, encode_options
+from sparse_sr_attn.backbones.caller import Forward, TraceError, run_on_view, trace
+from sparse_sr_attn.backbones.trunks import Calls, Site, besides, find_trunks, matching, watch_calls
+from sparse_sr_attn.blocks.attention_config import AttentionConfig, default_config, full_options, read_attention
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import checked, join_path
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.layers.base import warn_of_range
 from sparse_sr_attn.registry import suggestion
 
-_SIDE = 16  # of an image that any model should take
+SLOT = "sparse_sr_attn"
+"""Name of the child with the attention, and last part of the key of its record in a state dict."""
+
+_LOG = logging.getLogger(__name__)
+_OLD_SLOT = "attention"
+_SHOWN = 4  # trunks that a message offers
 
 
-class AttendedSequential(nn.Sequential):
-    """The class that `attach` gives to an `nn.Sequential`: the same object with attention between its children.
+class Attended(nn.Module):
+    """What modules with attached attention have in common. They stay the same objects; `attach` changes their class.
 
-    Length, iteration, indexing and slicing cover only the children, not the attention.
+    Their state dict has a record of the attention, under the key of a weight of the host with `.sparse_sr_attn` after
+    it. So `load_model` can attach the same again, and code that does not know the attention cannot load the weights
+    without noticing.
     """
 
-    attention: SiteAttention
+    _host: type[nn.Module]
+    sparse_sr_attn: SiteAttention
+    _record: Mapping[str, Any]
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Run the children and the attention between them."""
-        return self.attention.run(self, x)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[self._record_key(prefix)] = encode_options(self._record)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.pop(self._record_key(prefix), None)
+        if _OLD_SLOT not in self._modules:  # the name before there was a record
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{_OLD_SLOT}.")]:
+                state_dict[f"{prefix}{SLOT}.{key[len(prefix) + len(_OLD_SLOT) + 1 :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _record_key(self, prefix: str) -> str:
+        return f"{prefix}{self._record['key']}.{SLOT}"
+
+
+class _Children(nn.Sequential):
+    """An `nn.Sequential` whose length, iteration, indexing and slicing cover only its blocks, not the attention."""
 
     def _children(self) -> list[tuple[str, nn.Module]]:
-        return [(name, module) for name, module in self._modules.items() if name != "attention"]
+        return [(name, module) for name, module in self._modules.items() if name != SLOT and module is not None]
 
     def __len__(self) -> int:
         return len(self._children())
@@ -56,51 +84,131 @@ class AttendedSequential(nn.Sequential):
     append = insert = extend = pop = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
 
 
-class AttendedConv2d(nn.Conv2d):
-    """The class that `attach` gives to a convolution: the same object with attention after it."""
+class AttendedSequential(Attended, _Children):
+    """The class that `attach` gives to an `nn.Sequential`: the same object with attention between its children.
 
-    attention: nn.ModuleList
+    Length, iteration, indexing and slicing cover only the children, not the attention.
+    """
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
-        """Run the convolution and its attention."""
-        x = super().forward(x)
-        for layer in self.attention:
-            x = layer(x)
-        return x
+    _host = nn.Sequential
+
+    @property
+    def attention(self) -> SiteAttention:
+        """The layers."""
+        return self.sparse_sr_attn
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Run the children and the attention between them."""
+        return self.sparse_sr_attn.run(self, x)
 
 
-_ATTENDED: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: AttendedSequential, nn.Conv2d: AttendedConv2d}
+class _Derived(Attended):
+    """A subclass of the host's class, made when it is needed."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _remake, (_kind_of(self), self._host), self.__dict__.copy()
+
+
+class AttendedModule(_Derived):
+    """The class that `attach` gives to a module that returns a feature map: the same object with attention after it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "b c h w"]:
+        """Run the module and its attention."""
+        return self.sparse_sr_attn.after(0, super().forward(*args, **kwargs), {})[0]
+
+
+class AttendedCaller(_Derived):
+    """The class that `attach` gives to a module that runs its blocks itself: the same object with attention in between.
+
+    If `torch.fx` can trace the host's `forward`, code is generated from it that passes the states on; see `caller`.
+    Else the host's `forward` runs on a view of the module, which is made for the call and holds its states.
+    """
+
+    _forwards: dict[bool, Forward]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the host's forward, with attention after some of the modules that it calls."""
+        if self._forwards:
+            return self._forwards[self.training](self, *args, **kwargs)
+        return run_on_view(self, self._host, self._record["sites"], *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        remake, args, state = super().__reduce_ex__(protocol)
+        del state["_forwards"]  # code, which is made again
+        return remake, args, state
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._trace()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name, self)
+        super().__setattr__(name, value)
+        own = name.startswith("__") or name in ("training", "_forwards") or isinstance(value, (Tensor, nn.Module))
+        if not own and before is not value:
+            self._trace()  # the forward of the host may look at it
+
+    def _trace(self) -> None:
+        sites = self._record["sites"]
+        try:
+            self._forwards = {mode: trace(self, self._host, sites, training=mode) for mode in (False, True)}
+        except TraceError:
+            self._forwards = {}
+
+
+_CLASSES: dict[tuple[str, type[nn.Module]], type[Attended]] = {}
+
+
+def _class_for(kind: type[Attended], host: type[nn.Module]) -> type[Attended]:
+    if kind is AttendedSequential:
+        return kind
+    if (kind.__name__, host) not in _CLASSES:
+        bases = (kind, _Children, host) if issubclass(host, nn.Sequential) else (kind, host)
+        content = {"_host": host, "__module__": __name__, "__doc__": kind.__doc__}
+        _CLASSES[kind.__name__, host] = type(f"Attended{host.__name__}", bases, content)
+    return _CLASSES[kind.__name__, host]
+
+
+def _kind_of(module: Attended) -> type[Attended]:
+    return next(kind for kind in (AttendedSequential, AttendedModule, AttendedCaller) if isinstance(module, kind))
+
+
+def _remake(kind: type[Attended], host: type[nn.Module]) -> Attended:
+    made = _class_for(kind, host)
+    return made.__new__(made)
 
 
 @checked
 def attach(
     model: nn.Module,
-    body: str | None = None,
+    body: str | Sequence[str] | None = None,
     attention: str | Mapping[str, Any] | Sequence[Any] = "LCoA",
     every: int | None = None,
     share: int | None = None,
     *,
-    example: Tensor | None = None,
+    example: Tensor | tuple[Any, ...] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Insert attention into the trunk of a model, an `nn.Sequential` that the model calls as a whole.
+    """Insert attention into the trunk of a model: after some of its blocks, which may share states.
 
-    The model is changed in place. Its parameters keep their names; new ones are under `<body>.attention.<i>.`. Its
+    The model is changed in place. Its parameters keep their names; new ones have `sparse_sr_attn` in theirs. Its
     output is bit-identical as long as the layers are the identity (`zero_init`, the default for layers that have it).
     Attach before `DistributedDataParallel`, before `torch.compile` and before creating the optimizer.
 
     Args:
         model: any module.
-        body: path of the trunk, as in `state_dict` (`"body"`, `"net.trunk"`). If omitted, the only trunk is used. A
-            path with `*` (`"layers.*.conv"`) selects convolutions instead, each followed by attention of its own, for
-            models that run their blocks one by one.
+        body: path of the trunk, as in `state_dict` (`"body"`, `"net.trunk"`); or a path with `*` (`"B*"`,
+            `"layers.*.conv"`) or several paths, which name the modules that attention may follow. Each must return one
+            feature map. If omitted, the longest run of numbered modules that return maps of one size and width and have
+            most of the parameters; a warning says which, if there are others of that size.
         attention: name of a registered layer, a mapping, or a list of mappings, as in the option `attention` of `EDSR`.
-        every: a layer after every `every` children of the trunk: 4 (default) means after children 3, 7, 11, ...,
-            counted from 0. Alternatively, list the children in `after=[...]`.
-        share: one layer computes a state and the next `share - 1` reuse it. Default: 4 if possible, else 1.
-        example: images that the model accepts. The model is run on them once, in evaluation mode without gradients, to
-            check that it calls the trunk and to find the trunk's width. Default: black images of 16x16. If the model
-            does not accept them, the width is read from the convolutions of the trunk, and the call is not checked.
+        every: a layer after every `every` blocks of the trunk: 4 means after blocks 3, 7, 11, ..., counted from 0.
+            Default: 4, or less so that there are two layers. Alternatively, list the blocks in `after=[...]`.
+        share: one layer computes a state and the next `share - 1` reuse it, if their maps have the same shape.
+            Default: 4 if possible, else 1.
+        example: images that the model accepts, or a tuple with all arguments of its `forward`. A copy of the model is
+            run on them to see which modules return feature maps. Default: black images of 16x16 or more. If the model
+            does not accept them, only an `nn.Sequential` and convolutions can be named, and nothing is checked.
         options: options of the layer; only if `attention` is a name.
 
     Returns:
@@ -111,8 +219,10 @@ def attach(
             The model is unchanged.
 
     Note:
-        States are passed as arguments inside the trunk, so copies, threads, activation checkpointing around the trunk,
-        `DistributedDataParallel` and `torch.compile` work as before. `docs/attach.md` lists the models that fit.
+        States are passed as arguments: inside an `nn.Sequential` that the model calls; or, if the model runs its blocks
+        itself, by a forward that `torch.fx` traced or on a view of the model that is made for each call. So copies,
+        threads, activation checkpointing, `DistributedDataParallel` and `torch.compile` work as before.
+        `docs/attach.md` lists models that were tried.
 
     Examples:
         >>> body = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
@@ -123,18 +233,17 @@ def attach(
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise _refusal("model", "must not be in DistributedDataParallel yet, which would miss the new parameters")
-    if body is not None and "*" in body:
-        convolutions = _convolutions(model, body)
-        maps = read_attention(_as_maps(attention, every, share, options, shares=False), len(convolutions))
-        placed = _after_each(convolutions, maps)
-    else:
-        body, trunk = _trunk(model, body)
-        width = _width(model, trunk, body, example)
-        maps = read_attention(_as_maps(attention, every, share, options), len(trunk))
-        placed = [(trunk, _layers(maps, len(trunk), width, trunk))]
-    for module, layers in placed:
-        module.attention = layers
-        module.__class__ = _ATTENDED[type(module)]
+    place = _find_place(model, body, example)
+    given = _as_maps(attention, every, share, options, num_blocks=len(place.sites))
+    maps = read_attention(given, len(place.sites))
+    explicit = share is not None or not isinstance(attention, str)
+    placed = _placed(model, place, maps, explicit=explicit)
+    for path, *_ in placed:
+        if isinstance(model.get_submodule(path), Attended):
+            raise _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
+    host = f"{type(model).__module__}.{type(model).__qualname__}"
+    for path, kind, layers, record in placed:
+        _give(model.get_submodule(path), kind, layers, {"path": path, "host": host, **record})
     warn_of_range(model, _range_of(model))
     return model
 
@@ -157,13 +266,15 @@ def detach(model: nn.Module) -> nn.Module:
         >>> is_attended(model), is_attended(detach(model))
         (True, False)
     """
-    plain = {attended: original for original, attended in _ATTENDED.items()}
-    found = [module for module in model.modules() if type(module) in plain]
+    found = [module for module in model.modules() if isinstance(module, Attended)]
     if not found:
         raise _refusal("model", f"must have attention from attach, but {type(model).__name__} has none")
     for module in found:
-        del module.attention
-        module.__class__ = plain[type(module)]
+        host = module._host
+        module.__class__ = host  # type: ignore[assignment]
+        del module._modules[SLOT]
+        for name in ("_record", "_forwards"):
+            module.__dict__.pop(name, None)
     return model
 
 
@@ -174,7 +285,77 @@ def is_attended(model: nn.Module) -> bool:
         >>> is_attended(EDSR(num_block=4, attention="LCoA"))  # attention of its own, not attached
         False
     """
-    return any(type(module) in _ATTENDED.values() for module in model.modules())
+    return any(isinstance(module, Attended) for module in model.modules())
+
+
+def reattach(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Insert attention where and as it was when weights were saved.
+
+    Args:
+        model: a model like the one that had the attention, without it; changed in place.
+        records: what state dicts of attended models record, by path of the module (see `read_records`).
+
+    Raises:
+        ConfigError: the model has no such module, or an option is invalid. The model is unchanged.
+    """
+    kinds = {kind.__name__: kind for kind in (AttendedSequential, AttendedModule, AttendedCaller)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    placed = []
+    for path, record in records.items():
+        module = modules.get(path)
+        if module is None or isinstance(module, Attended):
+            what = "has none" if module is None else "has attention there already"
+            raise _refusal("model", f"must have a module {path!r} without attention, but {type(model).__name__} {what}")
+        gone = [site for site in record["sites"] if join_path(path, site) not in modules]
+        if gone:
+            raise _refusal(
+                "model", f"must have a module {join_path(path, gone[0])!r}, but {type(model).__name__} has none"
+            )
+        kind, widths = kinds[record["kind"]], record["widths"]
+        if kind is AttendedSequential and type(module) is not nn.Sequential:
+            raise _refusal("model", f"must have an nn.Sequential at {path!r}, got a {type(module).__name__}")
+        maps = read_attention(record["attention"], len(widths))
+        placed.append((module, kind, _layers(maps, widths, record["shapes"], module, model), {**record, "path": path}))
+    for module, kind, layers, record in placed:
+        _give(module, kind, layers, record)
+    return model
+
+
+def without_attention(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a state dict that belong to the host."""
+    return {key: value for key, value in state.items() if SLOT not in key.split(".")}
+
+
+def without_records(state: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
+    """Return a state dict without the records of attention; with a model, under the names that it has now.
+
+    Args:
+        state: a state dict of an attended model, of any version of the library.
+        model: the attended model.
+    """
+    modules = model.named_modules() if model is not None else ()
+    old = {join_path(path, f"{_OLD_SLOT}."): module for path, module in modules if isinstance(module, Attended)}
+    starts = [start for start, module in old.items() if _OLD_SLOT not in module._modules]
+    named = {}
+    for key, value in state.items():
+        start = next((start for start in starts if key.startswith(start)), None)
+        ours = key if start is None else f"{start[: -len(_OLD_SLOT) - 1]}{SLOT}.{key[len(start) :]}"
+        if not is_record(ours):
+            named[ours] = value
+    return named
+
+
+def is_record(key: str) -> bool:
+    """Return whether a key of a state dict is that of a record of attention."""
+    return key.rpartition(".")[2] == SLOT
+
+
+def _give(module: nn.Module, kind: type[Attended], layers: SiteAttention, record: Mapping[str, Any]) -> None:
+    module.add_module(SLOT, layers)
+    module.__dict__["_record"] = record
+    module.__class__ = _class_for(kind, type(module))
+    if isinstance(module, AttendedCaller):
+        module._trace()
 
 
 def _range_of(model: nn.Module) -> float:
@@ -186,8 +367,26 @@ def _range_of(model: nn.Module) -> float:
 # --- what goes where --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where attention can go.
+
+    Attributes:
+        sites: the blocks that it can follow.
+        sequential: path of the `nn.Sequential` whose children they all are, if the model calls it.
+        calls: what the model called; `None` if it could not be called.
+    """
+
+    sites: tuple[Site, ...]
+    sequential: str | None
+    calls: Calls | None
+
+
+_Placed = tuple[str, type[Attended], SiteAttention, Mapping[str, Any]]
+
+
 def _as_maps(
-    attention: object, every: int | None, share: int | None, options: Mapping[str, Any], *, shares: bool = True
+    attention: object, every: int | None, share: int | None, options: Mapping[str, Any], *, num_blocks: int
 ) -> object:
     """Return the mapping for a name and keywords; mappings unchanged."""
     if not isinstance(attention, str):
@@ -198,64 +397,243 @@ def _as_maps(
         if extra:
             raise _refusal(extra[0], "must be in the mapping that attention is")
         return attention
-    found = default_config(attention, shares=shares)
+    found = {**default_config(attention), "every": max(1, min(4, num_blocks // 2))}
     if every is None and "after" in options:
         del found["every"]
     given = {"every": every, "share": share}
     return {**found, **{name: value for name, value in given.items() if value is not None}, **options}
 
 
-def _layers(maps: Sequence[AttentionConfig], num_blocks: int, width: int, beside: nn.Module) -> SiteAttention:
-    """Return the layers, with the device and dtype of the parameters of `beside`."""
-    layers = SiteAttention(maps, num_blocks, width)
-    weight = next((p for p in beside.parameters() if p.is_floating_point()), None)
+def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *, explicit: bool) -> list[_Placed]:
+    """Return the modules that get attention, with their layers and what is recorded of them."""
+    widths = [site.shape[0] for site in place.sites]
+    shapes = _numbered([site.shape for site in place.sites])
+    if place.sequential is not None:
+        module = model.get_submodule(place.sequential)
+        layers = _layers(maps, widths, shapes, module, model)
+        return [
+            (place.sequential, AttendedSequential, layers, _record(AttendedSequential, module, maps, widths, shapes))
+        ]
+    if not _layers(maps, widths, shapes, None, model).shares:
+        return _after_each(model, place, maps)
+    if place.calls is None:
+        reason = (
+            f"{type(model).__name__} accepts no image that was tried, so nothing shows that its maps have one shape"
+        )
+        if explicit:
+            raise _refusal("attention.share", f"must be 1, because {reason}; pass example=...")
+        warnings.warn(
+            f"attached without sharing: {reason}; pass example=..., or share=1 if this is meant", stacklevel=4
+        )
+        return _after_each(model, place, [replace(attention, share=1) for attention in maps])
+    owner = _caller_of_all(place)
+    module = model.get_submodule(owner)
+    sites = [site.path.removeprefix(f"{owner}.") for site in place.sites]
+    layers = _layers(maps, widths, shapes, module, model)
+    return [(owner, AttendedCaller, layers, _record(AttendedCaller, module, maps, widths, shapes, sites))]
+
+
+def _after_each(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig]) -> list[_Placed]:
+    """Return the blocks that get layers of their own."""
+    found: list[_Placed] = []
+    chosen = [set(attention.sites(len(place.sites))) for attention in maps]
+    turns = [0] * len(maps)
+    for index, site in enumerate(place.sites):
+        own = []
+        for number, attention in enumerate(maps):
+            if index in chosen[number]:
+                options = full_options(attention, turns[number])
+                own.append(replace(attention, every=None, after=(0,), share=1, options=options))
+                turns[number] += 1
+        if own:
+            module = model.get_submodule(site.path)
+            layers = _layers(own, [site.shape[0]], [0], module, model)
+            record = _record(AttendedModule, module, own, [site.shape[0]], [0])
+            found.append((site.path, AttendedModule, layers, record))
+    return found
+
+
+def _layers(
+    maps: Sequence[AttentionConfig],
+    widths: Sequence[int],
+    shapes: Sequence[int],
+    beside: nn.Module | None,
+    model: nn.Module,
+) -> SiteAttention:
+    """Return the layers, with the device and dtype of the parameters of `beside`; without it, on the meta device."""
+    if beside is None:
+        with torch.device("meta"):
+            return SiteAttention(maps, len(widths), widths, shapes)
+    layers = SiteAttention(maps, len(widths), widths, shapes)
+    parameters = itertools.chain(beside.parameters(), model.parameters())
+    weight = next((p for p in parameters if p.is_floating_point()), None)
     if weight is not None:
         layers.to(weight.device, weight.dtype)
     return layers.train(beside.training)
 
 
-def _after_each(
-    convolutions: Sequence[nn.Conv2d], maps: Sequence[AttentionConfig]
-) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """Return the convolutions that get attention, each with its layers."""
-    for attention in maps:
-        if attention.share > 1:
-            message = "must be 1, because the model calls each convolution itself and no state can pass"
-            raise _refusal("attention.share", f"{message}, got {attention.share}")
-    widths = sorted({convolution.out_channels for convolution in convolutions})
-    if len(widths) != 1:
-        raise _refusal("body", f"must name convolutions of one width, got {widths} channels; narrow the path")
-    layers = _layers(maps, len(convolutions), widths[0], convolutions[0])
-    here = [(convolution, nn.ModuleList(layers.at(index))) for index, convolution in enumerate(convolutions)]
-    return [(convolution, own.train(convolution.training)) for convolution, own in here if own]
+def _numbered(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    known = list(dict.fromkeys(shapes))
+    return [known.index(shape) for shape in shapes]
+
+
+def _caller_of_all(place: _Place) -> str:
+    """Return the path of the module whose forward, with those of modules in it, calls all sites."""
+    callers = [site.caller.split(".") if site.caller else [] for site in place.sites]
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*callers, strict=False))
+    parts = [names[0] for names in common]
+    called = place.calls.called if place.calls is not None else frozenset()
+    while parts and ".".join(parts) not in called:
+        parts.pop()
+    return ".".join(parts)
+
+
+# --- what is recorded -------------------------------------------------------------------------------------------------
+
+
+def _record(
+    kind: type[Attended],
+    module: nn.Module,
+    maps: Sequence[AttentionConfig],
+    widths: Sequence[int],
+    shapes: Sequence[int],
+    sites: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return what `reattach` needs."""
+    start = join_path(sites[0], "") if sites else ""
+    names = [name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())]
+    record = {
+        "kind": kind.__name__,
+        "key": next((name for name in names if name.startswith(start)), names[0] if names else "weight"),
+        "attention": [
+            {
+                "type": attention.type,
+                "after": list(attention.sites(len(widths))),
+                **({"share": attention.share} if attention.share > 1 else {}),
+                **full_options(attention),
+            }
+            for attention in maps
+        ],
+        "widths": list(widths),
+        "shapes": list(shapes),
+        "sites": list(sites),
+    }
+    text = as_json(record)
+    if text is None:  # an option that JSON cannot represent: enough to refuse the weights with a reason
+        text = json.dumps({**record, "attention": None})
+    return cast(dict[str, Any], json.loads(text))
 
 
 # --- where it can go --------------------------------------------------------------------------------------------------
 
 
-def _trunk(model: nn.Module, path: str | None) -> tuple[str, nn.Sequential]:
-    """Return the trunk and its path: the one named, or the only one."""
-    candidates = _candidates(model)
-    if path is None:
-        if len(candidates) != 1:
-            name = type(model).__name__
-            found = f"{name} has {', '.join(map(repr, candidates))}" if candidates else f"{name} has none{_hint(model)}"
-            rule = "must be named" if candidates else "must be an nn.Sequential whose children keep their width"
-            raise _refusal("body", f"{rule}; {found}")
-        path = candidates[0]
+def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Tensor | tuple[Any, ...] | None) -> _Place:
+    """Return the blocks that `body` names, or those of the largest trunk."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    if path not in modules:
-        known = candidates or [name for name, _ in model.named_children()]
-        raise _refusal("body", f"must be the path of a module, got {path!r}{suggestion(path, known)}")
-    trunk = modules[path]
-    if type(trunk) in _ATTENDED.values():
+    names = None if body is None else [name.strip() for name in body.split(",")] if isinstance(body, str) else body
+    calls = watch_calls(model, example)
+    paths = None if names is None else _paths(model, modules, names, calls)
+    if calls is None:
+        return _uncalled(model, modules, paths)
+    if paths is not None and (len(names or ()) > 1 or "*" in (names or ("",))[0]):
+        sites = {path: _site(model, calls, path) for path in paths}
+        return _Place(tuple(sites[path] for path in calls.sites if path in sites), None, calls)
+    within = paths[0] if paths else ""
+    trunks = find_trunks(model, calls, within)
+    if paths is None:
+        if not trunks:
+            raise _refusal("body", f"must be named; {_without_trunk(model)}{_offer(model, calls)}")
+        others = besides(trunks[0], trunks)[:_SHOWN]
+        offered = f"; body=... chooses another trunk: {', '.join(map(str, others))}" if others else ""
+        _LOG.info("attached to %s%s", trunks[0], offered)
+        if any(4 * other.num_parameters > trunks[0].num_parameters for other in others):
+            warnings.warn(f"attached to {trunks[0]}{offered}", stacklevel=4)
+        within = trunks[0].name
+    elif isinstance(modules[within], Attended):
+        raise _refusal("body", f"must have no attention yet, got {within!r}; detach, or attach a list of mappings")
+    module = modules.get(within)
+    children = _children(module, within, calls)
+    whole = type(module) is nn.Sequential and len(children) == len(module) and within in calls.called
+    if whole and {(site.shape[0], site.caller) for site in children} == {(children[0].shape[0], within)}:
+        return _Place(tuple(children), within, calls)
+    if trunks and (paths is None or trunks[0].name == within or not children):
+        return _Place(trunks[0].sites, None, calls)
+    return _Place(tuple(children) or (_site(model, calls, within),), None, calls)
+
+
+def _paths(model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str], calls: Calls | None) -> list[str]:
+    """Return the paths of the modules that names and patterns stand for."""
+    found: list[str] = []
+    for name in names:
+        if "*" not in name and name not in modules:
+            known = [trunk.name for trunk in find_trunks(model, calls)[:_SHOWN]] if calls is not None else []
+            known = known or [child for child, _ in model.named_children()]
+            raise _refusal("body", f"must be the path of a module, got {name!r}{suggestion(name, known)}")
+        matched = [name] if "*" not in name else matching(name, modules)
+        if not matched:
+            offer = "" if calls is None else _offer(model, calls)
+            raise _refusal("body", f"must name modules, but {name!r} names nothing in {type(model).__name__}{offer}")
+        found += matched
+    return list(dict.fromkeys(found))
+
+
+def _site(model: nn.Module, calls: Calls, path: str) -> Site:
+    """Return the module at a path as a site, or say why attention cannot follow it."""
+    module = model.get_submodule(path)
+    if isinstance(module, Attended):
         raise _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
-    if type(trunk) is not nn.Sequential:
-        kind = f"a {type(trunk).__name__}" + ", which may run them in another way" * isinstance(trunk, nn.Sequential)
-        raise _refusal("body", f"must be an nn.Sequential and run its children, got {path!r}, {kind}{_hint(model)}")
-    if hasattr(trunk, "attention"):
-        raise _refusal("body", f"must not have a child 'attention', the name of what attach adds, got {path!r}")
-    return path, trunk
+    if path in calls.sites:
+        return calls.sites[path]
+    fault = calls.faults.get(path, f"is not called by {type(model).__name__}")
+    kind = f"a {type(module).__name__}"
+    raise _refusal(
+        "body",
+        f"must name modules that return one feature map, got {path!r}, {kind}, which {fault}{_offer(model, calls)}",
+    )
+
+
+def _children(module: nn.Module | None, path: str, calls: Calls) -> list[Site]:
+    """Return the children of a list of modules that return feature maps, in the order in which they run."""
+    if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return []
+    return [site for site in calls.sites.values() if site.path in {join_path(path, name) for name in module._modules}]
+
+
+def _offer(model: nn.Module, calls: Calls) -> str:
+    """Return what can be named instead."""
+    trunks = find_trunks(model, calls)
+    found = [str(trunk) for trunk in [*trunks[:1], *besides(trunks[0], trunks)][:_SHOWN]] if trunks else []
+    return f"; body can be {' or '.join(found)}" if found else ""
+
+
+def _without_trunk(model: nn.Module) -> str:
+    return f"{type(model).__name__} calls no numbered modules that return feature maps of one size and width"
+
+
+# --- models that cannot be called -------------------------------------------------------------------------------------
+
+
+def _uncalled(model: nn.Module, modules: Mapping[str, nn.Module], paths: Sequence[str] | None) -> _Place:
+    """Return the blocks of a model that accepted no image that was tried, from its weights."""
+    example = "pass example=..., images that the model accepts, to find it by a call"
+    if paths is None:
+        paths = _candidates(model)
+        if len(paths) != 1:
+            found = f"could be {' or '.join(map(repr, paths))}; " if paths else ""
+            raise _refusal("body", f"must be named; {found}{example}")
+    chosen = {path: modules[path] for path in paths}
+    if attended := next((path for path, module in chosen.items() if isinstance(module, Attended)), None):
+        raise _refusal("body", f"must have no attention yet, got {attended!r}; detach, or attach a list of mappings")
+    if all(type(module) is nn.Conv2d for module in chosen.values()):
+        sites = [Site(path, "", (cast(nn.Conv2d, conv).out_channels, 0, 0)) for path, conv in chosen.items()]
+        return _Place(tuple(sites), None, None)
+    path, module = next(iter(chosen.items()))
+    if len(chosen) > 1 or type(module) is not nn.Sequential:
+        raise _refusal(
+            "body", f"must be an nn.Sequential or name convolutions, got {path!r}, a {type(module).__name__}; {example}"
+        )
+    width = _told_width(module, path)
+    return _Place(tuple(Site(join_path(path, name), path, (width, 0, 0)) for name in module._modules), path, None)
 
 
 def _candidates(model: nn.Module) -> list[str]:
@@ -264,97 +642,15 @@ def _candidates(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         if type(module) is nn.Sequential and not any(path.startswith(join_path(outer, "")) for outer in found):
             blocks = [channels for channels in map(_channels, module) if channels]
-            if len(blocks) > 1 and len(set(itertools.chain(*blocks))) == 1 and not hasattr(module, "attention"):
+            if len(blocks) > 1 and len(set(itertools.chain(*blocks))) == 1:
                 found.append(path)
     return found
-
-
-def _hint(model: nn.Module) -> str:
-    """Return advice for a model that runs the blocks of a list one by one, if each has a suitable convolution."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            names = [
-                {n for n, m in block.named_children() if type(m) is nn.Conv2d and m.in_channels == m.out_channels}
-                for block in module
-            ]
-            for name in sorted(set.intersection(*names)):
-                return (
-                    f"; {type(model).__name__} runs the blocks of {path!r} itself, so no state can pass between "
-                    f"them, but each can have attention of its own: body='{path}.*.{name}', share=1"
-                )
-    return ""
-
-
-def _convolutions(model: nn.Module, pattern: str) -> list[nn.Conv2d]:
-    """Return the convolutions that match a path with `*`."""
-    regex = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
-    found = {path: module for path, module in model.named_modules() if regex.fullmatch(path)}
-    if not found:
-        raise _refusal("body", f"must name convolutions, but {pattern!r} names nothing in {type(model).__name__}")
-    for path, module in found.items():
-        if type(module) is AttendedConv2d:
-            raise _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
-        if type(module) is not nn.Conv2d:
-            raise _refusal("body", f"must name convolutions (nn.Conv2d), got {path!r}, a {type(module).__name__}")
-    return [module for module in found.values() if isinstance(module, nn.Conv2d)]
-
-
-# --- how wide it is ---------------------------------------------------------------------------------------------------
 
 
 def _channels(block: nn.Module) -> tuple[int, int] | None:
     """Return the channels in and out of a block, read from its first and its last convolution."""
     convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
     return (convolutions[0].in_channels, convolutions[-1].out_channels) if convolutions else None
-
-
-def _width(model: nn.Module, trunk: nn.Sequential, path: str, example: Tensor | None) -> int:
-    """Return the width of the maps between the children, from a call or, if none succeeds, from the weights."""
-    for images in _guesses(model) if example is None else [example]:
-        try:
-            return _seen_width(model, trunk, path, images)
-        except ConfigError:
-            raise
-        except Exception:  # somebody else's forward may want other images than we guess
-            if example is not None:
-                raise
-    return _told_width(trunk, path)
-
-
-def _guesses(model: nn.Module) -> Iterator[Tensor]:
-    """Yield images that the model might accept."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
-    for channels in dict.fromkeys((first, 3, 1)):
-        yield weight.new_zeros(1, channels, _SIDE, _SIDE)
-
-
-def _seen_width(model: nn.Module, trunk: nn.Sequential, path: str, images: Tensor) -> int:
-    calls: list[nn.Module] = []
-    shapes: list[tuple[int, ...]] = []
-
-    def note(_: nn.Module, __: object, output: object) -> None:
-        shapes.append(tuple(getattr(output, "shape", ())))
-
-    hooks = [trunk.register_forward_hook(lambda module, *_: calls.append(module))]
-    hooks += [child.register_forward_hook(note) for child in trunk]
-    try:
-        with evaluating(model):
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    name = type(model).__name__
-    if not calls:
-        how = f"{name} runs its children itself, which skips attention" if shapes else f"{name} did not use it"
-        raise _refusal("body", f"must be a trunk that the model calls, got {path!r}, but {how}{_hint(model)}")
-    for shape in shapes:
-        if len(shape) != 4:
-            raise _refusal("body", f"must pass feature maps (b, c, h, w) on, but {path!r} passes {shape}{_hint(model)}")
-    widths = sorted({shape[1] for shape in shapes})
-    if len(widths) != 1:
-        raise _refusal("body", f"must keep its width, but the children of {path!r} have {widths} channels")
-    return widths[0]
 
 
 def _told_width(trunk: nn.Sequential, path: str) -> int:
@@ -371,20 +667,6 @@ def _told_width(trunk: nn.Sequential, path: str) -> int:
                 f"go from {before} to {after}; if it does not, {example}",
             )
     return width
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients inside, and restore the mode of every submodule afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:  # not by `eval`, which some models use to fuse their weights
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _refusal(path: str, message: str) -> ConfigError:

@@ -84,6 +84,27 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
     return tuple(maps)
 
 
+def full_options(attention: AttentionConfig, index: int | None = None) -> dict[str, Any]:
+    """Return all options of a layer, with those that were not given.
+
+    Args:
+        attention: the checked mapping.
+        index: number of the layer among those of its type, for layers of which every second one shifts.
+
+    Examples:
+        >>> (config,) = read_attention({"type": "LCoA", "every": 4, "num_clusters": 32}, num_blocks=16)
+        >>> full_options(config)["num_clusters"], full_options(config)["reduction"]
+        (32, 4)
+    """
+    entry = find_layer(attention.type)
+    known = list(fields(entry.build).items())[1:]
+    defaults = {name: option.default for name, option in known if option.default is not option.empty}
+    if _shifts(entry):
+        del defaults["shift"]
+    options = attention.options if index is None else _shifted(entry, attention.options, index)
+    return {**defaults, **options}
+
+
 def default_config(name: str, *, shares: bool = True) -> dict[str, Any]:
     """Return the mapping for the name of a layer alone: after every 4th block, 4 sites sharing a state if possible.
 

@@ -1,7 +1,7 @@
 """The trunk of a network by config: its blocks, the attention layers after them, and which of these share states."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -51,7 +51,8 @@ class SiteAttention(nn.ModuleList):
     Args:
         maps: from `read_attention`, for the same number of blocks.
         num_blocks: number of blocks of the trunk.
-        embed_dim: channels of the trunk.
+        embed_dim: channels of the trunk, or of each block's output.
+        shapes: the shape of each block's output, if they differ: only blocks of one shape share states.
 
     Examples:
         >>> from sparse_sr_attn.blocks import read_attention
@@ -61,32 +62,68 @@ class SiteAttention(nn.ModuleList):
         torch.Size([1, 8, 12, 12])
     """
 
-    def __init__(self, maps: Sequence[AttentionConfig], num_blocks: int, embed_dim: int) -> None:
+    def __init__(
+        self,
+        maps: Sequence[AttentionConfig],
+        num_blocks: int,
+        embed_dim: int | Sequence[int],
+        shapes: Sequence[Hashable] | None = None,
+    ) -> None:
         super().__init__()
+        widths = [embed_dim] * num_blocks if isinstance(embed_dim, int) else embed_dim
         sites = sorted(
-            (block, number, turn)
+            (block, number, shape, turn)
             for number, attention in enumerate(maps)
-            for turn, block in enumerate(attention.sites(num_blocks))
+            for shape, alike in enumerate(_alike(attention.sites(num_blocks), shapes))
+            for turn, block in enumerate(alike)
         )
-        index_of = {(number, turn): index for index, (_, number, turn) in enumerate(sites)}
+        index_of = {(number, shape, turn): index for index, (_, number, shape, turn) in enumerate(sites)}
+        built: Counter[int] = Counter()
         self._steps: dict[int, list[_Step]] = defaultdict(list)
-        for index, (block, number, turn) in enumerate(sites):
+        for index, (block, number, shape, turn) in enumerate(sites):
             attention = maps[number]
             place = turn % attention.share
-            first = index_of[number, turn - place]
+            first = index_of[number, shape, turn - place]
             if place == 0:
-                entry, number_of_its_like = find_layer(attention.type), turn // attention.share
-                layer = build_numbered(entry, embed_dim, attention.options, number_of_its_like, attention.path)
+                entry = find_layer(attention.type)
+                layer = build_numbered(entry, widths[block], attention.options, built[number], attention.path)
+                built[number] += 1
             else:
                 layer = cast(AttentionLayer, self[first]).make_consumer()
             self.append(layer)
-            following = (number, turn + 1) in index_of and place + 1 < attention.share
+            following = (number, shape, turn + 1) in index_of and place + 1 < attention.share
             shared = place > 0 or following
             self._steps[block].append(_Step(index, first if shared else None, not following))
 
     def at(self, block: int) -> list[AttentionLayer]:
         """Return the layers after a block."""
         return [cast(AttentionLayer, self[step.layer]) for step in self._steps.get(block, ())]
+
+    @property
+    def shares(self) -> bool:
+        """Whether a layer uses the state of another."""
+        return any(step.provider not in (None, step.layer) for steps in self._steps.values() for step in steps)
+
+    def after(self, block: int, x: Tensor, states: Mapping[int, Any]) -> tuple[Tensor, dict[int, Any]]:
+        """Run the layers after a block on its output; return the features and the states that later layers need.
+
+        Args:
+            block: index of the block.
+            x: its output.
+            states: as the call for the block before returned them; empty at first.
+        """
+        states = dict(states)
+        for step in self._steps.get(block, ()):
+            layer = cast(AttentionLayer, self[step.layer])
+            if step.provider is None:
+                x = layer(x)
+                continue
+            if step.provider == step.layer:
+                states[step.provider] = layer.attend(x)
+            x = layer(x, states[step.provider])
+            if step.last:
+                del states[step.provider]
+        return x, states
 
     def run(
         self, trunk: Iterable[nn.Module], x: Float[Tensor, "b c h w"], *, activation_checkpointing: bool = False
@@ -109,16 +146,12 @@ class SiteAttention(nn.ModuleList):
         self, number: int, block: nn.Module, x: Tensor, states: Mapping[int, Any]
     ) -> tuple[Tensor, dict[int, Any]]:
         """Run one block and the layers after it; return the features and the states that later layers need."""
-        states = dict(states)
-        x = block(x)
-        for step in self._steps.get(number, ()):
-            layer = cast(AttentionLayer, self[step.layer])
-            if step.provider is None:
-                x = layer(x)
-                continue
-            if step.provider == step.layer:
-                states[step.provider] = layer.attend(x)
-            x = layer(x, states[step.provider])
-            if step.last:
-                del states[step.provider]
-        return x, states
+        return self.after(number, block(x), states)
+
+
+def _alike(blocks: Sequence[int], shapes: Sequence[Hashable] | None) -> list[list[int]]:
+    """Return the blocks, those of one shape together."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for block in blocks:
+        groups[shapes[block] if shapes else None].append(block)
+    return list(groups.values())

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.backbones.attach import evaluating, is_attended
+from sparse_sr_attn.backbones.attach import is_attended
 from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, encode_options
+from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.errors import CheckpointError
 
 WITH_ATTENTION = "WithAttention"
@@ -25,23 +26,24 @@ class ForeignNetwork(Network):
     """A third-party network behind the interface of ours. The state dict is that of the network itself.
 
     Args:
-        network: a network for images in 0..1 whose sides are multiples of some number.
-        options: options to rebuild it from, including `type`.
+        network: a network for images whose sides are multiples of some number.
+        options: options to rebuild it from, including `type`; `None` if they are not known.
+        img_range: the range of its images.
 
     Raises:
         CheckpointError: the network does not accept images.
     """
 
-    def __init__(self, network: nn.Module, options: Mapping[str, Any]) -> None:
+    def __init__(self, network: nn.Module, options: Mapping[str, Any] | None, *, img_range: float = 1.0) -> None:
         facts = find_facts(network)
         if facts is None:
             raise CheckpointError(f"{type(network).__name__} must accept images and enlarge them by an integer factor")
         same = facts.num_in_ch == facts.num_out_ch
         mean = (0.0,) * facts.num_in_ch if same else None
-        super().__init__(facts.num_in_ch, facts.num_out_ch, facts.upscale, 1.0, mean)  # type: ignore[arg-type]
+        super().__init__(facts.num_in_ch, facts.num_out_ch, facts.upscale, img_range, mean)  # type: ignore[arg-type]
         self.network = network
         self.multiple = facts.multiple
-        self._options = as_json(options)
+        self._options = None if options is None else as_json(options)
 
     def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Run the network on an image, padded if necessary."""

@@ -10,14 +10,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sparse_sr_attn.backbones.attach import (
+    SLOT,
+    detach,
+    is_attended,
+    reattach,
+    without_attention,
+    without_records,
+)
 from sparse_sr_attn.backbones.base import OPTIONS, Network
+from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.backbones.lcoan import LCoAN
-from sparse_sr_attn.checkpoints.foreign import WITH_ATTENTION, ForeignNetwork
+from sparse_sr_attn.backbones.rcan import RCAN
+from sparse_sr_attn.blocks.attention_config import default_config
+from sparse_sr_attn.checkpoints.foreign import WITH_ATTENTION, ForeignNetwork, carry_options
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, Options, State
-from sparse_sr_attn.checkpoints.read import carried_options, find_weights, is_plain, listed, read_file
+from sparse_sr_attn.checkpoints.read import carried_options, find_weights, is_plain, listed, read_file, records_in
 from sparse_sr_attn.config import fields, old_names_allowed, read, renamed
 from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem
 from sparse_sr_attn.registry import suggestion
@@ -28,7 +39,11 @@ _UNUSABLE = "the options stored with the weights cannot be used here:\n"
 
 
 def load_model(
-    source: str | os.PathLike[str] | Mapping[str, Any], *, allow_tail_reinit: bool = False, **overrides: Any
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    model: nn.Module | None = None,
+    allow_tail_reinit: bool = False,
+    **overrides: Any,
 ) -> Network:
     """Build the network that weights belong to and load them, in evaluation mode.
 
@@ -37,6 +52,9 @@ def load_model(
             library (see `trained_weights`). Weights may be nested in containers (`params`, `state_dict`, ...) and keys
             may have a prefix (`module.`, `net.`, ...) of any name. Averaged weights (EMA, SWA) take precedence. Half
             precision becomes float32.
+        model: a third-party network like the one that the weights were trained in, without attention. What `attach`
+            added to it is recorded in the weights and attached again, in place. Images in and out are in
+            0..`img_range`, the only override (default: 1).
         allow_tail_reinit: allow another `upscale` than that of the weights: the body is loaded, `upsample` and
             `conv_last` are reinitialised.
         overrides: options of the network (see `LCoAN`, `EDSR`, `RCAN`) that are not recorded in the weights or differ;
@@ -58,11 +76,15 @@ def load_model(
         >>> load_model(EDSR(num_block=4, upscale=2).state_dict(), img_range=1.0).img_range
         1.0
     """
-    return load_and_tell(source, overrides, allow_tail_reinit=allow_tail_reinit)[0]
+    return load_and_tell(source, overrides, model=model, allow_tail_reinit=allow_tail_reinit)[0]
 
 
 def load_and_tell(
-    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Options, *, allow_tail_reinit: bool = False
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Options,
+    *,
+    model: nn.Module | None = None,
+    allow_tail_reinit: bool = False,
 ) -> tuple[Network, str | None]:
     """Load like `load_model`; also return a note if averaged weights were chosen over others.
 
@@ -73,10 +95,12 @@ def load_and_tell(
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     try:
         content = source if isinstance(source, Mapping) else read_file(source)
-        weights, beside, found = find_weights(content)
+        weights, beside, found = find_weights(content, model)
         told = None
         if found is not None and found.chosen.averaged and found.others:
             told = f"using the averaged weights ({found.chosen.name}, not {' or '.join(found.others)})"
+        if model is not None:
+            return _load_into(model, weights, beside, overrides), told
         return _load(weights, beside, overrides, allow_tail_reinit), told
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error.__cause__
@@ -84,8 +108,12 @@ def load_and_tell(
 
 def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tail_reinit: bool) -> Network:
     carried = carried_options(state.pop(OPTIONS, beside.get(OPTIONS)))
+    records = records_in(state)
     if carried.get("type") in (WITH_ATTENTION, "Attended"):
-        return _load_foreign(state, beside, carried, overrides)
+        return _load_foreign(state, beside, carried, overrides, records)
+    if records:
+        state, attention = _as_ours(state, records)
+        overrides = {"attention": attention, **overrides}
     family = carried.pop("type", None)
     layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
     layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
@@ -139,7 +167,69 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
     return model.eval()
 
 
-def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, overrides: Options) -> Network:
+def _as_ours(state: dict[str, Tensor], records: Mapping[str, Options]) -> tuple[dict[str, Tensor], object]:
+    """Return the weights of an attended EDSR or RCAN under the names of ours, and their option `attention`.
+
+    Raises:
+        CheckpointError: they are of another network.
+    """
+    layout = next((layout for layout in LAYOUTS if layout.recognises(without_attention(state))), None)
+    if layout is None or layout.build not in (EDSR, RCAN) or records.keys() != {"body"}:
+        hosts = ", ".join(sorted({str(record.get("host")) for record in records.values()}))
+        raise CheckpointError(
+            f"these weights have attention that sparse_sr_attn attached to {' and '.join(map(repr, records))} of a "
+            f"third-party network ({hosts}), which only its own code can build; pass the network without attention: "
+            "load_model(..., model=...), or on the command line --host FILE.py:NAME"
+        )
+    start = f"body.{SLOT}."
+    named = {f"attention.{key.removeprefix(start)}" if key.startswith(start) else key: v for key, v in state.items()}
+    return without_records(named), records["body"]["attention"]
+
+
+def _load_into(model: nn.Module, state: dict[str, Tensor], beside: State, overrides: Options) -> Network:
+    """Attach what weights record to a third-party network, and load them.
+
+    Raises:
+        CheckpointError: the weights do not fit the network, or another one.
+    """
+    img_range = float(overrides.get("img_range", 1.0))
+    if unknown := [name for name in overrides if name != "img_range"]:
+        raise ConfigError(Problem(name, "unknown; with model=..., only img_range can be given") for name in unknown)
+    if is_attended(model):
+        raise ConfigError([Problem("model", "must have no attention yet, because the weights say what to attach")])
+    records = records_in(state)
+    size = sum(value.numel() for value in state.values())
+    _refuse_giants(list(records.values()), limit=size)
+    try:
+        with _Budget(size), old_names_allowed():
+            reattach(model, records)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ConfigError) else f"{error}{_hint(error)}"
+        raise CheckpointError(f"the attention recorded with the weights cannot be attached: {reason}") from error
+    try:
+        return _filled(model, None, state, beside, img_range=img_range)
+    except BaseException:
+        if records:
+            detach(model)
+        raise
+
+
+def _filled(
+    network: nn.Module, options: Options | None, state: dict[str, Tensor], beside: State, *, img_range: float = 1.0
+) -> Network:
+    """Load weights into a third-party network, after checking them; return it behind the interface of ours."""
+    buffers = {name for name, _ in network.named_buffers()} & beside.keys() - {OPTIONS}
+    state = without_records({**{name: beside[name] for name in buffers}, **state}, network)
+    state.pop(OPTIONS, None)
+    _check(network, state, "(?!)")
+    model = ForeignNetwork(network, options, img_range=img_range)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _load_foreign(
+    state: dict[str, Tensor], beside: State, carried: Options, overrides: Options, records: Mapping[str, Options]
+) -> Network:
     """Load a network of BasicSR with attached attention."""
     unknown = [name for name in overrides if name not in carried]
     if unknown:
@@ -147,12 +237,18 @@ def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, ove
         raise ConfigError(Problem(name, f"unknown{suggestion(name, known)}") for name in unknown)
     options = {**carried, **overrides, "type": WITH_ATTENTION}
     rest = {name: value for name, value in options.items() if name != "type"}
+    if not records:
+        rest = _as_attached_before(rest, state)
     size = sum(value.numel() for value in state.values())
     _refuse_giants(carried, limit=size)
     try:
         integration = importlib.import_module("sparse_sr_attn_basicsr.rebuild")
         with _Budget(size), old_names_allowed():
-            network = integration.rebuild(rest)
+            if records and not overrides.keys() & {"attention", "body"}:
+                network = reattach(integration.rebuild({**rest, "attention": None}), records)
+                carry_options(network, options)
+            else:
+                network = integration.rebuild(rest)
     except CheckpointError:
         raise
     except ConfigError as error:
@@ -166,12 +262,16 @@ def _load_foreign(state: dict[str, Tensor], beside: State, carried: Options, ove
         ) from error
     except Exception as error:  # somebody else's code can raise anything
         raise CheckpointError(f"{_UNUSABLE}{type(error).__name__}: {error}") from error
-    model = ForeignNetwork(network, options)
-    buffers = {name for name, _ in network.named_buffers()} & beside.keys() - {OPTIONS}
-    state = {**{name: beside[name] for name in buffers}, **state}
-    _check(model, state, "(?!)")
-    model.load_state_dict(state)
-    return model.eval()
+    return _filled(network, options, state, beside)
+
+
+def _as_attached_before(options: Options, keys: Iterable[str]) -> Options:
+    """Return the options of `Attended` with what was the default when weights had no record of their attention."""
+    if isinstance(options.get("attention"), str):
+        options["attention"] = default_config(options["attention"])
+    if options.get("body") is None:
+        options["body"] = next((start for key in keys if (start := key.partition(".attention.")[0]) != key), None)
+    return options
 
 
 def _as_written(options: Options, attends: bool, keys: Iterable[str]) -> Options:
@@ -269,9 +369,9 @@ def _built(layout: Layout, found: Options, overrides: Options) -> Network:
         raise CheckpointError(f"{_UNUSABLE}{error}{_hint(error)}") from error
 
 
-def _check(model: Network, state: State, fresh: str) -> None:
+def _check(model: nn.Module, state: State, fresh: str) -> None:
     """Raise CheckpointError for weights that do not fit `model`; name missing, unexpected and unusable keys."""
-    expected = {key: value for key, value in model.state_dict().items() if key != OPTIONS}
+    expected = {key: value for key, value in without_records(model.state_dict()).items() if key != OPTIONS}
     missing = [key for key in expected if key not in state and not re.fullmatch(fresh, key)]
     unexpected = [key for key in state if key not in expected]
     common = {key: (expected[key], value) for key, value in state.items() if key in expected}

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparse_sr_attn.backbones.attach import SLOT, is_record
 from sparse_sr_attn.backbones.base import OPTIONS
 from sparse_sr_attn.checkpoints import unwrap
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Options, State
@@ -61,9 +62,20 @@ def read_file(source: object) -> object:
         ) from error
 
 
-def find_weights(content: object) -> tuple[dict[str, Tensor], State, unwrap.Found | None]:
-    """Return the weights in a file without wrappers, and the entries next to them; see `unwrap.Found`."""
-    found = unwrap.find(content, is_known)
+def find_weights(
+    content: object, model: nn.Module | None = None
+) -> tuple[dict[str, Tensor], State, unwrap.Found | None]:
+    """Return the weights in a file without wrappers, and the entries next to them; see `unwrap.Found`.
+
+    Args:
+        content: what is in the file.
+        model: a network whose keys the weights must have; by default, any known one.
+    """
+    if model is None:
+        found = unwrap.find(content, is_known)
+    else:
+        names = {name for name, _ in model.named_parameters()}
+        found = unwrap.find(content, lambda state: names <= state.keys(), min(names, default=""))
     if found is None:
         return _checked(_innermost(content)), {}, None
     own = found.chosen.state.items()
@@ -77,7 +89,10 @@ def is_known(state: State) -> bool:
     if any(layout.recognises(state) for layout in LAYOUTS):
         return True
     try:
-        return "type" in carried_options(state.get(OPTIONS))
+        records = records_in(state)
+        return "type" in carried_options(state.get(OPTIONS)) or any(
+            r.get("path") == path for path, r in records.items()
+        )
     except CheckpointError:
         return False
 
@@ -120,7 +135,25 @@ def is_plain(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def carried_options(tensor: Tensor | None) -> Options:
+def records_in(state: State) -> dict[str, Options]:
+    """Return what a state dict records of attached attention, by path of the module that has it.
+
+    Raises:
+        CheckpointError: a record cannot be read.
+    """
+    records: dict[str, Options] = {}
+    for key, value in state.items():
+        if not is_record(key):
+            continue
+        record = carried_options(value, key)
+        end = f".{record.get('key')}.{SLOT}"
+        if not f".{key}".endswith(end) or not isinstance(record.get("attention"), list):
+            raise CheckpointError(f"the key {key!r} must hold a record of attention that can be attached again")
+        records[f".{key}".removesuffix(end).removeprefix(".")] = record
+    return records
+
+
+def carried_options(tensor: Tensor | None, key: str = OPTIONS) -> Options:
     """Decode the options stored with the weights of our networks, with the network's name as `type`.
 
     Raises:
@@ -134,7 +167,7 @@ def carried_options(tensor: Tensor | None) -> Options:
         return dict(json.loads(bytes(round(value) for value in tensor.tolist())))
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
-            f"the key {OPTIONS!r} must hold the bytes of a JSON mapping ({error}); remove it and pass the options"
+            f"the key {key!r} must hold the bytes of a JSON mapping ({error}); remove it and pass the options"
         ) from error
 
 

@@ -62,7 +62,7 @@ class Found:
     others: tuple[str, ...]
 
 
-def find(content: object, recognises: Recognises) -> Found | None:
+def find(content: object, recognises: Recognises, anchor: str | None = None) -> Found | None:
     """Return the network in a checkpoint; `None` if there is none.
 
     Averaged weights take precedence over those that they average.
@@ -70,11 +70,13 @@ def find(content: object, recognises: Recognises) -> Found | None:
     Args:
         content: nested mappings and lists with tensors anywhere in them.
         recognises: function that returns whether entries are of a known network.
+        anchor: a key of the network; by default, keys of known networks.
 
     Raises:
         CheckpointError: there are several networks; names them.
     """
-    candidates = list(_distinct(_candidates(content, recognises)))
+    anchors = _ANCHORS if anchor is None else re.compile(rf"(?:.*\.)?(?={re.escape(anchor)}$)", re.DOTALL)
+    candidates = list(_distinct(_candidates(content, recognises, anchors)))
     if not candidates:
         return None
     averaged = [candidate for candidate in candidates if candidate.averaged]
@@ -94,20 +96,20 @@ def find(content: object, recognises: Recognises) -> Found | None:
     return Found(chosen, beside, tuple(other.name for other in candidates if other is not chosen))
 
 
-def _candidates(content: object, recognises: Recognises) -> Iterator[Candidate]:
+def _candidates(content: object, recognises: Recognises, keys: re.Pattern[str]) -> Iterator[Candidate]:
     for path, container in _containers(content):
         for inside in _INSIDE:
             state = _without(inside, container)
-            found = list(_in_one_state(path, state, recognises))
+            found = list(_in_one_state(path, state, recognises, keys))
             yield from found
             if found:
                 break
 
 
-def _in_one_state(path: tuple[str, ...], state: Mapping[Any, Any], recognises: Recognises) -> Iterator[Candidate]:
-    anchors = (
-        _ANCHORS.match(key) for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)
-    )
+def _in_one_state(
+    path: tuple[str, ...], state: Mapping[Any, Any], recognises: Recognises, keys: re.Pattern[str]
+) -> Iterator[Candidate]:
+    anchors = (keys.match(key) for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor))
     prefixes = sorted(
         {"", *(anchor[0] for anchor in anchors if anchor)}, key=lambda prefix: (prefix.count("."), prefix)
     )

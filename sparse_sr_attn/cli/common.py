@@ -15,6 +15,7 @@ from sparse_sr_attn.errors import ConfigError, ProcessError, SparseSRError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from sparse_sr_attn.backbones.base import Network
 
@@ -195,6 +196,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="options of the network that the weights do not record, e.g. img_range=1.0; values as in JSON",
     )
+    parser.add_argument(
+        "--host",
+        metavar="FILE.py:NAME",
+        help="for weights of a third-party network with attention from `attach`: a function or class that builds the "
+        "network without attention, in a file or a module (PACKAGE.MODULE:NAME); --set gives its options",
+    )
     add_imports(parser)
 
 
@@ -227,6 +234,31 @@ def import_modules(arguments: argparse.Namespace) -> None:
         raise UsageError("--import: " + "; ".join(problem.message for problem in error.problems)) from error
 
 
+def build_host(arguments: argparse.Namespace, given: dict[str, Any]) -> "nn.Module | None":
+    """Build the network of `--host`.
+
+    Raises:
+        UsageError: it cannot be imported or built.
+    """
+    if arguments.host is None:
+        return None
+    file, colon, wanted = arguments.host.rpartition(":")
+    if not (colon and file and wanted.isidentifier()):
+        raise UsageError(f"--host needs FILE.py:NAME or MODULE:NAME, got {arguments.host!r}")
+    from torch import nn  # noqa: PLC0415
+
+    extensions = importlib.import_module("sparse_sr_attn_basicsr.extensions")
+    try:
+        build = getattr(extensions.import_entry(file), wanted)
+        model = build(**given)
+    except Exception as error:  # somebody else's code can raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"--host {arguments.host} cannot be built: {type(error).__name__}: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--host must build a torch.nn.Module, but {wanted} returns a {type(model).__name__}")
+    return model
+
+
 def options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options given by `--set`.
 
@@ -257,7 +289,11 @@ def load(arguments: argparse.Namespace) -> "Network":
 
     device = find_device(getattr(arguments, "device", "cpu"))
     import_modules(arguments)
-    model, told = load_and_tell(arguments.weights, options(arguments))
+    given = options(arguments)
+    host = build_host(arguments, {key: value for key, value in given.items() if key != "img_range"})
+    if host is not None:
+        given = {key: value for key, value in given.items() if key == "img_range"}
+    model, told = load_and_tell(arguments.weights, given, model=host)
     if told:
         say(f"note: {name(arguments.weights)}: {told}")
     return model.to(device)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.checkpoints.foreign import ForeignNetwork
 from sparse_sr_attn.data.atomic import atomic_write
-from sparse_sr_attn.errors import ExportError
+from sparse_sr_attn.errors import CheckpointError, ExportError
 from sparse_sr_attn.functional.cluster import mean_keys
 from sparse_sr_attn.layers.lcoa import LSP, Choice
 from sparse_sr_attn.states import ClusterPattern
@@ -58,12 +59,12 @@ class Deviation:
 
 
 def export_onnx(
-    model: Network, file: str | Path, *, overwrite: bool = False, sizes: Sequence[tuple[int, int]] | None = None
+    model: nn.Module, file: str | Path, *, overwrite: bool = False, sizes: Sequence[tuple[int, int]] | None = None
 ) -> list[Deviation]:
     """Export `model` to ONNX for any height and width, and check with onnxruntime at several sizes before writing.
 
     Args:
-        model: in evaluation mode, on the CPU, in float32.
+        model: in evaluation mode, on the CPU, in float32. A third-party network must take images in 0..1.
         file: path ending in `.onnx`. The input is `image`, (1, c, h, w) in 0..1, the output that of `forward_body`;
             metadata contain `upscale`, `channels` and the network.
         overwrite: whether to replace an existing file.
@@ -92,6 +93,11 @@ def export_onnx(
         raise ExportError(f"{file} must end in .onnx")
     if model.training:
         raise ExportError("the network must be in evaluation mode; call .eval()")
+    if not isinstance(model, Network):
+        try:
+            model = ForeignNetwork(model, None).eval()
+        except CheckpointError as error:
+            raise ExportError(str(error)) from error
     proto = _exported(model)
     found = [compare(model, proto, size) for size in sizes or _sizes(model)]
     if bad := [deviation for deviation in found if not deviation.good]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from sparse_sr_attn import EDSR, LAYERS, AttentionLayer, CoA, ConfigError, LCoA, attach, detach
+from sparse_sr_attn import LAYERS, AttentionLayer, CoA, ConfigError, LCoA, attach, detach
 
 OPTIONS: dict[str, Any] = {"num_clusters": 5, "chunk_size": 12, "reduction": 2}
 LCOA: dict[str, Any] = {"type": "LCoA", **OPTIONS}
@@ -152,7 +152,8 @@ def test_the_output_stays_to_the_bit_and_old_names_stay(training: bool, autocast
     assert torch.equal(actual, expected)
     after = model.state_dict()
     assert all(after[key].data_ptr() == value.data_ptr() for key, value in before.items())
-    assert {key[:17] for key in after.keys() - before.keys()} == {"body.attention.0.", "body.attention.1."}
+    new = {key for key in after.keys() - before.keys() if not key.endswith(".sparse_sr_attn")}
+    assert {key[:22] for key in new} == {"body.sparse_sr_attn.0.", "body.sparse_sr_attn.1."}
     assert all(module.training == training for module in model.modules())
 
 
@@ -240,7 +241,7 @@ def test_old_weights_load_into_the_attached_model() -> None:
     weights = built().state_dict()
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert unexpected == []
-    assert all(key.startswith("body.attention.") for key in missing)
+    assert all(key.startswith("body.sparse_sr_attn.") for key in missing)
 
 
 def test_the_trunk_stays_the_same_object() -> None:
@@ -306,14 +307,14 @@ def test_its_children_are_counted_for_good(change: Any) -> None:
 def test_named_children_keep_their_names() -> None:
     trunk = nn.Sequential(OrderedDict(one=ResBlock(8), two=ResBlock(8)))
     model = attach(nn.ModuleDict({"net": trunk}), "net", "LCoA", every=1, share=1, **OPTIONS)
-    assert {key.split(".")[1] for key in model.state_dict()} == {"one", "two", "attention"}
+    assert {key.split(".")[1] for key in model.state_dict()} == {"one", "two", "sparse_sr_attn"}
     assert trunk.two is trunk[1]
 
 
 def test_a_model_that_is_its_own_trunk() -> None:
     model = nn.Sequential(ResBlock(8), ResBlock(8))
     attach(model, "", "LCoA", every=1, share=2, **OPTIONS)
-    assert "attention.0.lsp.centroids" in model.state_dict()
+    assert "sparse_sr_attn.0.lsp.centroids" in model.state_dict()
     assert detach(model)(image(1, 8, 3, 3)).shape == (1, 8, 3, 3)
 
 
@@ -419,7 +420,7 @@ def test_a_width_that_parameters_do_not_tell_is_seen_in_a_call(given: bool) -> N
     modes = [module.training for module in model.modules()]
     attach(model, "body", "LCoA", every=1, share=3, example=x if given else None, **OPTIONS)
     assert model.body.attention[0].coa.value.in_channels == 8
-    assert [m.training for p, m in model.named_modules() if ".attention" not in p] == modes
+    assert [m.training for p, m in model.named_modules() if "sparse_sr_attn" not in p] == modes
     assert int(model.body[2].num_batches_tracked) == 0
     assert not model.body._forward_hooks
     model(x).sum().backward()
@@ -437,7 +438,7 @@ class Fusing(Layout):
 
 
 def test_the_call_that_looks_for_the_width_is_no_change_of_mode() -> None:
-    assert len(attach(built(Fusing), "body", "LCoA", **OPTIONS).body.attention) == 1
+    assert len(attach(built(Fusing), "body", "LCoA", **OPTIONS).body.attention) == 2
 
 
 def test_two_trunks_of_one_model() -> None:
@@ -462,20 +463,19 @@ def test_convolutions_of_a_token_trunk_get_attention_of_their_own() -> None:
     model = built(Blocks)
     x = image(1, 3, 5, 6)
     expected, keys = model(x), model.state_dict().keys()
-    attach(model, "layers.*.conv", "LCoA", every=2, **OPTIONS)
+    attach(model, "layers.*.conv", "LCoA", every=2, share=1, **OPTIONS)
     assert torch.equal(model(x), expected)
-    assert {key.split("lsp")[0].split("coa")[0] for key in model.state_dict().keys() - keys} == {
-        "layers.1.conv.attention.0."
-    }
+    new = {key for key in model.state_dict().keys() - keys if not key.endswith(".sparse_sr_attn")}
+    assert {key.split("lsp")[0].split("coa")[0] for key in new} == {"layers.1.conv.sparse_sr_attn.0."}
     seen: list[Tensor] = []
     detach(model)
-    attach(model, "layers.*.conv", "LCoA", every=1, zero_init=False, **OPTIONS)
+    attach(model, "layers.*.conv", "LCoA", every=1, share=1, zero_init=False, **OPTIONS)
     model.layers[0]["conv"].register_forward_hook(lambda module, args, output: seen.extend([*args, output]))
     model.eval()(x)
     conv = model.layers[0]["conv"]
     before, after = seen
     plain = nn.functional.conv2d(before, conv.weight, conv.bias, padding=1)
-    assert torch.equal(after, conv.attention[0](plain))
+    assert torch.equal(after, conv.sparse_sr_attn[0](plain))
     assert not torch.equal(after, plain)
     train(model)
     assert all(p.grad.any() for p in model.parameters())
@@ -487,6 +487,66 @@ class Own(nn.Sequential):
     def forward(self, x: Tensor, size: object = None) -> Tensor:
         output: Tensor = super().forward(x)
         return output
+
+
+class Fused(nn.Sequential):
+    """Has other convolutions in evaluation, whose weights are not trained."""
+
+    def __init__(self) -> None:
+        super().__init__(*(FusedBlock() for _ in range(3)))
+
+
+class FusedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.fused = conv(3, 3), conv(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.trained(x) if self.training else self.fused(x)
+        return output
+
+
+class Extra(Layout):
+    """Runs two more convolutions for each image, in one way or another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("idle", "rows", "again"):
+            setattr(self, name, nn.ModuleList())
+
+
+class Idle(Extra):
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.ModuleList([conv(3, 3), conv(3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.idle:
+            layer(x)
+        return super().forward(x)
+
+
+class Sideways(Extra):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.movedim(1, -1)
+        for layer in self.rows:
+            x = layer(x)
+        return super().forward(x.movedim(-1, 1))
+
+
+class Twice(Extra):
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.ModuleList([conv(3, 3), conv(3, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.again:
+            x = layer(layer(x))
+        return super().forward(x)
 
 
 def with_body(*blocks: nn.Module, build: type[nn.Module] = Layout) -> nn.Module:
@@ -505,56 +565,41 @@ def conv(before: int, after: int) -> nn.Conv2d:
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     # the trunk
-    (two_trunks, {}, "body: must be named; ModuleDict has 'one', 'two'"),
     (
         lambda: nn.ModuleDict({"head": conv(3, 8)}),
         {},
-        "body: must be an nn.Sequential whose children keep their width; ",
+        "body: must be named; pass example=..., images that the model accepts",
     ),
-    (lambda: built(Blocks), {}, "but each can have attention of its own: body='layers.*.conv', share=1"),
     (
-        lambda: built(Blocks),
-        {"body": "layers"},
-        "body: must be an nn.Sequential and run its children, got 'layers', a ModuleList; Blocks runs the blocks of "
-        "'layers' itself, so no state can pass between them",
+        lambda: nn.Sequential(OrderedDict(head=conv(3, 8), tail=conv(8, 3))),
+        {},
+        "body: must be named; Sequential calls no numbered modules that return feature maps of one size and width",
     ),
     (built, {"body": "bdy"}, "body: must be the path of a module, got 'bdy'; did you mean 'body'?"),
-    (built, {"body": "body.0"}, "body: must be an nn.Sequential and run its children, got 'body.0', a ResBlock"),
-    (lambda: nn.ModuleDict({"body": Own(conv(8, 8))}), {"body": "body"}, "got 'body', a Own, which may run them"),
+    (
+        lambda: built(Blocks),
+        {"body": "layers.0"},
+        "got 'layers.0', a ModuleDict, which is not called by Blocks; body can be 'layers.*.conv' (3 of 8 channels)",
+    ),
     (
         attached,
         {"body": "body"},
         "body: must have no attention yet, got 'body'; detach, or attach a list of mappings",
     ),
     (
-        lambda: nn.ModuleDict({"body": nn.Sequential(OrderedDict(attention=conv(8, 8), last=conv(8, 8)))}),
-        {"body": "body"},
-        "body: must not have a child 'attention'",
+        lambda: with_body(nn.Flatten(2), nn.Unflatten(2, (4, 4))),
+        {"body": "body.0", "example": image(1, 3, 4, 4)},
+        "got 'body.0', a Flatten, which returns (1, 8, 16), not a feature map (b, c, h, w)",
     ),
-    # its width
-    (
-        lambda: with_body(conv(8, 8), conv(8, 16), conv(16, 8)),
-        {"body": "body"},
-        "body: must keep its width, but the children of 'body' have [8, 16] channels",
-    ),
+    (lambda: built(Unused), {"body": "body"}, "got 'body', a Sequential, which is not called by Unused"),
+    # its width, of a model that cannot be called
     (
         lambda: with_body(conv(8, 8), conv(8, 16), conv(16, 8), build=Picky),
         {"body": "body"},
         "body: must keep its width, 8 channels, from child to child, but child 1 of 'body' seems to go from 8 to 16",
     ),
     (lambda: with_body(Pixelwise(8), build=Picky), {"body": "body"}, "must have convolutions that show its width"),
-    (
-        lambda: with_body(nn.Flatten(2), nn.Unflatten(2, (4, 4))),
-        {"body": "body", "example": image(1, 3, 4, 4)},
-        "body: must pass feature maps (b, c, h, w) on, but 'body' passes (1, 8, 16)",
-    ),
-    (lambda: built(Loop), {}, "'body', but Loop runs its children itself, which skips attention"),
-    (lambda: built(Unused), {}, "must be a trunk that the model calls, got 'body', but Unused did not use it"),
-    (
-        lambda: EDSR(num_feat=8, num_block=4),
-        {},
-        "body: must be a trunk that the model calls, got 'body', but EDSR runs its children itself",
-    ),
+    (lambda: built(Picky), {"body": "body.0"}, "body: must be an nn.Sequential or name convolutions, got 'body.0'"),
     # attention
     (
         built,
@@ -579,22 +624,41 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (built, {"attention": []}, "attention: must be a name, a mapping or a list of mappings, got ()"),
     (built, {"attention": {}}, "attention: must be a name, a mapping or a list of mappings, got {}"),
     (built, {"attention": [3]}, "attention.0: must be a mapping with a key 'type', got 3"),
-    (built, {"body": 3, "every": 1.5}, "body must be a string or ~ (nothing), got 3\nevery must be an integer or ~"),
-    (built, {"example": [1]}, "example must be a Tensor or ~ (nothing), got [1]"),
-    # convolutions
-    (lambda: built(Blocks), {"body": "layers.*.conv", "every": 1, "share": 2}, "attention.share: must be 1, because"),
     (
-        lambda: nn.ModuleList([nn.ModuleDict({"conv": conv(8, 8)}), nn.ModuleDict({"conv": conv(8, 9)})]),
-        {"body": "*.conv", "every": 1},
-        "body: must name convolutions of one width, got [8, 9] channels; narrow the path",
+        built,
+        {"body": 3, "every": 1.5},
+        "body must be a string or a list or ~ (nothing), got 3\nevery must be an integer or ~",
     ),
-    (lambda: built(Blocks), {"body": "layers.*.cnv"}, "body: must name convolutions, but 'layers.*.cnv' names nothing"),
-    (lambda: built(Blocks), {"body": "layers.*"}, "must name convolutions (nn.Conv2d), got 'layers.0', a ModuleDict"),
+    (built, {"example": 1}, "example must be a Tensor or a list or ~ (nothing), got 1"),
+    # modules by pattern
+    (
+        lambda: built(Blocks),
+        {"body": "layers.*.cnv"},
+        "body: must name modules, but 'layers.*.cnv' names nothing in Bl",
+    ),
+    (lambda: built(Blocks), {"body": "layers.*.mlp"}, "got 'layers.0.mlp', a Linear, which returns (2, 256, 8), not a"),
     (lambda: built(Blocks), {"body": "layers.*.conv", "every": 4}, "attention.every: must hit at least one of the 3"),
     (
-        lambda: attach(built(Blocks), "layers.*.conv", every=1),
+        lambda: built(Fused),
+        {"body": "*.fused"},
+        "got '0.fused', a Conv2d, which is not called in training; body can be",
+    ),
+    (lambda: built(Idle), {"body": "idle.*"}, "got 'idle.0', a Conv2d, which has no effect on the output in training"),
+    (
+        lambda: built(Sideways),
+        {"body": "rows.*"},
+        "'rows.0', a Linear, which returns maps whose channels depend on the",
+    ),
+    (lambda: built(Twice), {"body": "again.*"}, "got 'again.0', a Conv2d, which is called 2 times"),
+    (
+        lambda: attach(built(Blocks), "layers.*.conv", every=1, share=1),
         {"body": "layers.*.conv", "every": 1},
         "body: must have no attention yet, got 'layers.0.conv'",
+    ),
+    (
+        lambda: attach(built(Loop)),
+        {"body": "body"},
+        "body: must have no attention yet, got ''; detach, or attach a list of mappings",
     ),
 ]
 

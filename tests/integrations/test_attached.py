@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn import LAYERS, CheckpointError, ConfigError, attach, detach, load_model
+from sparse_sr_attn import LAYERS, CheckpointError, CoA, ConfigError, LCoA, attach, detach, load_model
+from sparse_sr_attn.backbones.attach import is_record, without_records
 from sparse_sr_attn.backbones.base import encode_options
 from sparse_sr_attn.checkpoints.read import carried_options
 from sparse_sr_attn.cli.main import main
@@ -83,7 +84,7 @@ def test_networks_of_basicsr_take_attention_and_give_it_back(options: dict[str, 
     assert torch.equal(model(x), plain(x))
     train(model, 2)
     for name, parameter in model.named_parameters():
-        if name.startswith("body.attention."):
+        if name.startswith("body.sparse_sr_attn."):
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
@@ -131,19 +132,24 @@ def test_two_processes_train_them_alike(tmp_path: Path) -> None:
 
 
 @old_meshgrid
-def test_swinir_runs_its_blocks_itself_and_is_told_what_to_do() -> None:
+def test_swinir_runs_its_blocks_itself() -> None:
     model = built({**SWINIR, "depths": [2, 2], "num_heads": [2, 2], "upsampler": "pixelshuffle"})
     x, before = image(1, 3, 8, 8), model.state_dict().keys()
-    for body in (None, "layers"):
-        with pytest.raises(ConfigError, match=r"runs the blocks of 'layers' itself.*body='layers\.\*\.conv', share=1"):
-            attach(model, body)
     expected = model.eval()(x)
     attach(model, "layers.*.conv", every=1, share=1, num_clusters=4, chunk_size=16)
     assert torch.equal(model(x), expected)
-    new = {key.rpartition("attention")[0] for key in model.state_dict().keys() - before}
+    new = {key.rpartition("sparse_sr_attn.")[0] for key in model.state_dict().keys() - before if not is_record(key)}
     assert new == {"layers.0.conv.", "layers.1.conv."}
+    for body in ("layers", None):
+        attach(detach(model), body, every=1, num_clusters=4, chunk_size=16)
+        assert torch.equal(model(x), expected)
+        assert [type(layer) for layer in model.sparse_sr_attn] == [LCoA, CoA]
     train(model.train(), 2)
-    assert all(p.grad.any() for name, p in model.named_parameters() if ".attention." in name)
+    assert all(
+        p.grad.any()
+        for name, p in model.named_parameters()
+        if ".sparse_sr_attn." in name or name.startswith("sparse_sr_attn.")
+    )
     assert detach(model).state_dict().keys() == before
 
 
@@ -159,7 +165,7 @@ def test_attended_is_the_network_itself_with_more_in_it() -> None:
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     assert unexpected == []
     assert missing
-    assert all(key.startswith("body.attention.") for key in missing)
+    assert all(key.startswith("body.sparse_sr_attn.") for key in missing if not is_record(key))
     assert torch.equal(model(image(1, 3, 8, 6)), plain(image(1, 3, 8, 6)))
 
 
@@ -183,11 +189,13 @@ def test_it_trains_resumes_exactly_and_averages(training: Write, testing: Write,
         for key, value in tensors.items():
             assert torch.equal(value, resumed[part][key]), f"{part}: {key}"
     params, averaged = whole["params"], whole["params_ema"]
-    assert int(params["body.attention.0.lsp.num_updates"]) == 9  # the tenth is pending
-    for key in params.keys() - {"options"}:
+    assert int(params["body.sparse_sr_attn.0.lsp.num_updates"]) == 9  # the tenth is pending
+    for key in params.keys() - {"options", *filter(is_record, params)}:
         assert torch.equal(params[key], averaged[key]) == (".lsp." in key and not re.search("embed|logit", key)), key
     moved = [key for key, value in params.items() if not torch.equal(value, half["params"][key])]
-    assert {"body.attention.0.coa.value.weight", "body.attention.1.value.weight", "conv_first.weight"} <= set(moved)
+    assert {"body.sparse_sr_attn.0.coa.value.weight", "body.sparse_sr_attn.1.value.weight", "conv_first.weight"} <= set(
+        moved
+    )
 
     assert main(["test", "-opt", testing({"network_g": WITH_ATTENTION})]) == 0
     log = "".join(path.read_text() for path in (here / "results/tiny_test").glob("*.log"))
@@ -205,7 +213,7 @@ def test_a_trained_rrdbnet_goes_on_with_attention(training: Write, here: Path) -
         name: torch.load(here / f"experiments/{name}/models/net_g_latest.pth", weights_only=True)["params"]
         for name in ("plain", "tiny")
     }
-    assert any(".attention." in key for key in weights["tiny"])
+    assert any(".sparse_sr_attn." in key for key in weights["tiny"])
     networks = {"plain": built(RRDB), "tiny": built(WITH_ATTENTION)}
     for name, network in networks.items():
         network.load_state_dict(weights[name], strict=True)
@@ -328,7 +336,7 @@ def altered(change: Callable[[dict[str, Any]], Any]) -> dict[str, Tensor]:
     state = dict(built(WITH_ATTENTION).state_dict())
     options = carried_options(state["options"])
     change(options)
-    return {**state, "options": encode_options(options)}
+    return {**without_records(state), "options": encode_options(options)}  # as written before there were records
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -558,11 +566,11 @@ MALFORMED = [
     ({f"{NET}.attention.chunk_size": 0}, r"network_g\.attention\.chunk_size: must be >= 1, got 0"),
     ({f"{NET}.attention.every": 5}, r"network_g\.attention\.every: must hit at least one of the 4 blocks, got 5"),
     ({f"{NET}.attention": [{"type": "LCoA", "every": 1}, 3]}, r"network_g\.attention\.1: must be a map"),
-    ({f"{NET}.body": "trunk"}, r"network_g\.body: must be the path of a module, got 'trunk' \(known: body\)"),
-    ({f"{NET}.body": "conv_first"}, r"network_g\.body: must be an nn\.Sequential .* got 'conv_first', a Conv2d"),
+    ({f"{NET}.body": "trunk"}, r"network_g\.body: must be the path of a module, got 'trunk' \(known: body, "),
+    ({f"{NET}.body": "conv_first"}, r"network_g\.attention\.every: must hit at least one of the 1 blocks"),
     (
-        {f"{NET}.network": {"type": "SparseEDSR", "num_feat": 8, "num_block": 4, "upscale": 2}},
-        r"network_g\.body: must be a trunk that the model calls, got 'body', but SparseEDSR runs its children itself",
+        {f"{NET}.body": "body.*.rdb9"},
+        r"network_g\.body: must name modules, but 'body\.\*\.rdb9' names nothing in RRDBNet",
     ),
     (
         {NET: {"type": "RRDBNet", **SMALL, "attention": {}}},
@@ -619,6 +627,6 @@ def test_a_network_that_the_meta_device_forbids_is_built(training: Write) -> Non
     assert preflight.check(load(training({NET: {**network, "attention": attention}})), training=True)[1] == []
 
 
-def test_load_model_says_that_it_does_not_know_what_was_attached_by_hand() -> None:
-    with pytest.raises(CheckpointError, match="must be of a known layout"):
+def test_load_model_says_what_it_needs_for_what_was_attached_by_hand() -> None:
+    with pytest.raises(CheckpointError, match=r"to 'body' of a third-party .*RRDBNet\).*model=.*--host"):
         load_model(attach(built(RRDB), **OPTIONS).state_dict())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparse_sr_attn import CoA, LCoA
+from sparse_sr_attn.backbones.attach import is_record
 from sparse_sr_attn.config import read
 from sparse_sr_attn_basicsr.with_attention import WithAttention
 
@@ -60,13 +61,13 @@ def assert_attended(model: nn.Module, plain: nn.Module, trunk: str, kinds: list[
     """Old names and the old image, by the old weights; two steps later all of the attention has learnt."""
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     assert unexpected == []
-    assert {key.split(".attention.")[0] for key in missing} == {trunk}
-    assert [type(layer) for layer in model.get_submodule(trunk).attention] == kinds
+    assert {key.split(".sparse_sr_attn.")[0] for key in missing if not is_record(key)} == {trunk}
+    assert [type(layer) for layer in model.get_submodule(f"{trunk}.sparse_sr_attn")] == kinds
     assert torch.equal(model(image(1, 3, 8, 8)), plain(image(1, 3, 8, 8)))
     train(model)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        assert ".attention." not in name or parameter.grad.any(), name
+        assert ".sparse_sr_attn." not in name or parameter.grad.any(), name
 
 
 def assert_averaged(averaged: nn.Module, trained: nn.Module) -> None:

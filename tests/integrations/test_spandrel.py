@@ -131,7 +131,7 @@ def test_installing_again_changes_nothing() -> None:
     once = ids()
     install()
     assert ids() == once
-    assert once == before + [f"sparse_sr_attn.{name}" for name in NAMES.values()]
+    assert once == before + [f"sparse_sr_attn.{name}" for name in [*NAMES.values(), "Attended"]]
 
 
 def test_a_registry_of_your_own_leaves_the_main_one_alone() -> None:
@@ -264,4 +264,4 @@ def test_a_custom_node_knows_ours(tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
     exec(compile(node, "docs/hosts.md", "exec"), scope)  # noqa: S102  (the documentation is ours)
     assert scope["NODE_CLASS_MAPPINGS"] == {}
-    assert ids()[-len(ARCHITECTURES) :] == [f"sparse_sr_attn.{name}" for name in NAMES.values()]
+    assert ids()[-len(ARCHITECTURES) - 1 :] == [f"sparse_sr_attn.{name}" for name in [*NAMES.values(), "Attended"]]

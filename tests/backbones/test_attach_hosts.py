@@ -1,0 +1,409 @@
+"""attach on models that run their blocks themselves, in the styles of published networks: found, shared, and undone."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparse_sr_attn import CoA, LCoA, attach, detach
+from sparse_sr_attn.backbones.attach import Attended
+
+OPTIONS: dict[str, Any] = {"num_clusters": 5, "chunk_size": 12, "reduction": 2}
+
+
+def conv(before: int, after: int, size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(before, after, size, padding=size // 2)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.c1, self.c5 = conv(width, width), conv(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.c5(F.relu(self.c1(x))) + x
+        return output
+
+
+class Host(nn.Module):
+    """First and last convolutions; subclasses run what is between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fea_conv, self.tail = conv(3, 8), nn.Sequential(conv(8, 12), nn.PixelShuffle(2))
+
+    def body(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fea_conv(x)
+        output: Tensor = self.tail(self.body(x) + x)
+        return output
+
+
+class Numbered(Host):
+    """Attributes B1, B2, ... and a concatenation of what they return (IMDN, RFDN, BSRN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.B1, self.B2, self.B3, self.B4 = (Block() for _ in range(4))
+        self.c = conv(32, 8, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        b1 = self.B1(x)
+        b2 = self.B2(b1)
+        b3 = self.B3(b2)
+        output: Tensor = self.c(torch.cat([b1, b2, b3, self.B4(b3)], dim=1))
+        return output
+
+
+class Listed(Host):
+    """A list of convolutions and activations in a loop (SRVGGNetCompact)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(5):
+            self.layers.extend([conv(8, 8), nn.PReLU(8)])
+
+    def body(self, x: Tensor) -> Tensor:
+        for index in range(len(self.layers)):
+            x = self.layers[index](x)
+        return x
+
+
+class Tupled(Host):
+    """Blocks return several maps, so only what is inside them returns one (SPAN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block_1, self.block_2, self.block_3 = (Several() for _ in range(3))
+
+    def body(self, x: Tensor) -> Tensor:
+        x, kept = self.block_1(x)
+        x, _ = self.block_2(x)
+        x, _ = self.block_3(x)
+        return x + kept
+
+
+class Several(Block):
+    def forward(self, x: Tensor) -> Any:
+        output = super().forward(x)
+        return output, output.sigmoid()
+
+
+class Windowed(Host):
+    """Python decides by the size of the image, and keeps something in the model: it cannot be traced (SwinIR, DRCT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(Group() for _ in range(4))
+        self.num_calls = 0
+
+    def body(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        size = x.shape[2:]
+        tokens = x.flatten(2).transpose(1, 2)
+        for group in self.groups:
+            tokens = group(tokens, size)
+        if size[1] % 2:
+            tokens = tokens * 1
+        return tokens.transpose(1, 2).unflatten(2, size)
+
+
+class Group(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.conv = nn.LayerNorm(8), nn.Linear(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        deep = self.conv(self.mlp(self.norm(x)).transpose(1, 2).unflatten(2, size))
+        return x + deep.flatten(2).transpose(1, 2)
+
+
+class Scaled(Numbered):
+    """Takes the scale as a second argument (CARN)."""
+
+    def forward(self, x: Tensor, scale: int) -> Tensor:  # type: ignore[override]
+        output: Tensor = super().forward(x)
+        return F.interpolate(output, scale_factor=scale / 2)
+
+
+class Mode(Numbered):
+    """Runs differently in training."""
+
+    def body(self, x: Tensor) -> Tensor:
+        output = super().body(x)
+        return output if self.training else output * 0.5
+
+
+HOSTS: dict[str, tuple[Callable[[], nn.Module], str, bool]] = {
+    "attributes": (Numbered, "B*", True),
+    "a list": (Listed, "layers", True),
+    "tuples": (Tupled, "block_*.c1", True),
+    "tokens": (Windowed, "groups.*.conv", False),
+    "by mode": (Mode, "B*", True),
+}
+hosts = pytest.mark.parametrize("name", HOSTS)
+
+
+def image(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def built(name: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = HOSTS[name][0]()
+    return attach(model, HOSTS[name][1], every=1, share=2, **OPTIONS, **options) if options else model
+
+
+def attended(name: str) -> Any:
+    return built(name, zero_init=False)
+
+
+def layers_of(model: nn.Module) -> Any:
+    (found,) = (module.sparse_sr_attn for module in model.modules() if isinstance(module, Attended))
+    return found
+
+
+def train(model: nn.Module, steps: int = 2, call: Callable[..., Any] = lambda model, x: model(x)) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        call(model, image(2, 3, 6, 7, seed=step)).square().mean().backward()
+        optimizer.step()
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@hosts
+def test_the_trunk_is_found_and_the_model_stays_the_same_to_the_bit(name: str) -> None:
+    model, plain = built(name), built(name)
+    with quiet():
+        attach(model, every=1, share=2, **OPTIONS)
+    assert [type(layer) for layer in layers_of(model)][:2] == [LCoA, CoA]
+    assert isinstance(model, HOSTS[name][0])  # type: ignore[arg-type]
+    assert bool(model._forwards) == HOSTS[name][2]
+    for training in (True, False):
+        for size in ((16, 16), (9, 12)):
+            x = image(2, 3, *size)
+            assert torch.equal(model.train(training)(x), plain.train(training)(x))
+    train(model, 3)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.any(), key
+    assert detach(model).state_dict().keys() == plain.state_dict().keys()
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert vars(model).keys() == vars(plain).keys()
+
+
+@hosts
+def test_the_name_that_is_offered_leads_to_the_same_layers(name: str) -> None:
+    found, named = built(name), built(name)
+    with quiet():
+        attach(found, share=2, **OPTIONS)
+    torch.manual_seed(0)
+    attach(named, HOSTS[name][1], share=2, **OPTIONS)
+    assert found.state_dict().keys() == named.state_dict().keys()
+    assert found._record == named._record
+
+
+def test_states_travel_where_the_host_lets_its_blocks_run() -> None:
+    """Block 1 computes, block 2 reuses: spelt out by hand, and the same on a view."""
+    model = attended("attributes").eval()
+    first, second, *_ = layers_of(model)
+    x = image(1, 3, 6, 7)
+    y1 = model.B1(model.fea_conv(x))
+    state = first.attend(y1)
+    expected = second(model.B2(first(y1, state)), state)
+    seen: list[Tensor] = []
+    model.B3.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    output = model(x)
+    assert torch.equal(seen[0], expected)
+    model.__dict__["_forwards"] = {}
+    assert torch.equal(model(x), output)
+    assert torch.equal(seen[1], expected)
+
+
+@hosts
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+def test_copies_go_on_alike_and_apart(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = attended(name)
+    twin = duplicate(model)
+    train(model)
+    assert not torch.equal(model.fea_conv.weight, twin.get_parameter("fea_conv.weight"))
+    train(twin)
+    assert_same(model, twin)
+
+
+@hosts
+def test_checkpointing_of_the_model_or_of_its_blocks_changes_nothing(name: str) -> None:
+    def whole(model: nn.Module, x: Tensor) -> Any:
+        return checkpoint(model, x, use_reentrant=False)
+
+    plain, outside, inside = attended(name), attended(name), attended(name)
+    for module in inside.modules():
+        if isinstance(module, (Block, Group)):
+            module.__class__ = type(module.__class__.__name__, (Again, type(module)), {})
+    train(plain)
+    train(outside, call=whole)
+    assert_same(plain, outside)
+    inside.__dict__["_forwards"] = {}
+    train(inside)
+    assert_same(plain, inside)
+
+
+class Again(nn.Module):
+    """Recomputes itself in the backward."""
+
+    reentrant = False
+
+    def forward(self, *args: Any) -> Any:
+        return checkpoint(super().forward, *args, use_reentrant=self.reentrant)
+
+
+def test_reentrant_checkpointing_would_lose_gradients_and_is_refused() -> None:
+    model = attended("tokens")
+    for group in model.groups:
+        group.__class__ = type("AgainGroup", (Again, Group), {"reentrant": True})
+    with pytest.raises(RuntimeError, match="groups.0.conv runs without gradients inside a call with gradients"):
+        model(image(1, 3, 6, 7))
+
+
+@hosts
+def test_strict_loading_of_its_own_weights_and_of_none_of_the_plain_ones(name: str) -> None:
+    model, other = attended(name), attended(name)
+    train(model)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert_same(model, other)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*\.sparse_sr_attn"):
+        built(name).load_state_dict(model.state_dict())
+    missing, unexpected = other.load_state_dict(built(name).state_dict(), strict=False)
+    assert unexpected == []
+    assert all("sparse_sr_attn" in key for key in missing)
+
+
+@pytest.mark.unhooked
+def test_a_traced_forward_compiles_without_a_break() -> None:
+    torch._dynamo.reset()
+    eager = attended("attributes")
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    for size in ((6, 7), (8, 5)):
+        x = image(2, 3, *size)
+        assert torch.equal(compiled(x), eager(x))
+
+
+def test_what_a_forward_keeps_in_the_model_stays_there() -> None:
+    model = attended("tokens")
+    before = model.num_calls
+    model(image(1, 3, 6, 7))
+    model(image(1, 3, 6, 7))
+    assert model.num_calls == before + 2
+
+
+def test_a_changed_attribute_changes_the_forward() -> None:
+    """A traced forward has the value of attributes in it."""
+
+    class Weighted(Numbered):
+        weight = 1.0
+
+        def body(self, x: Tensor) -> Tensor:
+            return super().body(x) * self.weight
+
+    model, plain = Weighted(), Weighted()
+    plain.load_state_dict(model.state_dict())
+    attach(model, "B*", **OPTIONS)
+    assert model._forwards
+    model.weight = plain.weight = 3.0
+    assert torch.equal(model(image(1, 3, 6, 7)), plain(image(1, 3, 6, 7)))
+
+
+def test_an_example_may_be_all_arguments() -> None:
+    torch.manual_seed(0)
+    model = attach(Scaled(), "B*", example=(image(1, 3, 8, 8), 4), **OPTIONS)
+    assert model(image(1, 3, 8, 8), 4).shape == (1, 3, 32, 32)
+    assert len(layers_of(attach(Scaled(), "B*", **OPTIONS))) == 2  # a scale is guessed
+
+
+class Widths(Host):
+    """Two widths, as in a U-Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2 = Block(), Block()
+        self.wide = nn.Conv2d(8, 16, 2, stride=2)
+        self.low1, self.low2 = Block(16), Block(16)
+        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.down2(self.down1(x))
+        output: Tensor = self.up(self.low2(self.low1(self.wide(x))))
+        return output
+
+
+def test_each_width_has_its_layer_and_equal_shapes_share() -> None:
+    model, plain = Widths(), Widths()
+    plain.load_state_dict(model.state_dict())
+    attach(model, ["down*", "low*"], every=1, share=4, **OPTIONS)
+    kinds = [(type(layer), layer.coa.value.in_channels if isinstance(layer, LCoA) else 0) for layer in layers_of(model)]
+    assert kinds == [(LCoA, 8), (CoA, 0), (LCoA, 16), (CoA, 0)]
+    x = image(1, 3, 8, 8)
+    assert torch.equal(model(x), plain(x))
+    model = attach(Widths(), "down1, low2", every=1, share=1, **OPTIONS)
+    assert {key.split(".sparse_sr_attn.")[0] for key in model.state_dict() if ".sparse_sr_attn." in key} == {
+        "down1",
+        "low2",
+    }
+
+
+def test_it_says_which_trunk_it_chose_and_offers_the_rest() -> None:
+    with pytest.warns(
+        UserWarning, match=r"attached to 'low\*' \(2 of 16 channels\); body=.* 'down\*' \(2 of 8 channels\)"
+    ):
+        attach(Widths(), **OPTIONS)
+
+
+class Biased(Windowed):
+    """Computes a table of biases, which is four-dimensional too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x) + self.bias(x.new_ones(1, 8, 4, 16)).mean()
+
+
+def test_a_table_of_biases_is_no_trunk() -> None:
+    with quiet():
+        model = attach(Biased(), every=1, **OPTIONS)
+    assert model._record["sites"] == [f"groups.{index}.conv" for index in range(4)]
+
+
+def test_attention_inside_a_sequential_that_is_a_block() -> None:
+    """The blocks are an nn.Sequential and a subclass of it, which run what is in them, but not the attention."""
+    plain = Numbered()
+    plain.B2, plain.B3 = nn.Sequential(conv(8, 8), nn.ReLU()), type("Own", (nn.Sequential,), {})(conv(8, 8), nn.ReLU())
+    for share in (1, 2):
+        model = attach(copy.deepcopy(plain), "B*", every=1, share=share, **OPTIONS)
+        assert torch.equal(model(image(1, 3, 8, 8)), plain(image(1, 3, 8, 8)))
+        assert len(model.B2) == 2
