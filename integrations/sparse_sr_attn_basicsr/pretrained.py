@@ -14,7 +14,7 @@ from sparse_sr_attn.backbones.attach import without_records
 from sparse_sr_attn.backbones.base import OPTIONS
 from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.checkpoints.load import unusable
-from sparse_sr_attn.checkpoints.read import carried_options, listed
+from sparse_sr_attn.checkpoints.read import carried_options, first_line, listed
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.layers.base import AttentionLayer
 
@@ -144,7 +144,7 @@ def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | N
 
 def why_unreadable(path: str, error: Exception) -> str:
     """Return that a file cannot be read as weights, and why."""
-    reason = str(error).strip().partition("\n")[0]
+    reason = first_line(error)
     return f"{path}: must hold weights that can be read as data; got {type(error).__name__}: {reason}"
 
 

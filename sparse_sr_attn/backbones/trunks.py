@@ -126,6 +126,7 @@ def find_trunks(model: nn.Module, calls: Calls, within: str = "") -> list[Trunk]
         within: path of the module to search in.
     """
     inside = [site for site in calls.sites.values() if not within or site.path.startswith(f"{within}.")]
+    inside = [site for site in inside if site.shape[1:] != (1, 1)]  # pooled
     groups: dict[tuple[str, tuple[int, int, int]], list[Site]] = defaultdict(list)
     for site in inside:
         for pattern in _patterns(site.path):
@@ -138,7 +139,14 @@ def find_trunks(model: nn.Module, calls: Calls, within: str = "") -> list[Trunk]
         if sum(sizes[site.path] > 0 for site in sites) > 1
     ]
     most = max((trunk.num_parameters for trunk in found), default=0)
-    found.sort(key=lambda trunk: (2 * trunk.num_parameters < most, -len(trunk.sites), -trunk.num_parameters))
+    found.sort(
+        key=lambda trunk: (
+            2 * trunk.num_parameters < most,
+            -len(trunk.sites),
+            -trunk.num_parameters,
+            trunk.name.count("."),
+        )
+    )
     return [Trunk(_name(trunk, modules, calls), trunk.sites, trunk.num_parameters) for trunk in found]
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
-from sparse_sr_attn.functional.channels_last import channels_last
+from sparse_sr_attn.functional.channels_last import channels_last, in_format_of
 from sparse_sr_attn.layers.base import LAYERS, AttentionLayer, check_map, reject_state
 from sparse_sr_attn.layers.gmsa import GMSA
 from sparse_sr_attn.layers.shift_conv import LFE
@@ -84,11 +84,11 @@ class ELAB(AttentionLayer):
         """
         reject_state(self, state)
         check_map(x, cast(GMSA, self.attention[0]).embed_dim)
-        x = channels_last(x)
+        given, x = x, channels_last(x)
         shared = None
         for lfe, attention in zip(self.lfe, self.attention, strict=True):
             x = torch.add(x, lfe(x), alpha=self.res_scale)
             if shared is None and len(self.attention) > 1:
                 shared = cast(GMSA, attention).attend(x)
             x = attention(x, shared)
-        return x
+        return in_format_of(x, given)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of
+from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, key_pattern
 from sparse_sr_attn.checkpoints.load import load_model
 from sparse_sr_attn.data.atomic import atomic_write
@@ -52,6 +53,39 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
     named = {**layout.inverse(renamed, model), **layout.extra_keys(model)}
     _check(layout, model, named)
     return named
+
+
+def at_img_range(model: Network, img_range: float) -> EDSR:
+    """Return an EDSR with another `img_range` that gives the same image: its biases are scaled.
+
+    Convolutions, ReLU and residual sums scale with their input if the biases scale along. Attention does not, nor do
+    the sigmoids of an RCAN.
+
+    Args:
+        model: an EDSR without attention and with its own blocks.
+        img_range: the new range, 1 for EDSR-PyTorch's `--rgb_range 1`.
+
+    Raises:
+        CheckpointError: it is another network, which has to be trained again at another range.
+
+    Examples:
+        >>> model = EDSR(num_feat=8, num_block=2, upscale=2, img_range=255.0)
+        >>> x = torch.rand(1, 3, 8, 8)
+        >>> torch.allclose(at_img_range(model, 1.0)(x), model(x), atol=1e-4)
+        True
+    """
+    options = options_of(model) or {}
+    if type(model) is not EDSR or options.get("attention") or options.get("block") or not options:
+        what = f"an {type(model).__name__} with attention" if type(model) is EDSR else f"a {type(model).__name__}"
+        raise CheckpointError(
+            f"img_range can be changed for an EDSR without attention only, got {what}, whose other operations do not "
+            "scale with the image; train it at the new range"
+        )
+    scaled = EDSR(**{name: value for name, value in options.items() if name != "type"} | {"img_range": img_range})
+    factor = img_range / model.img_range
+    state = {name: value * factor if name.endswith(".bias") else value for name, value in model.state_dict().items()}
+    scaled.load_state_dict(state)
+    return scaled.train(model.training)
 
 
 def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwrite: bool = False) -> None:

@@ -35,6 +35,8 @@ from sparse_sr_attn.registry import suggestion
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAIL = ("upsample.", "conv_last.")
+_OTHERS = {"MDSR, one network for several factors": r"pre_process\.\d+\.\d+\.body\.\d+\.\w+"}
+_ELSEWHERE = "use them in their own code, where `attach` adds attention"
 _UNUSABLE = "the options stored with the weights cannot be used here:\n"
 
 
@@ -114,6 +116,7 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
     if records:
         state, attention = _as_ours(state, records)
         overrides = {"attention": attention, **overrides}
+    _refuse_others(state)
     family = carried.pop("type", None)
     layout = next((layout for layout in LAYOUTS if layout.build.__name__ == family), None)
     layout = layout or next((layout for layout in LAYOUTS if layout.recognises(state)), None)
@@ -165,6 +168,13 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
     _check(model, named, "|".join(fresh))
     model.load_state_dict(named, strict=False)
     return model.eval()
+
+
+def _refuse_others(state: Iterable[str]) -> None:
+    """Raise CheckpointError for networks that have the keys of a known layout and more."""
+    for other, pattern in _OTHERS.items():
+        if any(re.fullmatch(pattern, key) for key in state):
+            raise CheckpointError(f"these are weights of {other}, which this library does not have; {_ELSEWHERE}")
 
 
 def _as_ours(state: dict[str, Tensor], records: Mapping[str, Options]) -> tuple[dict[str, Tensor], object]:

@@ -55,11 +55,16 @@ def read_file(source: object) -> object:
     except ImportError as error:
         raise CheckpointError("reading .safetensors needs safetensors: pip install safetensors") from error
     except Exception as error:  # a malformed file can make the reader raise anything
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(
             "must be weights that can be read as data, from a .safetensors or a whole torch.save file without code; "
             f"got {type(error).__name__}: {reason}"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without the codes that colour it in a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip().partition("\n")[0]
 
 
 def find_weights(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sparse_sr_attn.checkpoints.convert import convert_weights, unsaid_options, write_weights
+from sparse_sr_attn.checkpoints.convert import at_img_range, convert_weights, unsaid_options, write_weights
 from sparse_sr_attn.cli.common import UsageError, add_options, add_output, load, name, output_file, say, show
 
 DESCRIPTION = """\
@@ -14,7 +14,9 @@ written file is read back, and all weights are compared.
 examples:
   sparse-sr convert net_g_latest.pth -o net.safetensors
   sparse-sr convert edsr_baseline_x2.pt -o EDSR_Mx2.pth                     from EDSR-PyTorch to BasicSR
-  sparse-sr convert net_g_latest.pth -o lcoan_x2.pt --names released        for the authors' code"""
+  sparse-sr convert net_g_latest.pth -o lcoan_x2.pt --names released        for the authors' code
+  sparse-sr convert edsr_baseline_x2.pt -o edsr_1.pt --names released --img-range 1
+                                                                            for EDSR-PyTorch's --rgb_range 1"""
 EPILOG = """\
 If a file has averaged weights too, these are taken. A .pth with our names has the weights under `params`, as BasicSR
 expects; one with released names is a bare state dict."""
@@ -33,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of the weights in the output (default: %(default)s)",
     )
     add_options(parser)
+    parser.add_argument(
+        "--img-range",
+        type=float,
+        metavar="R",
+        help="scale the biases of an EDSR so that it gives the same image at this img_range; 1 for --rgb_range 1",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
@@ -46,7 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     output = output_file(arguments)
     if output.suffix not in _SUFFIXES:
         raise UsageError(f"--output must end in {', '.join(_SUFFIXES)}, got {name(output)}")
+    if arguments.img_range is not None and not 0 < arguments.img_range < float("inf"):
+        raise UsageError(f"--img-range must be > 0 and finite, got {arguments.img_range:g}")
     model = load(arguments)
+    if arguments.img_range is not None:
+        model = at_img_range(model, arguments.img_range)
     state = convert_weights(model, arguments.names)
     unsaid = unsaid_options(model, state)
     ours = arguments.names == "ours"

@@ -28,6 +28,17 @@ def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     return rows.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
+def in_format_of(x: Float[Tensor, "b c h w"], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Return `x` in the memory format of `like`, so that a convolution after it rounds as it would after `like`.
+
+    Examples:
+        >>> x = torch.rand(2, 3, 4, 5)
+        >>> in_format_of(channels_last(x), x).is_contiguous()
+        True
+    """
+    return x if is_transformed() or is_channels_last(like) else x.contiguous()
+
+
 def is_channels_last(x: Float[Tensor, "b c h w"]) -> bool:
     """Return whether `x` is in channels-last memory format; `False` under `torch.func.vmap`, which hides the format.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional._torch import is_exporting, working_precision
-from sparse_sr_attn.functional.channels_last import channels_last
+from sparse_sr_attn.functional.channels_last import channels_last, in_format_of
 from sparse_sr_attn.functional.window import apply_window_weights, window_attention, window_weights
 from sparse_sr_attn.layers.base import (
     LAYERS,
@@ -83,7 +83,7 @@ class SharedGMSA(AttentionLayer):
         """
         check_map(x, self.embed_dim)
         state = check_state(state, WindowAttention, x, _HINT)
-        x = channels_last(x)
+        given, x = x, channels_last(x)
         attended = []
         values = split_groups(self.value(x), self.embed_dim, len(state.weights))
         for weights, query, size, value in zip(state.weights, state.queries, state.window_sizes, values, strict=False):
@@ -95,7 +95,7 @@ class SharedGMSA(AttentionLayer):
                     cast(Tensor, query), None, value, window_size=size, shift=shift, unshift=unshift
                 )
             attended.append(output)
-        return torch.add(x, self.output(torch.cat(attended, dim=1)), alpha=self.res_scale)
+        return in_format_of(torch.add(x, self.output(torch.cat(attended, dim=1)), alpha=self.res_scale), given)
 
 
 @LAYERS.register("GMSA", kind="layer", source=_SOURCE)
@@ -190,12 +190,13 @@ class GMSA(AttentionLayer):
             SharingError: `state` is not a WindowAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was computed for another size.
         """
+        given = x
         if state is None:
             check_map(x, self.embed_dim)
             x = channels_last(x)  # once for both
             queries = self.queries(x)
             state = self._state(x, [None] * len(queries), queries)
-        return self.shared(x, state)
+        return in_format_of(self.shared(x, state), given)
 
     def _state(self, x: Tensor, weights: Sequence[Tensor | None], queries: Sequence[Tensor | None]) -> WindowAttention:
         return WindowAttention(

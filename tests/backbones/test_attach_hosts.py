@@ -393,6 +393,55 @@ class Biased(Windowed):
         return super().body(x) + self.bias(x.new_ones(1, 8, 4, 16)).mean()
 
 
+class Wrapped(Host):
+    """Its blocks wrap others, and weight channels by what they pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Pooled() for _ in range(4))
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.weigh = Block(), conv(8, 8, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x * self.weigh(x.mean(dim=(2, 3), keepdim=True)).sigmoid()
+
+
+def test_the_outermost_of_equal_trunks_is_taken_and_pooled_values_are_none() -> None:
+    with quiet():
+        model = attach(Wrapped(), every=1, **OPTIONS)
+    assert model._record["sites"] == [f"blocks.{index}" for index in range(4)]
+    with quiet():
+        model = attach(Pooling(), every=1, **OPTIONS)
+    assert model._record["sites"] == [f"blocks.{index}.inner" for index in range(2)]
+
+
+class Pooling(Host):
+    """Its blocks return tuples, so that maps and pooled values inside them are all that can be named."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([PooledTuple(), PooledTuple()])
+
+    def body(self, x: Tensor) -> Tensor:
+        output: Tensor = self.blocks[1](self.blocks[0](x)[0])[0]
+        return output
+
+
+class PooledTuple(Pooled):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
 def test_a_table_of_biases_is_no_trunk() -> None:
     with quiet():
         model = attach(Biased(), every=1, **OPTIONS)

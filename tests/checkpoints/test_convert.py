@@ -1,5 +1,6 @@
 """Weights go to other names and files and come back; nothing is lost that is not said to be."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, ELAN, RCAN, CheckpointError, LCoAN, load_model
-from sparse_sr_attn.checkpoints.convert import convert_weights, unsaid_options
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.checkpoints.convert import at_img_range, convert_weights, unsaid_options
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 from sparse_sr_attn.cli.main import main
 
@@ -249,3 +251,60 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
     assert target.read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pth", "out.pth"]
+
+
+class TheirMDSR(nn.Module):
+    """The layout of EDSR-PyTorch's MDSR, up to what comes after the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.ModuleDict({"body": nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))})
+        self.pre_process = nn.ModuleList(nn.Sequential(copy.deepcopy(block), copy.deepcopy(block)) for _ in range(3))
+        self.head = nn.Sequential(nn.Conv2d(3, 8, 3))
+        self.body = nn.Sequential(copy.deepcopy(block), nn.Conv2d(8, 8, 3))
+        self.upsample = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 32, 3)) for _ in range(3))
+        self.tail = nn.Sequential(nn.Conv2d(8, 3, 3))
+
+
+def test_mdsr_is_not_taken_for_an_edsr() -> None:
+    with pytest.raises(CheckpointError, match="these are weights of MDSR, one network for several factors"):
+        load_model(TheirMDSR().state_dict())
+
+
+@pytest.mark.parametrize("names", ["ours", "released"])
+def test_an_edsr_at_another_range_gives_the_same_image(names: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = EDSR(num_feat=8, num_block=3, upscale=2, res_scale=0.5, img_range=255.0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.save(model.state_dict(), tmp_path / "net.pth")
+    command = ["convert", str(tmp_path / "net.pth"), "-o", str(tmp_path / "one.pth"), "--img-range", "1"]
+    assert main([*command, "--names", names, "--set", "res_scale=0.5", "img_range=255.0"]) == 0
+    again = load_model(tmp_path / "one.pth", res_scale=0.5, img_range=1.0)
+    x = torch.rand(1, 3, 8, 9)
+    torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-4)
+    if names == "released":
+        mean = torch.load(tmp_path / "one.pth", weights_only=True)["add_mean.bias"]
+        torch.testing.assert_close(mean, model.mean.flatten())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [RCAN(num_feat=8, num_group=1, num_block=1, squeeze_factor=2), EDSR(num_feat=8, num_block=4, attention="LCoA")],
+)
+def test_other_networks_have_no_other_range(model: Network) -> None:
+    with pytest.raises(CheckpointError, match="for an EDSR without attention only, got an? (RCAN|EDSR with attention)"):
+        at_img_range(model, 1.0)
+
+
+def test_a_wrong_range_is_a_wrong_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "gone.pth", "-o", str(tmp_path / "net.pth"), "--img-range", "0"]) == 2
+    assert capsys.readouterr().err == "sparse-sr: --img-range must be > 0 and finite, got 0\n"
+
+
+def test_a_refused_pickle_is_told_without_colours(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1), "code": nn.Conv2d(1, 1, 1)}, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_model(tmp_path / "net.pth")
+    assert "\x1b" not in str(caught.value)
+    assert "Weights only load failed" in str(caught.value)
