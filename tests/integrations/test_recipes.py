@@ -111,6 +111,7 @@ def spandrel_rrdbnet() -> Any:
     return importlib.import_module("spandrel.architectures.ESRGAN.__arch.RRDB").RRDBNet
 
 
+@pytest.mark.usefixtures("spandrel_registry")
 def test_trainner_redux(monkeypatch: pytest.MonkeyPatch) -> None:
     rrdbnet = spandrel_rrdbnet()
     ours, spandrels = Registry(str.lower), Registry(str.lower)
@@ -132,6 +133,11 @@ def test_trainner_redux(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model(image(1, 3, 8, 8)).shape == (1, 3, 16, 16)
     plain = build_network({**opt["network_g"]["network"], "scale": opt["scale"]})
     assert_attended(model, plain, "model.1.sub", [LCoA, CoA, CoA])
+
+    resumed = importlib.import_module("spandrel").ModelLoader().load_from_state_dict(model.state_dict()).model
+    again = build_network({**opt["network_g"], "scale": opt["scale"]})
+    again.load_state_dict(resumed.state_dict(), strict=True)  # as traiNNer-redux reads the weights of an esrgan
+    assert torch.equal(again.eval()(image(1, 3, 8, 8)), model.eval()(image(1, 3, 8, 8)))
 
     averaged = AveragedModel(build_network({**opt["network_g"], "scale": 2}), multi_avg_fn=get_ema_multi_avg_fn(0.9))
     averaged.update_parameters(model)
@@ -172,10 +178,11 @@ class NoneDict(dict[str, Any]):
 
 
 @pytest.mark.parametrize("attention", [True, False])
-def test_kair(attention: bool) -> None:
+def test_kair(attention: bool, tmp_path: Path) -> None:
     rrdbnet = spandrel_rrdbnet()
     opt_net = NoneDict(json.loads(f"{{{recipe('KAIR', 'json')}}}")["netG"])
     opt_net["attention"] = NoneDict(opt_net["attention"]) if attention else None
+    opt_net["pretrained"] = None
     lines = [
         "def define_G(opt_net):",
         "netG = build()",
@@ -189,7 +196,7 @@ def test_kair(attention: bool) -> None:
         torch.manual_seed(0)
         return rrdbnet(scale=2, num_filters=8, num_blocks=18)
 
-    define = run(define_g, build=build, initialised=initialised)["define_G"]
+    define = run(define_g, build=build, initialised=initialised, torch=torch)["define_G"]
     model, plain = define(opt_net), build()
     initialised(plain)
     if not attention:
@@ -197,6 +204,12 @@ def test_kair(attention: bool) -> None:
         return
     assert torch.equal(model(image(1, 3, 8, 8)), plain(image(1, 3, 8, 8)))
     assert_attended(model, plain, "model.1.sub", [LCoA, CoA, CoA])
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.01)
+    opt_net["pretrained"] = str(tmp_path / "RRDB.pth")
+    torch.save(plain.state_dict(), opt_net["pretrained"])
+    assert torch.equal(define(opt_net)(image(1, 3, 8, 8)), plain(image(1, 3, 8, 8)))
     host = SimpleNamespace(netE=define(opt_net), netG=nn.DataParallel(model))
     run(recipe("KAIR", number=1), self=host)
     assert_averaged(host.netE, model)
