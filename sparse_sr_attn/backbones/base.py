@@ -16,6 +16,7 @@ from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.blocks.upsample import Upsample, Upscale
 from sparse_sr_attn.config import renamed
 from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
+from sparse_sr_attn.functional.channels_last import channels_last, is_channels_last
 from sparse_sr_attn.layers.base import warn_of_range
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
@@ -216,8 +217,11 @@ class ResidualNetwork(Network):
     def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Super-resolve an image already centred and scaled to `img_range`."""
         first = self.conv_first(x)
+        if x.device.type == "cpu":  # there, convolutions and attention are faster in this memory format
+            first = channels_last(first)
         deep = self.conv_after_body(self.features(first)) + first
-        return self.conv_last(self.upsample(deep))
+        output = self.conv_last(self.upsample(deep))
+        return output if is_channels_last(x) else output.contiguous()
 
 
 class TrunkNetwork(ResidualNetwork):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class CollaborativeGroup(nn.Module):
         if state is None and sharing:
             state = self.attention.attend(branch)
         branch = self.conv(self.attention(branch, state))
-        return x + self.res_scale * branch, state if sharing else None
+        return torch.add(x, branch, alpha=self.res_scale), state if sharing else None
 
 
 class LCoAN(ResidualNetwork):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +36,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return a map of the same size."""
         branch: Tensor = self.conv2(F.relu(self.conv1(x)))
-        return x + self.res_scale * branch
+        return torch.add(x, branch, alpha=self.res_scale)
 
 
 class ChannelAttention(nn.Module):
@@ -111,7 +112,7 @@ class ChannelAttentionBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return a map of the same size."""
         branch: Tensor = self.rcab(x)
-        return x + self.res_scale * branch
+        return torch.add(x, branch, alpha=self.res_scale)
 
 
 class ResidualGroup(nn.Module):

@@ -1,5 +1,6 @@
 """Workarounds for torch: export and compilers, precision, recomputation, processes."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -71,6 +72,44 @@ def modulo(numbers: Int[Tensor, "*s"], divisor: int) -> Int[Tensor, "*s"]:
 def working_precision(tensor: Tensor) -> torch.dtype:
     """Return the dtype for scores, softmax and k-means over `tensor`: float32 or higher."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def product_precision(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype for matrix products of numbers of `dtype`, which all sum in float32 or higher.
+
+    On a CPU bfloat16 stays as it is only where oneDNN multiplies it; elsewhere, and for float16, torch's own loops are
+    many times slower than products in float32.
+    """
+    if device.type != "cpu" or (dtype == torch.bfloat16 and _multiplies_bfloat16()):
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Return whether oneDNN multiplies bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def multiply(one: Tensor, other: Tensor, out: Tensor) -> None:
+    """Write the products of matrices to `out`, whatever its precision."""
+    if out.dtype == one.dtype:
+        torch.bmm(one, other, out=out)
+    else:
+        out.copy_(torch.bmm(one, other))
+
+
+def conv_precision(x: Tensor) -> torch.dtype:
+    """Return the dtype of a convolution of `x` here: that of autocast if it is on, otherwise that of `x`."""
+    if x.dtype == torch.float64 or not autocast_is_on(x):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def autocast_is_on(x: Tensor) -> bool:
+    """Return whether autocast is enabled on the device of `x`."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def lower_precision(first: Tensor, second: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ requires a state; a *provider* computes a state; an *operator* is a building blo
 
 import math
 import warnings
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparse_sr_attn.errors import ShapeError, SharingError
-from sparse_sr_attn.functional._torch import working_precision
+from sparse_sr_attn.functional._torch import (
+    autocast_is_on,
+    conv_precision,
+    is_transformed,
+    without_autocast,
+    working_precision,
+)
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
 from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.registry import Registry
@@ -135,6 +141,34 @@ def tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
 def feature_map(rows: Float[Tensor, "b n c"], x: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
     """Return rows as a map of the height and width of `x`."""
     return rearrange(rows, "b (h w) c -> b c h w", h=x.shape[-2])
+
+
+def add_rows(x: Float[Tensor, "b c h w"], rows: Float[Tensor, "b n c"], factor: float) -> Float[Tensor, "b c h w"]:
+    """Return `x + factor * feature_map(rows, x)`; without gradients, faster for contiguous maps."""
+    plain = x.device.type == "cpu" and x.is_contiguous() and x.dtype == rows.dtype and not torch.is_grad_enabled()
+    if not plain or torch.compiler.is_compiling() or is_transformed():
+        return torch.add(x, feature_map(rows, x), alpha=factor)
+    out = torch.empty_like(x)
+    for channels, sample in zip(out.flatten(2), rows, strict=True):
+        channels.copy_(sample.t())  # torch transposes a single matrix in blocks, several times as fast
+    return torch.add(x, out, alpha=factor, out=out)
+
+
+def in_own_precision(module: nn.Module, x: Float[Tensor, "b c h w"]) -> Tensor:
+    """Return `module(x)`, computed in the precision of its weights even under autocast."""
+    weight = next(module.parameters(), x)
+    if not autocast_is_on(x) or not weight.is_floating_point():
+        return cast(Tensor, module(x))
+    with without_autocast(x):
+        return cast(Tensor, module(x.to(weight.dtype)))
+
+
+def stored_precision(x: Float[Tensor, "b c h w"]) -> torch.dtype | None:
+    """Return the dtype in which a state of `x` stores its weights; `None` for float32 or higher.
+
+    Readers multiply weights in the precision of their values. If that is bfloat16, it loses nothing to store them so.
+    """
+    return torch.bfloat16 if conv_precision(x) == torch.bfloat16 else None
 
 
 class PointwiseConv2d(nn.Conv2d):

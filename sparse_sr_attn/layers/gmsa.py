@@ -22,14 +22,15 @@ from sparse_sr_attn.layers.base import (
     check_map,
     check_state,
     output_proj,
+    stored_precision,
 )
 from sparse_sr_attn.layers.batch_norm import ConvNorm
 from sparse_sr_attn.states import WindowAttention
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
-_LARGEST_KEPT = 8
-"""Side of the largest windows whose weights a state keeps without gradients. Windows of 16x16 have 256 weights per
-pixel, which cost more to write and read than to recompute."""
+_LARGEST_KEPT = 16
+"""Side of the largest windows whose weights a state keeps without gradients. Larger ones have more weights per pixel,
+which take more memory and cost more to write and read."""
 _HINT = "call shared = GMSA(...).attend(x) and pass it: later(x, shared)"
 
 
@@ -172,7 +173,8 @@ class GMSA(AttentionLayer):
         for query, size in zip(self.queries(x), self.window_sizes, strict=True):
             if keeps_all or size <= _LARGEST_KEPT:
                 shift, _ = window_shifts(size, self.shift, self.exact_shift)
-                weights.append(window_weights(query, window_size=size, shift=shift))
+                dtype = stored_precision(query)
+                weights.append(window_weights(query, window_size=size, shift=shift, dtype=dtype))
                 queries.append(None)
             else:
                 weights.append(None)

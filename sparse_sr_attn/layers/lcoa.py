@@ -36,10 +36,12 @@ from sparse_sr_attn.layers.base import (
     AttentionLayer,
     ScaledCosine,
     Similarity,
+    add_rows,
     check_map,
     check_state,
-    feature_map,
+    in_own_precision,
     output_proj,
+    stored_precision,
     tokens,
 )
 from sparse_sr_attn.layers.running_state import KMeansModule, KMeansRound, state_of
@@ -106,7 +108,8 @@ class LSP(KMeansModule):
             layer recomputes the weights; "auto" for weights on the CPU, where they are faster, and else the pattern.
         weights_dtype: "bfloat16" to store weights, and to multiply values by them in later layers, in this precision.
             Takes half the memory and is faster on hardware with bfloat16 products; relative error 4e-3. `None` for the
-            precision of the softmax.
+            precision of the softmax; if values are in bfloat16 (under autocast, for instance), weights are always
+            stored so, without further error.
 
     Raises:
         ConfigError: options are invalid; names all of them.
@@ -215,7 +218,7 @@ class LSP(KMeansModule):
         (height, width), num_rounds, reuse = x.shape[-2:], self.num_rounds, reuse or self.reuse
         if reuse == "pattern" or (reuse == "auto" and x.device.type != "cpu"):
             return ClusterAttention(pattern, height, width, num_rounds, embedding=embedding)
-        dtype = torch.bfloat16 if self.weights_dtype == "bfloat16" else None
+        dtype = torch.bfloat16 if self.weights_dtype == "bfloat16" else stored_precision(x)
         return ClusterAttention(pattern, height, width, num_rounds, _weights(embedding, pattern, num_rounds, dtype))
 
     @property
@@ -230,7 +233,8 @@ class LSP(KMeansModule):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         check_map(x, self.embed_dim)
-        embedding = tokens(self.embed(x)).contiguous()
+        # Rounded to bfloat16, some tokens would go to other clusters.
+        embedding = tokens(in_own_precision(self.embed, x)).contiguous()
         embedding = self.scale_logits(embedding.to(working_precision(embedding)))
         assignments, places = [], []
         for state, rank in self._states_and_orders():
@@ -329,7 +333,7 @@ class CoA(AttentionLayer):
         else:
             attended = apply_cluster_weights(state.weights, _each_round(values, num_rounds), state.pattern)
             attended = attended if num_rounds == 1 else attended.unflatten(0, (-1, num_rounds)).sum(dim=1)
-        return torch.add(x, feature_map(attended, x), alpha=self.res_scale)
+        return add_rows(x, attended, self.res_scale)
 
 
 @LAYERS.register("LCoA", kind="layer", source=_SOURCE)

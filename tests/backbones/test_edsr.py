@@ -1,12 +1,14 @@
 """EDSR with attention by config: where layers stand, who shares, what the keys are called, what is refused."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from sparse_sr_attn import EDSR, ELAB, GMSA, LAYERS, AttentionLayer, CoA, ConfigError, LCoA, SharedGMSA
+from sparse_sr_attn import EDSR, ELAB, GMSA, LAYERS, RCAN, AttentionLayer, CoA, ConfigError, LCoA, LCoAN, SharedGMSA
 from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional.channels_last import channels_last, is_channels_last
 
 SMALL: dict[str, Any] = {"num_feat": 8, "upscale": 2, "img_range": 1.0}
 GMSA_MAP: dict[str, Any] = {"type": "GMSA", "window_sizes": [2, 3], "zero_init": False}
@@ -25,7 +27,7 @@ def test_every_four_shared_by_four_is_what_it_says() -> None:
     assert [type(layer) for layer in later] == [CoA, CoA, CoA]
     x = image(2, 3, 6, 7)
     features = model.conv_first((x - torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1)) * 1.0)
-    deep = features
+    deep = features = channels_last(features)
     for index, block in enumerate(model.body):
         deep = block(deep)
         if index == 3:
@@ -360,3 +362,36 @@ def test_an_image_that_is_no_tensor_of_floating_point_is_refused(image: object) 
     """Bytes in 0..255 would pass for an image in 0..1 and give garbage."""
     with pytest.raises(ShapeError, match=r"^x must be a floating-point tensor of images in about 0\.\.1, got "):
         EDSR(num_feat=4, num_block=1)(image)
+
+
+@pytest.mark.parametrize("build", [
+    lambda: EDSR(num_block=2, attention={**LCOA, "every": 1}, **SMALL),
+    lambda: RCAN(num_group=2, num_block=1, squeeze_factor=2, attention={**GMSA_MAP, "every": 1}, **SMALL),
+    lambda: LCoAN(num_feat=8, num_group=2, num_block=1, num_clusters=4, chunk_size=10),
+], ids=["EDSR", "RCAN", "LCoAN"])  # fmt: skip
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("learns", [False, True])
+def test_bodies_run_in_channels_last_memory(
+    build: Callable[[], torch.nn.Module], memory: torch.memory_format, learns: bool
+) -> None:
+    """Maps between convolutions and attention, forward and backward; images keep the memory that they came in."""
+    model, maps = build(), []
+
+    def see(_: object, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+        maps.extend((given[0], result))
+
+    watched = [
+        module for module in model.modules()
+        if isinstance(module, (torch.nn.Conv2d, AttentionLayer)) and module not in (model.conv_first, model.conv_last)
+    ]  # fmt: skip
+    for module in watched:
+        module.register_forward_hook(see)
+    x = image(2, 3, 6, 7).contiguous(memory_format=memory)
+    with torch.set_grad_enabled(learns):
+        output = model(x)
+    assert output.is_contiguous(memory_format=memory)
+    assert len(maps) >= 2 * len(watched)
+    assert all(is_channels_last(x) for x in maps if x.ndim == 4)
+    if learns:
+        output.square().mean().backward()
+        assert all(p.grad is None or p.grad.stride() == p.stride() for p in model.parameters())

@@ -1,10 +1,11 @@
-"""What export is told and compilers are not."""
+"""What export is told and compilers are not, and what is multiplied in which precision."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_sr_attn.functional._torch import is_exporting, larger, smaller
+from sparse_sr_attn.functional import _torch
+from sparse_sr_attn.functional._torch import conv_precision, is_exporting, larger, product_precision, smaller
 
 pytestmark = pytest.mark.unhooked  # compiles and exports
 
@@ -34,3 +35,24 @@ def test_sizes_stay_symbolic() -> None:
     for number, shape in ((1, (1, 2)), (2, (2, 2)), (3, (3, 3)), (7, (3, 7))):
         for module in (Measures(), program, compiled):
             assert tuple(module(torch.zeros(number)).shape) == shape
+
+
+def test_half_numbers_are_multiplied_as_such_only_where_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for multiplies, of_bfloat16 in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(_torch, "_multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        assert product_precision(torch.bfloat16, cpu) == of_bfloat16
+        assert product_precision(torch.float16, cpu) == torch.float32
+        for dtype in (torch.float32, torch.float64):
+            assert product_precision(dtype, cpu) == dtype
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert product_precision(dtype, gpu) == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None], ids=str)
+def test_what_a_convolution_returns_is_known_before(dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    x, conv = torch.ones(1, 2, 3, 3, dtype=dtype), nn.Conv2d(2, 2, 1).to(dtype)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        assert conv_precision(x) == conv(x).dtype
+    assert conv_precision(x.to("meta")) == dtype

@@ -207,7 +207,7 @@ def test_lfe_in_strips_is_the_whole(monkeypatch: pytest.MonkeyPatch, height: int
 @pytest.mark.parametrize("shift", [False, True])
 def test_what_is_kept_of_large_windows_is_enough(shift: bool) -> None:
     """Where nothing learns, a state keeps queries in place of weights that are many; readers get the same."""
-    first = layer(window_sizes=(2, 9, 16), shift=shift).eval()
+    first = layer(window_sizes=(2, 17, 18), shift=shift).eval()
     x = features(2, 8, 20, 18)
     reader = trained(SharedGMSA(8).double()).eval()
     kept = first.attend(x)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_sr_attn import EDSR, LSP, CoA, ConfigError, LCoA, LCoAN
+from sparse_sr_attn import EDSR, GMSA, LSP, CoA, ConfigError, LCoA, LCoAN, SharedGMSA
 from sparse_sr_attn.inference.visualize import attention_map_of, attention_overlap
+from sparse_sr_attn.layers.base import add_rows
 from sparse_sr_attn.states import ClusterAttention
 from sparse_sr_attn.testing.tolerances import (
     assert_bit_equal,
@@ -118,6 +119,82 @@ def test_bfloat16_weights_err_little(device: torch.device, num_rounds: int) -> N
         assert half.any()
         assert rms(half - whole) <= 1e-2 * rms(whole)
     assert_bit_equal(alone[1], alone[0])
+
+
+VALUES = {
+    "float32": (torch.float32, None, torch.float32),
+    "float16": (torch.float16, None, torch.float32),
+    "bfloat16": (torch.bfloat16, None, torch.bfloat16),
+    "autocast to bfloat16": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "autocast to float16": (torch.float32, torch.float16, torch.float32),
+}
+
+
+@pytest.mark.parametrize(("dtype", "autocast", "stored"), VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("build", [
+    lambda: (layer(reuse="weights"), consumer()),
+    lambda: (layer(reuse="weights", num_rounds=3), consumer()),
+    lambda: (GMSA(8, window_sizes=(2, 3)), SharedGMSA(8)),
+], ids=["LCoA", "rounds", "GMSA"])  # fmt: skip
+def test_weights_are_stored_as_readers_multiply_them(
+    build: Callable[[], tuple[Any, Any]], dtype: torch.dtype, autocast: torch.dtype | None, stored: torch.dtype
+) -> None:
+    """Values in bfloat16 gather the same, to the bit, with weights in float32 and with these weights in bfloat16."""
+    first, later = (module.to(dtype) for module in build())
+    x, y = (features(i, dtype=dtype) for i in (0, 1))
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        state = first.attend(x)
+        weights = state.weights if isinstance(state.weights, tuple) else (state.weights,)
+        assert {each.dtype for each in weights} == {stored}
+        wide = [each.detach().float() for each in weights]
+        other = state._replace(weights=tuple(wide) if isinstance(state.weights, tuple) else wide[0])
+        output = later(y, state)
+        assert_bit_equal(output, later(y, other))
+    output.float().square().sum().backward()
+    assert all(parameter.grad.any() for parameter in first.parameters() if parameter.grad is not None)
+
+
+@rounds
+def test_autocast_moves_no_token_to_another_cluster(num_rounds: int) -> None:
+    """The embedding is computed in the precision of its weights: embedding, pattern and buffers agree to the bit."""
+    x = features(dtype=torch.float32)
+    plain, cast = (layer(num_rounds=num_rounds).lsp.train() for _ in range(2))
+    for _ in range(3):
+        expected = plain.route(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = cast.route(x)
+        assert_bit_equal(actual[0], expected[0])
+        assert_bit_equal(actual[1].order, expected[1].order)
+    for mine, other in zip(cast.buffers(), plain.buffers(), strict=True):
+        assert_bit_equal(mine, other)
+
+
+@pytest.mark.parametrize("of_map", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_joins_maps_and_weights_of_any_precision(of_map: torch.dtype, of_weights: torch.dtype) -> None:
+    first = layer().to(of_weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert first(features(dtype=of_map)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 12, 9), (3, 8, 5, 4), (2, 1, 3, 1)], ids=str)
+def test_rows_are_added_to_maps_of_any_memory(
+    shape: tuple[int, ...], memory: torch.memory_format, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).contiguous(memory_format=memory)
+    rows = torch.randn(shape[0], shape[2] * shape[3], shape[1], generator=generator, dtype=torch.float64).to(dtype)
+    expected = (x.double() + 0.3 * rows.double().mT.reshape(shape)).to(dtype)
+    learns, rounding = rows.clone().requires_grad_(), 2 * torch.finfo(dtype).eps
+    with torch.no_grad():
+        added = add_rows(x, rows, 0.3)
+    for actual in (added, add_rows(x, learns, 0.3)):
+        torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding)
+        assert actual.is_contiguous(memory_format=memory)
+    add_rows(x, learns, 0.3).sum().backward()
+    torch.testing.assert_close(learns.grad, torch.full_like(rows, 0.3))
 
 
 @kinds

@@ -7,13 +7,19 @@ the end, because gathering rows is several times faster than scattering them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_sr_attn.functional._torch import lower_precision, without_autocast, working_precision
+from sparse_sr_attn.functional._torch import (
+    lower_precision,
+    multiply,
+    product_precision,
+    without_autocast,
+    working_precision,
+)
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.l2_normalize import l2_normalize, l2_normalize_backward
 
@@ -48,9 +54,6 @@ class _Sorted:
     order, extended at each end by the chunks from the other end that are seen there.
     """
 
-    reads_again: ClassVar[bool] = False
-    """Whether tiles overlap so much that rows are best preprocessed once, before tiles read them."""
-
     def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout, reach: int | None = None) -> None:
         self.layout = layout
         self.reach = layout.num_adjacent if reach is None else reach  # chunks beyond each end
@@ -79,15 +82,22 @@ class _Sorted:
 
     def real_chunks(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t i c"]:
         """Return the rows of a tile's chunks; 0 in slots past the last token."""
-        chunks = self.chunks(rows, tile)
-        chunks.flatten(0, 1)[self.layout.num_tokens - tile.start * self.layout.chunk_size :] = 0
+        chunks, size = self.chunks(rows, tile), self.layout.chunk_size
+        if tile.stop * size > self.layout.num_tokens:
+            chunks.flatten(0, 1)[self.layout.num_tokens - tile.start * size :] = 0
         return chunks
 
-    def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
-        """Return the rows that each chunk of a tile sees, with `unit` normalised: overlapping views of its halo."""
-        i = self.layout.chunk_size
-        halo = rows.index_select(0, self._token[tile.start * i : tile.stop * i + 2 * self.margin])
-        return (l2_normalize(halo) if unit else halo).unfold(0, self.layout.num_offsets * i, i).transpose(1, 2)
+    def windows(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t j c"]:
+        """Return the rows that each chunk of a tile sees: overlapping views of its halo."""
+        return self._windows(rows.index_select(0, self._token[self._halo_of(tile)]))
+
+    def sort(self, rows: Float[Tensor, "n c"]) -> Float[Tensor, "h c"]:
+        """Return the rows at all positions of the halo, from which tiles read views."""
+        return rows.index_select(0, self._token)
+
+    def sorted_windows(self, halo: Float[Tensor, "h c"], tile: _Tile) -> Float[Tensor, "t j c"]:
+        """Return `windows` of rows that are sorted already."""
+        return self._windows(halo[self._halo_of(tile)])
 
     def slots(self, rows: Tensor) -> Float[Tensor, "s c"]:
         """Return an uninitialized tensor with a row for each slot, like `rows`."""
@@ -106,17 +116,24 @@ class _Sorted:
             out.copy_(slots.index_select(0, self._slot))
 
     def halo(self, rows: Tensor) -> Float[Tensor, "h c"]:
-        """Return zeros with a row for each position of the halo, like `rows`."""
-        return rows.new_zeros(self.layout.num_slots + 2 * self.margin, rows.shape[-1])
+        """Return zeros with a row for each position of the halo, as wide as `rows`, in working precision."""
+        size = self.layout.num_slots + 2 * self.margin, rows.shape[-1]
+        return rows.new_zeros(size, dtype=working_precision(rows))
 
     def send_back(
         self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
     ) -> None:
         """Add the weighted rows of each chunk to the sums of the slots that it sees."""
         i = self.layout.chunk_size
-        for offset, part in enumerate(weights.split(i, dim=2)):
-            first = (tile.start + offset) * i
-            self._chunks(halo[first : first + (tile.stop - tile.start) * i]).baddbmm_(part.transpose(1, 2), rows)
+        places = [(tile.start + offset) * i for offset in range(self.layout.num_offsets)]
+        sums = [self._chunks(halo[first : first + (tile.stop - tile.start) * i]) for first in places]
+        if rows.dtype == halo.dtype:
+            for each, part in zip(sums, weights.split(i, dim=2), strict=True):
+                each.baddbmm_(part.transpose(1, 2), rows)
+        else:
+            parts = torch.bmm(weights.transpose(1, 2), rows).to(halo.dtype)  # at once, because parts are strided
+            for each, part in zip(sums, parts.split(i, dim=1), strict=True):
+                each.add_(part)
 
     def halo_to_tokens(self, halo: Float[Tensor, "h c"], out: Float[Tensor, "n c"]) -> None:
         """Write the sum over all positions of each token to `out`."""
@@ -133,14 +150,20 @@ class _Sorted:
             first, last = self.margin + layout.num_tokens, self.margin + layout.num_slots
             out.index_add_(0, self._token[first:last], slots[layout.num_tokens :].to(out.dtype))
 
+    def _halo_of(self, tile: _Tile) -> slice:
+        size = self.layout.chunk_size
+        return slice(tile.start * size, tile.stop * size + 2 * self.margin)
+
+    def _windows(self, halo: Tensor) -> Tensor:
+        size = self.layout.chunk_size
+        return halo.unfold(0, self.layout.num_offsets * size, size).transpose(1, 2)
+
     def _chunks(self, slots: Tensor) -> Tensor:
         return slots.view(-1, self.layout.chunk_size, slots.shape[-1])
 
 
 class _Nearest(_Sorted):
     """Like `_Sorted`, with a table of the chunks that each chunk sees. The halo is the chunks themselves."""
-
-    reads_again: ClassVar[bool] = True
 
     def __init__(self, order: Int[Tensor, "n"], layout: ClusterLayout, neighbors: Int[Tensor, "k m"]) -> None:
         super().__init__(order, layout, reach=0)
@@ -150,11 +173,18 @@ class _Nearest(_Sorted):
         """Return the chunks that a chunk sees."""
         return self._lists[chunk]
 
-    def windows(self, rows: Float[Tensor, "n c"], tile: _Tile, *, unit: bool = False) -> Float[Tensor, "t j c"]:
-        """Return the rows that each chunk of a tile sees, with `unit` normalised."""
-        token = self._token.view(self.layout.num_chunks, -1).index_select(0, self._neighbors[tile.chunks].flatten())
-        seen = rows.index_select(0, token.flatten())
-        return (l2_normalize(seen) if unit else seen).view(tile.stop - tile.start, -1, rows.shape[-1])
+    def windows(self, rows: Float[Tensor, "n c"], tile: _Tile) -> Float[Tensor, "t j c"]:
+        """Return the rows that each chunk of a tile sees."""
+        token = self._seen(self._token, tile).flatten()
+        return rows.index_select(0, token).view(tile.stop - tile.start, -1, rows.shape[-1])
+
+    def sorted_windows(self, halo: Float[Tensor, "h c"], tile: _Tile) -> Float[Tensor, "t j c"]:
+        """Return `windows` of rows that are sorted already."""
+        return self._seen(halo, tile).view(tile.stop - tile.start, -1, halo.shape[-1])
+
+    def _seen(self, slots: Tensor, tile: _Tile) -> Tensor:
+        """Return the chunks that those of a tile see, each as one row."""
+        return slots.view(self.layout.num_chunks, -1).index_select(0, self._neighbors[tile.chunks].flatten())
 
     def send_back(
         self, weights: Float[Tensor, "t i j"], rows: Float[Tensor, "t i c"], halo: Float[Tensor, "h c"], tile: _Tile
@@ -168,7 +198,10 @@ class _Nearest(_Sorted):
 
 
 class _Scored:
-    """Queries and keys of one sample, and the scores of its tiles, in working precision."""
+    """Queries and keys of one sample, and the scores of its tiles, in working precision.
+
+    Keys are sorted once, because tiles overlap; sorted queries would only take memory.
+    """
 
     def __init__(
         self, tokens: _Sorted, query: Float[Tensor, "n d"], key: Float[Tensor, "n d"], scale: float, unit: bool
@@ -177,17 +210,19 @@ class _Scored:
         self.query, self.key = (rows.to(working_precision(rows)).contiguous() for rows in (query, key))
         self.scale = scale
         self.unit = unit
-        self._units = l2_normalize(self.key) if unit and tokens.reads_again else None
+        self._keys = tokens.sort(l2_normalize(self.key) if unit else self.key)
+
+    def queries(self, tile: _Tile) -> Float[Tensor, "t i d"]:
+        """Return the queries of a tile."""
+        return self.tokens.chunks(self.query, tile)
 
     def keys(self, tile: _Tile) -> Float[Tensor, "t j d"]:
         """Return the keys that each chunk of a tile sees."""
-        if self._units is not None:
-            return self.tokens.windows(self._units, tile)
-        return self.tokens.windows(self.key, tile, unit=self.unit)
+        return self.tokens.sorted_windows(self._keys, tile)
 
     def scores(self, tile: _Tile, out: Tensor | None = None) -> Float[Tensor, "t i j"]:
         """Return the scores of a tile."""
-        queries = self.tokens.chunks(self.query, tile)
+        queries = self.queries(tile)
         queries = queries if self.scale == 1 else self.scale * queries
         scores = torch.bmm(queries, self.keys(tile).transpose(1, 2), out=out)
         for chunk, hidden in tile.hidden:
@@ -221,7 +256,7 @@ class _ScoreGrads:
         if scored.scale != 1:
             grad_scores.mul_(scored.scale)
         torch.bmm(grad_scores, scored.keys(tile), out=tokens.at(self._slots, tile))
-        tokens.send_back(grad_scores, tokens.chunks(scored.query, tile), self._halo, tile)
+        tokens.send_back(grad_scores, scored.queries(tile), self._halo, tile)
 
     def add_of_weights(
         self,
@@ -256,6 +291,11 @@ def _samples(order: Tensor, neighbors: Tensor | None, layout: ClusterLayout) -> 
 def _space(out: Tensor | None, like: Tensor) -> Tensor:
     """Return `out`, or a new tensor if it is `None`; called late, when the memory of the tiles is free again."""
     return like.new_empty(like.shape) if out is None else out
+
+
+def _transposed(windows: Float[Tensor, "t j c"]) -> Float[Tensor, "t c j"]:
+    """Return windows transposed for a product; oneDNN would copy overlapping ones in their transposed order."""
+    return (windows.contiguous() if windows.dtype == torch.bfloat16 else windows).transpose(1, 2)
 
 
 def _weights_shape(order: Tensor, layout: ClusterLayout) -> tuple[int, ...]:
@@ -423,16 +463,17 @@ def apply_op(
 ) -> Tensor:
     """Return `cluster.apply_cluster_weights`, tile by tile."""
     layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
-    out = None
+    out, lower = None, lower_precision(weights, value)
+    dtype = product_precision(lower, value.device)
     with without_autocast(value):
         for sample, tokens in _samples(order, neighbors, layout):
-            v = value[sample].to(lower_precision(weights, value)).contiguous()
+            v = value[sample].to(lower).to(dtype).contiguous()
             slots = tokens.slots(v)
             for tile in tokens.tiles(_WEIGHTS_PER_TILE):
-                part = weights[sample, tile.chunks].to(v.dtype)
+                part = weights[sample, tile.chunks].to(lower).to(dtype)
                 torch.bmm(part, tokens.windows(v, tile), out=tokens.at(slots, tile))
             out = _space(out, value)
-            tokens.to_tokens(slots, out[sample])
+            tokens.to_tokens(slots.to(lower), out[sample])
     return _space(out, value)
 
 
@@ -454,14 +495,15 @@ def _apply_backward_op(
 ) -> tuple[Tensor, Tensor]:
     layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_weights, grad_value = weights.new_empty(weights.shape), value.new_empty(value.shape)
+    dtype = product_precision(lower_precision(weights, value), value.device)
     with without_autocast(value):
         for sample, tokens in _samples(order, neighbors, layout):
-            v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
+            v, g = (rows[sample].to(dtype).contiguous() for rows in (value, grad))
             halo = tokens.halo(v)
-            for tile in tokens.tiles():
+            for tile in tokens.tiles(_SCORES_PER_TILE * 4 // dtype.itemsize):  # as many bytes, all in `dtype`
                 sent = tokens.real_chunks(g, tile)
-                grad_weights[sample, tile.chunks] = torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2))
-                tokens.send_back(weights[sample, tile.chunks].to(v.dtype), sent, halo, tile)
+                multiply(sent, _transposed(tokens.windows(v, tile)), out=grad_weights[sample, tile.chunks])
+                tokens.send_back(weights[sample, tile.chunks].to(dtype), sent, halo, tile)
             tokens.halo_to_tokens(halo, grad_value[sample])
     return grad_weights, grad_value
 
@@ -488,16 +530,18 @@ def attention_op(
     """Return `cluster.cluster_attention` and, if `with_lse`, `cluster.cluster_lse`, one tile of weights at a time."""
     layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     out, lse = None, _new_lse(query, order, with_lse)
+    dtype = product_precision(value.dtype, value.device)
     with without_autocast(query):
         for sample, tokens in _samples(order, neighbors, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
-            v = value[sample].contiguous()
+            v = value[sample].to(dtype).contiguous()
             slots = tokens.slots(v)
             lse_slots = tokens.slots(lse[sample, :, None]) if with_lse else None
             for tile in tokens.tiles():
                 of_lse = None if lse_slots is None else tokens.at(lse_slots, tile)
                 out_of_tile = tokens.at(slots, tile)
-                torch.bmm(scored.weights(tile, lse=of_lse).to(v.dtype), tokens.windows(v, tile), out=out_of_tile)
+                torch.bmm(scored.weights(tile, lse=of_lse).to(dtype), tokens.windows(v, tile), out=out_of_tile)
+            del scored
             out = _space(out, value)
             tokens.to_tokens(slots, out[sample])
             if lse_slots is not None:
@@ -528,17 +572,20 @@ def _attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = ClusterLayout.of_order(order, neighbors, chunk_size, num_adjacent, exact_keys)
     grad_query, grad_key, grad_value = query.new_empty(query.shape), key.new_empty(key.shape), None
+    dtype = product_precision(value.dtype, value.device)
     with without_autocast(query):
         for sample, tokens in _samples(order, neighbors, layout):
             scored = _Scored(tokens, query[sample], key[sample], scale, unit)
-            v, g = (rows[sample].to(working_precision(rows)).contiguous() for rows in (value, grad))
+            v, g = (rows[sample].to(dtype).contiguous() for rows in (value, grad))
             grads, halo = _ScoreGrads(scored), tokens.halo(v)
             for tile in tokens.tiles():
                 weights, sent = scored.weights(tile), tokens.real_chunks(g, tile)
-                tokens.send_back(weights, sent, halo, tile)
+                tokens.send_back(weights.to(dtype), sent, halo, tile)
                 of_lse = tokens.real_chunks(grad_lse[sample, :, None], tile) if with_lse else None
                 # No name for the product: it would keep the memory of a tile while the next one is made.
-                grads.add_of_weights(torch.bmm(sent, tokens.windows(v, tile).transpose(1, 2)), weights, tile, of_lse)
+                grads.add_of_weights(
+                    torch.bmm(sent, _transposed(tokens.windows(v, tile))).to(weights.dtype), weights, tile, of_lse
+                )
             del g
             grads.write(grad_query[sample], grad_key[sample])
             grad_value = _space(grad_value, value)

@@ -11,6 +11,7 @@ that is opaque to compilers, for everything else. A window that holds the whole 
 import math
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,6 +61,7 @@ def window_weights(
     window_size: int,
     shift: int = 0,
     scale: float = 1.0,
+    dtype: torch.dtype | None = None,
     backend: Form = "auto",
 ) -> Float[Tensor, "b k i i"]:
     r"""Return the softmax weights of every pixel over its window, $\mathrm{softmax}(\mathrm{scale}\, Q K^\top)$.
@@ -70,10 +72,12 @@ def window_weights(
         window_size: side of a window in pixels, >= 1; may exceed the map.
         shift: pixels by which the windows are moved to the right and down, >= 0.
         scale: factor on the dot products, dimensionless.
+        dtype: of the result; `None` for float32, or that of the query if higher.
         backend: "eager", "operator", or "auto" for the operator except in export.
 
     Returns:
-        Weights in float32 or higher. Rows of pixels sum to 1 and give padding weight 0; rows of padding are finite but
+        Weights, computed in float32 or higher. Rows of pixels sum to 1 and give padding weight 0; rows of padding are
+        finite but
         undefined.
 
     Raises:
@@ -90,9 +94,10 @@ def window_weights(
     _check_key(query, key)
     grid = WindowGrid(query.shape[2], query.shape[3], window_size)
     if uses_operator(backend, "operator"):
-        return tiles.weights_op(query, key, window_size, shift, scale)
+        return tiles.weights_op(query, key, window_size, shift, scale, dtype)
     with without_autocast(query):
-        return eager.weights(query, key, grid, shift, scale)
+        weights = eager.weights(query, key, grid, shift, scale)
+        return weights if dtype is None else weights.to(dtype)
 
 
 def apply_window_weights(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional import _torch
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import tiles as cluster_tiles
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
@@ -586,6 +587,31 @@ def test_bfloat16_weights_err_no_more_than_dense_attention(device: torch.device,
     results = (gradients(actual, leaves, probe), gradients(peer, low, probe), gradients(oracle, exact, probe))
     for mine, dense, true in zip(*results, strict=True):
         assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+
+
+@pytest.mark.parametrize("multiplied", [True, False], ids=["in bfloat16", "in float32"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases(max_batch=2, min_tokens=12, max_tokens=40, max_chunk_size=16))
+@example(case=Case(num_tokens=40, num_clusters=6, chunk_size=7))
+def test_stored_weights_of_bfloat16_values_err_no_more_than_dense_attention(
+    device: torch.device, backend: str, multiplied: bool, case: Case
+) -> None:
+    """All in bfloat16, on a machine that multiplies it and on one that does not, against dense attention in it."""
+    pattern = pattern_of(case, device)
+    low = [case.tokens(name, 16, dtype=torch.bfloat16, device=device) for name in ("query", "key", "value")]
+    low[1] = torch.nn.functional.normalize(low[1], dim=-1)
+    low = [leaf.detach().requires_grad_() for leaf in low]
+    exact = [leaf.detach().double().requires_grad_() for leaf in low]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_torch, "_multiplies_bfloat16", lambda: multiplied)
+        weights = fast.cluster_weights(low[0], low[1], pattern, dtype=torch.bfloat16, backend=backend)
+        actual = fast.apply_cluster_weights(weights, low[2], pattern, backend=backend)
+        probe = case.tensor("probe", *actual.shape, dtype=torch.bfloat16, device=device)
+        mine = gradients(actual, low, probe)
+    peer, oracle = (slow.cluster_attention(*inputs, pattern) for inputs in (low, exact))
+    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
+    for grad, dense, true in zip(mine, gradients(peer, low, probe), gradients(oracle, exact, probe), strict=True):
+        assert_no_worse(grad, dense, true, factor=LOW_PRECISION.values)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.functional import _torch
 from sparse_sr_attn.functional import window as fast
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.strategies import Case
@@ -452,6 +453,45 @@ def test_low_precision_errs_no_more_than_dense_attention(device: torch.device, d
     results = (gradients(actual, low, probe), gradients(peer, low, probe), gradients(oracle, exact, probe))
     for mine, dense, true in zip(*results, strict=True):
         assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+
+
+@pytest.mark.parametrize("multiplied", [True, False], ids=["in bfloat16", "in float32"])
+@given(case=maps(max_batch=2, shortest=5))
+@example(case=WHOLE)
+@example(case=PADDED)
+def test_stored_weights_of_bfloat16_values_err_no_more_than_dense_attention(
+    device: torch.device, multiplied: bool, case: Map
+) -> None:
+    """All in bfloat16, on a machine that multiplies it and on one that does not, against dense attention in it."""
+    low = [case.map(name, 16, device, torch.bfloat16) for name in ("query", "key", "value")]
+    exact = [leaf.detach().double().requires_grad_() for leaf in low]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_torch, "_multiplies_bfloat16", lambda: multiplied)
+        weights = fast.window_weights(low[0], low[1], dtype=torch.bfloat16, **case.windows)
+        actual = fast.apply_window_weights(weights, low[2], **case.windows)
+        probe = case.tensor("probe", *actual.shape, dtype=torch.bfloat16, device=device)
+        mine = gradients(actual, low, probe)
+    peer, oracle = (slow.window_attention(*inputs, **case.windows) for inputs in (low, exact))
+    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
+    for grad, dense, true in zip(mine, gradients(peer, low, probe), gradients(oracle, exact, probe), strict=True):
+        assert_no_worse(grad, dense, true, factor=LOW_PRECISION.values)
+
+
+@half_precisions
+@given(case=maps(), backend=st.sampled_from(BACKENDS))
+@example(case=WHOLE, backend="operator")
+@example(case=PADDED, backend="eager")
+def test_weights_of_lower_precision_are_rounded(
+    device: torch.device, dtype: torch.dtype, case: Map, backend: str
+) -> None:
+    """To the bit."""
+    query, key, _ = case.inputs(device, torch.float32)
+    whole, rounded = (
+        fast.window_weights(query, key, dtype=to, backend=backend, **case.windows) for to in (None, dtype)
+    )
+    assert (whole.dtype, rounded.dtype) == (torch.float32, dtype)
+    rows = case.real(device)
+    assert_bit_equal(rounded[:, rows], whole[:, rows].to(dtype))
 
 
 @half_precisions
