@@ -30,7 +30,7 @@ def defaults() -> dict[str, Any]:
 
 
 def test_defaults_are_those_on_record() -> None:
-    assert defaults() == json.loads(RECORD.read_text())
+    assert defaults() == json.loads(RECORD.read_text()), "if you meant it, run python tests/test_defaults.py"
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDS if not name.startswith("timm:")])

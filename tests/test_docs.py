@@ -370,11 +370,11 @@ def test_the_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert drawn == used
 
 
-def test_the_first_layer_keeps_the_size() -> None:
+def test_the_first_example_of_the_readme_keeps_the_size() -> None:
     scope: dict[str, Any] = {}
     run_python(next(block for block in blocks(ROOT / "README.md") if block.language == "python"), scope)
-    assert scope["y"].shape == scope["x"].shape
-    assert not torch.equal(scope["y"], scope["x"])
+    assert scope["x"].shape == (1, 64, 48, 48)
+    assert scope["state"].map_size() == (1, 48, 48)
 
 
 def test_a_wrong_block_is_noticed(here: Path) -> None:

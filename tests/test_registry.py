@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_sr_attn import LAYERS, DuplicateNameError, UnknownNameError
+from sparse_sr_attn import DuplicateNameError, UnknownNameError
 from sparse_sr_attn.registry import Registry
 
 
@@ -51,21 +51,3 @@ def test_same_again_is_once() -> None:
     assert len(registry) == 1
     assert "One" in registry
     assert "Two" not in registry
-
-
-def test_layers_of_the_library() -> None:
-    assert {name: LAYERS.get(name).kind for name in LAYERS} == {
-        "CategoryAttention": "layer",
-        "CoA": "consumer",
-        "ELAB": "layer",
-        "ENLA": "layer",
-        "GMSA": "layer",
-        "HSPA": "layer",
-        "LCoA": "layer",
-        "LFE": "operator",
-        "LSP": "provider",
-        "NLA": "layer",
-        "NLSA": "layer",
-        "SharedGMSA": "consumer",
-        "ShiftConv2d": "operator",
-    }

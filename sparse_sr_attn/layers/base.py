@@ -113,9 +113,9 @@ def check_state(state: object, wanted: type[S], x: Tensor, hint: str) -> S:
     if not isinstance(state, wanted):
         got = "none" if state is None else f"a {type(state).__name__}"
         raise SharingError(f"this layer needs the state of another layer, a {wanted.__name__}, got {got}; {hint}")
-    made_for = state.map_size()
-    if made_for != (x.shape[0], *x.shape[2:]):
-        b, h, w = made_for
+    map_size = state.map_size()
+    if map_size != (x.shape[0], *x.shape[2:]):
+        b, h, w = map_size
         raise ShapeError(
             f"a state only fits maps of the size it was computed for, {b} of {h}x{w}, "
             f"got {x.shape[0]} of {x.shape[2]}x{x.shape[3]}"

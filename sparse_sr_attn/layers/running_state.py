@@ -127,17 +127,17 @@ def one_kmeans_update(model: nn.Module) -> Iterator[None]:
         >>> with one_kmeans_update(layer):  # three forwards, one update
         ...     outputs = [layer(part) for part in parts]
     """
-    learners = [m for m in model.modules() if isinstance(m, KMeansModule) and m.updates_state() and not m.accumulates]
+    modules = [m for m in model.modules() if isinstance(m, KMeansModule) and m.updates_state() and not m.accumulates]
     with torch.no_grad():
-        for learner in learners:
-            for state in learner.states():
-                apply_pending(state, ema_decay=learner.ema_decay, reseed_threshold=learner.reseed_threshold)
-            learner.accumulates = True
+        for module in modules:
+            for state in module.states():
+                apply_pending(state, ema_decay=module.ema_decay, reseed_threshold=module.reseed_threshold)
+            module.accumulates = True
     try:
         yield
     finally:
-        for learner in learners:
-            learner.accumulates = False
+        for module in modules:
+            module.accumulates = False
 
 
 @functools.cache

@@ -12,6 +12,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparse_sr_attn.functional.cluster import cluster_pattern, with_nearest_chunks
+from sparse_sr_attn.states import ClusterPattern
+
 
 def generator(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator that depends only on `seed` and `name`."""
@@ -62,6 +65,16 @@ class Case:
     def assignment(self, *, device: torch.device | str = "cpu") -> Tensor:
         """Return a cluster for each token, `(batch, num_tokens)`."""
         return self.integers("assignment", self.num_clusters, self.batch, self.num_tokens, device=device)
+
+    def pattern(self, *, device: torch.device | str = "cpu") -> ClusterPattern:
+        """Return the pattern of the assignment; with `nearest`, tokens "routing" choose the neighbours."""
+        pattern = cluster_pattern(
+            self.assignment(device=device),
+            chunk_size=self.chunk_size,
+            num_adjacent=self.num_adjacent,
+            count_keys_once=self.count_keys_once,
+        )
+        return with_nearest_chunks(pattern, self.tokens("routing", 3, device=device)) if self.nearest else pattern
 
     def centroids(self, width: int, *, device: torch.device | str = "cpu") -> Tensor:
         """Return unit vectors `(num_clusters, width)`."""

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_sr_attn import GMSA, NLSA, LCoA, ShiftConv2d
 from sparse_sr_attn.functional import channels_last as layout
 from sparse_sr_attn.functional import cluster, flops, sparsemax, window
-from sparse_sr_attn.functional.cluster import cluster_pattern
 from sparse_sr_attn.testing.strategies import Case
 
 
@@ -42,14 +41,7 @@ def operations(case: Case) -> dict[str, tuple[Callable[..., Tensor], int]]:
     """Return operations of a backend, and how many times their backward computes the scores again."""
     query, key = (case.tokens(name, 5).requires_grad_() for name in ("query", "key"))
     value = case.tokens("value", 3).requires_grad_()
-    pattern = cluster_pattern(
-        case.assignment(),
-        chunk_size=case.chunk_size,
-        num_adjacent=case.num_adjacent,
-        count_keys_once=case.count_keys_once,
-    )
-    if case.nearest:
-        pattern = cluster.with_nearest_chunks(pattern, key)
+    pattern = case.pattern()
     weights = cluster.cluster_weights(query, key, pattern).detach().requires_grad_()
     return {
         "attention": (lambda backend: cluster.cluster_attention(query, key, value, pattern, backend=backend), 1),

@@ -105,18 +105,18 @@ def test_a_wrong_gradient_is_wrong() -> None:
 def test_a_missing_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparse_sr_attn.layers import enla
 
-    unit_keys = enla.l2_normalize
-    monkeypatch.setattr(enla, "l2_normalize", lambda rows: unit_keys(rows).detach())
+    l2_normalize = enla.l2_normalize
+    monkeypatch.setattr(enla, "l2_normalize", lambda rows: l2_normalize(rows).detach())
     assert checked("ENLA").status == "correct"  # the value is
     assert checked("ENLA", replace(SMALL, passes=("forward+backward",))).status == "wrong"
 
 
 def test_tokens_in_a_cluster_that_is_not_the_nearest_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is consistent with the assignment, which is wrong itself."""
-    from sparse_sr_attn.layers import running_state as learners
+    from sparse_sr_attn.layers import running_state
 
-    nearest = learners.assign
-    monkeypatch.setattr(learners, "assign", lambda points, centroids: nearest(-points, centroids))
+    nearest = running_state.assign
+    monkeypatch.setattr(running_state, "assign", lambda points, centroids: nearest(-points, centroids))
     result = checked("LCoA")
     assert result.status == "wrong"
     assert "not the nearest" in result.reason

@@ -47,17 +47,6 @@ NEAREST_ALL = NEAREST.but(num_adjacent=3)
 NEAREST_FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=3, seed=11, nearest=True)
 
 
-def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
-    pattern = fast.cluster_pattern(
-        case.assignment(device=device),
-        chunk_size=case.chunk_size,
-        num_adjacent=case.num_adjacent,
-        count_keys_once=case.count_keys_once,
-    )
-    routing = case.tokens("routing", 3, device=device)
-    return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
-
-
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     query, key = (case.tokens(name, WIDTH, dtype=dtype, device=device) for name in ("query", "key"))
     value = case.tokens("value", VALUE_WIDTH, dtype=dtype, device=device)
@@ -74,7 +63,7 @@ def real_rows(pattern: ClusterPattern, weights: Tensor) -> Tensor:
 @example(case=PADDED_TAIL)
 def test_order_sorts_by_cluster_then_position(device: torch.device, case: Case) -> None:
     assignment = case.assignment(device=device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     expected = slow.cluster_pattern(assignment, chunk_size=case.chunk_size)
     assert_bit_equal(pattern.order, expected.order)
     assert_bit_equal(pattern.assignment, assignment)
@@ -85,7 +74,7 @@ def test_order_sorts_by_cluster_then_position(device: torch.device, case: Case) 
 @example(case=PADDED_TAIL)
 def test_order_has_an_inverse(device: torch.device, case: Case) -> None:
     """Sorting the tokens into slots and back gives each token back."""
-    order = pattern_of(case, device).order
+    order = case.pattern(device=device).order
     tokens = case.tokens("tokens", WIDTH, device=device)
     in_slots = tokens.gather(1, order[..., None].expand_as(tokens))
     back = torch.empty_like(tokens).scatter(1, order[..., None].expand_as(tokens), in_slots)
@@ -97,7 +86,7 @@ def test_order_has_an_inverse(device: torch.device, case: Case) -> None:
 def test_names_of_clusters_do_not_matter(device: torch.device, case: Case, shift: int) -> None:
     """Only the order of the clusters does."""
     renamed = fast.cluster_pattern(case.assignment(device=device) * 3 + shift, chunk_size=case.chunk_size)
-    assert_bit_equal(renamed.order, pattern_of(case, device).order)
+    assert_bit_equal(renamed.order, case.pattern(device=device).order)
 
 
 def test_hidden_is_what_is_not_visible() -> None:
@@ -153,7 +142,7 @@ def test_hidden_is_what_is_not_visible() -> None:
 @example(case=NEAREST_FEW, backend="tiles", scale=1.0)
 def test_attention_equals_masked_dense_attention(device: torch.device, case: Case, backend: str, scale: float) -> None:
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     actual = fast.cluster_attention(query, key, value, pattern, scale=scale, backend=backend)
     expected = slow.cluster_attention(query, key, value, pattern, scale=scale)
     assert_values_close(actual, expected)
@@ -172,7 +161,7 @@ def test_attention_equals_masked_dense_attention(device: torch.device, case: Cas
 @example(case=REPEATED_TWICE_OVER, backend="tiles")
 def test_weights_equal_loops(device: torch.device, case: Case, backend: str) -> None:
     query, key, _ = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     actual = fast.cluster_weights(query, key, pattern, scale=0.7, backend=backend)
     expected = slow.cluster_weights(query, key, pattern, scale=0.7)
     assert actual.shape == expected.shape
@@ -192,7 +181,7 @@ def test_weights_equal_loops(device: torch.device, case: Case, backend: str) -> 
 @example(case=REPEATED_TWICE_OVER, backend="tiles")
 def test_application_equals_loops(device: torch.device, case: Case, backend: str) -> None:
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     weights = slow.cluster_weights(query, key, pattern).detach().requires_grad_()
     actual = fast.apply_cluster_weights(weights, value, pattern, backend=backend)
     expected = slow.apply_cluster_weights(weights, value, pattern)
@@ -210,7 +199,7 @@ def test_one_chunk_is_plain_attention(device: torch.device, case: Case, backend:
     """A chunk of all tokens or more: nothing is sparse any more."""
     case = case.but(chunk_size=case.num_tokens + longer)
     query, key, value = inputs_of(case, device)
-    actual = fast.cluster_attention(query, key, value, pattern_of(case, device), scale=0.5, backend=backend)
+    actual = fast.cluster_attention(query, key, value, case.pattern(device=device), scale=0.5, backend=backend)
     expected = torch.softmax(0.5 * query @ key.mT, dim=-1) @ value
     assert_values_close(actual, expected)
     probe = case.tokens("probe", VALUE_WIDTH, device=device)
@@ -225,7 +214,7 @@ def test_chunks_in_sight_of_all_are_plain_attention(device: torch.device, case: 
     """As many neighbours as there are chunks: every token sees every token once, whatever the order."""
     case = case.but(num_adjacent=-(-case.num_tokens // case.chunk_size))
     query, key, value = inputs_of(case, device)
-    actual = fast.cluster_attention(query, key, value, pattern_of(case, device), backend=backend)
+    actual = fast.cluster_attention(query, key, value, case.pattern(device=device), backend=backend)
     assert_values_close(actual, torch.softmax(query @ key.mT, dim=-1) @ value)
 
 
@@ -236,7 +225,7 @@ def test_weights_then_application_is_the_fused_operation(
     device: torch.device, case: Case, first: str, second: str, fused: str
 ) -> None:
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     weights = fast.cluster_weights(query, key, pattern, scale=0.5, backend=first)
     in_two = fast.apply_cluster_weights(weights, value, pattern, backend=second)
     in_one = fast.cluster_attention(query, key, value, pattern, scale=0.5, backend=fused)
@@ -252,7 +241,7 @@ def test_weights_serve_a_second_value(device: torch.device, case: Case, backend:
     """Collaborative attention: one set of weights, two readers, and the gradients of both meet in query and key."""
     query, key, value = inputs_of(case, device)
     other = case.tokens("other value", VALUE_WIDTH + 2, device=device).requires_grad_()
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     weights = fast.cluster_weights(query, key, pattern, backend=backend)
     actual = torch.cat(
         [fast.apply_cluster_weights(weights, v, pattern, backend=backend) for v in (value, other)], dim=-1
@@ -269,7 +258,7 @@ def test_weights_serve_a_second_value(device: torch.device, case: Case, backend:
 @example(case=PADDED_TAIL_PUBLISHED, backend="eager")
 def test_a_batch_is_its_samples(device: torch.device, case: Case, backend: str) -> None:
     query, key, value = inputs_of(case, device)
-    together = fast.cluster_attention(query, key, value, pattern_of(case, device), backend=backend)
+    together = fast.cluster_attention(query, key, value, case.pattern(device=device), backend=backend)
     for b in range(case.batch):
         one = slice(b, b + 1)
         alone = fast.cluster_pattern(
@@ -293,7 +282,7 @@ def test_a_batch_is_its_samples(device: torch.device, case: Case, backend: str) 
 def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, backend: str, filling: float) -> None:
     """Another key and value of a token changes no bit for the tokens that do not see it."""
     query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     before = fast.cluster_attention(query, key, value, pattern, backend=backend)
     token = int(case.integers("token", case.num_tokens, 1))
     blind = ~slow.visible_pairs(pattern)[:, :, token]
@@ -318,7 +307,7 @@ def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, backend
 @example(case=NEAREST_FEW)
 def test_seen_keys_equal_loops(device: torch.device, case: Case) -> None:
     """Of queries in any order, each key as often as it counts."""
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     queries = torch.randperm(case.num_tokens, generator=torch.Generator().manual_seed(case.seed)).to(device)
     keys, counts = fast.seen_keys(pattern, queries)
     found = torch.zeros(*keys.shape[:2], case.num_tokens, dtype=torch.int64, device=device)
@@ -330,7 +319,7 @@ def test_seen_keys_equal_loops(device: torch.device, case: Case) -> None:
 @example(case=WIDE_RING.but(num_adjacent=1), backend="tiles")
 def test_an_unseen_token_receives_no_gradient(device: torch.device, case: Case, backend: str) -> None:
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     output = fast.cluster_attention(query, key, value, pattern, backend=backend)
     token = int(case.integers("token", case.num_tokens, 1))
     seen = slow.visible_pairs(pattern)[:, token]
@@ -349,7 +338,7 @@ def test_an_unseen_token_receives_no_gradient(device: torch.device, case: Case, 
 def test_rows_of_weights_sum_to_one(device: torch.device, case: Case, backend: str, loud: float) -> None:
     """Also when the scores would overflow an exponential."""
     query, key, _ = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     weights = real_rows(pattern, fast.cluster_weights(loud * query, key, pattern, backend=backend))
     assert (weights >= 0).all()
     assert_values_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
@@ -365,7 +354,7 @@ def test_rows_of_weights_sum_to_one(device: torch.device, case: Case, backend: s
 def test_a_key_counts_as_often_as_it_should(device: torch.device, case: Case, backend: str) -> None:
     """With equal scores a key weighs what it counts: once, or as the published code counts it."""
     nothing = torch.zeros(case.batch, case.num_tokens, WIDTH, dtype=torch.float64, device=device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     who = torch.eye(case.num_tokens, dtype=torch.float64, device=device).repeat(case.batch, 1, 1)
     weights = fast.cluster_attention(nothing, nothing, who, pattern, backend=backend)
     counts = slow.multiplicity(pattern)
@@ -382,7 +371,7 @@ def test_a_key_counts_as_often_as_it_should(device: torch.device, case: Case, ba
 def test_padding_is_neutral(device: torch.device, case: Case, backend: str, filling: float) -> None:
     """Whatever stands in the rows of empty slots, no bit of the output depends on it."""
     query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     weights = fast.cluster_weights(query, key, pattern, backend=backend)
     assert torch.isfinite(weights).all()
     before = fast.apply_cluster_weights(weights, value, pattern, backend=backend)
@@ -393,7 +382,7 @@ def test_padding_is_neutral(device: torch.device, case: Case, backend: str, fill
 @given(case=cases(), backend=backends, scale=st.sampled_from((0.25, 2.0)))
 def test_scale_is_a_factor_on_the_query(device: torch.device, case: Case, backend: str, scale: float) -> None:
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     scaled = fast.cluster_attention(query, key, value, pattern, scale=scale, backend=backend)
     assert_values_close(scaled, fast.cluster_attention(scale * query, key, value, pattern, backend=backend))
 
@@ -402,7 +391,7 @@ def test_scale_is_a_factor_on_the_query(device: torch.device, case: Case, backen
 @example(case=PADDED_TAIL)
 def test_auto_is_one_of_the_forms(device: torch.device, case: Case) -> None:
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     auto = fast.cluster_attention(query, key, value, pattern)
     assert_values_close(auto, fast.cluster_attention(query, key, value, pattern, backend="eager"))
 
@@ -412,7 +401,7 @@ def test_auto_is_one_of_the_forms(device: torch.device, case: Case) -> None:
 def test_strides_do_not_matter(device: torch.device, case: Case, backend: str) -> None:
     """Tokens read as a transposed view, as a layer cuts them from a feature map, are the same tokens."""
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     views = [leaf.detach().mT.contiguous().mT for leaf in (query, key, value)]
     assert_values_close(
         fast.cluster_attention(*views, pattern, backend=backend),
@@ -429,7 +418,7 @@ def test_low_precision_errs_no_more_than_dense_attention(
     device: torch.device, backend: str, dtype: torch.dtype, case: Case
 ) -> None:
     """Against the float64 result of the same rounded numbers, under the same pattern."""
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     rounded = [case.tokens(name, 16, dtype=dtype, device=device) for name in ("query", "key", "value")]
     rounded[1] = torch.nn.functional.normalize(rounded[1], dim=-1)
     low = [tensor.detach().requires_grad_() for tensor in rounded]
@@ -454,7 +443,7 @@ def test_scores_and_softmax_of_half_inputs_are_float32(
 ) -> None:
     """The weights come back in float32, and are those of the same numbers given in float32."""
     query, key, _ = inputs_of(case, device, dtype)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     weights = fast.cluster_weights(20 * query, key, pattern, backend=backend)
     assert weights.dtype == torch.float32
     wide = fast.cluster_weights((20 * query).float(), key.float(), pattern, backend=backend)
@@ -468,7 +457,7 @@ def test_scores_and_softmax_of_half_inputs_are_float32(
 def test_gradcheck(device: torch.device, backend: str, case: Case) -> None:
     """Numerical derivatives, independent of any other implementation."""
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
 
     def weights_of(query: Tensor, key: Tensor) -> Tensor:
         return real_rows(pattern, fast.cluster_weights(query, key, pattern, backend=backend))
@@ -508,7 +497,7 @@ def test_normalised_keys_are_unit_keys(device: torch.device, case: Case, backend
     length = key.norm(dim=-1, keepdim=True).clamp(min=5e-5)
     unit, size = key / length, length.detach()
     assert_values_close(l2_normalize(key), unit)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     options = {"scale": scale, "backend": backend}
     for actual, expected in (
         (
@@ -534,7 +523,7 @@ def test_normalised_keys_are_unit_keys(device: torch.device, case: Case, backend
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck_of_normalised_keys(device: torch.device, backend: str, case: Case) -> None:
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     options = {"normalize_keys": True, "backend": backend}
     assert_derivatives(lambda q, k: real_rows(pattern, fast.cluster_weights(q, k, pattern, **options)), (query, key))
     assert_derivatives(lambda q, k: fast.cluster_lse(q, k, pattern, **options), (query, key))
@@ -550,7 +539,7 @@ def test_weights_of_lower_precision_are_rounded(
 ) -> None:
     """To the bit; what they gather is in the dtype of the values, and off by no more than both roundings."""
     query, key, value = inputs_of(case, device, torch.float32)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     whole = fast.cluster_weights(query, key, pattern, backend=backend)
     weights = fast.cluster_weights(query, key, pattern, dtype=dtype, backend=backend)
     assert whole.dtype == torch.float32
@@ -574,7 +563,7 @@ def test_bfloat16_weights_err_no_more_than_dense_attention(device: torch.device,
 
     A quarter more is allowed because in the smallest cases few roundings meet: 7 % more was the worst of 6,480 seen.
     """
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     leaves = [case.tokens(name, 16, dtype=torch.float32, device=device) for name in ("query", "key", "value")]
     leaves[1] = torch.nn.functional.normalize(leaves[1], dim=-1)
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -633,7 +622,7 @@ def test_weights_and_values_meet_in_the_lower_precision(
     """The result is that of both in the lower one, to the bit, in the dtype of the values; gradients keep dtypes."""
     case = PADDED_TAIL
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     weights = fast.cluster_weights(query, key, pattern, dtype=of_weights).detach().requires_grad_()
     value = value.detach().to(of_value).requires_grad_()
     actual = fast.apply_cluster_weights(weights, value, pattern, backend=backend)
@@ -653,7 +642,7 @@ def test_weights_and_values_meet_in_the_lower_precision(
 def test_autocast_does_not_reach_the_scores(device: torch.device, case: Case, backend: str) -> None:
     """Not a bit changes under bfloat16 autocast, forward or backward."""
     query, key, value = inputs_of(case, device, torch.float32)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     leaves = (query, key, value)
 
     def results() -> list[Tensor]:
@@ -683,7 +672,7 @@ def test_impossible_chunks_are_refused(options: dict[str, int], given: str) -> N
 
 def test_rows_of_another_size_are_refused() -> None:
     case = PADDED_TAIL
-    pattern = pattern_of(case, torch.device("cpu"))
+    pattern = case.pattern(device=torch.device("cpu"))
     query, key, value = inputs_of(case.but(num_tokens=5), torch.device("cpu"))
     for call in (
         lambda: fast.cluster_weights(query, key, pattern),
@@ -697,8 +686,8 @@ def test_rows_of_another_size_are_refused() -> None:
 def test_weights_of_another_pattern_are_refused() -> None:
     case = PADDED_TAIL
     query, key, value = inputs_of(case, torch.device("cpu"))
-    weights = fast.cluster_weights(query, key, pattern_of(case, torch.device("cpu")))
-    other = pattern_of(case.but(chunk_size=4), torch.device("cpu"))
+    weights = fast.cluster_weights(query, key, case.pattern(device=torch.device("cpu")))
+    other = case.but(chunk_size=4).pattern(device=torch.device("cpu"))
     with pytest.raises(ShapeError, match=r"of shape \(2, 2, 4, 12\), got \(2, 3, 3, 9\)"):
         fast.apply_cluster_weights(weights, value, other)
 
@@ -709,7 +698,7 @@ def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(
         ValueError, match="backend must be one of 'auto', 'eager', 'tiles', 'flex', 'triton', got 'tile'"
     ):
-        fast.cluster_weights(query, key, pattern_of(PADDED_TAIL, torch.device("cpu")), backend="tile")
+        fast.cluster_weights(query, key, PADDED_TAIL.pattern(device=torch.device("cpu")), backend="tile")
 
 
 @pytest.mark.parametrize("scores_per_tile", [1, 3 * 48 * 48, 2**18])
@@ -717,7 +706,7 @@ def test_the_size_of_a_tile_does_not_matter(scores_per_tile: int, monkeypatch: p
     """One chunk a tile, one whole tile, and what lies between give the one-shot backend's values and gradients."""
     monkeypatch.setattr(cluster_tiles, "_SCORES_PER_TILE", scores_per_tile)
     case = Case(batch=2, num_tokens=300, num_clusters=7, chunk_size=48)
-    pattern = pattern_of(case, torch.device("cpu"))
+    pattern = case.pattern(device=torch.device("cpu"))
     inputs = inputs_of(case, torch.device("cpu"))
     tiles, eager = (
         fast.cluster_attention(*inputs, pattern, scale=0.7, backend=backend) for backend in ("tiles", "eager")

@@ -11,7 +11,6 @@ from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import flex as cluster_flex
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.reference import cluster as slow
-from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
 
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
@@ -23,17 +22,6 @@ NEAREST = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, seed=10, ne
 NEAREST_LONG = Case(batch=2, num_tokens=17, num_clusters=5, chunk_size=5, num_adjacent=2, seed=11, nearest=True)
 FOUR_CHUNKS_TWO_SIDES = Case(num_tokens=8, num_clusters=3, chunk_size=2, num_adjacent=2, seed=8)
 TWO_CHUNKS_PUBLISHED = Case(num_tokens=6, num_clusters=2, chunk_size=3, count_keys_once=False, seed=2)
-
-
-def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
-    pattern = fast.cluster_pattern(
-        case.assignment(device=device),
-        chunk_size=case.chunk_size,
-        num_adjacent=case.num_adjacent,
-        count_keys_once=case.count_keys_once,
-    )
-    routing = case.tokens("routing", 3, device=device)
-    return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
 
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -62,7 +50,7 @@ def entries(num_blocks: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tens
 @example(case=NEAREST_LONG, block=4)
 def test_block_masks_show_what_the_pattern_shows(case: Case, block: int | None) -> None:
     """Blocks of a chunk, as on the CPU, and of any other size, as on GPUs; what is listed as whole is not masked."""
-    pattern = pattern_of(case, torch.device("cpu"))
+    pattern = case.pattern(device=torch.device("cpu"))
     layout = ClusterLayout.of(pattern)
     slot = torch.arange(layout.num_slots)
     block = block or layout.chunk_size
@@ -106,7 +94,7 @@ def test_attention_equals_masked_dense_attention(device: torch.device, nearest: 
         base.but(num_tokens=50, count_keys_once=nearest),
     ):
         rows = inputs_of(case, device)
-        pattern = pattern_of(case, device)
+        pattern = case.pattern(device=device)
         with torch.no_grad():
             actual = fast.cluster_attention(*rows, pattern, scale=0.7, backend="flex")
         expected = slow.cluster_attention(*(row.double() for row in rows), pattern, scale=0.7)
@@ -120,7 +108,7 @@ def test_attention_equals_masked_dense_attention(device: torch.device, nearest: 
 def test_half_values_are_gathered_in_float32(device: torch.device) -> None:
     case = Case(batch=2, num_tokens=23, num_clusters=9, chunk_size=4, seed=3)
     query, key, value = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     with torch.no_grad():
         actual = fast.cluster_attention(query, key, value.bfloat16(), pattern, backend="flex")
     expected = slow.cluster_attention(query, key, value.bfloat16().float(), pattern).bfloat16()
@@ -135,7 +123,7 @@ def test_gradients_and_lse_on_a_gpu(chunk_size: int, nearest: bool) -> None:
     device = torch.device("cuda")
     case = Case(batch=2, num_tokens=1000, num_clusters=20, chunk_size=chunk_size, nearest=nearest)
     rows = [case.tokens(name, 16, dtype=torch.float32, device=device).requires_grad_() for name in ("q", "k", "v")]
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     probe = case.tokens("probe", 16, dtype=torch.float32, device=device)
     actual = fast.cluster_attention(*rows, pattern, backend="flex")
     expected = fast.cluster_attention(*rows, pattern, backend="eager")
@@ -152,7 +140,7 @@ def test_gradients_and_lse_on_a_gpu(chunk_size: int, nearest: bool) -> None:
 def test_what_it_cannot_do_on_a_cpu_is_refused() -> None:
     device = torch.device("cpu")
     query, key, value = inputs_of(PADDED_TAIL, device)
-    pattern = pattern_of(PADDED_TAIL, device)
+    pattern = PADDED_TAIL.pattern(device=device)
     with pytest.raises(BackendError, match="no gradient on 'cpu', and an input requires one; 'tiles' and 'eager' have"):
         fast.cluster_attention(query, key, value.requires_grad_(), pattern, backend="flex")
     with pytest.raises(
@@ -169,7 +157,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     torch._dynamo.reset()
     query, key, value = inputs_of(PADDED_TAIL, torch.device("cpu"))
-    pattern = pattern_of(PADDED_TAIL, torch.device("cpu"))
+    pattern = PADDED_TAIL.pattern(device=torch.device("cpu"))
     with (
         torch.no_grad(),
         pytest.raises(BackendError, match=r"cannot build its kernel here: .*; 'tiles' and 'eager' need no"),

@@ -69,12 +69,7 @@ def test_no_samples(backend: fast.Backend, num_rounds: int) -> None:
 )
 def test_lse_equals_loops(device: torch.device, case: Case, backend: fast.Backend, scale: float) -> None:
     query, key = (case.tokens(name, 4, device=device).requires_grad_() for name in ("query", "key"))
-    pattern = fast.cluster_pattern(
-        case.assignment(device=device),
-        chunk_size=case.chunk_size,
-        num_adjacent=case.num_adjacent,
-        count_keys_once=case.count_keys_once,
-    )
+    pattern = case.pattern(device=device)
     actual = fast.cluster_lse(query, key, pattern, scale=scale, backend=backend)
     expected = slow.cluster_lse(query, key, pattern, scale=scale)
     assert_values_close(actual, expected)

@@ -14,7 +14,6 @@ from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import triton as cluster_triton
 from sparse_sr_attn.reference import cluster as slow
-from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import (
     LOW_PRECISION,
@@ -53,17 +52,6 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_triton, "_SLOTS", 16)
 
 
-def pattern_of(case: Case, device: torch.device) -> ClusterPattern:
-    pattern = fast.cluster_pattern(
-        case.assignment(device=device),
-        chunk_size=case.chunk_size,
-        num_adjacent=case.num_adjacent,
-        count_keys_once=case.count_keys_once,
-    )
-    routing = case.tokens("routing", 3, device=device)
-    return fast.with_nearest_chunks(pattern, routing) if case.nearest else pattern
-
-
 def inputs_of(
     case: Case, device: torch.device, dtype: torch.dtype = torch.float64, value_width: int = VALUE_WIDTH
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +76,7 @@ def inputs_of(
 @example(case=NEAREST_BLOCKS, scale=0.3)
 def test_attention_equals_masked_dense_attention(device: torch.device, case: Case, scale: float) -> None:
     leaves = inputs_of(case, device)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     actual = fast.cluster_attention(*leaves, pattern, scale=scale, backend="triton")
     expected = slow.cluster_attention(*leaves, pattern, scale=scale)
     assert_values_close(actual, expected)
@@ -104,7 +92,7 @@ def test_attention_equals_masked_dense_attention(device: torch.device, case: Cas
 @example(case=NEAREST_BLOCKS, scale=1.0)
 def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> None:
     leaves = inputs_of(case, device)[:2]
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     actual = fast.cluster_lse(*leaves, pattern, scale=scale, backend="triton")
     expected = slow.cluster_lse(*leaves, pattern, scale=scale)
     assert_values_close(actual, expected)
@@ -115,7 +103,7 @@ def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> Non
 @pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED, NEAREST], ids=["exact", "published", "nearest"])
 def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
     leaves = inputs_of(case, device)
-    pattern = pattern_of(case.but(batch=2 * case.batch), device)
+    pattern = case.but(batch=2 * case.batch).pattern(device=device)
     actual = fast.cluster_attention_rounds(*leaves, pattern, 2, backend="triton")
     expected = slow.cluster_attention_rounds(*leaves, pattern, 2)
     assert_values_close(actual, expected)
@@ -133,7 +121,7 @@ def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
 )
 def test_gradcheck_of_both_outputs(device: torch.device, case: Case) -> None:
     """Numerical derivatives; the output and the lse of one call send gradients back together."""
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once)
 
     def both(*leaves: Tensor) -> Tensor:
@@ -148,7 +136,7 @@ def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: 
     """And the gradient of the lse counts once, not with every part."""
     monkeypatch.setattr(cluster_triton, "_VALUE_COLUMNS", 16)
     leaves = inputs_of(case, device, value_width=35)
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once)
     output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 1.0)
     actual = torch.cat([output, lse[..., None]], dim=-1)
@@ -168,7 +156,7 @@ def test_wide_values_go_in_parts(device: torch.device, case: Case, monkeypatch: 
 )
 def test_an_unseen_token_cannot_matter(device: torch.device, case: Case, filling: float) -> None:
     query, key, value = (leaf.detach() for leaf in inputs_of(case, device))
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     before = fast.cluster_attention(query, key, value, pattern, backend="triton")
     token = int(pattern.order[0, -1])
     blind = ~slow.visible_pairs(pattern)[:, :, token]
@@ -183,7 +171,7 @@ def test_large_scores_do_not_overflow(device: torch.device) -> None:
     case = SEVERAL_BLOCKS.but(num_clusters=1)
     query, key, value = (leaf.detach() for leaf in inputs_of(case, device, torch.float32))
     key = key * torch.linspace(0, 300, case.num_tokens, device=device)[:, None]
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     actual = fast.cluster_attention(query, key, value, pattern, backend="triton")
     expected = slow.cluster_attention(query.double(), key.double(), value.double(), pattern)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3)
@@ -197,7 +185,7 @@ def test_low_precision_is_no_worse_than_dense_attention(device: torch.device, ca
     kinds = (torch.float32, torch.float32, dtype)
     rows = [leaf.detach().to(kind).requires_grad_() for leaf, kind in zip(wide, kinds, strict=True)]
     exact = [row.detach().double().requires_grad_() for row in rows]
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     actual = fast.cluster_attention(*rows, pattern, backend="triton")
     peer = slow.cluster_attention(*rows, pattern)
     oracle = slow.cluster_attention(*exact, pattern)
@@ -221,7 +209,7 @@ def test_sharp_attention_is_no_worse_than_dense_attention(
     value = case.tokens("value", 16, dtype=torch.float32, device=device)
     rows = [rows.requires_grad_() for rows in (scale * query, torch.nn.functional.normalize(key, dim=-1), value)]
     exact = [row.detach().double().requires_grad_() for row in rows]
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     actual = fast.cluster_attention(*rows, pattern, backend="triton")
     peer, oracle = slow.cluster_attention(*rows, pattern), slow.cluster_attention(*exact, pattern)
     probe = case.tokens("probe", 16, dtype=torch.float32, device=device)
@@ -232,7 +220,7 @@ def test_sharp_attention_is_no_worse_than_dense_attention(
 
 def test_results_are_the_same_in_every_run(device: torch.device) -> None:
     leaves = inputs_of(SEVERAL_BLOCKS_PUBLISHED, device, torch.float32)
-    pattern = pattern_of(SEVERAL_BLOCKS_PUBLISHED, device)
+    pattern = SEVERAL_BLOCKS_PUBLISHED.pattern(device=device)
     probe = SEVERAL_BLOCKS_PUBLISHED.tokens("probe", VALUE_WIDTH, dtype=torch.float32, device=device)
 
     def run() -> list[Tensor]:
@@ -279,7 +267,7 @@ def test_half_points_are_assigned_in_float32(device: torch.device, dtype: torch.
 
 def test_too_wide_queries_are_refused(device: torch.device) -> None:
     rows = torch.zeros(1, 2, 257, device=device)
-    pattern = pattern_of(Case(num_tokens=2), device)
+    pattern = Case(num_tokens=2).pattern(device=device)
     with pytest.raises(BackendError, match="at most 256 channels, got 257; 'eager' takes any number"):
         fast.cluster_attention(rows, rows, rows, pattern, backend="triton")
 

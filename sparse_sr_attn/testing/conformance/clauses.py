@@ -1,327 +1,29 @@
-"""The contract of attention layers, clause by clause, for your own layer or a registry of layers.
-
-    from sparse_sr_attn.testing import conformance
-
-    def test_my_layer():
-        conformance.check_layer(MyLayer)
-
-    @pytest.mark.parametrize(("subject", "clause"), conformance.matrix(LAYERS), ids=str)
-    def test_contract(subject, clause):
-        clause.check(subject, torch.device("cpu"))
-
-A layer is built with small options (those of `SMALL` in its signature, unless you pass your own), and a consumer or
-provider is combined with the first matching partner in the registry. A clause returns the figures that it measured.
-"""
+"""The clauses of the contract that need no compiler."""
 
 import copy
 import importlib.util
-import inspect
 import io
 import pickle
 import random
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn.errors import ShapeError, SharingError
-from sparse_sr_attn.registry import Entry, Registry
-from sparse_sr_attn.testing.strategies import generator
+from sparse_sr_attn.testing.conformance.clause import Figures, alone, clause, has_state, keeps_shape, reads_states
+from sparse_sr_attn.testing.conformance.subject import CHANNELS, HEIGHT, WIDTH, Chain, Subject, attend, feature_map
+from sparse_sr_attn.testing.conformance.training import assert_same, everything, history, train
 from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_derivatives, rms
 
-Figures = Mapping[str, float]
-"""The figures measured by a check, by name."""
 
-CHANNELS = 8
-HEIGHT, WIDTH = 5, 7
-
-SMALL: Mapping[str, object] = {
-    "num_clusters": 5,
-    "chunk_size": 4,
-    "reduction": 2,
-    "ema_decay": 0.9,
-    "reseed_threshold": 0.5,
-    "res_scale": 0.5,
-    "window_sizes": (2, 3, 4),
-    "shift": True,
-    "share": 2,
-    "amplification": 1.0,
-}
-"""Options small enough that a map of 5x7 has several chunks and windows, padded ones, and clusters that die."""
-
-
-# --- what is checked --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A registered layer and how to build it small.
-
-    Attributes:
-        entry: the entry in the registry.
-        partner: the provider of a consumer, or the consumer of a provider.
-        shared: whether to use the layer in two steps, `layer(x, layer.attend(x))`, instead of alone.
-        options: options in addition to the small ones.
-    """
-
-    entry: Entry[nn.Module]
-    partner: Entry[nn.Module] | None = None
-    shared: bool = False
-    options: Mapping[str, object] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.entry.name} sharing" if self.shared else self.entry.name
-
-    @property
-    def kind(self) -> str:
-        """Kind of the entry: layer, consumer, provider or operator."""
-        return self.entry.kind
-
-    def takes(self, option: str) -> bool:
-        """Return whether the constructor has this option."""
-        return option in inspect.signature(self.entry.build).parameters
-
-    def layer(self, channels: int = CHANNELS, **options: object) -> nn.Module:
-        """Build the layer alone, with reproducible weights."""
-        return _build(self.entry, channels, {**self.options, **options})
-
-    def chain(self, channels: int = CHANNELS, **options: object) -> "Chain":
-        """Build the layer, with its partner if it needs one, as a module from feature map to feature map."""
-        partner = None if self.partner is None else _build(self.partner, channels, {})
-        return Chain(self.layer(channels, **options), partner, self.kind, self.shared)
-
-
-class Chain(nn.Module):
-    """A layer of any kind, wrapped as a module from feature map to feature map.
-
-    Args:
-        layer: the layer to check.
-        partner: the provider of a consumer, or the consumer of a provider.
-        kind: kind of the layer.
-        shared: whether the layer is used through its own state.
-    """
-
-    def __init__(self, layer: nn.Module, partner: nn.Module | None, kind: str, shared: bool) -> None:
-        super().__init__()
-        self.layer = layer
-        self.partner = partner
-        self.kind = kind
-        self.shared = shared
-
-    def state(self, x: Tensor) -> Any:
-        """Return the shared state."""
-        if self.kind == "consumer":
-            return attend(self.partner, x)
-        return attend(self.layer, x)
-
-    def read(self, x: Tensor, state: object) -> Tensor:
-        """Return the output of the reader of a state."""
-        reader = self.partner if self.kind == "provider" else self.layer
-        assert reader is not None, "a provider without a consumer in the registry"
-        return reader(x, state)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the feature map."""
-        if self.kind in ("consumer", "provider") or self.shared:
-            return self.read(x, self.state(x))
-        return self.layer(x)
-
-
-def attend(provider: nn.Module | None, x: Tensor) -> Any:
-    """Return the state of `x` from a provider or a layer that provides one."""
-    assert provider is not None, "a consumer without a provider in the registry"
-    make = getattr(provider, "attend", provider)
-    return make(x)
-
-
-def subjects(registry: Registry[nn.Module]) -> list[Subject]:
-    """Return all layers of a registry with their partners; layers that provide a state twice, alone and sharing."""
-    entries = [registry.get(name) for name in registry]
-    entries.sort(key=lambda entry: entry.kind != "provider")  # a partner that only provides comes first
-    found = []
-    for entry in entries:
-        if entry.kind == "consumer":
-            found.append(Subject(entry, partner=_partner(entry, [other for other in entries if _fits(other, entry)])))
-        elif entry.kind == "provider":
-            found.append(Subject(entry, partner=_partner(entry, [other for other in entries if _fits(entry, other)])))
-        else:
-            found.append(Subject(entry))
-            if getattr(entry.build, "provides", None) is not None:
-                found.append(Subject(entry, shared=True))
-    return found
-
-
-def _partner(entry: Entry[nn.Module], fitting: list[Entry[nn.Module]]) -> Entry[nn.Module]:
-    if not fitting:
-        raise LookupError(f"a {entry.kind} needs a partner in the registry, {entry.name} has none")
-    return fitting[0]
-
-
-def _fits(provider: Entry[nn.Module], consumer: Entry[nn.Module]) -> bool:
-    if provider.kind not in ("provider", "layer") or consumer.kind != "consumer":
-        return False
-    if provider.kind == "layer" and getattr(provider.build, "provides", None) is None:
-        return False
-    with torch.no_grad():
-        state = attend(_build(provider, CHANNELS, {}).eval(), torch.zeros(1, CHANNELS, 2, 2))
-    return isinstance(state, getattr(consumer.build, "requires", ()) or ())
-
-
-def _build(entry: Entry[nn.Module], channels: int, options: Mapping[str, object]) -> nn.Module:
-    known = inspect.signature(entry.build).parameters
-    small = {name: value for name, value in SMALL.items() if name in known}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return entry.build(channels, **{**small, **options})
-
-
-def feature_map(
-    name: str,
-    batch: int = 2,
-    channels: int = CHANNELS,
-    height: int = HEIGHT,
-    width: int = WIDTH,
-    *,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return normal numbers that depend only on `name` and the size."""
-    numbers = torch.randn(batch, channels, height, width, generator=generator(0, name), dtype=torch.float64)
-    return numbers.to(device, dtype)
-
-
-# --- the clauses ------------------------------------------------------------------------------------------------------
-
-
-Check = TypeVar("Check", bound=Callable[[Subject, torch.device], Figures | None])
-
-
-@dataclass(frozen=True)
-class Clause:
-    """One clause of the contract.
-
-    Attributes:
-        name: name for test ids.
-        check: function that raises AssertionError, or the layer's own error, if the subject breaks the clause, and else
-            returns the figures that it measured.
-        applies: function that returns whether the clause applies to a subject.
-        hookable: whether it can be checked under jaxtyping's import hook, which interferes with compilers and Python's
-            random state, and reports values of the wrong type first.
-        slow: whether it takes more than a few seconds.
-    """
-
-    name: str
-    check: Callable[[Subject, torch.device], Figures | None]
-    applies: Callable[[Subject], bool]
-    hookable: bool = True
-    slow: bool = False
-
-    def __str__(self) -> str:
-        return self.name
-
-
-CLAUSES: list[Clause] = []
-
-
-def _everyone(_: Subject) -> bool:
-    return True
-
-
-def _clause(
-    applies: Callable[[Subject], bool] = _everyone, *, hookable: bool = True, slow: bool = False
-) -> Callable[[Check], Check]:
-    def enter(check: Check) -> Check:
-        name = check.__name__.removeprefix("check_").replace("_", " ")
-        CLAUSES.append(Clause(name, check, applies, hookable, slow))
-        return check
-
-    return enter
-
-
-def matrix(registry: Registry[nn.Module]) -> list[tuple[Subject, Clause]]:
-    """Return every layer with every clause that applies to it."""
-    everyone = subjects(registry)
-    return [(subject, clause) for clause in CLAUSES for subject in everyone if clause.applies(subject)]
-
-
-def check_layer(
-    build: Callable[..., nn.Module],
-    *,
-    kind: str = "layer",
-    partner: Callable[..., nn.Module] | None = None,
-    device: torch.device | str = "cpu",
-    slow: bool = False,
-    leave_out: Collection[str] = (),
-    **options: object,
-) -> dict[str, float]:
-    """Check your own layer, registered or not, against the whole contract.
-
-    Args:
-        build: the layer, called as `build(embed_dim, **options)`.
-        kind: layer, consumer, provider or operator.
-        partner: for a consumer, a layer that provides its state; for a provider, a consumer.
-        device: device to check on.
-        slow: whether to include the slow clauses, which take minutes with a compiler.
-        leave_out: names of clauses to skip.
-        **options: options of the layer, in addition to the small ones (`SMALL`).
-
-    Returns:
-        The figures that the clauses measured.
-
-    Raises:
-        AssertionError: the layer breaks clauses; names all of them with the reasons.
-        ValueError: a name in `leave_out` is not a clause.
-        LookupError: a consumer or provider has no matching partner.
-    """
-    known = {clause.name for clause in CLAUSES}
-    if set(leave_out) - known:
-        raise ValueError(f"leave_out must name clauses, got {sorted(set(leave_out) - known)}; known: {sorted(known)}")
-    registry: Registry[nn.Module] = Registry("layer")
-    name = getattr(build, "__name__", repr(build))
-    registry.register(name, kind=kind, source="")(build)
-    if partner is not None:
-        other = "consumer" if kind == "provider" else "provider" if not hasattr(partner, "provides") else "layer"
-        registry.register(f"partner of {name}", kind=other, source="")(partner)
-    figures: dict[str, float] = {}
-    broken = []
-    for subject, clause in matrix(registry):
-        if subject.entry.name != name or clause.name in leave_out or (clause.slow and not slow):
-            continue
-        try:
-            figures |= clause.check(replace(subject, options=options), torch.device(device)) or {}
-        except Exception as problem:
-            broken.append(f"{subject}: {clause}: {type(problem).__name__}: {str(problem)[:500]}")
-    if broken:
-        raise AssertionError("\n".join(broken))
-    return figures
-
-
-def _alone(subject: Subject) -> bool:
-    return not subject.shared
-
-
-def _reads_states(subject: Subject) -> bool:
-    return subject.kind == "consumer" or subject.shared
-
-
-def _has_state(subject: Subject) -> bool:
-    return subject.kind in ("consumer", "provider") or subject.shared
-
-
-def _keeps_shape(subject: Subject) -> bool:
-    return subject.kind != "operator"
-
-
-@_clause()
+@clause()
 def check_any_size(subject: Subject, device: torch.device) -> None:
     """Any h, w >= 1, any batch, from one channel up, in training and evaluation."""
     sizes = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 17), (17, 1), (3, 4), (5, 7), (8, 8), (9, 13)]
@@ -333,13 +35,13 @@ def check_any_size(subject: Subject, device: torch.device) -> None:
                     x = feature_map("x", batch, channels, height, width, device=device)
                     output = chain.train(training)(x)
                     assert torch.isfinite(output).all(), f"{batch}x{channels}x{height}x{width}"
-                    if _keeps_shape(subject):
+                    if keeps_shape(subject):
                         assert output.shape == x.shape
                     assert output.shape[0] == batch
                     assert output.shape[2:] == (height, width)
 
 
-@_clause(slow=True)
+@clause(slow=True)
 def check_every_size(subject: Subject, device: torch.device) -> Figures:
     """All sizes from 1x1 to 17x17 and lopsided ones, in evaluation, batches of one to three, from one channel up."""
     sizes = [(height, width) for height in range(1, 18) for width in range(1, 18)]
@@ -352,7 +54,7 @@ def check_every_size(subject: Subject, device: torch.device) -> Figures:
             output = chain(x)
             assert output.shape[::2] == x.shape[::2], f"{height}x{width}: {tuple(output.shape)}"
             assert output.shape[3] == width
-            assert not _keeps_shape(subject) or output.shape == x.shape
+            assert not keeps_shape(subject) or output.shape == x.shape
             assert torch.isfinite(output).all(), f"{height}x{width}"
     return {"sizes": len(sizes)}
 
@@ -371,7 +73,7 @@ def _snapshot(module: nn.Module) -> dict[str, object]:
     return seen
 
 
-@_clause()
+@clause()
 def check_forward_sets_no_attribute(subject: Subject, device: torch.device) -> None:
     """In training and evaluation, a forward stores state only in buffers, which it updates in place."""
     chain = subject.chain().to(device)
@@ -383,7 +85,7 @@ def check_forward_sets_no_attribute(subject: Subject, device: torch.device) -> N
         assert _snapshot(chain) == before
 
 
-@_clause(hookable=False)
+@clause(hookable=False)
 def check_evaluation_moves_nothing(subject: Subject, device: torch.device) -> None:
     """No buffer and no global random state, before and after training, with and without gradients."""
     chain = subject.chain().to(device)
@@ -398,10 +100,10 @@ def check_evaluation_moves_nothing(subject: Subject, device: torch.device) -> No
             assert_bit_equal(tensor, before[name])
         assert torch.equal(torch.random.get_rng_state(), dice[0]), "torch's global random state moved"
         assert random.getstate() == dice[1], "Python's global random state moved"
-        _train(chain, device)
+        train(chain, device)
 
 
-@_clause(_alone)
+@clause(alone)
 def check_training_moves_state_once_a_forward(subject: Subject, device: torch.device) -> None:
     """Counters `num_updates` go up by one a forward (the first leaves its update pending); backwards add none."""
     chain = subject.chain().to(device).train()
@@ -416,7 +118,7 @@ def check_training_moves_state_once_a_forward(subject: Subject, device: torch.de
             assert int(counter) == step, name
 
 
-@_clause()
+@clause()
 def check_every_parameter_learns(subject: Subject, device: torch.device) -> None:
     """Each gets a finite gradient that is not all zero, and so does the input; with zero_init after two steps."""
     for zero_init in (False, True) if subject.takes("zero_init") else (False,):
@@ -437,7 +139,7 @@ def check_every_parameter_learns(subject: Subject, device: torch.device) -> None
         assert x.grad.any()
 
 
-@_clause()
+@clause()
 def check_every_part_is_called(subject: Subject, device: torch.device) -> None:
     """Hooks on each submodule with parameters of its own run in a forward, and what they return counts."""
     for training in (True, False):
@@ -451,7 +153,7 @@ def check_every_part_is_called(subject: Subject, device: torch.device) -> None:
             assert not torch.equal(hooked, plain), f"{name} is not called when {training=}; its hooks are passed over"
 
 
-@_clause()
+@clause()
 def check_parts_can_be_replaced(subject: Subject, device: torch.device) -> None:
     """Convolutions and linear layers are only called, because quantisation, offloading and fusion replace them."""
     for training in (True, False):
@@ -466,7 +168,7 @@ def check_parts_can_be_replaced(subject: Subject, device: torch.device) -> None:
         torch.testing.assert_close(replaced(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@_clause(hookable=False)
+@clause(hookable=False)
 def check_compiled_with_other_forwards(subject: Subject, device: torch.device) -> None:
     """Compilers see hooks on all modules at once, and forwards that were replaced, of every part with parameters."""
     x = feature_map("x", device=device)
@@ -512,7 +214,7 @@ def _hook_all(chain: Chain) -> Callable[[], None]:
     return handle.remove
 
 
-@_clause()
+@clause()
 def check_reparametrised_weights_learn(subject: Subject, device: torch.device) -> None:
     """Weight and spectral normalisation (old and new), and pruning: they train, and the result is that of the weights.
 
@@ -570,7 +272,7 @@ def _reparametrisations() -> dict[str, tuple[Callable[[nn.Module], object], Call
     }
 
 
-@_clause()
+@clause()
 def check_forward_mode_derivatives(subject: Subject, device: torch.device) -> None:
     """`torch.func.jvp` and dual tensors give the derivative that finite differences give; or an error, never less."""
     chain = subject.chain().double().to(device).eval()
@@ -588,7 +290,7 @@ def check_forward_mode_derivatives(subject: Subject, device: torch.device) -> No
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@_clause()
+@clause()
 def check_transforms(subject: Subject, device: torch.device) -> None:
     """`torch.func.grad`, `jacrev`, `jacfwd`, `hessian` and `vmap` give what backwards and calls one by one give."""
     chain = subject.chain().double().to(device).eval()
@@ -616,7 +318,7 @@ def check_transforms(subject: Subject, device: torch.device) -> None:
     torch.testing.assert_close(torch.func.vmap(chain)(images), torch.stack([chain(image) for image in images]))
 
 
-@_clause(hookable=False)
+@clause(hookable=False)
 def check_compiled_forward_mode(subject: Subject, device: torch.device) -> None:
     """`torch.func.jvp` of a compiled module, and compiled itself, gives all of the derivative."""
     chain = subject.chain().to(device).eval()
@@ -632,7 +334,7 @@ def check_compiled_forward_mode(subject: Subject, device: torch.device) -> None:
     torch.compiler.reset()
 
 
-@_clause()
+@clause()
 def check_traced(subject: Subject, device: torch.device) -> None:
     """`torch.jit.trace` records a program that gives the same for other images of that size."""
     chain = subject.chain().to(device).eval()
@@ -645,7 +347,7 @@ def check_traced(subject: Subject, device: torch.device) -> None:
         torch.testing.assert_close(traced(image), chain(image), rtol=1e-5, atol=1e-6)
 
 
-@_clause(_reads_states)
+@clause(reads_states)
 def check_state_of_another_size_is_refused(subject: Subject, device: torch.device) -> None:
     """Also with h and w swapped, which has the same number of tokens; the message names both sizes."""
     chain = subject.chain().to(device).eval()
@@ -661,7 +363,7 @@ def check_state_of_another_size_is_refused(subject: Subject, device: torch.devic
         assert re.search(rf"\b{batch}\b", message), f"{batch} samples are not named in: {message}"
 
 
-@_clause(_alone)
+@clause(alone)
 def check_another_number_of_channels_is_refused(subject: Subject, device: torch.device) -> None:
     """The message names both numbers, as that of `layers.base.check_map` does."""
     chain = subject.chain().to(device).eval()
@@ -675,7 +377,7 @@ def check_another_number_of_channels_is_refused(subject: Subject, device: torch.
         assert re.search(rf"\b{number}\b", message), f"{number} channels are not named in: {message}"
 
 
-@_clause(_reads_states, hookable=False)
+@clause(reads_states, hookable=False)
 def check_a_foreign_state_is_refused(subject: Subject, device: torch.device) -> None:
     """A consumer without a state, and any layer with a state of another type, raise SharingError."""
     layer, x = subject.layer().to(device), feature_map("x", device=device)
@@ -698,7 +400,7 @@ def _message(error: type[Exception], call: Callable[..., object], *args: object)
     raise AssertionError(f"{error.__name__} must be raised, got none")
 
 
-@_clause(lambda subject: subject.shared)
+@clause(lambda subject: subject.shared)
 def check_sharing_with_oneself_changes_nothing(subject: Subject, device: torch.device) -> None:
     """`layer(x, layer.attend(x))` is `layer(x)`, and so is a consumer with the layer's weights; gradients too."""
     layer = subject.layer().double().to(device).eval()
@@ -726,7 +428,7 @@ def check_sharing_with_oneself_changes_nothing(subject: Subject, device: torch.d
             torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-9)
 
 
-@_clause()
+@clause()
 def check_evaluation_does_not_mix_samples(subject: Subject, device: torch.device) -> Figures:
     """A sample's result is the same alone and in any batch, before and after training."""
     worst: dict[str, float] = {}
@@ -741,11 +443,11 @@ def check_evaluation_does_not_mix_samples(subject: Subject, device: torch.device
                 torch.testing.assert_close(alone, together[b], rtol=tolerance, atol=tolerance)
                 name = f"deviation, {dtype}".replace("torch.", "")
                 worst[name] = max(worst.get(name, 0.0), (alone - together[b]).abs().max().item())
-            _train(chain, device, dtype=dtype)
+            train(chain, device, dtype=dtype)
     return worst
 
 
-@_clause(lambda subject: _has_state(subject) and bool(_whole_numbers(_state_of(subject))))
+@clause(lambda subject: has_state(subject) and bool(_whole_numbers(_state_of(subject))))
 def check_assignments_do_not_depend_on_the_batch(subject: Subject, device: torch.device) -> None:
     """The whole numbers in a state that belong to a sample, such as its clusters, are the same without the others."""
     for dtype in (torch.float64, torch.float32):
@@ -755,10 +457,10 @@ def check_assignments_do_not_depend_on_the_batch(subject: Subject, device: torch
             x = feature_map("x", batch=3, dtype=dtype, device=device)
             together = _whole_numbers(chain.state(x))
             for b in range(3):
-                for alone, all_three in zip(_whole_numbers(chain.state(x[b : b + 1])), together, strict=True):
-                    if all_three.shape[:1] == (3 * len(alone),):
-                        assert torch.equal(alone, all_three.unflatten(0, (3, -1))[b]), "assigned otherwise alone"
-            _train(chain, device, dtype=dtype)
+                for single, all_three in zip(_whole_numbers(chain.state(x[b : b + 1])), together, strict=True):
+                    if all_three.shape[:1] == (3 * len(single),):
+                        assert torch.equal(single, all_three.unflatten(0, (3, -1))[b]), "assigned otherwise alone"
+            train(chain, device, dtype=dtype)
 
 
 def _state_of(subject: Subject) -> object:
@@ -771,7 +473,7 @@ def _whole_numbers(state: object) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.ndim > 0 and not leaf.is_floating_point()]
 
 
-@_clause()
+@clause()
 def check_degenerate_maps_are_finite_and_repeatable(subject: Subject, device: torch.device) -> None:
     """One pixel, all equal, all zero, an outlier of 1e4, pixels that repeat, more clusters than pixels: in training."""
     noise = feature_map("x", device=device)
@@ -794,19 +496,19 @@ def check_degenerate_maps_are_finite_and_repeatable(subject: Subject, device: to
                 leaf = x.clone().requires_grad_()
                 output = chain(leaf)
                 output.sum().backward()
-                record |= {f"{step} {key}": value for key, value in _everything(chain, leaf, output)}
+                record |= {f"{step} {key}": value for key, value in everything(chain, leaf, output)}
             record["evaluation"] = chain.eval()(x)
             runs.append(record)
         for key, value in runs[0].items():
             assert torch.isfinite(value).all(), f"{name}: {key} is not finite"
-        _assert_same(*runs)
+        assert_same(*runs)
 
 
-@_clause()
+@clause()
 def check_a_sample_that_is_not_finite_spoils_no_other(subject: Subject, device: torch.device) -> None:
     """In evaluation it keeps to itself; in training no buffer ever becomes non-finite."""
     chain = subject.chain().to(device)
-    _train(chain, device)
+    train(chain, device)
     for poison in (float("nan"), float("inf")):
         x = feature_map("x", batch=3, device=device)
         chain.eval()
@@ -822,19 +524,19 @@ def check_a_sample_that_is_not_finite_spoils_no_other(subject: Subject, device: 
                 assert torch.isfinite(buffer).all(), f"{name} is not finite any more"
 
 
-@_clause()
+@clause()
 def check_repeated_runs_are_bit_equal(subject: Subject, device: torch.device) -> None:
     """Ten training steps and an evaluation, twice from the start."""
     runs = []
     for _ in range(2):
         chain = subject.chain().to(device)
-        record = _history(chain, chain, device, num_steps=10)
+        record = history(chain, chain, device, num_steps=10)
         record["evaluation"] = chain.eval()(feature_map("x", device=device))
         runs.append(record)
-    _assert_same(*runs)
+    assert_same(*runs)
 
 
-@_clause()
+@clause()
 def check_deterministic_mode_changes_nothing(subject: Subject, device: torch.device) -> None:
     """Training and evaluation under PyTorch's deterministic algorithms, with unwritten memory filled with NaN.
 
@@ -844,13 +546,13 @@ def check_deterministic_mode_changes_nothing(subject: Subject, device: torch.dev
     for switch in (False, True):
         with _deterministic(switch):
             chain = subject.chain().to(device)
-            record = _history(chain, chain, device)
+            record = history(chain, chain, device)
             record["evaluation"] = chain.eval()(feature_map("x", device=device))
             runs.append(record)
     for name, value in runs[1].items():
         assert torch.isfinite(value).all(), f"{name} is not finite"
     if device.type == "cpu":
-        _assert_same(*runs)
+        assert_same(*runs)
 
 
 @contextmanager
@@ -867,7 +569,7 @@ def _deterministic(switch: bool) -> Iterator[None]:
         memory.fill_uninitialized_memory = before[1]
 
 
-@_clause()
+@clause()
 def check_strides_do_not_matter(subject: Subject, device: torch.device) -> None:
     """Channels last, or a cut-out of a larger map, is the same map."""
     chain = subject.chain().double().to(device).eval()
@@ -878,7 +580,7 @@ def check_strides_do_not_matter(subject: Subject, device: torch.device) -> None:
         torch.testing.assert_close(chain(x), expected, rtol=1e-10, atol=1e-10)
 
 
-@_clause()
+@clause()
 def check_precisions(subject: Subject, device: torch.device) -> None:
     """float64, float32, bfloat16 and float16, training and evaluation: finite, and the output has the input's dtype."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -898,7 +600,7 @@ def check_precisions(subject: Subject, device: torch.device) -> None:
                 assert torch.isfinite(buffer).all(), name
 
 
-@_clause()
+@clause()
 def check_loud_half_inputs_stay_finite(subject: Subject, device: torch.device) -> None:
     """Activations up to 1e4 in bfloat16 and float16, as layer and under autocast: outputs, gradients and buffers."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -920,7 +622,7 @@ def check_loud_half_inputs_stay_finite(subject: Subject, device: torch.device) -
                 assert torch.isfinite(buffer).all(), name
 
 
-@_clause()
+@clause()
 def check_autocast(subject: Subject, device: torch.device) -> Figures:
     """Under bfloat16 autocast results stay close to float32's, and parameters, gradients and buffers stay float32."""
     chain = subject.chain().to(device).train()
@@ -945,7 +647,7 @@ def check_autocast(subject: Subject, device: torch.device) -> Figures:
     return {"relative error of bfloat16": worst}
 
 
-@_clause(_has_state)
+@clause(has_state)
 def check_scores_of_half_inputs_are_float32(subject: Subject, device: torch.device) -> None:
     """Numbers that travel in a state are float32; for maps in bfloat16 they may be rounded to it, once."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -958,7 +660,7 @@ def check_scores_of_half_inputs_are_float32(subject: Subject, device: torch.devi
             assert tensor.dtype in allowed, f"the state holds {tensor.dtype}"
 
 
-@_clause(lambda subject: subject.shared)
+@clause(lambda subject: subject.shared)
 def check_the_fused_path_scores_in_float32_too(subject: Subject, device: torch.device) -> None:
     """For half inputs the layer alone agrees with its own float32 weights to the rounding of the values."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -968,14 +670,14 @@ def check_the_fused_path_scores_in_float32_too(subject: Subject, device: torch.d
         assert rms(fused.double() - stored.double()) <= torch.finfo(dtype).eps * rms(stored)
 
 
-@_clause()
+@clause()
 def check_copies_go_on_alike(subject: Subject, device: torch.device) -> None:
     """A deepcopy, a pickled copy and fresh layers with the state_dict evaluate and train on, all bit-equal.
 
     The state_dict goes through a file of torch's, read as data, and through safetensors if that is installed.
     """
     chain = subject.chain().to(device)
-    _train(chain, device)
+    train(chain, device)
     file = io.BytesIO()
     torch.save(chain.state_dict(), file)
     file.seek(0)
@@ -992,13 +694,13 @@ def check_copies_go_on_alike(subject: Subject, device: torch.device) -> None:
     for other in copies:
         assert_bit_equal(other.eval()(x), expected)
     chain.train()
-    record = _history(chain, chain, device)
+    record = history(chain, chain, device)
     for other in copies:
         other.train()
-        _assert_same(_history(other, other, device), record)
+        assert_same(history(other, other, device), record)
 
 
-@_clause(lambda subject: subject.takes("zero_init"))
+@clause(lambda subject: subject.takes("zero_init"))
 def check_zero_init_is_the_identity(subject: Subject, device: torch.device) -> None:
     """To the bit, in training and evaluation; without it the layer does something."""
     x = feature_map("x", device=device)
@@ -1007,7 +709,7 @@ def check_zero_init_is_the_identity(subject: Subject, device: torch.device) -> N
         assert (subject.chain(zero_init=False).to(device).train(training)(x) != x).any()
 
 
-@_clause()
+@clause()
 def check_gradients_are_derivatives(subject: Subject, device: torch.device) -> None:
     """Numerical ones, in float64, of the input and of every parameter of the layer."""
     chain = subject.chain(4).double().to(device).eval()
@@ -1019,209 +721,3 @@ def check_gradients_are_derivatives(subject: Subject, device: torch.device) -> N
         return torch.func.functional_call(chain, dict(zip(names, values, strict=True)), (x,))
 
     assert_derivatives(run, (x, *leaves))
-
-
-# --- compilers and activation checkpointing ---------------------------------------------------------------------------
-
-
-@_clause(hookable=False)
-def check_compiled_is_eager(subject: Subject, device: torch.device) -> None:
-    """One graph without a break; values, gradients and buffers over three steps, and evaluation at several sizes."""
-    _check_compiled(subject, device, "aot_eager")
-
-
-@_clause(hookable=False)
-def check_sizes_do_not_recompile(subject: Subject, device: torch.device) -> Figures:
-    """One graph for the first size and one for all others that have at least three chunks."""
-    from torch._dynamo.testing import CompileCounterWithBackend  # noqa: PLC0415  imports torch's compiler
-
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    chain = subject.chain().to(device).eval()
-    compiled = torch.compile(chain, fullgraph=True, backend=counter)
-    with torch.no_grad():
-        for height, width in ((5, 7), (8, 6), (9, 11), (6, 6), (13, 4)):
-            compiled(feature_map("x", height=height, width=width, device=device))
-    assert counter.frame_count <= 2, f"{counter.frame_count} graphs for five sizes"
-    return {"graphs for five sizes": counter.frame_count}
-
-
-@_clause(hookable=False, slow=True)
-def check_compiled_by_inductor_is_eager(subject: Subject, device: torch.device) -> None:
-    """The same with the default backend."""
-    _check_compiled(subject, device, "inductor")
-
-
-def _check_compiled(subject: Subject, device: torch.device, backend: str) -> None:
-    torch._dynamo.reset()
-    plain, chain = subject.chain().to(device), subject.chain().to(device)
-    compiled = torch.compile(chain, fullgraph=True, backend=backend)
-    _assert_same(
-        _history(chain, compiled, device),
-        _history(plain, plain, device),
-        tolerance=0.0 if backend == "aot_eager" else 1e-5,
-    )
-    # A batch of one, whose strides are ambiguous, and sizes of one.
-    _assert_same(
-        _history(chain, compiled, device, num_steps=1, batch=1),
-        _history(plain, plain, device, num_steps=1, batch=1),
-        tolerance=1e-5,
-    )
-    plain.eval(), chain.eval()
-    with torch.no_grad():
-        for batch, height, width in ((2, 5, 7), (2, 8, 6), (2, 9, 11), (2, 1, 1), (1, 5, 7), (1, 2, 1)):
-            x = feature_map("x", batch, height=height, width=width, device=device)
-            torch.testing.assert_close(compiled(x), plain(x), rtol=1e-5, atol=1e-5)
-
-
-@_clause(hookable=False)
-def check_export_with_dynamic_sizes(subject: Subject, device: torch.device) -> None:
-    """torch.export at one size, run at others, smaller than a chunk and larger than several."""
-    chain = subject.chain().to(device).eval()
-    _train(chain, device)
-    chain.eval()
-    dynamic = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
-    program = torch.export.export(chain, (feature_map("x", device=device),), dynamic_shapes=dynamic)
-    exported = program.module()
-    for height, width in ((HEIGHT, WIDTH), (WIDTH, HEIGHT), (2, 3), (4, 2), (13, 9), (6, 12)):
-        x = feature_map("y", height=height, width=width, device=device)
-        torch.testing.assert_close(exported(x), chain(x), rtol=1e-5, atol=1e-5)
-
-
-@_clause()
-def check_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
-    """`checkpoint(nn.Sequential(block, layer, block))` in training: output, gradients and buffers to the bit."""
-    plain, again = _body(subject, device), _body(subject, device)
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(again, x, use_reentrant=False)
-
-    _assert_same(_history(again, checkpointed, device), _history(plain, plain, device))
-
-
-@_clause()
-def check_reentrantly_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
-    """The same with `use_reentrant=True`, which runs the forward without a graph first."""
-    plain, again = _body(subject, device), _body(subject, device)
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(again, x, use_reentrant=True)
-
-    _assert_same(_history(again, checkpointed, device), _history(plain, plain, device))
-
-
-@_clause(hookable=False)
-def check_checkpointed_and_compiled_is_plain(subject: Subject, device: torch.device) -> None:
-    """Checkpointing inside the compiled graph, to the bit."""
-    _check_checkpointed_and_compiled(subject, device, "aot_eager", inside=True)
-
-
-@_clause(hookable=False)
-def check_compiled_inside_a_checkpoint_is_plain(subject: Subject, device: torch.device) -> None:
-    """A compiled module under eager checkpointing, to the bit."""
-    _check_checkpointed_and_compiled(subject, device, "aot_eager", inside=False)
-
-
-@_clause(hookable=False, slow=True)
-def check_checkpointed_and_compiled_by_inductor_is_plain(subject: Subject, device: torch.device) -> None:
-    """The same with the default backend, to its rounding."""
-    _check_checkpointed_and_compiled(subject, device, "inductor", inside=True)
-
-
-def _check_checkpointed_and_compiled(subject: Subject, device: torch.device, backend: str, *, inside: bool) -> None:
-    torch._dynamo.reset()
-    plain, again = _body(subject, device), _body(subject, device)
-    if inside:
-
-        def checkpointed(x: Tensor) -> Tensor:
-            return checkpoint(again, x, use_reentrant=False)
-
-        call = torch.compile(checkpointed, fullgraph=True, backend=backend)
-    else:
-        compiled = torch.compile(again, fullgraph=True, backend=backend)
-
-        def call(x: Tensor) -> Tensor:
-            return checkpoint(compiled, x, use_reentrant=False)
-
-    tolerance = 0.0 if backend == "aot_eager" else 1e-5
-    _assert_same(_history(again, call, device), _history(plain, plain, device), tolerance=tolerance)
-
-
-def _body(subject: Subject, device: torch.device) -> nn.Sequential:
-    """A user's body: a block, the layer, a block."""
-    chain = subject.chain()
-    with torch.no_grad():
-        channels = copy.deepcopy(chain)(torch.zeros(1, CHANNELS, 2, 2)).shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        first = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU())
-        last = nn.Sequential(nn.Conv2d(channels, CHANNELS, 3, padding=1), nn.ReLU())
-    return nn.Sequential(first, chain, last).to(device).train()
-
-
-def _train(chain: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """Three training steps, so that buffers are no longer as they were built."""
-    _history(chain.train(), chain, device, dtype=dtype)
-
-
-def _history(
-    module: nn.Module,
-    call: Callable[[Tensor], Tensor],
-    device: torch.device,
-    *,
-    num_steps: int = 3,
-    batch: int = 2,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Train a few steps and return everything that could differ: outputs, gradients, buffers, parameters."""
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
-    record: dict[str, Tensor] = {}
-    for step in range(num_steps):
-        x = feature_map(f"step {step}", batch, dtype=dtype, device=device).requires_grad_()
-        output = call(x)
-        probe = feature_map("probe", batch, output.shape[1], dtype=dtype, device=device)
-        optimizer.zero_grad()
-        (output * probe).sum().backward()
-        record.update({f"{step} {name}": tensor for name, tensor in _everything(module, x, output)})
-        optimizer.step()
-    for name, parameter in module.named_parameters():
-        record[f"trained {name}"] = parameter.detach().clone()
-    return record
-
-
-def _everything(module: nn.Module, x: Tensor, output: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield "output", output.detach().clone()
-    assert x.grad is not None
-    yield "gradient of the input", x.grad.clone()
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None:
-            yield f"gradient of {name}", parameter.grad.clone()
-    for name, buffer in module.named_buffers():
-        yield f"buffer {name}", buffer.clone()
-
-
-def _assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, tolerance: float = 0.0) -> None:
-    """Compare two histories; a tolerance is one of the largest number of a tensor, by which long sums round.
-
-    For gradients it is that of all gradients of the step: some are 0 but for what is left of sums as long (those of a
-    bias before batch normalisation).
-    """
-    assert actual.keys() == expected.keys()
-    largest: dict[str, float] = {}
-    for name, tensor in expected.items():
-        largest[_kind(name)] = max(largest.get(_kind(name), 1.0), tensor.abs().max().item())
-    for name, tensor in actual.items():
-        torch.testing.assert_close(
-            tensor,
-            expected[name],
-            rtol=tolerance,
-            atol=tolerance * largest[_kind(name)],
-            equal_nan=True,
-            msg=lambda text, name=name: f"{name}: {text}",  # type: ignore[misc]
-        )
-
-
-def _kind(name: str) -> str:
-    """Return what the numbers of an entry of a history are measured with: others of its kind, or only its own."""
-    step, _, rest = name.partition(" gradient of ")
-    return f"{step} gradient" if rest else name

@@ -1,0 +1,101 @@
+"""The contract of attention layers, clause by clause, for your own layer or a registry of layers.
+
+    from sparse_sr_attn.testing import conformance
+
+    def test_my_layer():
+        conformance.check_layer(MyLayer)
+
+    @pytest.mark.parametrize(("subject", "clause"), conformance.matrix(LAYERS), ids=str)
+    def test_contract(subject, clause):
+        clause.check(subject, torch.device("cpu"))
+
+A layer is built with small options (those of `SMALL` in its signature, unless you pass your own), and a consumer or
+provider is combined with the first matching partner in the registry. A clause returns the figures that it measured.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sparse_sr_attn.registry import Registry
+from sparse_sr_attn.testing.conformance import clauses, compiled
+from sparse_sr_attn.testing.conformance.clause import CLAUSES, Clause, Figures
+from sparse_sr_attn.testing.conformance.compiled import check_export_with_dynamic_sizes
+from sparse_sr_attn.testing.conformance.subject import CHANNELS, SMALL, Chain, Subject, feature_map, subjects
+
+__all__ = [
+    "CHANNELS",
+    "CLAUSES",
+    "SMALL",
+    "Chain",
+    "Clause",
+    "Figures",
+    "Subject",
+    "check_export_with_dynamic_sizes",
+    "check_layer",
+    "clauses",
+    "compiled",
+    "feature_map",
+    "matrix",
+    "subjects",
+]
+
+
+def matrix(registry: Registry[nn.Module]) -> list[tuple[Subject, Clause]]:
+    """Return every layer with every clause that applies to it."""
+    everyone = subjects(registry)
+    return [(subject, clause) for clause in CLAUSES for subject in everyone if clause.applies(subject)]
+
+
+def check_layer(
+    build: Callable[..., nn.Module],
+    *,
+    kind: str = "layer",
+    partner: Callable[..., nn.Module] | None = None,
+    device: torch.device | str = "cpu",
+    slow: bool = False,
+    leave_out: Collection[str] = (),
+    **options: object,
+) -> dict[str, float]:
+    """Check your own layer, registered or not, against the whole contract.
+
+    Args:
+        build: the layer, called as `build(embed_dim, **options)`.
+        kind: layer, consumer, provider or operator.
+        partner: for a consumer, a layer that provides its state; for a provider, a consumer.
+        device: device to check on.
+        slow: whether to include the slow clauses, which take minutes with a compiler.
+        leave_out: names of clauses to skip.
+        **options: options of the layer, in addition to the small ones (`SMALL`).
+
+    Returns:
+        The figures that the clauses measured.
+
+    Raises:
+        AssertionError: the layer breaks clauses; names all of them with the reasons.
+        ValueError: a name in `leave_out` is not a clause.
+        LookupError: a consumer or provider has no matching partner.
+    """
+    known = {clause.name for clause in CLAUSES}
+    if set(leave_out) - known:
+        raise ValueError(f"leave_out must name clauses, got {sorted(set(leave_out) - known)}; known: {sorted(known)}")
+    registry: Registry[nn.Module] = Registry("layer")
+    name = getattr(build, "__name__", repr(build))
+    registry.register(name, kind=kind, source="")(build)
+    if partner is not None:
+        other = "consumer" if kind == "provider" else "provider" if not hasattr(partner, "provides") else "layer"
+        registry.register(f"partner of {name}", kind=other, source="")(partner)
+    figures: dict[str, float] = {}
+    broken = []
+    for subject, clause in matrix(registry):
+        if subject.entry.name != name or clause.name in leave_out or (clause.slow and not slow):
+            continue
+        try:
+            figures |= clause.check(replace(subject, options=options), torch.device(device)) or {}
+        except Exception as problem:
+            broken.append(f"{subject}: {clause}: {type(problem).__name__}: {str(problem)[:500]}")
+    if broken:
+        raise AssertionError("\n".join(broken))
+    return figures
