@@ -586,7 +586,7 @@ def test_stored_weights_of_bfloat16_values_err_no_more_than_dense_attention(
     device: torch.device, backend: str, multiplied: bool, case: Case
 ) -> None:
     """All in bfloat16, on a machine that multiplies it and on one that does not, against dense attention in it."""
-    pattern = pattern_of(case, device)
+    pattern = case.pattern(device=device)
     low = [case.tokens(name, 16, dtype=torch.bfloat16, device=device) for name in ("query", "key", "value")]
     low[1] = torch.nn.functional.normalize(low[1], dim=-1)
     low = [leaf.detach().requires_grad_() for leaf in low]
