@@ -220,6 +220,9 @@ def test_commands_take_weights_and_their_host(here: Path) -> None:
     assert main(["convert", "net.pth", "-o", "net.safetensors", *host]) == 0
     assert main(["upscale", "small.png", "-w", "net.safetensors", "-o", "again.png", *host]) == 0
     assert Path("again.png").read_bytes() == Path("big.png").read_bytes()
+    Path("truth").mkdir()
+    Path("big.png").rename("truth/big.png")
+    assert main(["evaluate", "truth", "-w", "net.pth", *host]) == 0
 
 
 @pytest.mark.parametrize(
