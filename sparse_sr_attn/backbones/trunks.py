@@ -136,8 +136,10 @@ def find_trunks(model: nn.Module, calls: Calls, within: str = "") -> list[Trunk]
     found = [
         Trunk(pattern, tuple(sites), sum(sizes[site.path] for site in sites))
         for (pattern, _), sites in groups.items()
-        if sum(sizes[site.path] > 0 for site in sites) > 1
+        if len(sites) > 1 and any(sizes[site.path] for site in sites)
     ]
+    several = [trunk for trunk in found if sum(sizes[site.path] > 0 for site in trunk.sites) > 1]
+    found = several or found  # a convolution and its activation are hardly a trunk
     most = max((trunk.num_parameters for trunk in found), default=0)
     found.sort(
         key=lambda trunk: (

@@ -456,3 +456,23 @@ def test_attention_inside_a_sequential_that_is_a_block() -> None:
         model = attach(copy.deepcopy(plain), "B*", every=1, share=share, **OPTIONS)
         assert torch.equal(model(image(1, 3, 8, 8)), plain(image(1, 3, 8, 8)))
         assert len(model.B2) == 2
+
+
+class Unpadded(nn.Module):
+    """Each convolution makes maps smaller, so only it and its activation are of one size (waifu2x, RealCUGAN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.conv(x)
+        return output
+
+
+def test_a_convolution_and_its_activation_are_taken_if_there_is_nothing_longer() -> None:
+    with quiet():
+        model = attach(Unpadded(), **OPTIONS)
+    assert model.conv._record["sites"] == ["2", "3"]
+    x = image(1, 3, 12, 12)
+    assert model(x).shape == (1, 3, 6, 6)
