@@ -104,10 +104,10 @@ def test_one_line_in_a_fork_is_enough(file: str, tmp_path: Path) -> None:
         assert "EDSR" not in ARCH_REGISTRY
         net = {{"type": "SparseEDSR", "num_feat": 4, "num_block": 1, "upscale": 2}}
         build_network(net)
-        rrdbnet = {{"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 2}}
+        rrdbnet = {{"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 4, "num_block": 3}}
         attention = {{"type": "LCoA", "every": 1}}
         attended = build_network({{"type": "WithAttention", "network": rrdbnet, "attention": attention}})
-        assert len(attended.body.attention) == 2
+        assert len(attended.body.attention) == 3
         opt = {{"model_type": "SparseSRModel", "num_gpu": 0, "is_train": False, "dist": False, "path": {{}}}}
         model = build_model({{**opt, "network_g": net}})
         assert type(model).__name__ == "SparseSRModel", type(model)
