@@ -253,7 +253,7 @@ FAULTS = [
     Fault("fillers of the last chunk send no gradient (tiles)", "tiles:_Sorted.halo_to_tokens", decide(False), DENSE),
     Fault("the first chunk is left out (tiles)", "tiles:_Sorted.tiles", constant(0, 1), DENSE),
     Fault(
-        "keys are not brought to unit length (tiles)", "tiles:_Sorted.windows", decide(False),
+        "keys are not brought to unit length (tiles)", "tiles:_Scored.__init__", decide(False),
         "cluster:test_normalised_keys_are_unit_keys",
     ),
     Fault(
