@@ -150,9 +150,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    return make_parser("cost", DESCRIPTION, "", add_arguments)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
-    return run_command(make_parser("cost", DESCRIPTION, "", add_arguments), run, argv)
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

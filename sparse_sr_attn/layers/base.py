@@ -143,15 +143,17 @@ def feature_map(rows: Float[Tensor, "b n c"], x: Float[Tensor, "b _ h w"]) -> Fl
     return rearrange(rows, "b (h w) c -> b c h w", h=x.shape[-2])
 
 
-def add_rows(x: Float[Tensor, "b c h w"], rows: Float[Tensor, "b n c"], factor: float) -> Float[Tensor, "b c h w"]:
-    """Return `x + factor * feature_map(rows, x)`; without gradients, faster for contiguous maps."""
+def add_rows(
+    x: Float[Tensor, "b c h w"], rows: Float[Tensor, "b n c"], *, alpha: float = 1.0
+) -> Float[Tensor, "b c h w"]:
+    """Return `x + alpha * feature_map(rows, x)`; without gradients, faster for contiguous maps."""
     plain = x.device.type == "cpu" and x.is_contiguous() and x.dtype == rows.dtype and not torch.is_grad_enabled()
     if not plain or torch.compiler.is_compiling() or is_transformed():
-        return torch.add(x, feature_map(rows, x), alpha=factor)
+        return torch.add(x, feature_map(rows, x), alpha=alpha)
     out = torch.empty_like(x)
     for channels, sample in zip(out.flatten(2), rows, strict=True):
         channels.copy_(sample.t())  # torch transposes a single matrix in blocks, several times as fast
-    return torch.add(x, out, alpha=factor, out=out)
+    return torch.add(x, out, alpha=alpha, out=out)
 
 
 def in_own_precision(module: nn.Module, x: Float[Tensor, "b c h w"]) -> Tensor:

@@ -333,7 +333,7 @@ class CoA(AttentionLayer):
         else:
             attended = apply_cluster_weights(state.weights, _each_round(values, num_rounds), state.pattern)
             attended = attended if num_rounds == 1 else attended.unflatten(0, (-1, num_rounds)).sum(dim=1)
-        return add_rows(x, attended, self.res_scale)
+        return add_rows(x, attended, alpha=self.res_scale)
 
 
 @LAYERS.register("LCoA", kind="layer", source=_SOURCE)

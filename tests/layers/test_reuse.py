@@ -189,11 +189,11 @@ def test_rows_are_added_to_maps_of_any_memory(
     expected = (x.double() + 0.3 * rows.double().mT.reshape(shape)).to(dtype)
     learns, rounding = rows.clone().requires_grad_(), 2 * torch.finfo(dtype).eps
     with torch.no_grad():
-        added = add_rows(x, rows, 0.3)
-    for actual in (added, add_rows(x, learns, 0.3)):
+        added = add_rows(x, rows, alpha=0.3)
+    for actual in (added, add_rows(x, learns, alpha=0.3)):
         torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding)
         assert actual.is_contiguous(memory_format=memory)
-    add_rows(x, learns, 0.3).sum().backward()
+    add_rows(x, learns, alpha=0.3).sum().backward()
     torch.testing.assert_close(learns.grad, torch.full_like(rows, 0.3))
 
 
