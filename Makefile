@@ -31,7 +31,7 @@ demo: setup  ## Train LCoAN-light x2, and a network without attention, on real p
 	cd demo && ../$(BIN)/sparse-sr train -opt train_plain.yml
 	$(BIN)/python demo/report.py
 
-# See docs/benchmarks.md; with the other allocator too: make bench BENCH=--allocators
+# See docs/benchmarks-method.md; with the other allocator too: make bench BENCH=--allocators
 BENCH ?=
 bench: setup  ## Measure time and memory of layers, training and networks; results and plots go to bench/.
 	$(BIN)/python -m benchmarks.speed $(BENCH) --json bench/layers.json --plot bench/layers.png

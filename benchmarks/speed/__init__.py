@@ -1,4 +1,4 @@
 """Time, memory and the floor of attention layers and networks, ours and others'.
 
-`python -m benchmarks.speed` runs them; `docs/benchmarks.md` says what the figures mean.
+`python -m benchmarks.speed` runs them; `docs/benchmarks-method.md` says what the figures mean.
 """

@@ -76,7 +76,7 @@ class Method:
         build: makes it, with the same weights each time.
         cost: its arithmetic for a map of so many tokens; `None` where nobody has counted.
         rivals: what it is held against, if the run has them.
-        author_ratio: of a stand-in: time of the authors' code over dense SDPA at 96x96 (`docs/benchmarks.md`).
+        author_ratio: of a stand-in: time of the authors' code over dense SDPA at 96x96 (`docs/benchmarks-method.md`).
         valid_as: stand-ins it is made of, which must be valid.
         whole_windows: whether a map must consist of whole windows.
         allowed: error that it is allowed by what it is, as a fraction of what attention adds.

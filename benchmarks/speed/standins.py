@@ -4,7 +4,7 @@ They are no part of the library. They exist so that a benchmark has something to
 not be copied, and they keep what makes the originals expensive: softmax as an exponential of scores minus their
 log-sum-exp, `gather` on transposed views, copies of neighbouring chunks side by side, weights of all tokens at once;
 batch normalisation that is not folded, depthwise convolutions with one-hot kernels, windows by rolling and reshaping.
-Whether one is as fast as its original is checked in each run (`docs/benchmarks.md`).
+Whether one is as fast as its original is checked in each run (`docs/benchmarks-method.md`).
 
 Each takes its weights from one of our layers (`of`), so that both compute the same function; they count keys as
 published, ours counts each once.
