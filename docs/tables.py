@@ -1,4 +1,4 @@
-"""Write the tables of docs/modules.md from the registry, with the data of `sparse-sr list`.
+"""Write the tables of docs/modules.md from the registry, and that of docs/choose.md from measurements.
 
 python docs/tables.py
 """
@@ -14,7 +14,7 @@ from typing import Any
 from sparse_sr_attn import LAYERS
 from sparse_sr_attn.cli.main import main as sparse_sr
 
-PAGE = Path(__file__).parent / "modules.md"
+DOCS = Path(__file__).parent
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -80,18 +80,61 @@ def tables() -> str:
     return "\n".join(text)
 
 
-def page(old: str) -> str:
+CAPTURED = {"LCoA": "LCoA", "NLSA": "NLSA:num_rounds=4", "CategoryAttention": "CategoryAttention", "GMSA": "windows"}
+"""Rows of docs/assets/capture.json for layers; the windows there are one size of GMSA's."""
+
+
+def costs() -> str:
+    """What each attention adds to an EDSR, from the files of `benchmarks.cost` and `sparse-sr capture`."""
+    networks = json.loads((DOCS / "assets" / "cost.json").read_text())["networks"]
+    capture = json.loads((DOCS / "assets" / "capture.json").read_text())["10"]
+    plain = networks[0]
+    text = [f"| {plain['name']} | parameters | {' | '.join(plain['times'])} | captured |"]
+    text += ["|---|---|" + "---|" * len(plain["times"]) + "---|"]
+    for row in networks:
+        if row is plain:
+            cells = [count(row["parameters"]), *(f"{time['median']:.0f} ms" for time in row["times"].values()), ""]
+        else:
+            pattern = CAPTURED.get(row["name"].split()[1])
+            captured = f"{capture['patterns'][pattern]['mass'] / capture['best']:.2f}" if pattern else "–"
+            more = f"+{row['parameters'] - plain['parameters']:,}"
+            cells = [more, *(f"{time['median']:.2f}×" for time in row["times"].values()), captured]
+        text.append(f"| {'no attention' if row is plain else row['name'][2:]} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def networks() -> str:
+    """What attention costs a network, from the file of `benchmarks.cost`."""
+    rows = json.loads((DOCS / "assets" / "cost-networks.json").read_text())["networks"]
+    text = [f"| | {' | '.join(rows[0]['times'])} |", "|---|" + "---|" * len(rows[0]["times"])]
+    for row in rows:
+        cells = [
+            f"{time['median']:.2f} ({time['q1']:.2f}–{time['q3']:.2f})×"
+            if row["without"]
+            else f"{time['median']:.0f} ms"
+            for time in row["times"].values()
+        ]
+        text.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+PAGES = {"modules.md": tables, "choose.md": costs, "benchmarks.md": networks}
+
+
+def filled(name: str, old: str) -> str:
     """The page with new tables."""
     before, _, rest = old.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{PAGES[name]()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
-    old = PAGE.read_text(encoding="utf-8")
-    if BEGIN not in old or END not in old:
-        sys.exit(f"{PAGE} must have the lines {BEGIN} and {END}")
-    PAGE.write_text(page(old), encoding="utf-8")
-    print(f"written: {PAGE}")
+    for name in PAGES:
+        page = DOCS / name
+        old = page.read_text(encoding="utf-8")
+        if BEGIN not in old or END not in old:
+            sys.exit(f"{page} must have the lines {BEGIN} and {END}")
+        page.write_text(filled(name, old), encoding="utf-8")
+        print(f"written: {page}")
 
 
 if __name__ == "__main__":

@@ -350,9 +350,12 @@ def script(name: str) -> Any:
     return module
 
 
-def test_the_tables_are_those_of_the_registry() -> None:
+def test_the_tables_are_those_of_the_registry_and_of_measurements() -> None:
+    tables = script("tables")
+    for name in tables.PAGES:
+        page = (DOCS / name).read_text(encoding="utf-8")
+        assert tables.filled(name, page) == page, "run: python docs/tables.py"
     page = (DOCS / "modules.md").read_text(encoding="utf-8")
-    assert script("tables").page(page) == page, "run: python docs/tables.py"
     reference = (DOCS / "reference" / "layers.md").read_text(encoding="utf-8")
     for name in LAYERS:
         assert f"| [`{name}`](#{name.lower()}) | {LAYERS.get(name).kind} |" in page
@@ -406,6 +409,16 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "concepts" / "index.html").is_file()
+
+
+def test_the_readme_has_the_costs_on_record() -> None:
+    text = (ROOT / "README.md").read_text()
+    record = json.loads((DOCS / "assets" / "cost-networks.json").read_text())["networks"]
+    for row, label in zip(
+        record[1:3], ("EDSR, 64 channels, 16 blocks, LCoA every 4, share 4", "the same with GMSA"), strict=True
+    ):
+        cells = [f"{time['median']:.2f}" for time in row["times"].values()]
+        assert f"| {label} | {' | '.join(cells)} |" in text
 
 
 def test_the_table_of_captured_mass_has_the_figures_on_record() -> None:

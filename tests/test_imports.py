@@ -33,13 +33,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors"},
     "checkpoints": {*_NETWORKS, "data"},
     "models": {*_NETWORKS, "checkpoints"},
-    "inference": {*_NETWORKS, "data"},
+    "inference": {*_NETWORKS, "data", "checkpoints"},
     "testing": {*_OPTIONS, "states", "functional", "layers", "reference"},
     "cli": {*_NETWORKS, "checkpoints", "models", "data", "inference", "sparse_sr_attn"},
     "__main__": {"cli"},
     "_moved": set(),
     "sparse_sr_attn_basicsr": {*_TOOLS, "sparse_sr_attn"},
-    "sparse_sr_attn_spandrel": {"errors", "backbones", "checkpoints"},
+    "sparse_sr_attn_spandrel": {*_OPTIONS, "backbones", "checkpoints"},
     "benchmarks": {*_TOOLS, "testing", "reference", "sparse_sr_attn"},
 }
 

@@ -1,10 +1,14 @@
 """`python -m benchmarks.cost`: what attention costs a network, in float32 and bfloat16, forward and in training."""
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +17,10 @@ from benchmarks.command import make_parser, run_command
 from benchmarks.speed.run import environment, images
 from benchmarks.speed.timing import Call, Sample, Spread, alternate, ratio
 from sparse_sr_attn import EDSR, create_model
+from sparse_sr_attn.blocks.attention_config import default_config
 from sparse_sr_attn.cli.common import UsageError, add_device, find_device, show, table
+from sparse_sr_attn.data.atomic import atomic_write, check_writable
+from sparse_sr_attn.layers.build import find_layer
 
 DESCRIPTION = """\
 Time networks with attention relative to the same networks without, alternating in one process.
@@ -21,6 +28,7 @@ Time networks with attention relative to the same networks without, alternating 
 examples:
   python -m benchmarks.cost
   python -m benchmarks.cost --size 128 --rounds 15
+  python -m benchmarks.cost --attention LCoA GMSA NLSA ENLA --json cost.json
   python -m benchmarks.cost --device cuda
 
 bfloat16 is autocast. A training step is forward and backward of an L1 loss, without the optimizer."""
@@ -34,10 +42,22 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
 }
 """Each network, and the one without attention that it is compared with."""
 
+Networks = Mapping[str, tuple[Callable[[], nn.Module], str | None]]
+
 
 def _edsr(num_feat: int, num_block: int, attention: str | None = None) -> nn.Module:
-    config = None if attention is None else {"type": attention, "every": 4, "share": 4}
+    config = None if attention is None else default_config(attention)
     return EDSR(num_feat=num_feat, num_block=num_block, upscale=2, img_range=1.0, attention=config)
+
+
+def with_each(attention: Sequence[str]) -> Networks:
+    """Return an EDSR of 64 channels and 16 blocks, and the same with each kind of attention after every 4th block."""
+    plain = next(iter(NETWORKS))
+    found = {plain: NETWORKS[plain]}
+    for name in attention:
+        share = default_config(name)["share"]
+        found[f"+ {name} every 4, share {share}"] = (partial(_edsr, 64, 16, name), plain)
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,29 +103,54 @@ class Case:
         return torch.autocast(device.type, torch.bfloat16) if self.half else nullcontext()
 
 
-def measure(cases: Sequence[Case], device: torch.device, rounds: int) -> dict[str, dict[Case, list[Sample]]]:
+def measure(
+    networks: Networks, cases: Sequence[Case], device: torch.device, rounds: int
+) -> dict[str, dict[Case, list[Sample]]]:
     """Return the samples of all networks in all cases."""
-    samples: dict[str, dict[Case, list[Sample]]] = {name: {} for name in NETWORKS}
+    samples: dict[str, dict[Case, list[Sample]]] = {name: {} for name in networks}
     for case in cases:
-        calls = {name: case.call(build, device) for name, (build, _) in NETWORKS.items()}
+        calls = {name: case.call(build, device) for name, (build, _) in networks.items()}
         for name, found in alternate(calls, device, rounds=rounds, shortest=0.02).items():
             samples[name][case] = found
     return samples
 
 
-def markdown(samples: dict[str, dict[Case, list[Sample]]]) -> str:
-    """Return the table: milliseconds of networks without attention, and how many times longer others take."""
+def record(networks: Networks, samples: Mapping[str, Mapping[Case, list[Sample]]]) -> list[dict[str, Any]]:
+    """Return a row for each network, for JSON.
+
+    A row has the name, the number of parameters, the network without attention and, for each case, milliseconds or,
+    beside a network without attention, how many times longer it takes: median and quartiles.
+    """
     rows = []
-    for name, (_, without) in NETWORKS.items():
-        row = [name]
-        for case, found in samples[name].items():
-            if without is None:
-                row.append(f"{1000 * Spread.of([each.busy for each in found]).median:.0f} ms")
-            else:
-                spread = ratio(found, samples[without][case])
-                row.append(f"{spread.median:.2f} ({spread.q1:.2f}–{spread.q3:.2f})×")
-        rows.append(row)
-    return table(["", *map(str, next(iter(samples.values())))], rows)
+    for name, (build, without) in networks.items():
+        row = {"name": name, "without": without, "parameters": sum(p.numel() for p in build().parameters())}
+        times = {
+            str(case): asdict(
+                Spread.of([1000 * each.busy for each in found])
+                if without is None
+                else ratio(found, samples[without][case])
+            )
+            for case, found in samples[name].items()
+        }
+        rows.append({**row, "times": times})
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as a table."""
+    cells = [
+        [
+            row["name"],
+            *(
+                f"{time['median']:.0f} ms"
+                if row["without"] is None
+                else f"{time['median']:.2f} ({time['q1']:.2f}–{time['q3']:.2f})×"
+                for time in row["times"].values()
+            ),
+        ]
+        for row in rows
+    ]
+    return table(["", *rows[0]["times"]], cells)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +161,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=_positive, default=4, metavar="N", help="number of patches (%(default)s)")
     add("--rounds", type=_positive, default=9, metavar="N", help="samples of each network (%(default)s)")
     add("--threads", type=_positive, default=1, metavar="N", help="threads of torch on the CPU (%(default)s)")
+    add("--attention", nargs="+", metavar="LAYER", help="measure an EDSR with each of these instead")
+    add("--json", type=Path, metavar="FILE", help="write all results")
     add_device(parser)
 
 
@@ -130,8 +177,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; return the exit status.
 
     Raises:
-        UsageError: the device cannot be used.
+        UsageError: the device or the file cannot be used.
+        SparseSRError: there is no such layer.
     """
+    if arguments.json is not None:
+        check_writable(arguments.json)
+    networks = NETWORKS if arguments.attention is None else with_each([find_layer(n).name for n in arguments.attention])
     device = find_device(arguments.device)
     if not torch.amp.is_autocast_available(device.type):
         raise UsageError(f"--device must have autocast, got {device}")
@@ -143,10 +194,17 @@ def run(arguments: argparse.Namespace) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
-        show("\n".join(f"- {name}: {value}" for name, value in environment(device).items()) + "\n")
-        show(markdown(measure(cases, device, arguments.rounds)))
+        found = record(networks, measure(networks, cases, device, arguments.rounds))
+        machine = environment(device)
+        show("\n".join(f"- {name}: {value}" for name, value in machine.items()) + "\n")
+        show(markdown(found))
     finally:
         torch.set_num_threads(before)
+    if arguments.json is not None:
+        with atomic_write(arguments.json) as unfinished:
+            unfinished.write(
+                json.dumps({"machine": machine, "networks": found}, indent=1, default=str).encode() + b"\n"
+            )
     return 0
 
 

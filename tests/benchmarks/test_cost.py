@@ -1,5 +1,7 @@
 """`python -m benchmarks.cost`: every network is timed against its own kind, in every precision."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +37,9 @@ def test_times_are_relative_to_the_network_without_attention() -> None:
     seconds = {
         name: 0.3 if without else 0.1 * (1 + index) for index, (name, (_, without)) in enumerate(cost.NETWORKS.items())
     }
-    table = cost.markdown({name: {case: [Sample(each, 0.0)] * 3} for name, each in seconds.items()})
+    rows = cost.record(cost.NETWORKS, {name: {case: [Sample(each, 0.0)] * 3} for name, each in seconds.items()})
+    assert rows[1]["parameters"] > rows[0]["parameters"] == 1_369_859
+    table = cost.markdown(rows)
     assert [row.split("|")[2].strip() for row in table.splitlines()[2:]] == [
         "100 ms", "3.00 (3.00–3.00)×", "3.00 (3.00–3.00)×", "400 ms", "0.75 (0.75–0.75)×",
     ]  # fmt: skip
@@ -69,3 +73,15 @@ def test_every_network_has_the_size_of_the_one_that_it_is_compared_with() -> Non
 def test_wrong_numbers_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cost.main(arguments) == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_layers_are_measured_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cost, "_edsr", lambda _, __, name=None: small(name and {"type": name, "every": 1}))
+    assert cost.main([*FAST, "--attention", "NLSA", "LCoA", "--json", str(tmp_path / "cost.json")]) == 0
+    rows = json.loads((tmp_path / "cost.json").read_text())["networks"]
+    assert [row["name"] for row in rows][1:] == ["+ NLSA every 4, share 1", "+ LCoA every 4, share 4"]
+    assert cost.markdown(rows) in capsys.readouterr().out
+    assert cost.main([*FAST, "--attention", "LCoB"]) != 0
+    assert "did you mean 'LCoA'" in capsys.readouterr().err
