@@ -607,7 +607,7 @@ def _offer(model: nn.Module, calls: Calls) -> str:
 
 
 def _without_trunk(model: nn.Module) -> str:
-    return f"{type(model).__name__} calls no numbered modules that return feature maps of one size and width"
+    return f"{type(model).__name__} has no run of numbered modules that return feature maps of one size and width"
 
 
 # --- models that cannot be called -------------------------------------------------------------------------------------
@@ -615,12 +615,14 @@ def _without_trunk(model: nn.Module) -> str:
 
 def _uncalled(model: nn.Module, modules: Mapping[str, nn.Module], paths: Sequence[str] | None) -> _Place:
     """Return the blocks of a model that accepted no image that was tried, from its weights."""
-    example = "pass example=..., images that the model accepts, to find it by a call"
+    example = "pass example=..., images or a tuple of arguments that the model accepts"
     if paths is None:
         paths = _candidates(model)
         if len(paths) != 1:
             found = f"could be {' or '.join(map(repr, paths))}; " if paths else ""
-            raise _refusal("body", f"must be named; {found}{example}")
+            raise _refusal(
+                "body", f"must be named; {found}the model accepts none of the images that were tried: {example}"
+            )
     chosen = {path: modules[path] for path in paths}
     if attended := next((path for path, module in chosen.items() if isinstance(module, Attended)), None):
         raise _refusal("body", f"must have no attention yet, got {attended!r}; detach, or attach a list of mappings")
@@ -655,7 +657,7 @@ def _channels(block: nn.Module) -> tuple[int, int] | None:
 
 def _told_width(trunk: nn.Sequential, path: str) -> int:
     blocks = {index: channels for index, channels in enumerate(map(_channels, trunk)) if channels}
-    example = "pass example=..., images that the model accepts, to find it by a call"
+    example = "pass example=..., images that the model accepts, so that attach can call it"
     if not blocks:
         raise _refusal("body", f"must have convolutions that show its width, but {path!r} has none; {example}")
     width = blocks[min(blocks)][0]

@@ -28,7 +28,7 @@ what it attends to.
 examples:
   sparse-sr demo
   sparse-sr demo --weights net_g_latest.pth --port 8000"""
-EPILOG = "Images stay on this machine: the page is served to its own browsers only. Ctrl+C stops it."
+EPILOG = "Only browsers on this machine can open the page, and images stay here. Ctrl+C stops it."
 
 _TILE, _OVERLAP = 256, 32
 _CROP = 160

@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="results, then ground truth; or test sets, see below")
     add("-w", "--weights", action="append", default=[], metavar="FILE|NAME", help="measure this network; repeatable")
     scale = add(
-        "-s", "--scale", "--upscale", type=int, metavar="N", help="super-resolution factor, if no weights say it"
+        "-s",
+        "--scale",
+        "--upscale",
+        type=int,
+        metavar="N",
+        help="super-resolution factor; needed only without --weights",
     )
     keep_old(scale, "--upscale")
     add("--border", type=int, metavar="N", help="pixels of border to leave out (default: the scale)")
@@ -98,7 +103,10 @@ def _networks(arguments: argparse.Namespace) -> dict[str, Network]:
         networks[weights] = load(argparse.Namespace(**{**vars(arguments), "weights": weights}))
         arguments.scale = networks[weights].upscale if arguments.scale is None else arguments.scale
         if networks[weights].upscale != arguments.scale:
-            raise UsageError(f"--scale must be that of all weights, {networks[weights].upscale} of {name(weights)}")
+            raise UsageError(
+                f"all weights must have the same scale, which --scale repeats; {name(weights)} has "
+                f"{networks[weights].upscale}, not {arguments.scale}"
+            )
     return networks
 
 
@@ -124,12 +132,13 @@ def _mean(scores: Collection[Score]) -> Score:
 def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.bicubic or arguments.weights) and len(arguments.folders) != 2:
         raise UsageError(
-            f"needs 2 FOLDERs, results and ground truth, got {len(arguments.folders)}; or test sets and --weights"
+            f"without --weights or --bicubic, two folders must be given, results and ground truth; got "
+            f"{len(arguments.folders)}"
         )
     if arguments.bicubic and arguments.protocol == "basicsr" and not arguments.weights:
         raise UsageError("--bicubic needs --protocol matlab, which the published figures use")
     if arguments.scale is None:
-        raise UsageError("--scale must be given if no weights say it")
+        raise UsageError("--scale must be given, because there are no weights that record it")
     if arguments.scale < 1:
         raise UsageError(f"--scale must be >= 1, got {arguments.scale}")
     if arguments.border is not None and arguments.border < 0:
@@ -209,7 +218,7 @@ def _pictures(folder: Path, template: str) -> dict[str, Path]:
 
 def _check_grey(arguments: argparse.Namespace, truths: dict[str, Path]) -> None:
     if unknown := [label for label in arguments.grey if label not in truths]:
-        raise UsageError(f"--grey must name images, but {', '.join(unknown)} is none of {', '.join(truths)}")
+        raise UsageError(f"--grey must name images, got {', '.join(unknown)} (known: {', '.join(truths)})")
 
 
 def _read(path: Path, *, grey: bool) -> Tensor:

@@ -18,6 +18,7 @@ from sparse_sr_attn.config import fields
 from sparse_sr_attn.errors import SparseSRError
 from sparse_sr_attn.layers.base import LAYERS
 from sparse_sr_attn.models import PRESETS
+from sparse_sr_attn.registry import suggestion
 
 DESCRIPTION = """\
 List attention layers (for `attention: {type: NAME}`), networks, presets (networks with options), and the included
@@ -27,7 +28,16 @@ examples:
   sparse-sr list                  one line each
   sparse-sr list LCoA EDSR        with options and defaults
   sparse-sr list --json           everything, for programs"""
-EPILOG = "Parameters are counted at 64 channels for layers, and with default options for networks."
+EPILOG = """\
+The number is that of parameters: of layers at 64 channels; of networks and presets at their default scale, which is 4
+for EDSR and RCAN and 2 for LCoAN and ELAN; of weights at the scale in their name."""
+
+_TITLES = {
+    "layers": "layers, with parameters at 64 channels",
+    "networks": "networks, with parameters of the default options",
+    "presets": "presets, with parameters at the default scale",
+    "weights": "weights, with parameters",
+}
 
 _LAYER_WIDTH = 64
 _INDENT = " " * 6
@@ -52,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         known = {row["name"] for table in tables.values() for row in table}
         if unknown := [name for name in arguments.names if name not in known]:
             raise UsageError(
-                f"no layer, network, preset or weights named {', '.join(unknown)} (known: {', '.join(sorted(known))}; "
-                "--import FILE.py adds what a file of yours registers)"
+                f"no layer, network, preset or weights named {unknown[0]}{suggestion(unknown[0], sorted(known))}; "
+                "--import FILE.py adds what a file of yours registers"
             )
         tables = {title: [row for row in table if row["name"] in arguments.names] for title, table in tables.items()}
     if arguments.json:
@@ -144,7 +154,7 @@ def _num_parameters(build: Callable[[], nn.Module]) -> int | None:
 
 def _text(title: str, table: list[dict[str, Any]], full: bool) -> str:
     width = max(len(row["name"]) for row in table)
-    lines = [title]
+    lines = [_TITLES[title]]
     for row in table:
         kind = f"{row['kind']:<9} " if "kind" in row else ""
         count = "?" if row["parameters"] is None else f"{row['parameters']:,}"

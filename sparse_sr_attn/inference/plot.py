@@ -54,7 +54,9 @@ def plot_attention(
         raise ValueError(f"pixel must lie in the image, 0..{height - 1} and 0..{width - 1}, got {(row, column)}")
     states = attention_states(model, image)
     if unknown := [name for name in layers or () if name not in states]:
-        raise ValueError(f"layers must have states, but {', '.join(unknown)} is none of {', '.join(states)}")
+        raise ValueError(
+            f"layers must compute or reuse a state, got {', '.join(unknown)} (layers that do: {', '.join(states)})"
+        )
     readers: dict[int, list[str]] = {}
     for name in states if layers is None else layers:
         readers.setdefault(id(states[name]), []).append(name)

@@ -570,12 +570,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (
         lambda: nn.ModuleDict({"head": conv(3, 8)}),
         {},
-        "body: must be named; pass example=..., images that the model accepts",
+        "body: must be named; the model accepts none of the images that were tried: pass example=..., images",
     ),
     (
         lambda: nn.Sequential(OrderedDict(head=conv(3, 8), tail=conv(8, 3))),
         {},
-        "body: must be named; Sequential calls no numbered modules that return feature maps of one size and width",
+        "body: must be named; Sequential has no run of numbered modules that return feature maps of one size and width",
     ),
     (built, {"body": "bdy"}, "body: must be the path of a module, got 'bdy'; did you mean 'body'?"),
     (

@@ -215,7 +215,7 @@ def test_bicubic(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["results", "--scale", "2"], "needs 2 FOLDERs, results and ground truth, got 1; or test sets and --weights"),
+        (["results", "--scale", "2"], "two folders must be given, results and ground truth; got 1"),
         (["truths", "--bicubic", "--scale", "2", "--protocol", "basicsr"], "--bicubic needs --protocol matlab"),
         (["results", "truths", "--scale", "0"], "--scale must be >= 1, got 0"),
         (["results", "truths", "--scale", "2", "--border", "-1"], "--border must be >= 0, got -1"),
@@ -232,7 +232,7 @@ def test_bicubic(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str])
         (["results", "truths", "--scale", "2", "--names", "{}", "{}x"], "named like {}x, but contains none"),
         (
             ["results", "truths", "--scale", "2", "--names", "{}_ours", "{}_HR", "--grey", "man"],
-            "--grey must name images, but man is none of bird, bridge",
+            r"--grey must name images, got man \(known: bird, bridge\)",
         ),
     ],
 )

@@ -63,12 +63,12 @@ def test_a_table_holds_the_means(sets: list[Path], capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "needs 2 FOLDERs, results and ground truth, got 1; or test sets and --weights"),
+        ([], "two folders must be given, results and ground truth; got 1"),
         (["--bicubic"], "--scale must be given"),
-        (["--weights", NETWORK, "--scale", "4"], "--scale must be that of all weights, 2 of LCoAN-light_x2"),
+        (["--weights", NETWORK, "--scale", "4"], "which --scale repeats; LCoAN-light_x2 has 2, not 4"),
         (
             ["--weights", NETWORK, "--weights", "LCoAN-light_x4"],
-            "--scale must be that of all weights, 4 of LCoAN-light_x4",
+            "all weights must have the same scale, which --scale repeats; LCoAN-light_x4 has 4, not 2",
         ),
         (["--weights", NETWORK, "--grey", "none"], "--grey must name images"),
     ],
