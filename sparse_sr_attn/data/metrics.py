@@ -190,7 +190,7 @@ def _inner(one: Tensor, other: Tensor, border: int, least: int) -> Tensor:
     if border < 0:
         raise ValueError(f"border must be >= 0, got {border}")
     if one.shape != other.shape:
-        raise ShapeError(f"pictures must be of one size, got {tuple(one.shape)} and {tuple(other.shape)}")
+        raise ShapeError(f"pictures must have the same size, got {tuple(one.shape)} and {tuple(other.shape)}")
     if min(one.shape) < 2 * border + least:
         raise ShapeError(
             f"both sides must be >= {2 * border + least} with a border of {border}, got {one.shape[0]}x{one.shape[1]}"
