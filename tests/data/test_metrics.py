@@ -104,7 +104,7 @@ ONE = torch.zeros(20, 20)
         (lambda: luma(noise(4, 4, 3).float()), TypeError, "the picture must be uint8.*got torch.float32"),
         (lambda: luma(noise(4, 4, 2)), ShapeError, r"must be grey \(h, w\) or RGB \(h, w, 3\), got \(4, 4, 2\)"),
         (lambda: luma(noise(4, 4), "pal"), ValueError, "protocol must be one of basicsr, matlab, got 'pal'"),
-        (lambda: psnr(ONE, ONE[1:], border=0), ShapeError, r"of one size, got \(20, 20\) and \(19, 20\)"),
+        (lambda: psnr(ONE, ONE[1:], border=0), ShapeError, r"the same size, got \(20, 20\) and \(19, 20\)"),
         (lambda: psnr(ONE, ONE, border=-1), ValueError, "border must be >= 0, got -1"),
         (lambda: psnr(ONE, ONE, border=10), ShapeError, "sides must be >= 21 with a border of 10, got 20x20"),
         (lambda: ssim(ONE, ONE, border=5), ShapeError, "sides must be >= 21 with a border of 5, got 20x20"),
@@ -252,7 +252,7 @@ def test_pictures_that_do_not_fit(folders: tuple[Path, Path], capsys: pytest.Cap
     results, truths = folders
     command = ["evaluate", str(results), str(truths), "--names", "{}_ours", "{}_HR"]
     assert main([*command, "--scale", "4"]) == 1  # 31 lines are cut to 28, and the result has 30
-    assert "bird_ours.png: pictures must be of one size, got (30, 40) and (28, 40)" in capsys.readouterr().err
+    assert "bird_ours.png: pictures must have the same size, got (30, 40) and (28, 40)" in capsys.readouterr().err
     assert main([*command, "--scale", "2", "--grey", "bird"]) == 1
     assert (
         "bird_HR.png: must be grey, like the ground truth or as --grey says, but has colours" in capsys.readouterr().err
