@@ -95,8 +95,8 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
 
     Args:
         name: a preset; see `list_models`.
-        pretrained: load the included weights for `upscale` and set evaluation mode; otherwise the network is untrained
-            and in training mode.
+        pretrained: load the included weights for `upscale` and set evaluation mode; options that the weights record
+            take precedence over those of the preset. Otherwise the network is untrained and in training mode.
         options: options of the network that override those of the preset.
 
     Raises:

@@ -46,10 +46,14 @@ class Attended(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[self._record_key(prefix)] = encode_options(self._record)
+        key = self._record_key(prefix)
+        while key in destination:  # of attention around this one
+            key = f"{key}.{SLOT}"
+        destination[key] = encode_options(self._record)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        state_dict.pop(self._record_key(prefix), None)
+        record = next((key for key in _nested(self._record_key(prefix)) if key in state_dict), None)
+        state_dict.pop(record, None)
         if _OLD_SLOT not in self._modules:  # the name before there was a record
             for key in [key for key in state_dict if key.startswith(f"{prefix}{_OLD_SLOT}.")]:
                 state_dict[f"{prefix}{SLOT}.{key[len(prefix) + len(_OLD_SLOT) + 1 :]}"] = state_dict.pop(key)
@@ -57,6 +61,14 @@ class Attended(nn.Module):
 
     def _record_key(self, prefix: str) -> str:
         return f"{prefix}{self._record['key']}.{SLOT}"
+
+
+_DEEPEST = 8  # places of attention inside each other whose records have the key of one weight
+
+
+def _nested(key: str) -> list[str]:
+    """Return the keys that a record may have."""
+    return [key + f".{SLOT}" * depth for depth in range(_DEEPEST)]
 
 
 class _Children(nn.Sequential):
@@ -120,15 +132,15 @@ class AttendedModule(_Derived):
 class AttendedCaller(_Derived):
     """The class that `attach` gives to a module that runs its blocks itself: the same object with attention in between.
 
-    If `torch.fx` can trace the host's `forward`, code is generated from it that passes the states on; see `caller`.
-    Else the host's `forward` runs on a view of the module, which is made for the call and holds its states.
+    The host's `forward` runs on a view of the module, which is made for the call and holds its states. Compilers and
+    exporters cannot follow that; for them, code is generated with `torch.fx` where it can trace the `forward`.
     """
 
     _forwards: dict[bool, Forward]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's forward, with attention after some of the modules that it calls."""
-        if self._forwards:
+        if self._forwards and torch.compiler.is_compiling():
             return self._forwards[self.training](self, *args, **kwargs)
         return run_on_view(self, self._host, self._record["sites"], *args, **kwargs)
 
@@ -220,8 +232,8 @@ def attach(
 
     Note:
         States are passed as arguments: inside an `nn.Sequential` that the model calls; or, if the model runs its blocks
-        itself, by a forward that `torch.fx` traced or on a view of the model that is made for each call. So copies,
-        threads, activation checkpointing, `DistributedDataParallel` and `torch.compile` work as before.
+        itself, on a view of the model that is made for each call. So copies, threads, activation checkpointing and
+        `DistributedDataParallel` work as before. `torch.compile` takes a forward that `torch.fx` traced, if it can.
         `docs/attach.md` lists models that were tried.
 
     Examples:
@@ -314,6 +326,11 @@ def reattach(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> nn.M
         kind, widths = kinds[record["kind"]], record["widths"]
         if kind is AttendedSequential and type(module) is not nn.Sequential:
             raise _refusal("model", f"must have an nn.Sequential at {path!r}, got a {type(module).__name__}")
+        if kind is AttendedSequential and len(module) < len(widths):
+            raise _refusal(
+                "model",
+                f"must have at least {len(widths)} modules in {path!r}, as when attention was attached, got {len(module)}",
+            )
         maps = read_attention(record["attention"], len(widths))
         placed.append((module, kind, _layers(maps, widths, record["shapes"], module, model), {**record, "path": path}))
     for module, kind, layers, record in placed:

@@ -1,8 +1,9 @@
 """Attention in a model that runs its blocks itself: its forward, with states that travel from block to block.
 
-Two ways, neither of which stores anything in the model. `trace` generates code with `torch.fx`, which `torch.compile`
-and exporters can follow. `run_on_view` runs the forward of the host as it is, on copies of the blocks and the modules
-around them, which are made for one call, share all tensors with the originals and hold the states of that call.
+Two ways, neither of which stores anything in the model. `run_on_view` runs the forward of the host as it is, on copies
+of the blocks and the modules around them, which are made for one call, share all tensors with the originals and hold
+the states of that call. `trace` generates code with `torch.fx` that `torch.compile` and exporters can follow, in which
+Python's control flow and attributes are those of the moment of tracing.
 """
 
 import itertools
@@ -138,7 +139,8 @@ def run_on_view(module: nn.Module, kind: type[nn.Module], sites: Sequence[str], 
         kwargs: keyword arguments of the forward.
 
     Raises:
-        RuntimeError: blocks run without gradients inside a call with gradients, as in reentrant checkpointing.
+        RuntimeError: blocks run without gradients inside a call with gradients, as in reentrant checkpointing; or the
+            forward reached none of them through the module's children, so that no attention ran.
     """
     copies: list[tuple[nn.Module, nn.Module]] = []
     call = _Call(cast(SiteAttention, module.get_submodule("sparse_sr_attn")), list(sites), torch.is_grad_enabled())
@@ -147,6 +149,11 @@ def run_on_view(module: nn.Module, kind: type[nn.Module], sites: Sequence[str], 
         for name, value in vars(copied).items():
             if name not in _OWN and vars(original).get(name, copies) is not value:
                 original.__dict__[name] = value  # what the forward has set
+    if not call.ran:
+        raise RuntimeError(
+            f"no attention ran: {kind.__name__} calls {sites[0]!r} by another reference than its name, such as a list "
+            "of modules; call it by its name, or attach with share=1"
+        )
     return output
 
 
@@ -161,9 +168,11 @@ class _Call:
         self.sites = sites
         self.with_grad = with_grad
         self.states: dict[int, Any] = {}
+        self.ran = False
 
     def after(self, site: str, x: torch.Tensor) -> torch.Tensor:
         """Return the features after the layers of a site."""
+        self.ran = True
         if self.with_grad and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{site} runs without gradients inside a call with gradients, as in reentrant checkpointing, where "

@@ -230,7 +230,7 @@ def _also_in_training(twin: nn.Module, inputs: Inputs, calls: Calls) -> Calls:
         elif path in trained.faults or trained.sites[path].shape[0] != site.shape[0]:
             faults[path] = "returns maps whose channels depend on the size of the image"
     sites = {path: site for path, site in calls.sites.items() if path not in faults}
-    return Calls(sites, calls.called, faults)
+    return Calls(sites, calls.called & trained.called, faults)
 
 
 def _taller(value: object) -> object:
@@ -250,16 +250,15 @@ def _reached(outputs: Mapping[str, Tensor]) -> set[str]:
 
 def _watched(model: nn.Module, inputs: Inputs, *, keep: bool = False) -> tuple[Calls, dict[str, Tensor]]:
     """Call a model; return the calls and, with `keep`, the feature maps and images by path."""
-    paths = {module: path for path, module in model.named_modules()}
     stack: list[str] = []
     returned: list[tuple[str, str, tuple[int, ...]]] = []
     outputs: dict[str, Tensor] = {}
 
-    def enter(module: nn.Module, _: object) -> None:
-        stack.append(paths[module])
+    def enter(path: str) -> None:
+        stack.append(path)
 
-    def leave(module: nn.Module, _: object, output: object) -> None:
-        path = stack.pop()
+    def leave(path: str, output: object) -> None:
+        stack.pop()
         shape = tuple(output.shape) if isinstance(output, Tensor) else ()
         returned.append((path, stack[-1] if stack else "", shape))
         if keep:
@@ -267,8 +266,10 @@ def _watched(model: nn.Module, inputs: Inputs, *, keep: bool = False) -> tuple[C
             if maps:
                 outputs[path] = maps[0] if path else torch.stack([value.float().sum() for value in maps])
 
-    hooks = [module.register_forward_pre_hook(enter) for module in paths]
-    hooks += [module.register_forward_hook(leave) for module in paths]
+    hooks = []
+    for path, module in model.named_modules():  # by path, because what runs may be a view of the module
+        hooks.append(module.register_forward_pre_hook(lambda _, __, path=path: enter(path)))
+        hooks.append(module.register_forward_hook(lambda _, __, output, path=path: leave(path, output)))
     try:
         model(*inputs)
     finally:

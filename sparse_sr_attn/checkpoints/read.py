@@ -152,9 +152,12 @@ def records_in(state: State) -> dict[str, Options]:
             continue
         record = carried_options(value, key)
         end = f".{record.get('key')}.{SLOT}"
-        if not f".{key}".endswith(end) or not isinstance(record.get("attention"), list):
+        place = f".{key}"
+        while place.endswith(f".{SLOT}.{SLOT}"):  # of attention inside attention
+            place = place.removesuffix(f".{SLOT}")
+        if not place.endswith(end) or not isinstance(record.get("attention"), list):
             raise CheckpointError(f"the key {key!r} must hold a record of attention that can be attached again")
-        records[f".{key}".removesuffix(end).removeprefix(".")] = record
+        records[place.removesuffix(end).removeprefix(".")] = record
     return records
 
 

@@ -7,6 +7,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.data.images import Picture, as_rgb
 from sparse_sr_attn.data.imresize import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.data.metrics import Protocol, Score, luma, score
@@ -23,7 +24,8 @@ def evaluate(
     """Downsample pictures by MATLAB's bicubic, upscale them with `model`, and compare the luma.
 
     Args:
-        model: a network in evaluation mode, on any device. Each picture goes through it whole.
+        model: a network on any device. It is run in evaluation mode; its mode is restored. Each picture goes through it
+            whole.
         pictures: the ground truth, (h, w, 3) or (h, w), cropped to multiples of the factor.
         border: pixels of border to leave out, by default the factor.
         protocol: as in `luma`; with "basicsr", grey pictures count as RGB.
@@ -40,11 +42,12 @@ def evaluate(
         >>> len(evaluate(load_model("LCoAN-light_x2"), [picture, picture]))
         2
     """
-    scores = []
-    for picture in pictures:
-        high = crop_to_multiple(as_rgb(picture) if protocol == "basicsr" else picture, model.upscale)
-        low = Picture(matlab_bicubic(high, model.upscale).numpy())
-        result = torch.from_numpy(upscale_image(model, low, tile=max(low.pixels.shape), overlap=0).pixels)
-        border_of = model.upscale if border is None else border
-        scores.append(score(luma(result, protocol), luma(high, protocol), border=border_of))
-    return scores
+    with evaluating(model):
+        return [_score(model, picture, border, protocol) for picture in pictures]
+
+
+def _score(model: Network, picture: UInt8[Tensor, "h w *c"], border: int | None, protocol: Protocol) -> Score:
+    high = crop_to_multiple(as_rgb(picture) if protocol == "basicsr" else picture, model.upscale)
+    low = Picture(matlab_bicubic(high, model.upscale).numpy())
+    result = torch.from_numpy(upscale_image(model, low, tile=max(low.pixels.shape), overlap=0).pixels)
+    return score(luma(result, protocol), luma(high, protocol), border=model.upscale if border is None else border)

@@ -61,7 +61,7 @@ def plot_attention(
     for name in states if layers is None else layers:
         readers.setdefault(id(states[name]), []).append(name)
     panels: list[tuple[str, Tensor, str | None]] = [
-        ("image", image.reshape(-1, height, width).permute(1, 2, 0).clamp(0, 1).cpu(), "grey")
+        ("image", image.reshape(-1, height, width).permute(1, 2, 0).clamp(0, 1).float().cpu(), "grey")
     ]
     for names in readers.values():
         state = states[names[0]]
@@ -73,7 +73,8 @@ def plot_attention(
         side = max(1, round(width / state.width))  # some networks work on smaller maps
         token = torch.tensor([row // side * state.width + column // side], device=image.device)
         title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        weights = attention_map_of(state, token)[0].sqrt().cpu()
+        weights = attention_map_of(state, token)[0].float().sqrt().cpu()
+        weights = weights[: -(-height // side), : -(-width // side)]  # some networks pad the image
         panels.append((f"{title}\nentropy {attention_entropy(state):.2f}", weights, "magma"))
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)

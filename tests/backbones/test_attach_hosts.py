@@ -5,7 +5,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -335,6 +335,99 @@ def test_a_changed_attribute_changes_the_forward() -> None:
     assert model._forwards
     model.weight = plain.weight = 3.0
     assert torch.equal(model(image(1, 3, 6, 7)), plain(image(1, 3, 6, 7)))
+
+
+class Python(Numbered):
+    """A forward that a trace would freeze: optional arguments, contexts, side effects, inner modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+        self.aside = None
+
+    def forward(self, x: Tensor, gain: float | None = None) -> Tensor:
+        self.num_calls += 1
+        with torch.no_grad():
+            x = x * 2
+        output = super().forward(x)
+        if gain is None:
+            gain = 0.5
+        if self.aside is not None:
+            gain = gain * self.aside
+        return output * gain * self.num_calls
+
+
+def test_eager_forwards_are_those_of_the_host() -> None:
+    model, plain = Python(), Python()
+    plain.load_state_dict(model.state_dict())
+    attach(model, "B*", share=2, **OPTIONS)
+    x = image(1, 3, 6, 7)
+    for aside in (None, 3.0):
+        model.aside = plain.aside = aside
+        plain.num_calls = model.num_calls
+        assert torch.equal(model(x), plain(x))
+        assert torch.equal(model(x, 2.0), plain(x, 2.0))
+    assert model.num_calls == 4 + plain.num_calls - 4
+    assert model.num_calls > 4 - 1
+
+
+class ByReference(Numbered):
+    """Keeps its blocks in a list, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = [self.B1, self.B2, self.B3, self.B4]
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in self.order:
+            x = block(x)
+        return x
+
+
+def test_blocks_that_are_not_called_by_name_are_refused_when_they_run() -> None:
+    model = attach(ByReference(), "B*", share=2, **OPTIONS)
+    with pytest.raises(RuntimeError, match="no attention ran: ByReference calls 'B1' by another reference"):
+        model(image(1, 3, 6, 7))
+    assert attach(ByReference(), "B*", share=1, **OPTIONS)(image(1, 3, 6, 7)).shape
+
+
+class Twofold(Host):
+    """Calls its trunk in evaluation and iterates over it in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*(Block(8) for _ in range(4)))
+
+    def body(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return cast(Tensor, self.trunk(x))
+        for block in self.trunk:
+            x = block(x)
+        return x
+
+
+def test_attention_runs_in_both_modes_however_the_trunk_is_called() -> None:
+    options = {**OPTIONS, "zero_init": False}
+    model, plain = Twofold(), Twofold()
+    plain.load_state_dict(model.state_dict())
+    attach(model, "trunk", every=1, share=2, **options)
+    x = image(1, 3, 6, 7)
+    for training in (False, True):
+        assert not torch.equal(model.train(training)(x), plain.train(training)(x))
+
+
+def test_attention_inside_attention_is_loaded_again() -> None:
+    def nested() -> nn.Module:
+        trunk = nn.Sequential(*(nn.Sequential(Block(8), Block(8)) for _ in range(2)))
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), trunk)
+        attach(model, "1", every=1, share=1, **OPTIONS)
+        return attach(model, "1.0", every=1, share=1, **OPTIONS)
+
+    model, other = nested(), nested()
+    assert len([key for key in model.state_dict() if key.endswith(".sparse_sr_attn")]) == 2
+    other.load_state_dict(model.state_dict())
+    x = image(1, 3, 6, 7)
+    assert torch.equal(other.eval()(x), model.eval()(x))
 
 
 def test_an_example_may_be_all_arguments() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import sparse_sr_attn_basicsr
 from sparse_sr_attn import EDSR, LAYERS, CheckpointError, ConfigError, attach, load_model
 from sparse_sr_attn.backbones.attach import is_attended, is_record, reattach, without_attention
 from sparse_sr_attn.backbones.base import encode_options
@@ -149,6 +150,7 @@ def test_weights_without_records_load_into_the_attended_model(name: str) -> None
 
 
 def test_an_attended_edsr_of_basicsr_is_ours() -> None:
+    sparse_sr_attn_basicsr.apply()  # BasicSR imports
     from basicsr.archs.edsr_arch import EDSR as THEIRS
 
     theirs = attach(THEIRS(3, 3, num_feat=8, num_block=4, upscale=2, img_range=1.0), "body", **OPTIONS).eval()
