@@ -329,7 +329,7 @@ def reattach(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> nn.M
         if kind is AttendedSequential and len(module) < len(widths):
             raise _refusal(
                 "model",
-                f"must have at least {len(widths)} modules in {path!r}, as when attention was attached, got {len(module)}",
+                f"must have at least {len(widths)} modules in {path!r}, as when it was attached, got {len(module)}",
             )
         maps = read_attention(record["attention"], len(widths))
         placed.append((module, kind, _layers(maps, widths, record["shapes"], module, model), {**record, "path": path}))
