@@ -64,6 +64,25 @@ PRESETS: Mapping[str, Preset] = {
         {"num_feat": 60, "num_block": 12, "share": 2},
         "Zhang et al., arXiv 2203.06697, released configuration",
     ),
+    "EDSR-LCoA": Preset(
+        EDSR,
+        {
+            "num_feat": 48,
+            "num_block": 10,
+            "img_range": 1.0,
+            "attention": {
+                "type": "LCoA",
+                "every": 2,
+                "share": 5,
+                "num_clusters": 64,
+                "chunk_size": 64,
+                "reduction": 3,
+                "ema_decay": 0.99,
+                "res_scale": 1.0,
+            },
+        },
+        "this library: an EDSR of the size of LCoAN-light with its attention",
+    ),
     "EDSR-baseline": Preset(EDSR, {}, "Lim et al., CVPRW 2017, the baseline network"),
     "EDSR": Preset(
         EDSR,

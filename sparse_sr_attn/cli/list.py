@@ -122,7 +122,7 @@ def _weights() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "source": "trained on T91 and BSD400",
+            "source": "trained for this library, at bicubic degradation",
             "about": f"load_model({name!r}), --weights {name}",
             "parameters": _num_parameters(partial(load_model, name)),
             "options": {},
