@@ -13,7 +13,7 @@ from sparse_sr_attn.data.images import Picture
 from sparse_sr_attn.data.imresize import imresize
 from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn.inference.upscale import network_input, upscale_image
-from sparse_sr_attn.inference.visualize import attention_picture, attention_states
+from sparse_sr_attn.inference.visualize import attention_picture, attention_states, pixel_attention
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -79,7 +79,9 @@ def attend(model: Network, pixels: "np.ndarray", x: int, y: int) -> "np.ndarray"
     part = Picture(pixels[top : top + _CROP, left : left + _CROP])
     low = network_input(part, model.num_in_ch).to(model.mean.device)
     state = next(iter(attention_states(model, low).values()))
-    return attention_picture(state, low, (y - top, x - left)).numpy()
+    pixel = (y - top, x - left)
+    weights, side = pixel_attention(state, (low.shape[2], low.shape[3]), pixel)
+    return attention_picture(weights, side, low, pixel).numpy()
 
 
 def make_page(model: Network, title: str) -> "gr.Blocks":

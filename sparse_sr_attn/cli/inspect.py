@@ -14,11 +14,11 @@ from sparse_sr_attn.errors import ImageError, SparseSRError
 from sparse_sr_attn.inference.upscale import network_input
 from sparse_sr_attn.inference.visualize import (
     attention_entropy,
-    attention_map_of,
     attention_overlap,
     attention_picture,
     attention_states,
     cluster_picture,
+    pixel_attention,
 )
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
@@ -117,15 +117,13 @@ def _clusters(layer: nn.Module, state: ClusterAttention) -> "Image.Image":
 
 def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tuple[int, int]) -> "Image.Image":
     x, y = pixel
-    side = max(1, round(low.shape[3] / state.width))  # of a token in pixels: some networks work on smaller maps
-    (weights,) = attention_map_of(state, torch.tensor([y // side * state.width + x // side], device=low.device)).cpu()
-    weights = weights[: -(-low.shape[2] // side), : -(-low.shape[3] // side)]  # some networks pad the image
+    weights, side = pixel_attention(state, (low.shape[2], low.shape[3]), (y, x))
     width = weights.shape[1]
     strongest = weights.flatten().topk(min(5, weights.numel()))
     for weight, token in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
         show(f"{weight:.4f} at pixel {token % width * side} {token // width * side}")
     show(f"entropy over the image: {attention_entropy(state):.2f} of an even spread")
-    return _large(attention_picture(state, low, (y, x)))
+    return _large(attention_picture(weights, side, low, (y, x)))
 
 
 def _large(colours: Tensor) -> "Image.Image":

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.inference.visualize import attention_entropy, attention_map_of, attention_states, cluster_picture
+from sparse_sr_attn.inference.visualize import attention_entropy, attention_states, cluster_picture, pixel_attention
 from sparse_sr_attn.states import ClusterAttention
 
 if TYPE_CHECKING:
@@ -70,12 +69,9 @@ def plot_attention(
             break
     for names in readers.values():
         state = states[names[0]]
-        side = max(1, round(width / state.width))  # some networks work on smaller maps
-        token = torch.tensor([row // side * state.width + column // side], device=image.device)
+        weights, _ = pixel_attention(state, (height, width), (row, column))
         title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        weights = attention_map_of(state, token)[0].float().sqrt().cpu()
-        weights = weights[: -(-height // side), : -(-width // side)]  # some networks pad the image
-        panels.append((f"{title}\nentropy {attention_entropy(state):.2f}", weights, "magma"))
+        panels.append((f"{title}\nentropy {attention_entropy(state):.2f}", weights.float().sqrt(), "magma"))
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     size = (_SIDE * columns, rows * (_SIDE * height / width + 0.6))

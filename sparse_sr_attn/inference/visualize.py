@@ -465,31 +465,56 @@ def colour_map(clusters: Int[Tensor, "h w"], colours: UInt8[Tensor, "k 3"] | Non
     return colours[clusters]
 
 
+def pixel_attention(
+    state: ClusterAttention | WindowAttention, size: tuple[int, int], pixel: tuple[int, int]
+) -> tuple[Float[Tensor, "h2 w2"], int]:
+    """Return the attention of a pixel of an image, and the side of a token in pixels, which is 1 for most networks.
+
+    Args:
+        state: from `attention_states` of the image.
+        size: height and width of the image.
+        pixel: (row, column) in the image.
+
+    Returns:
+        The weights of the tokens that the image covers, on the CPU; networks that pad the image have more.
+
+    Examples:
+        >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
+        >>> states = attention_states(model, torch.rand(3, 12, 16))
+        >>> weights, side = pixel_attention(states["attention.0"], (12, 16), (3, 5))
+        >>> weights.shape, side
+        (torch.Size([12, 16]), 1)
+    """
+    (height, width), (row, column) = size, pixel
+    side = max(1, round(width / state.width))  # some networks work on smaller maps
+    token = torch.tensor([row // side * state.width + column // side], device=_device_of(state))
+    return attention_map_of(state, token)[0, : -(-height // side), : -(-width // side)].cpu(), side
+
+
 def attention_picture(
-    state: ClusterAttention | WindowAttention, image: Float[Tensor, "*b c h w"], pixel: tuple[int, int]
+    weights: Float[Tensor, "h2 w2"], side: int, image: Float[Tensor, "*b c h w"], pixel: tuple[int, int]
 ) -> UInt8[Tensor, "h w 3"]:
     """Draw where a pixel attends to, over a dark copy of the image; the pixel itself is green.
 
     Args:
-        state: from `attention_states` of the same image.
+        weights: from `pixel_attention`.
+        side: likewise.
         image: values in 0..1, one image `(c, h, w)` or `(1, c, h, w)`.
         pixel: (row, column) in `image`.
 
     Examples:
         >>> model, image = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}), torch.rand(3, 12, 16)
-        >>> attention_picture(attention_states(model, image)["attention.0"], image, (3, 5)).shape
+        >>> weights, side = pixel_attention(attention_states(model, image)["attention.0"], (12, 16), (3, 5))
+        >>> attention_picture(weights, side, image, (3, 5)).shape
         torch.Size([12, 16, 3])
     """
     (low,) = _one_image(image)
     _, height, width = low.shape
-    row, column = pixel
-    side = max(1, round(width / state.width))  # of a token in pixels: some networks work on smaller maps
-    token = torch.tensor([row // side * state.width + column // side], device=_device_of(state))
-    weights = attention_map_of(state, token)[0].sqrt().cpu()  # the root shows weak ones, too
-    weights = weights.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width]  # some networks pad
+    roots = weights.sqrt()  # they show weak ones, too
+    roots = roots.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width]
     behind = (low.mean(dim=0).clamp(0, 1) * 90).round().to(torch.uint8).cpu()
-    colours = torch.maximum(behind[..., None], heatmap(weights))
-    colours[row, column] = torch.tensor([0, 255, 0], dtype=torch.uint8)
+    colours = torch.maximum(behind[..., None], heatmap(roots))
+    colours[pixel] = torch.tensor([0, 255, 0], dtype=torch.uint8)
     return colours
 
 
