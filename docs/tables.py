@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sparse_sr_attn import LAYERS
+from sparse_sr_attn.cli.common import table
 from sparse_sr_attn.cli.main import main as sparse_sr
 
 DOCS = Path(__file__).parent
+sys.path.append(str(DOCS.parent))  # for benchmarks/, which is not installed
+from benchmarks.cost.__main__ import markdown  # noqa: E402
+
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -89,8 +93,7 @@ def costs() -> str:
     networks = json.loads((DOCS / "assets" / "cost.json").read_text())["networks"]
     capture = json.loads((DOCS / "assets" / "capture.json").read_text())["10"]
     plain = networks[0]
-    text = [f"| {plain['name']} | parameters | {' | '.join(plain['times'])} | captured |"]
-    text += ["|---|---|" + "---|" * len(plain["times"]) + "---|"]
+    body = []
     for row in networks:
         if row is plain:
             cells = [count(row["parameters"]), *(f"{time['median']:.0f} ms" for time in row["times"].values()), ""]
@@ -99,23 +102,13 @@ def costs() -> str:
             captured = f"{capture['patterns'][pattern]['mass'] / capture['best']:.2f}" if pattern else "–"
             more = f"+{row['parameters'] - plain['parameters']:,}"
             cells = [more, *(f"{time['median']:.2f}×" for time in row["times"].values()), captured]
-        text.append(f"| {'no attention' if row is plain else row['name'][2:]} | {' | '.join(cells)} |")
-    return "\n".join(text)
+        body.append(["no attention" if row is plain else row["name"].removeprefix("+ "), *cells])
+    return table([plain["name"], "parameters", *plain["times"], "captured"], body)
 
 
 def networks() -> str:
     """What attention costs a network, from the file of `benchmarks.cost`."""
-    rows = json.loads((DOCS / "assets" / "cost-networks.json").read_text())["networks"]
-    text = [f"| | {' | '.join(rows[0]['times'])} |", "|---|" + "---|" * len(rows[0]["times"])]
-    for row in rows:
-        cells = [
-            f"{time['median']:.2f} ({time['q1']:.2f}–{time['q3']:.2f})×"
-            if row["without"]
-            else f"{time['median']:.0f} ms"
-            for time in row["times"].values()
-        ]
-        text.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "\n".join(text)
+    return markdown(json.loads((DOCS / "assets" / "cost-networks.json").read_text())["networks"])
 
 
 PAGES = {"modules.md": tables, "choose.md": costs, "benchmarks.md": networks}

@@ -38,6 +38,8 @@ class Preset:
     source: str = ""
 
 
+_LIGHT_LCOA = {"res_scale": 1.0, "num_clusters": 64, "chunk_size": 64, "reduction": 3, "ema_decay": 0.99}
+
 PRESETS: Mapping[str, Preset] = {
     "LCoAN": Preset(
         LCoAN,
@@ -50,11 +52,7 @@ PRESETS: Mapping[str, Preset] = {
             "num_feat": 48,
             "num_group": 4,
             "num_block": 2,
-            "res_scale": 1.0,
-            "num_clusters": 64,
-            "chunk_size": 64,
-            "reduction": 3,
-            "ema_decay": 0.99,
+            **_LIGHT_LCOA,
         },
         "this library: under 1 M parameters, for small machines",
     ),
@@ -70,16 +68,7 @@ PRESETS: Mapping[str, Preset] = {
             "num_feat": 48,
             "num_block": 10,
             "img_range": 1.0,
-            "attention": {
-                "type": "LCoA",
-                "every": 2,
-                "share": 5,
-                "num_clusters": 64,
-                "chunk_size": 64,
-                "reduction": 3,
-                "ema_decay": 0.99,
-                "res_scale": 1.0,
-            },
+            "attention": {"type": "LCoA", "every": 2, "share": 5, **_LIGHT_LCOA},
         },
         "this library: an EDSR of the size of LCoAN-light with its attention",
     ),

@@ -22,15 +22,9 @@ LIGHT_EDSR: Mapping[str, Any] = {"num_feat": 48, "num_block": 10, "res_scale": 1
 """Options of an EDSR with about as many parameters as LCoAN-light."""
 
 LIGHT_LCOA: Mapping[str, Any] = {
-    "type": "LCoA",
-    "every": 2,
-    "share": 5,
-    "num_clusters": 64,
-    "chunk_size": 64,
-    "reduction": 3,
-    "ema_decay": 0.99,
+    name: value for name, value in PRESETS["EDSR-LCoA"].options["attention"].items() if name != "res_scale"
 }
-"""The attention of LCoAN-light, for that EDSR: it starts as the identity."""
+"""The attention of the preset EDSR-LCoA with the default `res_scale`: it starts as the identity."""
 
 _LOOKS = 3
 _LOOK_SIDE = 32

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.paper.figures import LIGHT_EDSR, LIGHT_LCOA
+from benchmarks.paper.figures import LIGHT_EDSR
 from sparse_sr_attn import PRESETS, CoA, load_model
 from sparse_sr_attn.checkpoints.convert import convert_weights, write_weights
 from sparse_sr_attn.cli.common import images_in
@@ -41,7 +41,7 @@ BEGIN, END = "<!-- figures of benchmarks/weights/recipe.py -->\n", "<!-- end of 
 
 _EDSR = {"type": "SparseEDSR", **LIGHT_EDSR}
 # Attention starts as the identity with any `res_scale`; with the default of 0.1 a network learns to use it late.
-_LCOA = {**LIGHT_LCOA, "res_scale": 1.0}
+_LCOA = PRESETS["EDSR-LCoA"].options["attention"]
 _WHOLE_PATCH = 96**2  # a chunk of so many tokens holds the patch: dense attention
 
 NETWORKS: dict[str, dict[str, Any]] = {
