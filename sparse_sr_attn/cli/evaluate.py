@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         SparseSRError: pictures cannot be read or do not match.
     """
     require("PIL", "numpy")
-    networks = _networks(arguments)
     _check(arguments)
+    networks = _networks(arguments)
     methods: dict[str, Method] = {"bicubic": partial(_bicubic, arguments)} if arguments.bicubic else {}
     methods |= {label: partial(_upscaled, arguments, model) for label, model in networks.items()}
     if not methods:
@@ -137,9 +137,9 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.bicubic and arguments.protocol == "basicsr" and not arguments.weights:
         raise UsageError("--bicubic needs --protocol matlab, which the published figures use")
-    if arguments.scale is None:
+    if arguments.scale is None and not arguments.weights:
         raise UsageError("--scale must be given, because there are no weights that record it")
-    if arguments.scale < 1:
+    if arguments.scale is not None and arguments.scale < 1:
         raise UsageError(f"--scale must be >= 1, got {arguments.scale}")
     if arguments.border is not None and arguments.border < 0:
         raise UsageError(f"--border must be >= 0, got {arguments.border}")
