@@ -86,7 +86,7 @@ class Registry(Generic[T]):
         """Return the class or function called `name`; `get` returns its whole entry.
 
         Raises:
-            UnknownNameError: there is none.
+            UnknownNameError: no entry has that name.
         """
         return self.get(name).build
 

@@ -367,8 +367,7 @@ def test_eager_forwards_are_those_of_the_host() -> None:
         plain.num_calls = model.num_calls
         assert torch.equal(model(x), plain(x))
         assert torch.equal(model(x, 2.0), plain(x, 2.0))
-    assert model.num_calls == 4 + plain.num_calls - 4
-    assert model.num_calls > 4 - 1
+    assert model.num_calls == plain.num_calls == 4
 
 
 class ByReference(Numbered):

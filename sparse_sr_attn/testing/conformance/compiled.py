@@ -78,23 +78,13 @@ def check_export_with_dynamic_sizes(subject: Subject, device: torch.device) -> N
 @clause()
 def check_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
     """`checkpoint(nn.Sequential(block, layer, block))` in training: output, gradients and buffers to the bit."""
-    plain, again = _body(subject, device), _body(subject, device)
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(again, x, use_reentrant=False)
-
-    assert_same(history(again, checkpointed, device), history(plain, plain, device))
+    _check_checkpointed(subject, device, reentrant=False)
 
 
 @clause()
 def check_reentrantly_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
     """The same with `use_reentrant=True`, which runs the forward without a graph first."""
-    plain, again = _body(subject, device), _body(subject, device)
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(again, x, use_reentrant=True)
-
-    assert_same(history(again, checkpointed, device), history(plain, plain, device))
+    _check_checkpointed(subject, device, reentrant=True)
 
 
 @clause(hookable=False)
@@ -113,6 +103,15 @@ def check_compiled_inside_a_checkpoint_is_plain(subject: Subject, device: torch.
 def check_checkpointed_and_compiled_by_inductor_is_plain(subject: Subject, device: torch.device) -> None:
     """The same with the default backend, to its rounding."""
     _check_checkpointed_and_compiled(subject, device, "inductor", inside=True)
+
+
+def _check_checkpointed(subject: Subject, device: torch.device, *, reentrant: bool) -> None:
+    plain, again = _body(subject, device), _body(subject, device)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(again, x, use_reentrant=reentrant)
+
+    assert_same(history(again, checkpointed, device), history(plain, plain, device))
 
 
 def _check_checkpointed_and_compiled(subject: Subject, device: torch.device, backend: str, *, inside: bool) -> None:
