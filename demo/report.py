@@ -24,10 +24,11 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from sparse_sr_attn import EDSR, LSP, CoA, LCoAN
+from sparse_sr_attn import EDSR, LSP, LCoAN
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.data import metrics
 from sparse_sr_attn.data.imresize import imresize
+from sparse_sr_attn.inference.evaluate import attention_off
 from sparse_sr_attn.inference.visualize import cluster_map, colour_map, similarity_palette
 
 UPSCALE = 2
@@ -94,23 +95,13 @@ def training_seconds(experiment: Path) -> int:
     )
 
 
-def without_attention(model: LCoAN) -> dict[CoA, float]:
-    """Switch the attention off, and return the factors that switch it on again."""
-    scales = {module: module.res_scale for module in model.modules() if isinstance(module, CoA)}
-    for module in scales:
-        module.res_scale = 0.0
-    return scales
-
-
 def results(model: LCoAN, plain: Network | None, data: Path) -> list[Result]:
     pictures = []
     for file in sorted((data / "val" / "HR").glob("*.png")):
         low = read_picture(data / "val" / f"LR_x{UPSCALE}" / file.name)
         ours = upscale(model, low)
-        scales = without_attention(model)
-        off = upscale(model, low)
-        for module, scale in scales.items():
-            module.res_scale = scale
+        with attention_off(model):
+            off = upscale(model, low)
         other = plain and upscale(plain, low)
         pictures.append(Result(file.stem, low, read_picture(file), imresize(low, scale=UPSCALE), ours, off, other))
     if not pictures:

@@ -30,7 +30,7 @@ from sparse_sr_attn.cli.common import images_in
 from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.data.metrics import Score, bicubic_luma, score
-from sparse_sr_attn.inference.evaluate import evaluate
+from sparse_sr_attn.inference.evaluate import attention_off, evaluate
 from sparse_sr_attn.inference.visualize import attention_entropy, attention_states
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,13 +214,11 @@ def measure(name: str, model: Any, upscale: int, folder: Path, trained_on: str) 
     psnr, ssim = means(evaluate(model, pictures))
     size = sum(parameter.numel() for parameter in model.parameters())
     figure = Figure(name, upscale, folder.name, psnr, ssim, size, trained_on)
-    attention = [layer for layer in model.modules() if isinstance(layer, CoA)]
-    if not attention:
+    if not any(isinstance(layer, CoA) for layer in model.modules()):
         return figure
     entropy = sum(entropies(model, pictures)) / len(pictures)
-    for layer in attention:
-        layer.res_scale = 0
-    return replace(figure, psnr_without_attention=means(evaluate(model, pictures))[0], entropy=entropy)
+    with attention_off(model):
+        return replace(figure, psnr_without_attention=means(evaluate(model, pictures))[0], entropy=entropy)
 
 
 def means(each: Sequence[Score]) -> tuple[float, float]:

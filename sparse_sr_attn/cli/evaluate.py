@@ -26,7 +26,7 @@ from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import crop_to_multiple
 from sparse_sr_attn.data.metrics import Protocol, Score, bicubic_luma, luma, score
 from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
-from sparse_sr_attn.inference.evaluate import evaluate
+from sparse_sr_attn.inference.evaluate import attention_off, evaluate
 
 DESCRIPTION = """\
 Compare upscaled images with the ground truth, or measure networks on test sets: PSNR and SSIM on luma, without the
@@ -34,6 +34,7 @@ border.
 
 examples:
   sparse-sr evaluate Set5/HR Set14/HR --weights LCoAN-light_x2 --weights net_g_latest.pth --bicubic       a table
+  sparse-sr evaluate Urban100/HR --weights EDSR-LCoA_x2 --without-attention           what attention gives it
   sparse-sr evaluate results/ Set5/HR --scale 2
   sparse-sr evaluate results/ Set5/HR --scale 4 --names {}_RCAN {}_HR_x4      baby_RCAN.png belongs to baby_HR_x4.png
   sparse-sr evaluate --bicubic Set14/HR --scale 3 --grey bridge               the row "bicubic" of papers' tables"""
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="results, then ground truth; or test sets, see below")
     add("-w", "--weights", action="append", default=[], metavar="FILE|NAME", help="measure this network; repeatable")
+    add(
+        "--without-attention",
+        action="store_true",
+        help="measure each network again, its attention switched off",
+    )
     scale = add(
         "-s",
         "--scale",
@@ -82,7 +88,11 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     networks = _networks(arguments)
     methods: dict[str, Method] = {"bicubic": partial(_bicubic, arguments)} if arguments.bicubic else {}
-    methods |= {label: partial(_upscaled, arguments, model) for label, model in networks.items()}
+    for label, model in networks.items():
+        methods[label] = partial(_upscaled, arguments, model)
+        if arguments.without_attention:
+            _check_attention(label, model)
+            methods[f"{label}, attention off"] = partial(_without_attention, arguments, model)
     if not methods:
         _show_pictures(dict(_results(arguments)))
     elif len(methods) == len(arguments.folders) == 1:
@@ -108,6 +118,14 @@ def _networks(arguments: argparse.Namespace) -> dict[str, Network]:
                 f"{networks[weights].upscale}, not {arguments.scale}"
             )
     return networks
+
+
+def _check_attention(label: str, model: Network) -> None:
+    try:
+        with attention_off(model):
+            pass
+    except ValueError as error:
+        raise UsageError(f"--without-attention: {name(label)}: {error}") from None
 
 
 def _show_pictures(scores: dict[str, Score]) -> None:
@@ -137,6 +155,8 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.bicubic and arguments.protocol == "basicsr" and not arguments.weights:
         raise UsageError("--bicubic needs --protocol matlab, which the published figures use")
+    if arguments.without_attention and not arguments.weights:
+        raise UsageError("--without-attention needs --weights, a network whose attention to switch off")
     if arguments.scale is None and not arguments.weights:
         raise UsageError("--scale must be given, because there are no weights that record it")
     if arguments.scale is not None and arguments.scale < 1:
@@ -169,6 +189,11 @@ def _upscaled(arguments: argparse.Namespace, model: Network, folder: Path) -> It
     for label, path, picture in _truths(arguments, folder):
         with _about(path):
             yield label, evaluate(model, [picture], border=arguments.border, protocol=protocol)[0]
+
+
+def _without_attention(arguments: argparse.Namespace, model: Network, folder: Path) -> Iterator[tuple[str, Score]]:
+    with attention_off(model):
+        yield from _upscaled(arguments, model, folder)
 
 
 def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:

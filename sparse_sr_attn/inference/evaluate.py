@@ -1,10 +1,11 @@
 """Measure networks on folders of images, as the tables of papers do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.backbones.trunks import evaluating
@@ -12,6 +13,7 @@ from sparse_sr_attn.data.images import Picture, as_rgb
 from sparse_sr_attn.data.imresize import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.data.metrics import Protocol, Score, luma, score
 from sparse_sr_attn.inference.upscale import upscale_image
+from sparse_sr_attn.layers.base import AttentionLayer
 
 
 def evaluate(
@@ -44,6 +46,44 @@ def evaluate(
     """
     with evaluating(model):
         return [_score(model, picture, border, protocol) for picture in pictures]
+
+
+@contextmanager
+def attention_off(model: nn.Module) -> Iterator[None]:
+    """Switch all attention of a model off inside, to measure how much a trained network relies on it.
+
+    Layers return their input, except for the convolutions of an ELAB. A network trained without attention may be better
+    than one that lost it; train one to compare the two.
+
+    Args:
+        model: a model with layers of this library.
+
+    Raises:
+        ValueError: `model` has no attention, or has layers that cannot be switched off.
+
+    Examples:
+        >>> model = load_model("LCoAN-light_x2").eval()
+        >>> with attention_off(model):
+        ...     output = model(torch.rand(1, 3, 16, 16))
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, AttentionLayer)
+        and not any(isinstance(part, AttentionLayer) for part in layer.modules() if part is not layer)
+    ]
+    if not layers:
+        raise ValueError(f"model must have attention layers of this library, but {type(model).__name__} has none")
+    if fixed := sorted({type(layer).__name__ for layer in layers if not hasattr(layer, "res_scale")}):
+        raise ValueError(f"attention layers must have res_scale to be switched off, but {', '.join(fixed)} has none")
+    scales = [layer.res_scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.res_scale = 0.0  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.res_scale = scale
 
 
 def _score(model: Network, picture: UInt8[Tensor, "h w *c"], border: int | None, protocol: Protocol) -> Score:

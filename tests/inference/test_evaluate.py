@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data
+from torch import nn
 
+from sparse_sr_attn import EDSR, CoA, load_model
 from sparse_sr_attn.cli.main import main
+from sparse_sr_attn.inference.evaluate import attention_off, evaluate
+from sparse_sr_attn.layers.base import AttentionLayer
 
 NETWORK = "LCoAN-light_x2"
 
@@ -71,6 +77,7 @@ def test_a_table_holds_the_means(sets: list[Path], capsys: pytest.CaptureFixture
             "all weights must have the same scale, which --scale repeats; LCoAN-light_x4 has 4, not 2",
         ),
         (["--weights", NETWORK, "--grey", "none"], "--grey must name images"),
+        (["--without-attention", "--bicubic", "--scale", "2"], "--without-attention needs --weights"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -78,3 +85,52 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     assert main(["evaluate", str(sets[0]), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layer", ["LCoA", "GMSA", "NLSA", "ENLA", "HSPA", "CategoryAttention", "NLA"])
+def test_a_network_with_attention_off_is_the_same_network_without(layer: str) -> None:
+    options = {"num_feat": 8, "num_block": 4, "img_range": 1.0}
+    model = EDSR(**options, attention={"type": layer, "every": 2, "share": 2 if layer in ("LCoA", "GMSA") else 1})
+    plain = EDSR(**options)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    image = torch.rand(1, 3, 12, 12)
+    for module in model.modules():
+        if isinstance(module, AttentionLayer):
+            for p in module.parameters():
+                nn.init.normal_(p, std=0.1)
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        on = model(image)
+        assert not torch.allclose(on, plain(image), atol=1e-4)
+        with attention_off(model):
+            assert torch.allclose(model(image), plain(image), atol=1e-6)
+        assert torch.equal(model(image), on)
+        with pytest.raises(ZeroDivisionError), attention_off(model):
+            1 / 0  # noqa: B018
+        assert torch.equal(model(image), on)
+
+
+def test_attention_off_needs_attention_that_it_can_switch_off() -> None:
+    with pytest.raises(ValueError, match="but EDSR has none"), attention_off(EDSR(num_feat=8, num_block=2)):
+        pass
+
+    class Fixed(AttentionLayer):
+        """A layer of somebody else, without the option."""
+
+    with pytest.raises(ValueError, match="must have res_scale to be switched off, but Fixed has none"):
+        attention_off(nn.Sequential(Fixed())).__enter__()
+
+
+def test_a_row_with_attention_off(sets: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    table = output(["evaluate", sets[0], "--weights", NETWORK, "--without-attention"], capsys)
+    rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in table.splitlines()[2:])}
+    assert list(rows) == [NETWORK, f"{NETWORK}, attention off"]
+    model = load_model(NETWORK)
+    pictures = [torch.from_numpy(np.array(Image.open(file))) for file in sorted(sets[0].iterdir())]
+    for row, factor in zip(rows.values(), (None, 0.0), strict=True):
+        for module in model.modules():
+            if isinstance(module, CoA) and factor is not None:
+                module.res_scale = factor
+        psnr = np.mean([score.psnr for score in evaluate(model, pictures)])
+        assert row.split(" / ")[0] == f"{psnr:.2f}"
+    assert len(set(rows.values())) == 2
