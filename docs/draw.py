@@ -1,8 +1,9 @@
-"""Draw the pictures of docs/concepts.md with the library itself, on photographs from scikit-image.
+"""Draw the pictures of README.md and docs/concepts.md with the library itself, on photographs from scikit-image.
 
 python docs/draw.py [--output FOLDER]
 
-No network is trained for them: the features are colours and random convolutions of colours; only k-means is fitted.
+README.md shows included weights, which never saw these photographs. For docs/concepts.md no network is trained: the
+features are colours and random convolutions of colours; only k-means is fitted.
 """
 
 import argparse
@@ -20,10 +21,23 @@ from skimage import data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn import EDSR, GMSA, NLA, LCoA
+from sparse_sr_attn import EDSR, GMSA, NLA, LCoA, load_model
+from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.data.images import Picture
+from sparse_sr_attn.data.imresize import crop_to_multiple, imresize, matlab_bicubic
+from sparse_sr_attn.data.metrics import luma, score
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.shift import shift2d
-from sparse_sr_attn.inference.visualize import attention_map_of, colour_map, heatmap, similarity_palette
+from sparse_sr_attn.inference.evaluate import attention_off
+from sparse_sr_attn.inference.upscale import upscale_image
+from sparse_sr_attn.inference.visualize import (
+    attention_map_of,
+    attention_states,
+    colour_map,
+    heatmap,
+    pixel_attention,
+    similarity_palette,
+)
 from sparse_sr_attn.states import ClusterPattern
 
 CHANNELS = 16
@@ -55,6 +69,54 @@ def learnt_layer(x: Tensor, *, num_clusters: int, chunk_size: int) -> LCoA:
         for _ in range(100):
             layer(x)
     return layer.eval()
+
+
+WEIGHTS = "EDSR-LCoA_x2"
+DETAIL = 64  # side in high-resolution pixels
+
+
+def draw_upscaled() -> Figure:
+    """Details of photographs upscaled with attention, without it and by bicubic, and what one pixel attends to."""
+    model = load_model(WEIGHTS).eval()
+    rows = (("rocket", data.rocket(), (304, 16), (356, 42)), ("page", data.page(), (48, 240), (76, 266)))
+    figure, axes = plt.subplots(
+        len(rows), 6, figsize=(15, 5.6), layout="constrained", width_ratios=(1.5,) * 2 + (1,) * 4
+    )
+    for line, (name, pixels, corner, pixel) in zip(axes, rows, strict=True):
+        high = torch.from_numpy(pixels.copy())
+        high = crop_to_multiple(high if high.dim() == 3 else high[..., None].expand(-1, -1, 3).contiguous(), 2)
+        low = matlab_bicubic(high, 2)
+        with_attention = enlarged(model, low)
+        with attention_off(model):
+            without = enlarged(model, low)
+        square = {"xy": (corner[1], corner[0]), "width": DETAIL, "height": DETAIL}
+        show(line[0], high, name)
+        line[0].add_patch(Rectangle(**square, fill=False, edgecolor=RED, linewidth=2.5))
+        image = low.permute(2, 0, 1)[None].float() / 255
+        token = (pixel[0] // 2, pixel[1] // 2)
+        weights, _ = pixel_attention(next(iter(attention_states(model, image).values())), low.shape[:2], token)
+        weights = F.max_pool2d(weights[None], 3, stride=1, padding=1)[0]  # single pixels would hardly show
+        show(line[1], glowing(image * 0.8, weights), "what one pixel attends to")
+        line[1].plot(
+            token[1], token[0], marker="o", markersize=9, markerfacecolor="none", markeredgecolor="#22b8cf", mew=2
+        )
+        pictures = {"bicubic": imresize(low, scale=2), "attention off": without, "with attention": with_attention}
+        for axis, (title, picture) in zip(line[2:], pictures.items(), strict=False):
+            psnr = score(luma(picture), luma(high), border=2).psnr
+            show(axis, detail(picture, corner), f"{title}\n{psnr:.2f} dB")
+        show(line[5], detail(high, corner), "high resolution\n")
+    for axis in axes.flat:
+        axis.title.set_fontsize(13)
+    return figure
+
+
+def enlarged(model: Network, low: Tensor) -> Tensor:
+    return torch.from_numpy(upscale_image(model, Picture(low.numpy()), tile=max(low.shape), overlap=0).pixels)
+
+
+def detail(picture: Tensor, corner: tuple[int, int]) -> Tensor:
+    top, left = corner
+    return picture[top : top + DETAIL, left : left + DETAIL]
 
 
 def draw_clusters() -> Figure:
@@ -262,6 +324,7 @@ def show(axis: Axes, picture: Tensor, title: str) -> None:
 
 
 PICTURES = {
+    "upscaled": draw_upscaled,
     "clusters": draw_clusters,
     "chunks": draw_chunks,
     "matrix": draw_matrix,
@@ -275,7 +338,7 @@ PICTURES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path(__file__).parent / "assets" / "concepts", help="folder to write"
+        "-o", "--output", type=Path, default=Path(__file__).parent / "assets" / "pictures", help="folder to write"
     )
     out: Path = parser.parse_args().output
     out.mkdir(parents=True, exist_ok=True)

@@ -368,8 +368,9 @@ def test_the_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "argv", ["draw.py", "--out", str(tmp_path)])
     draw.main()
     drawn = {file.name for file in tmp_path.iterdir()}
-    assert drawn == {file.name for file in (DOCS / "assets" / "concepts").iterdir()}
-    used = set(re.findall(r"assets/concepts/(\S+?)\)", (DOCS / "concepts.md").read_text()))
+    assert drawn == {file.name for file in (DOCS / "assets" / "pictures").iterdir()}
+    pages = (DOCS / "concepts.md").read_text() + (ROOT / "README.md").read_text()
+    used = set(re.findall(r"assets/pictures/(\S+?)\)", pages))
     assert drawn == used
 
 
