@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,25 +86,45 @@ def tables() -> str:
 
 
 CAPTURED = {"LCoA": "LCoA", "NLSA": "NLSA:num_rounds=4", "CategoryAttention": "CategoryAttention", "GMSA": "windows"}
-"""Rows of docs/assets/capture.json for layers; the windows there are one size of GMSA's."""
+"""Rows of docs/assets/capture.json; the windows there are one size of GMSA's."""
+
+
+GAINS = {
+    "LCoA": "LCoA, k-means",
+    "NLSA": "NLSA (LSH, 4 rounds)",
+    "ENLA": "ENLA (random features)",
+    "NLA": "NLA (dense)",
+}
+"""Rows of docs/assets/paper-lcoa-3.json for layers."""
+
+
+def gain(layer: str) -> str:
+    """What a layer gains in the comparison lcoa-3 of `benchmarks.paper`: mean and deviation over seeds."""
+    results = json.loads((DOCS / "assets" / "paper-lcoa-3.json").read_text())["results"]
+    if layer not in GAINS:
+        return "–"
+    plain = results["no attention"]
+    gains = [run["psnr"] - plain[seed]["psnr"] for seed, run in results[GAINS[layer]].items()]
+    return f"{statistics.mean(gains):+.3f} ± {statistics.stdev(gains):.3f}"
 
 
 def costs() -> str:
-    """What each attention adds to an EDSR, from the files of `benchmarks.cost` and `sparse-sr capture`."""
+    """What each attention costs an EDSR and gives it: cost, captured mass, gain after a short training."""
     networks = json.loads((DOCS / "assets" / "cost.json").read_text())["networks"]
     capture = json.loads((DOCS / "assets" / "capture.json").read_text())["10"]
     plain = networks[0]
     body = []
     for row in networks:
         if row is plain:
-            cells = [count(row["parameters"]), *(f"{time['median']:.0f} ms" for time in row["times"].values()), ""]
+            cells = [count(row["parameters"]), *(f"{time['median']:.0f} ms" for time in row["times"].values()), "", ""]
         else:
-            pattern = CAPTURED.get(row["name"].split()[1])
+            layer = row["name"].split()[1]
+            pattern = CAPTURED.get(layer)
             captured = f"{capture['patterns'][pattern]['mass'] / capture['best']:.2f}" if pattern else "–"
             more = f"+{row['parameters'] - plain['parameters']:,}"
-            cells = [more, *(f"{time['median']:.2f}×" for time in row["times"].values()), captured]
+            cells = [more, *(f"{time['median']:.2f}×" for time in row["times"].values()), captured, gain(layer)]
         body.append(["no attention" if row is plain else row["name"].removeprefix("+ "), *cells])
-    return table([plain["name"], "parameters", *plain["times"], "captured"], body)
+    return table([plain["name"], "parameters", *plain["times"], "captured", "gain, dB"], body)
 
 
 def networks() -> str:
