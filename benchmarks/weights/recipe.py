@@ -3,8 +3,8 @@
     python -m benchmarks.weights train LCoAN-light 2 --data T91/ BSD400/     one network, one factor
     python -m benchmarks.weights train LCoAN-light 4 --data ... --start LCoAN-light_x2      start from the body of x2
     python -m benchmarks.weights train LCoAN-light 2 --data ... --teacher outputs/ --label taught
-    python -m benchmarks.weights ship LCoAN-light_x2                         into the package
     python -m benchmarks.weights report --test Set5/ Set14/ Urban25/         figures into docs/weights.md
+    python -m benchmarks.weights ship LCoAN-light_x2                         into the package, once it is measured
 
 Folders hold photographs of high resolution; low resolution is made of them (`sparse-sr prepare`). Everything is written
 to build/weights, and a training that was stopped resumes. All networks see the same patches in the same order.
@@ -37,7 +37,6 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "weights"
 PAGE = ROOT / "docs" / "weights.md"
 RECORD = Path(__file__).with_name("figures.json")
-BEGIN, END = "<!-- figures of benchmarks/weights/recipe.py -->\n", "<!-- end of figures -->"
 
 _EDSR = {"type": "SparseEDSR", **LIGHT_EDSR}
 # Attention starts as the identity with any `res_scale`; with the default of 0.1 a network learns to use it late.
@@ -162,11 +161,24 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def ship(arguments: argparse.Namespace) -> None:
+    asked = yaml.safe_load((BUILD / f"{arguments.name}.yml").read_text())
+    network, scale = arguments.name.split("_")[:2]
+    found = recorded()
+    mine = [figure for figure in found if (figure.network, figure.upscale) == (network, asked["scale"])]
+    if not any(figure.trained_on == described(asked) for figure in mine):
+        sys.exit(
+            f"error: {arguments.name} has no figures yet; run: python -m benchmarks.weights report --test FOLDER ..."
+        )
     model = load_model(trained(arguments.name))
-    network, upscale = arguments.name.split("_")[:2]
-    file = ROOT / "sparse_sr_attn" / "checkpoints" / "trained" / f"{network}_{upscale}.safetensors"
+    file = ROOT / "sparse_sr_attn" / "checkpoints" / "trained" / f"{network}_{scale}.safetensors"
     file.parent.mkdir(exist_ok=True)
     write_weights(convert_weights(model, "ours"), file, nested=False, overwrite=True)
+    record(
+        [
+            replace(figure, included=figure.trained_on == described(asked)) if figure in mine else figure
+            for figure in found
+        ]
+    )
     print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
 
 
@@ -187,6 +199,7 @@ class Figure:
         trained_on: steps, patches and what came before.
         psnr_without_attention: PSNR with attention disabled after training, in dB; `None` for other networks.
         entropy: mean `attention_entropy` of the first attention layer; `None` for other networks.
+        included: whether these are the weights in the package.
     """
 
     network: str
@@ -198,6 +211,7 @@ class Figure:
     trained_on: str
     psnr_without_attention: float | None = None
     entropy: float | None = None
+    included: bool = False
 
     @property
     def key(self) -> tuple[str, int, str, str]:
@@ -248,7 +262,7 @@ PUBLISHED = {
 
 def report(arguments: argparse.Namespace) -> None:
     """Measure what is trained here and not on record yet."""
-    found = [Figure(**figure) for figure in json.loads(RECORD.read_text())]
+    found = recorded()
     known = {figure.key for figure in found}
     for file in sorted(BUILD.glob("*.yml")):
         asked = yaml.safe_load(file.read_text())
@@ -268,10 +282,29 @@ def report(arguments: argparse.Namespace) -> None:
                 print(figure, flush=True)
                 found.append(figure)
                 known.add(figure.key)
-    found.sort(key=lambda figure: (figure.upscale, figure.trained_on, figure.parameters or 0, figure.network))
-    RECORD.write_text(json.dumps([asdict(figure) for figure in found], indent=1, ensure_ascii=False) + "\n")
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table(found) + END + rest.partition(END)[2])
+    record(found)
+
+
+def recorded() -> list[Figure]:
+    return [Figure(**figure) for figure in json.loads(RECORD.read_text())]
+
+
+def record(figures: Sequence[Figure]) -> None:
+    """Write the record, and the tables of the page."""
+    figures = sorted(figures, key=lambda one: (one.upscale, one.trained_on, one.parameters or 0, one.network))
+    RECORD.write_text(json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False) + "\n")
+    page = PAGE.read_text()
+    for name, shown in (("included", included(figures)), ("all", figures)):
+        begin, end = f"<!-- figures: {name} -->\n", f"<!-- end of figures: {name} -->"
+        before, _, rest = page.partition(begin)
+        page = before + begin + table(shown) + end + rest.partition(end)[2]
+    PAGE.write_text(page)
+
+
+def included(figures: Sequence[Figure]) -> list[Figure]:
+    """Return the figures of the weights in the package, and of bicubic at the same factors."""
+    factors = {figure.upscale for figure in figures if figure.included}
+    return [figure for figure in figures if figure.included or (not figure.parameters and figure.upscale in factors)]
 
 
 def finished(asked: Mapping[str, Any]) -> bool:

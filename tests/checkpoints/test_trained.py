@@ -1,6 +1,5 @@
 """Trained weights that come with the library: they load by name, are small, and are better than interpolation."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +114,11 @@ def test_list_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_has_the_figures_on_record() -> None:
-    figures = [recipe.Figure(**figure) for figure in json.loads(recipe.RECORD.read_text())]
+    figures = recipe.recorded()
     page = recipe.PAGE.read_text()
-    assert recipe.BEGIN + recipe.table(figures) + recipe.END in page
+    for shown in (figures, recipe.included(figures)):
+        assert f" -->\n{recipe.table(shown)}<!-- end of figures" in page
+    included = {f"{figure.network}_x{figure.upscale}" for figure in figures if figure.included}
+    assert included == set(trained_weights())
     measured = {f"{figure.network}_x{figure.upscale}" for figure in figures}
     assert set(NAMES) <= measured
