@@ -1,5 +1,6 @@
 """Trained weights that come with the library: they load by name, are small, and are better than interpolation."""
 
+import json
 from pathlib import Path
 
 import numpy as np
