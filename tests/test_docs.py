@@ -409,7 +409,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
         build, cwd=ROOT, env=environment() | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site" / "concepts" / "index.html").is_file()
+    assert (tmp_path / "site" / "concepts.html").is_file()
 
 
 def test_the_readme_has_the_costs_on_record() -> None:
