@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
 from sparse_sr_attn_basicsr import changed_options, option_lookups, pretrained, state
 from sparse_sr_attn_basicsr.data import PLACE
+from sparse_sr_attn_basicsr.delayed_step import DelayedOptimizer, DelayedStep, Forwarding
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,7 +89,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._place: list[int] | None = None  # of the last sample trained on, see `data.PLACE`
         self._fed_place: list[int] | None = None
         self._num_overflows = 0
-        self._pass: _Pass | None = None
+        self._delayed: DelayedStep | None = None
         self._cri_fft: nn.Module | None = None
         self._optimizer_names: list[str] = []
         train = opt.get("train") or {}
@@ -175,8 +176,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
 
     def model_ema(self, decay: float = 0.999) -> None:
         """Average the parameters, copy the buffers."""
-        if self._pass is not None:
-            self._pass.ema_decay = decay
+        if self._delayed is not None:
+            self._delayed.ema_decay = decay
             return
         super().model_ema(decay)
         averaged = dict(self.net_g_ema.named_buffers())
@@ -249,10 +250,10 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
 
     def reduce_loss_dict(self, loss_dict: Mapping[str, Tensor]) -> "OrderedDict[str, float]":
         """Return the losses as numbers, averaged over processes; within a step, only record them."""
-        if self._pass is None:
+        if self._delayed is None:
             return super().reduce_loss_dict(loss_dict)
-        self._pass.note({**loss_dict, **self._pass.own})
-        self._pass.own.clear()
+        self._delayed.note({**loss_dict, **self._delayed.own})
+        self._delayed.own.clear()
         return OrderedDict()
 
     def test(self) -> None:
@@ -448,13 +449,15 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         """Return the trained networks: the generator and, of a GAN, the discriminator."""
         return [self.get_bare_model(getattr(self, name)) for name in ("net_g", "net_d") if hasattr(self, name)]
 
-    def _compute(self, current_iter: int) -> "_Pass":
+    def _compute(self, current_iter: int) -> DelayedStep:
         """Let BasicSR's model compute losses and gradients, part by part; delay what it does with them."""
         net, whole = self.net_g, {name: self.__dict__[name] for name in ("lq", "gt") if name in self.__dict__}
         optimizers = {name: value for name, value in self.__dict__.items() if isinstance(value, torch.optim.Optimizer)}
-        done = self._pass = _Pass({name: _Waiting(optimizer) for name, optimizer in optimizers.items()})
+        done = self._delayed = DelayedStep(
+            {name: DelayedOptimizer(optimizer) for name, optimizer in optimizers.items()}
+        )
         parts = list(zip(*(images.chunk(self._num_parts) for images in whole.values()), strict=True))
-        self.__dict__.update(done.optimizers, net_g=_Through(net, self._forward))
+        self.__dict__.update(done.optimizers, net_g=Forwarding(net, self._forward))
         try:
             for number, images in enumerate(parts, start=1):
                 self.__dict__.update(zip(whole, images, strict=True))
@@ -464,12 +467,12 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                     super().optimize_parameters(current_iter)
         finally:
             self.__dict__.update(whole | optimizers, net_g=net)
-            self._pass = None
+            self._delayed = None
         return done
 
     def _forward(self, net: nn.Module, low: Tensor) -> Tensor:
         """Return the image; its gradient will be scaled by the fraction of this part and by the loss scale."""
-        done = self._pass
+        done = self._delayed
         with self._autocast():
             output: Tensor = net(low)
         output = output.float()
@@ -564,72 +567,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             pace = (now - self._started) / (current_iter - self._first)
             message += f", {pace:.2f} s an iteration, about {_clock(pace * (total - current_iter))} to go"
         get_root_logger().info(message)
-
-
-class _Pass:
-    """One step of BasicSR's model: computes losses and gradients, and records optimizer steps and the EMA for later.
-
-    Args:
-        optimizers: by attribute of the model.
-    """
-
-    def __init__(self, optimizers: "dict[str, _Waiting]") -> None:
-        self.optimizers = optimizers
-        self.losses: OrderedDict[str, Tensor] = OrderedDict()
-        self.own: dict[str, Tensor] = {}  # of the current part, computed here
-        self.ema_decay: float | None = None
-        self.fraction = 1.0  # of the batch that is in the current part
-
-    def begin(self, fraction: float) -> None:
-        """Begin a part of the batch."""
-        self.fraction = fraction
-        for optimizer in self.optimizers.values():
-            optimizer.begin()
-
-    def note(self, losses: Mapping[str, Tensor]) -> None:
-        """Add the losses of a part to those of the batch."""
-        for name, loss in losses.items():
-            mean = torch.as_tensor(loss).detach().float().mean()
-            self.losses[name] = self.losses.get(name, 0) + self.fraction * mean
-
-
-class _Waiting:
-    """The optimizer that BasicSR's model sees: it clears gradients, and records that a step is due."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.due = self._stepped = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.optimizer, name)
-
-    def begin(self) -> None:
-        self._stepped = False
-
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        if not self.due:  # gradients of earlier parts stay
-            self.optimizer.zero_grad(*args, **kwargs)
-
-    def step(self, *_: Any, **__: Any) -> None:
-        if self._stepped:
-            raise TrainingError(
-                "the host's optimize_parameters steps an optimizer more than once per iteration, and such steps "
-                "cannot be delayed until all values are known to be finite; use the host's own model_type"
-            )
-        self.due = self._stepped = True
-
-
-class _Through:
-    """The network that BasicSR's model sees: a call goes through `forward`."""
-
-    def __init__(self, net: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        self._net, self._forward = net, forward
-
-    def __call__(self, low: Tensor) -> Tensor:
-        return self._forward(self._net, low)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._net, name)
 
 
 def _largest_gradient(optimizer: torch.optim.Optimizer) -> float:
