@@ -269,7 +269,7 @@ def report(arguments: argparse.Namespace) -> None:
         network, upscale, seed = asked["name"].partition("_x")[0], asked["scale"], asked["manual_seed"]
         if not finished(asked):
             continue
-        # Weights without attention do not carry the range that they were trained with.
+        # Older weights without attention do not record the range of their training.
         untold = {key: value for key, value in asked["network_g"].items() if key == "img_range"}
         models = {
             "bicubic": (None, ""),

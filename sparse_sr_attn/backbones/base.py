@@ -23,7 +23,7 @@ DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean of DIV2K's training images (RGB, 0..1)."""
 
 OPTIONS = "options"
-"""Key of the options in the state dict of a network with attention."""
+"""Key of the options in the state dict of a network."""
 
 P = ParamSpec("P")
 
@@ -67,9 +67,19 @@ def options_of(network: "Network") -> dict[str, Any] | None:
 
 
 def _is_plain(options: Mapping[str, Any]) -> bool:
-    """Return whether shapes identify a network: it supports attention or other blocks, and has neither."""
+    """Return whether shapes identify a network: it is BasicSR's EDSR or RCAN, with BasicSR's range and mean."""
     choices = [options[name] for name in ("attention", "block") if name in options]
-    return bool(choices) and not any(choices)
+    if not choices or any(choices):
+        return False
+    usual = {"img_range": 255.0, "rgb_mean": None, "res_scale": 1.0}
+    if options["type"] == "EDSR":
+        usual["res_scale"] = usual_res_scale(options["num_block"], options["num_feat"])
+    return all(options[name] == value for name, value in usual.items())
+
+
+def usual_res_scale(num_block: int, num_feat: int) -> float:
+    """Return the `res_scale` of the published EDSR of this size: 0.1 for the large one."""
+    return 0.1 if (num_block, num_feat) == (32, 256) else 1.0
 
 
 def as_json(options: Mapping[str, Any]) -> str | None:
@@ -99,8 +109,10 @@ class Network(nn.Module):
     Subclasses define $u$, `forward_body`. The mean is not in the state dict, and has real values even in a network
     built on the meta device.
 
-    Shapes do not determine all options of attention, so a network with attention stores its options in a buffer
-    (`OPTIONS`) as JSON bytes. `load_model` reads them; `load_state_dict` ignores them, present or not.
+    Shapes do not determine all options of attention, nor the range of images. So every network stores its options in a
+    buffer (`OPTIONS`) as JSON bytes, except for an EDSR or RCAN with neither attention nor other blocks and with
+    BasicSR's range, mean and `res_scale`, whose weights BasicSR reads as its own. `load_model` reads them;
+    `load_state_dict` ignores them, present or not.
 
     Args:
         num_in_ch: channels of the input image.

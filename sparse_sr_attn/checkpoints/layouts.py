@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.backbones.base import Network, usual_res_scale
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
@@ -183,9 +183,8 @@ def _lcoan(state: State) -> Options:
     return options
 
 
-def _large_edsr(state: State, shapes: Options) -> Options:
-    """Return the `res_scale` of EDSR: 0.1 for the large published size, 32 blocks of 256 channels."""
-    return {"res_scale": 0.1} if (shapes["num_block"], shapes["num_feat"]) == (32, 256) else {}
+def _usual_edsr(state: State, shapes: Options) -> Options:
+    return {"res_scale": usual_res_scale(shapes["num_block"], shapes["num_feat"])}
 
 
 def _mean_shift(state: State, img_range: float) -> Options:
@@ -354,7 +353,7 @@ LAYOUTS = (
         EDSR,
         signature="body.<b>.conv1.*",
         shapes=_edsr,
-        defaults=_large_edsr,
+        defaults=_usual_edsr,
         required={"attention": "attention."},
     ),
     Layout(
@@ -368,7 +367,7 @@ LAYOUTS = (
             "body.<b>.body.2.*": "body.<b>.conv2.*",
             "body.<b>.*": "conv_after_body.*",
         },
-        defaults=lambda state, shapes: {**_large_edsr(state, shapes), **_mean_shift(state, 255.0)},
+        defaults=lambda state, shapes: {**_usual_edsr(state, shapes), **_mean_shift(state, 255.0)},
         extra_keys=_mean_convolutions,
     ),
     Layout(

@@ -26,7 +26,7 @@ from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import crop_to_multiple
 from sparse_sr_attn.data.metrics import Protocol, Score, bicubic_luma, luma, score
 from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError
-from sparse_sr_attn.inference.evaluate import attention_off, evaluate
+from sparse_sr_attn.inference.evaluate import attention_off, evaluate, has_attention
 
 DESCRIPTION = """\
 Compare upscaled images with the ground truth, or measure networks on test sets: PSNR and SSIM on luma, without the
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--without-attention",
         action="store_true",
-        help="measure each network again, its attention switched off",
+        help="measure networks again, their attention switched off",
     )
     scale = add(
         "-s",
@@ -87,11 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
     require("PIL", "numpy")
     _check(arguments)
     networks = _networks(arguments)
+    if arguments.without_attention and not any(map(has_attention, networks.values())):
+        raise UsageError(f"--without-attention: none of these networks has attention: {', '.join(map(name, networks))}")
     methods: dict[str, Method] = {"bicubic": partial(_bicubic, arguments)} if arguments.bicubic else {}
     for label, model in networks.items():
         methods[label] = partial(_upscaled, arguments, model)
-        if arguments.without_attention:
-            _check_attention(label, model)
+        if arguments.without_attention and has_attention(model):
             methods[f"{label}, attention off"] = partial(_without_attention, arguments, model)
     if not methods:
         _show_pictures(dict(_results(arguments)))
@@ -118,14 +119,6 @@ def _networks(arguments: argparse.Namespace) -> dict[str, Network]:
                 f"{networks[weights].upscale}, not {arguments.scale}"
             )
     return networks
-
-
-def _check_attention(label: str, model: Network) -> None:
-    try:
-        with attention_off(model):
-            pass
-    except ValueError as error:
-        raise UsageError(f"--without-attention: {name(label)}: {error}") from None
 
 
 def _show_pictures(scores: dict[str, Score]) -> None:

@@ -48,6 +48,11 @@ def evaluate(
         return [_score(model, picture, border, protocol) for picture in pictures]
 
 
+def has_attention(model: nn.Module) -> bool:
+    """Return whether a model has attention layers of this library."""
+    return any(isinstance(module, AttentionLayer) for module in model.modules())
+
+
 @contextmanager
 def attention_off(model: nn.Module) -> Iterator[None]:
     """Switch all attention of a model off inside, to measure how much a trained network relies on it.

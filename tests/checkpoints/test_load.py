@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
-from sparse_sr_attn.backbones.base import encode_options, options_of
+from sparse_sr_attn.backbones.base import Network, encode_options, options_of
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
@@ -427,7 +429,32 @@ def test_load_state_dict_keeps_the_options_of_the_network() -> None:
     assert other.body[0].attention.lsp.chunk_size == 3
 
 
-def test_networks_without_attention_carry_nothing() -> None:
+@pytest.mark.parametrize("option", [{"img_range": 1.0}, {"res_scale": 0.1}, {"rgb_mean": (0.1, 0.2, 0.3)}])
+@pytest.mark.parametrize("build", [EDSR, partial(RCAN, num_group=1, squeeze_factor=2)])
+def test_networks_unlike_basicsrs_carry_their_options(build: Callable[..., Network], option: dict[str, Any]) -> None:
+    """Without them, weights of the baseline that attention is compared with would be loaded for another range."""
+    model = build(num_feat=8, num_block=2, upscale=2, **option).eval()
+    state = model.state_dict()
+    assert_same(load_model(state), model)
+    build(num_feat=8, num_block=2, upscale=2).load_state_dict(state)  # of another range: the options stay its own
+    model.load_state_dict({key: value for key, value in state.items() if key != "options"})
+
+
+def test_a_range_that_does_not_fit_is_told() -> None:
+    """Weights of range 1 give nearly the same image at 255, without their biases: 0.7 dB worse."""
+    trained = load_model("EDSR-LCoA_x2").state_dict()
+    weights = {key: value for key, value in trained.items() if key != "options" and not key.startswith("attention.")}
+    with pytest.warns(UserWarning, match=r"255 was assumed, but 1 seems to fit better.*--set img_range=1$"):
+        load_model(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(weights, img_range=1.0)
+        load_model(weights, img_range=255.0)
+        load_model(plain_edsr().state_dict())  # not trained: nothing is known
+        load_model("LCoAN-light_x2")
+
+
+def test_networks_like_basicsrs_carry_nothing() -> None:
     assert "options" not in plain_edsr(attention=[]).state_dict()
     assert "options" not in RCAN(num_feat=8, num_group=1, num_block=1, squeeze_factor=2).state_dict()
     assert "options" in trained("RCAN of LCoAs").state_dict()

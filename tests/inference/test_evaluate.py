@@ -121,10 +121,17 @@ def test_attention_off_needs_attention_that_it_can_switch_off() -> None:
         attention_off(nn.Sequential(Fixed())).__enter__()
 
 
-def test_a_row_with_attention_off(sets: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_with_attention_off(sets: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = tmp_path / "plain.pth"
+    torch.save(EDSR(num_feat=8, num_block=2, upscale=2, img_range=1.0).state_dict(), plain)
+    assert main(["evaluate", str(sets[0]), "--weights", str(plain), "--without-attention"]) == 2
+    assert "none of these networks has attention" in capsys.readouterr().err
     table = output(["evaluate", sets[0], "--weights", NETWORK, "--without-attention"], capsys)
     rows = {cells[1].strip(): cells[2].strip() for cells in (line.split("|") for line in table.splitlines()[2:])}
     assert list(rows) == [NETWORK, f"{NETWORK}, attention off"]
+    both = output(["evaluate", sets[0], "--weights", NETWORK, "--weights", plain, "--without-attention"], capsys)
+    assert f"{NETWORK}, attention off" in both
+    assert f"{plain}, attention off" not in both
     model = load_model(NETWORK)
     pictures = [torch.from_numpy(np.array(Image.open(file))) for file in sorted(sets[0].iterdir())]
     for row, factor in zip(rows.values(), (None, 0.0), strict=True):
