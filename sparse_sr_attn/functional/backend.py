@@ -96,6 +96,18 @@ def _best_form(device: torch.device) -> Backend:
     return "eager"
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Return whether operations run as Triton kernels on a device now, if they have one.
+
+    Not in code that is compiled: the compiler joins small operations itself.
+
+    Examples:
+        >>> runs_kernels(torch.device("cpu"))
+        False
+    """
+    return device.type != "cpu" and not torch.compiler.is_compiling() and _best_form(device) == "triton"
+
+
 def interpreting() -> bool:
     """Return whether Triton's interpreter is on, which runs kernels on the CPU.
 

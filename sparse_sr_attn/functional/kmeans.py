@@ -20,11 +20,12 @@ from sparse_sr_attn.functional._torch import (
     without_autocast,
     working_precision,
 )
-from sparse_sr_attn.functional.backend import resolve_backend
-from sparse_sr_attn.functional.cluster.triton import MAX_QUERY_DIM, nearest_op
+from sparse_sr_attn.functional.backend import resolve_backend, runs_kernels
+from sparse_sr_attn.functional.cluster.triton import MAX_QUERY_DIM, apply_pending_op, nearest_op
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 _EPS = 1e-12
+_LARGEST_IN_A_PROGRAM = 2**13  # numbers of centroids that one GPU program updates
 _PRODUCTS_PER_BLOCK = 2**17  # half a MiB in float32
 
 
@@ -259,6 +260,11 @@ def _(points: Tensor, *_: object) -> Tensor:
 
 
 def _apply_pending(state: KMeansState, ema_decay: float, reseed_threshold: float) -> None:
+    tensors = state.centroids, state.usage, state.pending_sums, state.pending_counts, state.pending_seeds
+    together = state.centroids.numel() <= _LARGEST_IN_A_PROGRAM and all(each.is_contiguous() for each in tensors)
+    if together and runs_kernels(state.centroids.device):
+        apply_pending_op(*tensors, state.num_updates, ema_decay, reseed_threshold, _EPS)
+        return
     total = state.pending_counts.sum()
     pending = total > 0
     updates = state.num_updates.to(state.usage.dtype)
@@ -318,8 +324,10 @@ def _least_similar(points: Tensor, similarity: Tensor, num: int) -> tuple[Tensor
     units = _unit(points).flatten(0, 1)
     rising, worst = similarity.flatten().sort(stable=True)
     missing = max(0, num - len(worst))
-    seeds = F.pad(units[worst[:num]], (0, 0, 0, missing))
-    return seeds, F.pad(rising[:num], (0, missing), value=float("inf"))
+    seeds, rank = units[worst[:num]], rising[:num]
+    if missing == 0:
+        return seeds, rank
+    return F.pad(seeds, (0, 0, 0, missing)), F.pad(rank, (0, missing), value=float("inf"))
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

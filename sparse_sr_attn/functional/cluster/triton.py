@@ -5,6 +5,7 @@ without stored weights. Besides the inputs, the backward keeps one number per to
 `triton_kernels`, which is imported when one of them runs.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,25 +25,43 @@ _SLOTS = 64  # that a block has at most
 
 
 @dataclass(frozen=True)
-class _Kernel:
-    """Launch options of a kernel, chosen so that on-chip memory suffices and no register is spilled.
+class _Blocks:
+    """Launch options of a kernel, for which `cuobjdump` reports no spilled register on sm_80 and sm_90.
 
     Attributes:
-        numbers: most elements of queries and values in a block (but at least 16 slots), for rows of up to 128 columns
-            of queries and values, and for wider ones.
-        warps: warps of a program, likewise.
+        rows: slots of a chunk in a program.
+        seen: slots that it reads at a time.
+        warps: warps of a program.
+        precision: of products in float32. "tf32x3" sums three products on tensor cores and errs no more than float32
+            ("ieee", without tensor cores); it is worth its registers only in rows that are not too wide.
     """
 
-    numbers: tuple[int, int]
-    warps: tuple[int, int]
+    rows: int
+    seen: int
+    warps: int = 4
+    precision: str = "tf32x3"
 
 
-_KERNELS = {
-    "forward": _Kernel((2**13, 2**12), (4, 8)),
-    "backward_query": _Kernel((2**12, 2**12), (8, 8)),
-    "backward_key": _Kernel((2**12, 2**12), (4, 4)),
-    "nearest": _Kernel((2**13, 2**13), (4, 4)),
+# By the columns of queries and values in a block: up to 80, up to 160, and more.
+_FLOAT = {
+    "forward": (_Blocks(32, 32), _Blocks(16, 32), _Blocks(16, 32)),
+    "backward_query": (_Blocks(64, 32), _Blocks(16, 32), _Blocks(16, 16, 8, "ieee")),
+    "backward_key": (_Blocks(64, 16), _Blocks(16, 32, 8), _Blocks(16, 16, 4, "ieee")),
 }
+_HALF = {
+    "forward": (_Blocks(64, 64), _Blocks(32, 32), _Blocks(32, 32, 8)),
+    "backward_query": (_Blocks(64, 32), _Blocks(32, 32), _Blocks(32, 16)),
+    "backward_key": (_Blocks(64, 32), _Blocks(32, 16), _Blocks(32, 16)),
+}
+_DOUBLE = (_Blocks(32, 32, 4, "ieee"), _Blocks(16, 16, 8, "ieee"), _Blocks(16, 16, 8, "ieee"))
+
+
+def _blocks(kernel: str, value: torch.dtype, columns: int) -> _Blocks:
+    """Return the launch options for values of a dtype and rows of `columns` columns."""
+    width = (columns > 80) + (columns > 160)
+    if value == torch.float64:
+        return _DOUBLE[width]
+    return (_FLOAT if value == torch.float32 else _HALF)[kernel][width]
 
 
 @dataclass(frozen=True)
@@ -69,16 +88,34 @@ class _Launch:
 
     @classmethod
     def of(cls, kernel: str, query: Tensor, value: Tensor, layout: ClusterLayout, scale: float) -> "_Launch":
+        """Return the arguments of a call; they are kept, because computing them takes as long as launching a kernel."""
+        sizes = len(query), query.shape[-1], value.shape[-1]
+        return cls._kept(kernel, *sizes, query.dtype, value.dtype, layout, scale, torch.get_float32_matmul_precision())
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def _kept(
+        cls,
+        kernel: str,
+        batch: int,
+        query_dim: int,
+        value_dim: int,
+        query_dtype: torch.dtype,
+        value_dtype: torch.dtype,
+        layout: ClusterLayout,
+        scale: float,
+        matmul_precision: str,
+    ) -> "_Launch":
         n, i, k, a = layout.num_tokens, layout.chunk_size, layout.num_chunks, layout.num_adjacent
         # Of the offsets that lead to the same chunk one counts (`ClusterLayout.counted`).
         behind, ahead = (min(a, (k - 1) // 2), min(a, k // 2)) if layout.count_keys_once else (a, a)
         num_seen = (behind + 1 + ahead) * i
         padding = layout.num_slots - n
-        block_d, block_e = _padded(query.shape[-1]), min(_padded(value.shape[-1]), _VALUE_COLUMNS)
-        most = _most_slots(kernel, block_d + block_e)
-        block_i = _block_of_chunk(i, most)
+        block_d, block_e = _padded(query_dim), min(_padded(value_dim), _VALUE_COLUMNS)
+        blocks = _blocks(kernel, value_dtype, block_d + block_e)
+        block_i = _block_of_chunk(i, min(blocks.rows, _SLOTS))
         return cls(
-            grid=(-(-i // block_i), k, len(query)),
+            grid=(-(-i // block_i), k, batch),
             sizes=(n, i, layout.num_slots),
             fill=-padding % n,
             sees=(-behind * i % layout.num_slots, num_seen),
@@ -88,15 +125,15 @@ class _Launch:
                 "SCALE": scale,
                 "EXACT": layout.count_keys_once,
                 "NEAREST": layout.nearest,
-                "QUERY_DIM": query.shape[-1],
-                "VALUE_DIM": value.shape[-1],
+                "QUERY_DIM": query_dim,
+                "VALUE_DIM": value_dim,
                 "BLOCK_D": block_d,
                 "BLOCK_E": block_e,
                 "BLOCK_I": block_i,
-                "BLOCK_J": min(_padded(num_seen), most),
-                "num_warps": _KERNELS[kernel].warps[block_d + block_e > 128],
-                "num_stages": 2 if layout.nearest else 3,  # of the pipeline: more spill registers where lists are read
-                **_precision(query, value),
+                "BLOCK_J": min(_padded(num_seen), blocks.seen, _SLOTS),
+                "num_warps": blocks.warps,
+                "num_stages": 2,  # of the pipeline; more spill registers
+                **_precision(query_dtype, value_dtype, blocks.precision, matmul_precision),
             },
         )
 
@@ -133,20 +170,18 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _most_slots(kernel: str, columns: int) -> int:
-    """Return the largest number of slots in a block with rows of `columns` columns, a power of two."""
-    return max(16, min(_SLOTS, 1 << (_KERNELS[kernel].numbers[columns > 128] // columns).bit_length() - 1))
-
-
 def _block_of_chunk(chunk_size: int, most: int) -> int:
-    """Return the number of slots of a chunk per program: the largest with at most an eighth of its work wasted."""
+    """Return the number of slots of a chunk per program: the fewest for the least number of programs.
+
+    A program takes the same time for 16 to 64 slots, because its four warps multiply at least 64 rows.
+    """
     block = min(_padded(chunk_size), most)
-    while block > 16 and -chunk_size % block * 8 > chunk_size:
+    while block > 16 and -(-chunk_size // (block // 2)) == -(-chunk_size // block):
         block //= 2
     return block
 
 
-def _precision(query: Tensor, value: Tensor) -> dict[str, Any]:
+def _precision(query: torch.dtype, value: torch.dtype, precision: str, matmul_precision: str) -> dict[str, Any]:
     import triton.language as tl  # noqa: PLC0415
 
     names = {
@@ -156,11 +191,13 @@ def _precision(query: Tensor, value: Tensor) -> dict[str, Any]:
         torch.float16: tl.float16,
     }
     # The interpreter takes bits of bfloat16 for numbers. Products of two are exact in float32, so nothing else changes.
-    exact = torch.float32 if interpreting() and value.dtype == torch.bfloat16 else value.dtype
+    exact = torch.float32 if interpreting() and value == torch.bfloat16 else value
+    work = torch.float64 if query == torch.float64 else torch.float32
+    coarse = value in (torch.bfloat16, torch.float16) or matmul_precision != "highest"
     return {
-        "WORK": names[working_precision(query)],
+        "WORK": names[work],
         "DOT": names[exact],
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if coarse and work == torch.float32 else precision,
     }
 
 
@@ -290,6 +327,33 @@ def chain_op(similarity: Tensor, num_updates: Tensor, rank: Tensor, every: int) 
         )
 
 
+def apply_pending_op(
+    centroids: Tensor,
+    usage: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    seeds: Tensor,
+    num_updates: Tensor,
+    ema_decay: float,
+    reseed_threshold: float,
+    eps: float,
+) -> None:
+    """Apply the pending update of k-means in place, as `kmeans.apply_pending` but without clearing it."""
+    from sparse_sr_attn.functional.cluster import triton_kernels as kernels  # noqa: PLC0415
+
+    num_clusters, width = centroids.shape
+    with torch.cuda.device_of(centroids):
+        kernels.apply_pending[(1,)](
+            *(centroids, usage, sums, counts, seeds, num_updates, num_clusters, width),
+            DECAY=ema_decay,
+            THRESHOLD=reseed_threshold,
+            EPS=eps,
+            BLOCK_K=_padded(num_clusters),
+            BLOCK_D=_padded(width),
+            num_warps=8,
+        )
+
+
 @torch.library.custom_op("sparse_sr_attn::nearest_centroid_triton", mutates_args=())
 def nearest_op(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest dot product of each point (b, n, d) with a centroid (k, d), and the index of that centroid.
@@ -304,7 +368,7 @@ def nearest_op(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     best = points.new_empty(points.shape[:2], dtype=working_precision(points))
     index = torch.empty_like(best, dtype=torch.int64)
     num_points, width = best.numel(), points.shape[-1]
-    most = _most_slots("nearest", _padded(width))
+    most = min(_SLOTS, max(16, 2**13 // _padded(width)))
     with torch.cuda.device_of(points):
         kernels.nearest[(-(-num_points // most),)](
             *(points, centroids, best, index, num_points, len(centroids)),

@@ -22,6 +22,7 @@ _SIZES = [
     "num_points",
     "num_clusters",
     "every",
+    "width",
 ]
 _kernel = triton.jit(do_not_specialize=_SIZES)
 
@@ -80,17 +81,23 @@ def _seen(
     begin,
     num_seen,
     EXACT: tl.constexpr,
+    ONCE: tl.constexpr,
     NEAREST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Return the rows of BLOCK seen tokens, from `begin` on, and a mask of those that count.
 
-    The seen tokens begin at slot `start` or, if NEAREST, are those of the chunks listed from `start` on.
+    The seen tokens begin at slot `start` or, if NEAREST, are those of the chunks listed from `start` on. If EXACT,
+    slots past the last token do not count. If ONCE, there are at most as many seen slots as slots.
     """
     j = begin + tl.arange(0, BLOCK)
     mask = j < num_seen
     if NEAREST:
         slot = tl.load(chunks + start + j // chunk_size, mask=mask, other=0) * chunk_size + j % chunk_size
+    elif ONCE:
+        # Modulo takes twenty instructions, for each slot; here for the first one only.
+        slot = start % num_slots + j
+        slot = tl.where(slot < num_slots, slot, slot - num_slots)
     else:
         slot = (start + j) % num_slots
     if EXACT:
@@ -150,7 +157,19 @@ def forward(
         first = first + tl.program_id(1) * chunk_size
     for begin in range(0, num_seen, BLOCK_J):
         token, is_key = _seen(
-            order, num_tokens, chunk_size, num_slots, fill, chunks, first, begin, num_seen, EXACT, NEAREST, BLOCK_J
+            order,
+            num_tokens,
+            chunk_size,
+            num_slots,
+            fill,
+            chunks,
+            first,
+            begin,
+            num_seen,
+            EXACT,
+            EXACT,
+            NEAREST,
+            BLOCK_J,
         )
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
@@ -226,7 +245,19 @@ def backward_query(
         first = first + tl.program_id(1) * chunk_size
     for begin in range(0, num_seen, BLOCK_J):
         token, is_key = _seen(
-            order, num_tokens, chunk_size, num_slots, fill, chunks, first, begin, num_seen, EXACT, NEAREST, BLOCK_J
+            order,
+            num_tokens,
+            chunk_size,
+            num_slots,
+            fill,
+            chunks,
+            first,
+            begin,
+            num_seen,
+            EXACT,
+            EXACT,
+            NEAREST,
+            BLOCK_J,
         )
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
@@ -292,19 +323,35 @@ def backward_key(
 
     to_key = tl.zeros([BLOCK_I, BLOCK_D], WORK)
     to_value = tl.zeros([BLOCK_I, BLOCK_E], WORK)
-    # The first slot past the last token that repeats this one: `fill` takes it back to `key_slot`.
-    repeat = num_tokens + (key_slot + num_tokens - fill) % num_tokens
-    if tl.max((is_key & (repeat < num_slots)).to(tl.int32), 0) == 0:
-        num_repeats = 0
-    for turn in range(0, 1 + num_repeats):
-        is_shown = is_key & ((turn == 0) | (repeat + (turn - 1) * num_tokens < num_slots))
-        chunk = tl.where(turn == 0, tl.program_id(1), tl.num_programs(1) - 1)
+    turns = 1
+    if not EXACT:
+        # The first slot past the last token that repeats this one: `fill` takes it back to `key_slot`.
+        repeat = num_tokens + (key_slot + num_tokens - fill) % num_tokens
+        if tl.max((is_key & (repeat < num_slots)).to(tl.int32), 0) > 0:
+            turns += num_repeats
+    for turn in range(0, turns):
+        is_shown, chunk = is_key, tl.program_id(1)
+        if not EXACT:
+            is_shown = is_key & ((turn == 0) | (repeat + (turn - 1) * num_tokens < num_slots))
+            chunk = tl.where(turn == 0, chunk, tl.num_programs(1) - 1)
         start = first + chunk * chunk_size
         if NEAREST:
             start, num_seen = _listed(starts, chunk, chunk_size)
         for begin in range(0, num_seen, BLOCK_J):
             token, is_query = _seen(
-                order, num_tokens, chunk_size, num_slots, fill, chunks, start, begin, num_seen, True, NEAREST, BLOCK_J
+                order,
+                num_tokens,
+                chunk_size,
+                num_slots,
+                fill,
+                chunks,
+                start,
+                begin,
+                num_seen,
+                True,
+                EXACT,
+                NEAREST,
+                BLOCK_J,
             )
             q = _rows(query, token, is_query, QUERY_DIM, 0, BLOCK_D).to(WORK)
             grad = _rows(grad_output, token, is_query, VALUE_DIM, START, BLOCK_E)
@@ -312,8 +359,10 @@ def backward_key(
             inverse_l = tl.load(inverse + token, mask=is_query, other=0.0)
             delta_i = tl.load(delta + token, mask=is_query, other=0.0)
             scores = SCALE * tl.dot(k, tl.trans(q), out_dtype=WORK, input_precision=PRECISION)
-            shown = is_shown[:, None] & is_query[None, :]
-            weights = tl.where(shown, tl.exp(scores - m_i[None, :]) * inverse_l[None, :], 0.0)
+            # What is no query has `inverse_l` 0 and, as its row is 0, a finite score; what is no key is not written.
+            weights = tl.exp(scores - m_i[None, :]) * inverse_l[None, :]
+            if not EXACT:
+                weights = tl.where(is_shown[:, None], weights, 0.0)
             grad_weights = tl.dot(v.to(DOT), tl.trans(grad.to(DOT)), out_dtype=WORK, input_precision=PRECISION)
             grad_scores = weights * (grad_weights - delta_i[None, :])
             to_value += tl.dot(weights.to(grad.dtype).to(DOT), grad.to(DOT), out_dtype=WORK, input_precision=PRECISION)
@@ -371,3 +420,54 @@ def chain(similarity, num_updates, rank, num_clusters, every, BLOCK: tl.constexp
             row = tl.load(similarity + here * num_clusters + cluster, mask=left, other=-(2**30))
             here = tl.min(tl.where(left & (row == tl.max(row, 0)), cluster, BLOCK), 0)
             here = tl.minimum(here, num_clusters - 1)
+
+
+@_kernel
+def apply_pending(
+    centroids,
+    usage,
+    sums,
+    counts,
+    seeds,
+    num_updates,
+    num_clusters,
+    width,
+    DECAY: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Apply the pending update of k-means, as `kmeans.apply_pending`; one program."""
+    cluster, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    real = cluster < num_clusters
+    mask = real[:, None] & (column < width)[None, :]
+    at = cluster[:, None] * width + column[None, :]
+    count = tl.load(counts + cluster, mask=real, other=0.0)
+    total = tl.sum(count, 0)
+    if total > 0:
+        old = tl.load(centroids + at, mask=mask, other=0.0)
+        used = tl.load(usage + cluster, mask=real, other=0.0)
+        # Numbers by themselves would be float32.
+        eps, updates = tl.full([BLOCK_K], EPS, used.dtype), tl.load(num_updates)
+        decay = (1 + updates).to(used.dtype) / (10 + updates).to(used.dtype)
+        decay = tl.minimum(decay, tl.full([], DECAY, used.dtype))
+        added = tl.load(sums + at, mask=mask, other=0.0)
+        length = tl.sqrt(tl.sum(added * added, 1))
+        moved = decay * old + (1 - decay) * (added / tl.maximum(length, eps)[:, None])
+        moved_length = tl.sqrt(tl.sum(moved * moved, 1))
+        keeps = (count == 0) | (length <= eps) | (moved_length <= eps)
+        new = tl.where(keeps[:, None], old, moved / tl.maximum(moved_length, eps)[:, None])
+        used = decay * used + (1 - decay) * (count / total)
+
+        seed = tl.load(seeds + at, mask=mask, other=0.0)
+        num_seeds = tl.sum((tl.sum(seed * seed, 1) > 0.25).to(tl.int32), 0)
+        dead = real & (used * num_clusters < tl.full([BLOCK_K], THRESHOLD, used.dtype))
+        turn = tl.cumsum(dead.to(tl.int32), 0) - 1
+        dead = dead & (turn < num_seeds)
+        taken = seeds + turn[:, None] * width + column[None, :]
+        new = tl.where(dead[:, None], tl.load(taken, mask=mask & dead[:, None], other=0.0), new)
+        used = tl.where(dead, tl.full([BLOCK_K], 1.0, used.dtype) / num_clusters, used)
+        tl.store(centroids + at, new, mask=mask)
+        tl.store(usage + cluster, used, mask=real)
+        tl.store(num_updates, updates + 1)

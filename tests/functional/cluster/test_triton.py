@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional import cluster as fast
+from sparse_sr_attn.functional import kmeans
 from sparse_sr_attn.functional.cluster import triton as cluster_triton
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case, cases
@@ -48,8 +52,9 @@ NEAREST_BLOCKS = SEVERAL_BLOCKS.but(num_tokens=80, nearest=True)
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small chunks have several."""
+    """So that small chunks have several; launch options are computed anew, also after a test that changes others."""
     monkeypatch.setattr(cluster_triton, "_SLOTS", 16)
+    monkeypatch.setattr(cluster_triton._Launch, "_kept", classmethod(cluster_triton._Launch._kept.__wrapped__))
 
 
 def inputs_of(
@@ -218,6 +223,69 @@ def test_sharp_attention_is_no_worse_than_dense_attention(
         assert_no_worse(mine, dense, true, factor=2.0)
 
 
+def _tf32(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round to the 10 fraction bits of TF32, ties away from zero, as `cvt.rna.tf32.f32` does."""
+    return ((numbers.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+@pytest.fixture
+def _tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter multiply float32 as tensor cores do. By itself, it ignores the precision of products."""
+    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    plain = builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, imprecise: Any) -> Any:
+        name = str(input_precision).rpartition(".")[2].lower()
+        if a.data.dtype != np.float32 or name == "ieee":
+            return plain(self, a, b, d, input_precision, imprecise)
+        assert name in ("tf32", "tf32x3"), name
+        big = [_tf32(each.data) for each in (a, b)]
+        small = [_tf32(each.data - rounded) for each, rounded in zip((a, b), big, strict=True)]
+        pairs = [(big[0], big[1])]
+        if name == "tf32x3":
+            pairs = [(small[0], big[1]), (big[0], small[1]), *pairs]
+        total = d.data
+        for left, right in pairs:
+            total = np.matmul(left, right, dtype=d.data.dtype) + total
+        return type(a)(total, d.dtype.scalar)
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+@pytest.mark.usefixtures("_tensor_cores")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_tensor_cores_are_no_worse_than_dense_attention(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: float
+) -> None:
+    """The precision that products have on a GPU, emulated, under the bounds of the other tests."""
+    monkeypatch.setattr(cluster_triton, "_SLOTS", 64)
+    case = Case(num_tokens=96, num_clusters=3, chunk_size=32, seed=11)
+    query, key = (
+        torch.nn.functional.normalize(case.tokens(name, 16, dtype=torch.float32, device=device), dim=-1)
+        for name in ("query", "key")
+    )
+    value = case.tokens("value", 16, dtype=dtype, device=device)
+    rows = [row.detach().requires_grad_() for row in (scale * query, key, value)]
+    exact = [row.detach().double().requires_grad_() for row in rows]
+    pattern = case.pattern(device=device)
+    actual = fast.cluster_attention(*rows, pattern, backend="triton")
+    peer, oracle = slow.cluster_attention(*rows, pattern), slow.cluster_attention(*exact, pattern)
+    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
+    probe = case.tokens("probe", 16, dtype=dtype, device=device)
+    results = (gradients(actual, rows, probe), gradients(peer, rows, probe), gradients(oracle, exact, probe))
+    for mine, dense, true in zip(*results, strict=True):
+        assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "most", "block"),
+    [(144, 64, 64), (144, 32, 32), (128, 64, 64), (40, 64, 64), (33, 16, 16), (5, 64, 16)],
+)
+def test_a_chunk_takes_the_fewest_programs(chunk_size: int, most: int, block: int) -> None:
+    assert cluster_triton._block_of_chunk(chunk_size, most) == block
+
+
 def test_results_are_the_same_in_every_run(device: torch.device) -> None:
     leaves = inputs_of(SEVERAL_BLOCKS_PUBLISHED, device, torch.float32)
     pattern = SEVERAL_BLOCKS_PUBLISHED.pattern(device=device)
@@ -229,6 +297,27 @@ def test_results_are_the_same_in_every_run(device: torch.device) -> None:
 
     for first, second in zip(run(), run(), strict=True):
         assert_bit_equal(first, second)
+
+
+@pytest.mark.parametrize("num_clusters", [1, 5, 20])
+@pytest.mark.parametrize("reseed_threshold", [0.0, 0.7])
+@pytest.mark.parametrize("pending", [True, False])
+def test_pending_update(device: torch.device, num_clusters: int, reseed_threshold: float, pending: bool) -> None:
+    """As in plain code, with dead clusters, empty ones, fewer seeds than dead, and with nothing pending."""
+    case = Case(seed=num_clusters)
+    state = kmeans.initial_state(num_clusters, 6)
+    state = kmeans.KMeansState(*(each.to(device).double() if each.is_floating_point() else each for each in state))
+    state.num_updates.fill_(3)
+    if pending:
+        state.pending_sums.copy_(case.tensor("sums", num_clusters, 6, device=device))
+        state.pending_counts.copy_(torch.arange(num_clusters, device=device) % 4 * 3 + (num_clusters == 1))
+        seeds = torch.nn.functional.normalize(case.tensor("seeds", num_clusters, 6, device=device), dim=-1)
+        state.pending_seeds[: num_clusters // 4 + 1] = seeds[: num_clusters // 4 + 1]
+    expected = kmeans.KMeansState(*(each.clone() for each in state))
+    kmeans._apply_pending(expected, 0.3, reseed_threshold)
+    cluster_triton.apply_pending_op(*state[:5], state.num_updates, 0.3, reseed_threshold, kmeans._EPS)
+    for mine, other in zip(state, expected, strict=True):
+        assert_values_close(mine.double(), other.double())
 
 
 @few
@@ -291,14 +380,16 @@ NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", t
 def compiled(kernel, options, work, value):
     kinds = {"order": "i64", "chunks": "i32", "starts": "i64"}
     kinds |= dict.fromkeys(("value", "output", "grad_output", "grad_value"), value)
-    signature, constants = {}, {}
+    signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in options:
             signature[name], constants[(place,)] = "constexpr", options[name]
         else:
             signature[name] = "i32" if name in SIZES else "*" + kinds.get(name, work)
+            if name not in SIZES:  # as a launch finds of torch's memory, for wide loads
+                attributes[(place,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    source = ASTSource(kernel, signature, constants)
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options={name: options[name] for name in ("num_warps", "num_stages")})
 
 def stack(binary):
@@ -307,13 +398,13 @@ def stack(binary):
         told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return max(int(number) for number in re.findall(r"STACK:(\\d+)", told))
 
-# Bytes of registers that a thread may spill: few of its 1,020. Blocks of twice the size spill thousands.
-spills = {"80": 300, "90": 100}[sys.argv[1]]
 for dtype, query_dim, value_dim, kind, chunk_size in (
-    (torch.float32, 16, 64, "exact", 144), (torch.bfloat16, 16, 64, "published", 144),
-    (torch.float32, 128, 128, "exact", 384), (torch.bfloat16, 128, 128, "exact", 384),
-    (torch.float16, 16, 180, "exact", 144), (torch.float32, 256, 128, "exact", 144),
-    (torch.float64, 16, 64, "published", 144), (torch.float32, 16, 64, "nearest", 48),
+    (torch.float32, 16, 64, "exact", 144), (torch.float32, 16, 64, "exact", 128),
+    (torch.float32, 32, 128, "exact", 256), (torch.float32, 128, 128, "exact", 384),
+    (torch.bfloat16, 16, 64, "exact", 144), (torch.bfloat16, 32, 128, "exact", 256),
+    (torch.bfloat16, 128, 128, "exact", 384), (torch.float16, 16, 180, "exact", 144),
+    (torch.float32, 256, 128, "exact", 144), (torch.float64, 16, 64, "exact", 144),
+    (torch.bfloat16, 16, 64, "published", 144), (torch.float32, 16, 64, "nearest", 48),
     (torch.bfloat16, 128, 128, "nearest", 48),
 ):
     query = torch.empty(1, 1000, query_dim, dtype=torch.promote_types(dtype, torch.float32))
@@ -328,7 +419,8 @@ for dtype, query_dim, value_dim, kind, chunk_size in (
         used, spilled = kernel.metadata.shared, stack(kernel.asm["cubin"])
         print(dtype, query_dim, value_dim, kind, name, used, spilled, flush=True)
         assert used <= 99 * 1024, "more shared memory than a multiprocessor of the smallest GPUs gives a program"
-        assert spilled <= spills or query_dim == 256 or dtype == torch.float64, "registers are spilled to memory"
+        usual = query_dim <= 128 and dtype != torch.float64 and kind == "exact"
+        assert spilled == 0 or not usual, "registers are spilled to memory"
 """
 
 
