@@ -326,7 +326,7 @@ FAULTS = [
     Fault("pads are where they were before the shift", "grid:WindowGrid.pixels", swap("+", "-", 1), "window:"),
     Fault("windows do not move", "gmsa:window_shifts", decide(True), "elan:test_equals_released_code"),
     Fault(
-        "one convolution for two forgets the mean", "norm:ConvNorm.folded", swap("-", "+"),
+        "one convolution for two forgets the mean", "batch_norm:fold", swap("-", "+"),
         "elan:test_folding_is_exact_and_leaves_training_alone",
     ),
     Fault("borders stay where zeros come in", "shift:shift2d", drop("zeros_like"), "shift:test_shift_equals_loops"),
@@ -338,7 +338,7 @@ FAULTS = [
         "statistics that are not finite are taken over", "batch_norm:_move", drop("isfinite"),
         "batch_norm:test_a_batch_that_is_not_finite_moves_nothing",
     ),
-    Fault("the variance is the biased one", "batch_norm:batch_norm", swap("*", "/", 2), "batch_norm:"),
+    Fault("the variance is the biased one", "batch_norm:_move", swap("*", "/"), "batch_norm:"),
     # --- layers
     Fault(
         "evaluation moves k-means", "lcoa:LSP.updates_state", swap("and", "or"),

@@ -5,7 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional._torch import backward_is_running, gathered, several_processes
+from sparse_sr_attn.functional._torch import backward_is_running, gathered, several_processes, working_precision
+from sparse_sr_attn.functional.backend import runs_kernels
 
 
 def batch_norm(
@@ -51,11 +52,10 @@ def batch_norm(
         # Copies: the backward needs them as they are, and other processes may have values that move them.
         output = F.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, training=False, eps=eps)
         mean = x.flatten()
-        variance = torch.zeros_like(mean)
+        inverse_std = torch.ones_like(mean)
     else:
         output, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, momentum, eps)
-        variance = (inverse_std.detach() ** -2 - eps).clamp(min=0) * (count / (count - 1))
-    _move(mean.detach(), variance, count, running_mean, running_var, num_batches_tracked, momentum)
+    _move(mean.detach(), inverse_std.detach(), count, running_mean, running_var, num_batches_tracked, momentum, eps)
     return output
 
 
@@ -64,15 +64,20 @@ def batch_norm(
 )
 def _move(
     mean: Tensor,
-    variance: Tensor,
+    inverse_std: Tensor,
     count: int,
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor,
     momentum: float,
+    eps: float,
 ) -> None:
     if backward_is_running():
         return
+    if count > 1 and runs_kernels(mean.device) and not several_processes():
+        move_by_kernel(mean, inverse_std, count, running_mean, running_var, num_batches_tracked, momentum, eps)
+        return
+    variance = (inverse_std**-2 - eps).clamp(min=0) * (count / max(1, count - 1))
     if several_processes():
         mean, variance, count = _join(mean, variance, count)
     if count == 1:
@@ -89,6 +94,94 @@ def _move(
 
 @_move.register_fake
 def _(*_: object) -> None: ...
+
+
+def move_by_kernel(
+    mean: Tensor,
+    inverse_std: Tensor,
+    count: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Move the running statistics by those of one process, in one Triton kernel."""
+    from sparse_sr_attn.functional import map_kernels as kernels  # noqa: PLC0415
+
+    block = 1 << (len(mean) - 1).bit_length()
+    with torch.cuda.device_of(mean):
+        kernels.move_statistics[(1,)](
+            *(mean, inverse_std, running_mean, running_var, num_batches_tracked, count, len(mean)),
+            MOMENTUM=momentum,
+            EPS=eps,
+            BLOCK=block,
+        )
+
+
+def fold(
+    weight: Float[Tensor, "o i 1 1"],
+    bias: Float[Tensor, "o"],
+    running_mean: Float[Tensor, "o"],
+    running_var: Float[Tensor, "o"],
+    scale: Float[Tensor, "o"],
+    offset: Float[Tensor, "o"],
+    eps: float,
+) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
+    """Return weight and bias of the convolution that equals a convolution followed by batch normalisation.
+
+    Args:
+        weight: of the convolution.
+        bias: of the convolution.
+        running_mean: of the normalisation.
+        running_var: of the normalisation.
+        scale: weight of the normalisation.
+        offset: bias of the normalisation.
+        eps: added to the variance.
+
+    Examples:
+        >>> ones, zeros = torch.ones(3), torch.zeros(3)
+        >>> weight, bias = fold(torch.rand(3, 2, 1, 1), ones, ones, ones, 2 * ones, zeros, eps=0.0)
+        >>> bias
+        tensor([0., 0., 0.])
+    """
+    if runs_kernels(weight.device) and not torch.is_grad_enabled():
+        return fold_op(weight, bias, running_mean, running_var, scale, offset, eps)
+    precision = working_precision(weight)
+    factor = scale.to(precision) * (running_var.to(precision) + eps).rsqrt()
+    folded = (bias.to(precision) - running_mean.to(precision)) * factor + offset.to(precision)
+    return (weight.to(precision) * factor[:, None, None, None]).to(weight.dtype), folded.to(weight.dtype)
+
+
+@torch.library.custom_op("sparse_sr_attn::fold_batch_norm", mutates_args=())
+def fold_op(
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return `fold`, by a Triton kernel."""
+    import triton.language as tl  # noqa: PLC0415
+
+    from sparse_sr_attn.functional import map_kernels as kernels  # noqa: PLC0415
+
+    weight = weight.contiguous()
+    folded, folded_bias = torch.empty_like(weight), torch.empty_like(bias, dtype=weight.dtype)
+    work = tl.float64 if working_precision(weight) == torch.float64 else tl.float32
+    vectors = (tensor.contiguous() for tensor in (bias, running_mean, running_var, scale, offset))
+    with torch.cuda.device_of(weight):
+        kernels.fold[(len(weight),)](
+            *(weight, *vectors, folded, folded_bias, weight[0].numel()), EPS=eps, WORK=work, BLOCK=128
+        )
+    return folded, folded_bias
+
+
+@fold_op.register_fake
+def _(weight: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), bias.new_empty(bias.shape, dtype=weight.dtype)
 
 
 def _join(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, int]:

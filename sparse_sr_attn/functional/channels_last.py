@@ -21,7 +21,7 @@ def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """
     if is_transformed():
         return x
-    if torch.compiler.is_compiling() or not len(x) or is_channels_last(x):
+    if torch.compiler.is_compiling() or not x.is_cpu or not len(x) or is_channels_last(x):
         return x.contiguous(memory_format=torch.channels_last)
     # Matrix by matrix: torch transposes a single one in blocks, five times as fast.
     rows = torch.stack([sample.flatten(1).t().contiguous() for sample in x])
@@ -76,6 +76,8 @@ def pointwise_conv2d(
     """
     if bias is None or is_exporting() or is_transformed() or is_exporting_to_old_onnx():
         return F.conv2d(x, weight, bias)
+    if not x.is_cpu and not torch.compiler.is_compiling() and (len(x) == 1 or is_channels_last(x)):
+        return pixel_products(x, weight, bias)
     if not is_channels_last(x):
         rows = torch.baddbmm(bias, x.flatten(2).transpose(1, 2), weight.flatten(1).T.expand(x.shape[0], -1, -1))
         return rows.view(x.shape[0], *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
@@ -83,6 +85,20 @@ def pointwise_conv2d(
         return F.conv2d(x, weight, bias)
     teach_flop_counters()
     return _pointwise_conv2d(x, weight, bias)
+
+
+def pixel_products(
+    x: Float[Tensor, "b c h w"], weight: Float[Tensor, "o c 1 1"], bias: Float[Tensor, "o"]
+) -> Float[Tensor, "b o h w"]:
+    """Return `pointwise_conv2d` of a single map, or of channels-last maps, by one product of all pixels, bias included.
+
+    Examples:
+        >>> pixel_products(torch.rand(1, 3, 4, 5), torch.rand(8, 3, 1, 1), torch.zeros(8)).shape
+        torch.Size([1, 8, 4, 5])
+    """
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2) if is_channels_last(x) else x.flatten(2).flatten(0, 1).t()
+    output = torch.addmm(bias, rows, weight.flatten(1).t())
+    return output.view(x.shape[0], *x.shape[2:], len(weight)).permute(0, 3, 1, 2)
 
 
 def _lines(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "bh c 1 w"]:

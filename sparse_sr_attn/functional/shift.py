@@ -4,7 +4,7 @@ With $g = \lfloor c / 5 \rfloor$, the channels $[0, g)$ are read from the right 
 left one, $[2g, 3g)$ from the one below, $[3g, 4g)$ from the one above, and the rest from the pixel itself.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.errors import BackendError
+from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.channels_last import is_channels_last, pointwise_conv2d
 
 Form = Literal["slices", "masked"]
 """How a shift convolution is computed: by shifted slices, or as a 3x3 convolution with five nonzero pixels."""
 
 _NUM_GROUPS = 5
+_BLOCK = 1024  # elements that a program moves
 _NEIGHBORS = ((1, 2), (1, 0), (2, 1), (0, 1))  # row and column, in a 3x3 kernel, that each group of channels reads
 
 
@@ -26,7 +28,7 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
     Note:
         Computed by moving slices. On a CPU, channels-last maps use a depthwise 3x3 convolution with one-hot kernels,
-        because their slices are fragmented. Both give bit-identical results.
+        because their slices are fragmented; on GPUs with triton, one kernel does it. All give bit-identical results.
 
     Source:
         ELAN (arXiv 2203.06697), which uses such a convolution.
@@ -42,6 +44,8 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """
     if _is_faster_depthwise(x):
         return F.conv2d(x, shift_kernels(x)[:, None], padding=1, groups=x.shape[1])
+    if runs_kernels(x.device):
+        return _shift(x, 1)
     group = x.shape[1] // _NUM_GROUPS
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         moved = [
@@ -57,6 +61,36 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         result[:, channels, there_y, there_x] = x[:, channels, here_y, here_x]
     result[:, len(_NEIGHBORS) * group :] = x[:, len(_NEIGHBORS) * group :]
     return result
+
+
+@torch.library.custom_op("sparse_sr_attn::shift2d", mutates_args=())
+def _shift(x: Tensor, step: int) -> Tensor:
+    """Return `shift2d(x)` for a step of 1, its transpose for a step of -1, by a Triton kernel."""
+    from sparse_sr_attn.functional import map_kernels as kernels  # noqa: PLC0415
+
+    last = is_channels_last(x)
+    x = x if last else x.contiguous()
+    output = torch.empty_like(x)
+    sizes = x.numel(), *x.shape[1:], x.shape[1] // _NUM_GROUPS
+    with torch.cuda.device_of(x):
+        kernels.shift[(-(-x.numel() // _BLOCK),)](x, output, *sizes, STEP=step, LAST=last, BLOCK=_BLOCK)
+    return output
+
+
+@_shift.register_fake
+def _(x: Tensor, step: int) -> Tensor:
+    return torch.empty_like(x if is_channels_last(x) else x.contiguous())
+
+
+def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.step = inputs
+
+
+def _shift_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _shift(grad, -ctx.step), None
+
+
+_shift.register_autograd(_shift_back, setup_context=_keep_step)
 
 
 def _moved(step: int) -> tuple[slice, slice]:

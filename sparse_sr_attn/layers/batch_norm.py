@@ -5,8 +5,7 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.functional._torch import working_precision
-from sparse_sr_attn.functional.batch_norm import batch_norm
+from sparse_sr_attn.functional.batch_norm import batch_norm, fold
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
 from sparse_sr_attn.layers.base import (
     PointwiseConv2d,
@@ -73,9 +72,6 @@ class ConvNorm(nn.Module):
 
     def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
         """Return weight and bias of the fused convolution."""
-        weight, norm = self.conv.weight, self.norm
-        precision = working_precision(weight)
-        factor = norm.weight.to(precision) * (norm.running_var.to(precision) + norm.eps).rsqrt()
-        offset = cast(Tensor, self.conv.bias).to(precision) - norm.running_mean.to(precision)
-        bias = offset * factor + norm.bias.to(precision)
-        return (weight.to(precision) * factor[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
+        conv, norm = self.conv, self.norm
+        bias = cast(Tensor, conv.bias)
+        return fold(conv.weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)

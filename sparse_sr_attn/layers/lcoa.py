@@ -7,7 +7,7 @@ from the paper and the behaviour of the released code; deviations are listed in 
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import (
@@ -21,7 +21,7 @@ from sparse_sr_attn.config import (
     takes_options_of,
 )
 from sparse_sr_attn.errors import ConfigError, Problem
-from sparse_sr_attn.functional._torch import working_precision
+from sparse_sr_attn.functional._torch import needs_plain_code, working_precision
 from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
     cluster_attention_rounds,
@@ -243,13 +243,13 @@ class LSP(KMeansModule):
             if rank is not None:
                 if self.updates_state():
                     order_clusters(state.centroids, state.num_updates, rank)
-                places.append(rank[assignments[-1]])
+                places.append(_sort_keys(rank)[assignments[-1]])
         pattern = cluster_pattern(
-            torch.stack(assignments, dim=1).flatten(0, 1),
+            _stacked(assignments),
             chunk_size=self.chunk_size,
             num_adjacent=self.num_adjacent,
             count_keys_once=self.count_keys_once,
-            place=torch.stack(places, dim=1).flatten(0, 1) if places else None,
+            place=_stacked(places) if places else None,
         )
         if self.neighbors == "nearest":
             keys = _each_round(embedding, self.num_rounds)
@@ -424,6 +424,17 @@ def _weights(embedding: Tensor, pattern: ClusterPattern, num_rounds: int, dtype:
 
 def _attend(embedding: Tensor, values: Tensor, pattern: ClusterPattern, num_rounds: int) -> Tensor:
     return cluster_attention_rounds(embedding, embedding, values, pattern, num_rounds, normalize_keys=True)
+
+
+def _stacked(rounds: list[Int[Tensor, "b n"]]) -> Int[Tensor, "br n"]:
+    return rounds[0] if len(rounds) == 1 else torch.stack(rounds, dim=1).flatten(0, 1)
+
+
+def _sort_keys(rank: Int[Tensor, "k"]) -> Int[Tensor, "k"]:
+    """Return the ranks of clusters in the smallest integers that hold them, where sorting those takes fewer kernels."""
+    if rank.device.type == "cpu" or len(rank) > 2**15 or needs_plain_code():
+        return rank
+    return rank.to(torch.uint8 if len(rank) <= 2**8 else torch.int16)
 
 
 def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "br n c"]:

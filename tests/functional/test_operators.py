@@ -190,7 +190,20 @@ def test_move_running_statistics(device: torch.device) -> None:
     num_batches = torch.zeros((), dtype=torch.int64, device=device)
     for count in (12, 1):
         running = (running_mean, running_var.abs(), num_batches)
-        check(operator("move_running_statistics"), (mean, var.abs(), count, *running, 0.1))
+        check(operator("move_running_statistics"), (mean, var.abs(), count, *running, 0.1, 1e-5))
+
+
+@needs_triton
+def test_kernels_of_maps(device: torch.device) -> None:
+    x = Case().tensor("x", 2, 7, 3, 4, device=device).requires_grad_()
+    for step in (1, -1):
+        check(operator("shift2d"), (x, step))
+        check(operator("shift2d"), (x.detach().contiguous(memory_format=torch.channels_last), step))
+    vectors = [Case().tensor(name, 7, device=device).abs() for name in ("bias", "mean", "var", "scale", "offset")]
+    check(operator("fold_batch_norm"), (Case().tensor("weight", 7, 5, 1, 1, device=device), *vectors, 1e-5))
+    rows = Case().tensor("rows", 2, 5, 3, device=device)
+    check(operator("l2_normalize"), (rows.clone().requires_grad_(),))
+    check(operator("l2_normalize_backward"), (rows, rows))
 
 
 @cases
@@ -277,7 +290,11 @@ def test_every_operator_is_checked_here() -> None:
         "cluster_attention_triton_backward",
         "cluster_lse",
         "cluster_lse_backward",
+        "fold_batch_norm",
         "hash_step",
+        "l2_normalize",
+        "l2_normalize_backward",
+        "shift2d",
         "kmeans_step",
         "order_clusters",
         "move_running_statistics",

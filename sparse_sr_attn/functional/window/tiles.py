@@ -5,12 +5,13 @@ backward of `attention_op` recomputes them, and all backwards cut the maps again
 Output maps are in channels-last memory format.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.functional._torch import multiply, product_precision, without_autocast, working_precision
@@ -18,7 +19,11 @@ from sparse_sr_attn.functional.channels_last import new_map
 from sparse_sr_attn.functional.window.grid import WindowGrid
 
 _SCORES_PER_TILE = 2**18  # on the CPU, 1 MiB in float32: they stay in cache, and few tiles cost little to set up
+_LARGEST_KEPT = 2**18  # pixels of a map whose indices are kept on a device
 _SCORES_PER_LAUNCH = 2**27  # elsewhere, 512 MiB: a GPU waits for each launch, and fills itself with large ones only
+
+
+_Indices = tuple[Int[Tensor, "ki"], Int[Tensor, "n"], Bool[Tensor, "ki 1"] | None]
 
 
 class _Windows:
@@ -39,6 +44,12 @@ class _Windows:
     ) -> Float[Tensor, "bk i c"]:
         """Return the windows of a map; padding is zero. With `wide`, zero columns make products with them faster."""
         x = x.permute(0, 2, 3, 1)
+        if _by_index(x) and (shift or not self.grid.is_whole):
+            pixels, _, padding = _indices_on(self.grid, shift, x.device)
+            chosen = x.flatten(1, 2).to(dtype).index_select(1, pixels)
+            if padding is not None:
+                chosen.masked_fill_(padding, 0)
+            return chosen.view(-1, self.grid.window_size**2, x.shape[-1])
         if shift or not self.grid.is_whole:
             rolled = x.new_zeros(self.batch, *self.padded, x.shape[-1])
             for here, there in self._blocks(shift):
@@ -50,12 +61,17 @@ class _Windows:
         width = _wide(channels, dtype, x.device) if wide else channels
         cut = x.new_empty(*windows.shape[:-1], width, dtype=dtype)
         cut[..., :channels].copy_(windows)
-        cut[..., channels:].zero_()
+        if width > channels:
+            cut[..., channels:].zero_()
         return cut.view(self.batch * self.grid.rows * self.grid.columns, size**2, width)
 
     def join(self, windows: Float[Tensor, "bk i w"], shift: int, like: Tensor) -> Float[Tensor, "b c h w"]:
         """Join windows to a map in channels-last memory format, with the channels and dtype of `like`; undoes `cut`."""
         size, grid, channels = self.grid.window_size, self.grid, like.shape[1]
+        if _by_index(like) and (shift or not grid.is_whole):
+            _, slots, _ = _indices_on(grid, shift, like.device)
+            rows = windows.view(self.batch, -1, windows.shape[-1])[..., :channels].index_select(1, slots)
+            return rows.to(like.dtype).view(self.batch, grid.height, grid.width, channels).permute(0, 3, 1, 2)
         x = like.new_empty(self.batch, grid.height, grid.width, channels)
         whole = shift == 0 and grid.is_whole
         rolled = x if whole else like.new_empty(self.batch, *self.padded, channels)
@@ -82,6 +98,37 @@ class _Windows:
         if self.grid.is_whole:
             return None
         return self.grid.is_real(shift, device).repeat(self.batch, 1)[:, None]
+
+
+def _by_index(x: Tensor) -> bool:
+    """Return whether maps are cut and joined by an index, in few kernels, rather than block by block, in cache."""
+    return not x.is_cpu
+
+
+def _indices_on(grid: WindowGrid, shift: int, device: torch.device) -> _Indices:
+    """Return the pixel in each slot, the slot of each pixel, and a mask of slots of padding, `None` if there are none.
+
+    They are kept for maps of moderate size, where a GPU would wait for the kernels that compute them.
+    """
+    # What a CUDA graph allocates holds its values only in the graph.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if captured or grid.height * grid.width > _LARGEST_KEPT:
+        return _indices(grid, shift, device)
+    return _kept_indices(grid, shift, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_indices(grid: WindowGrid, shift: int, device: torch.device) -> _Indices:
+    with torch.inference_mode(mode=False):
+        # From the CPU, whose copies have arrived when `to` returns: any stream may read them.
+        pixels, slots, padding = _indices(grid, shift, torch.device("cpu"))
+        return pixels.to(device), slots.to(device), None if padding is None else padding.to(device)
+
+
+def _indices(grid: WindowGrid, shift: int, device: torch.device) -> _Indices:
+    pixels, num_pixels = grid.pixels(shift, device), grid.height * grid.width
+    padding = None if grid.is_whole else (pixels == num_pixels)[:, None]
+    return pixels.clamp(max=num_pixels - 1).int(), grid.slots(shift, device).int(), padding
 
 
 def _wide(channels: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import _torch
 from sparse_sr_attn.functional import window as fast
+from sparse_sr_attn.functional.window import tiles
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
@@ -268,6 +269,32 @@ def test_attention_equals_masked_dense_attention(
     assert_values_close(actual, expected)
     probe = case.tensor("probe", *actual.shape, device=device)
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@given(case=maps(max_batch=2, displaced=True))
+@example(case=ONE_PIXEL)
+@example(case=WHOLE)
+@example(case=PADDED)
+@example(case=FULL_OF_PADS)
+@example(case=PUBLISHED_PADDED)
+@example(case=FAR_APART)
+def test_windows_are_the_same_by_an_index(device: torch.device, case: Map) -> None:
+    """As GPUs cut and join them."""
+    leaves = case.inputs(device)
+    probe = case.tensor("probe", case.batch, VALUE_WIDTH, case.height, case.width, device=device)
+    meant = case.meant(device)
+    found = []
+    for by_index in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiles, "_by_index", lambda x, chosen=by_index: chosen)
+            output = fast.window_attention(*leaves, **case.displaced)
+            weights = fast.window_weights(*leaves[:2], **case.windows)
+            applied = fast.apply_window_weights(weights, leaves[2], **case.displaced)
+        values = [part * meant for part in (output, applied)]
+        found.append((values, [grad for part in values for grad in gradients(part, leaves, probe)]))
+    for block, index in zip(*(values for values, _ in found), strict=True):
+        assert_values_close(block, index)
+    assert_gradients_close(*(grads for _, grads in found))
 
 
 @pytest.mark.promise("R5", "windows equal their twin")
