@@ -1,0 +1,1 @@
+"""How many kernels a GPU launches for layers and networks, counted without one."""

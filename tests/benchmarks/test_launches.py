@@ -1,0 +1,81 @@
+"""`python -m benchmarks.launches`: layers and networks launch no more kernels on a GPU than they did."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs triton")
+from benchmarks.launches import __main__ as launches
+from benchmarks.launches.counter import counted
+from sparse_sr_attn.functional import window
+from sparse_sr_attn.functional.shift import shift2d
+
+pytestmark = pytest.mark.unhooked
+
+# What is reached now, at 96x96: evaluation, forward in training, backward. Lower a limit when fewer are needed.
+LIMITS = {
+    "LCoA": (21, 76, 25),
+    "CoA": (4, 7, 13),
+    "GMSA": (25, 27, 54),
+    "GMSA, shifted": (25, 27, 54),
+    "LFE": (5, 5, 9),
+    "LCoAN-light": (109, 164, 159),
+    "ELAN-light": (667, 703, 1159),
+}
+
+
+@pytest.mark.parametrize("name", launches.SUBJECTS)
+def test_no_more_than_before(name: str) -> None:
+    found = launches.count(launches.SUBJECTS[name], 96)
+    counts = (found.evaluation, found.forward, found.backward)
+    for now, limit in zip(counts, LIMITS[name], strict=True):
+        assert now <= limit, (counts, found.operators)
+        assert now >= 0.9 * limit, f"lower the limits to {counts}"
+
+
+def count(call: object) -> int:
+    with counted() as counts:
+        call()  # type: ignore[operator]
+    return sum(counts.values())
+
+
+def test_what_counts() -> None:
+    """Views and empty memory launch nothing; a bias, a sort and the inside of our operators count."""
+    x, weight, bias = (torch.empty(shape, device="meta") for shape in ((1, 5, 8, 8), (5, 5, 3, 3), (5,)))
+    keys = torch.empty(1, 9216, dtype=torch.int64, device="meta")
+    assert count(lambda: x.flatten(2).transpose(1, 2)[..., 1:].expand(2, -1, -1)) == 0
+    assert count(lambda: torch.empty_like(x)) == 0
+    assert count(lambda: x + x) == 1
+    assert count(lambda: torch.conv2d(x, weight)) == 1
+    assert count(lambda: torch.conv2d(x, weight, bias)) == 2
+    assert count(lambda: keys.sort(stable=True)) == 14
+    assert count(lambda: keys.to(torch.uint8).sort(stable=True)) == 1 + 7
+    assert count(lambda: shift2d(x)) == 1
+    assert count(lambda: window.window_attention(x, None, x, window_size=4)) == 6
+
+
+def test_code_takes_the_path_of_a_gpu_only_while_counting() -> None:
+    seen: list[Tensor] = []
+    with counted() as counts:
+        seen.append(shift2d(torch.empty(1, 5, 4, 4, device="meta")))
+    assert counts == {"triton shift": 1}
+    before = dict(counts)
+    shift2d(torch.empty(1, 5, 4, 4, device="meta"))
+    assert counts == before
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "launches.json"
+    assert launches.main(["--operators", "LFE", "--size", "16", "--json", str(file)]) == 0
+    assert "| LFE | 5 | 5 + 9 |" in capsys.readouterr().out
+    found = json.loads(file.read_text())["launches"]["LFE"]
+    assert found["operators"]["evaluation"]["triton shift"] == 2
+
+
+@pytest.mark.parametrize("arguments", [["--size", "0"], ["--operators", "LFA"]], ids=str)
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert launches.main(arguments) == 2
+    assert arguments[0] in capsys.readouterr().err
