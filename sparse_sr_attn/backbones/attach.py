@@ -1,11 +1,13 @@
 """Insert attention into third-party models, and remove it again."""
 
+import copy
+import functools
 import itertools
 import json
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
@@ -14,12 +16,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn.backbones.base import as_json, encode_options
+from sparse_sr_attn.backbones.base import as_json, decode_options, encode_options
 from sparse_sr_attn.backbones.caller import Forward, TraceError, run_on_view, trace
-from sparse_sr_attn.backbones.trunks import Calls, Site, besides, find_trunks, matching, watch_calls
+from sparse_sr_attn.backbones.trunks import (
+    Calls,
+    Probe,
+    Site,
+    besides,
+    difference,
+    find_trunks,
+    matching,
+    watch_calls,
+)
 from sparse_sr_attn.blocks.attention_config import AttentionConfig, default_config, full_options, read_attention
 from sparse_sr_attn.blocks.body import SiteAttention
-from sparse_sr_attn.config import checked, join_path
+from sparse_sr_attn.config import checked, join_path, old_names_allowed
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.layers.base import warn_of_range
 from sparse_sr_attn.registry import suggestion
@@ -52,8 +63,11 @@ class Attended(nn.Module):
         destination[key] = encode_options(self._record)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        record = next((key for key in _nested(self._record_key(prefix)) if key in state_dict), None)
-        state_dict.pop(record, None)
+        key = next((key for key in _nested(self._record_key(prefix)) if key in state_dict), None)
+        recorded = state_dict.pop(key, None)
+        if recorded is not None:  # not an error, which `load_state_dict` raises even if it is not strict
+            _, _, _, unexpected, _ = args
+            unexpected += [f"{key}: {difference}" for difference in _differences(recorded, self._record)]
         if _OLD_SLOT not in self._modules:  # the name before there was a record
             for key in [key for key in state_dict if key.startswith(f"{prefix}{_OLD_SLOT}.")]:
                 state_dict[f"{prefix}{SLOT}.{key[len(prefix) + len(_OLD_SLOT) + 1 :]}"] = state_dict.pop(key)
@@ -118,7 +132,38 @@ class _Derived(Attended):
     """A subclass of the host's class, made when it is needed."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _remake, (_kind_of(self), self._host), self.__dict__.copy()
+        kind, host = _kind_of(self), self._host
+        if any(getattr(host, name, None) is not getattr(nn.Module, name, None) for name in _PROTOCOL):
+            return _regiven, (self._plain(), kind, self.sparse_sr_attn, self._record)
+        return _remake, (kind, host), {name: value for name, value in vars(self).items() if name != "_forwards"}
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["_forwards"] = {}
+
+    def _plain(self) -> nn.Module:
+        """Return the host without attention, with the same tensors, to be copied as its class says."""
+        plain = object.__new__(self._host)
+        ours = ("_record", "_forwards")
+        plain.__dict__.update({name: value for name, value in vars(self).items() if name not in ours})
+        plain.__dict__["_modules"] = {name: child for name, child in self._modules.items() if name != SLOT}
+        return plain
+
+
+_PROTOCOL = ("__getstate__", "__setstate__", "__deepcopy__", "__reduce__", "__reduce_ex__")
+
+
+def _regiven(plain: nn.Module, kind: type[Attended], layers: SiteAttention, record: Mapping[str, Any]) -> nn.Module:
+    """Return a copied host with its attention."""
+    _give(plain, kind, layers, record)
+    return plain
+
+
+def _deepcopied(module: _Derived, memo: dict[int, Any]) -> nn.Module:
+    """Copy a module whose class has a `__deepcopy__`."""
+    plain, layers = copy.deepcopy(module._plain(), memo), copy.deepcopy(module.sparse_sr_attn, memo)
+    memo[id(module)] = plain
+    return _regiven(plain, _kind_of(module), layers, module._record)
 
 
 class AttendedModule(_Derived):
@@ -136,36 +181,36 @@ class AttendedCaller(_Derived):
     exporters cannot follow that; for them, code is generated with `torch.fx` where it can trace the `forward`.
     """
 
-    _forwards: dict[bool, Forward]
+    _forwards: dict[bool, Forward | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's forward, with attention after some of the modules that it calls."""
-        if self._forwards and torch.compiler.is_compiling():
-            return self._forwards[self.training](self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            _trace(self)
+            traced = self._forwards[self.training]
+            if traced is not None:
+                return traced(self, *args, **kwargs)
         return run_on_view(self, self._host, self._record["sites"], *args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        remake, args, state = super().__reduce_ex__(protocol)
-        del state["_forwards"]  # code, which is made again
-        return remake, args, state
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._trace()
-
     def __setattr__(self, name: str, value: Any) -> None:
-        before = self.__dict__.get(name, self)
         super().__setattr__(name, value)
-        own = name.startswith("__") or name in ("training", "_forwards") or isinstance(value, (Tensor, nn.Module))
-        if not own and before is not value:
-            self._trace()  # the forward of the host may look at it
+        if name not in ("training", "__class__"):
+            self.__dict__["_forwards"] = {}  # the forward of the host may look at it
 
-    def _trace(self) -> None:
-        sites = self._record["sites"]
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _trace(module: AttendedCaller) -> bool:
+    """Trace the forward in both modes, unless that is done; `None` where it cannot be traced.
+
+    It runs while a compiler looks at a forward, and not in the code that the compiler makes.
+    """
+    for training in () if module._forwards else (False, True):
         try:
-            self._forwards = {mode: trace(self, self._host, sites, training=mode) for mode in (False, True)}
+            forward = trace(module, module._host, module._record["sites"], training=training)
         except TraceError:
-            self._forwards = {}
+            forward = None
+        module._forwards[training] = forward
+    return True
 
 
 _CLASSES: dict[tuple[str, type[nn.Module]], type[Attended]] = {}
@@ -177,6 +222,8 @@ def _class_for(kind: type[Attended], host: type[nn.Module]) -> type[Attended]:
     if (kind.__name__, host) not in _CLASSES:
         bases = (kind, _Children, host) if issubclass(host, nn.Sequential) else (kind, host)
         content = {"_host": host, "__module__": __name__, "__doc__": kind.__doc__}
+        if hasattr(host, "__deepcopy__"):
+            content["__deepcopy__"] = _deepcopied
         _CLASSES[kind.__name__, host] = type(f"Attended{host.__name__}", bases, content)
     return _CLASSES[kind.__name__, host]
 
@@ -249,12 +296,9 @@ def attach(
     given = _as_maps(attention, every, share, options, num_blocks=len(place.sites))
     maps = read_attention(given, len(place.sites))
     explicit = share is not None or not isinstance(attention, str)
-    placed = _placed(model, place, maps, explicit=explicit)
-    for path, *_ in placed:
-        if isinstance(model.get_submodule(path), Attended):
-            raise _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
-    host = f"{type(model).__module__}.{type(model).__qualname__}"
-    for path, kind, layers, record in placed:
+    built = type(model)._host if isinstance(model, Attended) else type(model)
+    host = f"{built.__module__}.{built.__qualname__}"
+    for path, kind, layers, record in _placed(model, place, maps, explicit=explicit):
         _give(model.get_submodule(path), kind, layers, {"path": path, "host": host, **record})
     warn_of_range(model, _range_of(model))
     return model
@@ -370,9 +414,8 @@ def is_record(key: str) -> bool:
 def _give(module: nn.Module, kind: type[Attended], layers: SiteAttention, record: Mapping[str, Any]) -> None:
     module.add_module(SLOT, layers)
     module.__dict__["_record"] = record
+    module.__dict__["_forwards"] = {}
     module.__class__ = _class_for(kind, type(module))
-    if isinstance(module, AttendedCaller):
-        module._trace()
 
 
 def _range_of(model: nn.Module) -> float:
@@ -422,30 +465,86 @@ def _as_maps(
 
 
 def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *, explicit: bool) -> list[_Placed]:
-    """Return the modules that get attention, with their layers and what is recorded of them."""
-    widths = [site.shape[0] for site in place.sites]
+    """Return the modules that get attention, with their layers and what is recorded of them.
+
+    Each way is tried on a copy of the model, because a model may look at the classes of its blocks, or run them by
+    other references than their names.
+    """
     shapes = _numbered([site.shape for site in place.sites])
-    if place.sequential is not None:
-        module = model.get_submodule(place.sequential)
-        layers = _layers(maps, widths, shapes, module, model)
-        return [
-            (place.sequential, AttendedSequential, layers, _record(AttendedSequential, module, maps, widths, shapes))
-        ]
-    if not _layers(maps, widths, shapes, None, model).shares:
-        return _after_each(model, place, maps)
+    shares = _layers(maps, [site.shape[0] for site in place.sites], shapes, None, model).shares
+    ways: list[Callable[..., list[_Placed]]]
+    ways = [_inside] if place.sequential is not None else [] if shares else [_after_each]
+    if place.calls is not None:
+        ways += [_around, functools.partial(_around, owner="")]
+    faults: list[str] = []
+    for way in ways:
+        placed = way(model, place, maps)
+        attended = [path for path, *_ in placed if isinstance(model.get_submodule(path), Attended)]
+        if attended and not faults:
+            raise _refusal(
+                "body", f"must have no attention yet, got {attended[0]!r}; detach, or attach a list of mappings"
+            )
+        fault = "it has attention" if attended else _fault(model, place, placed)
+        if fault is None:
+            return placed
+        faults.append(fault)
     if place.calls is None:
         reason = (
             f"{type(model).__name__} accepts no image that was tried, so nothing shows that its maps have one shape"
         )
-        if explicit:
-            raise _refusal("attention.share", f"must be 1, because {reason}; pass example=...")
-        warnings.warn(
-            f"attached without sharing: {reason}; pass example=..., or share=1 if this is meant", stacklevel=4
-        )
-        return _after_each(model, place, [replace(attention, share=1) for attention in maps])
-    owner = _caller_of_all(place)
+        remedy = "pass example=..."
+    else:
+        reason, remedy = faults[0], "choose other modules with body=..."
+    if shares and not explicit:
+        placed = _after_each(model, place, [replace(attention, share=1) for attention in maps])
+        if _fault(model, place, placed) is None:
+            warnings.warn(f"attached without sharing: {reason}; {remedy}, or share=1 if this is meant", stacklevel=4)
+            return placed
+    if shares and place.calls is None:
+        raise _refusal("attention.share", f"must be 1, because {reason}; {remedy}")
+    raise _refusal("body", f"must name modules that can be followed by attention, but {reason}; {remedy}")
+
+
+def _fault(model: nn.Module, place: _Place, placed: Sequence[_Placed]) -> str | None:
+    """Return why attention in a model would not run, or would change more than it should; `None` if all is well."""
+    for path, *_ in placed:
+        if "forward" in vars(model.get_submodule(path)):
+            what = _named(model, path)
+            return f"the `forward` of {what} is set on the module, not its class, and would run without attention"
+    if place.calls is None:
+        return None
+
+    def give(twin: nn.Module) -> list[Probe]:
+        probes = [Probe(len(record["widths"])) for *_, record in placed]
+        for probe, (path, kind, _, record) in zip(probes, placed, strict=True):
+            _give(twin.get_submodule(path), kind, cast(SiteAttention, probe), record)
+        return probes
+
+    return difference(model, place.calls.inputs, give)
+
+
+def _named(model: nn.Module, path: str) -> str:
+    """Return what to call a module in a message."""
+    return f"{path!r} of {type(model).__name__}" if path else type(model).__name__
+
+
+def _inside(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig]) -> list[_Placed]:
+    """Return the `nn.Sequential` that runs the blocks, with the layers."""
+    path = cast(str, place.sequential)
+    module = model.get_submodule(path)
+    widths, shapes = [site.shape[0] for site in place.sites], _numbered([site.shape for site in place.sites])
+    layers = _layers(maps, widths, shapes, module, model)
+    return [(path, AttendedSequential, layers, _record(AttendedSequential, module, maps, widths, shapes))]
+
+
+def _around(
+    model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], owner: str | None = None
+) -> list[_Placed]:
+    """Return the module whose forward runs the blocks, with the layers; or a module around it."""
+    owner = _caller_of_all(place) if owner is None else owner
     module = model.get_submodule(owner)
-    sites = [site.path.removeprefix(f"{owner}.") for site in place.sites]
+    sites = [site.path.removeprefix(join_path(owner, "") if owner else "") for site in place.sites]
+    widths, shapes = [site.shape[0] for site in place.sites], _numbered([site.shape for site in place.sites])
     layers = _layers(maps, widths, shapes, module, model)
     return [(owner, AttendedCaller, layers, _record(AttendedCaller, module, maps, widths, shapes, sites))]
 
@@ -519,26 +618,59 @@ def _record(
     """Return what `reattach` needs."""
     start = join_path(sites[0], "") if sites else ""
     names = [name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())]
-    record = {
+    return {
         "kind": kind.__name__,
         "key": next((name for name in names if name.startswith(start)), names[0] if names else "weight"),
-        "attention": [
-            {
-                "type": attention.type,
-                "after": list(attention.sites(len(widths))),
-                **({"share": attention.share} if attention.share > 1 else {}),
-                **full_options(attention),
-            }
-            for attention in maps
-        ],
+        "attention": _described(maps, len(widths)),
         "widths": list(widths),
         "shapes": list(shapes),
         "sites": list(sites),
     }
-    text = as_json(record)
-    if text is None:  # an option that JSON cannot represent: enough to refuse the weights with a reason
-        text = json.dumps({**record, "attention": None})
-    return cast(dict[str, Any], json.loads(text))
+
+
+def _described(maps: Sequence[AttentionConfig], num_blocks: int) -> Any:
+    """Return mappings for JSON; `None` if it cannot represent an option: enough to refuse the weights with a reason."""
+    described = [
+        {
+            "type": attention.type,
+            "after": list(attention.sites(num_blocks)),
+            **({"share": attention.share} if attention.share > 1 else {}),
+            **full_options(attention),
+        }
+        for attention in maps
+    ]
+    text = as_json({"attention": described})
+    return None if text is None else json.loads(text)["attention"]
+
+
+_INITIAL = ("zero_init",)  # options without effect on a layer whose weights are loaded
+
+
+def _differences(recorded: Tensor, own: Mapping[str, Any]) -> list[str]:
+    """Return how attention that was recorded with weights differs from a model's own."""
+    try:
+        found = decode_options(recorded)
+        with old_names_allowed():
+            maps = read_attention(found["attention"], len(found["widths"]))
+    except (ConfigError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
+        return [f"records attention that cannot be read ({type(error).__name__}: {error})"]
+    theirs = {**found, "attention": _described(maps, len(found["widths"]))}
+    if None in (theirs["attention"], own["attention"]):
+        return []
+    told = [
+        f"{name} is {theirs.get(name)} in the weights, and {own[name]} in the model"
+        for name in ("sites", "widths", "shapes")
+        if theirs.get(name) != own[name]
+    ]
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]]
+    pairs = list(itertools.zip_longest(theirs["attention"], own["attention"], fillvalue={}))
+    for number, (their, our) in enumerate(pairs):
+        at = f"attention.{number}" if len(pairs) > 1 else "attention"
+        for name in [*their, *(name for name in our if name not in their)]:
+            values = [mapping.get(name, 1 if name == "share" and mapping else "missing") for mapping in (their, our)]
+            if values[0] != values[1] and name not in _INITIAL:
+                told.append(f"{join_path(at, name)} is {values[0]} in the weights, and {values[1]} in the model")
+    return [f"{text}; attach as recorded, or load with strict=False" for text in told]
 
 
 # --- where it can go --------------------------------------------------------------------------------------------------
@@ -602,6 +734,9 @@ def _site(model: nn.Module, calls: Calls, path: str) -> Site:
     if path in calls.sites:
         return calls.sites[path]
     fault = calls.faults.get(path, f"is not called by {type(model).__name__}")
+    own = [outer for outer, module in model.named_modules() if "forward" in vars(module)]
+    if path not in calls.faults and own:
+        fault += f", because the `forward` of {_named(model, own[0])} is set on the module, not its class"
     kind = f"a {type(module).__name__}"
     raise _refusal(
         "body",

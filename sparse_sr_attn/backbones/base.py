@@ -61,6 +61,15 @@ def encode_options(options: Mapping[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(options).encode()), dtype=torch.float32, device="cpu")
 
 
+def decode_options(tensor: Tensor) -> dict[str, Any]:
+    """Return the options that `encode_options` encoded.
+
+    Raises:
+        ValueError: the tensor does not encode a JSON mapping; or TypeError, ArithmeticError or RecursionError.
+    """
+    return dict(json.loads(bytes(round(value) for value in tensor.tolist())))
+
+
 def options_of(network: "Network") -> dict[str, Any] | None:
     """Return the type and the options of a network; `None` if JSON cannot represent one of them."""
     return None if network._options is None else dict(json.loads(network._options))

@@ -6,12 +6,14 @@ the states of that call. `trace` generates code with `torch.fx` that `torch.comp
 Python's control flow and attributes are those of the moment of tracing.
 """
 
+import functools
 import itertools
 import linecache
 import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -80,8 +82,8 @@ def _opaque() -> tuple[Callable[..., Any], ...]:
 def _shadow(module: nn.Module, kind: type[nn.Module], sites: Sequence[str], training: bool) -> nn.Module:
     """Return a module with the same children whose own attributes, and those on the way to the sites, may be set."""
     shadow = object.__new__(kind)
-    values = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
-    shadow.__dict__.update(values)
+    values = _rebound(module, shadow)
+    shadow.__dict__.update({name: dict(value) if isinstance(value, dict) else value for name, value in values.items()})
     shadow.__dict__["training"] = training
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         shadow.__dict__[hooks] = OrderedDict()
@@ -139,16 +141,16 @@ def run_on_view(module: nn.Module, kind: type[nn.Module], sites: Sequence[str], 
         kwargs: keyword arguments of the forward.
 
     Raises:
-        RuntimeError: blocks run without gradients inside a call with gradients, as in reentrant checkpointing; or the
-            forward reached none of them through the module's children, so that no attention ran.
+        RuntimeError: blocks run without gradients inside a call with gradients, as in reentrant checkpointing; the
+            forward reached none of them through the module's children, so that no attention ran; or a module around
+            them has a forward of its own that runs the module itself, not the view.
     """
-    copies: list[tuple[nn.Module, nn.Module]] = []
+    copies: list[_Copy] = []
     call = _Call(cast(SiteAttention, module.get_submodule("sparse_sr_attn")), list(sites), torch.is_grad_enabled())
     output = kind.forward(_view(module, kind, "", call, copies), *args, **kwargs)
-    for original, copied in copies:
-        for name, value in vars(copied).items():
-            if name not in _OWN and vars(original).get(name, copies) is not value:
-                original.__dict__[name] = value  # what the forward has set
+    originals = {id(copied.view): copied.module for copied in copies}
+    for copied in copies:
+        copied.write_back(originals)
     if not call.ran:
         raise RuntimeError(
             f"no attention ran: {kind.__name__} calls {sites[0]!r} by another reference than its name, such as a list "
@@ -157,7 +159,25 @@ def run_on_view(module: nn.Module, kind: type[nn.Module], sites: Sequence[str], 
     return output
 
 
-_OWN = ("_modules", "_sparse_sr_call")
+class _Copy:
+    """A view of a module, and what it was like before the forward."""
+
+    def __init__(self, module: nn.Module, view: nn.Module) -> None:
+        self.module = module
+        self.view = view
+        self.values = dict(vars(view))
+        self.children = dict(view._modules)
+
+    def write_back(self, originals: Mapping[int, nn.Module]) -> None:
+        """Set in the module what the forward has set in its view."""
+        for name, value in vars(self.view).items():
+            if name != "_modules" and self.values.get(name, self) is not value:
+                self.module.__dict__[name] = value
+        for name, child in self.view._modules.items():
+            if self.children.get(name, self) is not child:
+                self.module._modules[name] = child if child is None else originals.get(id(child), child)
+        for name in self.children.keys() - self.view._modules.keys():
+            self.module._modules.pop(name, None)
 
 
 class _Call:
@@ -170,8 +190,9 @@ class _Call:
         self.states: dict[int, Any] = {}
         self.ran = False
 
-    def after(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        """Return the features after the layers of a site."""
+    def run(self, site: str, forward: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the forward of a site and the layers after it."""
+        x = forward(*args, **kwargs)
         self.ran = True
         if self.with_grad and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -183,40 +204,35 @@ class _Call:
         return x
 
 
-class _Site(nn.Module):
-    """A block with attention after it, in a view."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block and its attention."""
-        call, site = self.__dict__["_sparse_sr_call"]
-        return call.after(site, super().forward(*args, **kwargs))
-
-
-_SITE_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _site_class(kind: type[nn.Module]) -> type[nn.Module]:
-    if kind not in _SITE_CLASSES:
-        _SITE_CLASSES[kind] = type(kind.__name__, (_Site, kind), {})
-    return _SITE_CLASSES[kind]
-
-
-def _view(
-    module: nn.Module, kind: type[nn.Module], path: str, call: _Call, copies: list[tuple[nn.Module, nn.Module]]
-) -> nn.Module:
-    """Return a copy of a module with the same tensors, in which the blocks and what is around them are copies too."""
-    is_site = path in call.sites
-    view = object.__new__(_site_class(kind) if is_site else kind)
-    view.__dict__.update(vars(module))
+def _view(module: nn.Module, kind: type[nn.Module], path: str, call: _Call, copies: list[_Copy]) -> nn.Module:
+    """Return a copy of a module with the same class and tensors, in which what leads to the blocks are copies too."""
+    view = object.__new__(kind)
+    view.__dict__.update(_rebound(module, view))
     children = view.__dict__["_modules"] = {n: child for n, child in module._modules.items() if n != "sparse_sr_attn"}
-    if is_site:
-        view.__dict__["_sparse_sr_call"] = (call, path)
     for name, child in children.items():
         inner = join_path(path, name)
         if child is not None and any(f"{site}.".startswith(f"{inner}.") for site in call.sites):
             children[name] = _view(child, type(child), inner, call, copies)
-    copies.append((module, view))
+    own = view.__dict__.get("forward")
+    on_view = getattr(own, "__self__", None) is view
+    if path and own is not None and not on_view and any(site.startswith(f"{path}.") for site in call.sites):
+        raise RuntimeError(
+            f"{path} has a `forward` that is set on the module and not a method of it, which would run {path} without "
+            "the attention inside; define it in the class, or set it as types.MethodType(function, module)"
+        )
+    if path in call.sites:
+        forward = kind.forward.__get__(view) if own is None else own
+        view.__dict__["forward"] = functools.partial(call.run, path, forward)
+    copies.append(_Copy(module, view))
     return view
+
+
+def _rebound(module: nn.Module, copied: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module, in which its own methods are those of a copy."""
+    return {
+        name: value.__func__.__get__(copied) if isinstance(value, MethodType) and value.__self__ is module else value
+        for name, value in vars(module).items()
+    }
 
 
 def _compiled(graph: fx.Graph) -> Forward:

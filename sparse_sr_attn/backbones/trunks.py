@@ -4,8 +4,9 @@ import copy
 import inspect
 import itertools
 import re
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +63,39 @@ class Calls:
         sites: the modules that returned one feature map and were called once, by path, in the order of their returns.
         called: paths of all modules that were called.
         faults: by path, why a module that was called is no site.
+        inputs: what the model accepted; with noise in place of images that were guessed.
     """
 
-    def __init__(self, sites: Mapping[str, Site], called: frozenset[str], faults: Mapping[str, str]) -> None:
+    def __init__(
+        self, sites: Mapping[str, Site], called: frozenset[str], faults: Mapping[str, str], inputs: Inputs = ()
+    ) -> None:
         self.sites = sites
         self.called = called
         self.faults = faults
+        self.inputs = inputs
+
+
+class Probe(nn.Module):
+    """Stands in for the attention of a trunk: hands features on, and notes after which blocks.
+
+    Args:
+        num_blocks: number of blocks that should run.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__()
+        self.missing = set(range(num_blocks))
+
+    def after(self, block: int, x: Tensor, states: Mapping[int, Any]) -> tuple[Tensor, dict[int, Any]]:
+        """Note a block, and return its output."""
+        self.missing.discard(block)
+        return x, dict(states)
+
+    def run(self, trunk: Iterable[nn.Module], x: Tensor) -> Tensor:
+        """Run the blocks of an `nn.Sequential`."""
+        for number, block in enumerate(trunk):
+            x, _ = self.after(number, block(x), {})
+        return x
 
 
 def watch_calls(model: nn.Module, example: Tensor | Inputs | None) -> Calls | None:
@@ -99,8 +127,73 @@ def _watch(model: nn.Module, twin: nn.Module, given: Inputs | None) -> Calls | N
             if given is not None:
                 raise
             continue
-        return calls if twin is model else _also_in_training(twin, inputs, calls)
+        found = calls if twin is model else _also_in_training(twin, inputs, calls)
+        found.inputs = inputs if given is not None else tuple(map(_noise, inputs))
+        return found
     return None
+
+
+def difference(model: nn.Module, inputs: Inputs, give: Callable[[nn.Module], Sequence[Probe]]) -> str | None:
+    """Return what is wrong with a model that has probes in place of attention; `None` if it computes the same.
+
+    Args:
+        model: the model, of which copies are called in evaluation and in training mode.
+        inputs: of the model.
+        give: puts probes into a copy of the model, and returns them.
+    """
+    name = type(model).__name__
+    with torch.random.fork_rng(list({p.device for p in model.parameters() if p.is_cuda})):
+        for training in (False, True):
+            expected = _outputs(model, inputs, training)
+            if expected is None:  # it cannot be copied or, say, normalise a single value in training
+                continue
+            twin = _copied(model)
+            probes = give(twin)
+            try:
+                actual = _outputs(twin, inputs, training, copied=True)
+            except Exception as error:  # somebody else's forward, or ours
+                return f"{name} with attention raises {type(error).__name__}: {error}"
+            when = " in training" if training else ""
+            if any(probe.missing for probe in probes):
+                return (
+                    f"{name} does not run it{when}, because it runs its blocks by other references than their names, "
+                    "or looks at their classes"
+                )
+            if not _same(expected, actual) and _same(expected, _outputs(model, inputs, training)):
+                return f"{name} computes something else with it{when}, because it looks at the classes of its modules"
+    return None
+
+
+def _outputs(model: nn.Module, inputs: Inputs, training: bool, *, copied: bool = False) -> list[Tensor] | None:
+    """Return the outputs of a copy of a model; `None` if there is none, or it raises an error."""
+    twin = model if copied else _copied(model)
+    if twin is model and not copied:
+        return None
+    for module in twin.modules():
+        module.training = training
+    torch.manual_seed(0)
+    try:
+        with torch.set_grad_enabled(training), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [output.detach() for output in _flat(twin(*copy.deepcopy(inputs)))]
+    except Exception:  # somebody else's forward
+        if copied:
+            raise
+        return None
+
+
+def _same(one: Sequence[Tensor] | None, other: Sequence[Tensor] | None) -> bool:
+    """Return whether outputs are equal, NaNs included."""
+    if one is None or other is None or [x.shape for x in one] != [x.shape for x in other]:
+        return False
+    return all(x.is_meta or torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(one, other, strict=True))
+
+
+def _noise(value: object) -> object:
+    """Return random values in 0..1 for images; other values unchanged."""
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        return value
+    return torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
 
 
 def guesses(model: nn.Module) -> Iterator[Inputs]:

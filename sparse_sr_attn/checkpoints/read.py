@@ -1,6 +1,5 @@
 """Read files of weights as data, and find the weights in their containers."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.attach import SLOT, is_record
-from sparse_sr_attn.backbones.base import OPTIONS
+from sparse_sr_attn.backbones.base import OPTIONS, decode_options
 from sparse_sr_attn.checkpoints import unwrap
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Options, State
 from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn.registry import suggestion
 
 _NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
 _WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
@@ -42,7 +42,7 @@ def read_file(source: object) -> object:
     if not path.is_file():
         known = trained_weights()
         if str(source) not in known:
-            names = f", nor are there included weights of that name (known: {', '.join(known)})"
+            names = f", nor are there included weights of that name{suggestion(source, list(known))}"
             names = "" if path.suffix else f"{names}; create_model builds an untrained network by name"
             raise CheckpointError(f"there is no such file{names}")
         path = known[str(source)]
@@ -172,7 +172,7 @@ def carried_options(tensor: Tensor | None, key: str = OPTIONS) -> Options:
     try:
         if tensor.numel() > _MOST_OPTIONS:
             raise ValueError(f"got {tensor.numel()} numbers")
-        return dict(json.loads(bytes(round(value) for value in tensor.tolist())))
+        return decode_options(tensor)
     except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"the key {key!r} must hold the bytes of a JSON mapping ({error}); remove it and pass the options"

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparse_sr_attn import CoA, LCoA, attach, detach
-from sparse_sr_attn.backbones.attach import Attended
+from sparse_sr_attn import CoA, ConfigError, LCoA, attach, detach
+from sparse_sr_attn.backbones.attach import Attended, AttendedCaller, _trace, is_record
 
 OPTIONS: dict[str, Any] = {"num_clusters": 5, "chunk_size": 12, "reduction": 2}
 
@@ -174,6 +176,13 @@ def layers_of(model: nn.Module) -> Any:
     return found
 
 
+def traced(model: nn.Module) -> bool:
+    """Return whether the forward can be traced for compilers."""
+    assert isinstance(model, AttendedCaller)
+    _trace(model)
+    return all(model._forwards.values())
+
+
 def train(model: nn.Module, steps: int = 2, call: Callable[..., Any] = lambda model, x: model(x)) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for step in range(steps):
@@ -202,7 +211,7 @@ def test_the_trunk_is_found_and_the_model_stays_the_same_to_the_bit(name: str) -
         attach(model, every=1, share=2, **OPTIONS)
     assert [type(layer) for layer in layers_of(model)][:2] == [LCoA, CoA]
     assert isinstance(model, HOSTS[name][0])  # type: ignore[arg-type]
-    assert bool(model._forwards) == HOSTS[name][2]
+    assert traced(model) == HOSTS[name][2]
     for training in (True, False):
         for size in ((16, 16), (9, 12)):
             x = image(2, 3, *size)
@@ -237,11 +246,8 @@ def test_states_travel_where_the_host_lets_its_blocks_run() -> None:
     expected = second(model.B2(first(y1, state)), state)
     seen: list[Tensor] = []
     model.B3.register_forward_pre_hook(lambda _, args: seen.extend(args))
-    output = model(x)
+    model(x)
     assert torch.equal(seen[0], expected)
-    model.__dict__["_forwards"] = {}
-    assert torch.equal(model(x), output)
-    assert torch.equal(seen[1], expected)
 
 
 @hosts
@@ -267,7 +273,6 @@ def test_checkpointing_of_the_model_or_of_its_blocks_changes_nothing(name: str) 
     train(plain)
     train(outside, call=whole)
     assert_same(plain, outside)
-    inside.__dict__["_forwards"] = {}
     train(inside)
     assert_same(plain, inside)
 
@@ -320,21 +325,29 @@ def test_what_a_forward_keeps_in_the_model_stays_there() -> None:
     assert model.num_calls == before + 2
 
 
-def test_a_changed_attribute_changes_the_forward() -> None:
-    """A traced forward has the value of attributes in it."""
+class Weighted(Numbered):
+    weight = 1.0
 
-    class Weighted(Numbered):
-        weight = 1.0
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x) * self.weight
 
-        def body(self, x: Tensor) -> Tensor:
-            return super().body(x) * self.weight
 
+@pytest.mark.unhooked
+def test_a_changed_attribute_changes_the_compiled_forward() -> None:
+    """A traced forward has the value of attributes in it; nobody pays for a trace that no compiler asks for."""
+    torch._dynamo.reset()
     model, plain = Weighted(), Weighted()
     plain.load_state_dict(model.state_dict())
     attach(model, "B*", **OPTIONS)
-    assert model._forwards
-    model.weight = plain.weight = 3.0
-    assert torch.equal(model(image(1, 3, 6, 7)), plain(image(1, 3, 6, 7)))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = image(1, 3, 6, 7)
+    for weight in (1.0, 3.0, 5.0):
+        model.weight = plain.weight = weight
+        assert not model._forwards
+        assert torch.equal(model(x), plain(x))
+        assert not model._forwards
+        assert torch.equal(compiled(x), plain(x))
+        assert model._forwards
 
 
 class Python(Numbered):
@@ -383,11 +396,26 @@ class ByReference(Numbered):
         return x
 
 
-def test_blocks_that_are_not_called_by_name_are_refused_when_they_run() -> None:
-    model = attach(ByReference(), "B*", share=2, **OPTIONS)
-    with pytest.raises(RuntimeError, match="no attention ran: ByReference calls 'B1' by another reference"):
+class Later(ByReference):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = []
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x) if self.order else Numbered.body(self, x)
+
+
+def test_blocks_that_are_not_called_by_name_are_refused_or_share_nothing() -> None:
+    message = "no attention ran: ByReference calls 'B1' by another reference"
+    with pytest.raises(ConfigError, match=message):
+        attach(ByReference(), "B*", share=2, **OPTIONS)
+    with pytest.warns(UserWarning, match=f"attached without sharing: .*{message}"):
+        assert_attends(ByReference, "B*")
+    assert_attends(ByReference, "B*", share=1)
+    model = attach(Later(), "B*", share=2, **OPTIONS)
+    model.order = [model.B1, model.B2, model.B3, model.B4]
+    with pytest.raises(RuntimeError, match="no attention ran: Later calls 'B1' by another reference"):
         model(image(1, 3, 6, 7))
-    assert attach(ByReference(), "B*", share=1, **OPTIONS)(image(1, 3, 6, 7)).shape
 
 
 class Twofold(Host):
@@ -568,3 +596,311 @@ def test_a_convolution_and_its_activation_are_taken_if_there_is_nothing_longer()
     assert model.conv._record["sites"] == ["2", "3"]
     x = image(1, 3, 12, 12)
     assert model(x).shape == (1, 3, 6, 6)
+
+
+# --- hosts with ways of their own -------------------------------------------------------------------------------------
+
+
+def assert_attends(
+    build: Callable[[], nn.Module],
+    body: str | None,
+    duplicate: Callable[[Any], Any] = lambda model: model,
+    **options: Any,
+) -> Any:
+    """The model with attention computes the same in both modes, and all of the attention learns."""
+    torch.manual_seed(0)
+    model = build()
+    plain = copy.deepcopy(model)
+    model = duplicate(attach(model, body, every=1, **OPTIONS, **options))
+    for training in (True, False):
+        x = image(2, 3, 6, 7)
+        assert torch.equal(model.train(training)(x), plain.train(training)(x))
+    train(model.train(), 3)
+    layers = {key: value for key, value in model.named_parameters() if "sparse_sr_attn" in key}
+    assert layers
+    for key, parameter in layers.items():
+        assert parameter.grad is not None, key
+        assert parameter.grad.any(), key
+    return model
+
+
+def own_forward(module: Any, factor: float, *, method: bool) -> None:
+    """Set a forward on a module itself."""
+    if method:
+        module.forward = types.MethodType(lambda self, x: factor * type(self).forward(self, x), module)
+    else:
+        forward = module.forward
+        module.forward = lambda x: factor * forward(x)
+
+
+class Inside(nn.Module):
+    """Runs its blocks in a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Numbered(), conv(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(self.inner(x))
+        return output
+
+
+class Spread(Inside):
+    """Its blocks are in several modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Sequential(Block(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.other(super().forward(x))
+        return output
+
+
+def with_own_forward(build: Callable[[], nn.Module], *paths: str, method: bool) -> Callable[[], nn.Module]:
+    def made() -> nn.Module:
+        model = build()
+        for path in paths:
+            own_forward(model.get_submodule(path), 1.5, method=method)
+        return model
+
+    return made
+
+
+@pytest.mark.parametrize("method", [True, False])
+def test_a_forward_that_is_set_on_a_module_is_honoured_or_refused(method: bool) -> None:
+    blocks = with_own_forward(Numbered, "B2", "B3", method=method)
+    assert_attends(blocks, "B*", share=2)
+    assert_attends(blocks, "B*", share=1)
+    assert_attends(with_own_forward(Twofold, "trunk.1", method=method), "trunk", share=2)
+    with pytest.raises(ConfigError, match="the `forward` of Numbered is set on the module, not its class"):
+        attach(with_own_forward(Numbered, "", method=method)(), "B*", share=2, **OPTIONS)
+    for build, body in ((Inside, "inner.B*"), (Spread, "inner.B*, other.0")):
+        around = with_own_forward(build, "inner", method=method)
+        if method:  # a copy of the model, or a view of it, can run it
+            assert_attends(around, body, share=2)
+            continue
+        with pytest.raises(ConfigError, match=f"the `forward` of 'inner' of {build.__name__} is set on the module"):
+            attach(around(), body, share=2, **OPTIONS)
+
+
+def test_a_forward_that_is_set_later_around_blocks_and_runs_no_view_is_refused() -> None:
+    model = attach(Spread(), "inner.B*, other.0", every=1, share=2, **OPTIONS)
+    own_forward(model.inner, 1.0, method=True)
+    assert model(image(1, 3, 6, 7)).shape == (1, 3, 12, 14)
+    own_forward(model.inner, 1.0, method=False)
+    with pytest.raises(RuntimeError, match="inner has a `forward` that is set on the module and not a method of it"):
+        model(image(1, 3, 6, 7))
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_a_forward_that_is_wrapped_later_keeps_the_attention(share: int) -> None:
+    """As libraries do that move weights from device to device."""
+    model = attach(Numbered(), "B*", every=1, share=share, **{**OPTIONS, "zero_init": False}).eval()
+    x = image(1, 3, 6, 7)
+    expected = model(x)
+    for block in (model, model.B1, model.B2, model.B3, model.B4):
+        own_forward(block, 1.0, method=False)
+    assert torch.equal(model(x), expected)
+
+
+class ByType(Numbered):
+    """Looks at the classes of its blocks."""
+
+    def runs(self, block: nn.Module) -> bool:
+        return type(block) is Block
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in (self.B1, self.B2, self.B3, self.B4):
+            x = block(x) if self.runs(block) else 0.5 * block(x)
+        return x
+
+
+class ByIsInstance(ByType):
+    def runs(self, block: nn.Module) -> bool:
+        return isinstance(block, Block)
+
+
+class BySequential(Twofold):
+    def body(self, x: Tensor) -> Tensor:
+        if type(self.trunk) is not nn.Sequential:
+            return x
+        for block in self.trunk:
+            x = block(x)
+        return x
+
+
+class ByOwnType(Numbered):
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x) * (1 if type(self) is ByOwnType else 2)
+
+
+class ByInnerType(Inside):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 if type(self.inner) is Numbered else 2)
+
+
+class ByPrivateType(ByReference):
+    """Looks at classes where no view leads."""
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in self.order:
+            x = block(x) if type(block) is Block else 0.5 * block(x)
+        return x
+
+
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize(
+    ("build", "body"),
+    [(ByType, "B*"), (ByIsInstance, "B*"), (ByOwnType, "B*"), (BySequential, "trunk"), (ByInnerType, "inner.B*")],
+)
+def test_hosts_that_look_at_classes(build: Any, body: str, share: int) -> None:
+    assert_attends(build, body, share=share)
+
+
+@pytest.mark.parametrize("share", [1, 2, None])
+def test_hosts_that_look_at_classes_where_no_view_leads_are_refused(share: int | None) -> None:
+    model = ByPrivateType()
+    with pytest.raises(ConfigError, match="must name modules that can be followed by attention, but ByPrivateType"):
+        attach(model, "B*", share=share, **OPTIONS)
+    assert {type(block) for block in model.order} == {Block}
+
+
+class WithState:
+    def __getstate__(self) -> Any:
+        return {"kept": dict(vars(self))}
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state["kept"])
+
+
+class WithReduce:
+    def __reduce__(self) -> Any:
+        return rebuilt, (type(self), cast(Any, self).state_dict())
+
+
+class WithDeepcopy(WithReduce):
+    def __deepcopy__(self, memo: Any) -> Any:
+        return rebuilt(type(self), cast(Any, self).state_dict())
+
+
+def rebuilt(build: Any, state: Any) -> Any:
+    model = build()
+    model.load_state_dict(state)
+    return model
+
+
+class StateHost(WithState, Numbered): ...
+
+
+class ReduceHost(WithReduce, Numbered): ...
+
+
+class DeepcopyHost(WithDeepcopy, Numbered): ...
+
+
+class StateBlock(WithState, Block): ...
+
+
+class ReduceBlock(WithReduce, Block): ...
+
+
+class DeepcopyBlock(WithDeepcopy, Block): ...
+
+
+def of_blocks(block: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = Numbered()
+        model.B1, model.B2, model.B3, model.B4 = (block() for _ in range(4))
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+@pytest.mark.parametrize(
+    ("build", "share"),
+    [
+        *((host, 2) for host in (StateHost, ReduceHost, DeepcopyHost)),
+        *((of_blocks(block), 1) for block in (StateBlock, ReduceBlock, DeepcopyBlock)),
+    ],
+)
+def test_hosts_that_copy_in_a_way_of_their_own(build: Any, share: int, duplicate: Any) -> None:
+    model = assert_attends(build, "B*", duplicate, share=share)
+    twin = duplicate(model)
+    assert_same(model, twin)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert one is not other
+    assert detach(twin)(image(1, 3, 6, 7)).shape == (1, 3, 12, 14)
+
+
+class Lazy(Numbered):
+    """Makes modules when it is called for the first time, and removes others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = conv(8, 8)
+
+    def body(self, x: Tensor) -> Tensor:
+        if hasattr(self, "unused"):
+            self.late, self.B1.late = conv(8, 8, 1), nn.PReLU()
+            self.B3 = self.B3
+            del self.unused
+        output: Tensor = self.late(super().body(x))
+        return output
+
+
+def test_modules_that_a_forward_makes_stay_in_the_model() -> None:
+    model, plain = Lazy(), Lazy()
+    plain.load_state_dict(model.state_dict())
+    attach(model, "B*", every=1, share=2, **OPTIONS)
+    assert hasattr(model, "unused")
+    third, x = model.B3, image(1, 3, 6, 7)
+    outputs = []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        outputs.append(each(x))
+    assert torch.equal(*outputs)
+    assert model.B3 is third
+    assert type(model.B1.late) is nn.PReLU
+    late = model.late
+    train(model)
+    assert model.late is late
+    assert late.weight.grad.any()
+    assert detach(model).state_dict().keys() == plain.state_dict().keys()
+
+
+# --- weights of other attention ---------------------------------------------------------------------------------------
+
+
+DIFFERENT: list[tuple[dict[str, Any], str]] = [
+    ({"chunk_size": 9}, "attention.chunk_size is 9 in the weights, and 12 in the model"),
+    ({"every": 2}, "attention.after is [1, 3] in the weights, and [0, 1, 2, 3] in the model"),
+    ({"share": 4}, "attention.share is 4 in the weights, and 2 in the model"),
+    ({"body": ["B1", "B2", "B3"]}, "sites is ['B1', 'B2', 'B3'] in the weights, and ['B1', 'B2', 'B3', 'B4'] in the"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), DIFFERENT)
+def test_weights_of_other_attention_are_refused_and_the_difference_told(given: dict[str, Any], message: str) -> None:
+    def attached(body: Any = "B*", **options: Any) -> Any:
+        return attach(Numbered(), body, **{"every": 1, "share": 2, **OPTIONS, **options})
+
+    model = nn.Sequential(attached())
+    weights = {f"0.{key}": value for key, value in attached(**given).state_dict().items()}
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        model.load_state_dict(weights)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if all(shapes.get(key, value.shape) == value.shape or is_record(key) for key, value in weights.items()):
+        model.load_state_dict(weights, strict=False)
+    model.load_state_dict({f"0.{key}": value for key, value in attached(zero_init=False).state_dict().items()})
+
+
+def test_a_record_that_cannot_be_read_is_refused() -> None:
+    model = attach(Numbered(), "B*", every=1, share=2, **OPTIONS)
+    weights = model.state_dict()
+    (key,) = filter(is_record, weights)
+    for value in (torch.zeros(3), torch.full((5,), torch.nan), weights[key][:-1]):
+        with pytest.raises(RuntimeError, match=f"{key}: records attention that cannot be read"):
+            model.load_state_dict({**weights, key: value})
+        model.load_state_dict({**weights, key: value}, strict=False)
