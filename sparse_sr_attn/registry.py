@@ -1,9 +1,9 @@
 """A table of the names that an option file may use, and the classes or functions that they build."""
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from typing import Generic, TypeVar
 
 from sparse_sr_attn.errors import DuplicateNameError, UnknownNameError
@@ -31,10 +31,24 @@ class Entry(Generic[T]):
 
 def suggestion(name: object, known: list[str]) -> str:
     """Return "; did you mean 'X'? (known: ...)" for a name that is not in `known`."""
-    folded = {item.casefold(): item for item in known}
-    close = get_close_matches(str(name).casefold(), folded, n=1)
-    hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
+    close = " or ".join(map(repr, _close(str(name).casefold(), {item.casefold(): item for item in known})))
+    hint = f"; did you mean {close}?" if close else ""
     return f"{hint} (known: {', '.join(known)})"
+
+
+_CLOSE = 0.6  # similarity of a name that is suggested
+_SHORTEST = 3  # characters that a name must have in common with one that contains it
+
+
+def _close(name: str, known: Mapping[str, str]) -> list[str]:
+    """Return the names most similar to a name, or else those that contain it or that it contains."""
+    ratios = {item: SequenceMatcher(None, item, name).ratio() for item in known}
+    best = max(ratios.values(), default=0)
+    if best >= _CLOSE:
+        return [known[item] for item, ratio in ratios.items() if ratio == best]
+    within = [item for item in known if min(len(item), len(name)) >= _SHORTEST and (item in name or name in item)]
+    longest = max(map(len, within), default=0)
+    return [known[item] for item in within if len(item) == longest]
 
 
 class Registry(Generic[T]):

@@ -59,6 +59,8 @@ def test_pretrained_takes_the_default_factor_and_other_options() -> None:
         ("LCoAN-light_x2", {}, r"which are trained weights: load_model\('LCoAN-light_x2'\)"),
         ("EDSR_x3", {}, r"the factor is an option: create_model\('EDSR', upscale=3\)"),
         ("edsr", {}, r"did you mean 'EDSR'\?"),
+        ("SparseEDSR", {}, r"did you mean 'EDSR'\?"),
+        ("EDSR-base", {}, r"did you mean 'EDSR-baseline'\?"),
         ("LCoAN", {"pretrained": True, "upscale": 3}, r"no weights named 'LCoAN_x3' are included .*from a file with"),
     ],
 )
@@ -67,9 +69,19 @@ def test_names_that_lead_elsewhere(name: str, options: dict[str, object], messag
         create_model(name, **options)  # type: ignore[arg-type]
 
 
-def test_load_model_points_to_create_model() -> None:
-    with pytest.raises(CheckpointError, match="create_model builds an untrained network by name"):
-        load_model("LCoAN-light")
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("LCoAN-light", "'LCoAN-light_x2' or 'LCoAN-light_x4'"),
+        ("ELAN-light_x3", "'ELAN-light_x2' or 'ELAN-light_x4'"),
+        ("edsr-lcoa-x2", "'EDSR-LCoA_x2'"),
+    ],
+)
+def test_load_model_suggests_weights_and_points_to_create_model(name: str, close: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"did you mean {close}.*create_model builds an untrained network by name"
+    ):
+        load_model(name)
 
 
 def test_pretrained_refuses_options_that_do_not_exist() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_sr_attn import DuplicateNameError, UnknownNameError
-from sparse_sr_attn.registry import Registry
+from sparse_sr_attn.registry import Registry, suggestion
 
 
 def one() -> int:
@@ -34,6 +34,22 @@ def test_unknown_name_suggests() -> None:
     assert str(caught.value) == "no number named 'oen'; did you mean 'One'? (known: One)"
     with pytest.raises(UnknownNameError, match=r"no number named \['One'\]"):
         table().get(["One"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("SparseNet", ["Net", "Other"], "; did you mean 'Net'? "),
+        ("net", ["LongestOfNets", "Other"], "; did you mean 'LongestOfNets'? "),
+        ("net_x", ["net_1", "net_2", "other"], "; did you mean 'net_1' or 'net_2'? "),
+        ("Netb-of-parts", ["Net", "Netb"], "; did you mean 'Netb'? "),
+        ("xo", ["One", "xoxoxoxo"], " "),
+        ("else", ["One"], " "),
+        ("else", [], " "),
+    ],
+)
+def test_suggestions_are_similar_names_or_those_that_contain_it(name: str, known: list[str], hint: str) -> None:
+    assert suggestion(name, known) == f"{hint}(known: {', '.join(known)})"
 
 
 def test_taken_name_is_refused_and_nothing_changes() -> None:
