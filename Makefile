@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench paper test test-all lint docs pictures promises mutants clean
+.PHONY: help setup demo bench paper test test-all lint hosts docs pictures promises mutants clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,11 @@ lint: setup  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# HOSTS is a folder with checkouts KAIR, traiNNer-redux, neosr and EDSR-PyTorch; each test works on a copy.
+hosts: setup  ## Run the recipes of docs/recipes.md in the code bases in the folder HOSTS (about ten minutes).
+	$(PIP) -e ".[hosts]"
+	SPARSE_SR_HOSTS=$(abspath $(HOSTS)) $(BIN)/python -m pytest -m hosts
 
 docs: setup  ## Build the documentation into site/.
 	$(BIN)/mkdocs build --strict

@@ -7,12 +7,16 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn import CoA, ConfigError, LCoA, attach, detach
@@ -292,6 +296,26 @@ def test_reentrant_checkpointing_would_lose_gradients_and_is_refused() -> None:
         group.__class__ = type("AgainGroup", (Again, Group), {"reentrant": True})
     with pytest.raises(RuntimeError, match="groups.0.conv runs without gradients inside a call with gradients"):
         model(image(1, 3, 6, 7))
+
+
+def _train_together(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    model = attended("attributes")
+    together = DistributedDataParallel(model)
+    train(model, 3, call=lambda _, x: together(x[rank::world_size]))
+    torch.save(model.state_dict(), f"{folder}/{rank}.pth")
+    dist.barrier()  # nobody leaves while another still receives
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    mp.spawn(_train_together, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+    alone = attended("attributes")
+    train(alone, 3)
+    for key, value in alone.state_dict().items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @hosts

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from basicsr.archs.rrdbnet_arch import RRDBNet
+from pages import DOCS, blocks, recipe
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -22,22 +23,6 @@ from sparse_sr_attn import CoA, LCoA
 from sparse_sr_attn.backbones.attach import is_record
 from sparse_sr_attn.config import read
 from sparse_sr_attn_basicsr.with_attention import WithAttention
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def blocks(page: str, heading: str, language: str) -> list[str]:
-    """Return the blocks of a language under a heading."""
-    text = (DOCS / page).read_text()
-    section = re.search(rf"^## {re.escape(heading)}$(.*?)(^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
-    assert section is not None, heading
-    return re.findall(rf"^```{language}\n(.*?)^```", section[1], flags=re.DOTALL | re.MULTILINE)
-
-
-def recipe(host: str, language: str = "python", number: int = 0) -> str:
-    code = blocks("recipes.md", host, language)[number]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    return code
 
 
 def run(code: str, **scope: Any) -> dict[str, Any]:
