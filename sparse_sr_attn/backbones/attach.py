@@ -32,6 +32,7 @@ from sparse_sr_attn.blocks.attention_config import AttentionConfig, default_conf
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import checked, join_path, old_names_allowed
 from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.functional._torch import run_while_compiling
 from sparse_sr_attn.layers.base import warn_of_range
 from sparse_sr_attn.registry import suggestion
 
@@ -198,7 +199,7 @@ class AttendedCaller(_Derived):
             self.__dict__["_forwards"] = {}  # the forward of the host may look at it
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@run_while_compiling
 def _trace(module: AttendedCaller) -> bool:
     """Trace the forward in both modes, unless that is done; `None` where it cannot be traced.
 

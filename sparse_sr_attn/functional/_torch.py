@@ -1,7 +1,9 @@
 """Workarounds for torch: export and compilers, precision, recomputation, processes."""
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparse_sr_attn.errors import ExportError, ProcessError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def is_exporting() -> bool:
@@ -27,14 +32,19 @@ def is_exporting_to_old_onnx() -> bool:
     return traced and torch.onnx.is_in_onnx_export()
 
 
+def run_while_compiling(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function that compilers call while they compile, and whose result they take as a constant.
+
+    Does what `torch.compiler.assume_constant_result` does, which imports all of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@run_while_compiling  # compilers guard by themselves on what it depends on
 def is_transformed() -> bool:
     """Return whether forward-mode derivatives are being computed or any transform of `torch.func` is active."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# To compilers the answer is a constant; they guard by themselves on what it depends on. The decorator
-# `torch.compiler.assume_constant_result` does the same, and imports all of the compiler.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_plain_code() -> bool:
