@@ -348,9 +348,10 @@ def main() -> None:
         figure.get_layout_engine().set(h_pad=0.1)
         figure.savefig(out / f"{name}.png", dpi=100, facecolor="white")
         plt.close(figure)
-        with Image.open(out / f"{name}.png") as drawn:  # 256 colours are a third of the bytes
-            fewer = drawn.convert("RGB").quantize(256)
-        fewer.save(out / f"{name}.png", optimize=True)
+        if name != "upscaled":  # 256 colours are a third of the bytes, and not enough for photographs
+            with Image.open(out / f"{name}.png") as drawn:
+                fewer = drawn.convert("RGB").quantize(256)
+            fewer.save(out / f"{name}.png", optimize=True)
         print(f"written: {out / name}.png")
 
 

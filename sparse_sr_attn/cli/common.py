@@ -23,8 +23,8 @@ _PACKAGES = {"PIL": "pillow"}
 """Packages whose name differs from that of their module."""
 
 
-NETWORK = "LCoAN-light"
-"""The network of a command without `--weights`."""
+DEFAULT_WEIGHTS = {2: "EDSR-LCoA_x2", 4: "LCoAN-light_x4"}
+"""The weights of a command without `--weights`, by factor: the best of those included."""
 
 
 class UsageError(SparseSRError):
@@ -176,7 +176,7 @@ def add_weights(parser: argparse.ArgumentParser, group: argparse._MutuallyExclus
     (group or parser).add_argument(
         "-w",
         "--weights",
-        default=f"{NETWORK}_x2",
+        default=DEFAULT_WEIGHTS[2],
         type=Path,
         metavar="FILE|NAME",
         help=".pth or .safetensors, ours or from another codebase, or weights included in the library "

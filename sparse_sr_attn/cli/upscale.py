@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.checkpoints.read import trained_weights
 from sparse_sr_attn.cli.common import (
-    NETWORK,
+    DEFAULT_WEIGHTS,
     UsageError,
     add_weights,
     distinct_names,
@@ -78,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "-s", "--scale", type=int, metavar="N", help=f"super-resolution factor, for the included weights {NETWORK}_xN"
+        "-s", "--scale", type=int, metavar="N", help="super-resolution factor, for the included weights"
     )
     add_weights(parser, weights)
     parser.add_argument(
@@ -195,11 +194,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _choose(arguments: argparse.Namespace) -> None:
     """Choose the weights of `--scale`."""
-    known = trained_weights()
-    scales = [scale for scale in range(1, 17) if f"{NETWORK}_x{scale}" in known]
-    if arguments.scale not in scales:
-        raise UsageError(f"--scale must be one of {scales}, got {arguments.scale}")
-    arguments.weights = Path(f"{NETWORK}_x{arguments.scale}")
+    if arguments.scale not in DEFAULT_WEIGHTS:
+        raise UsageError(f"--scale must be one of {sorted(DEFAULT_WEIGHTS)}, got {arguments.scale}")
+    arguments.weights = Path(DEFAULT_WEIGHTS[arguments.scale])
 
 
 def _to_stdout(arguments: argparse.Namespace) -> bool:

@@ -13,6 +13,7 @@ from benchmarks.weights import recipe
 from sparse_sr_attn import PRESETS, CheckpointError, load_model
 from sparse_sr_attn.backbones.base import options_of
 from sparse_sr_attn.checkpoints.read import trained_weights
+from sparse_sr_attn.cli.common import DEFAULT_WEIGHTS
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.data.images import Picture
 from sparse_sr_attn.data.imresize import crop_to_multiple, imresize, matlab_bicubic
@@ -29,7 +30,7 @@ def parts(name: str) -> tuple[str, int]:
 
 
 def test_the_default_is_there() -> None:
-    assert "LCoAN-light_x2" in NAMES
+    assert set(DEFAULT_WEIGHTS.values()) <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,11 +86,11 @@ def test_upscale_takes_them_unasked(photo: np.ndarray) -> None:
     assert main(["upscale", "photo.png", "--device", "cpu"]) == 0
     with Image.open("photo_x2.png") as image:
         found = np.asarray(image)
-    expected = upscale_image(load_model("LCoAN-light_x2"), Picture(photo), tile=512, overlap=0)
+    expected = upscale_image(load_model(DEFAULT_WEIGHTS[2]), Picture(photo), tile=512, overlap=0)
     assert np.array_equal(found, expected.pixels)
 
 
-@pytest.mark.parametrize("upscale", [parts(name)[1] for name in NAMES if name.startswith("LCoAN-light")])
+@pytest.mark.parametrize("upscale", DEFAULT_WEIGHTS)
 def test_upscale_by_a_scale(upscale: int, photo: np.ndarray) -> None:
     assert main(["upscale", "photo.png", "--scale", str(upscale), "--device", "cpu"]) == 0
     with Image.open(f"photo_x{upscale}.png") as image:
@@ -99,8 +100,7 @@ def test_upscale_by_a_scale(upscale: int, photo: np.ndarray) -> None:
 @pytest.mark.usefixtures("photo")
 def test_a_scale_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["upscale", "photo.png", "--scale", "7"]) == 2
-    scales = sorted(parts(name)[1] for name in NAMES if name.startswith("LCoAN-light"))
-    assert f"--scale must be one of {scales}, got 7" in capsys.readouterr().err
+    assert f"--scale must be one of {sorted(DEFAULT_WEIGHTS)}, got 7" in capsys.readouterr().err
     assert main(["upscale", "photo.png", "--scale", "2", "--weights", "w.pth"]) == 2
     assert "not allowed with argument" in capsys.readouterr().err
 

@@ -70,7 +70,7 @@ def test_the_command_serves_the_page(url: str) -> None:
         text = answer.read().decode()
     config = json.loads(re.findall(r"window.gradio_config = (\{.*?\});</script>", text, re.DOTALL)[0])
     assert config["title"] == "sparse_sr_attn"
-    assert any("LCoAN-light_x2, ×2" in str(part["props"].get("value")) for part in config["components"])
+    assert any("EDSR-LCoA_x2, ×2" in str(part["props"].get("value")) for part in config["components"])
 
 
 def test_a_network_without_attention_says_so() -> None:
