@@ -10,6 +10,7 @@ from torch.testing._internal.optests import OpCheckError
 
 from sparse_sr_attn.functional import batch_norm, cluster, kmeans, lsh, shift, sparsemax, window  # noqa: F401  registers the operators
 from sparse_sr_attn.functional.backend import HAS_TRITON
+from sparse_sr_attn.functional.cluster import order  # noqa: F401  registers an operator that layers import
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case
 
