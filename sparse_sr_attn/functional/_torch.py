@@ -109,6 +109,14 @@ def multiply(one: Tensor, other: Tensor, out: Tensor) -> None:
         out.copy_(torch.bmm(one, other))
 
 
+def may_keep(device: torch.device) -> bool:
+    """Return whether a tensor computed on a device now can be kept for later calls."""
+    if torch.compiler.is_compiling():
+        return False
+    # What a CUDA graph allocates holds its values only in the graph.
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def conv_precision(x: Tensor) -> torch.dtype:
     """Return the dtype of a convolution of `x` here: that of autocast if it is on, otherwise that of `x`."""
     if x.dtype == torch.float64 or not autocast_is_on(x):

@@ -10,7 +10,7 @@ from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional._torch import is_transformed, needs_plain_code
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
-Backend = Literal["auto", "eager", "tiles", "flex", "triton"]
+Backend = Literal["auto", "eager", "tiles", "flex", "sdpa", "triton"]
 """How cluster attention is computed."""
 
 _PLAIN = "forward-mode derivatives and transforms of torch.func (vmap, grad, jacrev, ...) need"
@@ -22,9 +22,9 @@ def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
     """Return the backend of cluster attention that runs on a device.
 
     Args:
-        backend: "eager", "tiles", "flex" or "triton" to require that one; "auto" for tiles on the CPU, triton on CUDA
-            devices of compute capability 8.0 or higher if triton is installed, and eager everywhere else, for export,
-            for forward-mode derivatives and in transforms of `torch.func`.
+        backend: "eager", "tiles", "flex", "sdpa" or "triton" to require that one; "auto" for tiles on the CPU, on CUDA
+            devices triton if it is installed and their compute capability is 8.0 or higher and sdpa otherwise, and
+            eager everywhere else, for export, for forward-mode derivatives and in transforms of `torch.func`.
         device: the device of the tensors.
 
     Returns:
@@ -91,8 +91,8 @@ def _best_form(device: torch.device) -> Backend:
         return "eager"
     if device.type == "cpu":
         return "tiles"
-    if device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0):
-        return "triton"
+    if device.type == "cuda":
+        return "triton" if HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0) else "sdpa"
     return "eager"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton")
 from benchmarks.launches import __main__ as launches
 from benchmarks.launches.counter import counted
-from sparse_sr_attn.functional import window
+from sparse_sr_attn.functional import cluster, window
 from sparse_sr_attn.functional.shift import shift2d
 
 pytestmark = pytest.mark.unhooked
@@ -55,6 +55,27 @@ def test_what_counts() -> None:
     assert count(lambda: keys.to(torch.uint8).sort(stable=True)) == 1 + 7
     assert count(lambda: shift2d(x)) == 1
     assert count(lambda: window.window_attention(x, None, x, window_size=4)) == 6
+
+
+@pytest.mark.parametrize(("num_tokens", "most"), [(9216, 10), (9217, 11)], ids=["whole", "padded"])
+def test_few_launches_without_triton(num_tokens: int, most: int) -> None:
+    """Of attention under one pattern, where torch's fused attention, one launch, stands for the parts counted here."""
+    query, key, value = (torch.empty(1, num_tokens, width, device="meta") for width in (16, 16, 64))
+    pattern = cluster.cluster_pattern(torch.empty(1, num_tokens, dtype=torch.int64, device="meta"), chunk_size=144)
+
+    def attend() -> object:
+        return cluster.cluster_attention(query, key, value, pattern, normalize_keys=True)
+
+    with counted("sdpa"):
+        attend()  # what is computed once and kept does not count
+    with counted("sdpa") as counts:
+        attend()
+    parts = {name: counts.pop(name) for name in ("mul", "bmm", "add", "_safe_softmax") if name in counts}
+    assert parts["bmm"] == 2
+    assert 1 + sum(counts.values()) == most, counts
+    with counted("eager") as eager:
+        attend()
+    assert sum(eager.values()) > 3 * most
 
 
 def test_code_takes_the_path_of_a_gpu_only_while_counting() -> None:

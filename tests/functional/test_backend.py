@@ -30,10 +30,10 @@ def test_auto_takes_the_best_form(device: str, backend: Backend) -> None:
 def test_auto_does_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not installed, and on GPUs too old for it."""
     monkeypatch.setattr(backends, "HAS_TRITON", False)
-    assert resolve_backend("auto", "cuda") == "eager"
+    assert resolve_backend("auto", "cuda") == "sdpa"
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert resolve_backend("auto", "cuda") == "eager"
+    assert resolve_backend("auto", "cuda") == "sdpa"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -43,7 +43,7 @@ def test_auto_exports_oneshot(device: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve_backend("auto", device) == "eager"
 
 
-@pytest.mark.parametrize("backend", ["eager", "tiles", "flex", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "tiles", "flex", "sdpa", "triton"])
 @pytest.mark.usefixtures("gpu")
 def test_a_form_asked_for_stays(backend: Backend) -> None:
     assert resolve_backend(backend, "cuda") == backend
@@ -65,11 +65,13 @@ def test_a_form_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.unhooked
 def test_an_unknown_form_is_refused() -> None:
-    with pytest.raises(BackendError, match="must be one of 'auto', 'eager', 'tiles', 'flex', 'triton', got 'fast'"):
+    with pytest.raises(
+        BackendError, match="must be one of 'auto', 'eager', 'tiles', 'flex', 'sdpa', 'triton', got 'fast'"
+    ):
         resolve_backend("fast", "cpu")
 
 
-@pytest.mark.parametrize("backend", ["flex", "triton"])
+@pytest.mark.parametrize("backend", ["flex", "sdpa", "triton"])
 def test_forms_that_store_no_weights_say_so(backend: Backend) -> None:
     case = Case(num_tokens=4)
     rows = case.tokens("rows", 3)

@@ -7,6 +7,7 @@ storing the weights. All backends give the same result. Functions that store wei
 - *tiles*: a loop over a few chunks at a time, so that scores stay in cache, inside an operator that is opaque to
   compilers; for the CPU;
 - *triton*: kernels that read and write rows by token, for GPUs;
+- *sdpa*: torch's scaled_dot_product_attention over sorted rows, for GPUs without triton; on a ring, without logsumexp;
 - *flex*: torch's FlexAttention, compiled; only on request.
 
 `resolve_backend` returns the one that runs on a device.
@@ -25,7 +26,7 @@ from torch import Tensor
 from sparse_sr_attn.errors import BackendError, ShapeError
 from sparse_sr_attn.functional._torch import lower_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.backend import Backend, resolve_backend
-from sparse_sr_attn.functional.cluster import flex, tiles, triton
+from sparse_sr_attn.functional.cluster import flex, sdpa, tiles, triton
 from sparse_sr_attn.functional.cluster.eager import Eager
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.cluster.neighbors import nearest_rows
@@ -359,7 +360,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention and, if `with_lse`, the logsumexp of the same scores."""
     _check(pattern, query, key, value)
-    backend = _backend(backend, query)
+    backend = _backend(backend, query, pattern, with_lse=with_lse)
     if backend == "tiles":
         output, lse = tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys, with_lse)
         return output, lse if with_lse else None
@@ -368,6 +369,8 @@ def _attention(
         return triton.attention_op(query, key, value, *_unpack(pattern), scale)[:2]
     if backend == "flex":
         return flex.cluster_attention(query, key, value, pattern, scale, with_lse=with_lse)
+    if backend == "sdpa":
+        return sdpa.cluster_attention(query, key, value, pattern, scale), None
     query, key = (rows.to(working_precision(rows)) for rows in (query, key))
     with without_autocast(query):
         eager = Eager(pattern)
@@ -412,7 +415,7 @@ def cluster_lse(
         torch.Size([1, 16])
     """
     _check(pattern, query, key)
-    backend = _backend(backend, query)
+    backend = _backend(backend, query, pattern, with_lse=True)
     if backend == "tiles":
         return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)
     key = l2_normalize(key) if normalize_keys else key
@@ -543,8 +546,14 @@ def _check(pattern: ClusterPattern, *rows: Tensor) -> None:
             )
 
 
-def _backend(backend: Backend, query: Tensor) -> Backend:
+def _backend(backend: Backend, query: Tensor, pattern: ClusterPattern, *, with_lse: bool) -> Backend:
+    """Return the backend of attention, in which "auto" avoids those that cannot do what is asked for."""
     chosen = resolve_backend(backend, query.device)
+    if chosen == "sdpa" and (with_lse or pattern.neighbors is not None):
+        if backend == "sdpa":
+            lacks = "has no logsumexp" if with_lse else "knows only rings of chunks, no nearest ones"
+            raise BackendError(f"backend 'sdpa' {lacks}; 'eager' works on any device")
+        return "eager"
     if backend == "auto" and chosen == "triton" and query.shape[-1] > triton.MAX_QUERY_DIM:
         return "eager"
     return chosen
@@ -552,7 +561,7 @@ def _backend(backend: Backend, query: Tensor) -> Backend:
 
 def _tiled(backend: Backend, rows: Tensor) -> bool:
     """Return whether stored weights are computed or applied by tiles."""
-    if backend in ("flex", "triton"):
+    if backend in ("flex", "sdpa", "triton"):
         raise BackendError(
             f"this operation stores weights, which backend {backend!r} cannot; 'eager' works on any device"
         )

@@ -120,9 +120,9 @@ def _block_mask(layout: ClusterLayout, seen: Tensor, block: int) -> Any:
     """
     from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415
 
-    i, a, k = layout.chunk_size, layout.num_adjacent, layout.num_chunks
+    i, a = layout.chunk_size, layout.num_adjacent
     # A chunk sees those `behind` to `ahead` of the chunk that stands at its own number (which is `a` chunks before it).
-    behind, ahead = (a - min(a, (k - 1) // 2), a + min(a, k // 2)) if layout.count_keys_once else (0, 2 * a)
+    behind, ahead = a - layout.reach[0], a + layout.reach[1]
     num_real = layout.num_tokens if layout.count_keys_once else layout.num_slots
     # As tensors, which are inputs of the compiled kernel and no part of it.
     numbers = (i, behind, ahead, -a * i % layout.num_slots, layout.num_slots, num_real)

@@ -64,6 +64,15 @@ class ClusterLayout:
         """Number of chunks that a chunk sees, including itself."""
         return 2 * self.num_adjacent + 1
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How many chunks before and after its own a chunk sees on a ring.
+
+        If each key counts once, of several offsets that lead to the same chunk one is left (see `counted`).
+        """
+        a, k = self.num_adjacent, self.num_chunks
+        return (min(a, (k - 1) // 2), min(a, k // 2)) if self.count_keys_once else (a, a)
+
     def rank(self, slot: Int[Tensor, "*s"]) -> Int[Tensor, "*s"]:
         """Return the index in `order` of the token at a slot; past the last token, of the one that pads it."""
         if self.count_keys_once:

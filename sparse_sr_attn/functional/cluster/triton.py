@@ -106,9 +106,8 @@ class _Launch:
         scale: float,
         matmul_precision: str,
     ) -> "_Launch":
-        n, i, k, a = layout.num_tokens, layout.chunk_size, layout.num_chunks, layout.num_adjacent
-        # Of the offsets that lead to the same chunk one counts (`ClusterLayout.counted`).
-        behind, ahead = (min(a, (k - 1) // 2), min(a, k // 2)) if layout.count_keys_once else (a, a)
+        n, i, k = layout.num_tokens, layout.chunk_size, layout.num_chunks
+        behind, ahead = layout.reach
         num_seen = (behind + 1 + ahead) * i
         padding = layout.num_slots - n
         block_d, block_e = _padded(query_dim), min(_padded(value_dim), _VALUE_COLUMNS)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_sr_attn.functional._torch import multiply, product_precision, without_autocast, working_precision
+from sparse_sr_attn.functional._torch import may_keep, multiply, product_precision, without_autocast, working_precision
 from sparse_sr_attn.functional.channels_last import new_map
 from sparse_sr_attn.functional.window.grid import WindowGrid
 
@@ -110,11 +110,8 @@ def _indices_on(grid: WindowGrid, shift: int, device: torch.device) -> _Indices:
 
     They are kept for maps of moderate size, where a GPU would wait for the kernels that compute them.
     """
-    # What a CUDA graph allocates holds its values only in the graph.
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if captured or grid.height * grid.width > _LARGEST_KEPT:
-        return _indices(grid, shift, device)
-    return _kept_indices(grid, shift, device)
+    keeps = may_keep(device) and grid.height * grid.width <= _LARGEST_KEPT
+    return (_kept_indices if keeps else _indices)(grid, shift, device)
 
 
 @functools.lru_cache(maxsize=16)

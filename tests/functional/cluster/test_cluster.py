@@ -696,7 +696,7 @@ def test_weights_of_another_pattern_are_refused() -> None:
 def test_an_unknown_form_is_refused() -> None:
     query, key, _ = inputs_of(PADDED_TAIL, torch.device("cpu"))
     with pytest.raises(
-        ValueError, match="backend must be one of 'auto', 'eager', 'tiles', 'flex', 'triton', got 'tile'"
+        ValueError, match="backend must be one of 'auto', 'eager', 'tiles', 'flex', 'sdpa', 'triton', got 'tile'"
     ):
         fast.cluster_weights(query, key, PADDED_TAIL.pattern(device=torch.device("cpu")), backend="tile")
 
