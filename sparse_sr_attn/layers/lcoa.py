@@ -432,9 +432,13 @@ def _stacked(rounds: list[Int[Tensor, "b n"]]) -> Int[Tensor, "br n"]:
 
 def _sort_keys(rank: Int[Tensor, "k"]) -> Int[Tensor, "k"]:
     """Return the ranks of clusters in the smallest integers that hold them, where sorting those takes fewer kernels."""
-    if rank.device.type == "cpu" or len(rank) > 2**15 or needs_plain_code():
+    if not _sorts_bytes_faster(rank.device) or len(rank) > 2**15 or needs_plain_code():
         return rank
     return rank.to(torch.uint8 if len(rank) <= 2**8 else torch.int16)
+
+
+def _sorts_bytes_faster(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "br n c"]:

@@ -1,6 +1,7 @@
 """`python -m benchmarks.launches`: layers and networks launch no more kernels on a GPU than they did."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_what_counts() -> None:
     assert count(lambda: torch.conv2d(x, weight, bias)) == 2
     assert count(lambda: keys.sort(stable=True)) == 14
     assert count(lambda: keys.to(torch.uint8).sort(stable=True)) == 1 + 7
+    assert count(lambda: keys.topk(5)) == 4
+    assert count(lambda: torch.nn.functional.pad(x, (1, 0))) == 2
+    assert count(lambda: torch.baddbmm(bias, x.flatten(2).transpose(1, 2), weight[:, :, 0, 0].T[None])) == 2
+    assert count(lambda: x.scatter(1, keys[:, :1, None, None], x)) == 2
+    wanted = x.clone().requires_grad_()
+    parts = wanted[:, 1:], wanted[..., 0]
+    assert [count(partial(torch.autograd.grad, part, wanted, part)) for part in parts] == [2, 2]
     assert count(lambda: shift2d(x)) == 1
     assert count(lambda: window.window_attention(x, None, x, window_size=4)) == 6
 

@@ -290,8 +290,8 @@ def test_windows_are_the_same_by_an_index(device: torch.device, case: Map) -> No
             output = fast.window_attention(*leaves, **case.displaced)
             weights = fast.window_weights(*leaves[:2], **case.windows)
             applied = fast.apply_window_weights(weights, leaves[2], **case.displaced)
-        values = [part * meant for part in (output, applied)]
-        found.append((values, [grad for part in values for grad in gradients(part, leaves, probe)]))
+            values = [part * meant for part in (output, applied)]
+            found.append((values, [grad for part in values for grad in gradients(part, leaves, probe)]))
     for block, index in zip(*(values for values, _ in found), strict=True):
         assert_values_close(block, index)
     assert_gradients_close(*(grads for _, grads in found))
