@@ -112,7 +112,7 @@ class _Launch:
         padding = layout.num_slots - n
         block_d, block_e = _padded(query_dim), min(_padded(value_dim), _VALUE_COLUMNS)
         blocks = _blocks(kernel, value_dtype, block_d + block_e)
-        block_i = _block_of_chunk(i, min(blocks.rows, _SLOTS))
+        block_i = min(_padded(i), blocks.rows, _SLOTS)
         return cls(
             grid=(-(-i // block_i), k, batch),
             sizes=(n, i, layout.num_slots),
@@ -167,17 +167,6 @@ def _seen_by(order: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Tensor]:
 def _padded(size: int) -> int:
     """Return the side of a block that holds `size`: a power of two, at least the minimum of matrix units."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def _block_of_chunk(chunk_size: int, most: int) -> int:
-    """Return the number of slots of a chunk per program: the fewest for the least number of programs.
-
-    A program takes the same time for 16 to 64 slots, because its four warps multiply at least 64 rows.
-    """
-    block = min(_padded(chunk_size), most)
-    while block > 16 and -(-chunk_size // (block // 2)) == -(-chunk_size // block):
-        block //= 2
-    return block
 
 
 def _precision(query: torch.dtype, value: torch.dtype, precision: str, matmul_precision: str) -> dict[str, Any]:
