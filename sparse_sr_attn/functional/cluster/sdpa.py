@@ -46,9 +46,8 @@ def cluster_attention(
 def _with_halo(rows: Float[Tensor, "b s c"], behind: int, ahead: int) -> Float[Tensor, "b _ c"]:
     """Return rows on a ring with the last `behind` of them repeated before them, and the first `ahead` after them."""
     num_rows = rows.shape[1]
-    before, after = (divmod(number, num_rows) for number in (behind, ahead))
-    turns = [rows] * (before[0] + 1 + after[0])
-    return torch.cat([rows[:, num_rows - before[1] :], *turns, rows[:, : after[1]]], dim=1)
+    turns = [rows] * (behind // num_rows + 1 + ahead // num_rows)
+    return torch.cat([rows[:, num_rows - behind % num_rows :], *turns, rows[:, : ahead % num_rows]], dim=1)
 
 
 def _fixed_on(layout: ClusterLayout, dtype: torch.dtype, device: torch.device) -> _Fixed:

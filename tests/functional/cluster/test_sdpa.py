@@ -118,6 +118,23 @@ def test_what_is_kept_serves_later_calls(device: torch.device) -> None:
     assert sdpa._kept.cache_info()[:2] == (2, 2)
 
 
+@pytest.mark.unhooked
+def test_compiled_code_keeps_nothing(device: torch.device) -> None:
+    """And has no graph break, at the first size and at the next, which is symbolic."""
+    torch._dynamo.reset()
+    sdpa._kept.cache_clear()
+    compiled = torch.compile(
+        lambda rows, pattern: fast.cluster_attention(rows, rows, rows, pattern, backend="sdpa"),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    for case in (PADDED_TAIL, PADDED_TAIL.but(num_tokens=11), PADDED_TAIL.but(num_tokens=14)):
+        rows, pattern = case.tokens("rows", 4, device=device), case.pattern(device=device)
+        actual = compiled(rows, pattern)
+        assert sdpa._kept.cache_info().currsize == 0
+        assert_values_close(actual, slow.cluster_attention(rows, rows, rows, pattern))
+
+
 def test_what_it_cannot_do_goes_to_eager_code_or_is_refused(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
