@@ -123,3 +123,21 @@ def test_the_page_has_the_figures_on_record() -> None:
     assert included == set(trained_weights())
     measured = {f"{figure.network}_x{figure.upscale}" for figure in figures}
     assert set(NAMES) <= measured
+
+
+def test_the_readme_has_the_figures_on_record() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    budgets = {"", "15,000 × 8 × 48²"}
+    figures = [one for one in recipe.recorded() if one.upscale == 2 and one.trained_on in budgets]
+    rows = {
+        "bicubic": "bicubic",
+        "EDSR-LCoA": "**EDSR with LCoA**, 0.54 M parameters, weights included",
+        "EDSR-wider": "EDSR without attention, as many parameters, same steps and patches",
+    }
+    for network, label in rows.items():
+        own = {one.photographs: one for one in figures if one.network == network}
+        cells = [f"{own[name].psnr:.2f} / {own[name].ssim:.4f}" for name in ("Set5", "Set14", "Urban25")]
+        assert f"| {label} | {' | '.join(cells)} |" in text
+        off = [own[name].psnr_without_attention for name in ("Set5", "Set14", "Urban25")]
+        if network == "EDSR-LCoA":
+            assert f"| the same with attention switched off | {' | '.join(f'{psnr:.2f}' for psnr in off)} |" in text
