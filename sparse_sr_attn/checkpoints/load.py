@@ -125,7 +125,10 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
     if layout is None:
         tried = "".join(f"\n  {layout.name}, with keys like {layout.signature}" for layout in LAYOUTS)
         keys = [f"{key} {tuple(value.shape)}" for key, value in state.items()]
-        raise CheckpointError(f"must be of a known layout. Tried:{tried}\nGot {len(keys)} keys: {listed(keys)}")
+        raise CheckpointError(
+            f"must be of a known layout. Tried:{tried}\nGot {len(keys)} keys: {listed(keys)}\n"
+            "For another network, pass it: load_model(..., model=...), or on the command line --host FILE.py:NAME"
+        )
     overrides = read(layout.build, overrides, siblings=["allow_tail_reinit"])
     named = _renamed(layout, layout.convert(state, overrides))
     shapes = layout.shapes(named)
@@ -203,8 +206,9 @@ def _as_ours(state: dict[str, Tensor], records: Mapping[str, Options]) -> tuple[
     layout = next((layout for layout in LAYOUTS if layout.recognises(without_attention(state))), None)
     if layout is None or layout.build not in (EDSR, RCAN) or records.keys() != {"body"}:
         hosts = ", ".join(sorted({str(record.get("host")) for record in records.values()}))
+        places = " and ".join(repr(path) if path else "the top level" for path in records)
         raise CheckpointError(
-            f"these weights have attention that sparse_sr_attn attached to {' and '.join(map(repr, records))} of a "
+            f"these weights have attention that sparse_sr_attn attached to {places} of a "
             f"third-party network ({hosts}), which only its own code can build; pass the network without attention: "
             "load_model(..., model=...), or on the command line --host FILE.py:NAME"
         )

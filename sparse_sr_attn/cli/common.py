@@ -199,8 +199,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         metavar="FILE.py:NAME",
-        help="for weights of a third-party network with attention from `attach`: a function or class that builds the "
-        "network without attention, in a file or a module (PACKAGE.MODULE:NAME); --set gives its options",
+        help="for weights of a third-party network, with or without attention from `attach`: a function or class that "
+        "builds the network without attention, in a file or a module (PACKAGE.MODULE:NAME); --set gives its options",
     )
     add_imports(parser)
 

@@ -34,7 +34,7 @@ border.
 
 examples:
   sparse-sr evaluate Set5/HR Set14/HR --weights LCoAN-light_x2 --weights net_g_latest.pth --bicubic       a table
-  sparse-sr evaluate Urban100/HR --weights EDSR-LCoA_x2 --without-attention           what attention gives it
+  sparse-sr evaluate Urban100/HR --weights EDSR-LCoA_x2 --without-attention    how much it relies on attention
   sparse-sr evaluate results/ Set5/HR --scale 2
   sparse-sr evaluate results/ Set5/HR --scale 4 --names {}_RCAN {}_HR_x4      baby_RCAN.png belongs to baby_HR_x4.png
   sparse-sr evaluate --bicubic Set14/HR --scale 3 --grey bridge               the row "bicubic" of papers' tables"""
