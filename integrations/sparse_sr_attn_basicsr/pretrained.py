@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_sr_attn.backbones.attach import without_records
 from sparse_sr_attn.backbones.base import OPTIONS
-from sparse_sr_attn.checkpoints.img_range import best_range, distances
+from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.checkpoints.load import unusable
 from sparse_sr_attn.checkpoints.read import carried_options, first_line, listed
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.layers.base import AttentionLayer
 
+RANGES = (1.0, 255.0)
+"""What `img_range` is in practice."""
+
 _RAW, _AVERAGED = "params", "params_ema"
+_CLOSE = 0.1  # distance of images at which a network may count as trained
 
 
 @dataclass(frozen=True)
@@ -218,17 +223,33 @@ def change_img_range(network: nn.Module, was: float, missing: Iterable[str]) -> 
 def range_seen(network: nn.Module) -> tuple[str, float]:
     """Return whether the `img_range` of a network fits its weights, as far as an image shows.
 
+    A trained network returns a larger version of its input. So the input is compared with the output, made as small
+    as the input, at the network's range and at the usual ones. Weights of range 255 at range 1 are far off, because
+    their biases count 255 times as much.
+
     Returns:
         `"fits"`, `"differs"` or `"unknown"`, and the range that fits best.
     """
     ours = float(network.img_range)  # type: ignore[arg-type]
-    found = distances(network)
-    best = best_range(found)
-    if best is None:
-        return "unknown", ours
+    weight = next(network.parameters())
+    channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
+    image = torch.rand(1, channels, 5, 5, generator=torch.Generator().manual_seed(0)).to(weight)
+    image = F.interpolate(image, size=24, mode="bicubic").clamp(0, 1)
+    distances: dict[float, float] = {}
+    with evaluating(network):
+        try:
+            for img_range in dict.fromkeys((ours, *RANGES)):
+                network.img_range = img_range  # type: ignore[assignment]
+                output = F.interpolate(network(image), size=image.shape[-2:], mode="area")
+                distances[img_range] = float((output - image).square().mean().sqrt())
+        finally:
+            network.img_range = ours  # type: ignore[assignment]
+    best = min(distances, key=lambda img_range: distances[img_range])
+    if not distances[best] < _CLOSE:
+        return "unknown", best
     if best == ours:
         return "fits", ours
-    return ("differs" if 2 * found[best] < found[ours] else "unknown"), best
+    return ("differs" if 2 * distances[best] < distances[ours] else "unknown"), best
 
 
 def _read_weights(path: str, key: str | None) -> tuple[dict[Any, Any], str | None]:

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,7 +27,6 @@ from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.blocks.attention_config import default_config
 from sparse_sr_attn.checkpoints.foreign import WITH_ATTENTION, ForeignNetwork, carry_options
-from sparse_sr_attn.checkpoints.img_range import best_range, distances
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, Options, State
 from sparse_sr_attn.checkpoints.read import carried_options, find_weights, is_plain, listed, read_file, records_in
 from sparse_sr_attn.config import fields, old_names_allowed, read, renamed
@@ -172,22 +170,7 @@ def _load(state: dict[str, Tensor], beside: State, overrides: Options, allow_tai
         named = {**{name: kept[name] for name in buffers}, **named}
     _check(model, named, "|".join(fresh))
     model.load_state_dict(named, strict=False)
-    _warn_of_assumed_range(model, known=bool(carried) or "img_range" in overrides)
     return model.eval()
-
-
-def _warn_of_assumed_range(model: Network, *, known: bool) -> None:
-    """Warn if an EDSR or RCAN does not record its `img_range`, and another than the assumed one fits better."""
-    if known or not isinstance(model, (EDSR, RCAN)):
-        return
-    best = best_range(distances(model))
-    if best in (None, model.img_range):
-        return
-    warnings.warn(
-        f"the weights do not record img_range; {model.img_range:g} was assumed, but {best:g} seems to fit better. Pass "
-        f"the right one: load_model(..., img_range={best:g}), or on the command line --set img_range={best:g}",
-        stacklevel=2,
-    )
 
 
 def _refuse_others(state: Iterable[str]) -> None:

@@ -75,7 +75,7 @@ def _move(
     if backward_is_running():
         return
     if count > 1 and runs_kernels(mean.device) and not several_processes():
-        move_by_kernel(mean, inverse_std, count, running_mean, running_var, num_batches_tracked, momentum, eps)
+        _move_by_kernel(mean, inverse_std, count, running_mean, running_var, num_batches_tracked, momentum, eps)
         return
     variance = (inverse_std**-2 - eps).clamp(min=0) * (count / max(1, count - 1))
     if several_processes():
@@ -96,7 +96,7 @@ def _move(
 def _(*_: object) -> None: ...
 
 
-def move_by_kernel(
+def _move_by_kernel(
     mean: Tensor,
     inverse_std: Tensor,
     count: int,

@@ -49,7 +49,12 @@ def evaluate(
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Return whether a model has attention layers of this library."""
+    """Return whether a model has attention layers of this library.
+
+    Examples:
+        >>> has_attention(EDSR(num_block=2)), has_attention(load_model("LCoAN-light_x2"))
+        (False, True)
+    """
     return any(isinstance(module, AttentionLayer) for module in model.modules())
 
 

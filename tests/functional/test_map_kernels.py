@@ -68,7 +68,7 @@ def test_moved_statistics(
     statistics = (mean, 1 / (std.abs() + 0.1), count)
     kept = [running_mean, running_var.square(), torch.tensor(7, device=device)]
     expected = [tensor.clone() for tensor in kept]
-    batch_norm.move_by_kernel(*statistics, *kept, momentum, 1e-3)
+    batch_norm._move_by_kernel(*statistics, *kept, momentum, 1e-3)
     batch_norm._move(*statistics, *expected, momentum, 1e-3)
     for mine, other in zip(kept, expected, strict=True):
         assert_values_close(mine, other)

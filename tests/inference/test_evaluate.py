@@ -45,7 +45,7 @@ def test_figures_are_those_of_upscaled_files(
     for folder in sets:
         output(["prepare", folder, "--scale", "2", "-o", tmp_path / "pairs" / folder.name], capsys)
         low = tmp_path / "pairs" / folder.name / "LR_x2"
-        output(["upscale", low, "-o", f"{tmp_path / folder.name}_large/"], capsys)
+        output(["upscale", low, "-o", f"{tmp_path / folder.name}_large/", "--weights", NETWORK], capsys)
         large = tmp_path / f"{folder.name}_large"
         by_hand = output(
             ["evaluate", large, folder, "--scale", "2", "--names", "{}_x2", "{}", "--protocol", protocol], capsys

@@ -272,7 +272,7 @@ def test_a_range_that_cannot_be_told_is_asked_for(
     state = _edsr_checkpoint(options, here / "edsr.pth", ("params",))["params"]
     if damage:
         state = trained_edsr(1.0).state_dict()
-        del state[damage]
+        del state[damage], state["options"]
         torch.save({"params": state}, here / "edsr.pth")
     caplog.clear()
     start_from(options, "edsr.pth")
