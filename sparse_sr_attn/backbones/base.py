@@ -80,10 +80,10 @@ def _is_plain(options: Mapping[str, Any]) -> bool:
     choices = [options[name] for name in ("attention", "block") if name in options]
     if not choices or any(choices):
         return False
-    usual = {"img_range": 255.0, "rgb_mean": None, "res_scale": 1.0}
-    if options["type"] == "EDSR":
-        usual["res_scale"] = usual_res_scale(options["num_block"], options["num_feat"])
-    return all(options[name] == value for name, value in usual.items())
+    res_scale = usual_res_scale(options["num_block"], options["num_feat"]) if options["type"] == "EDSR" else 1.0
+    mean = DIV2K_MEAN if options["rgb_mean"] is None else options["rgb_mean"]
+    usual_mean = len(mean) == 3 and all(abs(a - b) < 1e-6 for a, b in zip(mean, DIV2K_MEAN, strict=True))
+    return options["img_range"] == 255 and options["res_scale"] == res_scale and usual_mean
 
 
 def usual_res_scale(num_block: int, num_feat: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.backbones.base import DIV2K_MEAN, Network, usual_res_scale
+from sparse_sr_attn.backbones.base import Network, usual_res_scale
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
@@ -198,9 +198,7 @@ def _mean_shift(state: State, img_range: float) -> Options:
     if bias is None or not bias.any():
         return {"img_range": img_range}
     img_range = 255.0 if bias.abs().max() > 1 else 1.0
-    mean = (-bias / img_range).tolist()
-    is_default = len(mean) == len(DIV2K_MEAN) and all(abs(a - b) < 1e-6 for a, b in zip(mean, DIV2K_MEAN, strict=True))
-    return {"img_range": img_range} if is_default else {"img_range": img_range, "rgb_mean": mean}
+    return {"img_range": img_range, "rgb_mean": (-bias / img_range).tolist()}
 
 
 def _joined_projections(state: State, model: Network) -> State:
