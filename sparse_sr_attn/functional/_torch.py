@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -115,6 +115,24 @@ def may_keep(device: torch.device) -> bool:
         return False
     # What a CUDA graph allocates holds its values only in the graph.
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def kept_on_device(compute: Callable[..., tuple[Tensor | None, ...]]) -> Any:
+    """Return `compute` with a memory of its 16 last results, for tensors that depend on sizes only.
+
+    Args:
+        compute: its last argument is the device. It runs on the CPU; its results are copied to that device.
+    """
+
+    @functools.lru_cache(maxsize=16)
+    def kept(*sizes_and_device: Any) -> tuple[Tensor | None, ...]:
+        *sizes, device = sizes_and_device
+        with torch.inference_mode(mode=False):
+            # From the CPU, whose copies have arrived when `to` returns: any stream may read them.
+            found = compute(*sizes, torch.device("cpu"))
+            return tuple(None if tensor is None else tensor.to(device) for tensor in found)
+
+    return kept
 
 
 def conv_precision(x: Tensor) -> torch.dtype:

@@ -4,14 +4,12 @@ Keys and values are sorted together. The last chunks are repeated before the fir
 last, so that the run of slots that a chunk sees is a view. What depends on sizes only is kept.
 """
 
-import functools
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional._torch import may_keep, without_autocast, working_precision
+from sparse_sr_attn.functional._torch import kept_on_device, may_keep, without_autocast, working_precision
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.states import ClusterPattern
 
@@ -52,15 +50,8 @@ def _with_halo(rows: Float[Tensor, "b s c"], behind: int, ahead: int) -> Float[T
 
 def _fixed_on(layout: ClusterLayout, dtype: torch.dtype, device: torch.device) -> _Fixed:
     """Return the rank of each slot, and what to add to scores: -inf where a key does not count; `None` if all count."""
-    return (_kept if may_keep(device) else _fixed)(layout, dtype, device)
-
-
-@functools.lru_cache(maxsize=16)
-def _kept(layout: ClusterLayout, dtype: torch.dtype, device: torch.device) -> _Fixed:
-    with torch.inference_mode(mode=False):
-        # From the CPU, whose copies have arrived when `to` returns: any stream may read them.
-        rank, hidden = _fixed(layout, dtype, torch.device("cpu"))
-        return rank.to(device), None if hidden is None else hidden.to(device)
+    rank, hidden = (_kept if may_keep(device) else _fixed)(layout, dtype, device)
+    return rank, hidden
 
 
 def _fixed(layout: ClusterLayout, dtype: torch.dtype, device: torch.device) -> _Fixed:
@@ -73,3 +64,6 @@ def _fixed(layout: ClusterLayout, dtype: torch.dtype, device: torch.device) -> _
     padding = padding.masked_fill_(slot >= layout.num_tokens, float("-inf"))
     seen = _with_halo(padding[None, :, None], behind * i, ahead * i)
     return rank, seen[..., 0].unfold(1, (behind + 1 + ahead) * i, i)[:, :, None].contiguous()
+
+
+_kept = kept_on_device(_fixed)

@@ -5,7 +5,6 @@ backward of `attention_op` recomputes them, and all backwards cut the maps again
 Output maps are in channels-last memory format.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_sr_attn.functional._torch import may_keep, multiply, product_precision, without_autocast, working_precision
+from sparse_sr_attn.functional._torch import (
+    kept_on_device,
+    may_keep,
+    multiply,
+    product_precision,
+    without_autocast,
+    working_precision,
+)
 from sparse_sr_attn.functional.channels_last import new_map
 from sparse_sr_attn.functional.window.grid import WindowGrid
 
@@ -106,26 +112,22 @@ def _by_index(x: Tensor) -> bool:
 
 
 def _indices_on(grid: WindowGrid, shift: int, device: torch.device) -> _Indices:
-    """Return the pixel in each slot, the slot of each pixel, and a mask of slots of padding, `None` if there are none.
+    """Return the pixel in each slot, the slot of each pixel, and a mask of padded slots (`None` without padding).
 
-    They are kept for maps of moderate size, where a GPU would wait for the kernels that compute them.
+    For maps of moderate size they are kept, because a GPU would wait for the kernels that compute them.
     """
     keeps = may_keep(device) and grid.height * grid.width <= _LARGEST_KEPT
-    return (_kept_indices if keeps else _indices)(grid, shift, device)
-
-
-@functools.lru_cache(maxsize=16)
-def _kept_indices(grid: WindowGrid, shift: int, device: torch.device) -> _Indices:
-    with torch.inference_mode(mode=False):
-        # From the CPU, whose copies have arrived when `to` returns: any stream may read them.
-        pixels, slots, padding = _indices(grid, shift, torch.device("cpu"))
-        return pixels.to(device), slots.to(device), None if padding is None else padding.to(device)
+    pixels, slots, padding = (_kept_indices if keeps else _indices)(grid, shift, device)
+    return pixels, slots, padding
 
 
 def _indices(grid: WindowGrid, shift: int, device: torch.device) -> _Indices:
     pixels, num_pixels = grid.pixels(shift, device), grid.height * grid.width
     padding = None if grid.is_whole else (pixels == num_pixels)[:, None]
     return pixels.clamp(max=num_pixels - 1).int(), grid.slots(shift, device).int(), padding
+
+
+_kept_indices = kept_on_device(_indices)
 
 
 def _wide(channels: int, dtype: torch.dtype, device: torch.device) -> int:
