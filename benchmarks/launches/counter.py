@@ -97,21 +97,21 @@ class _Kernel:
 
 
 @contextmanager
-def counted(form: str = "triton") -> Iterator[Counter[str]]:
+def counted(chosen: str = "triton") -> Iterator[Counter[str]]:
     """Count the launches of what runs on meta tensors as if they were on a GPU.
 
     Args:
-        form: backend of cluster attention that such a device resolves to.
+        chosen: backend of cluster attention that such a device resolves to.
     """
     from sparse_sr_attn.functional import map_kernels  # noqa: PLC0415
     from sparse_sr_attn.functional.cluster import triton_kernels  # noqa: PLC0415
 
-    def best_form(device: torch.device) -> str:
-        return "eager" if needs_plain_code() else form
+    def best_backend(device: torch.device) -> str:
+        return "eager" if needs_plain_code() else chosen
 
     counter = LaunchCounter()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(backend, "_best_form", best_form))
+        stack.enter_context(mock.patch.object(backend, "_best_backend", best_backend))
         for module in (map_kernels, triton_kernels):
             for name, found in list(vars(module).items()):
                 if hasattr(found, "run"):

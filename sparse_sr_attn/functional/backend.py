@@ -44,7 +44,7 @@ def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
         raise BackendError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
     device = torch.device(device)
     if backend == "auto":
-        return _best_form(device)
+        return _best_backend(device)
     if backend != "eager" and is_transformed():
         raise BackendError(f"{_PLAIN} backend 'eager' or 'auto', got {backend!r}")
     if backend == "triton" and not HAS_TRITON:
@@ -86,7 +86,7 @@ def uses_operator(backend: str, operator: str) -> bool:
     return backend == operator or (backend == "auto" and not plain)
 
 
-def _best_form(device: torch.device) -> Backend:
+def _best_backend(device: torch.device) -> Backend:
     if needs_plain_code():
         return "eager"
     if device.type == "cpu":
@@ -105,7 +105,7 @@ def runs_kernels(device: torch.device) -> bool:
         >>> runs_kernels(torch.device("cpu"))
         False
     """
-    return device.type != "cpu" and not torch.compiler.is_compiling() and _best_form(device) == "triton"
+    return device.type != "cpu" and not torch.compiler.is_compiling() and _best_backend(device) == "triton"
 
 
 def interpreting() -> bool:

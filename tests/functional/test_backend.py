@@ -21,7 +21,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ("device", "backend"), [("cpu", "tiles"), ("cuda", "triton"), ("cuda:1", "triton"), ("mps", "eager")]
 )
 @pytest.mark.usefixtures("gpu")
-def test_auto_takes_the_best_form(device: str, backend: Backend) -> None:
+def test_auto_takes_the_best_backend(device: str, backend: Backend) -> None:
     assert resolve_backend("auto", device) == backend
     assert resolve_backend("auto", torch.device(device)) == backend
 
@@ -96,7 +96,7 @@ def test_auto_takes_what_is_called(monkeypatch: pytest.MonkeyPatch, device: torc
 
     recorded(cluster.triton, "attention_op")
     recorded(kmeans, "nearest_op")
-    monkeypatch.setattr(backends, "_best_form", lambda _: "triton")
+    monkeypatch.setattr(backends, "_best_backend", lambda _: "triton")
     case = Case(num_tokens=5)
     rows, wide = (case.tokens("rows", width, dtype=torch.float32, device=device) for width in (3, 257))
     pattern = cluster.cluster_pattern(case.assignment(device=device), chunk_size=2)

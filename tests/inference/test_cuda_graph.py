@@ -21,7 +21,7 @@ gpu_forms = pytest.mark.parametrize("form", ["eager", "triton"])
 @pytest.fixture
 def form(form: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """The form that attention takes, as on a GPU."""
-    monkeypatch.setattr(forms, "_best_form", lambda _: form)
+    monkeypatch.setattr(forms, "_best_backend", lambda _: form)
     return form
 
 

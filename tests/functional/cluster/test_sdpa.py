@@ -152,9 +152,9 @@ def test_what_it_cannot_do_goes_to_eager_code_or_is_refused(
         with pytest.raises(BackendError, match=f"backend 'sdpa' {refusal}.*'eager' works on any device"):
             call("sdpa")
         with monkeypatch.context() as patch:
-            patch.setattr(backends, "_best_form", lambda _: "sdpa")
+            patch.setattr(backends, "_best_backend", lambda _: "sdpa")
             assert_bit_equal(call("auto"), call("eager"))
     assert not calls
-    monkeypatch.setattr(backends, "_best_form", lambda _: "sdpa")
+    monkeypatch.setattr(backends, "_best_backend", lambda _: "sdpa")
     fast.cluster_attention(*leaves, ring)
     assert calls == [(2, 12, 4)]
