@@ -138,10 +138,6 @@ class _Derived(Attended):
             return _regiven, (self._plain(), kind, self.sparse_sr_attn, self._record)
         return _remake, (kind, host), {name: value for name, value in vars(self).items() if name != "_forwards"}
 
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_forwards"] = {}
-
     def _plain(self) -> nn.Module:
         """Return the host without attention, with the same tensors, to be copied as its class says."""
         plain = object.__new__(self._host)
@@ -183,6 +179,10 @@ class AttendedCaller(_Derived):
     """
 
     _forwards: dict[bool, Forward | None]
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["_forwards"] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's forward, with attention after some of the modules that it calls."""
@@ -415,7 +415,8 @@ def is_record(key: str) -> bool:
 def _give(module: nn.Module, kind: type[Attended], layers: SiteAttention, record: Mapping[str, Any]) -> None:
     module.add_module(SLOT, layers)
     module.__dict__["_record"] = record
-    module.__dict__["_forwards"] = {}
+    if kind is AttendedCaller:
+        module.__dict__["_forwards"] = {}
     module.__class__ = _class_for(kind, type(module))
 
 
@@ -441,6 +442,16 @@ class _Place:
     sites: tuple[Site, ...]
     sequential: str | None
     calls: Calls | None
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the map after each block."""
+        return [site.shape[0] for site in self.sites]
+
+    @property
+    def shapes(self) -> list[int]:
+        """A number for the shape of each map; equal shapes have equal numbers."""
+        return _numbered([site.shape for site in self.sites])
 
 
 _Placed = tuple[str, type[Attended], SiteAttention, Mapping[str, Any]]
@@ -471,8 +482,7 @@ def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *,
     Each way is tried on a copy of the model, because a model may look at the classes of its blocks, or run them by
     other references than their names.
     """
-    shapes = _numbered([site.shape for site in place.sites])
-    shares = _layers(maps, [site.shape[0] for site in place.sites], shapes, None, model).shares
+    shares = _layers(maps, place.widths, place.shapes, None, model).shares
     ways: list[Callable[..., list[_Placed]]]
     ways = [_inside] if place.sequential is not None else [] if shares else [_after_each]
     if place.calls is not None:
@@ -533,9 +543,8 @@ def _inside(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig]) ->
     """Return the `nn.Sequential` that runs the blocks, with the layers."""
     path = cast(str, place.sequential)
     module = model.get_submodule(path)
-    widths, shapes = [site.shape[0] for site in place.sites], _numbered([site.shape for site in place.sites])
-    layers = _layers(maps, widths, shapes, module, model)
-    return [(path, AttendedSequential, layers, _record(AttendedSequential, module, maps, widths, shapes))]
+    layers = _layers(maps, place.widths, place.shapes, module, model)
+    return [(path, AttendedSequential, layers, _record(AttendedSequential, module, maps, place.widths, place.shapes))]
 
 
 def _around(
@@ -544,10 +553,10 @@ def _around(
     """Return the module whose forward runs the blocks, with the layers; or a module around it."""
     owner = _caller_of_all(place) if owner is None else owner
     module = model.get_submodule(owner)
-    sites = [site.path.removeprefix(join_path(owner, "") if owner else "") for site in place.sites]
-    widths, shapes = [site.shape[0] for site in place.sites], _numbered([site.shape for site in place.sites])
-    layers = _layers(maps, widths, shapes, module, model)
-    return [(owner, AttendedCaller, layers, _record(AttendedCaller, module, maps, widths, shapes, sites))]
+    sites = [site.path.removeprefix(join_path(owner, "")) for site in place.sites]
+    layers = _layers(maps, place.widths, place.shapes, module, model)
+    record = _record(AttendedCaller, module, maps, place.widths, place.shapes, sites)
+    return [(owner, AttendedCaller, layers, record)]
 
 
 def _after_each(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig]) -> list[_Placed]:

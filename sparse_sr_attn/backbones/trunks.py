@@ -165,7 +165,7 @@ def difference(model: nn.Module, inputs: Inputs, give: Callable[[nn.Module], Seq
 
 
 def _outputs(model: nn.Module, inputs: Inputs, training: bool, *, copied: bool = False) -> list[Tensor] | None:
-    """Return the outputs of a copy of a model; `None` if there is none, or it raises an error."""
+    """Return the outputs of a copy of a model; `None` if the model cannot be copied or raises an error."""
     twin = model if copied else _copied(model)
     if twin is model and not copied:
         return None

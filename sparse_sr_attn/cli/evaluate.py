@@ -53,11 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="results, then ground truth; or test sets, see below")
     add("-w", "--weights", action="append", default=[], metavar="FILE|NAME", help="measure this network; repeatable")
-    add(
-        "--without-attention",
-        action="store_true",
-        help="measure networks again, their attention switched off",
-    )
+    add("--without-attention", action="store_true", help="measure networks again, their attention switched off")
     scale = add(
         "-s",
         "--scale",

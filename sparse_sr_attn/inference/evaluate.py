@@ -79,8 +79,7 @@ def attention_off(model: nn.Module) -> Iterator[None]:
     layers = [
         layer
         for layer in model.modules()
-        if isinstance(layer, AttentionLayer)
-        and not any(isinstance(part, AttentionLayer) for part in layer.modules() if part is not layer)
+        if isinstance(layer, AttentionLayer) and not any(map(has_attention, layer.children()))
     ]
     if not layers:
         raise ValueError(f"model must have attention layers of this library, but {type(model).__name__} has none")
