@@ -39,6 +39,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "+ GMSA every 4, share 4": (lambda: _edsr(64, 16, "GMSA"), "EDSR, 64 channels, 16 blocks"),
     "EDSR, 48 channels, 10 blocks": (lambda: _edsr(48, 10), None),
     "LCoAN-light": (lambda: create_model("LCoAN-light", upscale=2), "EDSR, 48 channels, 10 blocks"),
+    "EDSR-LCoA": (lambda: create_model("EDSR-LCoA", upscale=2), "EDSR, 48 channels, 10 blocks"),
+    "EDSR, 49 channels, 10 blocks": (lambda: _edsr(49, 10), "EDSR, 48 channels, 10 blocks"),
+    "EDSR, 48 channels, 16 blocks": (lambda: _edsr(48, 16), "EDSR, 48 channels, 10 blocks"),
 }
 """Each network, and the one without attention that it is compared with."""
 
