@@ -98,9 +98,10 @@ class WindowAttention(NamedTuple):
 
     Attributes:
         weights: for each group, weights from every pixel of `k` windows to the `i` pixels of its window; rows of pixels
-            sum to 1. `None` if recomputing them from `queries` costs less than storing them. Carries gradient to the
+            sum to 1. `None` if recomputing them from `query` costs less than storing them. Carries gradient to the
             provider.
-        queries: queries of each group without weights, from whose products they are recomputed; else `None`.
+        query: queries of all groups, from whose products missing weights are recomputed; `None` if no weights are
+            missing. Carries gradient to the provider.
         window_sizes: side of the windows of each group in pixels.
         shift: whether the windows are shifted by half their size.
         exact_shift: whether the result is shifted back by the same amount; `False` as published (`docs/deviations.md`).
@@ -114,7 +115,7 @@ class WindowAttention(NamedTuple):
     """
 
     weights: tuple[Float[Tensor, "b _ _ _"] | None, ...]
-    queries: tuple[Float[Tensor, "b _ h w"] | None, ...]
+    query: Float[Tensor, "b c h w"] | None
     window_sizes: tuple[int, ...]
     shift: bool
     exact_shift: bool
@@ -126,5 +127,5 @@ class WindowAttention(NamedTuple):
 
     def map_size(self) -> tuple[int, int, int]:
         """Return batch size, height and width of the maps."""
-        first = cast(Tensor, self.queries[0] if self.weights[0] is None else self.weights[0])
+        first = cast(Tensor, self.query if self.weights[0] is None else self.weights[0])
         return first.shape[0], self.height, self.width

@@ -13,6 +13,6 @@ def test_states_print_dtypes_and_shapes() -> None:
         "weights=float32[2, 4, 36, 108], embedding=None)"
     )
     assert repr(GMSA(12, window_sizes=(4,)).attend(torch.rand(1, 12, 8, 8))) == (
-        "WindowAttention(weights=(float32[1, 4, 16, 16],), queries=(None,), window_sizes=(4,), shift=False, "
+        "WindowAttention(weights=(float32[1, 4, 16, 16],), query=None, window_sizes=(4,), shift=False, "
         "exact_shift=True, height=8, width=8)"
     )

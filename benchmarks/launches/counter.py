@@ -79,7 +79,10 @@ class LaunchCounter(TorchDispatchMode):
         found = launches_of(func, args, kwargs)
         if found:
             self.counts[func.__name__.partition(".")[0]] += found
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func.__name__.startswith("convolution.") and args[0].is_contiguous(memory_format=torch.channels_last):
+            return output.contiguous(memory_format=torch.channels_last)  # as cuDNN does, and the meta device does not
+        return output
 
 
 class _Kernel:
@@ -104,7 +107,8 @@ def counted(chosen: str = "triton") -> Iterator[Counter[str]]:
         chosen: backend of cluster attention that such a device resolves to.
     """
     from sparse_sr_attn.functional import map_kernels  # noqa: PLC0415
-    from sparse_sr_attn.functional.cluster import triton_kernels  # noqa: PLC0415
+    from sparse_sr_attn.functional.cluster import triton_kernels as cluster_kernels  # noqa: PLC0415
+    from sparse_sr_attn.functional.window import triton_kernels as window_kernels  # noqa: PLC0415
 
     def best_backend(device: torch.device) -> str:
         return "eager" if needs_plain_code() else chosen
@@ -112,7 +116,7 @@ def counted(chosen: str = "triton") -> Iterator[Counter[str]]:
     counter = LaunchCounter()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "_best_backend", best_backend))
-        for module in (map_kernels, triton_kernels):
+        for module in (map_kernels, cluster_kernels, window_kernels):
             for name, found in list(vars(module).items()):
                 if hasattr(found, "run"):
                     stack.enter_context(mock.patch.object(module, name, _Kernel(name, counter.counts)))

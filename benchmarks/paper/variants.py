@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.backbones.lcoan import CollaborativeGroup
 from sparse_sr_attn.blocks import ELAB
-from sparse_sr_attn.functional.window import window_attention
+from sparse_sr_attn.functional.window import split_groups, window_attention
 from sparse_sr_attn.layers.base import AttentionLayer, check_map, output_proj, reject_state
 from sparse_sr_attn.layers.batch_norm import ConvNorm
-from sparse_sr_attn.layers.gmsa import GMSA, split_groups, window_shifts
+from sparse_sr_attn.layers.gmsa import GMSA, window_shifts
 from sparse_sr_attn.layers.shift_conv import LFE
 
 Norm = Literal["layer", "batch"]
@@ -119,10 +119,7 @@ class StandardWindowAttention(AttentionLayer):
         entering = x if self.norm is None else self.norm(x.movedim(1, -1)).movedim(-1, 1)
         num_groups = len(self.window_sizes)
         groups = zip(
-            *(
-                split_groups(project(entering), self.embed_dim, num_groups)
-                for project in (self.query, self.key, self.value)
-            ),
+            *(split_groups(project(entering), num_groups) for project in (self.query, self.key, self.value)),
             self.window_sizes,
             strict=True,
         )

@@ -15,9 +15,10 @@ from benchmarks.speed.floor import Cost
 from benchmarks.speed.settings import Settings
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
+from sparse_sr_attn.functional.window.grid import group_widths
 from sparse_sr_attn.layers.base import LAYERS
 from sparse_sr_attn.layers.build import build_layer
-from sparse_sr_attn.layers.gmsa import GMSA, group_widths
+from sparse_sr_attn.layers.gmsa import GMSA
 from sparse_sr_attn.layers.lcoa import CoA, LCoA
 from sparse_sr_attn.layers.nlsa import NLSA
 from sparse_sr_attn.models import PRESETS, create_model

@@ -19,10 +19,11 @@ from benchmarks.speed import standins
 from benchmarks.speed.methods import Stack
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.backbones.lcoan import LCoAN
+from sparse_sr_attn.functional.window.grid import group_widths
 from sparse_sr_attn.layers.base import tokens
 from sparse_sr_attn.layers.category import CategoryAttention
 from sparse_sr_attn.layers.enla import ENLA
-from sparse_sr_attn.layers.gmsa import GMSA, SharedGMSA, group_widths, window_shifts
+from sparse_sr_attn.layers.gmsa import GMSA, SharedGMSA, window_shifts
 from sparse_sr_attn.layers.hspa import HSPA
 from sparse_sr_attn.layers.lcoa import CoA, LCoA
 from sparse_sr_attn.layers.nla import NLA

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.backbones.elan import ELAN
 from sparse_sr_attn.blocks.elab import ELAB
+from sparse_sr_attn.functional.window.grid import group_widths
 from sparse_sr_attn.layers.batch_norm import ConvNorm
-from sparse_sr_attn.layers.gmsa import GMSA, SharedGMSA, group_widths
+from sparse_sr_attn.layers.gmsa import GMSA, SharedGMSA
 from sparse_sr_attn.layers.lcoa import CoA, LCoA
 from sparse_sr_attn.layers.nla import NLA
 from sparse_sr_attn.layers.nlsa import NLSA

@@ -16,7 +16,7 @@ from sparse_sr_attn.backbones.lcoan import LCoAN
 from sparse_sr_attn.backbones.rcan import RCAN
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.functional.shift import shift_kernels
-from sparse_sr_attn.layers.gmsa import group_widths
+from sparse_sr_attn.functional.window.grid import group_widths
 
 State = Mapping[str, Tensor]
 Options = dict[str, Any]

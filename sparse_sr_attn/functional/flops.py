@@ -5,7 +5,7 @@ the last chunk or window count like others, because they are computed; so do sco
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -96,6 +96,22 @@ def _window_attention_backward(
     return 2 * _window_scores(query, window_size) * ((2 if key is None else 3) * query[1] + 2 * value[1])
 
 
+def _grouped_windows(like: Shape, groups: Sequence[Sequence[int]], query_products: int, value_products: int) -> int:
+    sizes, _, _, query_widths, value_widths = groups
+    return sum(
+        2 * _window_scores(like, size) * (query_products * query + value_products * value)
+        for size, query, value in zip(sizes, query_widths, value_widths, strict=False)
+    )
+
+
+def _grouped_window_attention(query: Shape, value: Shape, *groups: Sequence[int], **_: Any) -> int:
+    return _grouped_windows(value, groups, 1, 1)
+
+
+def _grouped_window_attention_backward(grad: Shape, *maps_and_groups: Any, **_: Any) -> int:
+    return _grouped_windows(grad, maps_and_groups[-5:], 2, 3)
+
+
 def _sparsemax(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
     return 2 * query[0] * query[1] * key[1] * (query[-1] + value[-1])
 
@@ -141,6 +157,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "apply_window_weights_backward": _apply_backward,
     "window_attention": _window_attention,
     "window_attention_backward": _window_attention_backward,
+    "grouped_window_attention": _grouped_window_attention,
+    "grouped_window_attention_backward": _grouped_window_attention_backward,
     "sparsemax_attention": _sparsemax,
     "sparsemax_attention_backward": _sparsemax_backward,
     "nearest": _nearest,

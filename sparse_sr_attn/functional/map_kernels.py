@@ -6,11 +6,23 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["numel", "channels", "height", "width", "group"])
 def shift(
-    x, output, numel, channels, height, width, group, STEP: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    sign,
+    output,
+    numel,
+    channels,
+    height,
+    width,
+    group,
+    STEP: tl.constexpr,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Shift four groups of channels by STEP pixels (-1 for the transpose): BLOCK elements of a map in memory order.
 
-    If LAST, the channels of a pixel are adjacent in memory; otherwise, the pixels of a channel are.
+    If RELU, negative numbers become 0 before they are shifted; in the transpose, numbers become 0 after it where `sign`
+    is not positive. If LAST, the channels of a pixel are adjacent in memory; otherwise, the pixels of a channel are.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
@@ -25,6 +37,9 @@ def shift(
     column, row = column + right, row + down
     mask_read = mask & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     read = tl.load(x + at + (down * width + right) * stride, mask=mask_read, other=0.0)
+    if RELU:
+        negative = read < 0 if STEP > 0 else tl.load(sign + at, mask=mask, other=0.0) <= 0
+        read = tl.where(negative, 0.0, read)
     tl.store(output + at, read, mask=mask)
 
 

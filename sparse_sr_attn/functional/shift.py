@@ -45,7 +45,7 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     if _is_faster_depthwise(x):
         return F.conv2d(x, shift_kernels(x)[:, None], padding=1, groups=x.shape[1])
     if runs_kernels(x.device):
-        return _shift(x, 1)
+        return _shift(x)
     group = x.shape[1] // _NUM_GROUPS
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         moved = [
@@ -63,34 +63,69 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     return result
 
 
+def shift2d_relu(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Return `shift2d(relu(x))`, on GPUs with triton in one kernel.
+
+    Examples:
+        >>> shift2d_relu(torch.tensor([-1.0, 2.0]).expand(1, 5, 1, 2))[0, :, 0]
+        tensor([[2., 0.],
+                [0., 0.],
+                [0., 0.],
+                [0., 0.],
+                [0., 2.]])
+    """
+    if runs_kernels(x.device):
+        return _shift(x, relu=True)
+    return shift2d(F.relu(x))
+
+
 @torch.library.custom_op("sparse_sr_attn::shift2d", mutates_args=())
-def _shift(x: Tensor, step: int) -> Tensor:
-    """Return `shift2d(x)` for a step of 1, its transpose for a step of -1, by a Triton kernel."""
+def _shift(x: Tensor, relu: bool = False) -> Tensor:
+    """Return `shift2d` of `x`, or of `relu(x)`, by a Triton kernel."""
+    return _run_shift(x, x, 1, relu)
+
+
+def _run_shift(x: Tensor, sign: Tensor, step: int, relu: bool) -> Tensor:
     from sparse_sr_attn.functional import map_kernels as kernels  # noqa: PLC0415
 
     last = is_channels_last(x)
-    x = x if last else x.contiguous()
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    x, sign = x.contiguous(memory_format=memory_format), sign.contiguous(memory_format=memory_format)
     output = torch.empty_like(x)
     sizes = x.numel(), *x.shape[1:], x.shape[1] // _NUM_GROUPS
     with torch.cuda.device_of(x):
-        kernels.shift[(-(-x.numel() // _BLOCK),)](x, output, *sizes, STEP=step, LAST=last, BLOCK=_BLOCK)
+        kernels.shift[(-(-x.numel() // _BLOCK),)](
+            *(x, sign, output, *sizes), STEP=step, RELU=relu, LAST=last, BLOCK=_BLOCK
+        )
     return output
 
 
 @_shift.register_fake
-def _(x: Tensor, step: int) -> Tensor:
+def _(x: Tensor, relu: bool = False) -> Tensor:
     return torch.empty_like(x if is_channels_last(x) else x.contiguous())
 
 
-def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.step = inputs
+@torch.library.custom_op("sparse_sr_attn::shift2d_backward", mutates_args=())
+def _shift_backward(grad: Tensor, x: Tensor | None) -> Tensor:
+    """Return the transpose of `shift2d`, and of the ReLU of `x` before it unless that is `None`."""
+    return _run_shift(grad, grad if x is None else x, -1, x is not None)
+
+
+@_shift_backward.register_fake
+def _(grad: Tensor, x: Tensor | None) -> Tensor:
+    return torch.empty_like(grad if is_channels_last(grad) else grad.contiguous())
+
+
+def _keep_signs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, relu = inputs
+    ctx.save_for_backward(x if relu else None)
 
 
 def _shift_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _shift(grad, -ctx.step), None
+    return _shift_backward(grad, *ctx.saved_tensors), None
 
 
-_shift.register_autograd(_shift_back, setup_context=_keep_step)
+_shift.register_autograd(_shift_back, setup_context=_keep_signs)
 
 
 def _moved(step: int) -> tuple[slice, slice]:

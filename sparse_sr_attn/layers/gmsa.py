@@ -15,7 +15,14 @@ from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional._torch import is_exporting, working_precision
 from sparse_sr_attn.functional.channels_last import channels_last, in_format_of
-from sparse_sr_attn.functional.window import apply_window_weights, window_attention, window_weights
+from sparse_sr_attn.functional.window import (
+    apply_window_weights,
+    fuses_groups,
+    grouped_window_attention,
+    split_groups,
+    window_attention,
+    window_weights,
+)
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
@@ -85,18 +92,30 @@ class SharedGMSA(AttentionLayer):
         check_map(x, self.embed_dim)
         state = check_state(state, WindowAttention, x, _HINT)
         given, x = x, channels_last(x)
-        attended = []
-        values = split_groups(self.value(x), self.embed_dim, len(state.weights))
-        for weights, query, size, value in zip(state.weights, state.queries, state.window_sizes, values, strict=False):
-            shift, unshift = window_shifts(size, state.shift, state.exact_shift)
-            if weights is not None:
-                output = apply_window_weights(weights, value, window_size=size, shift=shift, unshift=unshift)
-            else:
-                output = window_attention(
-                    cast(Tensor, query), None, value, window_size=size, shift=shift, unshift=unshift
-                )
-            attended.append(output)
-        return in_format_of(torch.add(x, self.output(torch.cat(attended, dim=1)), alpha=self.res_scale), given)
+        attended = self._attended(self.value(x), state)
+        return in_format_of(torch.add(x, self.output(attended), alpha=self.res_scale), given)
+
+    def _attended(self, value: Float[Tensor, "b c h w"], state: WindowAttention) -> Float[Tensor, "b c h w"]:
+        shifts, unshifts = zip(
+            *(window_shifts(size, state.shift, state.exact_shift) for size in state.window_sizes), strict=True
+        )
+        num_groups = len(state.window_sizes)
+        if not any(weights is not None for weights in state.weights):
+            query = cast(Tensor, state.query)
+            return grouped_window_attention(
+                query, value, window_sizes=state.window_sizes, shifts=shifts, unshifts=unshifts
+            )
+        queries = [None] * num_groups if state.query is None else split_groups(state.query, num_groups)
+        outputs = []
+        for index, (group, size) in enumerate(zip(split_groups(value, num_groups), state.window_sizes, strict=False)):
+            weights, options = state.weights[index], {"window_size": size, "shift": shifts[index]}
+            options["unshift"] = unshifts[index]
+            outputs.append(
+                window_attention(cast(Tensor, queries[index]), None, group, **options)
+                if weights is None
+                else apply_window_weights(weights, group, **options)
+            )
+        return torch.cat(outputs, dim=1)
 
 
 @LAYERS.register("GMSA", kind="layer", source=_SOURCE)
@@ -167,23 +186,20 @@ class GMSA(AttentionLayer):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         check_map(x, self.embed_dim)
-        weights: list[Tensor | None] = []
-        queries: list[Tensor | None] = []
+        query = self.query(channels_last(x))
+        num_groups = len(self.window_sizes)
+        if fuses_groups(query, num_groups):
+            return self._state([None] * num_groups, query, x)
         keeps_all = torch.is_grad_enabled() or is_exporting()
-        for query, size in zip(self.queries(x), self.window_sizes, strict=True):
+        weights: list[Tensor | None] = []
+        for group, size in zip(split_groups(query, num_groups), self.window_sizes, strict=True):
+            kept = None
             if keeps_all or size <= _LARGEST_KEPT:
                 shift, _ = window_shifts(size, self.shift, self.exact_shift)
-                dtype = stored_precision(query)
-                weights.append(window_weights(query, window_size=size, shift=shift, dtype=dtype))
-                queries.append(None)
-            else:
-                weights.append(None)
-                queries.append(query.to(working_precision(query)))
-        return self._state(x, weights, queries)
-
-    def queries(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b _ h w"], ...]:
-        """Return the queries of each group."""
-        return split_groups(self.query(channels_last(x)), self.embed_dim, len(self.window_sizes))
+                kept = window_weights(group, window_size=size, shift=shift, dtype=stored_precision(query))
+            weights.append(kept)
+        needs_query = any(kept is None for kept in weights)
+        return self._state(weights, query.to(working_precision(query)) if needs_query else None, x)
 
     def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
         """Return `x` plus its attention, with the weights of `state` if given, else its own.
@@ -196,30 +212,15 @@ class GMSA(AttentionLayer):
         if state is None:
             check_map(x, self.embed_dim)
             x = channels_last(x)  # once for both
-            queries = self.queries(x)
-            state = self._state(x, [None] * len(queries), queries)
+            state = self._state([None] * len(self.window_sizes), self.query(x), x)
         return in_format_of(self.shared(x, state), given)
 
-    def _state(self, x: Tensor, weights: Sequence[Tensor | None], queries: Sequence[Tensor | None]) -> WindowAttention:
-        return WindowAttention(
-            tuple(weights), tuple(queries), self.window_sizes, self.shift, self.exact_shift, *x.shape[-2:]
-        )
+    def _state(self, weights: Sequence[Tensor | None], query: Tensor | None, x: Tensor) -> WindowAttention:
+        return WindowAttention(tuple(weights), query, self.window_sizes, self.shift, self.exact_shift, *x.shape[-2:])
 
     def make_consumer(self) -> SharedGMSA:
         """Create a `SharedGMSA` with the width, `res_scale` and `zero_init` of this layer."""
         return SharedGMSA(self.embed_dim, res_scale=self.shared.res_scale, zero_init=self.zero_init)
-
-
-def group_widths(embed_dim: int, num_groups: int) -> list[int]:
-    """Return the channels of each group, as even as possible, larger groups first, without empty groups."""
-    least, larger = divmod(embed_dim, num_groups)
-    widths = [least + (index < larger) for index in range(num_groups)]
-    return [width for width in widths if width]
-
-
-def split_groups(x: Float[Tensor, "b c h w"], embed_dim: int, num_groups: int) -> tuple[Tensor, ...]:
-    """Split a map of `embed_dim` channels into its groups."""
-    return x.split(group_widths(embed_dim, num_groups), dim=1)
 
 
 def window_shifts(window_size: int, shift: bool, exact: bool) -> tuple[int, int]:

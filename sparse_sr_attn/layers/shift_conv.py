@@ -3,6 +3,8 @@
 Zhang et al., "Efficient Long-Range Attention Network for Image Super-resolution", ECCV 2022, arXiv 2203.06697.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.config import PositiveInt, checked
 from sparse_sr_attn.functional.channels_last import channels_last
-from sparse_sr_attn.functional.shift import Form, shift2d, shift_conv2d
+from sparse_sr_attn.functional.shift import Form, shift2d, shift2d_relu, shift_conv2d
 from sparse_sr_attn.layers.base import LAYERS, PointwiseConv2d, check_map, is_unmodified
 
 _STRIP = 2**19
@@ -114,7 +116,10 @@ class LFE(nn.Module):
         return torch.cat([self._lines(x, start, start + step) for start in range(0, x.shape[2], step)], dim=2)
 
     def _whole(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return self._shift_conv(self.conv2, F.relu(self._shift_conv(self.conv1, x)))
+        x = self._shift_conv(self.conv1, x)
+        if self.form == "masked":
+            return self._shift_conv(self.conv2, F.relu(x))
+        return cast(Tensor, self.conv2(shift2d_relu(x)))
 
     def _shift_conv(self, conv: PointwiseConv2d, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         if self.form == "masked" and is_unmodified(conv, PointwiseConv2d):

@@ -20,11 +20,11 @@ pytestmark = pytest.mark.unhooked
 LIMITS = {
     "LCoA": (21, 76, 25),
     "CoA": (4, 7, 13),
-    "GMSA": (25, 27, 54),
-    "GMSA, shifted": (25, 27, 54),
-    "LFE": (5, 5, 9),
+    "GMSA": (7, 9, 14),
+    "GMSA, shifted": (7, 9, 14),
+    "LFE": (4, 4, 8),
     "LCoAN-light": (109, 164, 159),
-    "ELAN-light": (667, 703, 1159),
+    "ELAN-light": (295, 331, 524),
 }
 
 
@@ -99,7 +99,7 @@ def test_code_takes_the_path_of_a_gpu_only_while_counting() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "launches.json"
     assert launches.main(["--operators", "LFE", "--size", "16", "--json", str(file)]) == 0
-    assert "| LFE | 5 | 5 + 9 |" in capsys.readouterr().out
+    assert "| LFE | 4 | 4 + 8 |" in capsys.readouterr().out
     found = json.loads(file.read_text())["launches"]["LFE"]
     assert found["operators"]["evaluation"]["triton shift"] == 2
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_sr_attn import GMSA, NLSA, LCoA, ShiftConv2d
 from sparse_sr_attn.functional import channels_last as layout
 from sparse_sr_attn.functional import cluster, flops, sparsemax, window
+from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.testing.strategies import Case
 
 
@@ -85,6 +86,19 @@ def test_windows_count_as_much_as_plain_code(size: tuple[int, int], keyed: bool)
         assert ours_backward == plain_backward + more
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_groups_of_windows_count_as_much_as_plain_code() -> None:
+    query, value = (torch.randn(2, c, 7, 9, requires_grad=True) for c in (5, 4))
+    groups = {"window_sizes": (2, 4), "shifts": (0, 2)}
+    (plain, _), (ours, backward) = (
+        forward_and_backward(lambda name=name: window.grouped_window_attention(query, value, **groups, backend=name))
+        for name in ("eager", "triton")
+    )
+    assert ours == plain
+    scores = 2 * 20 * 4**2, 2 * 6 * 16**2  # of both samples
+    assert backward == 2 * (scores[0] * (2 * 3 + 3 * 2) + scores[1] * (2 * 2 + 3 * 2))
+
+
 def test_sparsemax_and_pointwise_count_as_much_as_plain_code() -> None:
     query, key, value = (torch.randn(2, n, c, requires_grad=True) for n, c in ((9, 5), (11, 5), (11, 3)))
     plain, plain_backward = forward_and_backward(
@@ -119,7 +133,7 @@ def test_layers_by_hand() -> None:
 
 def test_every_operator_with_products_has_a_formula() -> None:
     names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "sparse_sr_attn::" in name}
-    without = {"fold_batch_norm", "l2_normalize", "l2_normalize_backward", "shift2d"}
+    without = {"fold_batch_norm", "l2_normalize", "l2_normalize_backward", "shift2d", "shift2d_backward"}
     assert names - set(flops._FORMULAS) == without | {"move_running_statistics", "order_clusters"}
     assert set(flops._FORMULAS) <= names
 

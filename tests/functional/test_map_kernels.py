@@ -31,16 +31,20 @@ sizes = st.tuples(*(st.integers(1, high) for high in (3, 13, 7, 7)))
 
 
 @both_memories
+@pytest.mark.parametrize("relu", [False, True])
 @few
 @given(size=sizes)
 @example(size=(2, 10, 1, 1))
 @example(size=(1, 4, 3, 3))  # too few channels to shift
 @example(size=(2, 13, 9, 11))  # several programs
-def test_shift_and_its_transpose(device: torch.device, memory: torch.memory_format, size: tuple[int, ...]) -> None:
+def test_shift_and_its_transpose(
+    device: torch.device, memory: torch.memory_format, relu: bool, size: tuple[int, ...]
+) -> None:
     x = Case().tensor("x", *size, device=device)
-    expected = slow_shift.shift2d(x.requires_grad_())
+    x[:, :, -1:] = 0  # where the gradient of ReLU is 0
+    expected = slow_shift.shift2d(x.requires_grad_().relu() if relu else x.requires_grad_())
     mine = x.detach().contiguous(memory_format=memory).requires_grad_()
-    actual = shift._shift(mine, 1)
+    actual = shift._shift(mine, relu)
     assert_bit_equal(actual, expected)
     assert actual.stride() == mine.stride()
     probe = Case().tensor("probe", *size, device=device)
@@ -145,7 +149,7 @@ from sparse_sr_attn.functional.cluster import triton_kernels
 WORK = {"fp32": tl.float32, "fp64": tl.float64}
 for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
     options = {
-        "shift": dict(STEP=-1, LAST=True, BLOCK=1024),
+        "shift": dict(STEP=-1, RELU=True, LAST=True, BLOCK=1024),
         "move_statistics": dict(MOMENTUM=0.1, EPS=1e-5, BLOCK=64),
         "fold": dict(EPS=1e-5, WORK=WORK[work], BLOCK=128),
         "normalize": dict(FLOOR=5e-5, WORK=WORK[work], ROWS=128, BLOCK=16),

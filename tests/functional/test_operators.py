@@ -11,6 +11,7 @@ from torch.testing._internal.optests import OpCheckError
 from sparse_sr_attn.functional import batch_norm, cluster, kmeans, lsh, shift, sparsemax, window  # noqa: F401  registers the operators
 from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.functional.cluster import order  # noqa: F401  registers an operator that layers import
+from sparse_sr_attn.functional.window.grid import group_widths
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case
 
@@ -168,6 +169,17 @@ def test_fused_window_attention(device: torch.device, size: tuple[int, int], key
         check(operator("window_weights_backward"), (grad, weights, *maps[:2], 2, 0.5))
 
 
+@needs_triton
+@pytest.mark.parametrize("channels", [(3, 5), (5, 1)], ids=str)
+def test_grouped_window_attention(device: torch.device, channels: tuple[int, int]) -> None:
+    query, value = (Case().tensor(name, 1, c, 3, 4, device=device) for name, c in zip("qv", channels, strict=True))
+    groups = [2, 3], [1, 2], [1, 1], *(group_widths(dim, 2) for dim in channels)
+    output, *statistics = operator("grouped_window_attention")(query, value, *groups)
+    grad = Case().tensor("grad", *output.shape, device=device)
+    check(operator("grouped_window_attention_backward"), (grad, query, value, output, *statistics, *groups))
+    check(operator("grouped_window_attention"), (query.requires_grad_(), value.requires_grad_(), *groups))
+
+
 @pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 5, 1, 1)], ids=str)
 def test_pointwise_conv2d(device: torch.device, size: tuple[int, ...]) -> None:
     x, weight, bias, grad = (
@@ -197,9 +209,11 @@ def test_move_running_statistics(device: torch.device) -> None:
 @needs_triton
 def test_kernels_of_maps(device: torch.device) -> None:
     x = Case().tensor("x", 2, 7, 3, 4, device=device).requires_grad_()
-    for step in (1, -1):
-        check(operator("shift2d"), (x, step))
-        check(operator("shift2d"), (x.detach().contiguous(memory_format=torch.channels_last), step))
+    last = x.detach().contiguous(memory_format=torch.channels_last)
+    for relu in (False, True):
+        check(operator("shift2d"), (x, relu))
+        check(operator("shift2d"), (last, relu))
+        check(operator("shift2d_backward"), (last, x.detach() if relu else None))
     vectors = [Case().tensor(name, 7, device=device).abs() for name in ("bias", "mean", "var", "scale", "offset")]
     check(operator("fold_batch_norm"), (Case().tensor("weight", 7, 5, 1, 1, device=device), *vectors, 1e-5))
     rows = Case().tensor("rows", 2, 5, 3, device=device)
@@ -296,6 +310,9 @@ def test_every_operator_is_checked_here() -> None:
         "l2_normalize",
         "l2_normalize_backward",
         "shift2d",
+        "shift2d_backward",
+        "grouped_window_attention",
+        "grouped_window_attention_backward",
         "kmeans_step",
         "order_clusters",
         "move_running_statistics",

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d, build_layer
+from sparse_sr_attn.functional import backend
 from sparse_sr_attn.functional.shift import shift2d, shift_conv2d
+from sparse_sr_attn.functional.window.grid import group_widths
 from sparse_sr_attn.layers import shift_conv
 from sparse_sr_attn.layers.batch_norm import BatchNorm2d, ConvNorm
-from sparse_sr_attn.layers.gmsa import group_widths
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
 
@@ -200,7 +201,7 @@ def test_lfe_in_strips_is_the_whole(monkeypatch: pytest.MonkeyPatch, height: int
     shapes: list[int] = []
     monkeypatch.setattr(shift_conv, "shift2d", lambda x: shapes.append(x.shape[2]) or shift2d(x))
     torch.testing.assert_close(lfe(x), whole, rtol=1e-5, atol=1e-6)
-    assert len(shapes) == 2 * -(-height // lines)
+    assert len(shapes) == -(-height // lines)  # of the first convolution
     assert max(shapes) <= lines + 4
 
 
@@ -215,10 +216,36 @@ def test_what_is_kept_of_large_windows_is_enough(shift: bool) -> None:
     with torch.no_grad():
         state = first.attend(x)
         assert [weights is None for weights in state.weights] == [False, True, True]
-        assert [query is None for query in state.queries] == [True, False, False]
+        assert state.query is not None
         assert state.map_size() == kept.map_size()
         assert_values_close(reader(x, state), reader(x, kept))
         assert_values_close(first(x, state), first(x))
+
+
+@pytest.mark.unhooked
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(("shift", "exact_shift"), [(False, True), (True, False)])
+def test_the_kernel_of_all_groups_is_the_same_layer(
+    monkeypatch: pytest.MonkeyPatch, shift: bool, exact_shift: bool
+) -> None:
+    """As on GPUs, where a state holds queries and no weights; also for a reader whose last group is empty."""
+    first = layer(shift=shift, exact_shift=exact_shift)
+    readers = [trained(SharedGMSA(channels).double(), channels) for channels in (8, 2)]
+    x, probe = features(2, 8, 5, 7).requires_grad_(), features(2, 18, 5, 7, seed=1)
+
+    def results() -> list[Tensor]:
+        state = first.attend(x)
+        assert (state.query is None) == (state.weights[0] is not None)
+        assert state.map_size() == (2, 5, 7)
+        y = torch.cat([first(x), readers[0](x, state), readers[1](x[:, :2], state)], dim=1)
+        leaves = [x, *first.parameters(), *(each for reader in readers for each in reader.parameters())]
+        return [y, *torch.autograd.grad((y * probe).sum(), leaves)]
+
+    expected = results()
+    monkeypatch.setattr(backend, "_best_backend", lambda device: "triton")
+    assert first.attend(x).query is not None
+    for mine, other in zip(results(), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5, 11])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional._torch import working_precision
-from sparse_sr_attn.functional.backend import interpreting
+from sparse_sr_attn.functional._triton import Blocks, padded, precision_options
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 
 MAX_QUERY_DIM = 256
@@ -24,39 +24,21 @@ _VALUE_COLUMNS = 128  # that one kernel gathers; wider values go in several
 _SLOTS = 64  # that a block has at most
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """Launch options of a kernel, for which `cuobjdump` reports no spilled register on sm_80 and sm_90.
-
-    Attributes:
-        rows: slots of a chunk in a program.
-        seen: slots that it reads at a time.
-        warps: warps of a program.
-        precision: of products in float32. "tf32x3" sums three products on tensor cores and errs no more than float32
-            ("ieee", without tensor cores); it is worth its registers only in rows that are not too wide.
-    """
-
-    rows: int
-    seen: int
-    warps: int = 4
-    precision: str = "tf32x3"
-
-
 # By the columns of queries and values in a block: up to 80, up to 160, and more.
 _FLOAT = {
-    "forward": (_Blocks(32, 32), _Blocks(16, 32), _Blocks(16, 32)),
-    "backward_query": (_Blocks(64, 32), _Blocks(16, 32), _Blocks(16, 16, 8, "ieee")),
-    "backward_key": (_Blocks(64, 16), _Blocks(16, 32, 8), _Blocks(16, 16, 4, "ieee")),
+    "forward": (Blocks(32, 32), Blocks(16, 32), Blocks(16, 32)),
+    "backward_query": (Blocks(64, 32), Blocks(16, 32), Blocks(16, 16, 8, "ieee")),
+    "backward_key": (Blocks(64, 16), Blocks(16, 32, 8), Blocks(16, 16, 4, "ieee")),
 }
 _HALF = {
-    "forward": (_Blocks(64, 64), _Blocks(32, 32), _Blocks(32, 32, 8)),
-    "backward_query": (_Blocks(64, 32), _Blocks(32, 32), _Blocks(32, 16)),
-    "backward_key": (_Blocks(64, 32), _Blocks(32, 16), _Blocks(32, 16)),
+    "forward": (Blocks(64, 64), Blocks(32, 32), Blocks(32, 32, 8)),
+    "backward_query": (Blocks(64, 32), Blocks(32, 32), Blocks(32, 16)),
+    "backward_key": (Blocks(64, 32), Blocks(32, 16), Blocks(32, 16)),
 }
-_DOUBLE = (_Blocks(32, 32, 4, "ieee"), _Blocks(16, 16, 8, "ieee"), _Blocks(16, 16, 8, "ieee"))
+_DOUBLE = (Blocks(32, 32, 4, "ieee"), Blocks(16, 16, 8, "ieee"), Blocks(16, 16, 8, "ieee"))
 
 
-def _blocks(kernel: str, value: torch.dtype, columns: int) -> _Blocks:
+def _blocks(kernel: str, value: torch.dtype, columns: int) -> Blocks:
     """Return the launch options for values of a dtype and rows of `columns` columns."""
     width = (columns > 80) + (columns > 160)
     if value == torch.float64:
@@ -110,9 +92,9 @@ class _Launch:
         behind, ahead = layout.reach
         num_seen = (behind + 1 + ahead) * i
         padding = layout.num_slots - n
-        block_d, block_e = _padded(query_dim), min(_padded(value_dim), _VALUE_COLUMNS)
+        block_d, block_e = padded(query_dim), min(padded(value_dim), _VALUE_COLUMNS)
         blocks = _blocks(kernel, value_dtype, block_d + block_e)
-        block_i = min(_padded(i), blocks.rows, _SLOTS)
+        block_i = min(padded(i), blocks.rows, _SLOTS)
         return cls(
             grid=(-(-i // block_i), k, batch),
             sizes=(n, i, layout.num_slots),
@@ -129,10 +111,10 @@ class _Launch:
                 "BLOCK_D": block_d,
                 "BLOCK_E": block_e,
                 "BLOCK_I": block_i,
-                "BLOCK_J": min(_padded(num_seen), blocks.seen, _SLOTS),
+                "BLOCK_J": min(padded(num_seen), blocks.seen, _SLOTS),
                 "num_warps": blocks.warps,
                 "num_stages": 2,  # of the pipeline; more spill registers
-                **_precision(query_dtype, value_dtype, blocks.precision, matmul_precision),
+                **precision_options(query_dtype, value_dtype, blocks.precision, matmul_precision),
             },
         )
 
@@ -162,31 +144,6 @@ def _seen_by(order: Tensor, neighbors: Tensor | None) -> tuple[Tensor, Tensor]:
     sample = torch.arange(len(seen), device=seen.device)[:, None]
     by = (place // min(num_seen, num_chunks)).int()
     return by, torch.searchsorted(seen, chunk) + sample * seen.shape[1]
-
-
-def _padded(size: int) -> int:
-    """Return the side of a block that holds `size`: a power of two, at least the minimum of matrix units."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _precision(query: torch.dtype, value: torch.dtype, precision: str, matmul_precision: str) -> dict[str, Any]:
-    import triton.language as tl  # noqa: PLC0415
-
-    names = {
-        torch.float64: tl.float64,
-        torch.float32: tl.float32,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-    }
-    # The interpreter takes bits of bfloat16 for numbers. Products of two are exact in float32, so nothing else changes.
-    exact = torch.float32 if interpreting() and value == torch.bfloat16 else value
-    work = torch.float64 if query == torch.float64 else torch.float32
-    coarse = value in (torch.bfloat16, torch.float16) or matmul_precision != "highest"
-    return {
-        "WORK": names[work],
-        "DOT": names[exact],
-        "PRECISION": "tf32" if coarse and work == torch.float32 else precision,
-    }
 
 
 def _row_statistics(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,9 +267,7 @@ def chain_op(similarity: Tensor, num_updates: Tensor, rank: Tensor, every: int) 
 
     num_clusters = len(similarity)
     with torch.cuda.device_of(similarity):
-        kernels.chain[(1,)](
-            similarity.contiguous(), num_updates, rank, num_clusters, every, BLOCK=_padded(num_clusters)
-        )
+        kernels.chain[(1,)](similarity.contiguous(), num_updates, rank, num_clusters, every, BLOCK=padded(num_clusters))
 
 
 def apply_pending_op(
@@ -336,8 +291,8 @@ def apply_pending_op(
             DECAY=ema_decay,
             THRESHOLD=reseed_threshold,
             EPS=eps,
-            BLOCK_K=_padded(num_clusters),
-            BLOCK_D=_padded(width),
+            BLOCK_K=padded(num_clusters),
+            BLOCK_D=padded(width),
             num_warps=8,
         )
 
@@ -356,14 +311,14 @@ def nearest_op(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     best = points.new_empty(points.shape[:2], dtype=working_precision(points))
     index = torch.empty_like(best, dtype=torch.int64)
     num_points, width = best.numel(), points.shape[-1]
-    most = min(_SLOTS, max(16, 2**13 // _padded(width)))
+    most = min(_SLOTS, max(16, 2**13 // padded(width)))
     with torch.cuda.device_of(points):
         kernels.nearest[(-(-num_points // most),)](
             *(points, centroids, best, index, num_points, len(centroids)),
             WIDTH=width,
-            BLOCK_D=_padded(width),
+            BLOCK_D=padded(width),
             BLOCK_I=most,
-            BLOCK_J=min(_padded(len(centroids)), most),
+            BLOCK_J=min(padded(len(centroids)), most),
             WORK=tl.float64 if best.dtype == torch.float64 else tl.float32,
             PRECISION="ieee",
         )

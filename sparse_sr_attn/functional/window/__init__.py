@@ -5,23 +5,26 @@ padding included), and cut into $k$ windows of $i = \mathrm{window\_size}^2$ slo
 to the pixels of its window, not to padding.
 
 Each operation has two backends with equal results: *eager*, plain code for export, and *operator*, a custom operator
-that is opaque to compilers, for everything else. A window that holds the whole map gives dense attention.
+that is opaque to compilers, for everything else. `grouped_window_attention` has a third, *triton*, one kernel for all
+groups of channels on GPUs. A window that holds the whole map gives dense attention.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.errors import BackendError, ShapeError
 from sparse_sr_attn.functional._torch import without_autocast
-from sparse_sr_attn.functional.backend import uses_operator
-from sparse_sr_attn.functional.window import eager, tiles
-from sparse_sr_attn.functional.window.grid import WindowGrid
+from sparse_sr_attn.functional.backend import resolve_backend, uses_operator
+from sparse_sr_attn.functional.window import eager, tiles, triton
+from sparse_sr_attn.functional.window.grid import WindowGrid, group_widths
 
 Form = Literal["auto", "eager", "operator"]
+GroupedForm = Literal["auto", "eager", "operator", "triton"]
 
 
 def partition(x: Float[Tensor, "b c h w"], window_size: int, shift: int = 0) -> Float[Tensor, "b k i c"]:
@@ -186,14 +189,106 @@ def window_attention(
         torch.Size([2, 16, 8, 10])
     """
     _check_key(query, key)
-    if query.shape[0] != value.shape[0] or query.shape[2:] != value.shape[2:]:
-        raise ShapeError(f"query and value must be of one size, got {tuple(query.shape)} and {tuple(value.shape)}")
+    _check_sizes(query, value)
     unshift = shift if unshift is None else unshift
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
     if uses_operator(backend, "operator"):
         return tiles.attention_op(query, key, value, window_size, shift, unshift, scale)
     with without_autocast(value):
         return eager.apply(eager.weights(query, key, grid, shift, scale), value, grid, shift, unshift)
+
+
+def grouped_window_attention(
+    query: Float[Tensor, "b d h w"],
+    value: Float[Tensor, "b e h w"],
+    *,
+    window_sizes: Sequence[int],
+    shifts: Sequence[int],
+    unshifts: Sequence[int] | None = None,
+    backend: GroupedForm = "auto",
+) -> Float[Tensor, "b e h w"]:
+    """Return `window_attention` of groups of channels, each with windows of its own size; queries are the keys.
+
+    Args:
+        query: a map of any h, w >= 1. Its channels are split as evenly as possible, larger groups first.
+        value: a map of the same size, likewise; if it has fewer channels than there are window sizes, the last groups
+            are empty.
+        window_sizes: side of the windows of each group in pixels, each >= 1.
+        shifts: pixels by which the windows of each group are moved to the right and down, each >= 0.
+        unshifts: pixels to roll back by, `shifts` by default; as in `apply_window_weights`.
+        backend: "triton" for one kernel on GPUs, "operator" or "eager" for each group in turn (as in
+            `window_weights`), or "auto" for the best of them here.
+
+    Returns:
+        A map in the dtype of `value`.
+
+    Raises:
+        BackendError: `backend` is unknown or cannot run here.
+        ShapeError: the maps differ in size, or the lists in length.
+
+    Note:
+        Differentiable. The backward recomputes the weights.
+
+    Examples:
+        >>> query, value = torch.rand(2, 12, 8, 10), torch.rand(2, 24, 8, 10)
+        >>> grouped_window_attention(query, value, window_sizes=(2, 4, 8), shifts=(1, 2, 4)).shape
+        torch.Size([2, 24, 8, 10])
+    """
+    unshifts = shifts if unshifts is None else unshifts
+    if not len(window_sizes) == len(shifts) == len(unshifts):
+        raise ShapeError(
+            f"each window size must have a shift, got {len(window_sizes)} sizes, {len(shifts)} shifts and "
+            f"{len(unshifts)} unshifts"
+        )
+    _check_sizes(query, value)
+    if backend == "triton":
+        resolve_backend(backend, query.device)
+    if backend == "triton" or (backend == "auto" and fuses_groups(query, len(window_sizes), value)):
+        widths = [group_widths(int(x.shape[1]), len(window_sizes)) for x in (query, value)]
+        widest = max(widths[0][0], widths[1][0])
+        if widest > triton.WIDEST:
+            raise BackendError(
+                f"backend 'triton' takes groups of at most {triton.WIDEST} channels, got {widest}; 'operator' and "
+                "'eager' take any number"
+            )
+        return triton.attention_op(query, value, [*window_sizes], [*shifts], [*unshifts], *widths)[0]
+    queries, values = split_groups(query, len(window_sizes)), split_groups(value, len(window_sizes))
+    outputs = [
+        window_attention(*(each, None, own), window_size=size, shift=shift, unshift=unshift, backend=backend)
+        for each, own, size, shift, unshift in zip(queries, values, window_sizes, shifts, unshifts, strict=False)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
+def fuses_groups(query: Tensor, num_groups: int, value: Tensor | None = None) -> bool:
+    """Return whether `grouped_window_attention` of `query` runs as one kernel here, and stored weights save nothing.
+
+    Args:
+        query: the map of queries.
+        num_groups: number of groups.
+        value: the map of values; `None` for one as wide as `query`.
+
+    Examples:
+        >>> fuses_groups(torch.rand(1, 12, 8, 8), num_groups=3)  # True on GPUs with triton
+        False
+    """
+    widths = [group_widths(int(x.shape[1]), num_groups)[0] for x in (query, query if value is None else value)]
+    return max(widths) <= triton.WIDEST and resolve_backend("auto", query.device) == "triton"
+
+
+def split_groups(x: Float[Tensor, "b c h w"], num_groups: int) -> tuple[Float[Tensor, "b _ h w"], ...]:
+    """Split the channels of a map as evenly as possible, larger groups first; without empty groups.
+
+    Examples:
+        >>> [group.shape[1] for group in split_groups(torch.rand(1, 8, 4, 4), 3)]
+        [3, 3, 2]
+    """
+    return x.split(group_widths(int(x.shape[1]), num_groups), dim=1)
+
+
+def _check_sizes(query: Tensor, value: Tensor) -> None:
+    if query.shape[0] != value.shape[0] or query.shape[2:] != value.shape[2:]:
+        raise ShapeError(f"query and value must be of one size, got {tuple(query.shape)} and {tuple(value.shape)}")
 
 
 def _check_key(query: Tensor, key: Tensor | None) -> None:

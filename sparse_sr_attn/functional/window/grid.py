@@ -85,3 +85,10 @@ class WindowGrid:
     def is_real(self, shift: int, device: torch.device) -> Bool[Tensor, "k i"]:
         """Return a mask of the slots that hold a pixel."""
         return (self.pixels(shift, device) < self.height * self.width).view(-1, self.window_size**2)
+
+
+def group_widths(channels: int, num_groups: int) -> list[int]:
+    """Return the channels of each group, as even as possible, larger groups first, without empty groups."""
+    least, larger = divmod(channels, num_groups)
+    widths = [least + (index < larger) for index in range(num_groups)]
+    return [width for width in widths if width]

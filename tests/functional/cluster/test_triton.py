@@ -3,14 +3,11 @@
 import os
 import subprocess
 import sys
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError
@@ -223,36 +220,7 @@ def test_sharp_attention_is_no_worse_than_dense_attention(
         assert_no_worse(mine, dense, true, factor=2.0)
 
 
-def _tf32(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round to the 10 fraction bits of TF32, ties away from zero, as `cvt.rna.tf32.f32` does."""
-    return ((numbers.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-@pytest.fixture
-def _tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter multiply float32 as tensor cores do. By itself, it ignores the precision of products."""
-    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
-    plain = builder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, imprecise: Any) -> Any:
-        name = str(input_precision).rpartition(".")[2].lower()
-        if a.data.dtype != np.float32 or name == "ieee":
-            return plain(self, a, b, d, input_precision, imprecise)
-        assert name in ("tf32", "tf32x3"), name
-        big = [_tf32(each.data) for each in (a, b)]
-        small = [_tf32(each.data - rounded) for each, rounded in zip((a, b), big, strict=True)]
-        pairs = [(big[0], big[1])]
-        if name == "tf32x3":
-            pairs = [(small[0], big[1]), (big[0], small[1]), *pairs]
-        total = d.data
-        for left, right in pairs:
-            total = np.matmul(left, right, dtype=d.data.dtype) + total
-        return type(a)(total, d.dtype.scalar)
-
-    monkeypatch.setattr(builder, "create_dot", create_dot)
-
-
-@pytest.mark.usefixtures("_tensor_cores")
+@pytest.mark.usefixtures("tensor_cores")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_tensor_cores_are_no_worse_than_dense_attention(

@@ -456,6 +456,28 @@ def test_strides_do_not_matter(device: torch.device, case: Map) -> None:
     assert_values_close(fast.window_attention(*groups, **case.windows), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=maps(max_batch=2, longest=9, largest=10, displaced=True), channels=st.tuples(*[st.integers(2, 5)] * 2))
+@example(case=PADDED, channels=(5, 2))
+@example(case=PUBLISHED_PADDED, channels=(3, 4))
+def test_groups_are_attended_one_by_one(
+    device: torch.device, backend: fast.Form, case: Map, channels: tuple[int, int]
+) -> None:
+    """The first group in windows of 2, the second in those of the case."""
+    query, value = leaves = [case.map(name, dim, device) for name, dim in zip(("q", "v"), channels, strict=True)]
+    sizes, shifts = {"window_sizes": (2, case.window_size), "shifts": (1, case.shift)}, (1, case.unshift or case.shift)
+    actual = fast.grouped_window_attention(query, value, **sizes, unshifts=shifts, backend=backend)
+    half, value_half = -(-channels[0] // 2), -(-channels[1] // 2)
+    parts = [(query[:, :half], value[:, :value_half], Map(window_size=2, shift=1))]
+    parts.append((query[:, half:], value[:, value_half:], case.but(unshift=shifts[1])))
+    expected = torch.cat([slow.window_attention(q, q, v, **each.displaced) for q, v, each in parts], dim=1)
+    pixels = case.but(unshift=shifts[1]).meant(device)
+    assert_values_close(actual[:, :, pixels], expected[:, :, pixels])
+    probe = case.tensor("probe", *expected[:, :, pixels].shape, device=device)
+    results = (gradients(each[:, :, pixels], leaves, probe) for each in (actual, expected))
+    assert_gradients_close(*results)
+
+
 # --- precision
 
 
