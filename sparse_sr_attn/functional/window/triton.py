@@ -24,11 +24,11 @@ _SLOTS = 64  # that a block has at most
 
 # By the columns of queries and values in a block: up to 64, up to 128, and more.
 _FLOAT = {
-    "forward": (Blocks(64, 32, 8), Blocks(64, 32, 8), Blocks(16, 32, 8)),
-    "backward": (Blocks(64, 32, 8), Blocks(16, 16, 8), Blocks(16, 16, 8, "ieee")),
+    "forward": (Blocks(64, 32, 8), Blocks(32, 32, 8), Blocks(16, 32, 8)),
+    "backward": (Blocks(16, 32), Blocks(16, 32, 8), Blocks(16, 16, 8, "ieee")),
 }
 _HALF = {
-    "forward": (Blocks(64, 64, 8), Blocks(64, 64, 8), Blocks(32, 32, 8)),
+    "forward": (Blocks(64, 64, 8), Blocks(64, 32, 8), Blocks(32, 32, 8)),
     "backward": (Blocks(64, 32, 8), Blocks(32, 32, 8), Blocks(16, 16, 8)),
 }
 _DOUBLE = (Blocks(16, 32, 8, "ieee"), Blocks(16, 16, 8, "ieee"), Blocks(16, 16, 8, "ieee"))
