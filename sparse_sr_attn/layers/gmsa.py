@@ -5,7 +5,7 @@ from the paper and the behaviour of the released code; deviations are listed in 
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -96,22 +96,21 @@ class SharedGMSA(AttentionLayer):
         return in_format_of(torch.add(x, self.output(attended), alpha=self.res_scale), given)
 
     def _attended(self, value: Float[Tensor, "b c h w"], state: WindowAttention) -> Float[Tensor, "b c h w"]:
-        shifts, unshifts = zip(
-            *(window_shifts(size, state.shift, state.exact_shift) for size in state.window_sizes), strict=True
-        )
-        num_groups = len(state.window_sizes)
-        if not any(weights is not None for weights in state.weights):
+        sizes, num_groups = state.window_sizes, len(state.window_sizes)
+        moves = [window_shifts(size, state.shift, state.exact_shift) for size in sizes]
+        shifts, unshifts = zip(*moves, strict=True)
+        if all(weights is None for weights in state.weights):
             query = cast(Tensor, state.query)
-            return grouped_window_attention(
-                query, value, window_sizes=state.window_sizes, shifts=shifts, unshifts=unshifts
-            )
+            return grouped_window_attention(query, value, window_sizes=sizes, shifts=shifts, unshifts=unshifts)
         queries = [None] * num_groups if state.query is None else split_groups(state.query, num_groups)
+        values = split_groups(value, num_groups)
         outputs = []
-        for index, (group, size) in enumerate(zip(split_groups(value, num_groups), state.window_sizes, strict=False)):
-            weights, options = state.weights[index], {"window_size": size, "shift": shifts[index]}
-            options["unshift"] = unshifts[index]
+        for weights, own, group, size, (shift, unshift) in zip(
+            state.weights, queries, values, sizes, moves, strict=False
+        ):
+            options: dict[str, Any] = {"window_size": size, "shift": shift, "unshift": unshift}
             outputs.append(
-                window_attention(cast(Tensor, queries[index]), None, group, **options)
+                window_attention(cast(Tensor, own), None, group, **options)
                 if weights is None
                 else apply_window_weights(weights, group, **options)
             )
