@@ -243,10 +243,14 @@ def _(
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, order, neighbors, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # of the statistics
     ctx.save_for_backward(query, key, value, order, neighbors, *output[2:])
 
 
-def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    _, _, value, _, _, largest, _ = ctx.saved_tensors
+    grad_output = torch.zeros_like(value) if grad_output is None else grad_output
+    grad_lse = torch.zeros_like(largest) if grad_lse is None else grad_lse
     grads = _attention_backward_op(grad_output, grad_lse, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, None, None, None, None, None)
 
