@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.backbones.attach import without_records
-from sparse_sr_attn.backbones.base import OPTIONS
+from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.checkpoints.load import unusable
 from sparse_sr_attn.checkpoints.read import carried_options, first_line, listed
@@ -99,7 +99,8 @@ def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loa
             raise CheckpointError(f"no entry of it is one of the network's, got {listed(list(weights))}")
         if strict and different:
             _try_strictly(network, weights, different)
-        fitting = {name: value for name, value in weights.items() if name not in different.resized}
+        unread = {OPTIONS} if isinstance(network, Network) else set()  # `check_img_range` compares them
+        fitting = {name: value for name, value in weights.items() if name not in {*different.resized, *unread}}
         network.load_state_dict(fitting, strict=strict)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ParamSpec, Self
@@ -24,6 +25,9 @@ DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 
 OPTIONS = "options"
 """Key of the options in the state dict of a network."""
+
+_SCALES = ("img_range", "rgb_mean", "res_scale")
+"""Options that scale or shift what all weights see."""
 
 P = ParamSpec("P")
 
@@ -121,7 +125,7 @@ class Network(nn.Module):
     Shapes do not determine all options of attention, nor the range of images. So every network stores its options in a
     buffer (`OPTIONS`) as JSON bytes, except for an EDSR or RCAN with neither attention nor other blocks and with
     BasicSR's range, mean and `res_scale`, whose weights BasicSR reads as its own. `load_model` reads them;
-    `load_state_dict` ignores them, present or not.
+    `load_state_dict` ignores them, present or not, but warns if the range, the mean or `res_scale` differ.
 
     Args:
         num_in_ch: channels of the input image.
@@ -195,10 +199,29 @@ class Network(nn.Module):
         return encode_options(options_of(self) or {}).to(self.mean.device)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        state_dict.pop(prefix + OPTIONS, None)
+        recorded = state_dict.pop(prefix + OPTIONS, None)
+        if isinstance(recorded, Tensor) and not recorded.is_meta:
+            self._warn_of_other_scales(recorded)
         if OPTIONS in self._buffers:  # those it was built with, whatever the file says
             state_dict[prefix + OPTIONS] = self._packed_options()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _warn_of_other_scales(self, recorded: Tensor) -> None:
+        """Warn if weights were trained with options with which this network would compute something else entirely."""
+        try:
+            theirs, ours = decode_options(recorded), options_of(self) or {}
+            for options in (theirs, ours):
+                options["rgb_mean"] = list(_mean(options["num_in_ch"], options["num_out_ch"], options["rgb_mean"]))
+        except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError):
+            return  # nothing that this class wrote
+        names = [name for name in _SCALES if name in theirs and name in ours and theirs[name] != ours[name]]
+        if names:
+            different = ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in names)
+            warnings.warn(
+                f"the weights are of an {theirs.get('type')} with {different}; build the network with these options, "
+                "or use load_model, which reads them from the weights",
+                stacklevel=2,
+            )
 
 
 class ResidualNetwork(Network):

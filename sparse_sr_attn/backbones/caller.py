@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import join_path
+from sparse_sr_attn.functional._torch import backward_is_running
 
 Forward = Callable[..., Any]
 
@@ -141,9 +142,10 @@ def run_on_view(module: nn.Module, kind: type[nn.Module], sites: Sequence[str], 
         kwargs: keyword arguments of the forward.
 
     Raises:
-        RuntimeError: blocks run without gradients inside a call with gradients, as in reentrant checkpointing; the
-            forward reached none of them through the module's children, so that no attention ran; or a module around
-            them has a forward of its own that runs the module itself, not the view.
+        RuntimeError: blocks run without gradients inside a call with gradients, as in reentrant checkpointing; blocks
+            that share states run more than once; the forward reached none of them through the module's children, so
+            that no attention ran; or a module around them has a forward of its own that runs the module itself, not the
+            view.
     """
     copies: list[_Copy] = []
     call = _Call(cast(SiteAttention, module.get_submodule("sparse_sr_attn")), list(sites), torch.is_grad_enabled())
@@ -188,12 +190,17 @@ class _Call:
         self.sites = sites
         self.with_grad = with_grad
         self.states: dict[int, Any] = {}
-        self.ran = False
+        self.ran: set[str] = set()
 
     def run(self, site: str, forward: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the forward of a site and the layers after it."""
+        if site in self.ran and self.attention.shares and not backward_is_running():
+            raise RuntimeError(
+                f"{site} runs more than once in a call of the model, where blocks that share states must run once, "
+                "because there is one state for all runs; attach with share=1"
+            )
         x = forward(*args, **kwargs)
-        self.ran = True
+        self.ran.add(site)
         if self.with_grad and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{site} runs without gradients inside a call with gradients, as in reentrant checkpointing, where "

@@ -82,6 +82,8 @@ class Probe(nn.Module):
         num_blocks: number of blocks that should run.
     """
 
+    shares = True  # blocks must run as often as those of attention that shares states
+
     def __init__(self, num_blocks: int) -> None:
         super().__init__()
         self.missing = set(range(num_blocks))

@@ -84,6 +84,7 @@ def at_img_range(model: Network, img_range: float) -> EDSR:
     scaled = EDSR(**{name: value for name, value in options.items() if name != "type"} | {"img_range": img_range})
     factor = img_range / model.img_range
     state = {name: value * factor if name.endswith(".bias") else value for name, value in model.state_dict().items()}
+    state.pop(OPTIONS, None)  # of the other range
     scaled.load_state_dict(state)
     return scaled.train(model.training)
 

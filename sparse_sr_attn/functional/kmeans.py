@@ -54,18 +54,21 @@ class KMeansState(NamedTuple):
 def initial_state(num_clusters: int, dim: int, seed: int = 0) -> KMeansState:
     """Return the initial state: `num_clusters` random unit vectors of `dim` elements, which depend only on `seed`.
 
+    Its numbers are in float32, or in torch's default dtype if that is higher.
+
     Examples:
         >>> initial_state(num_clusters=8, dim=4).centroids.shape
         torch.Size([8, 4])
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(num_clusters, dim, generator=generator, device="cpu", dtype=torch.float32)
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     return KMeansState(
-        centroids=F.normalize(directions, dim=-1),
-        usage=torch.full((num_clusters,), 1 / num_clusters),
-        pending_sums=torch.zeros(num_clusters, dim),
-        pending_counts=torch.zeros(num_clusters),
-        pending_seeds=torch.zeros(num_clusters, dim),
+        centroids=F.normalize(directions, dim=-1).to(dtype),
+        usage=torch.full((num_clusters,), 1 / num_clusters, dtype=dtype),
+        pending_sums=torch.zeros(num_clusters, dim, dtype=dtype),
+        pending_counts=torch.zeros(num_clusters, dtype=dtype),
+        pending_seeds=torch.zeros(num_clusters, dim, dtype=dtype),
         num_updates=torch.zeros((), dtype=torch.int64),
         num_skipped=torch.zeros((), dtype=torch.int64),
     )

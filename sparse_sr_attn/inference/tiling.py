@@ -7,6 +7,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from sparse_sr_attn.errors import ShapeError
+
 T = TypeVar("T")
 
 Progress = Callable[[int, int], object]
@@ -39,6 +41,8 @@ def upscale_tiled(
         `docs/upscale.md` gives the differences.
 
     Raises:
+        ShapeError: `net` does not enlarge each tile by the same integer factor.
+        TypeError: `net` returns integers, which cannot be blended.
         ValueError: `tile`, `overlap` or `blend` is out of range.
 
     Examples:
@@ -76,6 +80,8 @@ def upscaled_strips(
     `upscale_tiled`. `net` gets unconverted parts of `images`, and may convert them itself.
 
     Raises:
+        ShapeError: `net` does not enlarge each tile by the same integer factor.
+        TypeError: `net` returns integers, which cannot be blended.
         ValueError: `tile`, `overlap` or `blend` is out of range.
 
     Examples:
@@ -90,11 +96,13 @@ def upscaled_strips(
     rows = _cuts(images.shape[-2], tile, overlap, blend // 2)
     columns = _cuts(images.shape[-1], tile, overlap, blend // 2)
     band: Tensor | None = None  # the rows that are not finished
+    scale = 0
     for down, row in enumerate(rows):
         for across, column in enumerate(columns):
             part = images[..., row.start : row.start + row.length, column.start : column.start + column.length]
             piece = net(part)
-            scale = piece.shape[-1] // column.length
+            scale = scale or piece.shape[-1] // column.length
+            _check_piece(piece, part, scale, blend)
             if across == 0:
                 above = band
                 band = piece.new_zeros(*piece.shape[:-2], (row.last - row.first) * scale, images.shape[-1] * scale)
@@ -110,6 +118,18 @@ def upscaled_strips(
         finished = (rows[down + 1].first if down + 1 < len(rows) else row.last) - row.first
         yield band[..., : finished * scale, :]
         band = band[..., finished * scale :, :]
+
+
+def _check_piece(piece: Tensor, part: Tensor, scale: int, blend: int) -> None:
+    """Raise an error if a tile cannot be put together with others."""
+    expected = (*part.shape[:-3], *(side * scale for side in part.shape[-2:]))
+    if scale < 1 or (*piece.shape[:-3], *piece.shape[-2:]) != expected:
+        factor = f"the integer factor of the first one, {scale}" if scale else "an integer factor"
+        raise ShapeError(
+            f"net must enlarge each tile by {factor}; got {tuple(piece.shape)} for a tile of {tuple(part.shape)}"
+        )
+    if blend and not piece.is_floating_point():
+        raise TypeError(f"net must return floating-point images to blend them, got {piece.dtype}; round them later")
 
 
 def num_tiles(height: int, width: int, tile: int, overlap: int) -> int:

@@ -27,12 +27,13 @@ class BatchNorm2d(RunningStateModule, nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    momentum: float
+    momentum: float | None
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Return the normalised map."""
-        if not self.training:
+        if not self.training or not self.track_running_stats:
             return super().forward(x)
+        momentum = 1 / (1 + int(self.num_batches_tracked)) if self.momentum is None else self.momentum
         return batch_norm(
             x,
             self.weight,
@@ -40,15 +41,16 @@ class BatchNorm2d(RunningStateModule, nn.BatchNorm2d):
             self.running_mean,
             self.running_var,
             self.num_batches_tracked,
-            momentum=self.momentum,
+            momentum=momentum,
             eps=self.eps,
         )
 
 
 class ConvNorm(nn.Module):
-    """1x1 convolution and batch normalisation, fused into one convolution in evaluation unless they have hooks.
+    """1x1 convolution and batch normalisation, fused into one convolution if the latter is in evaluation mode.
 
-    The fused weights are computed in every forward, at negligible cost, so they are never out of date.
+    The fused weights are computed in every forward, at negligible cost, so they are never out of date. Modules with
+    hooks are not fused.
 
     Args:
         in_channels: channels of the input.
@@ -66,9 +68,10 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         """Return the normalised map."""
-        if not self.training and is_unmodified(self.conv, PointwiseConv2d) and is_unmodified(self.norm, BatchNorm2d):
-            return pointwise_conv2d(x, *self.folded())
-        return self.norm(self.conv(x))
+        unmodified = is_unmodified(self.conv, PointwiseConv2d) and is_unmodified(self.norm, BatchNorm2d)
+        if not unmodified or self.training or self.norm.training or not self.norm.track_running_stats:
+            return self.norm(self.conv(x))
+        return pointwise_conv2d(x, *self.folded())
 
     def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
         """Return weight and bias of the fused convolution."""

@@ -298,6 +298,28 @@ def test_reentrant_checkpointing_would_lose_gradients_and_is_refused() -> None:
         model(image(1, 3, 6, 7))
 
 
+class Frames(Numbered):
+    """Runs each block on all frames before the next block: as often as there are frames."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = [self.fea_conv(frame) for frame in x.unsqueeze(1).flatten(1, -4).unbind(1)]
+        for block in (self.B1, self.B2, self.B3, self.B4):
+            frames = [block(frame) for frame in frames]
+        return torch.stack([self.tail(frame) for frame in frames], dim=1)
+
+
+def test_a_later_call_that_runs_blocks_several_times_is_refused_if_they_share() -> None:
+    """A state would be that of the last frame for all of them."""
+    several = image(2, 3, 3, 6, 7)
+    model = attach(Frames(), "B*", every=1, share=2, zero_init=False, **OPTIONS).eval()
+    assert model(several[:, :1]).shape == (2, 1, 3, 12, 14)
+    with pytest.raises(RuntimeError, match=r"B1 runs more than once in a call of the model.*share=1"):
+        model(several)
+    alone = attach(Frames(), "B*", every=1, share=1, zero_init=False, **OPTIONS).eval()
+    for expected, frame in zip(alone(several).unbind(1), several.split(1, dim=1), strict=True):
+        torch.testing.assert_close(alone(frame)[:, 0], expected)
+
+
 def _train_together(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     model = attended("attributes")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
-from sparse_sr_attn.backbones.base import Network, encode_options, options_of
+from sparse_sr_attn.backbones.base import DIV2K_MEAN, Network, encode_options, options_of
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lcoan_small_x2_13x17_repeat.safetensors"
@@ -435,8 +435,21 @@ def test_networks_unlike_basicsrs_carry_their_options(build: Callable[..., Netwo
     model = build(num_feat=8, num_block=2, upscale=2, **option).eval()
     state = model.state_dict()
     assert_same(load_model(state), model)
-    build(num_feat=8, num_block=2, upscale=2).load_state_dict(state)  # of another range: the options stay its own
+    other, (name, value) = build(num_feat=8, num_block=2, upscale=2), *option.items()
+    with pytest.warns(UserWarning, match=rf"the weights are of an .* with {name} .*, not .*; build the network with"):
+        other.load_state_dict(state)
+    assert getattr(other, name, None) != value  # the options stay its own
     model.load_state_dict({key: value for key, value in state.items() if key != "options"})
+
+
+@pytest.mark.parametrize("options", [encode_options({"img_range": None}), torch.full((9,), 1e9), torch.zeros(2, 3)])
+def test_equal_scales_in_other_words_and_options_of_others_are_no_reason_to_warn(options: Tensor) -> None:
+    def build(**scales: Any) -> nn.Module:
+        return nn.Sequential(EDSR(num_feat=8, num_block=2, upscale=2, attention={**LCOA, "every": 1}, **scales))
+
+    model = build(img_range=1, rgb_mean=DIV2K_MEAN)
+    model.load_state_dict(build(img_range=1.0).state_dict())
+    model.load_state_dict({**model.state_dict(), "0.options": options})
 
 
 def test_networks_like_basicsrs_carry_nothing() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_sr_attn import EDSR, LCoAN
+from sparse_sr_attn import EDSR, LCoAN, ShapeError
 from sparse_sr_attn.inference.tiling import upscale_tiled, upscaled_strips, with_smaller_tiles
 
 SIZES = st.tuples(*[st.integers(1, 40)] * 2)
@@ -155,6 +155,38 @@ def test_not_a_number_stays_in_its_tile() -> None:
     tiled = upscale_tiled(net, images, 10, 4, blend=2)[0, 0, 0]
     assert tiled[:7].isnan().all()  # they meet at 8, one pixel to each side
     assert not tiled[9:].isnan().any()
+
+
+def upsample(factor: float) -> nn.Module:
+    return nn.Upsample(scale_factor=factor)
+
+
+@pytest.mark.parametrize("net", [
+    upsample(0.5),
+    upsample(1.5),
+    lambda part: upsample(2)(part)[..., 2:-2, 2:-2],  # without padding
+    lambda part: upsample(2)(nn.functional.pad(part, (0, -part.shape[-1] % 8, 0, -part.shape[-2] % 8))),
+    lambda part: upsample(4 if part.min() else 2)(part),  # the first tile has the 0
+    lambda part: upsample(2)(part)[:1],
+])  # fmt: skip
+def test_networks_that_enlarge_by_no_integer_factor_are_refused(net: Callable[[Tensor], Tensor]) -> None:
+    images = torch.arange(2 * 37 * 53.0).view(2, 1, 37, 53)
+    with pytest.raises(ShapeError, match=r"net must enlarge each tile by .* factor.*; got \(.*\) for a tile of \(2"):
+        upscale_tiled(net, images, 20, 6)
+
+
+@pytest.mark.parametrize("blend", [0, 4])
+def test_integers_are_put_together_but_not_blended(blend: int) -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+
+    def net(part: Tensor) -> Tensor:
+        return part.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+    if blend:
+        with pytest.raises(TypeError, match=r"net must return floating-point images to blend them, got torch\.uint8"):
+            upscale_tiled(net, images, 8, 4, blend=blend)
+    else:
+        assert torch.equal(upscale_tiled(net, images, 8, 4), net(images))
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,35 @@ def test_synchronised_batch_norm_can_replace_it() -> None:
     assert_values_close(converted.eval()(x), layer().eval()(x))
 
 
+def own_statistics(norm: nn.BatchNorm2d) -> None:
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+
+
+def untracked(norm: nn.BatchNorm2d) -> None:
+    norm.track_running_stats = False
+
+
+def cumulative(norm: nn.BatchNorm2d) -> None:
+    norm.reset_running_stats()
+    norm.momentum = None  # as `torch.optim.swa_utils.update_bn` does
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("change", [nn.Module.train, nn.Module.eval, own_statistics, untracked, cumulative])
+def test_normalisation_obeys_the_settings_of_its_own_module(change: Any, training: bool) -> None:
+    """Recipes that freeze, adapt or recompute statistics set them in the normalisation alone."""
+    ours, theirs = ConvNorm(8, 8).double(), nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).double()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), trained(ours).state_dict().values(), strict=True)))
+    for module, norm in ((ours, ours.norm), (theirs, theirs[1])):
+        module.train(training)
+        change(norm)
+    for step in range(3):
+        x = features(2, 8, 5, 7, seed=step)
+        assert_values_close(ours(x), theirs(x))
+    for actual, expected in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.unhooked
 @pytest.mark.parametrize("size", [(12, 12), (2, 3)])
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Statistics of k-means in networks that are cast to low precision, or loaded in it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +16,16 @@ from sparse_sr_attn.layers.running_state import KMeansStatistics
 STATISTICS = tuple(name for name in KMeansState._fields if not name.startswith("num_"))
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def statistics(layer: torch.nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in layer.named_buffers() if name.rpartition(".")[2] in STATISTICS}
 
@@ -26,9 +38,13 @@ LAYERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_clusters_of_more_tokens_than_float16_can_count(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("built", [False, True])
+def test_clusters_of_more_tokens_than_float16_can_count(name: str, dtype: torch.dtype, built: bool) -> None:
+    """Whether the layer was cast to the precision, or built in it."""
     torch.manual_seed(0)
-    layer = LAYERS[name]().to(dtype).train()
+    with default_dtype(dtype if built else torch.float32):
+        layer = LAYERS[name]().train()
+    layer = layer if built else layer.to(dtype)
     assert len(statistics(layer)) == (10 if name == "LCoA" else 5)
     x = torch.randn(1, 8, 1, 1).expand(1, 8, 300, 300).to(dtype)  # 90,000 tokens in one cluster
     for _ in range(3):
@@ -53,6 +69,13 @@ def test_casts_keep_the_numbers_of_statistics() -> None:
             assert torch.equal(value, before[name]), name
     for value in statistics(layer.double()).values():
         assert value.dtype == torch.float64
+
+
+def test_the_default_dtype_raises_the_precision_of_statistics() -> None:
+    with default_dtype(torch.float64):
+        layer = LAYERS["LCoA"]()
+    for name, value in statistics(layer).items():
+        assert value.dtype == torch.float64, name
 
 
 @pytest.mark.parametrize("assign", [False, True])
