@@ -125,6 +125,13 @@ def test_the_page_has_the_figures_on_record() -> None:
     assert set(NAMES) <= measured
 
 
+def test_tables_count_steps_as_numbers() -> None:
+    budgets = ["15,000 × 8 × 48²", "", "3,000 × 16 × 48²", "800 × 8 × 32², after X", "3,000 × 8 × 32²", "5,500 of 15,000 × 8"]
+    figures = [recipe.Figure("X", 2, "Set5", 30.0, 0.9, 1, budget) for budget in budgets]
+    shown = [line.split("|")[3].strip() for line in recipe.table(figures).splitlines()[2:]]
+    assert shown == [budgets[place] for place in (1, 3, 4, 2, 5, 0)]
+
+
 def test_the_readme_has_the_figures_on_record() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     budgets = {"", "15,000 × 8 × 48²"}
