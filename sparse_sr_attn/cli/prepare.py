@@ -86,8 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     taken = [part for part in (output / "HR", output / f"LR_x{scale}") if os.path.lexists(part)]
     if taken and not arguments.overwrite:
         raise UsageError(f"{name(taken[0])} already exists; use --overwrite")
-    files = {file.absolute(): file for path in arguments.input for file in images_in(path)}
-    files = without_results(list(files.values()))
+    once = {file.absolute(): file for path in arguments.input for file in images_in(path)}
+    files = without_results(list(once.values()))
     named = dict(zip(distinct_names(files), files, strict=True))
     small: list[Path] = []
     count = write_pairs(_read(named, max(crop, scale), small), output, scale, tile=tile, crop=crop)

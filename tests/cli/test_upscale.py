@@ -700,7 +700,7 @@ def test_results_of_other_runs_are_not_enlarged(upscale: Any, as_folder: bool) -
         "sparse-sr: note: 6 of 13 images are results next to their originals and are skipped: "
         "in/B_clusters.png, in/a_x2.png, in/a_x4.png, ...\n"
     )
-    assert upscale("in/a_x2.png", "--output", "out/")[0] == 0  # alone
+    assert upscale("in/a_x2.png", "--output", "alone/")[0] == 0
 
 
 def run_command(arguments: list[str], data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
