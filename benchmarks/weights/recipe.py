@@ -12,6 +12,7 @@ to build/weights, and a training that was stopped resumes. All networks see the 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -291,7 +292,6 @@ def recorded() -> list[Figure]:
 
 def record(figures: Sequence[Figure]) -> None:
     """Write the record, and the tables of the page."""
-    figures = sorted(figures, key=lambda one: (one.upscale, one.trained_on, one.parameters or 0, one.network))
     RECORD.write_text(json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False) + "\n")
     page = PAGE.read_text()
     for name, shown in (("included", included(figures)), ("all", figures)):
@@ -327,6 +327,7 @@ def described(option_file: Mapping[str, Any]) -> str:
 def table(figures: Sequence[Figure]) -> str:
     """Return the figures as Markdown, PSNR in dB and SSIM of each set; in brackets PSNR with attention switched off."""
     sets = list(dict.fromkeys(figure.photographs for figure in figures))
+    figures = sorted(figures, key=place)
     lines = [
         f"| | parameters | steps × patches × pixels | {' | '.join(sets)} | entropy |",
         f"|---|---|---|{'---|' * len(sets)}---|",
@@ -343,6 +344,12 @@ def table(figures: Sequence[Figure]) -> str:
             cells = [f"{published[p][0]:.2f} / {published[p][1]:.4f}" if p in published else "" for p in sets]
             lines.append(f"| ×{one.upscale} {one.network}, published | {size} | DIV2K | {' | '.join(cells)} | |")
     return "\n".join(lines) + "\n"
+
+
+def place(figure: Figure) -> tuple[int, list[int], int, str]:
+    """Return what tables are sorted by: factor, the numbers of the training, size, name."""
+    budget = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", figure.trained_on)]
+    return figure.upscale, budget, figure.parameters or 0, figure.network
 
 
 def cell(figure: Figure | None) -> str:

@@ -30,22 +30,32 @@ def trained_weights() -> dict[str, Path]:
     return {file.stem: file for file in sorted(_TRAINED.glob("*.safetensors"))}
 
 
+def find_file(source: object) -> Path:
+    """Return the file of weights, or of the trained weights of that name.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"source must be a file or a state dict, got a {type(source).__name__}")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    known = trained_weights()
+    if str(source) not in known:
+        names = f", nor are there included weights of that name{suggestion(source, list(known))}"
+        names = "" if path.suffix else f"{names}; create_model builds an untrained network by name"
+        raise CheckpointError(f"there is no such file{names}")
+    return known[str(source)]
+
+
 def read_file(source: object) -> object:
     """Return the content of a file, or of the trained weights of that name.
 
     Raises:
         CheckpointError: the file does not exist or cannot be read as data.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        raise CheckpointError(f"source must be a file or a state dict, got a {type(source).__name__}")
-    path = Path(source).expanduser()
-    if not path.is_file():
-        known = trained_weights()
-        if str(source) not in known:
-            names = f", nor are there included weights of that name{suggestion(source, list(known))}"
-            names = "" if path.suffix else f"{names}; create_model builds an untrained network by name"
-            raise CheckpointError(f"there is no such file{names}")
-        path = known[str(source)]
+    path = find_file(source)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # noqa: PLC0415  (only here is it needed)

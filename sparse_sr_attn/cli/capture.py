@@ -11,7 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.cli.common import UsageError, add_weights, images_in, load, name, require, show, table
+from sparse_sr_attn.cli.common import (
+    UsageError,
+    add_weights,
+    images_in,
+    load,
+    name,
+    require,
+    show,
+    table,
+    without_results,
+)
 from sparse_sr_attn.data.atomic import atomic_write, check_writable
 from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import matlab_bicubic
@@ -85,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require("PIL", "numpy")
     patterns = _checked(arguments)
-    files = images_in(arguments.images)[: arguments.limit]
+    files = without_results(images_in(arguments.images))[: arguments.limit]
     model = load(arguments)
     layer, captures = "", {}
     for number, file in enumerate(files):

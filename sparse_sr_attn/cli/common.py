@@ -5,13 +5,14 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sparse_sr_attn.errors import ConfigError, ProcessError, SparseSRError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, ProcessError, SparseSRError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _PACKAGES = {"PIL": "pillow"}
 """Packages whose name differs from that of their module."""
+_NAMED = 3
+"""Files named in a note before it stops."""
 
 
 DEFAULT_WEIGHTS = {2: "EDSR-LCoA_x2", 4: "LCoAN-light_x4"}
@@ -114,6 +117,27 @@ def images_in(path: Path) -> list[Path]:
     return images
 
 
+def without_results(images: Sequence[Path]) -> list[Path]:
+    """Leave out, with a note, results of earlier commands next to their originals: photo_x2.png next to photo.jpg."""
+    originals = {(image.parent, part.casefold()) for image in images for part in (image.stem, image.name)}
+    results = []
+    for image in images:
+        original = re.fullmatch(r"(.+)_(x\d+|clusters|attention|overlap)\.png", image.name, re.DOTALL)
+        if original and (image.parent, original[1].casefold()) in originals:
+            results.append(image)
+    if results:
+        say(
+            f"note: {len(results)} of {len(images)} images are results next to their originals and are skipped: "
+            f"{some(results)}"
+        )
+    return [image for image in images if image not in results]
+
+
+def some(files: Sequence[Path]) -> str:
+    """Return the names of the first files."""
+    return ", ".join(map(name, files[:_NAMED])) + (", ..." if len(files) > _NAMED else "")
+
+
 def distinct_names(files: Sequence[Path]) -> list[str]:
     """Return a unique name for each file: its stem if unique, else its file name, else with its folder's name.
 
@@ -162,25 +186,36 @@ def output_file(arguments: argparse.Namespace) -> Path:
     """Return the file that a command must write.
 
     Raises:
-        UsageError: none is given, or two.
+        UsageError: none is given, or two, or it exists.
     """
     given = [file for file in (arguments.output, arguments.to) if file is not None]
     if len(given) != 1:
         files = " and ".join(map(name, given)) or "none"
         raise UsageError(f"--output must name the one file to write, got {files}")
+    check_new(given[0], arguments)
     return Path(given[0])
 
 
-def add_weights(parser: argparse.ArgumentParser, group: argparse._MutuallyExclusiveGroup | None = None) -> None:
-    """Add the arguments that `load` reads; `--weights` to a group, if there is one."""
-    (group or parser).add_argument(
+def check_new(output: Path, arguments: argparse.Namespace) -> None:
+    """Refuse to replace a file without `--overwrite`, before any work.
+
+    Raises:
+        UsageError: the file exists.
+    """
+    if os.path.lexists(output) and not arguments.overwrite:
+        raise UsageError(f"{name(output)} already exists; use --overwrite")
+
+
+def add_weights(parser: argparse.ArgumentParser, *, default: bool = True) -> None:
+    """Add the arguments that `load` reads; without `default`, the command chooses the weights if none are given."""
+    parser.add_argument(
         "-w",
         "--weights",
-        default=DEFAULT_WEIGHTS[2],
+        default=DEFAULT_WEIGHTS[2] if default else None,
         type=Path,
         metavar="FILE|NAME",
         help=".pth or .safetensors, ours or from another codebase, or weights included in the library "
-        "(`sparse-sr list`); they determine the network (default: %(default)s)",
+        f"(`sparse-sr list`); they determine the network (default: {DEFAULT_WEIGHTS[2]})",
     )
     add_options(parser)
     add_device(parser)
@@ -281,12 +316,17 @@ def load(arguments: argparse.Namespace) -> "Network":
     """Load the network of `--weights` and `--set`, on `--device` if the command has that argument.
 
     Raises:
-        UsageError: the device is not available, or `--set` is invalid.
+        UsageError: the weights do not exist, the device is not available, or `--set` is invalid.
         CheckpointError: the weights cannot be read.
         ConfigError: an option is invalid.
     """
     from sparse_sr_attn.checkpoints.load import load_and_tell  # noqa: PLC0415
+    from sparse_sr_attn.checkpoints.read import find_file  # noqa: PLC0415
 
+    try:
+        find_file(arguments.weights)
+    except CheckpointError as error:
+        raise UsageError(f"{name(arguments.weights)}: {error}") from error
     device = find_device(getattr(arguments, "device", "cpu"))
     import_modules(arguments)
     given = options(arguments)

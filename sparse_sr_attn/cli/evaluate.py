@@ -21,6 +21,7 @@ from sparse_sr_attn.cli.common import (
     require,
     show,
     table,
+    without_results,
 )
 from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import crop_to_multiple
@@ -82,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require("PIL", "numpy")
     _check(arguments)
+    arguments.truths = {folder: _truth_pictures(arguments, folder) for folder in _test_sets(arguments)}
     networks = _networks(arguments)
     if arguments.without_attention and not any(map(has_attention, networks.values())):
         raise UsageError(f"--without-attention: none of these networks has attention: {', '.join(map(name, networks))}")
@@ -157,11 +159,23 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--names must each have one {{}}, got {template}")
 
 
+def _test_sets(arguments: argparse.Namespace) -> list[Path]:
+    """Return the folders of the ground truth."""
+    return list(arguments.folders if arguments.weights or arguments.bicubic else arguments.folders[1:])
+
+
+def _truth_pictures(arguments: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """Return the pictures of a test set by name."""
+    pictures = _pictures(folder, arguments.names[1])
+    originals = without_results(list(pictures.values()))
+    pictures = {label: path for label, path in pictures.items() if path in originals}
+    _check_grey(arguments, pictures)
+    return pictures
+
+
 def _truths(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
     """Yield the name, the file and the pixels of each picture of a test set."""
-    pictures = _pictures(folder, arguments.names[1])
-    _check_grey(arguments, pictures)
-    for label, path in pictures.items():
+    for label, path in arguments.truths[folder].items():
         with _about(path):
             yield label, path, _read(path, grey=label in arguments.grey)
 
@@ -186,9 +200,7 @@ def _without_attention(arguments: argparse.Namespace, model: Network, folder: Pa
 
 
 def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
-    results, truths = (
-        _pictures(folder, template) for folder, template in zip(arguments.folders, arguments.names, strict=True)
-    )
+    results, truths = _pictures(arguments.folders[0], arguments.names[0]), arguments.truths[arguments.folders[1]]
     if missing := sorted(truths.keys() - results.keys()):
         some = f"{name(next(iter(results.values())).name)}, {name(truths[missing[0]].name)}"
         near = [path.stem.replace(missing[0], "{}", 1) for path in results.values() if missing[0] in path.stem]
@@ -197,7 +209,6 @@ def _results(arguments: argparse.Namespace) -> Iterator[tuple[str, Score]]:
             f"no result for {', '.join(map(name, missing))} in {name(arguments.folders[0])}; --names gives the file "
             f"names, which are like {some}{remedy}"
         )
-    _check_grey(arguments, truths)
     protocol: Protocol = arguments.protocol or "basicsr"
     for label, path in truths.items():
         grey = label in arguments.grey

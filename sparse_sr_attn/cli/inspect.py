@@ -1,6 +1,7 @@
 """`sparse-sr inspect`: pictures of what the attention of a network does with an image."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.cli.common import UsageError, add_weights, load, name, require, show
+from sparse_sr_attn.cli.common import UsageError, add_weights, check_new, load, name, require, show
 from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, read_image, write_image
 from sparse_sr_attn.errors import ImageError, SparseSRError
 from sparse_sr_attn.inference.upscale import network_input
@@ -65,11 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     require("PIL", "numpy")
     import numpy as np  # noqa: PLC0415
 
+    if not os.path.lexists(arguments.image):
+        raise UsageError(f"{name(arguments.image)}: no such image")
     output = arguments.output or arguments.image.with_name(f"{arguments.image.stem}_{arguments.what}.png")
     try:
         check_format(output, Picture(np.zeros((1, 1, 3), np.uint8)))
     except ImageError as error:
         raise UsageError(f"--output {error}") from error
+    check_new(output, arguments)
     model = load(arguments)
     try:
         low = network_input(read_image(arguments.image, max_pixels=MAX_PIXELS), model.num_in_ch)

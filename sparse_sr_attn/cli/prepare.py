@@ -7,7 +7,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparse_sr_attn.cli.common import UsageError, distinct_names, images_in, name, require, say, show
+from sparse_sr_attn.cli.common import (
+    UsageError,
+    distinct_names,
+    images_in,
+    name,
+    require,
+    say,
+    show,
+    some,
+    without_results,
+)
 from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.pairs import write_pairs
 from sparse_sr_attn.errors import ImageError
@@ -28,8 +38,6 @@ their images; if two would have the same name, with the suffix or also the folde
 pairs are complete.
 
 Exit status: 0 success; 1 an image cannot be read, or the output not be written; 2 wrong command line."""
-
-_NAMED = 3  # skipped images in a note
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,13 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
     taken = [part for part in (output / "HR", output / f"LR_x{scale}") if os.path.lexists(part)]
     if taken and not arguments.overwrite:
         raise UsageError(f"{name(taken[0])} already exists; use --overwrite")
-    files = list({file.absolute(): file for path in arguments.input for file in images_in(path)}.values())
+    once = {file.absolute(): file for path in arguments.input for file in images_in(path)}
+    files = without_results(list(once.values()))
     named = dict(zip(distinct_names(files), files, strict=True))
     small: list[Path] = []
     count = write_pairs(_read(named, max(crop, scale), small), output, scale, tile=tile, crop=crop)
     if small:
-        some = ", ".join(map(name, small[:_NAMED])) + (", ..." if len(small) > _NAMED else "")
-        say(f"note: {len(small)} of {len(files)} images skipped, with a side shorter than {max(crop, scale)}: {some}")
+        shorter = f"with a side shorter than {max(crop, scale)}"
+        say(f"note: {len(small)} of {len(files)} images skipped, {shorter}: {some(small)}")
     show(f"{count} pairs from {len(files) - len(small)} images -> {name(output)}")
     return 0
 

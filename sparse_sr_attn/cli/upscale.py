@@ -23,6 +23,8 @@ from sparse_sr_attn.cli.common import (
     require,
     say,
     show,
+    some,
+    without_results,
 )
 from sparse_sr_attn.data.atomic import check_writable
 from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, format_of, read_image, suffixes, write_image
@@ -43,7 +45,8 @@ examples:
 
 Reads any image that Pillow reads. Grey stays grey, 16-bit grey stays 16-bit, alpha and the colour profile are kept, and
 EXIF rotation is applied. An image that cannot be read is reported in one line, and the others continue. With several
-images, those with an existing result are skipped, so you can repeat a run that was stopped."""
+images, those with an existing result are skipped, so you can repeat a run that was stopped, and so are results next to
+their originals (photo_x2.png, if photo.jpg is there)."""
 EPILOG = """\
 Images are cut into overlapping tiles, which are blended. Attention sees only its own tile: smaller tiles need less
 memory and give attention less to use. When memory runs out, the image is processed again in smaller tiles.
@@ -75,11 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE|FOLDER",
         help="what to upscale; subfolders are skipped; - is standard input",
     )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "-s", "--scale", type=int, metavar="N", help="super-resolution factor, for the included weights"
+    parser.add_argument(
+        "-s", "--scale", type=int, metavar="N", help="super-resolution factor; chooses among the included weights"
     )
-    add_weights(parser, weights)
+    add_weights(parser, default=False)
     parser.add_argument(
         "-o",
         "--output",
@@ -121,9 +123,14 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     sources = _sources(arguments)
     several = len(sources) > 1 or any(os.path.isdir(path) for path in arguments.input)
+    sources = {image: sources[image] for image in without_results(list(sources))}
     if arguments.output not in (None, "-"):
         _folder(arguments, several=several)
     model = load(arguments)
+    if arguments.scale not in (None, model.upscale):
+        raise UsageError(
+            f"--scale must be {model.upscale}, that of {name(arguments.weights)}, or omitted; got {arguments.scale}"
+        )
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()
     jobs = _jobs(arguments, sources, model.upscale, several=several)
@@ -175,7 +182,7 @@ def keep_freed_memory(keep: bool = True) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.tile < 0:
         raise UsageError(f"--tile must be >= 1, or 0 for the whole image, got {arguments.tile}")
-    if arguments.scale is not None:
+    if arguments.weights is None:
         _choose(arguments)
     if arguments.max_pixels < 1:
         raise UsageError(f"--max-pixels must be >= 1, got {arguments.max_pixels}")
@@ -194,9 +201,13 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _choose(arguments: argparse.Namespace) -> None:
     """Choose the weights of `--scale`."""
-    if arguments.scale not in DEFAULT_WEIGHTS:
-        raise UsageError(f"--scale must be one of {sorted(DEFAULT_WEIGHTS)}, got {arguments.scale}")
-    arguments.weights = Path(DEFAULT_WEIGHTS[arguments.scale])
+    scale = 2 if arguments.scale is None else arguments.scale
+    if scale not in DEFAULT_WEIGHTS:
+        raise UsageError(
+            f"--scale must be one of {sorted(DEFAULT_WEIGHTS)} with the included weights, got {scale}; for another, "
+            "pass --weights"
+        )
+    arguments.weights = Path(DEFAULT_WEIGHTS[scale])
 
 
 def _to_stdout(arguments: argparse.Namespace) -> bool:
@@ -273,11 +284,15 @@ def _unfinished(jobs: list[_Job], arguments: argparse.Namespace) -> list[_Job]:
     targets = {job.target.absolute() for job in jobs}
     images = [job for job in jobs if job.source.absolute() not in targets]
     if len(images) < len(jobs):
-        say(f"note: {len(jobs) - len(images)} of {len(jobs)} images are results of others and are skipped")
-    left = [job for job in images if arguments.overwrite or not os.path.isfile(job.target)]
-    if len(left) < len(images):
-        say(f"note: {len(images) - len(left)} of {len(images)} results exist and are skipped; use --overwrite")
-    return left
+        results = [job.source for job in jobs if job not in images]
+        say(f"note: {len(results)} of {len(jobs)} images are results of others and are skipped: {some(results)}")
+    there = [] if arguments.overwrite else [job for job in images if os.path.isfile(job.target)]
+    if there:
+        say(
+            f"note: {len(there)} of {len(images)} results exist, perhaps by other weights, and are skipped: "
+            f"{some([job.target for job in there])}; use --overwrite or another --output"
+        )
+    return [job for job in images if job not in there]
 
 
 def _read(source: Path, arguments: argparse.Namespace) -> Picture:
@@ -293,7 +308,7 @@ def _check_target(job: _Job, picture: Picture, upscale: int, arguments: argparse
     if os.path.exists(target) and job.source != STREAM and target.samefile(job.source):
         raise ImageError("would be replaced by its own result; give another --output")
     if not arguments.overwrite and os.path.lexists(target):
-        raise ImageError(f"{name(target)} already exists; use --overwrite")
+        raise ImageError(f"{name(target)} already exists; use --overwrite or another --output")
     try:
         check_writable(target)
     except OSError as error:

@@ -202,7 +202,7 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     source, target = tmp_path / "net.pth", tmp_path / "out.safetensors"
     torch.save(EDSR(num_feat=8, num_block=1).state_dict(), source)
     target.write_bytes(b"mine")
-    assert main(["convert", str(source), str(target)]) == 1
+    assert main(["convert", str(source), str(target)]) == 2
     assert "already exists; use --overwrite" in capsys.readouterr().err
     assert target.read_bytes() == b"mine"
     assert main(["convert", str(source), str(target), "--overwrite"]) == 0
@@ -212,7 +212,7 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["no.pth", "out.pth"], 1, "no.pth: there is no such file"),
+        (["no.pth", "out.pth"], 2, "no.pth: there is no such file"),
         (["net.pth", "out.onnx"], 2, "--output must end in .safetensors, .pth, .pt, got out.onnx"),
         (["net.pth", "out.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
         (["net.pth", "out.pth", "--set", "img_range"], 2, "--set needs NAME=VALUE, got 'img_range'"),

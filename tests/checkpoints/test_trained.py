@@ -100,9 +100,20 @@ def test_upscale_by_a_scale(upscale: int, photo: np.ndarray) -> None:
 @pytest.mark.usefixtures("photo")
 def test_a_scale_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["upscale", "photo.png", "--scale", "7"]) == 2
-    assert f"--scale must be one of {sorted(DEFAULT_WEIGHTS)}, got 7" in capsys.readouterr().err
-    assert main(["upscale", "photo.png", "--scale", "2", "--weights", "w.pth"]) == 2
-    assert "not allowed with argument" in capsys.readouterr().err
+    assert f"--scale must be one of {sorted(DEFAULT_WEIGHTS)} with the included" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("photo")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scale_may_repeat_that_of_the_weights(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if they are the default at another scale."""
+    scale = parts(name)[1]
+    for wrong in (scale + 1, 6 - scale, 0):
+        assert main(["upscale", "photo.png", "--scale", str(wrong), "--weights", name]) == 2
+        expected = f"sparse-sr: --scale must be {scale}, that of {name}, or omitted; got {wrong}\n"
+        assert capsys.readouterr().err == expected
+    assert main(["upscale", "photo.png", "--scale", str(scale), "--weights", name]) == 0
+    assert Path(f"photo_x{scale}.png").exists()
 
 
 def test_list_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +134,20 @@ def test_the_page_has_the_figures_on_record() -> None:
     assert included == set(trained_weights())
     measured = {f"{figure.network}_x{figure.upscale}" for figure in figures}
     assert set(NAMES) <= measured
+
+
+def test_tables_count_steps_as_numbers() -> None:
+    budgets = [
+        "15,000 × 8 × 48²",
+        "",
+        "3,000 × 16 × 48²",
+        "800 × 8 × 32², after X",
+        "3,000 × 8 × 32²",
+        "5,500 of 15,000 × 8",
+    ]
+    figures = [recipe.Figure("X", 2, "Set5", 30.0, 0.9, 1, budget) for budget in budgets]
+    shown = [line.split("|")[3].strip() for line in recipe.table(figures).splitlines()[2:]]
+    assert shown == [budgets[place] for place in (1, 3, 4, 2, 5, 0)]
 
 
 def test_the_readme_has_the_figures_on_record() -> None:

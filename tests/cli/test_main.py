@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.paper.__main__ import parser as paper_parser
 from benchmarks.speed.__main__ import parser as speed_parser
@@ -147,6 +148,36 @@ def test_a_missing_option_file(
     )
     assert capsys.readouterr().err == expected
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["upscale", "photo.png", "--weights"],
+        ["evaluate", ".", "--weights"],
+        ["inspect", "clusters", "photo.png", "--weights"],
+        ["capture", "--images", ".", "--weights"],
+        ["demo", "--weights"],
+        ["convert", "-o", "out.pth"],
+        ["export", "-o", "out.onnx"],
+    ],
+    ids=lambda words: str(words[0]),
+)
+@pytest.mark.parametrize("weights", ["missing.pth", "LCoAN-lite_x2", "."])
+def test_missing_weights_are_a_wrong_command_line(
+    command: list[str],
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("photo.png")
+    assert main([*command, weights, "--host", "missing.py:Net"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sparse-sr: {weights}: there is no such file")
+    assert error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["photo.png"]
 
 
 def _without_basicsr(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """`sparse-sr prepare`, as it is typed."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
     assert main(["prepare", "photos", *arguments, "-o", "out"]) == status
     assert message in capsys.readouterr().err
     assert not list(here.glob("out/*"))
+
+
+def test_results_next_to_their_originals_are_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "in").mkdir()
+    for file in ("a.png", "a_x2.png", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(here / "in" / file)
+    assert main(["prepare", "in", "--scale", "2", "-o", "out"]) == 0
+    assert sorted(os.listdir("out/HR")) == ["a.png", "b.png"]
+    assert "1 of 3 images are results next to their originals and are skipped: in/a_x2.png" in capsys.readouterr().err
 
 
 def test_names_are_told_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

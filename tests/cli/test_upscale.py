@@ -558,7 +558,7 @@ def test_what_is_there_stays_unless_asked(upscale: Any) -> None:
     Path("good_x2.png").write_text("mine")
     status, out, err = upscale("good.png")
     assert (status, out) == (2, "")
-    assert err == "sparse-sr: good.png: good_x2.png already exists; use --overwrite\n"
+    assert err == "sparse-sr: good.png: good_x2.png already exists; use --overwrite or another --output\n"
     assert Path("good_x2.png").read_text() == "mine"
     assert upscale("good.png", "--overwrite")[0] == 0
     assert opened("good_x2.png").size == (10, 12)
@@ -663,7 +663,10 @@ def test_a_second_run_does_what_is_left(upscale: Any) -> None:
     Path("in_x2/b_x2.png").unlink()
     status, out, err = upscale("in")
     assert (status, out) == (0, f"in/b.png -> {Path.cwd()}/in_x2/b_x2.png\n")
-    assert err == "sparse-sr: note: 2 of 3 results exist and are skipped; use --overwrite\n"
+    assert err == (
+        "sparse-sr: note: 2 of 3 results exist, perhaps by other weights, and are skipped: "
+        f"{Path.cwd()}/in_x2/a_x2.png, {Path.cwd()}/in_x2/c_x2.png; use --overwrite or another --output\n"
+    )
     assert upscale("in")[0:2] == (0, "")  # nothing is left
     assert Path("in_x2/a_x2.png").stat().st_mtime_ns == first
     status, out, err = upscale("in", "--overwrite")
@@ -679,6 +682,25 @@ def test_results_beside_their_images_are_not_enlarged_again(upscale: Any) -> Non
         assert upscale("in", "--output", "in")[0] == 0
         assert upscale(*sorted(Path("in").glob("*.png")), "--overwrite")[0] == 0
     assert sorted(os.listdir("in")) == ["a.png", "a_x2.png", "b.png", "b_x2.png"]
+
+
+@pytest.mark.parametrize("as_folder", [True, False], ids=["folder", "files"])
+def test_results_of_other_runs_are_not_enlarged(upscale: Any, as_folder: bool) -> None:
+    Path("in").mkdir()
+    results = ["a_x2.png", "a_x4.png", "a_x4_x2.png", "b.jpg_x2.png", "b_x3.png", "B_clusters.png"]
+    images = ["a.jpg", "b.jpg", "b.bmp", "alone_x2.png", "a_x2.jpg", "a_small.png", "ax2.png"]
+    for file in [*results, *images]:
+        photo(f"in/{file}")
+    status, out, err = upscale(*(["in"] if as_folder else sorted(Path("in").iterdir())), "--output", "out")
+    assert (status, sorted(line.partition(" -> ")[0] for line in out.splitlines())) == (
+        0,
+        sorted(f"in/{file}" for file in images),
+    )
+    assert err == (
+        "sparse-sr: note: 6 of 13 images are results next to their originals and are skipped: "
+        "in/B_clusters.png, in/a_x2.png, in/a_x4.png, ...\n"
+    )
+    assert upscale("in/a_x2.png", "--output", "alone/")[0] == 0
 
 
 def run_command(arguments: list[str], data: bytes = b"") -> subprocess.CompletedProcess[bytes]:

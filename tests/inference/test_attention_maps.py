@@ -343,14 +343,14 @@ def test_overlap(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "--pixel must lie in the image, 0..59 and 0..39, got 60 0",
         ),
         (["clusters", "photo.png", "--layer", "4"], 2, "--layer must be from 0 to 3, got 4"),
-        (["clusters", "no.png"], 1, "no.png: cannot be read: No such file or directory"),
+        (["clusters", "no.png"], 2, "no.png: no such image"),
         (["clusters", "photo.png", "-o", "x.gif"], 2, "--output x.gif cannot hold this picture"),
         (
             ["clusters", "photo.png", "-o", "x.txt"],
             2,
             "--output x.txt must have the suffix of an image format that Pillow writes",
         ),
-        (["clusters", "photo.png", "-o", "net.png"], 1, "net.png already exists; use --overwrite"),
+        (["clusters", "photo.png", "-o", "net.png"], 2, "net.png already exists; use --overwrite"),
         (["clusters", "net.pth"], 1, "net.pth: is not an image that Pillow can read"),
     ],
 )

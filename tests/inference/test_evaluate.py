@@ -87,6 +87,28 @@ def test_what_does_not_fit_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("weights", [["--weights", NETWORK], []], ids=["networks", "results"])
+def test_results_next_to_the_truth_are_not_measured(
+    sets: list[Path], weights: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output(["upscale", *sets[0].glob("*.png"), "--weights", NETWORK], capsys)
+    command = ["evaluate", *([sets[0]] if weights else [sets[0], sets[0], "--names", "{}", "{}", "--scale", "2"])]
+    assert main([str(word) for word in [*command, *weights]]) == 0
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["0", "1", "mean"]
+    assert printed.err.count("2 of 4 images are results next to their originals and are skipped") == 1
+
+
+def test_all_is_checked_before_the_first_measurement(sets: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (sets[0] / "0.png").write_text("no image")  # measuring it would fail
+    for words, message in (
+        ([str(sets[1].parent / "none")], "no such image or folder"),
+        ([str(sets[1]), "--grey", "none"], "--grey must name images"),
+    ):
+        assert main(["evaluate", str(sets[0]), *words, "--weights", NETWORK]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layer", ["LCoA", "GMSA", "NLSA", "ENLA", "HSPA", "CategoryAttention", "NLA"])
 def test_a_network_with_attention_off_is_the_same_network_without(layer: str) -> None:
     options = {"num_feat": 8, "num_block": 4, "img_range": 1.0}

@@ -199,7 +199,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert [line.split()[:3] for line in lines[:2]] == [["9", "x", "7"], ["1", "x", "1"]]
     assert lines[2] == "net.pth -> net.onnx"
     same_at_other_sizes(plain(), tmp_path / "net.onnx")
-    assert main(["export", "net.pth", "net.onnx"]) == 1
+    assert main(["export", "net.pth", "net.onnx"]) == 2
     assert "net.onnx already exists; use --overwrite" in capsys.readouterr().err
 
 
@@ -210,7 +210,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (["net.pth"], 2, "--output must name the one file to write, got none"),
         (["net.pth", "a.onnx", "-o", "b.onnx"], 2, "--output must name the one file to write, got b.onnx and a.onnx"),
         (["net.pth", "net.onnx", "--size", "0", "3"], 2, "--size must be HEIGHT and WIDTH, each >= 1"),
-        (["no.pth", "net.onnx"], 1, "no.pth: there is no such file"),
+        (["no.pth", "net.onnx"], 2, "no.pth: there is no such file"),
     ],
 )
 def test_one_line_errors(
