@@ -29,7 +29,7 @@ from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.inference.tiling import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
-from sparse_sr_attn_basicsr import changed_options, option_lookups, pretrained, state
+from sparse_sr_attn_basicsr import changed_options, option_names, pretrained, state
 from sparse_sr_attn_basicsr.data import PLACE
 from sparse_sr_attn_basicsr.delayed_step import DelayedOptimizer, DelayedStep, Forwarding
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
@@ -163,9 +163,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         super().init_training_settings()
         fft = self.opt["train"].get("fft_opt")
         host = [cls for cls in type(self).__mro__ if cls.__module__ != __name__]
-        self._cri_fft = (
-            build_loss(fft).to(self.device) if fft and not option_lookups.mentions(host, "fft_opt") else None
-        )
+        theirs = "fft_opt" in option_names.names_in(*host)
+        self._cri_fft = build_loss(fft).to(self.device) if fft and not theirs else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()

@@ -405,10 +405,6 @@ MALFORMED = [
     ),
     ({**GAN, "train.net_d_iters": 0}, r"train\.net_d_iters: must be whole and >= 1, got 0"),
     ({**GAN, "train.net_d_init_iter": 1}, r"train\.net_d_init_iter: unknown; did you mean 'net_d_init_iters'\?"),
-    (
-        {**GAN, "train.ldl_opt": {"type": "L1Loss"}},
-        r"ldl_opt: SparseSRGANModel builds this loss but never uses it",
-    ),
     ({**GAN, "train.accumulate": 2}, r"train\.accumulate: must be 1 with SparseSRGANModel, whose discriminator"),
     *[
         (

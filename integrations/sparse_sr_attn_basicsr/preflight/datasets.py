@@ -13,7 +13,7 @@ import torch
 from sparse_sr_attn.config import fields, join_path
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import option_lookups, schema
+from sparse_sr_attn_basicsr import option_names, schema
 from sparse_sr_attn_basicsr.preflight import trials
 from sparse_sr_attn_basicsr.preflight.findings import Findings, bases, nested
 from sparse_sr_attn_basicsr.preflight.images import (
@@ -91,10 +91,8 @@ class _Check:
         declared = schema.TrainingSet if kind == "train" else schema.Dataset
         self.right = right = findings.section(declared, values, self.path, whole=False)
         build = findings.chosen("DATASET", f"{self.path}.type", right["type"]) if "type" in right else None
-        looked_up = option_lookups.of(*bases(build)).names.get("", set()) | findings.lookups.names.get(
-            "datasets", set()
-        )
-        findings.unread(self.path, values, [*fields(schema.TrainingSet), *sorted(looked_up)])
+        known = {*fields(schema.TrainingSet), *option_names.names_in(*bases(build)), *findings.names}
+        findings.unread(self.path, values, sorted(known))
         if right.get("type") == _PAIRED:
             needed = ["dataroot_gt", "dataroot_lq", "io_backend"]
             needed += ["gt_size", "use_hflip", "use_rot"] if kind == "train" else []

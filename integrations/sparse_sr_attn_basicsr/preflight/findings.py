@@ -12,8 +12,7 @@ from typing import Any
 from sparse_sr_attn.config import ProblemList, fields, join_path, read
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import option_lookups, registration
-from sparse_sr_attn_basicsr.schema import Count, WholeNumber
+from sparse_sr_attn_basicsr import option_names, registration, schema
 
 MODEL = "SparseSRModel"
 _READERS = ("basicsr.train", "basicsr.test", "basicsr.utils.options", "basicsr.utils.logger", "basicsr.utils.misc")
@@ -29,6 +28,7 @@ class Findings:
 
     Attributes:
         problems: the problems found.
+        names: what BasicSR and the model read beyond the options of `schema`, which belong to their sections.
         remarks: what is valid but probably a mistake.
         scale: `scale`, if it is valid.
         model: the class that `model_type` names, or `None`.
@@ -45,7 +45,8 @@ class Findings:
         self.networks = registration.names()
         self.model = self.registered("MODEL", options.get("model_type"))
         modules = [importlib.import_module(name) for name in _READERS if importlib.util.find_spec(name)]
-        self.lookups = option_lookups.of(*modules, importlib.import_module("basicsr.data"), *bases(self.model))
+        modules.append(importlib.import_module("basicsr.data"))
+        self.names = option_names.names_in(*modules, *bases(self.model)) - schema.NAMES
 
     def add(self, path: str, message: str) -> None:
         """Add a problem."""
@@ -67,11 +68,11 @@ class Findings:
         """
         known = fields(declared)
         if whole:
-            self.unread(path, values, [*known, *self.lookups.names.get(path.partition(".")[0], ())])
+            self.unread(path, values, [*known, *self.names])
         given = {name: values[name] for name in known if name in values}
         right = read(declared, given, path, problems=self.problems)
         for name, value in right.items():
-            if known[name].annotation in (Count, WholeNumber):
+            if known[name].annotation in (schema.Count, schema.WholeNumber):
                 values[name] = int(value)
             elif isinstance(value, float) and isinstance(values[name], str):
                 values[name] = value

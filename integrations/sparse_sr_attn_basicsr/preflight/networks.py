@@ -17,7 +17,7 @@ from sparse_sr_attn.config import fields, read
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.layers.base import SATURATING_RANGE, raw_queries_in
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import option_lookups, registration
+from sparse_sr_attn_basicsr import option_names, registration
 from sparse_sr_attn_basicsr.preflight import trials
 from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested, without_warnings
 from sparse_sr_attn_basicsr.with_attention import WithAttention, is_with_attention
@@ -111,8 +111,7 @@ def _check_attention(findings: Findings, path: str, network: nn.Module, options:
     averages = findings.training and nested(findings.options, "train", "ema_decay")
     if not (averages and kept) or findings.model is None or findings.is_ours():
         return
-    averaging = option_lookups.of(getattr(findings.model, "model_ema", None)).used
-    if not {"named_buffers", "buffers", "state_dict"} & averaging:
+    if not re.search(r"buffers\(|state_dict\(", option_names.source_of(getattr(findings.model, "model_ema", None))):
         findings.add(
             "train.ema_decay",
             f"must be 0 with {findings.options['model_type']}, which leaves {' and '.join(kept)} of the averaged "
@@ -225,10 +224,9 @@ def check_model_lookups(findings: Findings, multiple: int) -> None:
             defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
             options[key] = SeenThrough(given, {**defaults, **inner})
     for cls in bases(findings.model):
-        with suppress(OSError, TypeError):
-            for key, option in re.findall(_READ_BY_MODELS, inspect.getsource(cls)):
-                if isinstance(options.get(key), Mapping) and option not in options[key]:
-                    findings.add(f"{key}.{option}", f"missing; {options['model_type']} reads it")
+        for key, option in re.findall(_READ_BY_MODELS, option_names.source_of(cls)):
+            if isinstance(options.get(key), Mapping) and option not in options[key]:
+                findings.add(f"{key}.{option}", f"missing; {options['model_type']} reads it")
     if multiple > 1:
         _check_padding(findings, multiple)
 

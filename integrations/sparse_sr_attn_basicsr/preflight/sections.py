@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sparse_sr_attn.config import fields, join_path, shown
-from sparse_sr_attn_basicsr import option_lookups, schema
+from sparse_sr_attn.config import shown
+from sparse_sr_attn_basicsr import option_names, schema
 from sparse_sr_attn_basicsr.distributed import on_cpu
 from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested
 from sparse_sr_attn_basicsr.preflight.images import similar_file
@@ -89,27 +89,21 @@ def _check_logger(findings: Findings) -> None:
 
 def check_model(findings: Findings) -> None:
     """Check that the model has all required options, and none that it would ignore."""
-    name, train, model = findings.options.get("model_type"), findings.options.get("train"), findings.model
+    name, model = findings.options.get("model_type"), findings.model
     if model is None:
         return
     if on_cpu(findings.options) and any(cls.__name__ in _ON_CUDA for cls in bases(model)):
         findings.add("model_type", f"{name} needs a CUDA GPU")
-    if findings.training and isinstance(train, Mapping):
-        plain = option_lookups.of(*bases(findings.registered("MODEL", "SRModel"))).needed
-        needed = option_lookups.of(*bases(model)).needed
-        for section, values in (("", findings.options), ("train", train)):
-            declared = fields(schema.Train if section else schema.Training)
-            for option in sorted(needed.get(section, set()) - plain.get(section, set())):
-                given = values.get(option) if option.endswith("_opt") else option in values
-                if not given and option not in declared:
-                    findings.add(join_path(section, option), f"missing; {name} needs it")
+    if findings.training and "gan_opt" in option_names.names_in(*bases(model)):
+        for path in ("network_d", "train.optim_d", "train.gan_opt"):
+            if nested(findings.options, *path.split(".")) is None:
+                findings.add(path, f"missing; {name} needs it")
     if findings.is_ours():
         return
+    known = option_names.names_in(*bases(model))
     for section, names in schema.ONLY_OURS.items():
         for option in names:
-            if nested(findings.options, section, option) is not None and option not in findings.lookups.names.get(
-                section, ()
-            ):
+            if nested(findings.options, section, option) is not None and option not in known:
                 findings.add(f"{section}.{option}", f"unknown to {name}; model_type: {findings.counterpart()} has it")
 
 

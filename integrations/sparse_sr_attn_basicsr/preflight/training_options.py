@@ -10,7 +10,7 @@ import torch
 
 from sparse_sr_attn.config import fields
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import option_lookups, registration, schema
+from sparse_sr_attn_basicsr import option_names, registration, schema
 from sparse_sr_attn_basicsr.distributed import on_cpu
 from sparse_sr_attn_basicsr.preflight import trials
 from sparse_sr_attn_basicsr.preflight.findings import Findings, bases, nested
@@ -79,15 +79,13 @@ def _check_accumulation(findings: Findings, train: Mapping[str, Any]) -> None:
 
 def _check_losses(findings: Findings, train: dict[str, Any]) -> None:
     """Check that the model uses every loss, and that each can be built and computed."""
-    lookups, name = option_lookups.of(*bases(findings.model)), findings.options.get("model_type")
-    known = sorted(key for key in lookups.names.get("train", ()) if key.endswith("_opt"))
+    name = findings.options.get("model_type")
+    known = sorted(key for key in option_names.names_in(*bases(findings.model)) if key.endswith("_opt"))
     given = [key for key in train if str(key).endswith("_opt") and (train[key] or train[key] == {})]
     for key in given:
         path = f"train.{key}"
         if findings.model is not None and known and key not in known and key not in schema.ONLY_OURS["train"]:
             findings.add(path, f"unknown to {name}{suggestion(key, known)}")
-        elif key in lookups.built and lookups.built[key] not in lookups.used:
-            findings.add(path, f"{name} builds this loss but never uses it; write ~")
         elif (options := findings.mapping(path, train[key])) is not None:
             train[key] = options
             _check_loss(findings, key, options)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.config import Finite, NonNegative, NonNegativeInt, ProblemList, join_path, read
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import option_lookups
+from sparse_sr_attn_basicsr import option_names
 from sparse_sr_attn_basicsr.data import PortableDataset, SampleError
 from sparse_sr_attn_basicsr.preflight.findings import without_warnings
 from sparse_sr_attn_basicsr.randomness import undisturbed
@@ -276,8 +276,7 @@ def _files(dataset: Any) -> list[str]:
 
 def _why_not_read(build: type, error: Exception, path: str) -> Problem:
     cause = error.__cause__ if isinstance(error, SampleError) else error
-    options = option_lookups.of(*build.__mro__).names.get("", set())
-    if isinstance(cause, KeyError) and cause.args and cause.args[0] in options:
+    if isinstance(cause, KeyError) and cause.args[0] in option_names.names_in(*build.__mro__):
         return Problem(join_path(path, cause.args[0]), f"missing; {build.__name__} needs it")
     if isinstance(error, SampleError):
         return Problem(path, f"the first sample cannot be read: {error}")
