@@ -166,14 +166,6 @@ class Logger:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wandb:
-    """`logger.wandb`."""
-
-    project: str | None = None
-    resume_id: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """`datasets.<phase>`; the data set may have more."""
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from sparse_sr_attn.config import ProblemList, fields, join_path, read
@@ -154,6 +155,14 @@ def nested(options: object, *names: str) -> Any:
     for name in names:
         options = options.get(name) if isinstance(options, Mapping) else None
     return options
+
+
+def similar_file(wanted: Path) -> str:
+    """Return a suggestion of a file or folder with a similar name for a missing one."""
+    parent = wanted.parent
+    beside = {entry.name.casefold(): entry.name for entry in parent.iterdir()} if parent.is_dir() else {}
+    close = get_close_matches(wanted.name.casefold(), beside, n=1)
+    return f"; did you mean {str(parent / beside[close[0]])!r}?" if close else ""
 
 
 @contextmanager

@@ -10,10 +10,7 @@ import torch
 from sparse_sr_attn.config import shown
 from sparse_sr_attn_basicsr import option_names, schema
 from sparse_sr_attn_basicsr.distributed import on_cpu
-from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested
-from sparse_sr_attn_basicsr.preflight.images import similar_file
-
-_ON_CUDA = ("RealESRNetModel", "RealESRGANModel")  # they call .cuda() whatever num_gpu says
+from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested, similar_file
 
 
 def check(findings: Findings, launcher: str) -> None:
@@ -37,6 +34,7 @@ def check(findings: Findings, launcher: str) -> None:
         _check_launcher(findings, launcher)
     declared: dict[str, type] = {
         "path": schema.Path,
+        "dist_params": schema.DistParams,
         "val": schema.ValidationInTraining if findings.training else schema.ValidationInTesting,
     }
     if findings.training:
@@ -61,14 +59,9 @@ def _check_launcher(findings: Findings, launcher: str) -> None:
             "manual_seed: with --launcher and without a seed, each process draws its own, and a resumed run will not "
             "be exact"
         )
-    if isinstance(params := findings.options.get("dist_params"), Mapping):
-        findings.section(schema.DistParams, dict(params), "dist_params")
-    if on_cpu(findings.options):
-        if launcher == "slurm":
-            findings.add(path, "needs CUDA GPUs; on the CPU start torchrun with --launcher pytorch")
-        if findings.model is not None and not findings.is_ours():
-            name = findings.options.get("model_type")
-            findings.add("model_type", f"must be {MODEL} for several processes on the CPU, got {name!r}")
+    if on_cpu(findings.options) and findings.model is not None and not findings.is_ours():
+        name = findings.options.get("model_type")
+        findings.add("model_type", f"must be {MODEL} for several processes on the CPU, got {name!r}")
 
 
 def _check_logger(findings: Findings) -> None:
@@ -76,15 +69,11 @@ def _check_logger(findings: Findings) -> None:
     logger.setdefault("use_tb_logger", False)
     if logger["use_tb_logger"] is True and importlib.util.find_spec("tensorboard") is None:
         findings.add("logger.use_tb_logger", "needs tensorboard: pip install tensorboard, or write false")
-    if not isinstance(logger.get("wandb"), Mapping):
-        return
-    project = findings.section(schema.Wandb, dict(logger["wandb"]), "logger.wandb").get("project")
-    if project is None or "debug" in str(findings.options.get("name")):
-        return
-    if logger["use_tb_logger"] is not True:
-        findings.add("logger.use_tb_logger", "must be true with logger.wandb.project: wandb follows tensorboard")
-    if importlib.util.find_spec("wandb") is None:
-        findings.add("logger.wandb.project", "needs wandb: pip install wandb, or write project: ~")
+    if nested(logger, "wandb", "project") is not None:
+        if logger["use_tb_logger"] is not True:
+            findings.add("logger.use_tb_logger", "must be true with logger.wandb.project: wandb follows tensorboard")
+        if importlib.util.find_spec("wandb") is None:
+            findings.add("logger.wandb.project", "needs wandb: pip install wandb, or write project: ~")
 
 
 def check_model(findings: Findings) -> None:
@@ -92,8 +81,6 @@ def check_model(findings: Findings) -> None:
     name, model = findings.options.get("model_type"), findings.model
     if model is None:
         return
-    if on_cpu(findings.options) and any(cls.__name__ in _ON_CUDA for cls in bases(model)):
-        findings.add("model_type", f"{name} needs a CUDA GPU")
     if findings.training and "gan_opt" in option_names.names_in(*bases(model)):
         for path in ("network_d", "train.optim_d", "train.gan_opt"):
             if nested(findings.options, *path.split(".")) is None:
