@@ -621,6 +621,11 @@ def test_validation_may_have_images_that_basicsr_cuts(training: Callable[..., st
     preflight.check(load(training(changes)), training=True)
 
 
+def test_a_debug_run_needs_no_wandb(training: Callable[..., str]) -> None:
+    """BasicSR starts neither it nor tensorboard then."""
+    preflight.check(load(training({"name": "debug_tiny", "logger.wandb": {"project": "p"}})), training=True)
+
+
 def test_every_optimizer_is_accepted(training: Callable[..., str]) -> None:
     for name in OPTIMIZERS:
         preflight.check(load(training({"train.optim_g.type": name})), training=True)

@@ -69,7 +69,7 @@ def _check_logger(findings: Findings) -> None:
     logger.setdefault("use_tb_logger", False)
     if logger["use_tb_logger"] is True and importlib.util.find_spec("tensorboard") is None:
         findings.add("logger.use_tb_logger", "needs tensorboard: pip install tensorboard, or write false")
-    if nested(logger, "wandb", "project") is not None:
+    if nested(logger, "wandb", "project") is not None and "debug" not in str(findings.options.get("name")):
         if logger["use_tb_logger"] is not True:
             findings.add("logger.use_tb_logger", "must be true with logger.wandb.project: wandb follows tensorboard")
         if importlib.util.find_spec("wandb") is None:
