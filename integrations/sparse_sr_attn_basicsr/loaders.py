@@ -52,12 +52,7 @@ def training_batches(
 
 
 def evaluation_loader(options: Mapping[str, Any], opt: Mapping[str, Any]) -> Any:
-    """Return the loader of a data set to validate or test on.
-
-    Args:
-        options: of the data set.
-        opt: complete options.
-    """
+    """Return the loader of a data set to validate or test on, from its options and complete options."""
     dataset = PortableDataset(build_dataset(options))
     get_root_logger().info(f"Number of {options['phase']} images in {options['name']}: {len(dataset)}")
     options = {**options, "prefetch_mode": None, "persistent_workers": False}  # BasicSR evaluates without workers

@@ -312,11 +312,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         """Save networks and state. A state exists only together with the networks that it was saved with.
 
         A file that cannot be written is logged, and training continues; older files are unchanged. Several processes
-        stop, because the others do not notice.
-
-        Args:
-            epoch: the current epoch.
-            current_iter: iterations finished; -1 for the end of training, which has no state.
+        stop, because the others do not notice, and so does the end of training (`current_iter` -1), which has no state.
 
         Raises:
             CheckpointError: a file cannot be written, at the end of training or with several processes.
@@ -618,11 +614,7 @@ def _clock(seconds: float) -> str:
 
 
 def variant(name: str) -> type[SparseSRModel] | None:
-    """Return `Sparse<name>`, the counterpart of `SparseSRModel` for another model of BasicSR; `None` if it is missing.
-
-    Args:
-        name: of a model that extends `SRModel`, in a module of `basicsr.models` named after it.
-    """
+    """Return `Sparse<name>`, our counterpart of another model of BasicSR; `None` if this BasicSR lacks the model."""
     module = f"basicsr.models.{name.removesuffix('Model').lower()}_model"
     try:
         host = getattr(importlib.import_module(module), name)

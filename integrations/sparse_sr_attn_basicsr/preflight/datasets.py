@@ -77,14 +77,7 @@ def _check_dataset(findings: Findings, phase: str, values: Any, metrics: Metrics
 
 
 def _check_values(findings: Findings, path: str, values: Mapping[str, Any], right: Mapping[str, Any]) -> None:
-    """Check the folders of a data set, and options that depend on others.
-
-    Args:
-        findings: the check of the file.
-        path: path of the data set.
-        values: its options.
-        right: those of the right type.
-    """
+    """Check the folders of a data set, and options that depend on others; `right` are those of the right type."""
     if right.get("type") == _PAIRED:
         needed = ["dataroot_gt", "dataroot_lq", "io_backend"]
         needed += ["gt_size", "use_hflip", "use_rot"] if path == "datasets.train" else []

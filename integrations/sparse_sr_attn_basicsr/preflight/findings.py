@@ -101,9 +101,7 @@ class Findings:
     def registered(self, registry: str, name: object) -> Any:
         """Return what BasicSR has registered under a name; `None` if there is nothing.
 
-        Args:
-            registry: `ARCH`, `DATASET`, `LOSS`, `METRIC` or `MODEL`.
-            name: the name in an option file.
+        `registry` is `ARCH`, `DATASET`, `LOSS`, `METRIC` or `MODEL`.
         """
         table = getattr(self._registries, f"{registry}_REGISTRY")
         names = (name, f"{name}_basicsr") if isinstance(name, str) else ()

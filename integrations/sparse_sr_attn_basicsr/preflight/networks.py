@@ -196,7 +196,7 @@ def check_model_lookups(findings: Findings, multiple: int) -> None:
     network inside `WithAttention`, and defaults that the file omits.
 
     Args:
-        findings: their options get `SeenThrough` networks.
+        findings: the check of the file.
         multiple: `network_g` needs multiples of it as sides of images.
     """
     options = findings.options

@@ -49,15 +49,7 @@ def check(findings: Findings) -> Metrics:
 
 
 def try_metrics(findings: Findings, metrics: Metrics, path: str, kind: object, sample: Mapping[str, Any]) -> None:
-    """Compute the metrics of noise as large as the first image of a data set.
-
-    Args:
-        findings: the check of the file.
-        metrics: the metrics, from `check`.
-        path: path of the data set.
-        kind: type of the data set.
-        sample: its first sample.
-    """
+    """Compute the metrics of noise as large as the first sample of the data set at `path`, which is of type `kind`."""
     image = sample.get("gt", sample.get("lq"))
     if not isinstance(image, torch.Tensor) or image.ndim != 3:
         return
