@@ -621,6 +621,24 @@ def test_validation_may_have_images_that_basicsr_cuts(training: Callable[..., st
     preflight.check(load(training(changes)), training=True)
 
 
+def test_a_model_of_a_fork_may_read_a_known_name_elsewhere(
+    training: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As HAT's model reads `tile` at the top level; with other models it is nowhere but in `val`."""
+    from basicsr.models.sr_model import SRModel
+    from basicsr.utils.registry import MODEL_REGISTRY
+
+    class Tiles(SRModel):  # type: ignore[misc]
+        def test(self) -> None:
+            self.side = self.opt["tile"]["tile_size"]
+
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, "Tiles", Tiles)
+    changes = {"model_type": "Tiles", "train.ema_decay": 0, "tile": {"tile_size": 32}}
+    assert preflight.check(load(training(changes)), training=True)[1] == []
+    _, remarks = preflight.check(load(training({"tile": {"tile_size": 32}})), training=True)
+    assert remarks == ["tile: nothing reads this option"]
+
+
 def test_a_debug_run_needs_no_wandb(training: Callable[..., str]) -> None:
     """BasicSR starts neither it nor tensorboard then."""
     preflight.check(load(training({"name": "debug_tiny", "logger.wandb": {"project": "p"}})), training=True)

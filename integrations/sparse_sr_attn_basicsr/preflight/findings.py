@@ -29,7 +29,7 @@ class Findings:
 
     Attributes:
         problems: the problems found.
-        names: what BasicSR and the model read beyond the options of `schema`, which belong to their sections.
+        names: what the code reads beyond the options of `schema`, which belong to their sections.
         remarks: what is valid but probably a mistake.
         scale: `scale`, if it is valid.
         model: the class that `model_type` names, or `None`.
@@ -47,7 +47,9 @@ class Findings:
         self.model = self.registered("MODEL", options.get("model_type"))
         modules = [importlib.import_module(name) for name in _READERS if importlib.util.find_spec(name)]
         modules.append(importlib.import_module("basicsr.data"))
-        self.names = option_names.names_in(*modules, *bases(self.model)) - schema.NAMES
+        usual = option_names.names_in(*modules, *bases(self.registered("MODEL", "SRModel")))
+        theirs = [cls for cls in bases(self.model) if not cls.__module__.startswith("sparse_sr_attn")]
+        self.names = (usual - schema.NAMES) | (option_names.names_in(*theirs) - usual)
 
     def add(self, path: str, message: str) -> None:
         """Add a problem."""
