@@ -26,7 +26,7 @@ def training_batches(
     Raises:
         ConfigError: an epoch does not fill a batch.
     """
-    options = dict(opt["datasets"]["train"])
+    options = {**opt["datasets"]["train"], "persistent_workers": False}  # one pass over the loader is the whole run
     mode = options.pop("prefetch_mode", None)
     if mode == "cpu":  # BasicSR prefetches in a thread, which would change the random states of training
         options["num_worker_per_gpu"] = max(1, options["num_worker_per_gpu"])
@@ -52,12 +52,8 @@ def training_batches(
 
 
 def evaluation_loader(options: Mapping[str, Any], opt: Mapping[str, Any]) -> Any:
-    """Return the loader of a data set to validate or test on.
-
-    Args:
-        options: of the data set.
-        opt: complete options.
-    """
+    """Return the loader of a data set to validate or test on, from its options and complete options."""
     dataset = PortableDataset(build_dataset(options))
     get_root_logger().info(f"Number of {options['phase']} images in {options['name']}: {len(dataset)}")
-    return build_dataloader(dataset, {**options, "prefetch_mode": None}, num_gpu=opt["num_gpu"], dist=opt["dist"])
+    options = {**options, "prefetch_mode": None, "persistent_workers": False}  # BasicSR evaluates without workers
+    return build_dataloader(dataset, options, num_gpu=opt["num_gpu"], dist=opt["dist"])

@@ -29,7 +29,7 @@ from sparse_sr_attn.errors import CheckpointError, TrainingError
 from sparse_sr_attn.inference.tiling import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
-from sparse_sr_attn_basicsr import changed_options, option_lookups, pretrained, state
+from sparse_sr_attn_basicsr import changed_options, option_names, pretrained, state
 from sparse_sr_attn_basicsr.data import PLACE
 from sparse_sr_attn_basicsr.delayed_step import DelayedOptimizer, DelayedStep, Forwarding
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
@@ -163,9 +163,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         super().init_training_settings()
         fft = self.opt["train"].get("fft_opt")
         host = [cls for cls in type(self).__mro__ if cls.__module__ != __name__]
-        self._cri_fft = (
-            build_loss(fft).to(self.device) if fft and not option_lookups.mentions(host, "fft_opt") else None
-        )
+        theirs = "fft_opt" in option_names.names_in(*host)
+        self._cri_fft = build_loss(fft).to(self.device) if fft and not theirs else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()
@@ -313,11 +312,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         """Save networks and state. A state exists only together with the networks that it was saved with.
 
         A file that cannot be written is logged, and training continues; older files are unchanged. Several processes
-        stop, because the others do not notice.
-
-        Args:
-            epoch: the current epoch.
-            current_iter: iterations finished; -1 for the end of training, which has no state.
+        stop, because the others do not notice, and so does the end of training (`current_iter` -1), which has no state.
 
         Raises:
             CheckpointError: a file cannot be written, at the end of training or with several processes.
@@ -619,11 +614,7 @@ def _clock(seconds: float) -> str:
 
 
 def variant(name: str) -> type[SparseSRModel] | None:
-    """Return `Sparse<name>`, the counterpart of `SparseSRModel` for another model of BasicSR; `None` if it is missing.
-
-    Args:
-        name: of a model that extends `SRModel`, in a module of `basicsr.models` named after it.
-    """
+    """Return `Sparse<name>`, our counterpart of another model of BasicSR; `None` if this BasicSR lacks the model."""
     module = f"basicsr.models.{name.removesuffix('Model').lower()}_model"
     try:
         host = getattr(importlib.import_module(module), name)

@@ -204,14 +204,10 @@ def check_img_range(network: nn.Module, loaded: Loaded, path: str) -> str | None
 
 
 def change_img_range(network: nn.Module, was: float, missing: Iterable[str]) -> None:
-    """Scale the biases of an EDSR that was trained with another `img_range`, so that it gives the same image.
+    """Scale the trained biases of an EDSR from the range `was`, so that it gives the same image at its own.
 
-    Convolutions, ReLU and residual sums scale with their input if the biases scale along.
-
-    Args:
-        network: an EDSR.
-        was: the range of its training.
-        missing: its entries that were not trained.
+    Convolutions, ReLU and residual sums scale with their input if the biases scale along. Biases that are `missing` in
+    the file were not trained.
     """
     fresh = set(missing)
     factor = float(network.img_range) / was  # type: ignore[arg-type]

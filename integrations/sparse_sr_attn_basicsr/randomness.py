@@ -10,11 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every global generator; CUDA's too, once CUDA is in use.
-
-    Returns:
-        Numbers, strings, tuples, lists and tensors on the CPU only: `torch.load(..., weights_only=True)` reads them.
-    """
+    """Return the state of every global generator, CUDA's once it is in use, such that `torch.load` reads it as data."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -46,11 +42,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def seeded(entropy: Sequence[int]) -> Iterator[None]:
-    """Seed the random numbers of the CPU from `entropy`, and restore all random states on exit.
-
-    Args:
-        entropy: integers >= 0; different integers give different random numbers.
-    """
+    """Seed the random numbers of the CPU from integers >= 0, and restore all random states on exit."""
     seeds = np.random.SeedSequence(entropy).generate_state(3)
     with undisturbed():
         random.seed(int(seeds[0]))

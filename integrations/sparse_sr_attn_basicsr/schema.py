@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from sparse_sr_attn.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Rule, UnitInterval
+from sparse_sr_attn.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Rule, UnitInterval, fields
 
 # BasicSR's own option files write `val_freq: !!float 5e3`.
 Count = Annotated[
@@ -166,14 +166,6 @@ class Logger:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wandb:
-    """`logger.wandb`."""
-
-    project: str | None = None
-    resume_id: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """`datasets.<phase>`; the data set may have more."""
 
@@ -204,3 +196,9 @@ class TrainingSet(Dataset):
     use_hflip: bool | None = None
     use_rot: bool | None = None
     use_shuffle: bool = True
+
+
+_SECTIONS = (Training, DistParams, Path, Train, Optimizer, Scheduler, ValidationInTraining, Metric, Logger, TrainingSet)
+
+NAMES = {name for section in _SECTIONS for name in fields(section)}
+"""All options declared here, of whatever section."""

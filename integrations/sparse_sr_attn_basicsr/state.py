@@ -55,11 +55,7 @@ def write(value: Any, file: Path) -> None:
 
 
 def write_image(image: Any, file: Path) -> None:
-    """Save an image as BasicSR's `imwrite` does, but completely or not at all.
-
-    Args:
-        image: (h, w, 3) in BGR or (h, w), as in OpenCV.
-        file: its suffix selects the format; missing folders are made.
+    """Save an OpenCV image (BGR or grey) as BasicSR's `imwrite` does, but completely or not at all.
 
     Raises:
         OSError: it cannot be written; `file` is unchanged.

@@ -46,14 +46,7 @@ def is_with_attention(build: object) -> bool:
 
 
 def add_attention(built: nn.Module, network: Mapping[str, Any], attention: Any, body: str | None) -> nn.Module:
-    """Insert attention into a network, which then has the options of `WithAttention` in its state dict.
-
-    Args:
-        built: the network.
-        network: its options, with `type`.
-        attention: see `WithAttention`.
-        body: see `WithAttention`.
-    """
+    """Insert attention into a network, whose state dict then records the options of `WithAttention`."""
     if attention is None:
         return built
     attach(built, body, attention)

@@ -85,11 +85,7 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
 
 
 def full_options(attention: AttentionConfig, index: int | None = None) -> dict[str, Any]:
-    """Return all options of a layer, with those that were not given.
-
-    Args:
-        attention: the checked mapping.
-        index: number of the layer among those of its type, for layers of which every second one shifts.
+    """Return all options of a layer, with those that were not given; `index` is its number among those of its type.
 
     Examples:
         >>> (config,) = read_attention({"type": "LCoA", "every": 4, "num_clusters": 32}, num_blocks=16)
@@ -107,10 +103,6 @@ def full_options(attention: AttentionConfig, index: int | None = None) -> dict[s
 
 def default_config(name: str, *, shares: bool = True) -> dict[str, Any]:
     """Return the mapping for the name of a layer alone: after every 4th block, 4 sites sharing a state if possible.
-
-    Args:
-        name: name of a registered layer, or `timm:<name>`.
-        shares: whether states can be passed between the blocks.
 
     Examples:
         >>> default_config("LCoA")

@@ -30,14 +30,7 @@ class _Step:
 
 
 def maybe_checkpoint(part: Callable[..., Any], *inputs: Any, enabled: bool, **options: Any) -> Any:
-    """Return `part(*inputs, **options)`, with activation checkpointing if `enabled`.
-
-    Args:
-        part: a part of a network.
-        inputs: everything that gradients flow into.
-        enabled: store only the inputs, and recompute the part in the backward.
-        options: arguments that are not tensors.
-    """
+    """Return `part(*inputs, **options)`, with activation checkpointing if `enabled`; gradients flow into `inputs`."""
     return checkpoint(part, *inputs, use_reentrant=False, **options) if enabled else part(*inputs, **options)
 
 
@@ -105,12 +98,9 @@ class SiteAttention(nn.ModuleList):
         return any(step.provider not in (None, step.layer) for steps in self._steps.values() for step in steps)
 
     def after(self, block: int, x: Tensor, states: Mapping[int, Any]) -> tuple[Tensor, dict[int, Any]]:
-        """Run the layers after a block on its output; return the features and the states that later layers need.
+        """Run the layers after a block on its output.
 
-        Args:
-            block: index of the block.
-            x: its output.
-            states: as the call for the block before returned them; empty at first.
+        Return the features, and the states to pass to the call for the next block; the first gets none.
         """
         states = dict(states)
         for step in self._steps.get(block, ()):

@@ -124,22 +124,25 @@ def _in_one_state(
 
 def _containers(content: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """Yield the mappings that hold tensors, each with the names of its containers."""
+    for path, value in _walk(content):
+        if isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values()):
+            yield path, value
+
+
+def _walk(content: object) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield tensors and containers, except those of optimizers, with the names of the containers around them."""
     seen: set[int] = set()
     level: list[tuple[tuple[str, ...], object]] = [((), content)]
     for _ in range(_DEPTH):
         inner: list[tuple[tuple[str, ...], object]] = []
         for path, value in level:
-            if id(value) in seen or not isinstance(value, (Mapping, list, tuple)):
+            if id(value) in seen or not isinstance(value, (Mapping, list, tuple, Tensor)):
                 continue
             seen.add(id(value))
-            if isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values()):
-                yield path, value
-            entries: Iterable[tuple[object, object]] = value.items() if isinstance(value, Mapping) else enumerate(value)
-            inner += [
-                ((*path, str(key)), entry)
-                for key, entry in entries
-                if isinstance(entry, (Mapping, list, tuple)) and not _NO_WEIGHTS.search(str(key))
-            ]
+            yield path, value
+            if not isinstance(value, Tensor):
+                entries: Iterable[Any] = value.items() if isinstance(value, Mapping) else enumerate(value)
+                inner += [((*path, str(key)), entry) for key, entry in entries if not _NO_WEIGHTS.search(str(key))]
         level = inner
 
 
@@ -184,9 +187,9 @@ def _warn_of_averages(content: object, chosen: Candidate) -> None:
     """Warn of averages that are ignored because their keys are missing or unknown."""
     size = sum(value.numel() for value in chosen.state.values() if isinstance(value, Tensor))
     totals: dict[str, int] = {}
-    for path, value in _tensors(content):
+    for path, value in _walk(content):
         found = next((name.partition(".")[0] for name in path if _AVERAGED.search(name)), None)
-        if found is not None:
+        if found is not None and isinstance(value, Tensor):
             totals[found] = totals.get(found, 0) + value.numel()
     for name, total in totals.items():
         if 2 * total > size:
@@ -196,18 +199,3 @@ def _warn_of_averages(content: object, chosen: Candidate) -> None:
                 stacklevel=2,
             )
             return
-
-
-def _tensors(content: object) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    seen: set[int] = set()
-    level: list[tuple[tuple[str, ...], object]] = [((), content)]
-    for _ in range(_DEPTH):
-        inner: list[tuple[tuple[str, ...], object]] = []
-        for path, value in level:
-            if isinstance(value, Tensor):
-                yield path, value
-            elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
-                seen.add(id(value))
-                entries: Iterable[Any] = value.items() if isinstance(value, Mapping) else enumerate(value)
-                inner += [((*path, str(key)), entry) for key, entry in entries if not _NO_WEIGHTS.search(str(key))]
-        level = inner

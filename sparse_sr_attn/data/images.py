@@ -4,7 +4,6 @@ import contextlib
 import io
 import math
 import re
-import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -85,7 +84,7 @@ def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Pictur
 
     Note:
         Palettes become RGB. CMYK and other colour spaces are converted to sRGB by Pillow, without their profile. Pillow
-        reads 16 bits per channel only from grey images, and 8 bits from others; `reduced` is set for these.
+        reads 16 bits per channel only from grey images, and 8 bits from others; `reduced` is set for PNG, TIFF and PPM.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415
 
@@ -97,7 +96,7 @@ def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Pictur
                 if num_frames > 1 and image.format not in _ONE_PICTURE:
                     raise ImageError(f"must be a single picture, got {num_frames} frames; save them as separate files")
                 depth = str(image.tile[0].args) if image.tile else ""
-                reduced = is_reduced(image)
+                reduced = _is_reduced(image)
                 image.load()
                 upright = ImageOps.exif_transpose(image)
                 return replace(_picture(upright, grey_alpha="LA;16" in depth), reduced=reduced)
@@ -117,36 +116,13 @@ def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Pictur
             raise ImageError(f"is damaged: {type(error).__name__}: {_line(error)}") from error
 
 
-def is_reduced(image: "Image.Image") -> bool:
-    """Return whether Pillow reduces an opened image, not yet loaded, to 8 bits per channel."""
+def _is_reduced(image: "Image.Image") -> bool:
+    """Return whether Pillow reduces an opened PNG, TIFF or PPM, not yet loaded, to 8 bits per channel."""
     if image.mode in (*_SIXTEEN_BITS, "I", "F") or not image.tile:  # type: ignore[attr-defined]
         return False
-    decoder, arguments = image.tile[0][0], image.tile[0][3]  # type: ignore[attr-defined]
-    if decoder == "jpeg2k":
-        return b"\xff\x4f\xff\x51" in (head := _head(image)) and _jpeg2000_depth(head) > 8
-    if image.format == "AVIF":
-        return bool(re.search(rb"av1C..[\x40-\x7f\xc0-\xff]", _head(image), re.DOTALL))
-    deeper = (
-        isinstance(arguments, tuple) and isinstance(arguments[-1], int) and "ppm" in decoder and arguments[-1] > 255
-    )
-    return deeper or ";16" in str(arguments)
-
-
-def _head(image: "Image.Image") -> bytes:
-    """Return the first bytes of the file of an opened image."""
-    stream = image.fp  # type: ignore[attr-defined]
-    place = stream.tell()
-    stream.seek(0)
-    head: bytes = stream.read(1 << 16)
-    stream.seek(place)
-    return head
-
-
-def _jpeg2000_depth(head: bytes) -> int:
-    """Return the most bits per channel in the SIZ segment of a JPEG 2000 codestream."""
-    components = head[head.index(b"\xff\x4f\xff\x51") + 4 :][36:]
-    (count,) = struct.unpack_from(">H", components)
-    return max(((depth & 0x7F) + 1 for depth in components[2 : 2 + 3 * count : 3]), default=8)
+    decoder, _, _, arguments = image.tile[0]  # type: ignore[attr-defined]
+    largest = arguments[-1] if "ppm" in decoder and isinstance(arguments, tuple) else 255
+    return ";16" in str(arguments) or (isinstance(largest, int) and largest > 255)
 
 
 @contextlib.contextmanager

@@ -130,16 +130,7 @@ def ssim(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int)
 
 
 def score(one: Float[Tensor, "h w"], other: Float[Tensor, "h w"], *, border: int) -> Score:
-    """Return `psnr` and `ssim` of two pictures.
-
-    Args:
-        one: as in `psnr`.
-        other: as in `psnr`.
-        border: as in `psnr`.
-
-    Raises:
-        ShapeError: as in `ssim`.
-        ValueError: `border < 0`.
+    """Return `psnr` and `ssim` of two pictures, with the same arguments.
 
     Examples:
         >>> one = luma(torch.randint(256, (32, 32, 3)).byte())

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.kmeans import assign
@@ -64,8 +64,7 @@ def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tenso
         pattern.embed.register_forward_hook(lambda _, __, output, pattern=pattern: note(pattern, output))
         for pattern in patterns
     ]
-    with _removed(hooks):
-        _run(model, batch)
+    _run(model, batch, hooks)
     if not maps:
         raise ValueError(f"{type(model).__name__} has an LSP, but its forward does not run it")
     return maps[0]
@@ -102,8 +101,7 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
         )
         for name, layer in _outermost(model)
     ]
-    with _removed(hooks):
-        _run(model, batch)
+    _run(model, batch, hooks)
     if not states:
         raise ValueError(
             "attention can be shown for layers with a state (LCoA, GMSA and their consumers), and "
@@ -148,8 +146,7 @@ def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> di
             hooks.append(
                 layer.register_forward_pre_hook(lambda _, args, name=name: features.__setitem__(name, args[0][0]))
             )
-    with _removed(hooks):
-        _run(model, batch)
+    _run(model, batch, hooks)
     if not features:
         raise ValueError(
             f"features of attention need a network with attention layers, and {type(model).__name__} runs none; build "
@@ -324,22 +321,11 @@ def _one_image(image: Tensor) -> Tensor:
     return batch
 
 
-def _run(model: nn.Module, batch: Tensor) -> None:
-    """Run the model in evaluation mode, and restore its mode."""
-    modes = {module: module.training for module in model.modules()}
+def _run(model: nn.Module, batch: Tensor, hooks: Sequence[Any]) -> None:
+    """Run the model in evaluation mode, and remove the hooks."""
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             model(batch)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _removed(hooks: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
     finally:
         for hook in hooks:
             hook.remove()

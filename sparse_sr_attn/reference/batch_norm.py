@@ -17,19 +17,8 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise by the statistics of the batch, or by the running statistics if each channel has a single value.
 
-    Args:
-        x: `(b, c, h, w)`.
-        weight: factor on the normalised channels, `(c,)`.
-        bias: added to them, `(c,)`.
-        running_mean: moving average of means, `(c,)`.
-        running_var: moving average of unbiased variances, `(c,)`.
-        num_batches_tracked: batches in these averages.
-        momentum: weight of the new statistics in an average.
-        eps: added to variances.
-
-    Returns:
-        The output `(b, c, h, w)`, and the updated running statistics and count. They are unchanged for a single value
-        per channel, and for statistics that are not finite in the dtype of the running ones.
+    Return the output, and the updated running statistics and count. They are unchanged for a single value per channel,
+    and for statistics that are not finite in the dtype of the running ones.
     """
     count = x[:, 0].numel()
     if count == 1:

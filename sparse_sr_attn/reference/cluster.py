@@ -51,18 +51,7 @@ def cluster_pattern(
     count_keys_once: bool = True,
     place: Tensor | None = None,
 ) -> ClusterPattern:
-    """Sort the tokens of each sample by the rank of their cluster, and within a cluster by position.
-
-    Args:
-        assignment: cluster of each token, `(b, n)`.
-        chunk_size: slots in a chunk, at least 1.
-        num_adjacent: neighbouring chunks seen on each side.
-        count_keys_once: whether each key counts once; `False` as in the published code.
-        place: rank of the cluster of each token, `(b, n)`; its index if `None`.
-
-    Returns:
-        The pattern.
-    """
+    """Sort the tokens of each sample by the rank `place` of their cluster (its index by default), then by position."""
     order = [
         [position for _, position in sorted((cluster, position) for position, cluster in enumerate(row))]
         for row in (assignment if place is None else place).tolist()
@@ -77,15 +66,10 @@ def cluster_pattern(
 
 
 def nearest_chunks(key: Tensor, pattern: PatternLike) -> Tensor:
-    """Return the chunks that each chunk sees by content: itself, then those of the most similar mean key.
+    """Return the chunks that each chunk sees by content: itself, then those of the most similar mean unit-length key.
 
-    Args:
-        key: `(b, n, d)`; means are those of the unit-length keys.
-        pattern: the chunks, and the number of chunks to see.
-
-    Returns:
-        `(b, k, 2 * num_adjacent + 1)`. Products are compared in steps of 2**-20, the lower chunk wins a tie, and the
-        own chunk fills the rest if there are too few.
+    Products are compared in steps of 2**-20, the lower chunk wins a tie, and the own chunk fills the rest if there are
+    too few.
     """
     num_seen = 2 * pattern.num_adjacent + 1
     samples = []
@@ -105,18 +89,10 @@ def nearest_chunks(key: Tensor, pattern: PatternLike) -> Tensor:
 
 
 def slot_tokens(order: list[int], chunk_size: int, count_keys_once: bool) -> list[list[int | None]]:
-    """Cut one sample's slots into chunks: the token at each slot, None where a slot is empty.
+    """Cut one sample's slots into chunks of equal length: the token at each slot, None where a slot is empty.
 
     With `count_keys_once` a chunk is at most as long as the sample, and the last chunk ends in empty slots. Without,
     the tokens of the last slots are repeated, several times if necessary, to fill the last chunk.
-
-    Args:
-        order: token at each slot.
-        chunk_size: slots in a chunk.
-        count_keys_once: as in `cluster_pattern`.
-
-    Returns:
-        The chunks, all of equal length.
     """
     num_tokens = len(order)
     length = min(chunk_size, num_tokens) if count_keys_once else chunk_size
@@ -135,15 +111,6 @@ def seen_tokens(
     Chunks form a ring. If the ring is so short that a chunk appears at two offsets, then with `count_keys_once` it is
     seen only at the one closest to 0 (the positive one on a tie), else at both. A table of neighbours replaces the
     ring; its first columns count, at most one per chunk.
-
-    Args:
-        chunks: from `slot_tokens`.
-        num_adjacent: neighbouring chunks seen on each side.
-        count_keys_once: as in `cluster_pattern`.
-        neighbors: the chunks that each chunk sees, `(k, 2 * num_adjacent + 1)`; `None` for the ring.
-
-    Returns:
-        `(2 * num_adjacent + 1) * length` entries for each chunk.
     """
     num_chunks = len(chunks)
     first, last = -((num_chunks - 1) // 2), num_chunks // 2
@@ -168,13 +135,9 @@ def _seen_tokens(chunks: list[list[int | None]], pattern: PatternLike, sample: i
 
 
 def multiplicity(pattern: PatternLike) -> Tensor:
-    """Return how often query token l sees key token m.
+    """Return how often query token l sees key token m, `(b, l, m)` in image order.
 
-    Args:
-        pattern: the tokens of each chunk.
-
-    Returns:
-        Counts `(b, l, m)` in image order, int64: 0 or 1 with `count_keys_once`, else what the published code counts.
+    Counts are 0 or 1 with `count_keys_once`, else what the published code counts.
     """
     batch, num_tokens = pattern.order.shape
     counts = torch.zeros(batch, num_tokens, num_tokens, dtype=torch.int64)
@@ -194,18 +157,7 @@ def visible_pairs(pattern: PatternLike) -> Tensor:
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, counts: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Softmax attention over all pairs of tokens, weighted by their counts.
-
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, n, d)`.
-        value: `(b, n, e)`.
-        counts: how often query l sees key m, `(b, n, n)`; all ones for plain attention.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, n, e)`, in the precision of the input throughout.
-    """
+    """Softmax attention over all pairs of tokens, weighted by how often query l sees key m, `(b, n, n)`."""
     scores = scale * torch.einsum("bld,bmd->blm", query, key)
     scores = scores.masked_fill(counts == 0, float("-inf"))
     largest = scores.detach().amax(dim=-1, keepdim=True)
@@ -215,33 +167,14 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, counts: Tensor, *
 
 
 def cluster_attention(query: Tensor, key: Tensor, value: Tensor, pattern: PatternLike, *, scale: float = 1.0) -> Tensor:
-    """Cluster attention as dense attention with the counts of the pattern.
-
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, n, d)`.
-        value: `(b, n, e)`.
-        pattern: the keys that each token sees.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, n, e)`.
-    """
+    """Cluster attention as dense attention with the counts of the pattern."""
     return dense_attention(query, key, value, multiplicity(pattern), scale=scale)
 
 
 def cluster_weights(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: float = 1.0) -> Tensor:
-    """Softmax weights by chunks, one query at a time.
+    """Softmax weights by chunks, one query at a time: `(b, k, i, j)` for chunk, slot in the chunk, slot seen.
 
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, n, d)`.
-        pattern: the keys that each token sees.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, k, i, j)`: chunk, slot in the chunk, slot seen. Slots that are not seen have weight 0, and so have the rows
-        of slots past the last token.
+    Slots that are not seen have weight 0, and so have the rows of slots past the last token.
     """
     samples = []
     for b, order in enumerate(pattern.order.tolist()):
@@ -264,16 +197,7 @@ def cluster_weights(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: 
 
 
 def apply_cluster_weights(weights: Tensor, value: Tensor, pattern: PatternLike) -> Tensor:
-    """Weighted sum of values, one query at a time.
-
-    Args:
-        weights: from `cluster_weights`.
-        value: `(b, n, e)`.
-        pattern: the pattern of the weights.
-
-    Returns:
-        `(b, n, e)` in image order.
-    """
+    """Weighted sum of values, one query at a time."""
     samples = []
     for b, order in enumerate(pattern.order.tolist()):
         chunks = slot_tokens(order, pattern.chunk_size, pattern.count_keys_once)
@@ -289,17 +213,7 @@ def apply_cluster_weights(weights: Tensor, value: Tensor, pattern: PatternLike) 
 
 
 def cluster_lse(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: float = 1.0) -> Tensor:
-    """Logarithm of the summed exponentials of the scores that a token sees, one query at a time.
-
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, n, d)`.
-        pattern: the keys that each token sees.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, n)` in image order.
-    """
+    """Logarithm of the summed exponentials of the scores that a token sees, one query at a time."""
     counts = multiplicity(pattern)
     samples = []
     for b in range(len(query)):
@@ -315,19 +229,7 @@ def cluster_lse(query: Tensor, key: Tensor, pattern: PatternLike, *, scale: floa
 def cluster_attention_rounds(
     query: Tensor, key: Tensor, value: Tensor, pattern: PatternLike, num_rounds: int, *, scale: float = 1.0
 ) -> Tensor:
-    """Dense attention in which a key counts once for each time that a round shows it.
-
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, n, d)`.
-        value: `(b, n, e)`.
-        pattern: for `b * num_rounds` samples; the rounds of a sample follow each other.
-        num_rounds: patterns per sample.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, n, e)`.
-    """
+    """Dense attention in which a key counts once for each time that a round shows it."""
     counts = multiplicity(pattern)
     totals = [counts[b * num_rounds : (b + 1) * num_rounds].sum(dim=0) for b in range(len(query))]
     return dense_attention(query, key, value, torch.stack(totals), scale=scale)

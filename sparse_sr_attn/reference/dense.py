@@ -5,17 +5,7 @@ from torch import Tensor
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Softmax attention.
-
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, m, d)`.
-        value: `(b, m, e)`.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, n, e)`, in the precision of the input throughout.
-    """
+    """Softmax attention."""
     samples = []
     for b in range(len(query)):
         rows = []

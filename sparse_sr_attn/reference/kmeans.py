@@ -13,15 +13,7 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def assign(points: Tensor, centroids: Tensor) -> Tensor:
-    """Return the cluster of each token: the centroid with the largest dot product, the lowest index on a tie.
-
-    Args:
-        points: tokens, `(b, n, d)`.
-        centroids: unit vectors, `(k, d)`.
-
-    Returns:
-        Cluster indices, `(b, n)`, int64.
-    """
+    """Return the cluster of each token: the centroid with the largest dot product, the lowest index on a tie."""
     batch, num_tokens, _ = points.shape
     clusters = torch.zeros(batch, num_tokens, dtype=torch.int64)
     for b in range(batch):
@@ -35,16 +27,7 @@ def assign(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def cluster_sums(points: Tensor, assignment: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Return, per cluster, the sum of the unit vectors of its tokens and their number, over all samples.
-
-    Args:
-        points: tokens, `(b, n, d)`.
-        assignment: cluster of each token, `(b, n)`.
-        num_clusters: rows of the result, empty clusters included.
-
-    Returns:
-        Sums `(k, d)` and counts `(k,)`, in the dtype of `points`.
-    """
+    """Return, per cluster, the sum of the unit vectors of its tokens and their number, over all samples."""
     sums = points.new_zeros(num_clusters, points.shape[-1])
     counts = points.new_zeros(num_clusters)
     for b, clusters in enumerate(assignment.tolist()):
@@ -59,15 +42,6 @@ def move_centroids(centroids: Tensor, sums: Tensor, counts: Tensor, ema_decay: f
 
     A centroid becomes `unit(ema_decay * centroid + (1 - ema_decay) * unit(sum))`. It is unchanged if its cluster is
     empty, the sum is zero, or old and new cancel.
-
-    Args:
-        centroids: unit vectors, `(k, d)`.
-        sums: sums of unit vectors, `(k, d)`.
-        counts: tokens per cluster, `(k,)`.
-        ema_decay: weight of the old centroid, 0 to 1.
-
-    Returns:
-        Unit vectors, `(k, d)`.
     """
     moved = []
     for centroid, total, count in zip(centroids, sums, counts, strict=True):
@@ -81,13 +55,7 @@ def move_centroids(centroids: Tensor, sums: Tensor, counts: Tensor, ema_decay: f
 def least_similar(points: Tensor, similarity: Tensor, num: int) -> Tensor:
     """Return the unit vectors of the `num` tokens that are least similar to their centroid, over all samples.
 
-    Args:
-        points: tokens, `(b, n, d)`.
-        similarity: of each token to its centroid, `(b, n)`.
-        num: rows of the result.
-
-    Returns:
-        Seeds `(num, d)` in ascending similarity, ties by sample and position, padded with zero rows.
+    They are in ascending similarity, ties by sample and position, and padded with zero rows.
     """
     ranked = sorted((s, b, n) for b, row in enumerate(similarity.tolist()) for n, s in enumerate(row))
     seeds = points.new_zeros(num, points.shape[-1])
@@ -100,14 +68,8 @@ def least_similar(points: Tensor, similarity: Tensor, num: int) -> Tensor:
 class KMeansState:
     """The state of k-means between steps.
 
-    Attributes:
-        centroids: unit vectors, `(k, d)`.
-        usage: moving average of each cluster's share of the tokens, `(k,)`.
-        pending_sums: of the previous step, `(k, d)`; zero when nothing is pending.
-        pending_counts: of the previous step, `(k,)`.
-        pending_seeds: of the previous step, `(k, d)`; the least similar token first.
-        num_updates: number of updates applied.
-        num_skipped: number of updates that were not finite and were dropped.
+    `usage` is the moving average of each cluster's share of the tokens. What the previous step found is pending, or
+    zero: `pending_seeds` starts with the least similar token. Updates that were not finite are dropped and counted.
     """
 
     centroids: Tensor
@@ -142,20 +104,11 @@ class KMeansState:
 
 
 def apply_pending(state: KMeansState, *, ema_decay: float, reseed_threshold: float) -> KMeansState:
-    """Return the state after the pending update: centroids and usage updated, dead clusters reseeded.
+    """Return the state after the pending update, if there is one: centroids and usage updated, dead clusters reseeded.
 
     After t updates the average keeps `min(ema_decay, (1 + t) / (10 + t))` of the old value, so that centroids move fast
     at first. A cluster whose usage falls below `reseed_threshold` of an even share is dead. Dead clusters, by index,
-    take the nonzero seeds in their order, and restart with an even share.
-
-    Args:
-        state: before the update.
-        ema_decay: weight of the old value after warm-up.
-        reseed_threshold: usage, relative to an even share, below which a cluster is dead; 0 disables reseeding.
-
-    Returns:
-        A new state. Without a pending update, `state`; if the update is not finite, `state` with the update cleared and
-        `num_skipped` incremented.
+    take the nonzero seeds in their order, and restart with an even share. An update that is not finite is dropped.
     """
     if not state.pending_counts.any():
         return state
@@ -186,15 +139,6 @@ def kmeans_step(
     The step applies the pending update of the previous step, assigns the tokens to the resulting centroids, and stores
     this batch's sums, counts and seeds (the least similar tokens; zero tokens come last) as pending. A batch that is
     not finite leaves nothing pending and is counted.
-
-    Args:
-        points: tokens, `(b, n, d)`.
-        state: before the step.
-        ema_decay: as in `apply_pending`.
-        reseed_threshold: as in `apply_pending`.
-
-    Returns:
-        The new state and the assignment, `(b, n)`.
     """
     state = apply_pending(state, ema_decay=ema_decay, reseed_threshold=reseed_threshold)
     assignment = assign(points, state.centroids)

@@ -5,16 +5,7 @@ from torch import Tensor
 
 
 def bucket_count(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
-    """Return the number of buckets: the number of full chunks, made even, from 2 to the even `max_buckets`.
-
-    Args:
-        num_tokens: tokens of a map.
-        chunk_size: tokens in a chunk.
-        max_buckets: largest number of buckets.
-
-    Returns:
-        An even number.
-    """
+    """Return the number of buckets: the number of full chunks, made even, from 2 to the even `max_buckets`."""
     buckets = 2
     while buckets < num_tokens // chunk_size and buckets < max_buckets:
         buckets += 2
@@ -22,16 +13,7 @@ def bucket_count(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
 
 
 def hash_tokens(points: Tensor, rotations: Tensor, num_buckets: int) -> Tensor:
-    """Return the bucket of each token: the index of the largest of its coordinates along R and -R.
-
-    Args:
-        points: `(b, n, d)`.
-        rotations: R of each round, `(r, m, d)`; the first `num_buckets // 2` of its m rows are used.
-        num_buckets: even.
-
-    Returns:
-        `(b, r, n)`, int64.
-    """
+    """Return the bucket of each token, `(b, r, n)`: the index of the largest of its coordinates along R and -R."""
     batch, num_tokens, _ = points.shape
     buckets = torch.zeros(batch, len(rotations), num_tokens, dtype=torch.int64)
     for b in range(batch):

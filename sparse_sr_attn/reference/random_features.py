@@ -7,31 +7,13 @@ from torch import Tensor
 
 
 def features(rows: Tensor, directions: Tensor) -> Tensor:
-    """Positive random features.
-
-    Args:
-        rows: `(n, d)`.
-        directions: `(m, d)`.
-
-    Returns:
-        `exp(<w, u> - |u|^2 / 2) / sqrt(m)` for each row u and direction w, `(n, m)`.
-    """
+    """Positive random features: `exp(<w, u> - |u|^2 / 2) / sqrt(m)` for each row u and direction w, `(n, m)`."""
     columns = [torch.exp((rows * w).sum(dim=-1) - (rows * rows).sum(dim=-1) / 2) for w in directions]
     return torch.stack(columns, dim=-1) / math.sqrt(len(directions))
 
 
 def kernel_attention(query: Tensor, key: Tensor, value: Tensor, directions: Tensor) -> Tensor:
-    """Attention with dot products of features as weights, for all pairs of tokens.
-
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, k, d)`.
-        value: `(b, k, e)`.
-        directions: `(m, d)`.
-
-    Returns:
-        `(b, n, e)`.
-    """
+    """Attention with dot products of features as weights, for all pairs of tokens."""
     samples = []
     for b in range(len(query)):
         kernel = features(query[b], directions) @ features(key[b], directions).T
@@ -40,16 +22,10 @@ def kernel_attention(query: Tensor, key: Tensor, value: Tensor, directions: Tens
 
 
 def contrastive_loss(query: Tensor, key: Tensor, *, positive: float, negative: float) -> Tensor:
-    """The loss over all queries.
+    """The mean over queries of log(sum of exponentials of the negatives / of the positives).
 
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, k, d)`.
-        positive: fraction of the keys, most similar first, that are positives; at least one is.
-        negative: rank of the first negative as a fraction of the keys; there are as many as positives.
-
-    Returns:
-        A scalar: the mean over queries of log(sum of exponentials of the negatives / of the positives).
+    A fraction `positive` of the keys, most similar first, are positives; at least one is. There are as many negatives;
+    the first has the rank `negative`, as a fraction of the keys.
     """
     terms = []
     for b in range(len(query)):

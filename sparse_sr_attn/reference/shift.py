@@ -17,14 +17,7 @@ def step_of(channel: int, num_channels: int) -> tuple[int, int]:
 
 
 def shift2d(x: Tensor) -> Tensor:
-    """Return each channel read from its neighbour, one pixel at a time; zero without a neighbour.
-
-    Args:
-        x: `(b, c, h, w)`.
-
-    Returns:
-        `(b, c, h, w)`.
-    """
+    """Return each channel read from its neighbour, one pixel at a time; zero without a neighbour."""
     _, channels, height, width = x.shape
     maps = []
     for channel in range(channels):
@@ -59,14 +52,5 @@ def depthwise(x: Tensor) -> Tensor:
 
 
 def shift_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the 1x1 convolution of the depthwise convolution.
-
-    Args:
-        x: `(b, c, h, w)`.
-        weight: `(o, c, 1, 1)`.
-        bias: `(o,)`.
-
-    Returns:
-        `(b, o, h, w)`.
-    """
+    """Return the 1x1 convolution of the depthwise convolution."""
     return F.conv2d(depthwise(x), weight, bias)

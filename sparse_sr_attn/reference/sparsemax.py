@@ -8,12 +8,6 @@ def project(row: Tensor) -> Tensor:
     """Return the point of the probability simplex closest to `row`.
 
     Project onto the plane of sum 1, set negative entries to 0, and repeat with the others (Michelot, 1986).
-
-    Args:
-        row: `(n,)`.
-
-    Returns:
-        `(n,)`: >= 0, of sum 1. Differentiable.
     """
     alive = list(range(len(row)))
     while True:
@@ -26,29 +20,12 @@ def project(row: Tensor) -> Tensor:
 
 
 def sparsemax(scores: Tensor) -> Tensor:
-    """Return `project` of each row.
-
-    Args:
-        scores: `(..., n)`.
-
-    Returns:
-        Of the same shape.
-    """
+    """Return `project` of each row."""
     rows = [project(row) for row in scores.reshape(-1, scores.shape[-1])]
     return torch.stack(rows).reshape(scores.shape)
 
 
 def sparsemax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Attention whose weights are the sparsemax of the scores.
-
-    Args:
-        query: `(b, n, d)`.
-        key: `(b, m, d)`.
-        value: `(b, m, e)`.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, n, e)`.
-    """
+    """Attention whose weights are the sparsemax of the scores."""
     scores = scale * torch.einsum("bnd,bmd->bnm", query, key)
     return torch.einsum("bnm,bme->bne", sparsemax(scores), value)

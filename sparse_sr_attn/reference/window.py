@@ -15,19 +15,10 @@ def whole(length: int, window_size: int) -> int:
 
 
 def windows_of(height: int, width: int, window_size: int, shift: int = 0) -> list[list[Pixel | None]]:
-    """List the pixels of each window, windows and pixels in raster order.
+    """List the pixels of each window, windows and pixels in raster order; None for padding.
 
     The windows cover the map padded to whole windows. They begin `shift` rows and columns further on and wrap around
     its borders.
-
-    Args:
-        height: of the map.
-        width: of the map.
-        window_size: side of a window.
-        shift: see above.
-
-    Returns:
-        `window_size ** 2` entries for each window, None for padding.
     """
     padded_height, padded_width = whole(height, window_size), whole(width, window_size)
     windows: list[list[Pixel | None]] = []
@@ -43,16 +34,7 @@ def windows_of(height: int, width: int, window_size: int, shift: int = 0) -> lis
 
 
 def partition(x: Tensor, window_size: int, shift: int = 0) -> Tensor:
-    """Cut a map into windows, one pixel at a time.
-
-    Args:
-        x: `(b, c, h, w)`.
-        window_size: side of a window.
-        shift: as in `windows_of`.
-
-    Returns:
-        `(b, k, i, c)`, zero for padding.
-    """
+    """Cut a map into windows `(b, k, i, c)`, one pixel at a time; zero for padding."""
     pad = torch.zeros_like(x[:, :, 0, 0])
     windows = [
         torch.stack([pad if pixel is None else x[:, :, pixel[0], pixel[1]] for pixel in window], dim=1)
@@ -62,18 +44,7 @@ def partition(x: Tensor, window_size: int, shift: int = 0) -> Tensor:
 
 
 def merge(windows: Tensor, height: int, width: int, window_size: int, shift: int = 0) -> Tensor:
-    """Look up each pixel of a map in its window.
-
-    Args:
-        windows: `(b, k, i, c)`.
-        height: of the map.
-        width: of the map.
-        window_size: side of a window.
-        shift: as in `windows_of`.
-
-    Returns:
-        `(b, c, h, w)`.
-    """
+    """Look up each pixel of a map in its window."""
     padded_height, padded_width = whole(height, window_size), whole(width, window_size)
     pixels = []
     for row in range(height):
@@ -85,17 +56,9 @@ def merge(windows: Tensor, height: int, width: int, window_size: int, shift: int
 
 
 def window_weights(query: Tensor, key: Tensor, *, window_size: int, shift: int = 0, scale: float = 1.0) -> Tensor:
-    """Softmax weights by windows, one query at a time.
+    """Softmax weights by windows, one query at a time: `(b, k, i, i)` for window, pixel, pixel seen.
 
-    Args:
-        query: `(b, d, h, w)`.
-        key: `(b, d, h, w)`.
-        window_size: side of a window.
-        shift: as in `windows_of`.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, k, i, i)`: window, pixel, pixel seen. Padding has weight 0, and so have its own rows.
+    Padding has weight 0, and so have its own rows.
     """
     windows = windows_of(query.shape[2], query.shape[3], window_size, shift)
     rows = []
@@ -116,17 +79,9 @@ def window_weights(query: Tensor, key: Tensor, *, window_size: int, shift: int =
 def apply_window_weights(
     weights: Tensor, value: Tensor, *, window_size: int, shift: int = 0, unshift: int | None = None
 ) -> Tensor:
-    """Weighted sum of values, one query at a time.
+    """Weighted sum of values, one query at a time; zero for pixels that come from padding.
 
-    Args:
-        weights: `(b, k, i, i)`.
-        value: `(b, e, h, w)`.
-        window_size: side of a window.
-        shift: as in `windows_of`.
-        unshift: rows and columns by which results are shifted back; None for `shift`.
-
-    Returns:
-        `(b, e, h, w)`; zero for pixels that come from padding.
+    Results are shifted back by `unshift` rows and columns, by default `shift`.
     """
     batch, _, height, width = value.shape
     padded_height, padded_width = whole(height, window_size), whole(width, window_size)
@@ -184,20 +139,7 @@ def window_attention(
     unshift: int | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Window attention as dense attention with a mask of visible pairs.
-
-    Args:
-        query: `(b, d, h, w)`.
-        key: `(b, d, h, w)`.
-        value: `(b, e, h, w)`.
-        window_size: side of a window.
-        shift: as in `windows_of`.
-        unshift: as in `apply_window_weights`.
-        scale: factor on the dot products.
-
-    Returns:
-        `(b, e, h, w)`; zero for pixels that come from padding.
-    """
+    """Window attention as dense attention with a mask of visible pairs; zero for pixels that come from padding."""
     batch, _, height, width = query.shape
     table = visible_pairs(height, width, window_size, shift).expand(batch, -1, -1).to(query.device)
     queries, keys, values = (x.flatten(2).mT for x in (query, key, value))

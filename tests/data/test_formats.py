@@ -138,15 +138,14 @@ def test_files_that_would_become_too_large() -> None:
         check_format(Path("a.bmp"), picture, upscale=2)
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "jp2", "ppm", "avif"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])
 def test_lost_bits_are_told(suffix: str, tmp_path: Path) -> None:
     """Files that Pillow cannot write itself: colours of more than 8 bits."""
     cv2 = pytest.importorskip("cv2")
-    pixels = np.random.default_rng(0).integers(0, 4096 if suffix == "avif" else 65536, (64, 70, 3), dtype=np.uint16)
+    pixels = np.random.default_rng(0).integers(0, 65536, (64, 70, 3), dtype=np.uint16)
     for deep in (False, True):
         file = tmp_path / f"{deep}.{suffix}"
-        options = [cv2.IMWRITE_AVIF_DEPTH, 12] if suffix == "avif" and deep else []
-        cv2.imwrite(str(file), pixels if deep else pixels.astype(np.uint8), options)
+        cv2.imwrite(str(file), pixels if deep else pixels.astype(np.uint8))
         picture = read_image(file)
         assert picture.pixels.dtype == np.uint8
         assert picture.reduced == deep

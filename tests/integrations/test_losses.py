@@ -88,7 +88,7 @@ def test_it_joins_the_losses_of_the_host(options: Options, parts: int) -> None:
     pixels, frequencies = (output - data["gt"]).abs().mean(), FFTLoss(0.05)(output, data["gt"])
     (pixels + frequencies).backward()
     step(model, 1)
-    assert model.log_dict == pytest.approx({"l_pix": float(pixels), "l_fft": float(frequencies)}, rel=1e-5)
+    assert model.log_dict == pytest.approx({"l_pix": pixels.item(), "l_fft": frequencies.item()}, rel=1e-5)
     for (name, one), other in zip(model.net_g.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(one, other - 0.1 * other.grad, rtol=1e-5, atol=1e-7, msg=name)
 

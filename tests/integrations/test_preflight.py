@@ -7,17 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
 from skimage import io
 
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.option_file import load
-from sparse_sr_attn_basicsr.preflight.images import size_of
 from sparse_sr_attn_basicsr.preflight.training_options import OPTIMIZERS
 from sparse_sr_attn_basicsr.randomness import random_state
 
@@ -140,10 +137,6 @@ MALFORMED = [
     ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"path.weights": 3}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"train.total_iter": 10**30}, r"train\.total_iter: must be below 2\*\*31, got 1000000"),
-    (
-        {"datasets.train.dataset_enlarge_ratio": 1e30},
-        r"dataset_enlarge_ratio: must be at most 357,913,941 for 6 images",
-    ),
     ({"scale": "x2"}, r"scale: must be an integer >= 1, got 'x2'"),
     ({"num_gpu": "all"}, r"num_gpu: must be .*'auto', got 'all'"),
     ({"num_gpu": -1}, r"num_gpu: must be .*got -1"),
@@ -165,24 +158,24 @@ MALFORMED = [
     ({"datasets.train.dataroot_lq": ...}, r"datasets\.train\.dataroot_lq: missing; PairedImageDataset needs it"),
     (
         {"datasets.train.dataroot_lq": "datasets"},
-        r"datasets\.train\.dataroot_lq: there is no image in the folder 'datasets'",
+        r"datasets\.train: PairedImageDataset .* different number of images: 0, 6",
     ),
     (
         {"datasets.train.dataroot_lq": "datasets/val/LR"},
-        r"datasets\.train\.dataroot_lq: must hold one file for each of the 6",
+        r"datasets\.train: PairedImageDataset .* different number of images: 3, 6",
     ),
     (
         {"datasets.train.filename_tmpl": "{}x2"},
-        r"datasets\.train\.dataroot_lq: .*'0\.png' has no '0x2\.png' \(filename_tmpl",
+        r"datasets\.train: .* \dx2\.png is not in lq_paths\. filename_tmpl, e\.g\. '\{\}x2'",
     ),
     ({"datasets.train.gt_size": 33}, r"datasets\.train\.gt_size: must be a multiple of scale 2, got 33; nearest: 32"),
     (
         {"datasets.train.gt_size": 66},
-        r"datasets\.train\.gt_size: must be at most the size of every image, got 66, and '.*/HR/0\.png' is 64x64",
+        r"datasets\.train: .* LQ \(32, 32\) is smaller than patch size \(33, 33\)",
     ),
     (
         {"datasets.train.dataroot_gt": "datasets/train/LR"},
-        r"datasets\.train\.dataroot_lq: must hold images of 1/2 the size .* '.*/LR/0\.png' is 32x32 and '.*' is 32x32",
+        r"datasets\.train: .*LR/\d\.png: .*GT \(32, 32\) is not 2x .* LQ \(32, 32\)",
     ),
     (
         {"datasets.val.dataroot_gt": "datasets/val/LR"},
@@ -190,7 +183,7 @@ MALFORMED = [
     ),
     (
         {"scale": 4, "network_g.upscale": 4},
-        r"datasets\.train\.dataroot_lq: must hold images of 1/4 the size \(the option 'scale'\)",
+        r"datasets\.val\.dataroot_lq: must hold images of 1/4 the size \(the option 'scale'\), .* 64x64 and 32x32",
     ),
     ({"datasets.train.gt_size": ...}, r"datasets\.train\.gt_size: missing; PairedImageDataset needs it"),
     (
@@ -234,14 +227,10 @@ MALFORMED = [
     ({"train.optim_g.type": "AdmaW"}, r"train\.optim_g\.type: there is no optimizer 'AdmaW'; did you mean 'AdamW'\?"),
     ({"train.optim_g.type": "LBFGS"}, r"train\.optim_g\.type: there is no optimizer 'LBFGS'"),
     (
-        {"train.optim_g.type": "AdamW", "model_type": "SRModel"},
-        r"train\.optim_g\.type: SRModel knows Adam only, got 'AdamW'; model_type: SparseSRModel knows more",
-    ),
-    (
         {"train.optim_g": {"type": "SGD", "lr": 0.1, "momentm": 0.9}},
         r"train\.optim_g\.momentm: unknown to SGD; did you mean 'momentum'\? \(known: lr, momentum, ",
     ),
-    ({"train.optim_g.betas": [0.9]}, r"train\.optim_g\.betas: must be two numbers, got \[0\.9\]"),
+    ({"train.optim_g.betas": [0.9]}, r"train\.optim_g: Adam rejects these options: "),
     (
         {"train.optim_g.betas": [0.9, 1]},
         r"train\.optim_g: Adam rejects these options: Invalid beta parameter at index 1",
@@ -294,10 +283,9 @@ MALFORMED = [
     ({"val.metrics": ["psnr"]}, r"val\.metrics: must be a mapping or ~ \(nothing\), got \['psnr'\]"),
     ({f"{PSNR}.type": ...}, r"psnr\.type: missing; it names the metric, e\.g\. calculate_psnr"),
     ({f"{PSNR}.crop_border": ...}, r"psnr\.crop_border: missing; calculate_psnr needs it"),
-    ({f"{PSNR}.crop_border": "2"}, r"psnr\.crop_border: must be an integer >= 0, got '2'"),
-    ({f"{PSNR}.crop_border": True}, r"psnr\.crop_border: must be an integer >= 0, got True"),
-    ({f"{PSNR}.crop_border": -1}, r"psnr\.crop_border: must be >= 0, got -1"),
-    ({f"{PSNR}.crop_border": 60}, r"psnr: calculate_psnr gives nan on an image of 64x64, '0\.png'; crop_border is 60"),
+    ({f"{PSNR}.crop_border": "2"}, r"psnr: calculate_psnr fails \(TypeError"),
+    ({f"{PSNR}.crop_border": -1}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is -1"),
+    ({f"{PSNR}.crop_border": 60}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is 60"),
     ({f"{PSNR}.crop_border": 32}, r"psnr: calculate_psnr gives nan on an image of 64x64"),
     (
         {"val.metrics.s": {"type": "calculate_ssim", "crop_border": 28}},
@@ -310,57 +298,32 @@ MALFORMED = [
     ),
     ({f"{PSNR}.test_y_channel": "false"}, r"psnr\.test_y_channel: must be true or false, got 'false'"),
     ({f"{PSNR}.test_y_channel": 0}, r"psnr\.test_y_channel: must be true or false, got 0"),
-    ({f"{PSNR}.input_order": "CHW"}, r"psnr\.input_order: must be one of 'HWC', got 'CHW'"),
     ({f"{PSNR}.better": "lowr"}, r"psnr\.better: must be one of 'higher', 'lower', got 'lowr'"),
     ({f"{PSNR}.type": "calculate_psnr_pt"}, r"psnr: calculate_psnr_pt fails \(IndexError: .*\) on an image"),
     # losses
     ({"train.pixel_opt": "L1Loss"}, r"train\.pixel_opt: must be a mapping with a key 'type', got 'L1Loss'"),
     ({"train.pixel_opt": {}}, r"train\.pixel_opt\.type: missing; it names the loss, e\.g\. L1Loss"),
     ({"train.pixel_opt.loss_weigth": 1}, r"pixel_opt\.loss_weigth: unknown to L1Loss; did you mean 'loss_weight'\?"),
-    ({"train.pixel_opt.loss_weight": "big"}, r"pixel_opt\.loss_weight: must be a number >= 0 and finite, got 'big'"),
-    ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be >= 0 and finite, got nan"),
-    ({"train.pixel_opt.loss_weight": -1}, r"pixel_opt\.loss_weight: must be >= 0 and finite, got -1"),
-    ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss rejects these options: .*avg.*'none', 'mean', 'sum'"),
     (
-        {"train.pixel_opt.reduction": "none"},
-        r"pixel_opt: L1Loss must return one number, returns \(1, 3, 32, 32\) of them",
+        {"train.pixel_opt.loss_weight": "big"},
+        r"pixel_opt\.loss_weight: must be a number other than inf and nan, got 'big'",
     ),
+    ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be other than inf and nan, got nan"),
+    ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss rejects these options: .*avg.*'none', 'mean', 'sum'"),
     ({"train.pixel_opt.reduction": 1}, r"pixel_opt\.reduction: must be a string, got 1"),
     ({"train.pixel_opt": {"type": "CharbonnierLoss", "eps": "small"}}, r"pixel_opt\.eps: must be a number .*'small'"),
-    (
-        {"train.pixel_opt": {"type": "CharbonnierLoss", "eps": -1}},
-        r"CharbonnierLoss must return a finite number, returns nan",
-    ),
     ({"train.pixel_opt.type": "GANLoss"}, r"pixel_opt\.gan_type: missing; GANLoss needs it"),
-    ({"train.pixel_opt.type": "WeightedTVLoss"}, r"WeightedTVLoss is not a pixel loss: it does not compare"),
-    ({"train.pixel_opt": VGG}, r"train\.pixel_opt: PerceptualLoss must return one number, returns a tuple"),
     ({"train.pixl_opt": {"type": "L1Loss"}}, r"pixl_opt: unknown to SparseSRModel; did you mean 'pixel_opt'\?"),
     ({"train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla"}}, r"gan_opt: unknown to SparseSRModel \(known: "),
     ({"train.l_opt": {"type": "L1Loss"}, "model_type": "SRModel", "train.ema_decay": 0}, r"l_opt: unknown to SRModel"),
-    ({"train.perceptual_opt": {"type": "L1Loss"}}, r"perceptual_opt: L1Loss is not a perceptual loss"),
     (
         {"train.perceptual_opt": {"type": "PerceptualLoss"}},
         r"perceptual_opt\.layer_weights: missing; PerceptualLoss needs",
     ),
     (
-        {"train.perceptual_opt": {**VGG, "layer_weights": {"conv9_4": 1}}},
-        r"perceptual_opt: layer_weights must name layers of vgg19, e\.g\. conv5_4, got 'conv9_4'",
-    ),
-    (
-        {"train.perceptual_opt": {**VGG, "vgg_type": "vgg9"}},
-        r"opt: vgg_type must be one of vgg11, .*, got 'vgg9'",
-    ),
-    (
-        {"train.perceptual_opt": {**VGG, "criterion": "l3"}},
-        r"perceptual_opt: criterion must be 'l1' or 'fro', got 'l3'",
-    ),
-    (
         {"train.perceptual_opt": {**VGG, "range_norm": "no"}},
         r"perceptual_opt\.range_norm: must be true or false, got 'no'",
     ),
-    ({"train.perceptual_opt": {**VGG, "vgg_type": "vgg19_bn", "layer_weights": {"bn5_5": 1}}}, r"layers of vgg19_bn"),
-    ({"train.perceptual_opt": {**VGG, "criterion": "l2"}}, r"perceptual_opt: criterion must be 'l1' or 'fro', got"),
-    ({"train.perceptual_opt": {**VGG, "perceptual_weight": 0}}, r"PerceptualLoss has no effect: perceptual_weight and"),
     (
         {"train.fft_opt": {"type": "FFTLos"}},
         r"fft_opt\.type: BasicSR has no loss named 'FFTLos'; did you mean 'FFTLoss'\?",
@@ -381,7 +344,6 @@ MALFORMED = [
         {**GAN, "train.gan_opt.gan_type": "vanila"},
         r"gan_opt: GANLoss rejects these options: GAN type vanila is not impl",
     ),
-    ({**GAN, "train.gan_opt": {"type": "L1Loss"}}, r"gan_opt: L1Loss cannot be used here"),
     ({**GAN, "train.optim_d.type": "Adm"}, r"train\.optim_d\.type: there is no optimizer 'Adm'; did you mean 'Adam'\?"),
     ({**GAN, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
     ({**GAN, "train.optim_d": "Adam"}, r"train\.optim_d: must be a mapping with a key 'type', got 'Adam'"),
@@ -393,22 +355,9 @@ MALFORMED = [
         {"model_type": "SparseESRGANModel", "train.optim_d": GAN["train.optim_d"]},
         r"network_d: missing; SparseESRGANModel needs",
     ),
-    ({**GAN, "network_d.num_in_ch": 0}, r"network_d: UNetDiscriminatorSN must take images of datasets\.train\.gt_size"),
     ({**GAN, "network_d.num_in_ch": ...}, r"network_d\.num_in_ch: missing; UNetDiscriminatorSN needs it"),
-    (
-        {**GAN, "network_d.num_in_ch": 1},
-        r"network_d: UNetDiscriminatorSN must take images of datasets\.train\.gt_size 32: ",
-    ),
-    (
-        {**GAN, "network_d": {"type": "VGGStyleDiscriminator", "num_in_ch": 3, "num_feat": 4}},
-        r"network_d: VGGStyleDiscriminator must take images of datasets\.train\.gt_size 32: Input size must be",
-    ),
     ({**GAN, "train.net_d_iters": 0}, r"train\.net_d_iters: must be whole and >= 1, got 0"),
     ({**GAN, "train.net_d_init_iter": 1}, r"train\.net_d_init_iter: unknown; did you mean 'net_d_init_iters'\?"),
-    (
-        {**GAN, "train.ldl_opt": {"type": "L1Loss"}},
-        r"ldl_opt: SparseSRGANModel builds this loss but never uses it",
-    ),
     ({**GAN, "train.accumulate": 2}, r"train\.accumulate: must be 1 with SparseSRGANModel, whose discriminator"),
     *[
         (
@@ -419,26 +368,22 @@ MALFORMED = [
         for kind in ("SR", "ESR")
         for key, value in (("train.grad_clip", 1), ("val.tile", 16), ("train.deterministic", True))
     ],
-    pytest.param(
-        {**GAN, "model_type": "RealESRGANModel"}, r"model_type: RealESRGANModel needs a CUDA GPU", marks=no_gpu
-    ),
     # what the data sets themselves refuse
     (
         {"datasets.val": SINGLE},
         r"val\.type: SingleImageDataset has no image to compare with, which val\.metrics\.psnr needs",
     ),
     (
-        {"datasets.train": {**SINGLE, "batch_size_per_gpu": 2, "num_worker_per_gpu": 0}},
-        r"datasets\.train\.type: SingleImageDataset has no images to compare with \(gt\), which SparseSRModel needs",
-    ),
-    (
         {"datasets.val": {k: v for k, v in SINGLE.items() if k != "dataroot_lq"}},
         r"dataroot_lq: missing; SingleImageDataset",
     ),
-    ({"datasets.train.io_backend": {}}, r"datasets\.train\.io_backend\.type: missing; it is one of disk, lmdb"),
+    (
+        {"datasets.train.io_backend": {}},
+        r"datasets\.train\.io_backend\.type: missing; it names where images are read from, e\.g\. disk",
+    ),
     (
         {"datasets.train.io_backend": {"type": "dsik"}},
-        r"io_backend\.type: BasicSR has no backend 'dsik'; did you mean 'disk'",
+        r"datasets\.train: .* Backend dsik is not supported",
     ),
     (
         {"datasets.train.io_backend": {"type": "disk", "db": 1}},
@@ -446,25 +391,18 @@ MALFORMED = [
     ),
     (
         {"datasets.train.io_backend": {"type": "lmdb"}},
-        r"dataroot_lq: must be a database whose name ends in \.lmdb.*type: disk",
+        r"datasets\.train: .* should both in lmdb formats",
     ),
-    ({"datasets.train.meta_info_file": "no.txt"}, r"datasets\.train\.meta_info_file: there is no file 'no\.txt'"),
-    ({"datasets.train.persistent_workers": True}, r"train\.persistent_workers: must be false: num_worker_per_gpu is 0"),
+    ({"datasets.train.meta_info_file": "no.txt"}, r"datasets\.train: .*No such file or directory: 'no\.txt'"),
     (
-        {"datasets.val.persistent_workers": True},
-        r"val\.persistent_workers: must be false: BasicSR reads val sets without",
+        {"datasets.train.filename_tmpl": "{}_{}"},
+        r"datasets\.train: PairedImageDataset rejects these options: IndexError",
     ),
-    ({"datasets.train.filename_tmpl": "{}_{}"}, r"filename_tmpl: must have one \{\}, for the name of the file"),
     (
         {"datasets.train.mean": [0, 0, 0], "datasets.train.std": [0, 0, 0]},
         r"train: the first sample .*division by zero",
     ),
-    (
-        {"datasets.train.mean": [float("nan")] * 3, "datasets.train.std": [1, 1, 1]},
-        r"train: pixels must be finite, but lq",
-    ),
     ({"datasets.train.color": "Y"}, r"color: must be one of 'y', 'rgb' or ~ \(nothing\), got 'Y'"),
-    ({"datasets.train.color": "y"}, r"must hold images of network_g\.num_in_ch, 3, channels; the first sample has 1"),
     ({"datasets.train.use_hflip": "yes"}, r"use_hflip: must be true or false or ~ \(nothing\), got 'yes'"),
     ({"datasets.train.use_hflp": True}, r"datasets\.train\.use_hflp: unknown; did you mean 'use_hflip'\?"),
     ({"datasets.train.type": "REDSDataset"}, r"datasets\.train\.dataroot_flow: missing; REDSDataset needs it"),
@@ -481,7 +419,6 @@ MALFORMED = [
     ({"path.strict_load": False}, r"path\.strict_load: unknown; did you mean 'strict_load_g'\?"),
     ({"logger.wandb": {"project": "p"}}, r"logger\.use_tb_logger: must be true with logger\.wandb\.project"),
     ({"logger.wandb": {"project": "p"}}, r"logger\.wandb\.project: needs wandb: pip install wandb"),
-    ({"logger.wandb": {"projct": "p"}}, r"logger\.wandb\.projct: unknown; did you mean 'project'\?"),
     ({"train.optim_g.amsgrad": "yes"}, r"train\.optim_g\.amsgrad: must be true or false, got 'yes'"),
     # networks of BasicSR
     ({NET: {"type": "EDSR", "num_in_ch": 3, "upscale": 2}}, r"network_g\.num_out_ch: missing; EDSR needs it"),
@@ -533,21 +470,20 @@ def test_a_list_of_images_that_leads_nowhere(
     assert len(caught.value.problems) == 1
 
 
-@pytest.mark.parametrize("content", [b"hello", b"", b"half"])
-@pytest.mark.parametrize("name", ["0.txt", "1.png", "2.png"])
+@pytest.mark.parametrize("content", [b"hello", b""])
+@pytest.mark.parametrize("quality", ["HR", "LR"])
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_file_that_is_no_image_is_named(
-    part: str, name: str, content: bytes, training: Callable[..., str], here: Path, capfd: pytest.CaptureFixture[str]
+    part: str, quality: str, content: bytes, training: Callable[..., str], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Also if it is not the first, and in the folder of either size."""
-    for quality in ("HR", "LR"):
-        shutil.copytree(here / "datasets" / part / quality, here / quality)
-        whole = (here / quality / "1.png").read_bytes()
-        (here / quality / name).write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
-    file = training({f"datasets.{part}.dataroot_gt": "HR", f"datasets.{part}.dataroot_lq": "LR"})
-    assert main(["train", "-opt", file]) == 2
+    for each in ("HR", "LR"):
+        shutil.copytree(here / "datasets" / part / each, here / each)
+    for file in (here / quality).iterdir():
+        file.write_bytes(content)
+    options = training({f"datasets.{part}.dataroot_gt": "HR", f"datasets.{part}.dataroot_lq": "LR"})
+    assert main(["train", "-opt", options]) == 2
     errors = capfd.readouterr().err
-    assert re.search(rf"datasets\.{part}: .*[HL]R/{re.escape(name)}\b", errors), errors
+    assert re.search(rf"datasets\.{part}: .*{quality}/\d\.png\b", errors), errors
     assert "1 problem in" in errors
     assert not (here / "experiments").exists()
 
@@ -563,16 +499,10 @@ def test_an_empty_folder_of_single_images(training: Callable[..., str], here: Pa
     preflight.check(load(training(changes)), training=True)
 
 
-def test_the_smallest_image_says_how_much_metrics_may_cut(training: Callable[..., str], here: Path) -> None:
-    for quality, side in (("HR", 16), ("LR", 8)):
-        shutil.copytree(here / "datasets/val" / quality, here / quality)
-        image = io.imread(here / quality / "1.png")
-        io.imsave(here / quality / "1.png", image[:side], check_contrast=False)
-    changes = {"datasets.val.dataroot_gt": "HR", "datasets.val.dataroot_lq": "LR", f"{PSNR}.crop_border": 7}
-    preflight.check(load(training(changes)), training=True)
-    changes[f"{PSNR}.crop_border"] = 8
-    with pytest.raises(ConfigError, match=r"calculate_psnr gives nan on an image of 64x16, '1\.png'; crop_border is 8"):
-        preflight.check(load(training(changes)), training=True)
+def test_the_first_image_says_how_much_metrics_may_cut(training: Callable[..., str]) -> None:
+    preflight.check(load(training({f"{PSNR}.crop_border": 31})), training=True)
+    with pytest.raises(ConfigError, match=r"calculate_psnr gives nan on an image of 64x64; crop_border is 32"):
+        preflight.check(load(training({f"{PSNR}.crop_border": 32})), training=True)
 
 
 def test_metrics_that_look_at_what_else_they_get_may_have_more_options(
@@ -672,14 +602,13 @@ def test_all_problems_are_reported_at_once(training: Callable[..., str], capsys:
             "network_g.num_feat",
             "network_g.upscale",
             "datasets.train.gt_size",
-            "datasets.train.dataroot_lq",
             "datasets.val.dataroot_gt",
             "train.optim_g.lr",
             "model_type",
             "logger.print_freq",
         ]
     )
-    assert lines[0] == "sparse-sr: 11 problems in train.yml; nothing was run"
+    assert lines[0] == "sparse-sr: 10 problems in train.yml; nothing was run"
 
 
 def test_validation_may_have_images_that_basicsr_cuts(training: Callable[..., str], here: Path) -> None:
@@ -692,62 +621,27 @@ def test_validation_may_have_images_that_basicsr_cuts(training: Callable[..., st
     preflight.check(load(training(changes)), training=True)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
-def test_sizes_are_those_that_basicsr_reads(suffix: str, tmp_path: Path) -> None:
-    """Whatever EXIF says, in files of every kind."""
-    from basicsr.utils import imfrombytes
-
-    for orientation in (None, 1, 3, 5, 6, 7, 8):
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = orientation
-        file = tmp_path / f"{orientation}.{suffix}"
-        Image.new("RGB", (80, 64), (10, 200, 30)).save(file, **({"exif": exif} if orientation else {}))
-        assert size_of(file) == imfrombytes(file.read_bytes()).shape[1::-1]
-
-
-@pytest.mark.parametrize("turned", ["HR", "LR", "HR LR"])
-def test_a_pair_of_which_one_is_turned_is_refused(training: Callable[..., str], here: Path, turned: str) -> None:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    for quality, size in (("HR", (80, 64)), ("LR", (40, 32))):
-        (here / quality).mkdir()
-        Image.new("RGB", size).save(here / quality / "0.jpg", **({"exif": exif} if quality in turned else {}))
-    file = training({"datasets.train.dataroot_gt": "HR", "datasets.train.dataroot_lq": "LR"})
-    if turned == "HR LR":
-        preflight.check(load(file), training=True)
-    else:
-        with pytest.raises(ConfigError, match=r"datasets\.train\.dataroot_lq: must hold images of 1/2 the size"):
-            preflight.check(load(file), training=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "suffix", "channels"), [("gt", "png", 3), ("lq", "png", 1), ("lq", "tif", 3), ("gt", "jp2", 1)]
-)
-def test_bits_that_basicsr_does_not_read_are_remarked_on(
-    training: Callable[..., str], here: Path, name: str, suffix: str, channels: int
+def test_a_model_of_a_fork_may_read_a_known_name_elsewhere(
+    training: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cv2
+    """As HAT's model reads `tile` at the top level; with other models it is nowhere but in `val`."""
+    from basicsr.models.sr_model import SRModel
+    from basicsr.utils.registry import MODEL_REGISTRY
 
-    for quality, side in (("gt", 128), ("lq", 64)):
-        (here / quality).mkdir()
-        kind = np.uint16 if quality == name else np.uint8
-        pixels = np.random.default_rng(0).integers(0, np.iinfo(kind).max + 1, (side, side, channels), dtype=kind)
-        for number in range(2):
-            cv2.imwrite(str(here / quality / f"{number}.{suffix}"), pixels if number else pixels.astype(np.uint8))
-    (here / "meta.txt").write_text(f"0.{suffix} (128,128,3)\n1.{suffix} (128,128,3)\n")
-    changes = {
-        "datasets.train.dataroot_gt": "gt",
-        "datasets.train.dataroot_lq": "lq",
-        "datasets.train.meta_info_file": "meta.txt",
-        "datasets.val.dataroot_gt": "gt",
-        "datasets.val.dataroot_lq": "lq",
-    }
-    _, remarks = preflight.check(load(training(changes)), training=True)
-    assert remarks == [
-        f"datasets.{part}.dataroot_{name}: BasicSR reads 8 bits per channel, and '1.{suffix}' has more; its lower "
-        "bits are lost (as in 1 of the first 2 images)"
-        for part in ("train", "val")
-    ]
+    class Tiles(SRModel):  # type: ignore[misc]
+        def test(self) -> None:
+            self.side = self.opt["tile"]["tile_size"]
+
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, "Tiles", Tiles)
+    changes = {"model_type": "Tiles", "train.ema_decay": 0, "tile": {"tile_size": 32}}
+    assert preflight.check(load(training(changes)), training=True)[1] == []
+    _, remarks = preflight.check(load(training({"tile": {"tile_size": 32}})), training=True)
+    assert remarks == ["tile: nothing reads this option"]
+
+
+def test_a_debug_run_needs_no_wandb(training: Callable[..., str]) -> None:
+    """BasicSR starts neither it nor tensorboard then."""
+    preflight.check(load(training({"name": "debug_tiny", "logger.wandb": {"project": "p"}})), training=True)
 
 
 def test_every_optimizer_is_accepted(training: Callable[..., str]) -> None:
@@ -873,7 +767,6 @@ def test_processes_without_a_common_seed_are_remarked_on(
 @pytest.mark.parametrize(
     ("launcher", "changes", "message"),
     [
-        ("slurm", {}, "--launcher slurm: needs CUDA GPUs; on the CPU start torchrun with --launcher pytorch"),
         (
             "pytorch",
             {"model_type": "SRModel", "train.ema_decay": 0},

@@ -33,8 +33,7 @@ PROMISES = {
     "export with dynamic sizes": [("R15", "torch.export, layers")],
     "loud half inputs stay finite": [("R18", "finite")],
     "autocast": [("R18", "close")],
-    "checkpointed is plain": [("R19", "layers")],
-    "reentrantly checkpointed is plain": [("R19", "layers, reentrant")],
+    "checkpointed is plain": [("R19", "layers"), ("R19", "layers, reentrant")],
     "checkpointed and compiled is plain": [("R19", "compiled")],
     "training moves state once a forward": [("R20", "once a forward")],
 }
@@ -45,7 +44,6 @@ COMPILERS = {
     "compiled forward mode",
     "compiled with other forwards",
     "checkpointed and compiled is plain",
-    "compiled inside a checkpoint is plain",
     "export with dynamic sizes",
     "sizes do not recompile",
 }

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from sparse_sr_attn.config import ProblemList, fields, join_path, read
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import option_lookups, registration
-from sparse_sr_attn_basicsr.schema import Count, WholeNumber
+from sparse_sr_attn_basicsr import option_names, registration, schema
 
 MODEL = "SparseSRModel"
 _READERS = ("basicsr.train", "basicsr.test", "basicsr.utils.options", "basicsr.utils.logger", "basicsr.utils.misc")
@@ -29,6 +29,7 @@ class Findings:
 
     Attributes:
         problems: the problems found.
+        names: what the code reads beyond the options of `schema`, which belong to their sections.
         remarks: what is valid but probably a mistake.
         scale: `scale`, if it is valid.
         model: the class that `model_type` names, or `None`.
@@ -45,7 +46,10 @@ class Findings:
         self.networks = registration.names()
         self.model = self.registered("MODEL", options.get("model_type"))
         modules = [importlib.import_module(name) for name in _READERS if importlib.util.find_spec(name)]
-        self.lookups = option_lookups.of(*modules, importlib.import_module("basicsr.data"), *bases(self.model))
+        modules.append(importlib.import_module("basicsr.data"))
+        usual = option_names.names_in(*modules, *bases(self.registered("MODEL", "SRModel")))
+        theirs = [cls for cls in bases(self.model) if not cls.__module__.startswith("sparse_sr_attn")]
+        self.names = (usual - schema.NAMES) | (option_names.names_in(*theirs) - usual)
 
     def add(self, path: str, message: str) -> None:
         """Add a problem."""
@@ -67,11 +71,11 @@ class Findings:
         """
         known = fields(declared)
         if whole:
-            self.unread(path, values, [*known, *self.lookups.names.get(path.partition(".")[0], ())])
+            self.unread(path, values, [*known, *self.names])
         given = {name: values[name] for name in known if name in values}
         right = read(declared, given, path, problems=self.problems)
         for name, value in right.items():
-            if known[name].annotation in (Count, WholeNumber):
+            if known[name].annotation in (schema.Count, schema.WholeNumber):
                 values[name] = int(value)
             elif isinstance(value, float) and isinstance(values[name], str):
                 values[name] = value
@@ -99,9 +103,7 @@ class Findings:
     def registered(self, registry: str, name: object) -> Any:
         """Return what BasicSR has registered under a name; `None` if there is nothing.
 
-        Args:
-            registry: `ARCH`, `DATASET`, `LOSS`, `METRIC` or `MODEL`.
-            name: the name in an option file.
+        `registry` is `ARCH`, `DATASET`, `LOSS`, `METRIC` or `MODEL`.
         """
         table = getattr(self._registries, f"{registry}_REGISTRY")
         names = (name, f"{name}_basicsr") if isinstance(name, str) else ()
@@ -153,6 +155,14 @@ def nested(options: object, *names: str) -> Any:
     for name in names:
         options = options.get(name) if isinstance(options, Mapping) else None
     return options
+
+
+def similar_file(wanted: Path) -> str:
+    """Return a suggestion of a file or folder with a similar name for a missing one."""
+    parent = wanted.parent
+    beside = {entry.name.casefold(): entry.name for entry in parent.iterdir()} if parent.is_dir() else {}
+    close = get_close_matches(wanted.name.casefold(), beside, n=1)
+    return f"; did you mean {str(parent / beside[close[0]])!r}?" if close else ""
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from sparse_sr_attn.config import fields, read
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.layers.base import SATURATING_RANGE, raw_queries_in
 from sparse_sr_attn.registry import suggestion
-from sparse_sr_attn_basicsr import option_lookups, registration
-from sparse_sr_attn_basicsr.preflight import trials
+from sparse_sr_attn_basicsr import option_names, registration
 from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested, without_warnings
+from sparse_sr_attn_basicsr.preflight.signatures import check_names
 from sparse_sr_attn_basicsr.with_attention import WithAttention, is_with_attention
 
 _READ_BY_MODELS = r"""opt\[["'](network_\w+)["']\]\[["'](\w+)["']\]"""
@@ -111,8 +111,7 @@ def _check_attention(findings: Findings, path: str, network: nn.Module, options:
     averages = findings.training and nested(findings.options, "train", "ema_decay")
     if not (averages and kept) or findings.model is None or findings.is_ours():
         return
-    averaging = option_lookups.of(getattr(findings.model, "model_ema", None)).used
-    if not {"named_buffers", "buffers", "state_dict"} & averaging:
+    if not re.search(r"buffers\(|state_dict\(", option_names.source_of(getattr(findings.model, "model_ema", None))):
         findings.add(
             "train.ema_decay",
             f"must be 0 with {findings.options['model_type']}, which leaves {' and '.join(kept)} of the averaged "
@@ -154,54 +153,40 @@ def _check_theirs(findings: Findings, path: str, name: str, build: Any, options:
         return suggestion(key, known)
 
     before = len(findings.problems)
-    trials.check_names(findings.problems, build, options, path, hint=hint, lenient=True)
+    check_names(findings.problems, build, options, path, hint=hint)
     if len(findings.problems) == before:
         network = _built(findings, path, {"type": name, **options})
-        if network is not None and findings.training:
-            _check_patches(findings, path, network, build, options)
+        if network is not None and findings.training and path == "network_g":
+            _check_upscale(findings, network, options.get("num_in_ch", 3))
 
 
-def _check_patches(findings: Findings, path: str, network: nn.Module, build: Any, options: Mapping[str, Any]) -> None:
-    """Check that a network of BasicSR accepts the training patches, and that its output has the right size."""
+def _check_upscale(findings: Findings, network: nn.Module, channels: int) -> None:
+    """Check that the output of a network of BasicSR for a training patch has the right size."""
     scale, gt_size = findings.scale, nested(findings.options, "datasets", "train", "gt_size")
     if scale is None or not isinstance(gt_size, int) or gt_size < 1 or gt_size % scale:
         return
-    if path == "network_g":
-        low = gt_size // scale
-        with suppress(Exception), torch.no_grad():  # not every network runs on the meta device
-            image = torch.empty(1, options.get("num_in_ch", 3), low, low, device="meta")
-            output = network.to("meta").eval()(image)
-            if tuple(output.shape[-2:]) != (gt_size, gt_size):
-                factor = output.shape[-1] / low
-                findings.add(path, f"must upscale by {scale}, the option 'scale', but does so by {factor:g}")
-    elif path == "network_d" and "SRGANModel" in [cls.__name__ for cls in bases(findings.model)]:
-        reason = _tried(lambda: build(**options)(torch.zeros(2, 3, gt_size, gt_size)))[1]
-        if reason is not None:
-            message = f"must take images of datasets.train.gt_size {gt_size}: {trials.reason(reason)}"
-            findings.add(path, f"{build.__name__} {message}")
+    low = gt_size // scale
+    with suppress(Exception), torch.no_grad():  # not every network runs on the meta device
+        output = network.to("meta").eval()(torch.empty(1, channels, low, low, device="meta"))
+        if tuple(output.shape[-2:]) != (gt_size, gt_size):
+            factor = output.shape[-1] / low
+            findings.add("network_g", f"must upscale by {scale}, the option 'scale', but does so by {factor:g}")
 
 
 def _built(findings: Findings, path: str, options: Mapping[str, Any]) -> nn.Module | None:
-    """Build a network of BasicSR's registry, on the meta device if possible."""
+    """Build a network of BasicSR's registry, on the meta device if possible, else on the CPU."""
     build = findings.registered("ARCH", options["type"])
-    rest = {key: value for key, value in options.items() if key != "type"}
-    network: nn.Module | None
-    network, error = _tried(lambda: build(**copy.deepcopy(rest)))
-    if error is not None:
-        findings.add(path, f"{options['type']} cannot be built with these options: {type(error).__name__}: {error}")
-    return network
-
-
-def _tried(compute: Any) -> tuple[Any, Exception | None]:
-    """Return what a function returns or raises, on the meta device or, if that fails, on the CPU."""
     failure: Exception | None = None
     for device in ("meta", "cpu"):
+        rest = {key: copy.deepcopy(value) for key, value in options.items() if key != "type"}
         try:
-            with torch.device(device), torch.no_grad(), without_warnings():
-                return compute(), None
+            with torch.device(device), without_warnings():
+                network: nn.Module = build(**rest)
+                return network
         except Exception as error:  # somebody else's code can raise anything
             failure = error
-    return None, failure
+    findings.add(path, f"{options['type']} cannot be built with these options: {type(failure).__name__}: {failure}")
+    return None
 
 
 def check_model_lookups(findings: Findings, multiple: int) -> None:
@@ -211,7 +196,7 @@ def check_model_lookups(findings: Findings, multiple: int) -> None:
     network inside `WithAttention`, and defaults that the file omits.
 
     Args:
-        findings: their options get `SeenThrough` networks.
+        findings: the check of the file.
         multiple: `network_g` needs multiples of it as sides of images.
     """
     options = findings.options
@@ -225,10 +210,9 @@ def check_model_lookups(findings: Findings, multiple: int) -> None:
             defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
             options[key] = SeenThrough(given, {**defaults, **inner})
     for cls in bases(findings.model):
-        with suppress(OSError, TypeError):
-            for key, option in re.findall(_READ_BY_MODELS, inspect.getsource(cls)):
-                if isinstance(options.get(key), Mapping) and option not in options[key]:
-                    findings.add(f"{key}.{option}", f"missing; {options['model_type']} reads it")
+        for key, option in re.findall(_READ_BY_MODELS, option_names.source_of(cls)):
+            if isinstance(options.get(key), Mapping) and option not in options[key]:
+                findings.add(f"{key}.{option}", f"missing; {options['model_type']} reads it")
     if multiple > 1:
         _check_padding(findings, multiple)
 

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import torch
 
-from sparse_sr_attn.config import fields, join_path, shown
-from sparse_sr_attn_basicsr import option_lookups, schema
+from sparse_sr_attn.config import shown
+from sparse_sr_attn_basicsr import option_names, schema
 from sparse_sr_attn_basicsr.distributed import on_cpu
-from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested
-from sparse_sr_attn_basicsr.preflight.images import similar_file
-
-_ON_CUDA = ("RealESRNetModel", "RealESRGANModel")  # they call .cuda() whatever num_gpu says
+from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested, similar_file
 
 
 def check(findings: Findings, launcher: str) -> None:
@@ -37,6 +34,7 @@ def check(findings: Findings, launcher: str) -> None:
         _check_launcher(findings, launcher)
     declared: dict[str, type] = {
         "path": schema.Path,
+        "dist_params": schema.DistParams,
         "val": schema.ValidationInTraining if findings.training else schema.ValidationInTesting,
     }
     if findings.training:
@@ -61,14 +59,9 @@ def _check_launcher(findings: Findings, launcher: str) -> None:
             "manual_seed: with --launcher and without a seed, each process draws its own, and a resumed run will not "
             "be exact"
         )
-    if isinstance(params := findings.options.get("dist_params"), Mapping):
-        findings.section(schema.DistParams, dict(params), "dist_params")
-    if on_cpu(findings.options):
-        if launcher == "slurm":
-            findings.add(path, "needs CUDA GPUs; on the CPU start torchrun with --launcher pytorch")
-        if findings.model is not None and not findings.is_ours():
-            name = findings.options.get("model_type")
-            findings.add("model_type", f"must be {MODEL} for several processes on the CPU, got {name!r}")
+    if on_cpu(findings.options) and findings.model is not None and not findings.is_ours():
+        name = findings.options.get("model_type")
+        findings.add("model_type", f"must be {MODEL} for several processes on the CPU, got {name!r}")
 
 
 def _check_logger(findings: Findings) -> None:
@@ -76,40 +69,28 @@ def _check_logger(findings: Findings) -> None:
     logger.setdefault("use_tb_logger", False)
     if logger["use_tb_logger"] is True and importlib.util.find_spec("tensorboard") is None:
         findings.add("logger.use_tb_logger", "needs tensorboard: pip install tensorboard, or write false")
-    if not isinstance(logger.get("wandb"), Mapping):
-        return
-    project = findings.section(schema.Wandb, dict(logger["wandb"]), "logger.wandb").get("project")
-    if project is None or "debug" in str(findings.options.get("name")):
-        return
-    if logger["use_tb_logger"] is not True:
-        findings.add("logger.use_tb_logger", "must be true with logger.wandb.project: wandb follows tensorboard")
-    if importlib.util.find_spec("wandb") is None:
-        findings.add("logger.wandb.project", "needs wandb: pip install wandb, or write project: ~")
+    if nested(logger, "wandb", "project") is not None and "debug" not in str(findings.options.get("name")):
+        if logger["use_tb_logger"] is not True:
+            findings.add("logger.use_tb_logger", "must be true with logger.wandb.project: wandb follows tensorboard")
+        if importlib.util.find_spec("wandb") is None:
+            findings.add("logger.wandb.project", "needs wandb: pip install wandb, or write project: ~")
 
 
 def check_model(findings: Findings) -> None:
     """Check that the model has all required options, and none that it would ignore."""
-    name, train, model = findings.options.get("model_type"), findings.options.get("train"), findings.model
+    name, model = findings.options.get("model_type"), findings.model
     if model is None:
         return
-    if on_cpu(findings.options) and any(cls.__name__ in _ON_CUDA for cls in bases(model)):
-        findings.add("model_type", f"{name} needs a CUDA GPU")
-    if findings.training and isinstance(train, Mapping):
-        plain = option_lookups.of(*bases(findings.registered("MODEL", "SRModel"))).needed
-        needed = option_lookups.of(*bases(model)).needed
-        for section, values in (("", findings.options), ("train", train)):
-            declared = fields(schema.Train if section else schema.Training)
-            for option in sorted(needed.get(section, set()) - plain.get(section, set())):
-                given = values.get(option) if option.endswith("_opt") else option in values
-                if not given and option not in declared:
-                    findings.add(join_path(section, option), f"missing; {name} needs it")
+    if findings.training and "gan_opt" in option_names.names_in(*bases(model)):
+        for path in ("network_d", "train.optim_d", "train.gan_opt"):
+            if nested(findings.options, *path.split(".")) is None:
+                findings.add(path, f"missing; {name} needs it")
     if findings.is_ours():
         return
+    known = option_names.names_in(*bases(model))
     for section, names in schema.ONLY_OURS.items():
         for option in names:
-            if nested(findings.options, section, option) is not None and option not in findings.lookups.names.get(
-                section, ()
-            ):
+            if nested(findings.options, section, option) is not None and option not in known:
                 findings.add(f"{section}.{option}", f"unknown to {name}; model_type: {findings.counterpart()} has it")
 
 

@@ -1,16 +1,19 @@
 """Checks of `val`: tiles and metrics."""
 
+import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparse_sr_attn.config import read
 from sparse_sr_attn_basicsr import schema
-from sparse_sr_attn_basicsr.preflight import trials
-from sparse_sr_attn_basicsr.preflight.findings import Findings
-from sparse_sr_attn_basicsr.preflight.images import shown_size
+from sparse_sr_attn_basicsr.preflight.findings import Findings, without_warnings
+from sparse_sr_attn_basicsr.preflight.signatures import check_arguments, reason
+from sparse_sr_attn_basicsr.randomness import undisturbed
 
 Metrics = Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]
 """Metrics by their path in the file, with their options."""
@@ -37,7 +40,7 @@ def check(findings: Findings) -> Metrics:
             build = findings.choose("METRIC", path, options, "the metric, e.g. calculate_psnr")
             if build is not None:
                 rest = {name: value for name, value in options.items() if name not in ("type", "better")}
-                trials.check_arguments(findings.problems, build, rest, path, ("img", "img2"))
+                check_arguments(findings.problems, build, rest, path, ("img", "img2"))
                 read(schema.Metric, {"better": options.get("better", "higher")}, path, problems=findings.problems)
                 options |= rest
                 if len(findings.problems) == before:
@@ -45,34 +48,28 @@ def check(findings: Findings) -> Metrics:
     return metrics
 
 
-def try_metrics(
-    findings: Findings,
-    metrics: Metrics,
-    path: str,
-    kind: object,
-    sample: Mapping[str, Any],
-    sizes: Mapping[str, tuple[int, int]],
-) -> None:
-    """Compute the metrics of noise as large as the smallest image of a data set.
-
-    Args:
-        findings: the check of the file.
-        metrics: the metrics, from `check`.
-        path: path of the data set.
-        kind: type of the data set.
-        sample: its first sample.
-        sizes: (width, height) of each image, if known.
-    """
+def try_metrics(findings: Findings, metrics: Metrics, path: str, kind: object, sample: Mapping[str, Any]) -> None:
+    """Compute the metrics of noise as large as the first sample of the data set at `path`, which is of type `kind`."""
     image = sample.get("gt", sample.get("lq"))
     if not isinstance(image, torch.Tensor) or image.ndim != 3:
         return
     channels, height, width = image.shape
-    name, smallest = min(sizes.items(), key=lambda item: min(item[1]), default=("the first", (width, height)))
+    draw = np.random.default_rng(0)
     for metric, (build, options) in metrics.items():
-        if "gt" not in sample and "img2" in inspect.signature(build).parameters:
+        names = [name for name in ("img", "img2") if name in inspect.signature(build).parameters]
+        if "gt" not in sample and "img2" in names:
             findings.add(f"{path}.type", f"{kind} has no image to compare with, which {metric} needs")
             continue
-        shape = smallest[::-1] if channels == 1 else (*smallest[::-1], 3)
-        if fault := trials.try_metric(build, options, shape):
+        # BasicSR's models pass images of shape (h, w) or (h, w, 3) to metrics.
+        shape = (height, width) if channels == 1 else (height, width, 3)
+        images = {name: draw.integers(0, 256, shape).astype(np.uint8) for name in names}
+        try:
+            with without_warnings(), undisturbed():
+                value = float(build(**images, **copy.deepcopy(dict(options))))
+        except Exception as error:  # somebody else's code can raise anything
+            fault = f"fails ({reason(error)})"
+        else:
+            fault = "" if math.isfinite(value) else f"gives {value}"
+        if fault:
             border = f"; crop_border is {options['crop_border']}" if options.get("crop_border") else ""
-            findings.add(metric, f"{build.__name__} {fault} on an image of {shown_size(smallest)}, {name!r}{border}")
+            findings.add(metric, f"{build.__name__} {fault} on an image of {width}x{height}{border}")

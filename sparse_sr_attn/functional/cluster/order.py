@@ -44,18 +44,10 @@ def chain_rank(centroids: Tensor) -> Int[Tensor, "k"]:
 
 
 def order_clusters(centroids: Tensor, num_updates: Int[Tensor, ""], rank: Int[Tensor, "k"]) -> None:
-    """Update `rank` in training: set it to the `chain_rank` of the centroids after some of their updates.
+    """Update `rank` in place: after some updates of the centroids, set it to their `chain_rank`.
 
     Centroids do not move between two forwards, so a recomputation of a forward finds the same ranks; it updates
-    nothing.
-
-    Args:
-        centroids: the centroids of k-means.
-        num_updates: number of their updates so far.
-        rank: updated in place.
-
-    Note:
-        On GPUs with triton a single program computes the path; elsewhere, the CPU does.
+    nothing. On GPUs with triton a single program computes the path; elsewhere, the CPU does.
     """
     _order_clusters(centroids.detach(), num_updates, rank)
 

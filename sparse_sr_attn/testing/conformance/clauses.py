@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
@@ -273,26 +272,8 @@ def _reparametrisations() -> dict[str, tuple[Callable[[nn.Module], object], Call
 
 
 @clause()
-def check_forward_mode_derivatives(subject: Subject, device: torch.device) -> None:
-    """`torch.func.jvp` and dual tensors give the derivative that finite differences give; or an error, never less."""
-    chain = subject.chain().double().to(device).eval()
-    x = feature_map("x", dtype=torch.float64, device=device)
-    direction = feature_map("direction", dtype=torch.float64, device=device)
-    step = 1e-6
-    with torch.no_grad():
-        expected = (chain(x + step * direction) - chain(x - step * direction)) / (2 * step)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own use of TorchScript
-        derivative = torch.func.jvp(chain, (x,), (direction,))[1]
-        with forward_ad.dual_level():
-            dual = forward_ad.unpack_dual(chain(forward_ad.make_dual(x, direction))).tangent
-    for found in (derivative, dual):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@clause()
 def check_transforms(subject: Subject, device: torch.device) -> None:
-    """`torch.func.grad`, `jacrev`, `jacfwd`, `hessian` and `vmap` give what backwards and calls one by one give."""
+    """`torch.func.grad`, `jacrev`, `jacfwd` (hence `jvp`), `hessian` and `vmap` give what backwards and calls give."""
     chain = subject.chain().double().to(device).eval()
     x = feature_map("x", batch=1, height=2, width=3, dtype=torch.float64, device=device)
     probe = feature_map("probe", batch=1, channels=chain(x).shape[1], height=2, width=3, dtype=x.dtype, device=device)

@@ -1,9 +1,10 @@
 """The clauses on compilers, export and activation checkpointing."""
 
 import copy
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn.testing.conformance.clause import Figures, clause
@@ -77,60 +78,37 @@ def check_export_with_dynamic_sizes(subject: Subject, device: torch.device) -> N
 
 @clause()
 def check_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
-    """`checkpoint(nn.Sequential(block, layer, block))` in training: output, gradients and buffers to the bit."""
-    _check_checkpointed(subject, device, reentrant=False)
+    """`checkpoint(nn.Sequential(block, layer, block))` in training: output, gradients and buffers to the bit.
 
-
-@clause()
-def check_reentrantly_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
-    """The same with `use_reentrant=True`, which runs the forward without a graph first."""
-    _check_checkpointed(subject, device, reentrant=True)
+    With `use_reentrant=True`, too, which runs the forward without a graph first.
+    """
+    for reentrant in (False, True):
+        plain, again = _body(subject, device), _body(subject, device)
+        call = partial(checkpoint, again, use_reentrant=reentrant)
+        assert_same(history(again, call, device), history(plain, plain, device))
 
 
 @clause(hookable=False)
 def check_checkpointed_and_compiled_is_plain(subject: Subject, device: torch.device) -> None:
-    """Checkpointing inside the compiled graph, to the bit."""
-    _check_checkpointed_and_compiled(subject, device, "aot_eager", inside=True)
-
-
-@clause(hookable=False)
-def check_compiled_inside_a_checkpoint_is_plain(subject: Subject, device: torch.device) -> None:
-    """A compiled module under eager checkpointing, to the bit."""
-    _check_checkpointed_and_compiled(subject, device, "aot_eager", inside=False)
+    """Checkpointing inside the compiled graph, and a compiled module under eager checkpointing: to the bit."""
+    _check_checkpointed_and_compiled(subject, device, "aot_eager")
 
 
 @clause(hookable=False, slow=True)
 def check_checkpointed_and_compiled_by_inductor_is_plain(subject: Subject, device: torch.device) -> None:
     """The same with the default backend, to its rounding."""
-    _check_checkpointed_and_compiled(subject, device, "inductor", inside=True)
+    _check_checkpointed_and_compiled(subject, device, "inductor")
 
 
-def _check_checkpointed(subject: Subject, device: torch.device, *, reentrant: bool) -> None:
-    plain, again = _body(subject, device), _body(subject, device)
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(again, x, use_reentrant=reentrant)
-
-    assert_same(history(again, checkpointed, device), history(plain, plain, device))
-
-
-def _check_checkpointed_and_compiled(subject: Subject, device: torch.device, backend: str, *, inside: bool) -> None:
-    torch._dynamo.reset()
-    plain, again = _body(subject, device), _body(subject, device)
-    if inside:
-
-        def checkpointed(x: Tensor) -> Tensor:
-            return checkpoint(again, x, use_reentrant=False)
-
-        call = torch.compile(checkpointed, fullgraph=True, backend=backend)
-    else:
-        compiled = torch.compile(again, fullgraph=True, backend=backend)
-
-        def call(x: Tensor) -> Tensor:
-            return checkpoint(compiled, x, use_reentrant=False)
-
-    tolerance = 0.0 if backend == "aot_eager" else 1e-5
-    assert_same(history(again, call, device), history(plain, plain, device), tolerance=tolerance)
+def _check_checkpointed_and_compiled(subject: Subject, device: torch.device, backend: str) -> None:
+    for inside in (True, False):
+        torch._dynamo.reset()
+        plain, again = _body(subject, device), _body(subject, device)
+        compiled = partial(torch.compile, fullgraph=True, backend=backend)
+        checkpointed = partial(checkpoint, again if inside else compiled(again), use_reentrant=False)
+        call = compiled(checkpointed) if inside else checkpointed
+        tolerance = 0.0 if backend == "aot_eager" else 1e-5
+        assert_same(history(again, call, device), history(plain, plain, device), tolerance=tolerance)
 
 
 def _body(subject: Subject, device: torch.device) -> nn.Sequential:
