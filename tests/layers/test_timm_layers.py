@@ -28,7 +28,6 @@ CLAUSES = [
     "copies go on alike",
     "a sample that is not finite spoils no other",
     "checkpointed is plain",
-    "reentrantly checkpointed is plain",
 ]
 everyone = pytest.mark.parametrize("name", USABLE)
 
