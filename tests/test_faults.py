@@ -239,7 +239,7 @@ FAULTS = [
         "cluster:test_order_sorts_by_cluster_then_position",
     ),
     Fault(
-        "chunks of nothing pass", "cluster:cluster_pattern", decide(False),
+        "chunks of nothing pass", "cluster:cluster_pattern", decide(False, 1),
         "cluster:test_impossible_chunks_are_refused",
     ),
     # --- cluster attention
