@@ -20,8 +20,8 @@ pytestmark = pytest.mark.unhooked
 LIMITS = {
     "LCoA": (21, 76, 23),
     "CoA": (4, 7, 11),
-    "GMSA": (7, 9, 15),
-    "GMSA, shifted": (7, 9, 15),
+    "GMSA": (7, 9, 14),
+    "GMSA, shifted": (7, 9, 14),
     "LFE": (4, 4, 8),
     "LCoAN-light": (109, 164, 151),
     "ELAN-light": (295, 331, 524),
