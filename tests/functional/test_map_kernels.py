@@ -1,9 +1,8 @@
 """Triton kernels for maps against torch's operators; without a GPU by triton's interpreter (`conftest.py`)."""
 
 import os
-import subprocess
-import sys
 
+import machine_code
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -181,8 +180,4 @@ for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_kernels_compile_for_gpus(capability: str, tmp_path: os.PathLike[str]) -> None:
     """The interpreter forgives types."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, capability], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    machine_code.run(COMPILE, capability, tmp_path)

@@ -1,9 +1,8 @@
 """Triton kernels against the slow twins; without a GPU by triton's interpreter, which `conftest.py` switches on."""
 
 import os
-import subprocess
-import sys
 
+import machine_code
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -322,41 +321,14 @@ def test_too_wide_queries_are_refused(device: torch.device) -> None:
 
 
 COMPILE = """
-import re, subprocess, sys, tempfile
-from pathlib import Path
-import torch, triton
-from triton.backends import nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from machine_code import NAMES, usage
 from sparse_sr_attn.functional import cluster
 from sparse_sr_attn.functional.cluster import triton as cluster_triton
 from sparse_sr_attn.functional.cluster import triton_kernels
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 
-CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 SIZES = {"num_tokens", "chunk_size", "num_slots", "first", "num_seen", "fill", "num_repeats"}
-NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-def compiled(kernel, options, work, value):
-    kinds = {"order": "i64", "chunks": "i32", "starts": "i64"}
-    kinds |= dict.fromkeys(("value", "output", "grad_output", "grad_value"), value)
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in options:
-            signature[name], constants[(place,)] = "constexpr", options[name]
-        else:
-            signature[name] = "i32" if name in SIZES else "*" + kinds.get(name, work)
-            if name not in SIZES:  # as a launch finds of torch's memory, for wide loads
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={name: options[name] for name in ("num_warps", "num_stages")})
-
-def stack(binary):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(binary)
-        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(int(number) for number in re.findall(r"STACK:(\\d+)", told))
 
 for dtype, query_dim, value_dim, kind, chunk_size in (
     (torch.float32, 16, 64, "exact", 144), (torch.float32, 16, 64, "exact", 128),
@@ -375,20 +347,18 @@ for dtype, query_dim, value_dim, kind, chunk_size in (
         pattern = cluster.with_nearest_chunks(pattern, query)
     for name in ("forward", "backward_query", "backward_key"):
         options = cluster_triton._Launch.of(name, query, value, ClusterLayout.of(pattern), 1.0).options | {"START": 0}
-        kernel = compiled(getattr(triton_kernels, name), options, NAMES[query.dtype], NAMES[dtype])
-        used, spilled = kernel.metadata.shared, stack(kernel.asm["cubin"])
-        print(dtype, query_dim, value_dim, kind, name, used, spilled, flush=True)
-        assert used <= 99 * 1024, "more shared memory than a multiprocessor of the smallest GPUs gives a program"
+        kinds = {"order": "i64", "chunks": "i32", "starts": "i64"}
+        kinds |= dict.fromkeys(("value", "output", "grad_output", "grad_value"), NAMES[dtype])
+        kernel = getattr(triton_kernels, name)
+        needs = usage(kernel, options, SIZES, lambda argument: kinds.get(argument, NAMES[query.dtype]))
+        print(dtype, query_dim, value_dim, kind, name, needs, flush=True)
         usual = query_dim <= 128 and dtype != torch.float64 and kind == "exact"
-        assert spilled == 0 or not usual, "registers are spilled to memory"
+        assert needs.spilled == 0 or not usual, "registers are spilled to memory"
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_kernels_compile_for_gpus(capability: str, tmp_path: os.PathLike[str]) -> None:
-    """Down to machine code, which needs no GPU: the interpreter forgives types, sizes and spilled registers."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, capability]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Down to machine code, without spilled registers in the usual sizes."""
+    machine_code.run(COMPILE, capability, tmp_path)

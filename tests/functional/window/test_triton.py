@@ -1,9 +1,8 @@
 """Triton kernels of all groups of windows against the slow twins; without a GPU by triton's interpreter."""
 
 import os
-import subprocess
-import sys
 
+import machine_code
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -98,7 +97,7 @@ def test_attention_equals_masked_dense_attention(
     leaves = maps(*dims, *side, device, batch=2)
     actual = grouped_window_attention(*leaves, **groups, backend="triton")
     expected, meant = dense(*leaves, groups)
-    assert actual.isfinite().all(), "where rows of pads come to lie too"
+    assert actual.isfinite().all(), "also for pixels whose result comes from padding"
     assert_values_close(actual * meant, expected * meant)
     probe = Case().tensor("probe", *actual.shape, device=device) * meant
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
@@ -106,7 +105,7 @@ def test_attention_equals_masked_dense_attention(
 
 @pytest.mark.parametrize("groups", [SHIFTED, DISPLACED], ids=["shifted", "displaced"])
 def test_all_backends_agree(device: torch.device, groups: Groups) -> None:
-    """Where rows of pads come to lie too."""
+    """Also for pixels whose result comes from padding."""
     leaves = maps(6, 6, 5, 7, device)
     outputs = [grouped_window_attention(*leaves, **groups, backend=name) for name in ("eager", "operator", "triton")]
     probe = Case().tensor("probe", *outputs[0].shape, device=device)
@@ -197,39 +196,12 @@ def test_wrong_arguments_are_explained(device: torch.device) -> None:
 
 
 COMPILE = """
-import re, subprocess, sys, tempfile
-from pathlib import Path
-import torch, triton
-from triton.backends import nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from machine_code import NAMES, usage
 from sparse_sr_attn.functional.window import triton as window_triton
 from sparse_sr_attn.functional.window import triton_kernels
 
-CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 SIZES = {"num_groups", "num_slots", "height", "width", "query_dim", "value_dim"}
-NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-def compiled(kernel, options, query, value):
-    work = "fp64" if query == torch.float64 else "fp32"
-    kinds = {"groups": "i32", "query": NAMES[query], "grad_query": NAMES[query], "maximum": work, "inverse": work}
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in options:
-            signature[name], constants[(place,)] = "constexpr", options[name]
-        else:
-            signature[name] = "i32" if name in SIZES else "*" + kinds.get(name, NAMES[value])
-            if name not in SIZES:  # as a launch finds of torch's memory
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={name: options[name] for name in ("num_warps", "num_stages")})
-
-def stack(binary):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(binary)
-        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return max(int(number) for number in re.findall(r"STACK:(\\d+)", told))
 
 half, single, double = torch.bfloat16, torch.float32, torch.float64
 for query_type, value_type, dim, unshift in (
@@ -241,19 +213,18 @@ for query_type, value_type, dim, unshift in (
     groups = window_triton._Groups.of(value, [4, 8, 16], [0] * 3, [unshift] * 3, [dim // 3] * 3, [dim // 3] * 3)
     for name in ("forward", "backward"):
         options = window_triton._options(name, query_type, value_type, groups, "highest")
-        kernel = compiled(getattr(triton_kernels, name), options, query_type, value_type)
-        used, spilled = kernel.metadata.shared, stack(kernel.asm["cubin"])
-        print(query_type, value_type, dim, unshift, name, used, spilled, flush=True)
-        assert used <= 99 * 1024, "more shared memory than a multiprocessor of the smallest GPUs gives a program"
-        assert spilled == 0 or unshift, "registers are spilled to memory"
+        work = "fp64" if query_type == double else "fp32"
+        kinds = dict.fromkeys(("query", "grad_query"), NAMES[query_type])
+        kinds |= {"groups": "i32", "maximum": work, "inverse": work}
+        kernel = getattr(triton_kernels, name)
+        needs = usage(kernel, options, SIZES, lambda argument: kinds.get(argument, NAMES[value_type]))
+        print(query_type, value_type, dim, unshift, name, needs, flush=True)
+        assert needs.spilled == 0 or unshift, "registers are spilled to memory"
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_kernels_compile_for_gpus(capability: str, tmp_path: os.PathLike[str]) -> None:
-    """Down to machine code, which needs no GPU: the interpreter forgives types, sizes and spilled registers."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, capability]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Down to machine code, without spilled registers."""
+    machine_code.run(COMPILE, capability, tmp_path)
