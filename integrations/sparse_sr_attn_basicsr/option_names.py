@@ -13,7 +13,7 @@ _LOOKUP = r"""(?:\[|\.get\(|\.pop\()["'](\w+)["']|["'](\w+)["'] (?:not )?in [\w.
 
 @functools.cache
 def source_of(thing: object) -> str:
-    """Return the source of a class, function or module; nothing if there is none."""
+    """Return the source of a class, function or module; an empty string if Python cannot find it."""
     try:
         return inspect.getsource(thing)  # type: ignore[arg-type]
     except (OSError, TypeError):

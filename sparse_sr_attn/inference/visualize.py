@@ -13,10 +13,10 @@ from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.kmeans import assign
-from sparse_sr_attn.functional.window import split_groups, window_weights
+from sparse_sr_attn.functional.window import window_weights
 from sparse_sr_attn.functional.window.grid import WindowGrid
 from sparse_sr_attn.layers.base import AttentionLayer
-from sparse_sr_attn.layers.gmsa import window_shifts
+from sparse_sr_attn.layers.gmsa import group_queries, window_shifts
 from sparse_sr_attn.layers.lcoa import LSP, LCoA, weights_of
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
@@ -207,9 +207,7 @@ def _in_clusters(state: ClusterAttention, tokens: Tensor) -> Tensor:
 
 def _in_windows(state: WindowAttention, tokens: Tensor) -> Tensor:
     total = torch.zeros((), device=tokens.device)
-    num_groups = len(state.weights)
-    queries = [None] * num_groups if state.query is None else split_groups(state.query, num_groups)
-    for kept, query, size in zip(state.weights, queries, state.window_sizes, strict=True):
+    for kept, query, size in zip(state.weights, group_queries(state), state.window_sizes, strict=True):
         grid = WindowGrid(state.height, state.width, size)
         shift, _ = window_shifts(size, state.shift, state.exact_shift)
         weights = window_weights(cast(Tensor, query), window_size=size, shift=shift) if kept is None else kept
@@ -218,7 +216,7 @@ def _in_windows(state: WindowAttention, tokens: Tensor) -> Tensor:
         keys = grid.pixels(shift, weights.device).view(-1, size**2)[window]
         maps = weights.new_zeros(len(tokens), state.height * state.width + 1)  # the last one is for pads
         total = total + maps.scatter_(1, keys, weights[0, window, row])[:, :-1]
-    return total / num_groups
+    return total / len(state.weights)
 
 
 def attention_entropy(state: ClusterAttention | WindowAttention, *, num_tokens: int = 256) -> float:

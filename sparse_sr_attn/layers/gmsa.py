@@ -96,17 +96,16 @@ class SharedGMSA(AttentionLayer):
         return in_format_of(torch.add(x, self.output(attended), alpha=self.res_scale), given)
 
     def _attended(self, value: Float[Tensor, "b c h w"], state: WindowAttention) -> Float[Tensor, "b c h w"]:
-        sizes, num_groups = state.window_sizes, len(state.window_sizes)
+        sizes = state.window_sizes
         moves = [window_shifts(size, state.shift, state.exact_shift) for size in sizes]
         shifts, unshifts = zip(*moves, strict=True)
         if all(weights is None for weights in state.weights):
             query = cast(Tensor, state.query)
             return grouped_window_attention(query, value, window_sizes=sizes, shifts=shifts, unshifts=unshifts)
-        queries = [None] * num_groups if state.query is None else split_groups(state.query, num_groups)
-        values = split_groups(value, num_groups)
+        values = split_groups(value, len(sizes))
         outputs = []
         for weights, own, group, size, (shift, unshift) in zip(
-            state.weights, queries, values, sizes, moves, strict=False
+            state.weights, group_queries(state), values, sizes, moves, strict=False
         ):
             options: dict[str, Any] = {"window_size": size, "shift": shift, "unshift": unshift}
             outputs.append(
@@ -220,6 +219,12 @@ class GMSA(AttentionLayer):
     def make_consumer(self) -> SharedGMSA:
         """Create a `SharedGMSA` with the width, `res_scale` and `zero_init` of this layer."""
         return SharedGMSA(self.embed_dim, res_scale=self.shared.res_scale, zero_init=self.zero_init)
+
+
+def group_queries(state: WindowAttention) -> Sequence[Float[Tensor, "b _ h w"] | None]:
+    """Return the queries of each group; `None` where the state has the weights of all groups."""
+    num_groups = len(state.window_sizes)
+    return [None] * num_groups if state.query is None else split_groups(state.query, num_groups)
 
 
 def window_shifts(window_size: int, shift: bool, exact: bool) -> tuple[int, int]:

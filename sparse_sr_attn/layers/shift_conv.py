@@ -3,8 +3,6 @@
 Zhang et al., "Efficient Long-Range Attention Network for Image Super-resolution", ECCV 2022, arXiv 2203.06697.
 """
 
-from typing import cast
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -116,15 +114,15 @@ class LFE(nn.Module):
         return torch.cat([self._lines(x, start, start + step) for start in range(0, x.shape[2], step)], dim=2)
 
     def _whole(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        x = self._shift_conv(self.conv1, x)
-        if self.form == "masked":
-            return self._shift_conv(self.conv2, F.relu(x))
-        return cast(Tensor, self.conv2(shift2d_relu(x)))
+        return self._shift_conv(self.conv2, self._shift_conv(self.conv1, x), relu=True)
 
-    def _shift_conv(self, conv: PointwiseConv2d, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
+    def _shift_conv(
+        self, conv: PointwiseConv2d, x: Float[Tensor, "b c_in h w"], *, relu: bool = False
+    ) -> Float[Tensor, "b c_out h w"]:
+        """Return the shift convolution of `x`, or of `relu(x)`."""
         if self.form == "masked" and is_unmodified(conv, PointwiseConv2d):
-            return shift_conv2d(x, conv.weight, conv.bias, form="masked")
-        return conv(shift2d(x))
+            return shift_conv2d(F.relu(x) if relu else x, conv.weight, conv.bias, form="masked")
+        return conv(shift2d_relu(x) if relu else shift2d(x))
 
     def _is_unmodified(self) -> bool:
         return is_unmodified(self.conv1, PointwiseConv2d) and is_unmodified(self.conv2, PointwiseConv2d)

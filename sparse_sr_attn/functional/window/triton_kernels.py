@@ -31,6 +31,14 @@ def _group(groups, num_groups, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _windows_of(begin, windows, BLOCK: tl.constexpr):
+    """Return the first slot of the windows to which BLOCK slots from `begin` on belong, and the end of the last one."""
+    size, rows, columns = windows
+    area = size * size
+    return begin // area * area, tl.minimum((begin + BLOCK - 1) // area + 1, rows * columns) * area
+
+
+@triton.jit
 def _pixels(slot, windows, shift, height, width):
     """Return the pixel in each slot of the map rolled by `shift`, and a mask of the slots that hold one."""
     size, rows, columns = windows
@@ -107,8 +115,7 @@ def forward(
     m_i = tl.full([BLOCK_I], float("-inf"), WORK)
     l_i = tl.zeros([BLOCK_I], WORK)
     acc = tl.zeros([BLOCK_I, BLOCK_E], WORK)
-    first_key = begin // area * area
-    end = tl.minimum((begin + BLOCK_I - 1) // area + 1, rows * columns) * area
+    first_key, end = _windows_of(begin, windows, BLOCK_I)
     for start in range(first_key, end, BLOCK_J):
         key_slot = start + tl.arange(0, BLOCK_J)
         key_pixel, is_key = _pixels(key_slot, windows, shift, height, width)
@@ -186,8 +193,7 @@ def backward(
 
     to_query = tl.zeros([BLOCK_I, BLOCK_D], WORK)
     to_value = tl.zeros([BLOCK_I, BLOCK_E], WORK)
-    first_other = begin // area * area
-    end = tl.minimum((begin + BLOCK_I - 1) // area + 1, rows * columns) * area
+    first_other, end = _windows_of(begin, windows, BLOCK_I)
     for start in range(first_other, end, BLOCK_J):
         other = start + tl.arange(0, BLOCK_J)
         is_other = other < end
