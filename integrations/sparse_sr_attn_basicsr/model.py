@@ -25,11 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints.foreign import find_facts, run_padded
-from sparse_sr_attn.errors import CheckpointError, TrainingError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem, TrainingError
 from sparse_sr_attn.inference.tiling import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
 from sparse_sr_attn_basicsr import changed_options, option_names, pretrained, state
+from sparse_sr_attn_basicsr.cuda_graph import GraphedForward
 from sparse_sr_attn_basicsr.data import PLACE
 from sparse_sr_attn_basicsr.delayed_step import DelayedOptimizer, DelayedStep, Forwarding
 from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, undisturbed
@@ -67,6 +68,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
       stay in float32.
     - `train.channels_last`: weights and images in channels-last memory, which makes convolutions in half precision
       faster. Default: if `train.autocast` is set.
+    - `train.cuda_graph`: run the forward and the backward pass of the generator as CUDA graphs (on one GPU), see
+      `GraphedForward`.
     - `train.deterministic`: use only deterministic algorithms of PyTorch.
     - `train.pretrain_img_range`: the `img_range` of the training of `path.pretrain_network_g`, if it differs from the
       network's. Biases are scaled so that an EDSR gives the same image.
@@ -91,6 +94,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._num_overflows = 0
         self._delayed: DelayedStep | None = None
         self._cri_fft: nn.Module | None = None
+        self._graphed: GraphedForward | None = None
+        self._kept: list[Tensor] = []  # copies of all buffers, from before the step
         self._optimizer_names: list[str] = []
         train = opt.get("train") or {}
         self._grad_clip: float | None = train.get("grad_clip")
@@ -166,6 +171,12 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         theirs = "fft_opt" in option_names.names_in(*host)
         self._cri_fft = build_loss(fft).to(self.device) if fft and not theirs else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
+        if self.opt["train"].get("cuda_graph"):
+            if self.net_g is not self.get_bare_model(self.net_g):
+                raise ConfigError(
+                    [Problem("train.cuda_graph", "must be false with several GPUs or processes, got true")]
+                )
+            self._graphed = GraphedForward(self.net_g)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()
             averaged = self.net_g_ema.state_dict()
@@ -178,10 +189,12 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if self._delayed is not None:
             self._delayed.ema_decay = decay
             return
-        super().model_ema(decay)
-        averaged = dict(self.net_g_ema.named_buffers())
-        for name, buffer in self.get_bare_model(self.net_g).named_buffers():
-            averaged[name].copy_(buffer)
+        trained, averaged = self.get_bare_model(self.net_g), self.net_g_ema
+        with torch.no_grad():
+            torch._foreach_mul_(list(averaged.parameters()), decay)
+            torch._foreach_add_(list(averaged.parameters()), list(trained.parameters()), alpha=1 - decay)
+            if buffers := list(trained.buffers()):
+                torch._foreach_copy_(list(averaged.buffers()), buffers)
 
     def feed_data(self, data: Mapping[str, Any]) -> None:
         """Take a batch.
@@ -213,26 +226,29 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 unchanged.
         """
         net = self.get_bare_model(self.net_g)
-        nets = self._nets()
-        buffers = [[buffer.clone() for buffer in each.buffers()] for each in nets]
+        self._keep_buffers()
         with one_kmeans_update(net) if self._one_kmeans_update else nullcontext():
             done = self._compute(current_iter)
         losses, due = done.losses, [waiting.optimizer for waiting in done.optimizers.values() if waiting.due]
-        value = float(torch.stack(list(losses.values())).sum())
         if self.optimizer_g in due:
             self._scaler.unscale_(self.optimizer_g)
+        clip = self._grad_clip if self.optimizer_g in due else None
+        norm = {} if clip is None else {"grad_norm": _gradient_norm(net.parameters())}
         largest = {id(optimizer): _largest_gradient(optimizer) for optimizer in due}
-        overflow = not math.isfinite(largest.get(id(self.optimizer_g), 0.0))
+        loss_values, norm_value, sizes = _read(losses, norm, largest)
+        value = sum(loss_values.values())
+        overflow = not math.isfinite(sizes.get(id(self.optimizer_g), 0.0))
         sound = math.isfinite(value) and all(
             math.isfinite(size) or (key == id(self.optimizer_g) and self._scaler.get_scale() > 1)
-            for key, size in largest.items()
+            for key, size in sizes.items()
         )
         if not self._everywhere(sound):
-            self._undo(nets, buffers)
-            raise TrainingError(self._complaint(current_iter, losses, value, sum(largest.values())))
-        if self._grad_clip is not None and self.optimizer_g in due and not overflow:
-            norm = nn.utils.clip_grad_norm_(net.parameters(), self._grad_clip)
-            losses["grad_norm"] = norm.detach()
+            self._undo()
+            raise TrainingError(self._complaint(current_iter, losses, value, sum(sizes.values())))
+        if clip is not None and not overflow:
+            nn.utils.clip_grads_with_norm_(net.parameters(), clip, norm["grad_norm"])
+            losses.update(norm)
+            loss_values.update(norm_value)
         for optimizer in due:
             if optimizer is self.optimizer_g:
                 self._scaler.step(optimizer)
@@ -240,7 +256,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             else:
                 optimizer.step()
         self._num_overflows += overflow
-        self.log_dict = self.reduce_loss_dict(losses)
+        self.log_dict = self.reduce_loss_dict(losses) if self.opt["dist"] else OrderedDict(loss_values)
         if done.ema_decay is not None:
             self.model_ema(decay=done.ema_decay)
         self.iteration = current_iter
@@ -448,6 +464,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         """Let BasicSR's model compute losses and gradients, part by part; delay what it does with them."""
         net, whole = self.net_g, {name: self.__dict__[name] for name in ("lq", "gt") if name in self.__dict__}
         optimizers = {name: value for name, value in self.__dict__.items() if isinstance(value, torch.optim.Optimizer)}
+        if self._graphed is not None:
+            self._graphed.begin_step()
         done = self._delayed = DelayedStep(
             {name: DelayedOptimizer(optimizer) for name, optimizer in optimizers.items()}
         )
@@ -469,7 +487,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         """Return the image; its gradient will be scaled by the fraction of this part and by the loss scale."""
         done = self._delayed
         with self._autocast():
-            output: Tensor = net(low)
+            output: Tensor = (self._graphed or net)(low)
         output = output.float()
         if done is None or not output.requires_grad:
             return output
@@ -495,7 +513,10 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         return {"l_fft": loss.detach()}, gradient
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
+        if self._dtype is None:
+            return nullcontext()
+        # A graph must contain the casts of the weights, not read a copy from an earlier pass.
+        return torch.autocast(self.device.type, self._dtype, cache_enabled=self._graphed is None)
 
     def _state_file(self, iteration: int) -> Path:
         return Path(self.opt["path"]["training_states"]) / f"{iteration}.state"
@@ -535,11 +556,18 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             f"images of the batch{_listed(self._names)}\n{harm}"
         )
 
-    def _undo(self, nets: list[nn.Module], buffers: list[list[Tensor]]) -> None:
+    def _keep_buffers(self) -> None:
+        buffers = [buffer for net in self._nets() for buffer in net.buffers()]
+        if len(self._kept) != len(buffers):
+            self._kept = [buffer.clone() for buffer in buffers]
+        elif buffers:
+            torch._foreach_copy_(self._kept, buffers)
+
+    def _undo(self) -> None:
+        """Restore all buffers to what they were before the step, and clear the gradients."""
         with torch.no_grad():
-            for net, kept in zip(nets, buffers, strict=True):
-                for buffer, before in zip(net.buffers(), kept, strict=True):
-                    buffer.copy_(before)
+            for buffer, before in zip((b for net in self._nets() for b in net.buffers()), self._kept, strict=True):
+                buffer.copy_(before)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self._scaler.update(self._scaler.get_scale())  # keeps the scale, and allows the next step
@@ -564,9 +592,19 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         get_root_logger().info(message)
 
 
-def _largest_gradient(optimizer: torch.optim.Optimizer) -> float:
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return float(nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None], float("inf")))
+def _largest_gradient(optimizer: torch.optim.Optimizer) -> Tensor:
+    return _gradient_norm((weight for group in optimizer.param_groups for weight in group["params"]), float("inf"))
+
+
+def _gradient_norm(weights: Iterable[Tensor], order: float = 2.0) -> Tensor:
+    return nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None], order)
+
+
+def _read(*scalars: Mapping[Any, Tensor]) -> list[dict[Any, float]]:
+    """Return the numbers in each mapping. They are read together: each read waits for the GPU."""
+    tensors = [tensor.float() for mapping in scalars for tensor in mapping.values()]
+    numbers = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist())
+    return [{key: next(numbers) for key in mapping} for mapping in scalars]
 
 
 def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:

@@ -22,6 +22,7 @@ ONLY_OURS = {
         "one_kmeans_update",
         "autocast",
         "channels_last",
+        "cuda_graph",
         "deterministic",
         "pretrain_img_range",
         "fft_opt",
@@ -99,6 +100,7 @@ class Train:
     one_kmeans_update: bool = False
     autocast: Literal["bf16", "fp16"] | None = None
     channels_last: bool | None = None
+    cuda_graph: bool = False
     deterministic: bool = False
     pretrain_img_range: Positive | None = None
     net_d_iters: Count = 1

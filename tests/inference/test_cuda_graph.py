@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sparse_sr_attn import CoA, LCoA
+from benchmarks.launches.counter import counted
+from sparse_sr_attn import CoA, LCoA, create_model
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.errors import BackendError, ShapeError
 from sparse_sr_attn.functional import backend as forms
@@ -52,6 +57,40 @@ def test_layers_ask_for_no_value(num_rounds: int) -> None:
         x = mode.from_tensor(torch.rand(1, 6, 5, 4))
         assert first(x).shape == x.shape
         assert later(x, first.attend(x)).shape == x.shape
+
+
+@gpu_forms
+@pytest.mark.usefixtures("form")
+def test_networks_ask_for_no_value_in_training(trained: Network) -> None:
+    with without_values() as mode:
+        trained.train()(mode.from_tensor(IMAGES)).sum().backward()
+
+
+class CPUReads(TorchDispatchMode):
+    """Collects the operators that read a tensor of the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+        if any(tensor.device.type == "cpu" for tensor in tensors):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["LCoAN-light", "ELAN-light", "EDSR-LCoA"])
+@pytest.mark.parametrize("training", [True, False])
+def test_after_a_warm_up_nothing_is_copied_from_the_cpu(name: str, training: bool) -> None:
+    """Inside operators too: a graph cannot contain such copies."""
+    net = create_model(name).to("meta").train(training)
+    net.register_buffer("mean", net.mean.to("meta"), persistent=False)  # on meta, networks keep it on the CPU
+    with CPUReads() as reads, counted():
+        for _ in range(2):
+            reads.found.clear()
+            net(torch.empty(1, 3, 24, 24, device="meta")).sum().backward()
+    assert reads.found == []
 
 
 def test_to_ask_for_a_value_is_noticed() -> None:

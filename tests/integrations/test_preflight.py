@@ -260,6 +260,8 @@ MALFORMED = [
     ({"train.autocast": "bf61"}, r"train\.autocast: must be one of 'bf16', 'fp16' or ~ \(nothing\), got 'bf61'"),
     ({"train.autocast": True}, r"train\.autocast: must be one of 'bf16', 'fp16' or ~ \(nothing\), got True"),
     ({"train.autocast": "fp16"}, r"train\.autocast: must be bf16 or ~ on the CPU, got 'fp16'"),
+    ({"train.cuda_graph": True}, r"train\.cuda_graph: must be false on the CPU, got true, which needs a CUDA GPU"),
+    ({"train.cuda_graph": True, "train.accumulate": 2}, r"train\.accumulate: must be 1 with cuda_graph: true, got 2"),
     ({"train.deterministic": 1}, r"train\.deterministic: must be true or false, got 1"),
     (
         {"model_type": "SRModel", "train.accumulate": 2},

@@ -43,6 +43,7 @@ def check(findings: Findings) -> None:
     _check_losses(findings, train)
     _check_accumulation(findings, train)
     _check_img_range(findings, train)
+    _check_cuda_graph(findings, train)
     if train.get("autocast") == "fp16" and on_cpu(findings.options):
         findings.add("train.autocast", "must be bf16 or ~ on the CPU, got 'fp16', which needs a CUDA GPU")
     if "optim_d" in train and isinstance(parts := train.get("accumulate"), int) and parts > 1:
@@ -74,6 +75,16 @@ def _check_accumulation(findings: Findings, train: Mapping[str, Any]) -> None:
             "train.pixel_opt.reduction",
             f"must be mean with accumulate {parts}, which averages over the parts, got {loss['reduction']!r}",
         )
+
+
+def _check_cuda_graph(findings: Findings, train: Mapping[str, Any]) -> None:
+    """Check that a GPU trains on whole batches; the model checks that it is one GPU."""
+    if train.get("cuda_graph") is not True:
+        return
+    if on_cpu(findings.options):
+        findings.add("train.cuda_graph", "must be false on the CPU, got true, which needs a CUDA GPU")
+    if isinstance(parts := train.get("accumulate"), int) and parts > 1:
+        findings.add("train.accumulate", f"must be 1 with cuda_graph: true, got {parts}")
 
 
 def _check_losses(findings: Findings, train: dict[str, Any]) -> None:

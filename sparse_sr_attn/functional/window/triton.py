@@ -6,13 +6,13 @@ two numbers for each slot. The kernels are in `triton_kernels`, which is importe
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparse_sr_attn.functional._torch import kept_on_device, may_keep, working_precision
+from sparse_sr_attn.functional._torch import kept_on_device, working_precision
 from sparse_sr_attn.functional._triton import Blocks, padded, precision_options
 from sparse_sr_attn.functional.channels_last import channels_last, new_map
 from sparse_sr_attn.functional.window.grid import WindowGrid
@@ -83,6 +83,15 @@ def group_table(groups: _Groups, rows: int, device: torch.device) -> tuple[Int[T
 
 
 _kept_table = kept_on_device(group_table)
+_tables_in_graphs: dict[tuple[object, ...], Tensor] = {}
+
+
+def table_for(groups: _Groups, rows: int, device: torch.device) -> Int[Tensor, "g 11"]:
+    """Return `group_table` on the device; in a CUDA graph, which cannot copy from the CPU, that of the warm-up."""
+    (table,) = _kept_table(groups, rows, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _tables_in_graphs[groups, rows, device] = table  # every replay reads it
+    return cast("Tensor", table)
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,7 +120,7 @@ def _launch(kernel: str, groups: _Groups, query: Tensor, value: Tensor, *tensors
     from sparse_sr_attn.functional.window import triton_kernels  # noqa: PLC0415
 
     options = _options(kernel, query.dtype, value.dtype, groups, torch.get_float32_matmul_precision())
-    (table,) = (_kept_table if may_keep(query.device) else group_table)(groups, options["BLOCK_I"], query.device)
+    table = table_for(groups, options["BLOCK_I"], query.device)
     num_blocks = sum(-(-count // options["BLOCK_I"]) for count in groups.slots())
     sizes = len(groups.grids), sum(groups.slots()), *value.shape[2:], query.shape[1], value.shape[1]
     with torch.cuda.device_of(query):

@@ -1,6 +1,8 @@
 """Triton kernels of all groups of windows against the slow twins; without a GPU by triton's interpreter."""
 
+import gc
 import os
+import weakref
 
 import machine_code
 import pytest
@@ -182,6 +184,24 @@ def test_the_table_of_groups(device: torch.device) -> None:
         [0, 2, 3, 4, 1, 1, 0, 3, 0, 4, 0],
         [3, 4, 2, 2, 2, 1, 3, 2, 4, 3, 48],
     ]
+
+
+def test_a_cuda_graph_keeps_the_table_of_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def table(height: int) -> Tensor:
+        groups = window_triton._Groups.of(torch.empty(1, 2, height, 5), [2], [0], [0], [1], [1])
+        return window_triton.table_for(groups, 16, torch.device("cuda"))
+
+    monkeypatch.setattr(Tensor, "to", lambda self, _: self)  # as if there were a GPU
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    warm = weakref.ref(table(5))
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        capturing.setattr(torch, "tensor", None)
+        assert table(5) is warm()
+    for height in range(6, 40):  # more than are kept for later calls
+        table(height)
+    gc.collect()
+    assert warm() is not None
 
 
 def test_wrong_arguments_are_explained(device: torch.device) -> None:
