@@ -291,8 +291,9 @@ def recorded() -> list[Figure]:
 
 
 def record(figures: Sequence[Figure]) -> None:
-    """Write the record, and the tables of the page."""
-    RECORD.write_text(json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False) + "\n")
+    """Write the record, a figure a line, and the tables of the page."""
+    lines = ",\n".join(json.dumps(asdict(figure), ensure_ascii=False) for figure in figures)
+    RECORD.write_text(f"[\n{lines}\n]\n")
     page = PAGE.read_text()
     for name, shown in (("included", included(figures)), ("all", figures)):
         begin, end = f"<!-- figures: {name} -->\n", f"<!-- end of figures: {name} -->"
