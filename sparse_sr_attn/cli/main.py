@@ -13,6 +13,7 @@ from pathlib import Path
 
 import sparse_sr_attn
 from sparse_sr_attn.cli.common import exit_status
+from sparse_sr_attn.registry import suggestion
 
 COMMANDS = {
     "train": "train a network from an option file, with BasicSR",
@@ -62,19 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _parser(argv)
+    parser, called = _parsers(argv)
     arguments, rest = parser.parse_known_args(argv)
     # argparse before Python 3.13 does not recognise the optional file of `convert A --overwrite B`.
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "to", rest) is None:
         arguments.to = Path(rest[0])
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        shown = [action for action in called._actions if action.help != argparse.SUPPRESS]
+        options = [option for action in shown for option in action.option_strings]
+        wrong = next((each.partition("=")[0] for each in rest if each.startswith("-")), None)
+        called.error(f"unrecognized arguments: {' '.join(rest)}" + (suggestion(wrong, options) if wrong else ""))
     return arguments
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser; it has the arguments of the command that is called only."""
-    called = next((argument for argument in argv if not argument.startswith("-")), None)
+def _parsers(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Return the parser, and that of the command that is called: no other command has its arguments."""
+    name_called = next((argument for argument in argv if not argument.startswith("-")), None)
     parser = argparse.ArgumentParser(
         prog="sparse-sr",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -83,10 +87,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {sparse_sr_attn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    called = parser
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == called:
+        if name == name_called:
+            called = command
             module = importlib.import_module(f"sparse_sr_attn.cli.{name}")
             command.description, command.epilog = module.DESCRIPTION, module.EPILOG
             module.add_arguments(command)
-    return parser
+    return parser, called

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks.paper.__main__ import parser as paper_parser
 from benchmarks.speed.__main__ import parser as speed_parser
 from sparse_sr_attn.cli.common import output_file
-from sparse_sr_attn.cli.main import COMMANDS, _parse, _parser, main
+from sparse_sr_attn.cli.main import COMMANDS, _parse, _parsers, main
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["test", "--help"]])
@@ -62,10 +62,7 @@ def test_help_points_to_no_file_that_the_wheel_lacks(arguments: list[str], capsy
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of each command, those of the benchmarks too."""
     found = {"python -m benchmarks.paper": paper_parser(), "python -m benchmarks.speed": speed_parser()}
-    for command in COMMANDS:
-        commands = next(a for a in _parser([command])._actions if isinstance(a, argparse._SubParsersAction))
-        found[f"sparse-sr {command}"] = commands.choices[command]
-    return found
+    return found | {f"sparse-sr {command}": _parsers([command])[1] for command in COMMANDS}
 
 
 def test_the_help_of_each_command_shows_examples() -> None:
@@ -129,7 +126,12 @@ def test_the_output_may_be_the_second_argument(command: str, file: str) -> None:
         (["tran"], "invalid choice: 'tran'"),
         (["train"], "required: -opt/--opt"),
         (["train", "-opt", "x.yml", "--launcher", "ssh"], "invalid choice: 'ssh'"),
-        (["test", "-opt", "x.yml", "--auto_resume"], "unrecognized arguments: --auto_resume"),
+        (["test", "-opt", "x.yml", "--auto_resume"], "unrecognized arguments: --auto_resume (known: "),
+        (
+            ["upscale", "x.png", "--wieghts=a"],
+            "unrecognized arguments: --wieghts=a; did you mean '--weights'? (",
+        ),
+        (["convert", "a", "b", "c"], "sparse-sr convert: error: unrecognized arguments: c\n"),
     ],
 )
 def test_a_wrong_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
