@@ -3,44 +3,169 @@
 import triton
 import triton.language as tl
 
+# Sizes that change from image to image. Kernels are not specialised to their divisibility by 16.
+_of_maps = triton.jit(do_not_specialize=["num_pixels", "height", "width"])
 
-@triton.jit(do_not_specialize=["numel", "channels", "height", "width", "group"])
-def shift(
+
+@triton.jit
+def _place(pixel, channel, channels, area, LAST: tl.constexpr):
+    """Return where channels (a row) of pixels (a column) are in a map, in channels-last memory or not."""
+    if LAST:
+        return pixel * channels + channel
+    return (pixel // area * channels + channel) * area + pixel % area
+
+
+@triton.jit
+def _read(pointer, pixel, channel, num_pixels, channels, area, LAST: tl.constexpr):
+    """Return channels of pixels of a map; 0 where there are none."""
+    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
+    return tl.load(pointer + _place(pixel[:, None], channel[None, :], channels, area, LAST), mask=mask, other=0.0)
+
+
+@triton.jit
+def _sources(pixel, channel, channels, height, width):
+    """Return the pixels that the shift reads each channel from, wrapped around the map, and a mask of those inside."""
+    group = channels // 5
+    turn = tl.where(channel < 4 * group, channel // tl.maximum(group, 1), 4)[None, :]
+    column = (pixel % width)[:, None] + (turn == 0).to(tl.int32) - (turn == 1).to(tl.int32)
+    row = (pixel // width % height)[:, None] + (turn == 2).to(tl.int32) - (turn == 3).to(tl.int32)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    column, row = (column + width) % width, (row + height) % height
+    return (pixel // (height * width))[:, None] * height * width + row * width + column, inside
+
+
+@triton.jit
+def _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU: tl.constexpr, LAST: tl.constexpr):
+    """Return the shifted channels of pixels, after the ReLU if there is one."""
+    source, inside = _sources(pixel, channel, channels, height, width)
+    mask = inside & (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
+    at = _place(source, channel[None, :], channels, height * width, LAST)
+    read = tl.load(x + at, mask=mask, other=0.0)
+    if RELU:
+        read = tl.where(read < 0, 0.0, read)
+    return read
+
+
+@_of_maps
+def shift_conv(
     x,
-    sign,
+    weight,
+    bias,
     output,
-    numel,
-    channels,
+    num_pixels,
     height,
     width,
-    group,
-    STEP: tl.constexpr,
+    channels,
+    features,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
-    """Shift four groups of channels by STEP pixels (-1 for the transpose): BLOCK elements of a map in memory order.
+    """Compute FEATURES channels of the shift convolution at PIXELS pixels, reading CHANNELS channels at a time."""
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    acc = tl.zeros([PIXELS, FEATURES], WORK)
+    for begin in range(0, channels, CHANNELS):
+        channel = begin + tl.arange(0, CHANNELS)
+        read = _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU, LAST)
+        mask = (channel < channels)[:, None] & (feature < features)[None, :]
+        w = tl.load(weight + feature[None, :] * channels + channel[:, None], mask=mask, other=0.0)
+        acc += tl.dot(read.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+    acc += tl.load(bias + feature, mask=feature < features, other=0.0).to(WORK)[None, :]
+    at = _place(pixel[:, None], feature[None, :], features, height * width, LAST)
+    mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
+    tl.store(output + at, acc.to(output.dtype.element_ty), mask=mask)
 
-    If RELU, negative numbers become 0 before they are shifted; in the transpose, numbers become 0 after it where `sign`
-    is not positive. If LAST, the channels of a pixel are adjacent in memory; otherwise, the pixels of a channel are.
+
+@_of_maps
+def shift_conv_input(
+    grad,
+    x,
+    weight,
+    output,
+    num_pixels,
+    height,
+    width,
+    channels,
+    features,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Compute the gradient of CHANNELS channels of the input, written where PIXELS pixels read them.
+
+    Reading wraps around the map, so that each pixel is written once; what comes from outside is 0.
     """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < numel
-    if LAST:
-        channel, pixel, stride = at % channels, at // channels, channels
-    else:
-        channel, pixel, stride = at // (width * height) % channels, at, 1
-    column, row = pixel % width, pixel // width % height
-    turn = tl.where(channel < 4 * group, channel // tl.maximum(group, 1), 4)
-    right = STEP * ((turn == 0).to(tl.int32) - (turn == 1).to(tl.int32))
-    down = STEP * ((turn == 2).to(tl.int32) - (turn == 3).to(tl.int32))
-    column, row = column + right, row + down
-    mask_read = mask & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    read = tl.load(x + at + (down * width + right) * stride, mask=mask_read, other=0.0)
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    acc = tl.zeros([PIXELS, CHANNELS], WORK)
+    for begin in range(0, features, FEATURES):
+        feature = begin + tl.arange(0, FEATURES)
+        mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
+        g = tl.load(
+            grad + _place(pixel[:, None], feature[None, :], features, height * width, LAST), mask=mask, other=0.0
+        )
+        mask = (feature < features)[:, None] & (channel < channels)[None, :]
+        w = tl.load(weight + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+        acc += tl.dot(g.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+    source, inside = _sources(pixel, channel, channels, height, width)
+    at = _place(source, channel[None, :], channels, height * width, LAST)
+    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
     if RELU:
-        negative = read < 0 if STEP > 0 else tl.load(sign + at, mask=mask, other=0.0) <= 0
-        read = tl.where(negative, 0.0, read)
-    tl.store(output + at, read, mask=mask)
+        inside = inside & (tl.load(x + at, mask=mask, other=0.0) > 0)
+    tl.store(output + at, tl.where(inside, acc, 0.0).to(output.dtype.element_ty), mask=mask)
+
+
+@_of_maps
+def shift_conv_weight(
+    grad,
+    x,
+    partial,
+    num_pixels,
+    height,
+    width,
+    channels,
+    features,
+    share,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Compute a part of the gradients of weight and bias, of `share` pixels; the parts are summed afterwards."""
+    part = tl.program_id(0)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    acc = tl.zeros([FEATURES, CHANNELS], WORK)
+    total = tl.zeros([FEATURES], WORK)
+    for begin in range(0, share, PIXELS):
+        pixel = part.to(tl.int64) * share + begin + tl.arange(0, PIXELS)
+        mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
+        g = tl.load(
+            grad + _place(pixel[:, None], feature[None, :], features, height * width, LAST), mask=mask, other=0.0
+        )
+        read = _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU, LAST)
+        acc += tl.dot(tl.trans(g).to(DOT), read.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+        total += tl.sum(g.to(WORK), 0)
+    own = partial + part.to(tl.int64) * (features * channels + features)
+    mask = (feature < features)[:, None] & (channel < channels)[None, :]
+    tl.store(own + feature[:, None] * channels + channel[None, :], acc, mask=mask)
+    if tl.program_id(2) == 0:
+        tl.store(own + features * channels + feature, total, mask=feature < features)
 
 
 @triton.jit(do_not_specialize=["count", "channels"])

@@ -4,7 +4,7 @@ With $g = \lfloor c / 5 \rfloor$, the channels $[0, g)$ are read from the right 
 left one, $[2g, 3g)$ from the one below, $[3g, 4g)$ from the one above, and the rest from the pixel itself.
 """
 
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.errors import BackendError
+from sparse_sr_attn.functional._torch import conv_precision
 from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.channels_last import is_channels_last, pointwise_conv2d
+from sparse_sr_attn.functional.shift_triton import shift_conv_op
 
 Form = Literal["slices", "masked"]
 """How a shift convolution is computed: by shifted slices, or as a 3x3 convolution with five nonzero pixels."""
 
 _NUM_GROUPS = 5
-_BLOCK = 1024  # elements that a program moves
 _NEIGHBORS = ((1, 2), (1, 0), (2, 1), (0, 1))  # row and column, in a 3x3 kernel, that each group of channels reads
 
 
@@ -28,7 +29,7 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 
     Note:
         Computed by moving slices. On a CPU, channels-last maps use a depthwise 3x3 convolution with one-hot kernels,
-        because their slices are fragmented; on GPUs with triton, one kernel does it. All give bit-identical results.
+        because their slices are fragmented. Both give bit-identical results.
 
     Source:
         ELAN (arXiv 2203.06697), which uses such a convolution.
@@ -44,8 +45,6 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """
     if _is_faster_depthwise(x):
         return F.conv2d(x, shift_kernels(x)[:, None], padding=1, groups=x.shape[1])
-    if runs_kernels(x.device):
-        return _shift(x)
     group = x.shape[1] // _NUM_GROUPS
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         moved = [
@@ -61,71 +60,6 @@ def shift2d(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         result[:, channels, there_y, there_x] = x[:, channels, here_y, here_x]
     result[:, len(_NEIGHBORS) * group :] = x[:, len(_NEIGHBORS) * group :]
     return result
-
-
-def shift2d_relu(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return `shift2d(relu(x))`, on GPUs with triton in one kernel.
-
-    Examples:
-        >>> shift2d_relu(torch.tensor([-1.0, 2.0]).expand(1, 5, 1, 2))[0, :, 0]
-        tensor([[2., 0.],
-                [0., 0.],
-                [0., 0.],
-                [0., 0.],
-                [0., 2.]])
-    """
-    if runs_kernels(x.device):
-        return _shift(x, relu=True)
-    return shift2d(F.relu(x))
-
-
-@torch.library.custom_op("sparse_sr_attn::shift2d", mutates_args=())
-def _shift(x: Tensor, relu: bool = False) -> Tensor:
-    """Return `shift2d` of `x`, or of `relu(x)`, by a Triton kernel."""
-    return _run_shift(x, x, 1, relu)
-
-
-def _run_shift(x: Tensor, sign: Tensor, step: int, relu: bool) -> Tensor:
-    from sparse_sr_attn.functional import map_kernels as kernels  # noqa: PLC0415
-
-    last = is_channels_last(x)
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    x, sign = x.contiguous(memory_format=memory_format), sign.contiguous(memory_format=memory_format)
-    output = torch.empty_like(x)
-    sizes = x.numel(), *x.shape[1:], x.shape[1] // _NUM_GROUPS
-    with torch.cuda.device_of(x):
-        kernels.shift[(-(-x.numel() // _BLOCK),)](
-            *(x, sign, output, *sizes), STEP=step, RELU=relu, LAST=last, BLOCK=_BLOCK
-        )
-    return output
-
-
-@_shift.register_fake
-def _(x: Tensor, relu: bool = False) -> Tensor:
-    return torch.empty_like(x if is_channels_last(x) else x.contiguous())
-
-
-@torch.library.custom_op("sparse_sr_attn::shift2d_backward", mutates_args=())
-def _shift_backward(grad: Tensor, x: Tensor | None) -> Tensor:
-    """Return the transpose of `shift2d`, and of the ReLU of `x` before it unless that is `None`."""
-    return _run_shift(grad, grad if x is None else x, -1, x is not None)
-
-
-@_shift_backward.register_fake
-def _(grad: Tensor, x: Tensor | None) -> Tensor:
-    return torch.empty_like(grad if is_channels_last(grad) else grad.contiguous())
-
-
-def _keep_signs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, relu = inputs
-    ctx.save_for_backward(x if relu else None)
-
-
-def _shift_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _shift_backward(grad, *ctx.saved_tensors), None
-
-
-_shift.register_autograd(_shift_back, setup_context=_keep_signs)
 
 
 def _moved(step: int) -> tuple[slice, slice]:
@@ -145,8 +79,11 @@ def shift_conv2d(
     bias: Float[Tensor, "o"] | None = None,
     *,
     form: Form = "slices",
+    relu: bool = False,
 ) -> Float[Tensor, "b o h w"]:
     """Return the 1x1 convolution of `shift2d(x)`.
+
+    On GPUs with triton, one kernel does it all, for "slices" with a bias.
 
     Args:
         x: the feature map.
@@ -154,6 +91,7 @@ def shift_conv2d(
         bias: bias of the convolution.
         form: "slices" moves slices of the map; "masked" is one 3x3 convolution, which takes nine times the products but
             keeps no shifted copy of the map for the backward. The results agree up to rounding.
+        relu: take `relu(x)` instead of `x`.
 
     Raises:
         BackendError: `form` is unknown.
@@ -165,10 +103,14 @@ def shift_conv2d(
         >>> shift_conv2d(torch.rand(2, 10, 6, 7), torch.rand(16, 10, 1, 1)).shape
         torch.Size([2, 16, 6, 7])
     """
+    if form not in get_args(Form):
+        raise BackendError(f"form must be 'slices' or 'masked', got {form!r}")
+    if form == "slices" and bias is not None and runs_kernels(x.device):
+        dtype = conv_precision(x)
+        return shift_conv_op(x.to(dtype), weight.to(dtype), bias.to(dtype), relu)
+    x = F.relu(x) if relu else x
     if form == "masked":
         return F.conv2d(x, spread(weight), bias, padding=1)
-    if form != "slices":
-        raise BackendError(f"form must be 'slices' or 'masked', got {form!r}")
     shifted = shift2d(x)
     if is_channels_last(x):
         return pointwise_conv2d(shifted, weight, bias)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.config import PositiveInt, checked
+from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.channels_last import channels_last
-from sparse_sr_attn.functional.shift import Form, shift2d, shift2d_relu, shift_conv2d
+from sparse_sr_attn.functional.shift import Form, shift2d, shift_conv2d
 from sparse_sr_attn.layers.base import LAYERS, PointwiseConv2d, check_map, is_unmodified
 
 _STRIP = 2**19
@@ -120,9 +121,9 @@ class LFE(nn.Module):
         self, conv: PointwiseConv2d, x: Float[Tensor, "b c_in h w"], *, relu: bool = False
     ) -> Float[Tensor, "b c_out h w"]:
         """Return the shift convolution of `x`, or of `relu(x)`."""
-        if self.form == "masked" and is_unmodified(conv, PointwiseConv2d):
-            return shift_conv2d(F.relu(x) if relu else x, conv.weight, conv.bias, form="masked")
-        return conv(shift2d_relu(x) if relu else shift2d(x))
+        if is_unmodified(conv, PointwiseConv2d) and (self.form == "masked" or runs_kernels(x.device)):
+            return shift_conv2d(x, conv.weight, conv.bias, form=self.form, relu=relu)
+        return conv(shift2d(F.relu(x) if relu else x))
 
     def _is_unmodified(self) -> bool:
         return is_unmodified(self.conv1, PointwiseConv2d) and is_unmodified(self.conv2, PointwiseConv2d)

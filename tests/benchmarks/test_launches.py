@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton")
 from benchmarks.launches import __main__ as launches
 from benchmarks.launches.counter import counted
 from sparse_sr_attn.functional import cluster, window
-from sparse_sr_attn.functional.shift import shift2d
+from sparse_sr_attn.functional.shift import shift_conv2d
 
 pytestmark = pytest.mark.unhooked
 
@@ -22,9 +21,9 @@ LIMITS = {
     "CoA": (4, 7, 11),
     "GMSA": (7, 9, 14),
     "GMSA, shifted": (7, 9, 14),
-    "LFE": (4, 4, 8),
+    "LFE": (2, 2, 6),
     "LCoAN-light": (109, 164, 151),
-    "ELAN-light": (295, 331, 524),
+    "ELAN-light": (247, 283, 476),
 }
 
 
@@ -61,7 +60,7 @@ def test_what_counts() -> None:
     wanted = x.clone().requires_grad_()
     parts = wanted[:, 1:], wanted[..., 0]
     assert [count(partial(torch.autograd.grad, part, wanted, part)) for part in parts] == [2, 2]
-    assert count(lambda: shift2d(x)) == 1
+    assert count(lambda: shift_conv2d(x, torch.empty(5, 5, 1, 1, device="meta"), bias)) == 1
     assert count(lambda: window.window_attention(x, None, x, window_size=4)) == 6
 
 
@@ -87,21 +86,21 @@ def test_few_launches_without_triton(num_tokens: int, most: int) -> None:
 
 
 def test_code_takes_the_path_of_a_gpu_only_while_counting() -> None:
-    seen: list[Tensor] = []
+    arguments = [torch.empty(shape, device="meta") for shape in ((1, 5, 4, 4), (5, 5, 1, 1), (5,))]
     with counted() as counts:
-        seen.append(shift2d(torch.empty(1, 5, 4, 4, device="meta")))
-    assert counts == {"triton shift": 1}
+        shift_conv2d(*arguments)
+    assert counts == {"triton shift_conv": 1}
     before = dict(counts)
-    shift2d(torch.empty(1, 5, 4, 4, device="meta"))
+    shift_conv2d(*arguments)
     assert counts == before
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "launches.json"
     assert launches.main(["--operators", "LFE", "--size", "16", "--json", str(file)]) == 0
-    assert "| LFE | 4 | 4 + 8 |" in capsys.readouterr().out
+    assert "| LFE | 2 | 2 + 6 |" in capsys.readouterr().out
     found = json.loads(file.read_text())["launches"]["LFE"]
-    assert found["operators"]["evaluation"]["triton shift"] == 2
+    assert found["operators"]["evaluation"]["triton shift_conv"] == 2
 
 
 @pytest.mark.parametrize("arguments", [["--size", "0"], ["--operators", "LFA"]], ids=str)

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional import batch_norm, l2_normalize, shift
+from sparse_sr_attn.functional import batch_norm, l2_normalize, shift_triton
 from sparse_sr_attn.functional.channels_last import pixel_products
 from sparse_sr_attn.reference import shift as slow_shift
 from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
-    assert_bit_equal,
     assert_derivatives,
     assert_gradients_close,
     assert_values_close,
@@ -32,22 +31,54 @@ sizes = st.tuples(*(st.integers(1, high) for high in (3, 13, 7, 7)))
 @both_memories
 @pytest.mark.parametrize("relu", [False, True])
 @few
-@given(size=sizes)
-@example(size=(2, 10, 1, 1))
-@example(size=(1, 4, 3, 3))  # too few channels to shift
-@example(size=(2, 13, 9, 11))  # several programs
-def test_shift_and_its_transpose(
-    device: torch.device, memory: torch.memory_format, relu: bool, size: tuple[int, ...]
+@given(size=sizes, features=st.integers(1, 9))
+@example(size=(2, 10, 1, 1), features=3)
+@example(size=(1, 4, 3, 3), features=4)  # too few channels to shift
+@example(size=(2, 70, 9, 11), features=66)  # several blocks of pixels, channels and features
+def test_shift_convolution(
+    device: torch.device, memory: torch.memory_format, relu: bool, size: tuple[int, ...], features: int
 ) -> None:
-    x = Case().tensor("x", *size, device=device)
+    x, weight, bias = (
+        Case().tensor(name, *shape, device=device)
+        for name, shape in (("x", size), ("weight", (features, size[1], 1, 1)), ("bias", (features,)))
+    )
     x[:, :, -1:] = 0  # where the gradient of ReLU is 0
-    expected = slow_shift.shift2d(x.requires_grad_().relu() if relu else x.requires_grad_())
-    mine = x.detach().contiguous(memory_format=memory).requires_grad_()
-    actual = shift._shift(mine, relu)
-    assert_bit_equal(actual, expected)
-    assert actual.stride() == mine.stride()
-    probe = Case().tensor("probe", *size, device=device)
-    assert_bit_equal(gradients(actual, (mine,), probe)[0], gradients(expected, (x,), probe)[0])
+    leaves = [each.requires_grad_() for each in (x.contiguous(memory_format=memory), weight, bias)]
+    actual = shift_triton.shift_conv_op(*leaves, relu)
+    expected = F.conv2d(slow_shift.shift2d(leaves[0].relu() if relu else leaves[0]), weight, bias)
+    assert_values_close(actual, expected)
+    assert actual.is_contiguous(memory_format=memory) or size[1] == 1  # which is in both formats
+    probe = Case().tensor("probe", *expected.shape, device=device)
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+def test_shift_convolution_of_halves_sums_in_float32(device: torch.device) -> None:
+    tensors = [
+        Case().tensor(name, *shape, device=device).to(torch.bfloat16)
+        for name, shape in (("x", (2, 40, 9, 11)), ("weight", (6, 40, 1, 1)), ("bias", (6,)))
+    ]
+    leaves = [each.requires_grad_() for each in tensors]
+    actual = shift_triton.shift_conv_op(*leaves, True)
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    expected = F.conv2d(slow_shift.shift2d(exact[0].relu()), *exact[1:])
+    probe = Case().tensor("probe", *expected.shape, device=device).to(torch.bfloat16)
+    found = [actual, *gradients(actual, leaves, probe)]
+    for mine, other in zip(found, [expected, *gradients(expected, exact, probe.float())], strict=True):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.float(), other, rtol=2**-7, atol=2**-7)
+
+
+def test_only_gradients_that_are_needed_are_computed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    launch = shift_triton._launch
+    monkeypatch.setattr(shift_triton, "_launch", lambda *args: launched.append(args[0]) or launch(*args))
+    x, weight, bias = (Case().tensor("x", *size, device=device) for size in ((1, 5, 3, 3), (2, 5, 1, 1), (2,)))
+    for leaf, needed in ((x, "shift_conv_input"), (bias, "shift_conv_weight")):
+        launched.clear()
+        leaf.requires_grad_()
+        shift_triton.shift_conv_op(x, weight, bias, False).sum().backward()
+        leaf.requires_grad_(False)
+        assert launched == ["shift_conv", needed]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter, of who sees the NaN
@@ -136,6 +167,36 @@ def test_products_of_pixels(device: torch.device, memory: torch.memory_format, b
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
+USAGE = """
+import sys
+import machine_code
+import triton.language as tl
+import torch
+from sparse_sr_attn.functional import map_kernels, shift_triton
+from sparse_sr_attn.functional._triton import padded, precision_options
+
+SIZES = ("num_pixels", "height", "width", "channels", "features", "share")
+pixels, columns, read = shift_triton._PIXELS, shift_triton._COLUMNS, shift_triton._READ
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    blocks = {
+        "shift_conv": dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns),
+        "shift_conv_input": dict(PIXELS=pixels, CHANNELS=columns, FEATURES=read),
+        "shift_conv_weight": dict(PIXELS=read, CHANNELS=columns, FEATURES=columns),
+    }
+    for name, sides in blocks.items():
+        options = {**precision_options(dtype, dtype, "tf32x3", "highest"), **sides, "RELU": True, "LAST": True}
+        accumulated = "fp64" if dtype == torch.float64 else "fp32"
+        found = machine_code.usage(
+            getattr(map_kernels, name),
+            {**options, **shift_triton._LAUNCH},
+            SIZES,
+            lambda argument: accumulated if argument == "partial" else machine_code.NAMES[dtype],
+        )
+        print(name, dtype, found, flush=True)
+        assert dtype == torch.float64 or found.spilled == 0, (name, dtype, found)
+"""
+
+
 COMPILE = """
 import sys
 import triton
@@ -148,7 +209,6 @@ from sparse_sr_attn.functional.cluster import triton_kernels
 WORK = {"fp32": tl.float32, "fp64": tl.float64}
 for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
     options = {
-        "shift": dict(STEP=-1, RELU=True, LAST=True, BLOCK=1024),
         "move_statistics": dict(MOMENTUM=0.1, EPS=1e-5, BLOCK=64),
         "fold": dict(EPS=1e-5, WORK=WORK[work], BLOCK=128),
         "normalize": dict(FLOOR=5e-5, WORK=WORK[work], ROWS=128, BLOCK=16),
@@ -181,3 +241,4 @@ for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
 def test_kernels_compile_for_gpus(capability: str, tmp_path: os.PathLike[str]) -> None:
     """The interpreter forgives types."""
     machine_code.run(COMPILE, capability, tmp_path)
+    machine_code.run(USAGE, capability, tmp_path)

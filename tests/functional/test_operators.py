@@ -210,10 +210,12 @@ def test_move_running_statistics(device: torch.device) -> None:
 def test_kernels_of_maps(device: torch.device) -> None:
     x = Case().tensor("x", 2, 7, 3, 4, device=device).requires_grad_()
     last = x.detach().contiguous(memory_format=torch.channels_last)
-    for relu in (False, True):
-        check(operator("shift2d"), (x, relu))
-        check(operator("shift2d"), (last, relu))
-        check(operator("shift2d_backward"), (last, x.detach() if relu else None))
+    weight, bias = (Case().tensor(name, *size, device=device) for name, size in (("w", (3, 7, 1, 1)), ("b", (3,))))
+    grad = Case().tensor("grad", 2, 3, 3, 4, device=device)
+    for given in (x, last):
+        check(operator("shift_conv2d"), (given, weight.requires_grad_(), bias, True))
+        check(operator("shift_conv2d_input"), (grad, given.detach(), weight.detach(), True))
+        check(operator("shift_conv2d_weight"), (grad, given.detach(), True))
     vectors = [Case().tensor(name, 7, device=device).abs() for name in ("bias", "mean", "var", "scale", "offset")]
     check(operator("fold_batch_norm"), (Case().tensor("weight", 7, 5, 1, 1, device=device), *vectors, 1e-5))
     rows = Case().tensor("rows", 2, 5, 3, device=device)
@@ -309,8 +311,9 @@ def test_every_operator_is_checked_here() -> None:
         "hash_step",
         "l2_normalize",
         "l2_normalize_backward",
-        "shift2d",
-        "shift2d_backward",
+        "shift_conv2d",
+        "shift_conv2d_input",
+        "shift_conv2d_weight",
         "grouped_window_attention",
         "grouped_window_attention_backward",
         "kmeans_step",
