@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.checkpoints.foreign import find_facts, run_padded
+from sparse_sr_attn.checkpoints.foreign import Facts, find_facts, run_padded
 from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem, TrainingError
 from sparse_sr_attn.inference.tiling import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
@@ -104,7 +104,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         # Only for weights to start from: those of a resumed or tested run have the network's own range.
         self._starts = bool(opt.get("is_train") and not opt["path"].get("resume_state"))
         self._pretrain_img_range: float | None = train.get("pretrain_img_range") if self._starts else None
-        self._multiple: int | None = None  # sides of images must be multiples of it; found when needed
+        self._facts: Facts | None = None  # about a network of others; found when needed
         self._reported: dict[str, list[str]] = {}
         self._ranges_checked: set[str] = set()
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
@@ -274,17 +274,17 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def test(self) -> None:
         """Upscale the images of `feed_data` with the EMA network, if there is one; in tiles if `val.tile` is given.
 
-        If the network needs sides that are multiples of a number, images are padded and the result is cropped.
+        If the network needs sides that are multiples of a number or not too short, images are padded and the result is
+        cropped.
         """
         val = self.opt.get("val") or {}
         # Without its wrapper: only one process validates, and DistributedDataParallel would wait for the others.
         net = self.net_g_ema if hasattr(self, "net_g_ema") else self.get_bare_model(self.net_g)
         was_training = net.training
         net.eval()
-        if self._multiple is None:
-            facts = None if isinstance(net, Network) else find_facts(net)
-            self._multiple = facts.multiple if facts else 1
-        padded = partial(run_padded, net, multiple=self._multiple)
+        if self._facts is None and not isinstance(net, Network):
+            self._facts = find_facts(net)
+        padded = partial(run_padded, net, facts=self._facts)
         with torch.no_grad():
             if val.get("tile"):
                 self.output = upscale_tiled(padded, self.lq, val["tile"], val.get("tile_overlap") or 0)

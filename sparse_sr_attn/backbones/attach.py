@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import logging
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from sparse_sr_attn.backbones.trunks import (
     Probe,
     Site,
     besides,
+    copied,
     difference,
     find_trunks,
     matching,
@@ -42,6 +44,7 @@ SLOT = "sparse_sr_attn"
 _LOG = logging.getLogger(__name__)
 _OLD_SLOT = "attention"
 _SHOWN = 4  # trunks that a message offers
+_SMALL_SHARE = 0.1  # of the parameters, of which a warning tells
 
 
 class Attended(nn.Module):
@@ -296,6 +299,11 @@ def attach(
     place = _find_place(model, body, example)
     given = _as_maps(attention, every, share, options, num_blocks=len(place.sites))
     maps = read_attention(given, len(place.sites))
+    if place.calls is not None and copied(model) is model:
+        name = type(model).__name__
+        warnings.warn(
+            f"{name} cannot be copied, so nothing was tried: compare its output with that before", stacklevel=3
+        )
     explicit = share is not None or not isinstance(attention, str)
     built = type(model)._host if isinstance(model, Attended) else type(model)
     host = f"{built.__module__}.{built.__qualname__}"
@@ -701,12 +709,14 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
     trunks = find_trunks(model, calls, within)
     if paths is None:
         if not trunks:
-            raise _refusal("body", f"must be named; {_without_trunk(model)}{_offer(model, calls)}")
+            raise _refusal("body", f"must be named; {_without_trunk(model, calls)}")
         others = besides(trunks[0], trunks)[:_SHOWN]
         offered = f"; body=... chooses another trunk: {', '.join(map(str, others))}" if others else ""
         _LOG.info("attached to %s%s", trunks[0], offered)
-        if any(4 * other.num_parameters > trunks[0].num_parameters for other in others):
-            warnings.warn(f"attached to {trunks[0]}{offered}", stacklevel=4)
+        share = trunks[0].num_parameters / max(1, sum(p.numel() for p in model.parameters()))
+        if share < _SMALL_SHARE or any(4 * other.num_parameters > trunks[0].num_parameters for other in others):
+            small = f", which has {share:.1%} of the parameters" if share < _SMALL_SHARE else ""
+            warnings.warn(f"attached to {trunks[0]}{small}{offered}", stacklevel=4)
         within = trunks[0].name
     elif isinstance(modules[within], Attended):
         raise _refusal("body", f"must have no attention yet, got {within!r}; detach, or attach a list of mappings")
@@ -744,6 +754,9 @@ def _site(model: nn.Module, calls: Calls, path: str) -> Site:
     if path in calls.sites:
         return calls.sites[path]
     fault = calls.faults.get(path, f"is not called by {type(model).__name__}")
+    outer = _repeated(calls)
+    if outer is not None and path.startswith(join_path(outer, "")):
+        fault += f", because {outer!r} is; attach(model.get_submodule({outer!r})) gives it attention"
     own = [outer for outer, module in model.named_modules() if "forward" in vars(module)]
     if path not in calls.faults and own:
         fault += f", because the `forward` of {_named(model, own[0])} is set on the module, not its class"
@@ -768,8 +781,25 @@ def _offer(model: nn.Module, calls: Calls) -> str:
     return f"; body can be {' or '.join(found)}" if found else ""
 
 
-def _without_trunk(model: nn.Module) -> str:
-    return f"{type(model).__name__} has no run of numbered modules that return feature maps of one size and width"
+def _without_trunk(model: nn.Module, calls: Calls) -> str:
+    name = type(model).__name__
+    repeated = _repeated(calls)
+    if repeated is not None:
+        return (
+            f"{name} runs {repeated!r}, which has a trunk, several times in a forward; "
+            f"attach(model.get_submodule({repeated!r})) gives it attention"
+        )
+    return f"{name} has no run of numbered modules that return feature maps of one size and width"
+
+
+def _repeated(calls: Calls) -> str | None:
+    """Return the path of the outermost module that is called several times and has several numbered modules."""
+    several = sorted(path for path, fault in calls.faults.items() if path and "times" in fault)
+    for outer in sorted(several, key=lambda path: path.count(".")):
+        inside = [path for path in several if re.match(re.escape(outer) + r"\..*\d", path)]
+        if len(inside) > 1:
+            return outer
+    return None
 
 
 # --- models that cannot be called -------------------------------------------------------------------------------------

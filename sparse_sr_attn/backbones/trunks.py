@@ -114,7 +114,7 @@ def watch_calls(model: nn.Module, example: Tensor | Inputs | None) -> Calls | No
         Exception: whatever the model raises for `example`.
     """
     given = None if example is None else example if isinstance(example, tuple) else (example,)
-    twin = _copied(model)
+    twin = copied(model)
     devices = list({p.device for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices):
         return _watch(model, twin, given)
@@ -149,10 +149,10 @@ def difference(model: nn.Module, inputs: Inputs, give: Callable[[nn.Module], Seq
             expected = _outputs(model, inputs, training)
             if expected is None:  # it cannot be copied or, say, normalise a single value in training
                 continue
-            twin = _copied(model)
+            twin = copied(model)
             probes = give(twin)
             try:
-                actual = _outputs(twin, inputs, training, copied=True)
+                actual = _outputs(twin, inputs, training, is_copy=True)
             except Exception as error:  # somebody else's forward, or ours
                 return f"{name} with attention raises {type(error).__name__}: {error}"
             when = " in training" if training else ""
@@ -166,10 +166,10 @@ def difference(model: nn.Module, inputs: Inputs, give: Callable[[nn.Module], Seq
     return None
 
 
-def _outputs(model: nn.Module, inputs: Inputs, training: bool, *, copied: bool = False) -> list[Tensor] | None:
+def _outputs(model: nn.Module, inputs: Inputs, training: bool, *, is_copy: bool = False) -> list[Tensor] | None:
     """Return the outputs of a copy of a model; `None` if the model cannot be copied or raises an error."""
-    twin = model if copied else _copied(model)
-    if twin is model and not copied:
+    twin = model if is_copy else copied(model)
+    if twin is model and not is_copy:
         return None
     for module in twin.modules():
         module.training = training
@@ -179,7 +179,7 @@ def _outputs(model: nn.Module, inputs: Inputs, training: bool, *, copied: bool =
             warnings.simplefilter("ignore")
             return [output.detach() for output in _flat(twin(*copy.deepcopy(inputs)))]
     except Exception:  # somebody else's forward
-        if copied:
+        if is_copy:
             raise
         return None
 
@@ -299,9 +299,17 @@ def _name(trunk: Trunk, modules: Mapping[str, nn.Module], calls: Calls) -> str:
     return trunk.name if set(matching(trunk.name, calls.called)) == set(paths) else ", ".join(paths)
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model; the model itself if it cannot be copied."""
+    # Such as weights that `weight_norm` computed: PyTorch refuses to copy them.
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     except Exception:  # somebody else's model may hold what cannot be copied
         return model
 

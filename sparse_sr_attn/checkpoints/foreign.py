@@ -1,8 +1,9 @@
 """Third-party networks behind the interface of ours: any image size, and options stored with their weights."""
 
+import bisect
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.backbones.attach import is_attended
 from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, encode_options
-from sparse_sr_attn.backbones.trunks import evaluating
+from sparse_sr_attn.backbones.trunks import copied, evaluating
 from sparse_sr_attn.errors import CheckpointError
 
 WITH_ATTENTION = "WithAttention"
 """The `type` in the options of a third-party network with attention; `Attended` in older files."""
 
 _MULTIPLES = (*range(1, 65), 96, 128)
+_USUAL = 16  # for larger multiples, more sizes are tried
 _SHORTEST = 9  # side of an image that any network should take
+_SIZES = ((0, 1), (2, 4), (3, 7), (9, 6))
 
 
 class ForeignNetwork(Network):
@@ -42,12 +45,12 @@ class ForeignNetwork(Network):
         mean = (0.0,) * facts.num_in_ch if same else None
         super().__init__(facts.num_in_ch, facts.num_out_ch, facts.upscale, img_range, mean)  # type: ignore[arg-type]
         self.network = network
-        self.multiple = facts.multiple
+        self._facts = facts
         self._options = None if options is None else as_json(options)
 
     def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Run the network on an image, padded if necessary."""
-        return run_padded(self.network, x, self.multiple)
+        return run_padded(self.network, x, self._facts)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state dict of the network itself."""
@@ -67,50 +70,85 @@ class Facts:
         num_out_ch: channels of its output.
         upscale: the upscaling factor.
         multiple: the sides of its input must be multiples of this.
+        least: the sides of its input must be at least this.
     """
 
     num_in_ch: int
     num_out_ch: int
     upscale: int
     multiple: int
+    least: int = 1
 
 
 def find_facts(network: nn.Module) -> Facts | None:
-    """Find the properties of a network by calling it on small black images; `None` if it accepts none.
+    """Find the properties of a network by calling a copy of it on small black images; `None` if it accepts none."""
+    twin = copied(network)  # some networks fuse their weights when they are called
+    with evaluating(twin):
+        for multiple in _MULTIPLES:
+            found = _accepted(twin, multiple, _SHORTEST, _SIZES[: 2 if multiple <= _USUAL else None])
+            if found is None:
+                continue
+            # If it needs a least side, it takes multiples of a smaller number from there on.
+            longer = (
+                _accepted(twin, smaller, times * (found.least + multiple), _SIZES)
+                for smaller in range(1, multiple)
+                for times in (1, 2)
+            )
+            return next((_with_least(twin, each) for each in longer if each), replace(found, least=1))
+    return None
 
-    The network is called in evaluation mode, and its mode restored.
+
+def _with_least(network: nn.Module, facts: Facts) -> Facts:
+    """Return the facts with the shortest side from which on the network takes images, at most that in `facts`."""
+    sides = range(facts.multiple, facts.least, facts.multiple)
+    fits = bisect.bisect_left(sides, 1, key=lambda side: _accepted(network, facts.multiple, side, _SIZES) is not None)
+    return replace(facts, least=sides[fits] if fits < len(sides) else facts.least)
+
+
+def _accepted(network: nn.Module, multiple: int, least: int, sizes: Sequence[tuple[int, int]]) -> Facts | None:
+    """Return the properties of a network if it takes images with sides that are multiples of a number, from `least` on.
+
+    Images of several sizes are tried, in multiples beyond `least`, because one may fit by chance.
     """
     weight = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     first = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
-    with evaluating(network):
-        for multiple in _MULTIPLES:
-            # Two neighbouring multiples have no other number in common that divides both.
-            height = multiple * -(-_SHORTEST // multiple)
-            for channels in dict.fromkeys((first, 3, 1)):
-                image = weight.new_zeros(1, channels, height, height + multiple)
-                try:
-                    output = network(image)
-                    batch, num_out_ch, *size = output.shape
-                    upscale, rest = divmod(size[0], height)
-                except Exception:  # noqa: S112  (somebody else's code can raise anything)
-                    continue
-                if rest == 0 and upscale and (batch, *size) == (1, upscale * height, upscale * (height + multiple)):
-                    return Facts(channels, num_out_ch, upscale, multiple)
+    least = multiple * -(-least // multiple)
+    for channels in dict.fromkeys((first, 3, 1)):
+        seen = set()
+        for down, right in sizes:
+            height, width = least + down * multiple, least + right * multiple
+            try:
+                output = network(weight.new_zeros(1, channels, height, width))
+                batch, num_out_ch, *size = output.shape
+            except Exception:  # somebody else's code can raise anything
+                break
+            upscale = size[0] // height
+            if upscale == 0 or (batch, *size) != (1, upscale * height, upscale * width):
+                break
+            seen.add((num_out_ch, upscale))
+        else:
+            if len(seen) == 1:
+                return Facts(channels, *seen.pop(), multiple, least)
     return None
 
 
 def run_padded(
-    network: Callable[[Tensor], Tensor], images: Float[Tensor, "b c h w"], multiple: int
+    network: Callable[[Tensor], Tensor], images: Float[Tensor, "b c h w"], facts: Facts | None
 ) -> Float[Tensor, "b d H W"]:
-    """Run a network on images whose sides need not be multiples of `multiple`.
+    """Run a network on images of any size.
 
     Images are padded at the right and the bottom by reflection (by replication if they are too small for that), and the
     output is cropped.
+
+    Args:
+        network: the network.
+        images: images of any size.
+        facts: which sides the network needs; `None` if it takes any.
     """
-    if multiple == 1:
+    if facts is None or (facts.multiple == 1 and min(images.shape[-2:]) >= facts.least):
         return network(images)
     height, width = images.shape[-2:]
-    down, right = -height % multiple, -width % multiple
+    down, right = (-max(side, facts.least) % facts.multiple + max(side, facts.least) - side for side in (height, width))
     mode = "reflect" if down < height and right < width else "replicate"
     output = network(F.pad(images, (0, right, 0, down), mode))
     factor = output.shape[-1] // (width + right)

@@ -396,7 +396,8 @@ def _check(model: nn.Module, state: State, fresh: str) -> None:
     ]
     faults = _lines({"missing": missing, "unexpected": unexpected, "of wrong size": sizes}) + unusable(expected, state)
     if faults:
-        raise CheckpointError(f"does not fit {type(model).__name__} (our names):{faults}")
+        names = " (our names)" if isinstance(model, Network) else ""
+        raise CheckpointError(f"does not fit {type(model).__name__}{names}:{faults}")
 
 
 def unusable(expected: State, state: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -546,6 +547,78 @@ def test_it_says_which_trunk_it_chose_and_offers_the_rest() -> None:
         UserWarning, match=r"attached to 'low\*' \(2 of 16 channels\); body=.* 'down\*' \(2 of 8 channels\)"
     ):
         attach(Widths(), **OPTIONS)
+
+
+def test_a_trunk_with_few_of_the_parameters_is_told() -> None:
+    model = Numbered()
+    model.tail = nn.Sequential(conv(8, 400), conv(400, 12), nn.PixelShuffle(2))
+    with pytest.warns(UserWarning, match=r"attached to 'B\*' \(4 of 8 channels\), which has 3\.\d% of the parameters"):
+        attach(model, **OPTIONS)
+
+
+class Twice(Host):
+    """Runs a network inside two times (ARRLFN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Numbered()
+        self.net.tail = nn.Sequential(conv(8, 8))
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.net.body(x) if x is None else self.inner(self.inner(x))
+
+    def inner(self, x: Tensor) -> Tensor:
+        output: Tensor = self.net(x[:, :3])
+        return output
+
+
+@pytest.mark.parametrize("body", [None, "net.B*"])
+def test_a_network_that_runs_twice_inside_is_named(body: str | None) -> None:
+    model = Twice()
+    advice = r"attach\(model\.get_submodule\('net'\)\) gives it attention"
+    with pytest.raises(ConfigError, match=rf"body: must .*'net'.*; {advice}"):
+        attach(model, body, **OPTIONS)
+    x = image(1, 3, 8, 8)
+    expected = model(x)
+    attach(model.get_submodule("net"), **OPTIONS)
+    assert torch.equal(model(x), expected)
+
+
+class Uncopied(Numbered):
+    """PyTorch copies no tensor that was computed from weights, such as those of a `weight_norm` that never ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = self.fea_conv.weight * 1
+
+
+class ByClass(Uncopied):
+    """Runs only blocks of a known class."""
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in (self.B1, self.B2, self.B3, self.B4):
+            x = block(x) if type(block) is Block else x
+        return x
+
+
+def test_a_model_with_computed_tensors_is_tried_like_others() -> None:
+    model = ByClass()
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    x = image(1, 3, 8, 8)
+    expected = model(x)
+    with quiet():
+        attach(model, every=1, **OPTIONS)
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    assert all(p.grad is not None for layer in layers_of(model) for p in layer.parameters())
+
+
+def test_what_cannot_be_tried_is_told() -> None:
+    model = Numbered()
+    model.lock = threading.Lock()
+    with pytest.warns(UserWarning, match=r"Numbered cannot be copied, so nothing was tried: compare its output"):
+        attach(model, **OPTIONS)
 
 
 class Biased(Windowed):
