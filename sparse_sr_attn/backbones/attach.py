@@ -44,7 +44,7 @@ SLOT = "sparse_sr_attn"
 _LOG = logging.getLogger(__name__)
 _OLD_SLOT = "attention"
 _SHOWN = 4  # trunks that a message offers
-_SMALL_SHARE = 0.1  # of the parameters, of which a warning tells
+_SMALL_SHARE = 0.05  # of the parameters, of which a warning tells
 
 
 class Attended(nn.Module):
@@ -714,7 +714,9 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
         offered = f"; body=... chooses another trunk: {', '.join(map(str, others))}" if others else ""
         _LOG.info("attached to %s%s", trunks[0], offered)
         share = trunks[0].num_parameters / max(1, sum(p.numel() for p in model.parameters()))
-        if share < _SMALL_SHARE or any(4 * other.num_parameters > trunks[0].num_parameters for other in others):
+        if (others and share < _SMALL_SHARE) or any(
+            4 * other.num_parameters > trunks[0].num_parameters for other in others
+        ):
             small = f", which has {share:.1%} of the parameters" if share < _SMALL_SHARE else ""
             warnings.warn(f"attached to {trunks[0]}{small}{offered}", stacklevel=4)
         within = trunks[0].name
