@@ -177,7 +177,7 @@ def run_sparse_sr(words: list[str], here: Path) -> None:
 
 def run_basicsr(arguments: list[str], here: Path) -> None:
     """A file of the package is only looked for (tests/integrations/test_options.py); one of the page is run."""
-    parsed = cli._parser(arguments).parse_args(arguments)
+    parsed = cli._parsers(arguments)[0].parse_args(arguments)
     file = here / parsed.opt if (here / parsed.opt).exists() else ROOT / parsed.opt
     assert file.is_file(), parsed.opt
     if file.resolve().is_relative_to(OPTIONS):

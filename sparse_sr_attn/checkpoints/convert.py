@@ -32,16 +32,17 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
         those that it never uses; the pending update of k-means, which has no name there, is dropped.
 
     Raises:
-        CheckpointError: the layout cannot represent part of the network (attention in EDSR or RCAN, several patterns
-            in an LCoAN, an ELAN without three window sizes, a mean that does not have three channels).
+        CheckpointError: the layout cannot represent part of the network (attention in EDSR or RCAN; cosines, ordered
+            clusters or several patterns in an LCoAN; an ELAN without three window sizes; a mean that does not have
+            three channels).
 
     Note:
         The result has been read back with `load_model`, and every weight compared.
 
     Examples:
-        >>> weights = convert_weights(load_model("LCoAN-light_x2"), "released")
+        >>> weights = convert_weights(load_model("ELAN-light_x2"), "released")
         >>> len(weights)
-        77
+        368
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if names == "ours":
