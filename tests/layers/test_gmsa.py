@@ -230,7 +230,7 @@ def test_lfe_in_strips_is_the_whole(monkeypatch: pytest.MonkeyPatch, height: int
     shapes: list[int] = []
     monkeypatch.setattr(shift_conv, "shift2d", lambda x: shapes.append(x.shape[2]) or shift2d(x))
     torch.testing.assert_close(lfe(x), whole, rtol=1e-5, atol=1e-6)
-    assert len(shapes) == -(-height // lines)  # of the first convolution
+    assert len(shapes) == 2 * -(-height // lines)  # of both convolutions
     assert max(shapes) <= lines + 4
 
 
