@@ -93,7 +93,7 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
         >>> list_models("*-light")
         ['ELAN-light', 'LCoAN-light']
         >>> list_models("LCoAN*", pretrained=True)
-        ['LCoAN-light_x2', 'LCoAN-light_x4']
+        ['LCoAN-light_x2', 'LCoAN-light_x3', 'LCoAN-light_x4']
     """
     return sorted(name for name in (trained_weights() if pretrained else PRESETS) if fnmatch(name, pattern))
 

@@ -26,7 +26,7 @@ _NAMED = 3
 """Files named in a note before it stops."""
 
 
-DEFAULT_WEIGHTS = {2: "EDSR-LCoA_x2", 4: "LCoAN-light_x4"}
+DEFAULT_WEIGHTS = {2: "EDSR-LCoA_x2", 3: "LCoAN-light_x3", 4: "LCoAN-light_x4"}
 """The weights of a command without `--weights`, by factor: the best of those included."""
 
 
