@@ -186,7 +186,7 @@ def out_of_batches(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each process ended with. After a timeout, gloo's threads abort their process now and then: then once more."""
+    """What each process ended with. After a timeout, gloo aborts a process now and then: then once more."""
     for again in (True, False):
         folder = tmp_path_factory.mktemp("ended")
         try:
