@@ -24,7 +24,6 @@ from sparse_sr_attn.backbones.trunks import (
     Probe,
     Site,
     besides,
-    copied,
     difference,
     find_trunks,
     matching,
@@ -299,7 +298,7 @@ def attach(
     place = _find_place(model, body, example)
     given = _as_maps(attention, every, share, options, num_blocks=len(place.sites))
     maps = read_attention(given, len(place.sites))
-    if place.calls is not None and copied(model) is model:
+    if place.calls is not None and not place.calls.on_copy:
         name = type(model).__name__
         warnings.warn(
             f"{name} cannot be copied, so nothing was tried: compare its output with that before", stacklevel=3

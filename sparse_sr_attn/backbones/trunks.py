@@ -64,6 +64,7 @@ class Calls:
         called: paths of all modules that were called.
         faults: by path, why a module that was called is no site.
         inputs: what the model accepted; with noise in place of images that were guessed.
+        on_copy: whether a copy of the model was called, as for all that is tried later.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Calls:
         self.called = called
         self.faults = faults
         self.inputs = inputs
+        self.on_copy = True
 
 
 class Probe(nn.Module):
@@ -130,6 +132,7 @@ def _watch(model: nn.Module, twin: nn.Module, given: Inputs | None) -> Calls | N
                 raise
             continue
         found = calls if twin is model else _also_in_training(twin, inputs, calls)
+        found.on_copy = twin is not model
         found.inputs = inputs if given is not None else tuple(map(_noise, inputs))
         return found
     return None
@@ -198,18 +201,24 @@ def _noise(value: object) -> object:
     return torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
 
 
+def likely_images(model: nn.Module) -> tuple[Tensor, list[int]]:
+    """Return a tensor of the dtype and device of images for a model, and numbers of channels that they may have."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    return like, list(dict.fromkeys((first, 3, 1)))
+
+
 def guesses(model: nn.Module) -> Iterator[Inputs]:
     """Yield inputs that the model might accept: black images, and a scale for each further argument."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    like, widths = likely_images(model)
     required = [
         parameter
         for parameter in inspect.signature(model.forward).parameters.values()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
     rest = [(factor,) * (len(required) - 1) for factor in _FACTORS] if len(required) > 1 else [()]
-    for batch, side, channels, more in itertools.product((_BATCH, 1), _SIDES, dict.fromkeys((first, 3, 1)), rest):
-        yield (weight.new_zeros(batch, channels, side, side), *more)
+    for batch, side, channels, more in itertools.product((_BATCH, 1), _SIDES, widths, rest):
+        yield (like.new_zeros(batch, channels, side, side), *more)
 
 
 def find_trunks(model: nn.Module, calls: Calls, within: str = "") -> list[Trunk]:

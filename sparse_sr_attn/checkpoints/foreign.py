@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.backbones.attach import is_attended
 from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, encode_options
-from sparse_sr_attn.backbones.trunks import copied, evaluating
+from sparse_sr_attn.backbones.trunks import copied, evaluating, likely_images
 from sparse_sr_attn.errors import CheckpointError
 
 WITH_ATTENTION = "WithAttention"
@@ -110,15 +109,14 @@ def _accepted(network: nn.Module, multiple: int, least: int, sizes: Sequence[tup
 
     Images of several sizes are tried, in multiples beyond `least`, because one may fit by chance.
     """
-    weight = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    first = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
+    like, widths = likely_images(network)
     least = multiple * -(-least // multiple)
-    for channels in dict.fromkeys((first, 3, 1)):
+    for channels in widths:
         seen = set()
         for down, right in sizes:
             height, width = least + down * multiple, least + right * multiple
             try:
-                output = network(weight.new_zeros(1, channels, height, width))
+                output = network(like.new_zeros(1, channels, height, width))
                 batch, num_out_ch, *size = output.shape
             except Exception:  # somebody else's code can raise anything
                 break

@@ -17,7 +17,7 @@ def _place(pixel, channel, channels, area, LAST: tl.constexpr):
 
 @triton.jit
 def _read(pointer, pixel, channel, num_pixels, channels, area, LAST: tl.constexpr):
-    """Return channels of pixels of a map; 0 where there are none."""
+    """Load some channels of some pixels of a map; masked elements are 0."""
     mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
     return tl.load(pointer + _place(pixel[:, None], channel[None, :], channels, area, LAST), mask=mask, other=0.0)
 
