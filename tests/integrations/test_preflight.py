@@ -641,6 +641,20 @@ def test_a_model_of_a_fork_may_read_a_known_name_elsewhere(
     assert remarks == ["tile: nothing reads this option"]
 
 
+@pytest.mark.parametrize(
+    ("decay", "iterations", "remarked"), [(0.999, 2000, True), (0.999, 3000, False), (0.9, 4, False)]
+)
+def test_an_average_that_is_mostly_the_start_is_remarked(
+    training: Callable[..., str], decay: float, iterations: int, remarked: bool
+) -> None:
+    changes = {"train.ema_decay": decay, "train.total_iter": iterations}
+    _, remarks = preflight.check(load(training(changes)), training=True)
+    assert remarks == remarked * [
+        "train.ema_decay: the averaged weights still contain 14% of those at the start after 2000 iterations, "
+        "got 0.999; 0.9977 leaves 1%"
+    ]
+
+
 def test_a_debug_run_needs_no_wandb(training: Callable[..., str]) -> None:
     """BasicSR starts neither it nor tensorboard then."""
     preflight.check(load(training({"name": "debug_tiny", "logger.wandb": {"project": "p"}})), training=True)

@@ -12,6 +12,9 @@ from sparse_sr_attn_basicsr import option_names, schema
 from sparse_sr_attn_basicsr.distributed import on_cpu
 from sparse_sr_attn_basicsr.preflight.findings import MODEL, Findings, bases, nested, similar_file
 
+_SHORTEST_TRAINING = 100  # iterations; fewer are a trial
+_LARGEST_SHARE_OF_START = 0.05
+
 
 def check(findings: Findings, launcher: str) -> None:
     """Check the top level of the file and the general options of each section."""
@@ -46,6 +49,8 @@ def check(findings: Findings, launcher: str) -> None:
     options["path"] = options.get("path") or {}
     if findings.training and isinstance(options.get("logger"), dict):
         _check_logger(findings)
+    if findings.training and isinstance(options.get("train"), dict):
+        _check_ema(findings)
 
 
 def _check_launcher(findings: Findings, launcher: str) -> None:
@@ -74,6 +79,18 @@ def _check_logger(findings: Findings) -> None:
             findings.add("logger.use_tb_logger", "must be true with logger.wandb.project: wandb follows tensorboard")
         if importlib.util.find_spec("wandb") is None:
             findings.add("logger.wandb.project", "needs wandb: pip install wandb, or write project: ~")
+
+
+def _check_ema(findings: Findings) -> None:
+    train = findings.options["train"]
+    decay, iterations = train.get("ema_decay"), train.get("total_iter")
+    if not isinstance(decay, float) or not isinstance(iterations, int) or iterations < _SHORTEST_TRAINING:
+        return
+    if (kept := decay**iterations) > _LARGEST_SHARE_OF_START:
+        findings.remarks.append(
+            f"train.ema_decay: the averaged weights still contain {kept:.0%} of those at the start after {iterations} "
+            f"iterations, got {decay}; {0.01 ** (1 / iterations):.4f} leaves 1%"
+        )
 
 
 def check_model(findings: Findings) -> None:
