@@ -261,12 +261,16 @@ def import_modules(arguments: argparse.Namespace) -> None:
     """
     if not arguments.imports:
         return
-    if importlib.util.find_spec("basicsr") is not None:
-        importlib.import_module("sparse_sr_attn_basicsr").apply()  # the modules may import BasicSR
+    _let_code_import_basicsr()
     try:
         importlib.import_module("sparse_sr_attn_basicsr.extensions").load(arguments.imports, "--import")
     except ConfigError as error:
         raise UsageError("--import: " + "; ".join(problem.message for problem in error.problems)) from error
+
+
+def _let_code_import_basicsr() -> None:
+    if importlib.util.find_spec("basicsr") is not None:
+        importlib.import_module("sparse_sr_attn_basicsr").apply()
 
 
 def build_host(arguments: argparse.Namespace, given: dict[str, Any]) -> "nn.Module | None":
@@ -282,6 +286,7 @@ def build_host(arguments: argparse.Namespace, given: dict[str, Any]) -> "nn.Modu
         raise UsageError(f"--host needs FILE.py:NAME or MODULE:NAME, got {arguments.host!r}")
     from torch import nn  # noqa: PLC0415
 
+    _let_code_import_basicsr()
     extensions = importlib.import_module("sparse_sr_attn_basicsr.extensions")
     try:
         build = getattr(extensions.import_entry(file), wanted)

@@ -1,7 +1,10 @@
 """Weights of attended models rebuild themselves in the plain model, and are never read without their attention."""
 
 import copy
+import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,6 +228,17 @@ def test_commands_take_weights_and_their_host(here: Path) -> None:
     Path("truth").mkdir()
     Path("big.png").rename("truth/big.png")
     assert main(["evaluate", "truth", "-w", "net.pth", *host]) == 0
+
+
+def test_a_host_may_import_basicsr(here: Path) -> None:
+    """The published BasicSR cannot be imported with a current torchvision, unless it is repaired first."""
+    if importlib.util.find_spec("basicsr") is None:
+        pytest.skip("needs BasicSR")
+    Path("hosts.py").write_text(f"from basicsr.utils.registry import ARCH_REGISTRY\n{HOST}")
+    command = [sys.executable, "-m", "sparse_sr_attn", "upscale", "small.png", "-w", "net.pth", "-o", "big.png"]
+    command += ["--host", "hosts.py:Looped", "--set", "width=8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
