@@ -22,6 +22,9 @@ MAX_QUERY_DIM = 256
 
 _VALUE_COLUMNS = 128  # that one kernel gathers; wider values go in several
 _SLOTS = 64  # that a block has at most
+_SUMMED = 2**12  # numbers of sums of clusters that a program holds
+_SUMMED_AT_A_TIME = 32  # points
+_MOST_PARTS = 128  # of the points, whose sums are summed by one program
 
 
 # By the columns of queries and values in a block: up to 80, up to 160, and more.
@@ -298,6 +301,60 @@ def apply_pending_op(
             BLOCK_K=padded(num_clusters),
             BLOCK_D=padded(width),
             num_warps=8,
+        )
+
+
+def store_pending_op(
+    points: Tensor,
+    best: Tensor,
+    assignment: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    seeds: Tensor,
+    num_skipped: Tensor,
+    eps: float,
+    *,
+    accumulate: bool,
+) -> None:
+    """Write the statistics of a step of k-means in place, as `kmeans.kmeans_step` does after the assignment.
+
+    Args:
+        points: (b, n, d) with d <= `MAX_QUERY_DIM`; computed with in float32.
+        best: the product of each point with its centroid.
+        assignment: the centroid of each point.
+        sums: float32, like all that is written, and contiguous.
+        counts: likewise.
+        seeds: likewise; replaced, not added to.
+        num_skipped: incremented if a point is not finite.
+        eps: the length of a vector without direction.
+        accumulate: add to `sums` and `counts`.
+    """
+    from sparse_sr_attn.functional.cluster import triton_kernels as kernels  # noqa: PLC0415
+
+    points, num_points, (num_clusters, width) = points.contiguous(), best.numel(), sums.shape
+    block_d = padded(width)
+    block_k = min(padded(num_clusters), max(16, _SUMMED // block_d))
+    share = -(-num_points // (_MOST_PARTS * _SUMMED_AT_A_TIME)) * _SUMMED_AT_A_TIME
+    num_parts = -(-num_points // share)
+    part_sums = sums.new_empty(num_parts, num_clusters, width)
+    part_counts = torch.empty_like(part_sums[..., 0], dtype=torch.int32)
+    keys = torch.empty_like(assignment.view(-1))
+    options = {"WIDTH": width, "EPS": eps, "BLOCK_D": block_d}
+    with torch.cuda.device_of(points):
+        kernels.sum_points[(num_parts, -(-num_clusters // block_k))](
+            *(points, best, assignment, part_sums, part_counts, keys, num_points, num_clusters, share),
+            BLOCK_K=block_k,
+            BLOCK_I=_SUMMED_AT_A_TIME,
+            num_stages=2,
+            **options,
+        )
+        chosen = keys.topk(min(num_clusters, num_points), largest=False)[0]
+        kernels.store_pending[(-(-num_clusters // 16),)](
+            *(points, part_sums, part_counts, chosen, sums, counts, seeds, num_skipped),
+            *(num_clusters, num_parts, len(chosen)),
+            ACCUMULATE=accumulate,
+            BLOCK_K=16,
+            **options,
         )
 
 

@@ -23,6 +23,9 @@ _SIZES = [
     "num_clusters",
     "every",
     "width",
+    "num_parts",
+    "num_chosen",
+    "share",
 ]
 _kernel = triton.jit(do_not_specialize=_SIZES)
 
@@ -471,3 +474,108 @@ def apply_pending(
         tl.store(centroids + at, new, mask=mask)
         tl.store(usage + cluster, used, mask=real)
         tl.store(num_updates, updates + 1)
+
+
+@triton.jit
+def _units(points, point, is_point, WIDTH: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Return BLOCK points at unit length in float32, and their lengths."""
+    p = _rows(points, point, is_point, WIDTH, 0, BLOCK_D).to(tl.float32)
+    length = tl.sqrt(tl.sum(p * p, 1))
+    return p / tl.maximum(length, tl.full([BLOCK], EPS, tl.float32))[:, None], length
+
+
+@_kernel
+def sum_points(
+    points,
+    best,
+    assignment,
+    part_sums,
+    part_counts,
+    keys,
+    num_points,
+    num_clusters,
+    share,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """Sum and count the unit vectors of `share` points for BLOCK_K clusters; program ids are (part, block of clusters).
+
+    A point that is not finite spoils the sums of its part for all clusters. Also writes a key of each point: keys rise
+    with the similarity to the centroid, then with the index. A point without direction comes last, and NaN after it.
+    """
+    part, cluster = tl.program_id(0), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    sums, counts = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K], tl.int32)
+    for begin in range(0, share, BLOCK_I):
+        point = part.to(tl.int64) * share + begin + tl.arange(0, BLOCK_I)
+        is_point = point < num_points
+        unit, length = _units(points, point, is_point, WIDTH, EPS, BLOCK_D, BLOCK_I)
+        own = tl.load(assignment + point, mask=is_point, other=-1)
+        member = own[None, :] == cluster[:, None]
+        sums += tl.dot(member.to(tl.float32), unit, input_precision="ieee")
+        counts += tl.sum(member.to(tl.int32), 1)
+        if tl.program_id(1) == 0:
+            directed = length > tl.full([BLOCK_I], EPS, tl.float32)
+            similarity = tl.load(best + point, mask=is_point, other=0.0) / tl.where(directed, length, 1.0)
+            similarity = tl.where(directed, similarity, float("inf"))
+            similarity = tl.where(similarity == 0, 0.0, similarity)  # -0.0 is equal
+            bits = similarity.to(tl.int32, bitcast=True)
+            bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+            bits = tl.where(similarity == similarity, bits, 0x7FFFFFFF)
+            tl.store(keys + point, (bits.to(tl.int64) << 32) | point, mask=is_point)
+    column = tl.arange(0, BLOCK_D)
+    row = part.to(tl.int64) * num_clusters + cluster
+    mask = cluster < num_clusters
+    tl.store(part_sums + row[:, None] * WIDTH + column[None, :], sums, mask=mask[:, None] & (column < WIDTH)[None, :])
+    tl.store(part_counts + row, counts, mask=mask)
+
+
+@_kernel
+def store_pending(
+    points,
+    part_sums,
+    part_counts,
+    chosen,
+    sums,
+    counts,
+    seeds,
+    num_skipped,
+    num_clusters,
+    num_parts,
+    num_chosen,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum the parts of `sum_points` for BLOCK_K clusters, and write as many seeds, the points with the chosen keys.
+
+    If ACCUMULATE, add to `sums` and `counts`. All is 0 if a point is not finite; then a skipped step is counted.
+    """
+    cluster, column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    is_cluster = cluster < num_clusters
+    mask = is_cluster[:, None] & (column < WIDTH)[None, :]
+    at = cluster[:, None] * WIDTH + column[None, :]
+    total, count = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K], tl.int64)
+    for _ in range(num_parts):
+        total += tl.load(part_sums + at, mask=mask, other=0.0)
+        count += tl.load(part_counts + cluster, mask=is_cluster, other=0)
+        part_sums += num_clusters * WIDTH
+        part_counts += num_clusters
+    # Each program sees each point that is not finite: it is in the sums of all clusters.
+    finite = tl.max((~(tl.abs(total) < float("inf"))).to(tl.int32)) == 0
+    total, added = tl.where(finite, total, 0.0), tl.where(finite, count, 0).to(tl.float32)
+    if ACCUMULATE:
+        total += tl.load(sums + at, mask=mask, other=0.0)
+        added += tl.load(counts + cluster, mask=is_cluster, other=0.0)
+    tl.store(sums + at, total, mask=mask)
+    tl.store(counts + cluster, added, mask=is_cluster)
+    is_seed = (cluster < num_chosen) & finite
+    point = tl.load(chosen + cluster, mask=is_seed, other=0) & 0xFFFFFFFF
+    unit, _ = _units(points, point, is_seed, WIDTH, EPS, BLOCK_D, BLOCK_K)
+    tl.store(seeds + at, unit, mask=mask)
+    if tl.program_id(0) == 0:
+        tl.store(num_skipped, tl.load(num_skipped) + (1 - finite.to(tl.int32)))

@@ -280,6 +280,91 @@ def test_pending_update(device: torch.device, num_clusters: int, reseed_threshol
         assert_values_close(mine.double(), other.double())
 
 
+def assert_stored(
+    state: kmeans.KMeansState, points: Tensor, *, accumulate: bool = False, best: Tensor | None = None
+) -> None:
+    """The kernels store in `state` what plain code does; sums may be rounded otherwise."""
+    similar, assignment = kmeans._nearest(points, state.centroids)
+    best = similar if best is None else best
+    expected = kmeans.KMeansState(*(each.clone() for each in state))
+    kmeans._store_pending(expected, points, best, assignment, accumulate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans, "runs_kernels", lambda device: True)
+        kmeans._store_pending(state, points, best, assignment, accumulate)
+    assert_bit_equal(state.pending_counts, expected.pending_counts)
+    assert_bit_equal(state.num_skipped, expected.num_skipped)
+    for name in ("pending_sums", "pending_seeds"):
+        torch.testing.assert_close(getattr(state, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+
+
+@few
+@given(case=small, width=st.integers(1, 20), num_clusters=st.integers(1, 40), bits=st.sampled_from((16, 32)))
+@example(case=SEVERAL_BLOCKS, width=4, num_clusters=33, bits=32)
+@example(case=SEVERAL_BLOCKS.but(batch=2), width=3, num_clusters=1, bits=32)
+@example(case=Case(num_tokens=1), width=256, num_clusters=2, bits=16)
+def test_statistics_of_a_step(device: torch.device, case: Case, width: int, num_clusters: int, bits: int) -> None:
+    """With empty clusters, fewer points than clusters, points without direction; a second step replaces the first."""
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(num_clusters, width)))
+    for name in ("points", "others"):
+        points = case.tokens(name, width, device=device).to(torch.float32 if bits == 32 else torch.bfloat16)
+        points[-1, -1] = 0
+        assert_stored(state, points)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_statistics_of_accumulated_steps(device: torch.device, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several blocks of clusters, several parts, several turns of a part; a step that is not finite adds nothing."""
+    monkeypatch.setattr(cluster_triton, "_SUMMED", 256)
+    monkeypatch.setattr(cluster_triton, "_MOST_PARTS", 3)
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(37, 6)))
+    for step in range(4):
+        points = Case(batch=batch, num_tokens=150).tokens(f"points {step}", 6, dtype=torch.float32, device=device)
+        if step == 2:
+            points[0, 70, 1] = float("nan")
+        assert_stored(state, points, accumulate=step > 0)
+    assert int(state.pending_counts.sum()) == 450 * batch
+    assert int(state.num_skipped) == 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter, of who sees the NaN
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_statistics_of_points_that_are_not_finite(device: torch.device, poison: float) -> None:
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(40, 5)))
+    points = Case(num_tokens=100).tokens("points", 5, dtype=torch.float32, device=device)
+    assert_stored(state, points)
+    points[0, 50, 2] = poison
+    assert_stored(state, points)
+    assert int(state.num_skipped) == 1
+    assert not any(pending.any() for pending in state[2:5])
+
+
+def test_the_earlier_of_equal_points_is_the_seed(device: torch.device) -> None:
+    """Zeros of both signs are equal, and come between numbers of either."""
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(50, 80)))
+    points = torch.eye(80, device=device).view(2, 40, 80)
+    best = Case().integers("best", 5, 2, 40, device=device) - 3
+    best = torch.where(best == -3, -0.0, best.float())
+    assert_stored(state, points, best=best)
+
+
+def test_statistics_count_beyond_float32(device: torch.device) -> None:
+    """Which cannot count beyond 2**24."""
+    from sparse_sr_attn.functional.cluster import triton_kernels
+
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(1, 2)))
+    parts = torch.zeros(3, 1, 2, device=device), torch.tensor([[2**24], [1], [1]], dtype=torch.int32, device=device)
+    points, chosen = torch.ones(1, 1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    triton_kernels.store_pending[(1,)](
+        *(points, *parts, chosen, *state[2:5], state.num_skipped, 1, 3, 1),
+        WIDTH=2,
+        EPS=1e-12,
+        ACCUMULATE=False,
+        BLOCK_K=16,
+        BLOCK_D=16,
+    )
+    assert int(state.pending_counts) == 2**24 + 2
+
+
 @few
 @given(case=small, width=st.integers(1, 20), num_clusters=st.integers(1, 40))
 @example(case=SEVERAL_BLOCKS, width=4, num_clusters=33)
@@ -355,6 +440,19 @@ for dtype, query_dim, value_dim, kind, chunk_size in (
         print(dtype, query_dim, value_dim, kind, name, needs, flush=True)
         usual = query_dim <= 128 and dtype != torch.float64 and kind == "exact"
         assert needs.spilled == 0 or not usual, "registers are spilled to memory"
+
+SIZES = {"num_points", "num_clusters", "share", "num_parts", "num_chosen"}
+KINDS = {"assignment": "i64", "part_counts": "i32", "keys": "i64", "chosen": "i64", "num_skipped": "i64"}
+for width, block_k in ((16, 128), (64, 64), (128, 32), (256, 16)):
+    options = {"WIDTH": width, "EPS": 1e-12, "BLOCK_D": width, "num_warps": 4, "num_stages": 2}
+    for name, more in (
+        ("sum_points", {"BLOCK_K": block_k, "BLOCK_I": cluster_triton._SUMMED_AT_A_TIME}),
+        ("store_pending", {"BLOCK_K": 16, "ACCUMULATE": True}),
+    ):
+        kernel = getattr(triton_kernels, name)
+        needs = usage(kernel, {**options, **more}, SIZES, lambda argument: KINDS.get(argument, "fp32"))
+        print(name, width, needs, flush=True)
+        assert needs.spilled == 0, "registers are spilled to memory"
 """
 
 
