@@ -121,6 +121,12 @@ def test_nearest_centroid_triton(device: torch.device, case: Case) -> None:
     check(operator("nearest_centroid_triton"), (points, case.centroids(4, device=device).float()))
 
 
+@needs_triton
+@cases
+def test_sort_by_cluster(device: torch.device, case: Case) -> None:
+    check(operator("sort_by_cluster"), (case.assignment(device=device), torch.arange(9, device=device)[None]))
+
+
 @cases
 def test_nearest_rows(device: torch.device, case: Case) -> None:
     check(operator("nearest_rows"), (case.tokens("rows", 4, device=device), 2 * case.num_adjacent + 1))
@@ -324,6 +330,7 @@ def test_every_operator_is_checked_here() -> None:
         "pointwise_conv2d",
         "pointwise_conv2d_backward",
         "nearest_centroid_triton",
+        "sort_by_cluster",
         "sparsemax_attention",
         "sparsemax_attention_backward",
         "window_attention",

@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError, ShapeError
-from sparse_sr_attn.functional._torch import lower_precision, without_autocast, working_precision
-from sparse_sr_attn.functional.backend import Backend, resolve_backend
+from sparse_sr_attn.functional._torch import lower_precision, needs_plain_code, without_autocast, working_precision
+from sparse_sr_attn.functional.backend import Backend, resolve_backend, runs_kernels
 from sparse_sr_attn.functional.cluster import flex, sdpa, tiles, triton
 from sparse_sr_attn.functional.cluster.eager import Eager
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
@@ -56,6 +56,7 @@ def cluster_pattern(
     num_adjacent: int = 1,
     count_keys_once: bool = True,
     place: Int[Tensor, "b n"] | None = None,
+    rank: Int[Tensor, "r k"] | None = None,
     exact_keys: bool | None = None,
 ) -> ClusterPattern:
     """Sort the tokens by cluster.
@@ -67,7 +68,9 @@ def cluster_pattern(
         count_keys_once: whether each key counts once. With `False`, as published, the slots that pad the last chunk
             repeat the last tokens and count, and a chunk that is a neighbour twice counts twice.
         place: position of each token's cluster in the order of clusters, from `order.chain_rank`; `None` to order
-            clusters by index, as published. GPUs sort uint8 and int16 in half the kernels that int64 takes.
+            clusters by index, as published.
+        rank: instead of `place`, the rank of each cluster, from `order.chain_rank`; one row for each round. GPUs sort
+            by it in two kernels.
         exact_keys: the old name of `count_keys_once`.
 
     Returns:
@@ -90,6 +93,13 @@ def cluster_pattern(
         count_keys_once = exact_keys
     if chunk_size < 1 or num_adjacent < 0:
         raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
+    if rank is not None:
+        if rank.shape[1] <= triton.MAX_SORTED_CLUSTERS and runs_kernels(rank.device):
+            order = triton.sort_by_cluster_op(assignment, rank)
+            return ClusterPattern(order, assignment, chunk_size, num_adjacent, count_keys_once)
+        rounds = assignment.unflatten(0, (-1, len(rank))).unbind(dim=1)
+        places = [own[each] for own, each in zip(_sort_keys(rank), rounds, strict=True)]
+        place = places[0] if len(places) == 1 else torch.stack(places, dim=1).flatten(0, 1)
     key = assignment if place is None else place
     if key.dtype in (torch.uint8, torch.int16):
         # A radix sort takes a pass for each byte, and such keys need no position to tell them apart.
@@ -98,6 +108,17 @@ def cluster_pattern(
         num_tokens = key.shape[1]
         order = (key * num_tokens + torch.arange(num_tokens, device=key.device)).argsort(dim=1)
     return ClusterPattern(order, assignment, chunk_size, num_adjacent, count_keys_once)
+
+
+def _sort_keys(rank: Int[Tensor, "r k"]) -> Int[Tensor, "r k"]:
+    """Return the ranks of clusters in the smallest integers that hold them, where sorting those takes fewer kernels."""
+    if not _sorts_bytes_faster(rank.device) or rank.shape[1] > 2**15 or needs_plain_code():
+        return rank
+    return rank.to(torch.uint8 if rank.shape[1] <= 2**8 else torch.int16)
+
+
+def _sorts_bytes_faster(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:

@@ -20,11 +20,15 @@ from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 MAX_QUERY_DIM = 256
 """Most channels of queries and keys that the kernels accept; values may have any number."""
 
+MAX_SORTED_CLUSTERS = 512
+"""Most clusters by which the kernels sort."""
+
 _VALUE_COLUMNS = 128  # that one kernel gathers; wider values go in several
 _SLOTS = 64  # that a block has at most
 _SUMMED = 2**12  # numbers of sums of clusters that a program holds
 _SUMMED_AT_A_TIME = 32  # points
-_MOST_PARTS = 128  # of the points, whose sums are summed by one program
+_MOST_PARTS = 128  # of the points, whose sums or counts are summed by one program
+_SORTED_AT_A_TIME = 2**12  # tokens times clusters
 
 
 # By the columns of queries and values in a block: up to 80, up to 160, and more.
@@ -304,6 +308,42 @@ def apply_pending_op(
         )
 
 
+def _parts(number: int, block: int) -> tuple[int, int]:
+    """Return the number of parts, at most `_MOST_PARTS`, in which so many tokens are cut, and the tokens in a part."""
+    share = -(-number // (_MOST_PARTS * block)) * block
+    return -(-number // share), share
+
+
+@torch.library.custom_op("sparse_sr_attn::sort_by_cluster", mutates_args=())
+def sort_by_cluster_op(assignment: Tensor, rank: Tensor) -> Tensor:
+    """Return the tokens of each sample in the order of the ranks of their clusters, then in image order.
+
+    Args:
+        assignment: the cluster of each token, (b, n).
+        rank: the rank of each cluster, (r, k) with k <= `MAX_SORTED_CLUSTERS`; row `s % r` is that of sample `s`.
+    """
+    from sparse_sr_attn.functional.cluster import triton_kernels as kernels  # noqa: PLC0415
+
+    assignment, rank = assignment.contiguous(), rank.contiguous()
+    (batch, num_tokens), (num_ranks, num_clusters) = assignment.shape, rank.shape
+    block_k = padded(num_clusters)
+    block_i = _SORTED_AT_A_TIME // block_k
+    num_parts, share = _parts(num_tokens, block_i)
+    counts = assignment.new_empty(batch, num_parts, block_k, dtype=torch.int32)
+    order = torch.empty_like(assignment)
+    sizes = num_tokens, num_clusters, num_ranks, share
+    options = {"BLOCK_I": block_i, "BLOCK_K": block_k}
+    with torch.cuda.device_of(assignment):
+        kernels.count_places[(num_parts, batch)](assignment, rank, counts, *sizes, **options)
+        kernels.sort_tokens[(num_parts, batch)](assignment, rank, counts, order, *sizes, BLOCK_P=block_i, **options)
+    return order
+
+
+@sort_by_cluster_op.register_fake
+def _(assignment: Tensor, rank: Tensor) -> Tensor:
+    return assignment.new_empty(assignment.shape)
+
+
 def store_pending_op(
     points: Tensor,
     best: Tensor,
@@ -334,8 +374,7 @@ def store_pending_op(
     points, num_points, (num_clusters, width) = points.contiguous(), best.numel(), sums.shape
     block_d = padded(width)
     block_k = min(padded(num_clusters), max(16, _SUMMED // block_d))
-    share = -(-num_points // (_MOST_PARTS * _SUMMED_AT_A_TIME)) * _SUMMED_AT_A_TIME
-    num_parts = -(-num_points // share)
+    num_parts, share = _parts(num_points, _SUMMED_AT_A_TIME)
     part_sums = sums.new_empty(num_parts, num_clusters, width)
     part_counts = torch.empty_like(part_sums[..., 0], dtype=torch.int32)
     keys = torch.empty_like(assignment.view(-1))

@@ -25,6 +25,7 @@ _SIZES = [
     "width",
     "num_parts",
     "num_chosen",
+    "num_ranks",
     "share",
 ]
 _kernel = triton.jit(do_not_specialize=_SIZES)
@@ -523,7 +524,7 @@ def sum_points(
             similarity = tl.where(similarity == 0, 0.0, similarity)  # -0.0 is equal
             bits = similarity.to(tl.int32, bitcast=True)
             bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-            bits = tl.where(similarity == similarity, bits, 0x7FFFFFFF)
+            bits = tl.where(tl.abs(similarity) >= 0, bits, 0x7FFFFFFF)
             tl.store(keys + point, (bits.to(tl.int64) << 32) | point, mask=is_point)
     column = tl.arange(0, BLOCK_D)
     row = part.to(tl.int64) * num_clusters + cluster
@@ -579,3 +580,71 @@ def store_pending(
     tl.store(seeds + at, unit, mask=mask)
     if tl.program_id(0) == 0:
         tl.store(num_skipped, tl.load(num_skipped) + (1 - finite.to(tl.int32)))
+
+
+@triton.jit
+def _members(
+    assignment, rank, begin, num_tokens, num_clusters, num_ranks, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Return BLOCK_I tokens of a sample, from `begin` on, and for each whether its cluster is at each place."""
+    token = begin + tl.arange(0, BLOCK_I)
+    mask = token < num_tokens
+    sample = tl.program_id(1)
+    cluster = tl.load(assignment + sample.to(tl.int64) * num_tokens + token, mask=mask, other=0)
+    place = tl.load(rank + sample % num_ranks * num_clusters + cluster, mask=mask, other=-1)
+    return token, (place[:, None] == tl.arange(0, BLOCK_K)[None, :]).to(tl.int32)
+
+
+@_kernel
+def count_places(
+    assignment,
+    rank,
+    counts,
+    num_tokens,
+    num_clusters,
+    num_ranks,
+    share,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Count the tokens at each place among `share` tokens; program ids are (part, sample)."""
+    count = tl.zeros([BLOCK_K], tl.int32)
+    begin = tl.program_id(0) * share
+    for start in range(0, share, BLOCK_I):
+        _, member = _members(assignment, rank, begin + start, num_tokens, num_clusters, num_ranks, BLOCK_I, BLOCK_K)
+        count += tl.sum(member, 0)
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(counts + row * BLOCK_K + tl.arange(0, BLOCK_K), count)
+
+
+@_kernel
+def sort_tokens(
+    assignment,
+    rank,
+    counts,
+    order,
+    num_tokens,
+    num_clusters,
+    num_ranks,
+    share,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Write `share` tokens in the order of the places of their clusters, then of tokens; programs as `count_places`."""
+    sample, place = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_K)
+    counts += sample * tl.num_programs(0) * BLOCK_K
+    total, before = tl.zeros([BLOCK_K], tl.int32), tl.zeros([BLOCK_K], tl.int32)
+    for start in range(0, tl.num_programs(0), BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        is_part = (part < tl.num_programs(0))[:, None]
+        count = tl.load(counts + part[:, None] * BLOCK_K + place[None, :], mask=is_part, other=0)
+        total += tl.sum(count, 0)
+        before += tl.sum(tl.where((part < tl.program_id(0))[:, None], count, 0), 0)
+    slot = tl.cumsum(total, 0) - total + before
+    begin = tl.program_id(0) * share
+    for start in range(0, share, BLOCK_I):
+        token, member = _members(assignment, rank, begin + start, num_tokens, num_clusters, num_ranks, BLOCK_I, BLOCK_K)
+        own = tl.sum(member * (slot[None, :] + tl.cumsum(member, 0) - 1), 1)
+        tl.store(order + sample * num_tokens + own, token.to(tl.int64), mask=token < num_tokens)
+        slot += tl.sum(member, 0)

@@ -406,6 +406,30 @@ def test_too_wide_queries_are_refused(device: torch.device) -> None:
         fast.cluster_attention(rows, rows, rows, pattern, backend="triton")
 
 
+@few
+@given(case=cases(max_batch=5, max_tokens=60), num_clusters=st.integers(1, 40), rounds=st.integers(1, 3))
+@example(case=Case(batch=2, num_tokens=700), num_clusters=40, rounds=2)  # several parts
+@example(case=Case(batch=3, num_tokens=60), num_clusters=512, rounds=3)
+@example(case=Case(num_tokens=1), num_clusters=1, rounds=1)
+def test_sorting_equals_a_stable_sort(device: torch.device, case: Case, num_clusters: int, rounds: int) -> None:
+    """To the bit, with a rank of clusters for each round; some clusters are empty."""
+    assignment = case.integers("assignment", num_clusters, case.batch * rounds, case.num_tokens, device=device)
+    rank = torch.stack(
+        [torch.randperm(num_clusters, generator=torch.Generator().manual_seed(r)) for r in range(rounds)]
+    )
+    order = cluster_triton.sort_by_cluster_op(assignment, rank.to(device))
+    expected = [rank[row % rounds][own].argsort(stable=True) for row, own in enumerate(assignment.cpu())]
+    assert_bit_equal(order.cpu(), torch.stack(expected))
+
+
+def test_sorting_in_parts_of_several_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_triton, "_SORTED_AT_A_TIME", 256)
+    monkeypatch.setattr(cluster_triton, "_MOST_PARTS", 20)
+    assignment = Case().integers("assignment", 16, 2, 777, device=device)
+    order = cluster_triton.sort_by_cluster_op(assignment, torch.arange(16, device=device)[None])
+    assert_bit_equal(order, assignment.argsort(dim=1, stable=True))
+
+
 COMPILE = """
 import torch
 from machine_code import NAMES, usage
@@ -452,6 +476,16 @@ for width, block_k in ((16, 128), (64, 64), (128, 32), (256, 16)):
         kernel = getattr(triton_kernels, name)
         needs = usage(kernel, {**options, **more}, SIZES, lambda argument: KINDS.get(argument, "fp32"))
         print(name, width, needs, flush=True)
+        assert needs.spilled == 0, "registers are spilled to memory"
+
+SIZES = {"num_tokens", "num_clusters", "num_ranks", "share"}
+for clusters in (16, 128, 512):
+    block = cluster_triton._SORTED_AT_A_TIME // clusters
+    options = {"BLOCK_I": block, "BLOCK_K": clusters, "num_warps": 4, "num_stages": 3}
+    for name, more in (("count_places", {}), ("sort_tokens", {"BLOCK_P": block})):
+        kernel = getattr(triton_kernels, name)
+        needs = usage(kernel, {**options, **more}, SIZES, lambda argument: "i32" if argument == "counts" else "i64")
+        print(name, clusters, needs, flush=True)
         assert needs.spilled == 0, "registers are spilled to memory"
 """
 
