@@ -22,6 +22,7 @@ from sparse_sr_attn.config import (
 )
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional._torch import working_precision
+from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
     cluster_attention_rounds,
@@ -234,8 +235,10 @@ class LSP(KMeansModule):
         """
         check_map(x, self.embed_dim)
         # Rounded to bfloat16, some tokens would go to other clusters.
-        embedding = tokens(in_own_precision(self.embed, x)).contiguous()
-        embedding = self.scale_logits(embedding.to(working_precision(embedding)))
+        embedding = tokens(in_own_precision(self.embed, x))
+        if self.similarity == "dot" or not runs_kernels(x.device):  # the kernel that scales rows reads any memory
+            embedding = embedding.contiguous().to(working_precision(embedding))
+        embedding = self.scale_logits(embedding)
         assignments, ranks = [], []
         for state, rank in self._states_and_orders():
             assignment = self.assign_points(embedding, state)

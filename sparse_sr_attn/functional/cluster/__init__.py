@@ -385,9 +385,9 @@ def _attention(
     if backend == "tiles":
         output, lse = tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys, with_lse)
         return output, lse if with_lse else None
-    key = l2_normalize(key) if normalize_keys else key
     if backend == "triton":
-        return triton.attention_op(query, key, value, *_unpack(pattern), scale)[:2]
+        return triton.attention_op(query, _unit(key, query, normalize_keys), value, *_unpack(pattern), scale)[:2]
+    key = l2_normalize(key) if normalize_keys else key
     if backend == "flex":
         return flex.cluster_attention(query, key, value, pattern, scale, with_lse=with_lse)
     if backend == "sdpa":
@@ -439,10 +439,10 @@ def cluster_lse(
     backend = _backend(backend, query, pattern, with_lse=True)
     if backend == "tiles":
         return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)
-    key = l2_normalize(key) if normalize_keys else key
     if backend == "triton":
         nothing = query.new_zeros(*query.shape[:2], 1)
-        return triton.attention_op(query, key, nothing, *_unpack(pattern), scale)[1]
+        return triton.attention_op(query, _unit(key, query, normalize_keys), nothing, *_unpack(pattern), scale)[1]
+    key = l2_normalize(key) if normalize_keys else key
     if backend == "flex":
         return cast(Tensor, flex.cluster_attention(query, key, key, pattern, scale, with_lse=True)[1])
     query, key = query.to(working_precision(query)), key.to(working_precision(key))
@@ -587,6 +587,13 @@ def _tiled(backend: Backend, rows: Tensor) -> bool:
             f"this operation stores weights, which backend {backend!r} cannot; 'eager' works on any device"
         )
     return resolve_backend(backend, rows.device) == "tiles"
+
+
+def _unit(key: Tensor, query: Tensor, normalize_keys: bool) -> Tensor | None:
+    """Return the keys that Triton kernels take; `None` for the query at unit length, which they compute themselves."""
+    if not normalize_keys:
+        return key
+    return None if key is query and key.shape[-1] <= triton.MAX_UNIT_DIM else l2_normalize(key)
 
 
 def _unpack(pattern: ClusterPattern) -> tuple[Tensor, Tensor | None, int, int, bool]:

@@ -109,6 +109,14 @@ def _seen(
     return _tokens(order, slot, mask, num_tokens, fill, EXACT), mask
 
 
+@triton.jit
+def _lengths(rows, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the lengths of BLOCK rows, at least FLOOR, and which are shorter."""
+    length = tl.sqrt(tl.sum(rows * rows, 1))
+    floor = tl.full([BLOCK], FLOOR, rows.dtype)  # a number by itself would be float32
+    return tl.maximum(length, floor), length < floor
+
+
 @_kernel
 def forward(
     query,
@@ -130,6 +138,8 @@ def forward(
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     NEAREST: tl.constexpr,
+    UNIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     START: tl.constexpr,
@@ -146,7 +156,8 @@ def forward(
     `first` is the first slot that chunk 0 sees, in [0, num_slots), and `num_seen` the number of slots that it sees; if
     NEAREST, chunk t of sample b sees instead the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`.
     `fill` is the offset, modulo the number of tokens, from a slot past the last token to the slot whose token it
-    repeats. SCALE multiplies scores. BLOCK_E columns of the values are gathered, from column START on.
+    repeats. SCALE multiplies scores. BLOCK_E columns of the values are gathered, from column START on. If UNIT, keys
+    are brought to unit length; lengths are clamped to at least FLOOR.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
     _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
@@ -176,6 +187,8 @@ def forward(
             BLOCK_J,
         )
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+        if UNIT:
+            k = k / _lengths(k, FLOOR, BLOCK_J)[0][:, None]
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
         scores = tl.where(is_key[None, :], scores, float("-inf"))
@@ -216,8 +229,11 @@ def backward_query(
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     NEAREST: tl.constexpr,
+    UNIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    LSE: tl.constexpr,
     START: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -264,6 +280,8 @@ def backward_query(
             BLOCK_J,
         )
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+        if UNIT:
+            k = k / _lengths(k, FLOOR, BLOCK_J)[0][:, None]
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
         weights = tl.where(is_key[None, :], tl.exp(scores - m_i[:, None]) * inverse_l[:, None], 0.0)
@@ -272,7 +290,7 @@ def backward_query(
         delta_i += tl.sum(contributions, 1)
         result += tl.dot(contributions, k, out_dtype=WORK, input_precision=PRECISION)
         mean_key += tl.dot(weights, k, out_dtype=WORK, input_precision=PRECISION)
-    if START == 0:
+    if START == 0 and LSE:
         delta_i -= tl.load(grad_lse + query_token, mask=is_query, other=0.0)
     tl.store(delta + query_token, delta_i, mask=is_query)
     _put(grad_query, query_token, is_query, SCALE * (result - delta_i[:, None] * mean_key), QUERY_DIM, 0, BLOCK_D)
@@ -302,6 +320,8 @@ def backward_key(
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     NEAREST: tl.constexpr,
+    UNIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     START: tl.constexpr,
@@ -318,11 +338,14 @@ def backward_key(
     `first` is the first slot that sees chunk 0, and `num_seen` the number of slots that do; if NEAREST, chunk t of
     sample b is seen by the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`. The token of a slot may be repeated
     in up to `num_repeats` slots past the last token, all in the last chunk; queries that see that chunk see it there
-    as well.
+    as well. If UNIT, the gradient of keys is added to what `grad_key` holds, that of queries, which are the same rows.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
     key_slot, key_token, is_key = _own(order, chunk_size, num_tokens, BLOCK_I)
     k = _rows(key, key_token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+    if UNIT:
+        length, short = _lengths(k, FLOOR, BLOCK_I)
+        k = k / length[:, None]
     v = _rows(value, key_token, is_key, VALUE_DIM, START, BLOCK_E)
 
     to_key = tl.zeros([BLOCK_I, BLOCK_D], WORK)
@@ -371,7 +394,12 @@ def backward_key(
             grad_scores = weights * (grad_weights - delta_i[None, :])
             to_value += tl.dot(weights.to(grad.dtype).to(DOT), grad.to(DOT), out_dtype=WORK, input_precision=PRECISION)
             to_key += tl.dot(grad_scores, q, out_dtype=WORK, input_precision=PRECISION)
-    _put(grad_key, key_token, is_key, SCALE * to_key, QUERY_DIM, 0, BLOCK_D)
+    to_key = SCALE * to_key
+    if UNIT:
+        along = tl.where(short, 0.0, tl.sum(k * to_key, 1))
+        to_key = (to_key - along[:, None] * k) / length[:, None]
+        to_key += _rows(grad_key, key_token, is_key, QUERY_DIM, 0, BLOCK_D)
+    _put(grad_key, key_token, is_key, to_key, QUERY_DIM, 0, BLOCK_D)
     _put(grad_value, key_token, is_key, to_value, VALUE_DIM, START, BLOCK_E)
 
 

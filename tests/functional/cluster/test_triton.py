@@ -1,5 +1,6 @@
 """Triton kernels against the slow twins; without a GPU by triton's interpreter, which `conftest.py` switches on."""
 
+import copy
 import os
 
 import machine_code
@@ -9,10 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparse_sr_attn import CoA, LCoA
 from sparse_sr_attn.errors import BackendError
+from sparse_sr_attn.functional import backend, kmeans, l2_normalize
 from sparse_sr_attn.functional import cluster as fast
-from sparse_sr_attn.functional import kmeans
 from sparse_sr_attn.functional.cluster import triton as cluster_triton
+from sparse_sr_attn.layers import base, lcoa
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import (
@@ -99,6 +102,49 @@ def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> Non
     assert_values_close(actual, expected)
     probe = case.tensor("probe", case.batch, case.num_tokens, device=device)
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@few
+@given(case=small, value_width=st.sampled_from((VALUE_WIDTH, 35)))
+@example(case=PADDED_TAIL, value_width=35)
+@example(case=PADDED_TAIL_PUBLISHED, value_width=35)
+@example(case=REPEATED_TWICE_OVER, value_width=3)
+@example(case=SEVERAL_BLOCKS, value_width=3)
+@example(case=NEAREST_BLOCKS, value_width=3)
+def test_keys_that_are_unit_queries(device: torch.device, with_lse: bool, case: Case, value_width: int) -> None:
+    """Made by the kernels: of zeros and short rows, too, with values in parts, and a gradient of the lse or none."""
+    query, _, value = inputs_of(case, device, value_width=value_width)
+    lengths = torch.tensor([1.0, 3e-5, 0.0, 2.0], dtype=torch.float64, device=device)
+    with torch.no_grad():
+        query *= lengths[case.integers("lengths", 4, case.batch, case.num_tokens, 1, device=device)]
+    pattern = case.pattern(device=device)
+    length = query.norm(dim=-1, keepdim=True).clamp(min=5e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_triton, "_VALUE_COLUMNS", 16)
+        actual, lse = fast._attention(query, query, value, pattern, 0.7, True, "triton", with_lse=True)
+        expected = slow.cluster_attention(query, query / length, value, pattern, scale=0.7)
+        if with_lse:
+            expected_lse = slow.cluster_lse(query, query / length, pattern, scale=0.7)
+            actual, expected = (
+                torch.cat([r, e[..., None]], dim=-1) for r, e in ((actual, lse), (expected, expected_lse))
+            )
+        assert_values_close(actual, expected)
+        probe = case.tokens("probe", actual.shape[-1], device=device)
+        mine, other = (gradients(output, (query, value), probe) for output in (actual, expected))
+    size = length.detach()  # gradients of short rows are as much longer
+    assert_gradients_close((size * mine[0], mine[1]), (size * other[0], other[1]))
+
+
+def test_gradcheck_of_keys_that_are_queries(device: torch.device) -> None:
+    case = Case(num_tokens=5, num_clusters=3, chunk_size=2)
+    query, _, value = inputs_of(case, device)
+    pattern = case.pattern(device=device)
+
+    def attend(query: Tensor, value: Tensor) -> Tensor:
+        return fast.cluster_attention(query, query, value, pattern, normalize_keys=True, backend="triton")
+
+    assert_derivatives(attend, (query, value))
 
 
 @pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED, NEAREST], ids=["exact", "published", "nearest"])
@@ -430,7 +476,37 @@ def test_sorting_in_parts_of_several_blocks(device: torch.device, monkeypatch: p
     assert_bit_equal(order, assignment.argsort(dim=1, stable=True))
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_layers_train_as_without_kernels(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, similarity: str
+) -> None:
+    """LCoA and a CoA that shares its state, for two steps: outputs, gradients and the state of k-means."""
+    torch.manual_seed(0)
+    options = {"num_clusters": 5, "chunk_size": 8, "reduction": 2, "num_rounds": 2, "similarity": similarity}
+    plain = LCoA(6, **options).to(device).double(), CoA(6).to(device).double()
+    layers = copy.deepcopy(plain)
+    images = [Case().tensor(name, 2, 6, 5, 7, device=device) for name in ("first", "second")]
+
+    def train(first: LCoA, later: CoA) -> list[Tensor]:
+        found = []
+        for image in images:
+            x = image.clone().requires_grad_()
+            state = first.lsp(x, reuse="pattern")
+            y = later(first(x, state), state)
+            leaves = (x, *first.parameters(), *later.parameters())
+            found += [y, *torch.autograd.grad((y * y.sin()).sum(), leaves)]
+        return found + list(first.buffers())
+
+    expected = train(*plain)
+    monkeypatch.setattr(backend, "_best_backend", lambda _: "triton")
+    for module in (base, fast, kmeans, l2_normalize, lcoa):
+        monkeypatch.setattr(module, "runs_kernels", lambda _: True)
+    for mine, other in zip(train(*layers), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8)
+
+
 COMPILE = """
+import itertools
 import torch
 from machine_code import NAMES, usage
 from sparse_sr_attn.functional import cluster
@@ -455,13 +531,15 @@ for dtype, query_dim, value_dim, kind, chunk_size in (
     pattern = cluster.cluster_pattern(nobody, chunk_size=chunk_size, count_keys_once=kind != "published")
     if kind == "nearest":
         pattern = cluster.with_nearest_chunks(pattern, query)
-    for name in ("forward", "backward_query", "backward_key"):
-        options = cluster_triton._Launch.of(name, query, value, ClusterLayout.of(pattern), 1.0).options | {"START": 0}
+    units = (False, True) if query_dim <= cluster_triton.MAX_UNIT_DIM else (False,)
+    for name, unit in itertools.product(("forward", "backward_query", "backward_key"), units):
+        options = cluster_triton._Launch.of(name, query, value, ClusterLayout.of(pattern), 1.0, unit=unit).options
+        options = options | {"START": 0} | ({"LSE": not unit} if name == "backward_query" else {})
         kinds = {"order": "i64", "chunks": "i32", "starts": "i64"}
         kinds |= dict.fromkeys(("value", "output", "grad_output", "grad_value"), NAMES[dtype])
         kernel = getattr(triton_kernels, name)
         needs = usage(kernel, options, SIZES, lambda argument: kinds.get(argument, NAMES[query.dtype]))
-        print(dtype, query_dim, value_dim, kind, name, needs, flush=True)
+        print(dtype, query_dim, value_dim, kind, name, unit, needs, flush=True)
         usual = query_dim <= 128 and dtype != torch.float64 and kind == "exact"
         assert needs.spilled == 0 or not usual, "registers are spilled to memory"
 
