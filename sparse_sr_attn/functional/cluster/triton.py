@@ -49,9 +49,11 @@ _HALF = {
 _DOUBLE = (Blocks(32, 32, 4, "ieee"), Blocks(16, 16, 8, "ieee"), Blocks(16, 16, 8, "ieee"))
 
 
-def _blocks(kernel: str, value: torch.dtype, columns: int) -> Blocks:
-    """Return the launch options for values of a dtype and rows of `columns` columns."""
+def _blocks(kernel: str, value: torch.dtype, columns: int, *, unit: bool) -> Blocks:
+    """Return the launch options for values of a dtype and rows of `columns` columns; `unit` if keys are unit queries."""
     width = (columns > 80) + (columns > 160)
+    if unit and (kernel, value, width) == ("backward_key", torch.float32, 0):
+        return Blocks(64, 16, 8)
     if value == torch.float64:
         return _DOUBLE[width]
     return (_FLOAT if value == torch.float32 else _HALF)[kernel][width]
@@ -108,7 +110,7 @@ class _Launch:
         num_seen = (behind + 1 + ahead) * i
         padding = layout.num_slots - n
         block_d, block_e = padded(query_dim), min(padded(value_dim), _VALUE_COLUMNS)
-        blocks = _blocks(kernel, value_dtype, block_d + block_e)
+        blocks = _blocks(kernel, value_dtype, block_d + block_e, unit=unit)
         block_i = min(padded(i), blocks.rows, _SLOTS)
         return cls(
             grid=(-(-i // block_i), k, batch),
