@@ -50,7 +50,7 @@ _DOUBLE = (Blocks(32, 32, 4, "ieee"), Blocks(16, 16, 8, "ieee"), Blocks(16, 16, 
 
 
 def _blocks(kernel: str, value: torch.dtype, columns: int, *, unit: bool) -> Blocks:
-    """Return the launch options for values of a dtype and rows of `columns` columns; `unit` if keys are unit queries."""
+    """Return the launch options for values of a dtype and rows of `columns` columns; `unit` if keys are queries."""
     width = (columns > 80) + (columns > 160)
     if unit and (kernel, value, width) == ("backward_key", torch.float32, 0):
         return Blocks(64, 16, 8)
