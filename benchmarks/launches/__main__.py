@@ -91,8 +91,9 @@ def count(subject: Subject, side: int) -> Launches:
         with counted() as counts, torch.no_grad():
             module.eval()(x, *state)
         operators["evaluation"] = dict(counts)
+        wanted = [_leaf(each) for each in state]
         with counted() as counts:
-            output = module.train()(x.detach().requires_grad_(), *map(_leaf, state))
+            output = module.train()(x.detach().requires_grad_(), *wanted)
         operators["forward"] = dict(counts)
         module.zero_grad()
         with counted() as counts:

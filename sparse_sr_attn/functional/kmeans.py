@@ -21,7 +21,7 @@ from sparse_sr_attn.functional._torch import (
     working_precision,
 )
 from sparse_sr_attn.functional.backend import resolve_backend, runs_kernels
-from sparse_sr_attn.functional.cluster.triton import MAX_QUERY_DIM, apply_pending_op, nearest_op
+from sparse_sr_attn.functional.cluster.triton import MAX_QUERY_DIM, apply_pending_op, nearest_op, store_pending_op
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 _EPS = 1e-12
@@ -263,10 +263,8 @@ def _(points: Tensor, *_: object) -> Tensor:
 
 
 def _apply_pending(state: KMeansState, ema_decay: float, reseed_threshold: float) -> None:
-    tensors = state.centroids, state.usage, state.pending_sums, state.pending_counts, state.pending_seeds
-    together = state.centroids.numel() <= _LARGEST_IN_A_PROGRAM and all(each.is_contiguous() for each in tensors)
-    if together and runs_kernels(state.centroids.device):
-        apply_pending_op(*tensors, state.num_updates, ema_decay, reseed_threshold, _EPS)
+    if state.centroids.numel() <= _LARGEST_IN_A_PROGRAM and _runs_kernels(state):
+        apply_pending_op(*state[:5], state.num_updates, ema_decay, reseed_threshold, _EPS)
         return
     total = state.pending_counts.sum()
     pending = total > 0
@@ -288,8 +286,21 @@ def _apply_pending(state: KMeansState, ema_decay: float, reseed_threshold: float
     state.num_updates.add_(pending)
 
 
+def _runs_kernels(state: KMeansState) -> bool:
+    return runs_kernels(state.centroids.device) and all(each.is_contiguous() for each in state)
+
+
 def _store_pending(state: KMeansState, points: Tensor, best: Tensor, assignment: Tensor, accumulate: bool) -> None:
     num_clusters = len(state.usage)
+    in_kernels = points.shape[-1] <= MAX_QUERY_DIM and best.dtype == state.centroids.dtype == torch.float32
+    if in_kernels and _runs_kernels(state) and not several_processes():
+        seeds = torch.empty_like(state.pending_seeds) if accumulate else state.pending_seeds
+        pending = state.pending_sums, state.pending_counts, seeds, state.num_skipped
+        store_pending_op(points, best, assignment, *pending, _EPS, accumulate=accumulate)
+        if accumulate:
+            both = torch.cat([state.pending_seeds, seeds])
+            state.pending_seeds.copy_(_least_similar_of(both, state.centroids))
+        return
     sums, counts = cluster_sums(points, assignment, num_clusters)
     # A point without direction is no seed: it comes last.
     length = points.to(best.dtype).norm(dim=-1)

@@ -233,48 +233,95 @@ def fold(
 
 
 @triton.jit
-def _rows(pointer, row, mask, width, BLOCK: tl.constexpr):
-    """Return the addresses of rows of `width` columns, and a mask of the columns that exist."""
-    column = tl.arange(0, BLOCK)
-    return pointer + row[:, None] * width + column[None, :], mask[:, None] & (column < width)[None, :]
-
-
-@triton.jit(do_not_specialize=["num_rows", "width"])
-def normalize(
-    rows, output, num_rows, width, FLOOR: tl.constexpr, WORK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+def _of_rows(
+    pointer, num_tokens, width, sample_stride, row_stride, column_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Scale ROWS rows to unit length; lengths are clamped to at least FLOOR."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at, mask = _rows(rows, row, row < num_rows, width, BLOCK)
-    x = tl.load(at, mask=mask, other=0.0).to(WORK)
-    floor = tl.full([ROWS], FLOOR, WORK)  # a number by itself would be float32
-    length = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), floor)
-    to, _ = _rows(output, row, row < num_rows, width, BLOCK)
-    tl.store(to, x / length[:, None], mask=mask)
+    """Return the addresses of the rows of a program, ROWS of a sample, and a mask of the numbers that exist."""
+    blocks = tl.cdiv(num_tokens, ROWS)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    at = (tl.program_id(0) // blocks).to(tl.int64) * sample_stride + row[:, None] * row_stride
+    return pointer + at + column[None, :] * column_stride, (row < num_tokens)[:, None] & (column < width)[None, :]
 
 
-@triton.jit(do_not_specialize=["num_rows", "width"])
-def normalize_backward(
-    grad,
+@triton.jit
+def _length(logit_scale, MOST: tl.constexpr, SCALED: tl.constexpr, WORK: tl.constexpr):
+    """Return the length that rows are scaled to, and whether it is below the limit."""
+    if SCALED:
+        logit, most = tl.load(logit_scale).to(WORK), tl.full([], MOST, WORK)  # a number by itself would be float32
+        return tl.exp(tl.where(logit > most, most, logit)), logit <= most
+    return tl.full([], 1.0, WORK), True
+
+
+@triton.jit(do_not_specialize=["num_tokens", "width"])
+def normalize(
     rows,
+    logit_scale,
     output,
-    num_rows,
+    num_tokens,
     width,
+    sample_stride,
+    row_stride,
+    column_stride,
     FLOOR: tl.constexpr,
+    MOST: tl.constexpr,
+    SCALED: tl.constexpr,
     WORK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute the gradient of ROWS rows from that of `normalize`; below FLOOR a length is a constant."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at, mask = _rows(rows, row, row < num_rows, width, BLOCK)
+    """Scale ROWS rows to unit length or, if SCALED, to that of `logit_scale`; lengths are clamped to at least FLOOR."""
+    at, mask = _of_rows(rows, num_tokens, width, sample_stride, row_stride, column_stride, ROWS, BLOCK)
     x = tl.load(at, mask=mask, other=0.0).to(WORK)
-    sent, _ = _rows(grad, row, row < num_rows, width, BLOCK)
-    g = tl.load(sent, mask=mask, other=0.0).to(WORK)
+    clamped = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), tl.full([ROWS], FLOOR, WORK))
+    scale, _ = _length(logit_scale, MOST, SCALED, WORK)
+    to, _ = _of_rows(output, num_tokens, width, num_tokens.to(tl.int64) * width, width, 1, ROWS, BLOCK)
+    tl.store(to, scale * (x / clamped[:, None]), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "width"])
+def normalize_backward(
+    grad,
+    rows,
+    logit_scale,
+    output,
+    parts,
+    num_tokens,
+    width,
+    grad_sample_stride,
+    grad_row_stride,
+    grad_column_stride,
+    sample_stride,
+    row_stride,
+    column_stride,
+    output_sample_stride,
+    output_row_stride,
+    output_column_stride,
+    FLOOR: tl.constexpr,
+    MOST: tl.constexpr,
+    SCALED: tl.constexpr,
+    WORK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute the gradient of ROWS rows from that of `normalize`; below FLOOR a length is a constant.
+
+    If SCALED, also a part of the gradient of `logit_scale`; the parts are summed afterwards.
+    """
+    at, mask = _of_rows(rows, num_tokens, width, sample_stride, row_stride, column_stride, ROWS, BLOCK)
+    x = tl.load(at, mask=mask, other=0.0).to(WORK)
+    sent, _ = _of_rows(grad, num_tokens, width, grad_sample_stride, grad_row_stride, grad_column_stride, ROWS, BLOCK)
+    scale, moves = _length(logit_scale, MOST, SCALED, WORK)
+    g = scale * tl.load(sent, mask=mask, other=0.0).to(WORK)
     length = tl.sqrt(tl.sum(x * x, 1))
     floor = tl.full([ROWS], FLOOR, WORK)
     clamped = tl.maximum(length, floor)
     unit = x / clamped[:, None]
-    along = tl.where(length < floor, 0.0, tl.sum(unit * g, 1))
-    to, _ = _rows(output, row, row < num_rows, width, BLOCK)
+    along = tl.sum(unit * g, 1)
+    if SCALED:
+        tl.store(parts + tl.program_id(0), tl.where(moves, tl.sum(along, 0), 0.0))
+    along = tl.where(length < floor, 0.0, along)
+    to, _ = _of_rows(
+        output, num_tokens, width, output_sample_stride, output_row_stride, output_column_stride, ROWS, BLOCK
+    )
     tl.store(to, ((g - along[:, None] * unit) / clamped[:, None]).to(output.dtype.element_ty), mask=mask)

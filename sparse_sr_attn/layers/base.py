@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from sparse_sr_attn.errors import ShapeError, SharingError
@@ -22,8 +23,9 @@ from sparse_sr_attn.functional._torch import (
     without_autocast,
     working_precision,
 )
+from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
-from sparse_sr_attn.functional.l2_normalize import l2_normalize
+from sparse_sr_attn.functional.l2_normalize import MAX_LOGIT_SCALE, scale_rows
 from sparse_sr_attn.registry import Registry
 
 LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
@@ -147,6 +149,8 @@ def add_rows(
     x: Float[Tensor, "b c h w"], rows: Float[Tensor, "b n c"], *, alpha: float = 1.0
 ) -> Float[Tensor, "b c h w"]:
     """Return `x + alpha * feature_map(rows, x)`; without gradients, faster for contiguous maps."""
+    if runs_kernels(x.device) and torch.is_grad_enabled():
+        return cast(Tensor, _AddRows.apply(x, rows, alpha))  # type: ignore[no-untyped-call]
     plain = x.device.type == "cpu" and x.is_contiguous() and x.dtype == rows.dtype and not torch.is_grad_enabled()
     if not plain or torch.compiler.is_compiling() or is_transformed():
         return torch.add(x, feature_map(rows, x), alpha=alpha)
@@ -154,6 +158,22 @@ def add_rows(
     for channels, sample in zip(out.flatten(2), rows, strict=True):
         channels.copy_(sample.t())  # torch transposes a single matrix in blocks, several times as fast
     return torch.add(x, out, alpha=alpha, out=out)
+
+
+class _AddRows(torch.autograd.Function):
+    """`add_rows`, whose backward writes the gradient of the rows as rows, in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, alpha: float) -> Tensor:
+        ctx.alpha, ctx.dtype = alpha, rows.dtype
+        return torch.add(x, feature_map(rows, x), alpha=alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        read = tokens(grad)
+        rows = torch.empty(read.shape, dtype=ctx.dtype, device=grad.device)
+        return grad, torch.mul(read, ctx.alpha, out=rows), None
 
 
 def in_own_precision(module: nn.Module, x: Float[Tensor, "b c h w"]) -> Tensor:
@@ -225,11 +245,11 @@ class ScaledCosine(nn.Module):
 
     def scale(self) -> Float[Tensor, "1"]:
         r"""Return $\tau$."""
-        return self.logit_scale.to(working_precision(self.logit_scale)).clamp(max=math.log(100)).exp()
+        return self.logit_scale.to(working_precision(self.logit_scale)).clamp(max=MAX_LOGIT_SCALE).exp()
 
     def forward(self, rows: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Return the rows scaled to length `scale()`, in float32 or higher; norms are clamped to at least 5e-5."""
-        return self.scale() * l2_normalize(rows)
+        return scale_rows(rows, self.logit_scale)
 
 
 def raw_queries_in(model: nn.Module) -> list[str]:

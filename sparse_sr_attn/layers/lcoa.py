@@ -7,7 +7,7 @@ from the paper and the behaviour of the released code; deviations are listed in 
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import (
@@ -21,7 +21,8 @@ from sparse_sr_attn.config import (
     takes_options_of,
 )
 from sparse_sr_attn.errors import ConfigError, Problem
-from sparse_sr_attn.functional._torch import needs_plain_code, working_precision
+from sparse_sr_attn.functional._torch import working_precision
+from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.cluster import (
     apply_cluster_weights,
     cluster_attention_rounds,
@@ -234,22 +235,24 @@ class LSP(KMeansModule):
         """
         check_map(x, self.embed_dim)
         # Rounded to bfloat16, some tokens would go to other clusters.
-        embedding = tokens(in_own_precision(self.embed, x)).contiguous()
-        embedding = self.scale_logits(embedding.to(working_precision(embedding)))
-        assignments, places = [], []
+        embedding = tokens(in_own_precision(self.embed, x))
+        if self.similarity == "dot" or not runs_kernels(x.device):  # the kernel that scales rows reads any memory
+            embedding = embedding.contiguous().to(working_precision(embedding))
+        embedding = self.scale_logits(embedding)
+        assignments, ranks = [], []
         for state, rank in self._states_and_orders():
             assignment = self.assign_points(embedding, state)
             assignments.append(self.cluster_choice(assignment, embedding, state.centroids))
             if rank is not None:
                 if self.updates_state():
                     order_clusters(state.centroids, state.num_updates, rank)
-                places.append(_sort_keys(rank)[assignments[-1]])
+                ranks.append(rank)
         pattern = cluster_pattern(
-            _stacked(assignments),
+            assignments[0] if self.num_rounds == 1 else torch.stack(assignments, dim=1).flatten(0, 1),
             chunk_size=self.chunk_size,
             num_adjacent=self.num_adjacent,
             count_keys_once=self.count_keys_once,
-            place=_stacked(places) if places else None,
+            rank=(ranks[0][None] if len(ranks) == 1 else torch.stack(ranks)) if ranks else None,
         )
         if self.neighbors == "nearest":
             keys = _each_round(embedding, self.num_rounds)
@@ -424,21 +427,6 @@ def _weights(embedding: Tensor, pattern: ClusterPattern, num_rounds: int, dtype:
 
 def _attend(embedding: Tensor, values: Tensor, pattern: ClusterPattern, num_rounds: int) -> Tensor:
     return cluster_attention_rounds(embedding, embedding, values, pattern, num_rounds, normalize_keys=True)
-
-
-def _stacked(rounds: list[Int[Tensor, "b n"]]) -> Int[Tensor, "br n"]:
-    return rounds[0] if len(rounds) == 1 else torch.stack(rounds, dim=1).flatten(0, 1)
-
-
-def _sort_keys(rank: Int[Tensor, "k"]) -> Int[Tensor, "k"]:
-    """Return the ranks of clusters in the smallest integers that hold them, where sorting those takes fewer kernels."""
-    if not _sorts_bytes_faster(rank.device) or len(rank) > 2**15 or needs_plain_code():
-        return rank
-    return rank.to(torch.uint8 if len(rank) <= 2**8 else torch.int16)
-
-
-def _sorts_bytes_faster(device: torch.device) -> bool:
-    return device.type != "cpu"
 
 
 def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "br n c"]:

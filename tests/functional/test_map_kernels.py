@@ -132,19 +132,39 @@ def test_unit_rows(device: torch.device, batch: int, tokens: int, width: int) ->
     rows[0, 0] = 0
     rows[-1, -1] *= 1e-6  # below the floor
     rows.requires_grad_()
-    actual, expected = l2_normalize.normalize_op(rows), F.normalize(rows, dim=-1, eps=5e-5)
+    actual, expected = l2_normalize.normalize_op(rows, None), F.normalize(rows, dim=-1, eps=5e-5)
     assert_values_close(actual, expected)
     probe = Case().tensor("probe", batch, tokens, width, device=device)
     assert_gradients_close(gradients(actual, (rows,), probe), gradients(expected, (rows,), probe))
 
 
+@few
+@given(batch=st.integers(1, 3), tokens=st.integers(1, 40), width=st.integers(1, 33), logit=st.sampled_from((1, 4.6, 5)))
+@example(batch=3, tokens=130, width=16, logit=2)  # several programs
+def test_scaled_pixels(device: torch.device, batch: int, tokens: int, width: int, logit: float) -> None:
+    """Read from planes and with a gradient in planes; a scale above the limit does not move."""
+    planes = Case().tensor("rows", batch, width, tokens, device=device)
+    planes[0, :, 0] = 0
+    planes[-1, :, -1] *= 1e-6  # below the floor
+    leaves = planes.requires_grad_(), torch.tensor([float(logit)], dtype=torch.float64, device=device).requires_grad_()
+    actual = l2_normalize.normalize_op(planes.mT, leaves[1])
+    assert actual.is_contiguous()
+    expected = leaves[1].clamp(max=l2_normalize.MAX_LOGIT_SCALE).exp() * F.normalize(planes.mT, dim=-1, eps=5e-5)
+    assert_values_close(actual, expected)
+    probe = Case().tensor("probe", batch, width, tokens, device=device).mT
+    assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
 def test_gradcheck_of_unit_rows(device: torch.device) -> None:
-    assert_derivatives(l2_normalize.normalize_op, (Case().tensor("rows", 1, 3, 5, device=device).requires_grad_(),))
+    rows = Case().tensor("rows", 1, 3, 5, device=device).requires_grad_()
+    logit_scale = torch.ones(1, dtype=torch.float64, device=device).requires_grad_()
+    assert_derivatives(lambda rows: l2_normalize.normalize_op(rows, None), (rows,))
+    assert_derivatives(l2_normalize.normalize_op, (rows, logit_scale))
 
 
 def test_unit_rows_of_halves_are_float32(device: torch.device) -> None:
     rows = Case().tensor("rows", 2, 5, 8, device=device).to(torch.bfloat16).requires_grad_()
-    units = l2_normalize.normalize_op(rows)
+    units = l2_normalize.normalize_op(rows, None)
     torch.testing.assert_close(units, F.normalize(rows.float(), dim=-1))
     (grad,) = torch.autograd.grad(units.square().sum(), rows)
     assert grad.dtype == torch.bfloat16
@@ -211,8 +231,8 @@ for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
     options = {
         "move_statistics": dict(MOMENTUM=0.1, EPS=1e-5, BLOCK=64),
         "fold": dict(EPS=1e-5, WORK=WORK[work], BLOCK=128),
-        "normalize": dict(FLOOR=5e-5, WORK=WORK[work], ROWS=128, BLOCK=16),
-        "normalize_backward": dict(FLOOR=5e-5, WORK=WORK[work], ROWS=128, BLOCK=16),
+        "normalize": dict(FLOOR=5e-5, MOST=4.6, SCALED=True, WORK=WORK[work], ROWS=128, BLOCK=16),
+        "normalize_backward": dict(FLOOR=5e-5, MOST=4.6, SCALED=True, WORK=WORK[work], ROWS=128, BLOCK=16),
         "apply_pending": dict(DECAY=0.999, THRESHOLD=0.01, EPS=1e-12, BLOCK_K=128, BLOCK_D=64),
     }
     types = {"num_batches": "i64", "num_updates": "i64"}
@@ -223,12 +243,13 @@ for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
         for argument in kernel.arg_names:
             if argument in constants:
                 signature[argument] = "constexpr"
-            elif argument in (
-                "numel", "channels", "height", "width", "group", "count", "num_rows", "num_clusters"
+            elif argument.endswith("stride") or argument in (
+                "numel", "channels", "height", "width", "group", "count", "num_tokens", "num_clusters"
             ):
                 signature[argument] = "i32"
             else:
-                kind = work if accumulated or (argument == "output" and name == "normalize") else map_type
+                wide = accumulated or argument == "parts" or (argument == "output" and name == "normalize")
+                kind = work if wide else map_type
                 signature[argument] = "*" + types.get(argument, kind)
         places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
         triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", int(sys.argv[1]), 32))

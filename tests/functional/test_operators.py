@@ -112,6 +112,9 @@ def test_cluster_attention_triton(device: torch.device, case: Case) -> None:
     _, lse, *statistics = operator("cluster_attention_triton")(query, key, value, *layout, 0.5)
     args = (grad, torch.ones_like(lse), query, key, value, *layout[:2], *statistics, *layout[2:], 0.5)
     check(operator("cluster_attention_triton_backward"), args)
+    check(operator("cluster_attention_triton"), (rows[0], None, rows[2], *layout, 0.5))
+    args = (grad, None, query, None, value, *layout[:2], *statistics, *layout[2:], 0.5)
+    check(operator("cluster_attention_triton_backward"), args)
 
 
 @needs_triton
@@ -119,6 +122,12 @@ def test_cluster_attention_triton(device: torch.device, case: Case) -> None:
 def test_nearest_centroid_triton(device: torch.device, case: Case) -> None:
     points = case.tokens("points", 4, dtype=torch.float32, device=device)
     check(operator("nearest_centroid_triton"), (points, case.centroids(4, device=device).float()))
+
+
+@needs_triton
+@cases
+def test_sort_by_cluster(device: torch.device, case: Case) -> None:
+    check(operator("sort_by_cluster"), (case.assignment(device=device), torch.arange(9, device=device)[None]))
 
 
 @cases
@@ -219,8 +228,12 @@ def test_kernels_of_maps(device: torch.device) -> None:
     vectors = [Case().tensor(name, 7, device=device).abs() for name in ("bias", "mean", "var", "scale", "offset")]
     check(operator("fold_batch_norm"), (Case().tensor("weight", 7, 5, 1, 1, device=device), *vectors, 1e-5))
     rows = Case().tensor("rows", 2, 5, 3, device=device)
-    check(operator("l2_normalize"), (rows.clone().requires_grad_(),))
-    check(operator("l2_normalize_backward"), (rows, rows))
+    logit_scale = torch.ones(1, dtype=torch.float64, device=device)
+    for given in (rows, rows.mT.contiguous().mT, rows[0], rows[None].expand(2, -1, -1, -1).transpose(1, 2)):
+        for scale in (None, logit_scale):
+            check(operator("l2_normalize_backward"), (given, given, scale))
+            leaves = (given.clone().requires_grad_(), scale if scale is None else scale.clone().requires_grad_())
+            check(operator("l2_normalize"), leaves)
 
 
 @cases
@@ -324,6 +337,7 @@ def test_every_operator_is_checked_here() -> None:
         "pointwise_conv2d",
         "pointwise_conv2d_backward",
         "nearest_centroid_triton",
+        "sort_by_cluster",
         "sparsemax_attention",
         "sparsemax_attention_backward",
         "window_attention",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, GMSA, LSP, CoA, ConfigError, LCoA, LCoAN, SharedGMSA
 from sparse_sr_attn.inference.visualize import attention_map_of, attention_overlap
+from sparse_sr_attn.layers import base
 from sparse_sr_attn.layers.base import add_rows
 from sparse_sr_attn.states import ClusterAttention
 from sparse_sr_attn.testing.tolerances import (
@@ -180,9 +181,16 @@ def test_autocast_joins_maps_and_weights_of_any_precision(of_map: torch.dtype, o
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(1, 64, 12, 9), (3, 8, 5, 4), (2, 1, 3, 1)], ids=str)
+@pytest.mark.parametrize("kernels", [False, True])
 def test_rows_are_added_to_maps_of_any_memory(
-    shape: tuple[int, ...], memory: torch.memory_format, dtype: torch.dtype
+    shape: tuple[int, ...],
+    memory: torch.memory_format,
+    dtype: torch.dtype,
+    kernels: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also in the way of GPUs with Triton, where a gradient goes back as rows and to the map."""
+    monkeypatch.setattr(base, "runs_kernels", lambda device: kernels)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).contiguous(memory_format=memory)
     rows = torch.randn(shape[0], shape[2] * shape[3], shape[1], generator=generator, dtype=torch.float64).to(dtype)
@@ -193,8 +201,9 @@ def test_rows_are_added_to_maps_of_any_memory(
     for actual in (added, add_rows(x, learns, alpha=0.3)):
         torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding)
         assert actual.is_contiguous(memory_format=memory)
-    add_rows(x, learns, alpha=0.3).sum().backward()
+    add_rows(x.requires_grad_(), learns, alpha=0.3).sum().backward()
     torch.testing.assert_close(learns.grad, torch.full_like(rows, 0.3))
+    torch.testing.assert_close(x.grad, torch.ones_like(x))
 
 
 @kinds

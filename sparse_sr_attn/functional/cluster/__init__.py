@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError, ShapeError
-from sparse_sr_attn.functional._torch import lower_precision, without_autocast, working_precision
-from sparse_sr_attn.functional.backend import Backend, resolve_backend
+from sparse_sr_attn.functional._torch import lower_precision, needs_plain_code, without_autocast, working_precision
+from sparse_sr_attn.functional.backend import Backend, resolve_backend, runs_kernels
 from sparse_sr_attn.functional.cluster import flex, sdpa, tiles, triton
 from sparse_sr_attn.functional.cluster.eager import Eager
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
@@ -56,6 +56,7 @@ def cluster_pattern(
     num_adjacent: int = 1,
     count_keys_once: bool = True,
     place: Int[Tensor, "b n"] | None = None,
+    rank: Int[Tensor, "r k"] | None = None,
     exact_keys: bool | None = None,
 ) -> ClusterPattern:
     """Sort the tokens by cluster.
@@ -67,7 +68,9 @@ def cluster_pattern(
         count_keys_once: whether each key counts once. With `False`, as published, the slots that pad the last chunk
             repeat the last tokens and count, and a chunk that is a neighbour twice counts twice.
         place: position of each token's cluster in the order of clusters, from `order.chain_rank`; `None` to order
-            clusters by index, as published. GPUs sort uint8 and int16 in half the kernels that int64 takes.
+            clusters by index, as published.
+        rank: instead of `place`, the rank of each cluster, from `order.chain_rank`; one row for each round. GPUs sort
+            by it in two kernels.
         exact_keys: the old name of `count_keys_once`.
 
     Returns:
@@ -90,6 +93,13 @@ def cluster_pattern(
         count_keys_once = exact_keys
     if chunk_size < 1 or num_adjacent < 0:
         raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
+    if rank is not None:
+        if rank.shape[1] <= triton.MAX_SORTED_CLUSTERS and runs_kernels(rank.device):
+            order = triton.sort_by_cluster_op(assignment, rank)
+            return ClusterPattern(order, assignment, chunk_size, num_adjacent, count_keys_once)
+        rounds = assignment.unflatten(0, (-1, len(rank))).unbind(dim=1)
+        places = [own[each] for own, each in zip(_sort_keys(rank), rounds, strict=True)]
+        place = places[0] if len(places) == 1 else torch.stack(places, dim=1).flatten(0, 1)
     key = assignment if place is None else place
     if key.dtype in (torch.uint8, torch.int16):
         # A radix sort takes a pass for each byte, and such keys need no position to tell them apart.
@@ -98,6 +108,17 @@ def cluster_pattern(
         num_tokens = key.shape[1]
         order = (key * num_tokens + torch.arange(num_tokens, device=key.device)).argsort(dim=1)
     return ClusterPattern(order, assignment, chunk_size, num_adjacent, count_keys_once)
+
+
+def _sort_keys(rank: Int[Tensor, "r k"]) -> Int[Tensor, "r k"]:
+    """Return the ranks of clusters in the smallest integers that hold them, where sorting those takes fewer kernels."""
+    if not _sorts_bytes_faster(rank.device) or rank.shape[1] > 2**15 or needs_plain_code():
+        return rank
+    return rank.to(torch.uint8 if rank.shape[1] <= 2**8 else torch.int16)
+
+
+def _sorts_bytes_faster(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:
@@ -364,9 +385,9 @@ def _attention(
     if backend == "tiles":
         output, lse = tiles.attention_op(query, key, value, *_unpack(pattern), scale, normalize_keys, with_lse)
         return output, lse if with_lse else None
-    key = l2_normalize(key) if normalize_keys else key
     if backend == "triton":
-        return triton.attention_op(query, key, value, *_unpack(pattern), scale)[:2]
+        return triton.attention_op(query, _unit(key, query, normalize_keys), value, *_unpack(pattern), scale)[:2]
+    key = l2_normalize(key) if normalize_keys else key
     if backend == "flex":
         return flex.cluster_attention(query, key, value, pattern, scale, with_lse=with_lse)
     if backend == "sdpa":
@@ -418,10 +439,10 @@ def cluster_lse(
     backend = _backend(backend, query, pattern, with_lse=True)
     if backend == "tiles":
         return tiles.lse_op(query, key, *_unpack(pattern), scale, normalize_keys)
-    key = l2_normalize(key) if normalize_keys else key
     if backend == "triton":
         nothing = query.new_zeros(*query.shape[:2], 1)
-        return triton.attention_op(query, key, nothing, *_unpack(pattern), scale)[1]
+        return triton.attention_op(query, _unit(key, query, normalize_keys), nothing, *_unpack(pattern), scale)[1]
+    key = l2_normalize(key) if normalize_keys else key
     if backend == "flex":
         return cast(Tensor, flex.cluster_attention(query, key, key, pattern, scale, with_lse=True)[1])
     query, key = query.to(working_precision(query)), key.to(working_precision(key))
@@ -566,6 +587,13 @@ def _tiled(backend: Backend, rows: Tensor) -> bool:
             f"this operation stores weights, which backend {backend!r} cannot; 'eager' works on any device"
         )
     return resolve_backend(backend, rows.device) == "tiles"
+
+
+def _unit(key: Tensor, query: Tensor, normalize_keys: bool) -> Tensor | None:
+    """Return the keys that Triton kernels take; `None` for the query at unit length, which they compute themselves."""
+    if not normalize_keys:
+        return key
+    return None if key is query and key.shape[-1] <= triton.MAX_UNIT_DIM else l2_normalize(key)
 
 
 def _unpack(pattern: ClusterPattern) -> tuple[Tensor, Tensor | None, int, int, bool]:

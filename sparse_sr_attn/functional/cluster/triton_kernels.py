@@ -23,6 +23,10 @@ _SIZES = [
     "num_clusters",
     "every",
     "width",
+    "num_parts",
+    "num_chosen",
+    "num_ranks",
+    "share",
 ]
 _kernel = triton.jit(do_not_specialize=_SIZES)
 
@@ -105,6 +109,14 @@ def _seen(
     return _tokens(order, slot, mask, num_tokens, fill, EXACT), mask
 
 
+@triton.jit
+def _lengths(rows, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the lengths of BLOCK rows, at least FLOOR, and which are shorter."""
+    length = tl.sqrt(tl.sum(rows * rows, 1))
+    floor = tl.full([BLOCK], FLOOR, rows.dtype)  # a number by itself would be float32
+    return tl.maximum(length, floor), length < floor
+
+
 @_kernel
 def forward(
     query,
@@ -126,6 +138,8 @@ def forward(
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     NEAREST: tl.constexpr,
+    UNIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     START: tl.constexpr,
@@ -142,7 +156,8 @@ def forward(
     `first` is the first slot that chunk 0 sees, in [0, num_slots), and `num_seen` the number of slots that it sees; if
     NEAREST, chunk t of sample b sees instead the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`.
     `fill` is the offset, modulo the number of tokens, from a slot past the last token to the slot whose token it
-    repeats. SCALE multiplies scores. BLOCK_E columns of the values are gathered, from column START on.
+    repeats. SCALE multiplies scores. BLOCK_E columns of the values are gathered, from column START on. If UNIT, keys
+    are brought to unit length; lengths are clamped to at least FLOOR.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
     _, query_token, is_query = _own(order, chunk_size, num_tokens, BLOCK_I)
@@ -172,6 +187,8 @@ def forward(
             BLOCK_J,
         )
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+        if UNIT:
+            k = k / _lengths(k, FLOOR, BLOCK_J)[0][:, None]
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
         scores = tl.where(is_key[None, :], scores, float("-inf"))
@@ -212,8 +229,11 @@ def backward_query(
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     NEAREST: tl.constexpr,
+    UNIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    LSE: tl.constexpr,
     START: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -260,6 +280,8 @@ def backward_query(
             BLOCK_J,
         )
         k = _rows(key, token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+        if UNIT:
+            k = k / _lengths(k, FLOOR, BLOCK_J)[0][:, None]
         v = _rows(value, token, is_key, VALUE_DIM, START, BLOCK_E)
         scores = SCALE * tl.dot(q, tl.trans(k), out_dtype=WORK, input_precision=PRECISION)
         weights = tl.where(is_key[None, :], tl.exp(scores - m_i[:, None]) * inverse_l[:, None], 0.0)
@@ -268,7 +290,7 @@ def backward_query(
         delta_i += tl.sum(contributions, 1)
         result += tl.dot(contributions, k, out_dtype=WORK, input_precision=PRECISION)
         mean_key += tl.dot(weights, k, out_dtype=WORK, input_precision=PRECISION)
-    if START == 0:
+    if START == 0 and LSE:
         delta_i -= tl.load(grad_lse + query_token, mask=is_query, other=0.0)
     tl.store(delta + query_token, delta_i, mask=is_query)
     _put(grad_query, query_token, is_query, SCALE * (result - delta_i[:, None] * mean_key), QUERY_DIM, 0, BLOCK_D)
@@ -298,6 +320,8 @@ def backward_key(
     SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     NEAREST: tl.constexpr,
+    UNIT: tl.constexpr,
+    FLOOR: tl.constexpr,
     QUERY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     START: tl.constexpr,
@@ -314,11 +338,14 @@ def backward_key(
     `first` is the first slot that sees chunk 0, and `num_seen` the number of slots that do; if NEAREST, chunk t of
     sample b is seen by the `chunks` from `starts[b, t]` up to `starts[b, t + 1]`. The token of a slot may be repeated
     in up to `num_repeats` slots past the last token, all in the last chunk; queries that see that chunk see it there
-    as well.
+    as well. If UNIT, the gradient of keys is added to what `grad_key` holds, that of queries, which are the same rows.
     """
     order += tl.program_id(2).to(tl.int64) * num_tokens
     key_slot, key_token, is_key = _own(order, chunk_size, num_tokens, BLOCK_I)
     k = _rows(key, key_token, is_key, QUERY_DIM, 0, BLOCK_D).to(WORK)
+    if UNIT:
+        length, short = _lengths(k, FLOOR, BLOCK_I)
+        k = k / length[:, None]
     v = _rows(value, key_token, is_key, VALUE_DIM, START, BLOCK_E)
 
     to_key = tl.zeros([BLOCK_I, BLOCK_D], WORK)
@@ -367,7 +394,12 @@ def backward_key(
             grad_scores = weights * (grad_weights - delta_i[None, :])
             to_value += tl.dot(weights.to(grad.dtype).to(DOT), grad.to(DOT), out_dtype=WORK, input_precision=PRECISION)
             to_key += tl.dot(grad_scores, q, out_dtype=WORK, input_precision=PRECISION)
-    _put(grad_key, key_token, is_key, SCALE * to_key, QUERY_DIM, 0, BLOCK_D)
+    to_key = SCALE * to_key
+    if UNIT:
+        along = tl.where(short, 0.0, tl.sum(k * to_key, 1))
+        to_key = (to_key - along[:, None] * k) / length[:, None]
+        to_key += _rows(grad_key, key_token, is_key, QUERY_DIM, 0, BLOCK_D)
+    _put(grad_key, key_token, is_key, to_key, QUERY_DIM, 0, BLOCK_D)
     _put(grad_value, key_token, is_key, to_value, VALUE_DIM, START, BLOCK_E)
 
 
@@ -471,3 +503,176 @@ def apply_pending(
         tl.store(centroids + at, new, mask=mask)
         tl.store(usage + cluster, used, mask=real)
         tl.store(num_updates, updates + 1)
+
+
+@triton.jit
+def _units(points, point, is_point, WIDTH: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Return BLOCK points at unit length in float32, and their lengths."""
+    p = _rows(points, point, is_point, WIDTH, 0, BLOCK_D).to(tl.float32)
+    length = tl.sqrt(tl.sum(p * p, 1))
+    return p / tl.maximum(length, tl.full([BLOCK], EPS, tl.float32))[:, None], length
+
+
+@_kernel
+def sum_points(
+    points,
+    best,
+    assignment,
+    part_sums,
+    part_counts,
+    keys,
+    num_points,
+    num_clusters,
+    share,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """Sum and count the unit vectors of `share` points for BLOCK_K clusters; program ids are (part, block of clusters).
+
+    A point that is not finite spoils the sums of its part for all clusters. Also writes a key of each point: keys rise
+    with the similarity to the centroid, then with the index. A point without direction comes last, and NaN after it.
+    """
+    part, cluster = tl.program_id(0), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    sums, counts = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K], tl.int32)
+    for begin in range(0, share, BLOCK_I):
+        point = part.to(tl.int64) * share + begin + tl.arange(0, BLOCK_I)
+        is_point = point < num_points
+        unit, length = _units(points, point, is_point, WIDTH, EPS, BLOCK_D, BLOCK_I)
+        own = tl.load(assignment + point, mask=is_point, other=-1)
+        member = own[None, :] == cluster[:, None]
+        sums += tl.dot(member.to(tl.float32), unit, input_precision="ieee")
+        counts += tl.sum(member.to(tl.int32), 1)
+        if tl.program_id(1) == 0:
+            directed = length > tl.full([BLOCK_I], EPS, tl.float32)
+            similarity = tl.load(best + point, mask=is_point, other=0.0) / tl.where(directed, length, 1.0)
+            similarity = tl.where(directed, similarity, float("inf"))
+            similarity = tl.where(similarity == 0, 0.0, similarity)  # -0.0 is equal
+            bits = similarity.to(tl.int32, bitcast=True)
+            bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+            bits = tl.where(tl.abs(similarity) >= 0, bits, 0x7FFFFFFF)
+            tl.store(keys + point, (bits.to(tl.int64) << 32) | point, mask=is_point)
+    column = tl.arange(0, BLOCK_D)
+    row = part.to(tl.int64) * num_clusters + cluster
+    mask = cluster < num_clusters
+    tl.store(part_sums + row[:, None] * WIDTH + column[None, :], sums, mask=mask[:, None] & (column < WIDTH)[None, :])
+    tl.store(part_counts + row, counts, mask=mask)
+
+
+@_kernel
+def store_pending(
+    points,
+    part_sums,
+    part_counts,
+    chosen,
+    sums,
+    counts,
+    seeds,
+    num_skipped,
+    num_clusters,
+    num_parts,
+    num_chosen,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum the parts of `sum_points` for BLOCK_K clusters, and write as many seeds, the points with the chosen keys.
+
+    If ACCUMULATE, add to `sums` and `counts`. All is 0 if a point is not finite; then a skipped step is counted.
+    """
+    cluster, column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    is_cluster = cluster < num_clusters
+    mask = is_cluster[:, None] & (column < WIDTH)[None, :]
+    at = cluster[:, None] * WIDTH + column[None, :]
+    total, count = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K], tl.int64)
+    for _ in range(num_parts):
+        total += tl.load(part_sums + at, mask=mask, other=0.0)
+        count += tl.load(part_counts + cluster, mask=is_cluster, other=0)
+        part_sums += num_clusters * WIDTH
+        part_counts += num_clusters
+    # Each program sees each point that is not finite: it is in the sums of all clusters.
+    finite = tl.max((~(tl.abs(total) < float("inf"))).to(tl.int32)) == 0
+    total, added = tl.where(finite, total, 0.0), tl.where(finite, count, 0).to(tl.float32)
+    if ACCUMULATE:
+        total += tl.load(sums + at, mask=mask, other=0.0)
+        added += tl.load(counts + cluster, mask=is_cluster, other=0.0)
+    tl.store(sums + at, total, mask=mask)
+    tl.store(counts + cluster, added, mask=is_cluster)
+    is_seed = (cluster < num_chosen) & finite
+    point = tl.load(chosen + cluster, mask=is_seed, other=0) & 0xFFFFFFFF
+    unit, _ = _units(points, point, is_seed, WIDTH, EPS, BLOCK_D, BLOCK_K)
+    tl.store(seeds + at, unit, mask=mask)
+    if tl.program_id(0) == 0:
+        tl.store(num_skipped, tl.load(num_skipped) + (1 - finite.to(tl.int32)))
+
+
+@triton.jit
+def _members(
+    assignment, rank, begin, num_tokens, num_clusters, num_ranks, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Return BLOCK_I tokens of a sample, from `begin` on, and for each whether its cluster is at each place."""
+    token = begin + tl.arange(0, BLOCK_I)
+    mask = token < num_tokens
+    sample = tl.program_id(1)
+    cluster = tl.load(assignment + sample.to(tl.int64) * num_tokens + token, mask=mask, other=0)
+    place = tl.load(rank + sample % num_ranks * num_clusters + cluster, mask=mask, other=-1)
+    return token, (place[:, None] == tl.arange(0, BLOCK_K)[None, :]).to(tl.int32)
+
+
+@_kernel
+def count_places(
+    assignment,
+    rank,
+    counts,
+    num_tokens,
+    num_clusters,
+    num_ranks,
+    share,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Count the tokens at each place among `share` tokens; program ids are (part, sample)."""
+    count = tl.zeros([BLOCK_K], tl.int32)
+    begin = tl.program_id(0) * share
+    for start in range(0, share, BLOCK_I):
+        _, member = _members(assignment, rank, begin + start, num_tokens, num_clusters, num_ranks, BLOCK_I, BLOCK_K)
+        count += tl.sum(member, 0)
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(counts + row * BLOCK_K + tl.arange(0, BLOCK_K), count)
+
+
+@_kernel
+def sort_tokens(
+    assignment,
+    rank,
+    counts,
+    order,
+    num_tokens,
+    num_clusters,
+    num_ranks,
+    share,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Write `share` tokens in the order of the places of their clusters, then of tokens; programs as `count_places`."""
+    sample, place = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_K)
+    counts += sample * tl.num_programs(0) * BLOCK_K
+    total, before = tl.zeros([BLOCK_K], tl.int32), tl.zeros([BLOCK_K], tl.int32)
+    for start in range(0, tl.num_programs(0), BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        is_part = (part < tl.num_programs(0))[:, None]
+        count = tl.load(counts + part[:, None] * BLOCK_K + place[None, :], mask=is_part, other=0)
+        total += tl.sum(count, 0)
+        before += tl.sum(tl.where((part < tl.program_id(0))[:, None], count, 0), 0)
+    slot = tl.cumsum(total, 0) - total + before
+    begin = tl.program_id(0) * share
+    for start in range(0, share, BLOCK_I):
+        token, member = _members(assignment, rank, begin + start, num_tokens, num_clusters, num_ranks, BLOCK_I, BLOCK_K)
+        own = tl.sum(member * (slot[None, :] + tl.cumsum(member, 0) - 1), 1)
+        tl.store(order + sample * num_tokens + own, token.to(tl.int64), mask=token < num_tokens)
+        slot += tl.sum(member, 0)

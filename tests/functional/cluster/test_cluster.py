@@ -12,7 +12,6 @@ from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import tiles as cluster_tiles
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.l2_normalize import l2_normalize
-from sparse_sr_attn.layers import lcoa
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
@@ -83,18 +82,24 @@ def test_order_has_an_inverse(device: torch.device, case: Case) -> None:
     assert_bit_equal(order.sort(dim=1).values, torch.arange(case.num_tokens, device=device).expand_as(order))
 
 
-@given(case=cases(max_tokens=60), num_ranks=st.sampled_from((9, 256, 257, 2**15, 2**15 + 1)))
-def test_places_sort_alike_in_the_integers_that_gpus_sort(device: torch.device, case: Case, num_ranks: int) -> None:
-    """Clusters take the first and the last of the ranks, which those integers must hold."""
-    assignment = case.assignment(device=device)
-    rank = torch.arange(num_ranks, device=device).flip(0).roll(case.num_clusters // 2)
+@given(
+    case=cases(max_tokens=60), num_clusters=st.sampled_from((9, 256, 257, 2**15, 2**15 + 1)), rounds=st.integers(1, 2)
+)
+@example(case=PADDED_TAIL.but(batch=3), num_clusters=9, rounds=2)
+def test_ranks_sort_as_places(device: torch.device, case: Case, num_clusters: int, rounds: int) -> None:
+    """Also in the integers that GPUs sort faster; clusters take the first and the last rank, which those must hold."""
+    assignment = case.but(batch=case.batch * rounds).assignment(device=device)
+    rank = torch.arange(num_clusters, device=device).flip(0).roll(case.num_clusters // 2)
+    rank = torch.stack([rank, rank.flip(0)])[:rounds]
     sizes = {"chunk_size": case.chunk_size}
-    expected = fast.cluster_pattern(assignment, place=rank[assignment], **sizes)
+    place = torch.stack([rank[row % rounds][own] for row, own in enumerate(assignment)])
+    expected = fast.cluster_pattern(assignment, place=place, **sizes).order
+    assert_bit_equal(fast.cluster_pattern(assignment, rank=rank, **sizes).order, expected)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lcoa, "_sorts_bytes_faster", lambda device: True)
-        keys = lcoa._sort_keys(rank)
-    assert keys.dtype.itemsize == (1 if num_ranks <= 256 else 2 if num_ranks <= 2**15 else 8)
-    assert_bit_equal(fast.cluster_pattern(assignment, place=keys[assignment], **sizes).order, expected.order)
+        patch.setattr(fast, "_sorts_bytes_faster", lambda device: True)
+        keys = fast._sort_keys(rank)
+        assert_bit_equal(fast.cluster_pattern(assignment, rank=rank, **sizes).order, expected)
+    assert keys.dtype.itemsize == (1 if num_clusters <= 256 else 2 if num_clusters <= 2**15 else 8)
 
 
 @given(case=cases(), shift=st.integers(1, 1000))

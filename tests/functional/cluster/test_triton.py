@@ -1,5 +1,6 @@
 """Triton kernels against the slow twins; without a GPU by triton's interpreter, which `conftest.py` switches on."""
 
+import copy
 import os
 
 import machine_code
@@ -9,10 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparse_sr_attn import CoA, LCoA
 from sparse_sr_attn.errors import BackendError
+from sparse_sr_attn.functional import backend, kmeans, l2_normalize
 from sparse_sr_attn.functional import cluster as fast
-from sparse_sr_attn.functional import kmeans
 from sparse_sr_attn.functional.cluster import triton as cluster_triton
+from sparse_sr_attn.layers import base, lcoa
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import (
@@ -99,6 +102,49 @@ def test_lse_equals_dense(device: torch.device, case: Case, scale: float) -> Non
     assert_values_close(actual, expected)
     probe = case.tensor("probe", case.batch, case.num_tokens, device=device)
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@few
+@given(case=small, value_width=st.sampled_from((VALUE_WIDTH, 35)))
+@example(case=PADDED_TAIL, value_width=35)
+@example(case=PADDED_TAIL_PUBLISHED, value_width=35)
+@example(case=REPEATED_TWICE_OVER, value_width=3)
+@example(case=SEVERAL_BLOCKS, value_width=3)
+@example(case=NEAREST_BLOCKS, value_width=3)
+def test_keys_that_are_unit_queries(device: torch.device, with_lse: bool, case: Case, value_width: int) -> None:
+    """Made by the kernels: of zeros and short rows, too, with values in parts, and a gradient of the lse or none."""
+    query, _, value = inputs_of(case, device, value_width=value_width)
+    lengths = torch.tensor([1.0, 3e-5, 0.0, 2.0], dtype=torch.float64, device=device)
+    with torch.no_grad():
+        query *= lengths[case.integers("lengths", 4, case.batch, case.num_tokens, 1, device=device)]
+    pattern = case.pattern(device=device)
+    length = query.norm(dim=-1, keepdim=True).clamp(min=5e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_triton, "_VALUE_COLUMNS", 16)
+        actual, lse = fast._attention(query, query, value, pattern, 0.7, True, "triton", with_lse=True)
+        expected = slow.cluster_attention(query, query / length, value, pattern, scale=0.7)
+        if with_lse:
+            expected_lse = slow.cluster_lse(query, query / length, pattern, scale=0.7)
+            actual, expected = (
+                torch.cat([r, e[..., None]], dim=-1) for r, e in ((actual, lse), (expected, expected_lse))
+            )
+        assert_values_close(actual, expected)
+        probe = case.tokens("probe", actual.shape[-1], device=device)
+        mine, other = (gradients(output, (query, value), probe) for output in (actual, expected))
+    size = length.detach()  # gradients of short rows are as much longer
+    assert_gradients_close((size * mine[0], mine[1]), (size * other[0], other[1]))
+
+
+def test_gradcheck_of_keys_that_are_queries(device: torch.device) -> None:
+    case = Case(num_tokens=5, num_clusters=3, chunk_size=2)
+    query, _, value = inputs_of(case, device)
+    pattern = case.pattern(device=device)
+
+    def attend(query: Tensor, value: Tensor) -> Tensor:
+        return fast.cluster_attention(query, query, value, pattern, normalize_keys=True, backend="triton")
+
+    assert_derivatives(attend, (query, value))
 
 
 @pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED, NEAREST], ids=["exact", "published", "nearest"])
@@ -280,6 +326,91 @@ def test_pending_update(device: torch.device, num_clusters: int, reseed_threshol
         assert_values_close(mine.double(), other.double())
 
 
+def assert_stored(
+    state: kmeans.KMeansState, points: Tensor, *, accumulate: bool = False, best: Tensor | None = None
+) -> None:
+    """The kernels store in `state` what plain code does; sums may be rounded otherwise."""
+    similar, assignment = kmeans._nearest(points, state.centroids)
+    best = similar if best is None else best
+    expected = kmeans.KMeansState(*(each.clone() for each in state))
+    kmeans._store_pending(expected, points, best, assignment, accumulate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans, "runs_kernels", lambda device: True)
+        kmeans._store_pending(state, points, best, assignment, accumulate)
+    assert_bit_equal(state.pending_counts, expected.pending_counts)
+    assert_bit_equal(state.num_skipped, expected.num_skipped)
+    for name in ("pending_sums", "pending_seeds"):
+        torch.testing.assert_close(getattr(state, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+
+
+@few
+@given(case=small, width=st.integers(1, 20), num_clusters=st.integers(1, 40), bits=st.sampled_from((16, 32)))
+@example(case=SEVERAL_BLOCKS, width=4, num_clusters=33, bits=32)
+@example(case=SEVERAL_BLOCKS.but(batch=2), width=3, num_clusters=1, bits=32)
+@example(case=Case(num_tokens=1), width=256, num_clusters=2, bits=16)
+def test_statistics_of_a_step(device: torch.device, case: Case, width: int, num_clusters: int, bits: int) -> None:
+    """With empty clusters, fewer points than clusters, points without direction; a second step replaces the first."""
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(num_clusters, width)))
+    for name in ("points", "others"):
+        points = case.tokens(name, width, device=device).to(torch.float32 if bits == 32 else torch.bfloat16)
+        points[-1, -1] = 0
+        assert_stored(state, points)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_statistics_of_accumulated_steps(device: torch.device, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several blocks of clusters, several parts, several turns of a part; a step that is not finite adds nothing."""
+    monkeypatch.setattr(cluster_triton, "_SUMMED", 256)
+    monkeypatch.setattr(cluster_triton, "_MOST_PARTS", 3)
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(37, 6)))
+    for step in range(4):
+        points = Case(batch=batch, num_tokens=150).tokens(f"points {step}", 6, dtype=torch.float32, device=device)
+        if step == 2:
+            points[0, 70, 1] = float("nan")
+        assert_stored(state, points, accumulate=step > 0)
+    assert int(state.pending_counts.sum()) == 450 * batch
+    assert int(state.num_skipped) == 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter, of who sees the NaN
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_statistics_of_points_that_are_not_finite(device: torch.device, poison: float) -> None:
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(40, 5)))
+    points = Case(num_tokens=100).tokens("points", 5, dtype=torch.float32, device=device)
+    assert_stored(state, points)
+    points[0, 50, 2] = poison
+    assert_stored(state, points)
+    assert int(state.num_skipped) == 1
+    assert not any(pending.any() for pending in state[2:5])
+
+
+def test_the_earlier_of_equal_points_is_the_seed(device: torch.device) -> None:
+    """Zeros of both signs are equal, and come between numbers of either."""
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(50, 80)))
+    points = torch.eye(80, device=device).view(2, 40, 80)
+    best = Case().integers("best", 5, 2, 40, device=device) - 3
+    best = torch.where(best == -3, -0.0, best.float())
+    assert_stored(state, points, best=best)
+
+
+def test_statistics_count_beyond_float32(device: torch.device) -> None:
+    """Which cannot count beyond 2**24."""
+    from sparse_sr_attn.functional.cluster import triton_kernels
+
+    state = kmeans.KMeansState(*(each.to(device) for each in kmeans.initial_state(1, 2)))
+    parts = torch.zeros(3, 1, 2, device=device), torch.tensor([[2**24], [1], [1]], dtype=torch.int32, device=device)
+    points, chosen = torch.ones(1, 1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    triton_kernels.store_pending[(1,)](
+        *(points, *parts, chosen, *state[2:5], state.num_skipped, 1, 3, 1),
+        WIDTH=2,
+        EPS=1e-12,
+        ACCUMULATE=False,
+        BLOCK_K=16,
+        BLOCK_D=16,
+    )
+    assert int(state.pending_counts) == 2**24 + 2
+
+
 @few
 @given(case=small, width=st.integers(1, 20), num_clusters=st.integers(1, 40))
 @example(case=SEVERAL_BLOCKS, width=4, num_clusters=33)
@@ -321,7 +452,61 @@ def test_too_wide_queries_are_refused(device: torch.device) -> None:
         fast.cluster_attention(rows, rows, rows, pattern, backend="triton")
 
 
+@few
+@given(case=cases(max_batch=5, max_tokens=60), num_clusters=st.integers(1, 40), rounds=st.integers(1, 3))
+@example(case=Case(batch=2, num_tokens=700), num_clusters=40, rounds=2)  # several parts
+@example(case=Case(batch=3, num_tokens=60), num_clusters=512, rounds=3)
+@example(case=Case(num_tokens=1), num_clusters=1, rounds=1)
+def test_sorting_equals_a_stable_sort(device: torch.device, case: Case, num_clusters: int, rounds: int) -> None:
+    """To the bit, with a rank of clusters for each round; some clusters are empty."""
+    assignment = case.integers("assignment", num_clusters, case.batch * rounds, case.num_tokens, device=device)
+    rank = torch.stack(
+        [torch.randperm(num_clusters, generator=torch.Generator().manual_seed(r)) for r in range(rounds)]
+    )
+    order = cluster_triton.sort_by_cluster_op(assignment, rank.to(device))
+    expected = [rank[row % rounds][own].argsort(stable=True) for row, own in enumerate(assignment.cpu())]
+    assert_bit_equal(order.cpu(), torch.stack(expected))
+
+
+def test_sorting_in_parts_of_several_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_triton, "_SORTED_AT_A_TIME", 256)
+    monkeypatch.setattr(cluster_triton, "_MOST_PARTS", 20)
+    assignment = Case().integers("assignment", 16, 2, 777, device=device)
+    order = cluster_triton.sort_by_cluster_op(assignment, torch.arange(16, device=device)[None])
+    assert_bit_equal(order, assignment.argsort(dim=1, stable=True))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_layers_train_as_without_kernels(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, similarity: str
+) -> None:
+    """LCoA and a CoA that shares its state, for two steps: outputs, gradients and the state of k-means."""
+    torch.manual_seed(0)
+    options = {"num_clusters": 5, "chunk_size": 8, "reduction": 2, "num_rounds": 2, "similarity": similarity}
+    plain = LCoA(6, **options).to(device).double(), CoA(6).to(device).double()
+    layers = copy.deepcopy(plain)
+    images = [Case().tensor(name, 2, 6, 5, 7, device=device) for name in ("first", "second")]
+
+    def train(first: LCoA, later: CoA) -> list[Tensor]:
+        found = []
+        for image in images:
+            x = image.clone().requires_grad_()
+            state = first.lsp(x, reuse="pattern")
+            y = later(first(x, state), state)
+            leaves = (x, *first.parameters(), *later.parameters())
+            found += [y, *torch.autograd.grad((y * y.sin()).sum(), leaves)]
+        return found + list(first.buffers())
+
+    expected = train(*plain)
+    monkeypatch.setattr(backend, "_best_backend", lambda _: "triton")
+    for module in (base, fast, kmeans, l2_normalize, lcoa):
+        monkeypatch.setattr(module, "runs_kernels", lambda _: True)
+    for mine, other in zip(train(*layers), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8)
+
+
 COMPILE = """
+import itertools
 import torch
 from machine_code import NAMES, usage
 from sparse_sr_attn.functional import cluster
@@ -346,15 +531,40 @@ for dtype, query_dim, value_dim, kind, chunk_size in (
     pattern = cluster.cluster_pattern(nobody, chunk_size=chunk_size, count_keys_once=kind != "published")
     if kind == "nearest":
         pattern = cluster.with_nearest_chunks(pattern, query)
-    for name in ("forward", "backward_query", "backward_key"):
-        options = cluster_triton._Launch.of(name, query, value, ClusterLayout.of(pattern), 1.0).options | {"START": 0}
+    units = (False, True) if query_dim <= cluster_triton.MAX_UNIT_DIM else (False,)
+    for name, unit in itertools.product(("forward", "backward_query", "backward_key"), units):
+        options = cluster_triton._Launch.of(name, query, value, ClusterLayout.of(pattern), 1.0, unit=unit).options
+        options = options | {"START": 0} | ({"LSE": not unit} if name == "backward_query" else {})
         kinds = {"order": "i64", "chunks": "i32", "starts": "i64"}
         kinds |= dict.fromkeys(("value", "output", "grad_output", "grad_value"), NAMES[dtype])
         kernel = getattr(triton_kernels, name)
         needs = usage(kernel, options, SIZES, lambda argument: kinds.get(argument, NAMES[query.dtype]))
-        print(dtype, query_dim, value_dim, kind, name, needs, flush=True)
+        print(dtype, query_dim, value_dim, kind, name, unit, needs, flush=True)
         usual = query_dim <= 128 and dtype != torch.float64 and kind == "exact"
         assert needs.spilled == 0 or not usual, "registers are spilled to memory"
+
+SIZES = {"num_points", "num_clusters", "share", "num_parts", "num_chosen"}
+KINDS = {"assignment": "i64", "part_counts": "i32", "keys": "i64", "chosen": "i64", "num_skipped": "i64"}
+for width, block_k in ((16, 128), (64, 64), (128, 32), (256, 16)):
+    options = {"WIDTH": width, "EPS": 1e-12, "BLOCK_D": width, "num_warps": 4, "num_stages": 2}
+    for name, more in (
+        ("sum_points", {"BLOCK_K": block_k, "BLOCK_I": cluster_triton._SUMMED_AT_A_TIME}),
+        ("store_pending", {"BLOCK_K": 16, "ACCUMULATE": True}),
+    ):
+        kernel = getattr(triton_kernels, name)
+        needs = usage(kernel, {**options, **more}, SIZES, lambda argument: KINDS.get(argument, "fp32"))
+        print(name, width, needs, flush=True)
+        assert needs.spilled == 0, "registers are spilled to memory"
+
+SIZES = {"num_tokens", "num_clusters", "num_ranks", "share"}
+for clusters in (16, 128, 512):
+    block = cluster_triton._SORTED_AT_A_TIME // clusters
+    options = {"BLOCK_I": block, "BLOCK_K": clusters, "num_warps": 4, "num_stages": 3}
+    for name, more in (("count_places", {}), ("sort_tokens", {"BLOCK_P": block})):
+        kernel = getattr(triton_kernels, name)
+        needs = usage(kernel, {**options, **more}, SIZES, lambda argument: "i32" if argument == "counts" else "i64")
+        print(name, clusters, needs, flush=True)
+        assert needs.spilled == 0, "registers are spilled to memory"
 """
 
 
