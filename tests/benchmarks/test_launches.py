@@ -23,7 +23,7 @@ LIMITS = {
     "GMSA, shifted": (7, 9, 14),
     "LFE": (2, 2, 6),
     "LCoAN-light": (109, 164, 151),
-    "ELAN-light": (247, 283, 476),
+    "ELAN-light": (229, 265, 469),
 }
 
 
