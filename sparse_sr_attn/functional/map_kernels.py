@@ -23,21 +23,35 @@ def _read(pointer, pixel, channel, num_pixels, channels, area, LAST: tl.constexp
 
 
 @triton.jit
-def _sources(pixel, channel, channels, height, width):
-    """Return the pixels that the shift reads each channel from, wrapped around the map, and a mask of those inside."""
-    group = channels // 5
-    turn = tl.where(channel < 4 * group, channel // tl.maximum(group, 1), 4)[None, :]
-    column = (pixel % width)[:, None] + (turn == 0).to(tl.int32) - (turn == 1).to(tl.int32)
-    row = (pixel // width % height)[:, None] + (turn == 2).to(tl.int32) - (turn == 3).to(tl.int32)
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    column, row = (column + width) % width, (row + height) % height
-    return (pixel // (height * width))[:, None] * height * width + row * width + column, inside
+def _sources(pixel, channel, channels, height, width, SHIFT: tl.constexpr):
+    """Return the pixels that each channel is read from, wrapped around the map, and a mask of those inside."""
+    source, inside = pixel[:, None], (pixel >= 0)[:, None]
+    if SHIFT:
+        group = channels // 5
+        turn = tl.where(channel < 4 * group, channel // tl.maximum(group, 1), 4)[None, :]
+        column = (pixel % width)[:, None] + (turn == 0).to(tl.int32) - (turn == 1).to(tl.int32)
+        row = (pixel // width % height)[:, None] + (turn == 2).to(tl.int32) - (turn == 3).to(tl.int32)
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        column, row = (column + width) % width, (row + height) % height
+        source = (pixel // (height * width))[:, None] * height * width + row * width + column
+    return source, inside
 
 
 @triton.jit
-def _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU: tl.constexpr, LAST: tl.constexpr):
-    """Return the shifted channels of pixels, after the ReLU if there is one."""
-    source, inside = _sources(pixel, channel, channels, height, width)
+def _inputs(
+    x,
+    pixel,
+    channel,
+    num_pixels,
+    channels,
+    height,
+    width,
+    SHIFT: tl.constexpr,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Return the channels of pixels, after the ReLU and the shift if there are such."""
+    source, inside = _sources(pixel, channel, channels, height, width, SHIFT)
     mask = inside & (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
     at = _place(source, channel[None, :], channels, height * width, LAST)
     read = tl.load(x + at, mask=mask, other=0.0)
@@ -47,16 +61,24 @@ def _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU: tl.co
 
 
 @_of_maps
-def shift_conv(
+def conv(
     x,
     weight,
     bias,
+    residual,
+    mean,
+    variance,
+    factor,
+    offset,
     output,
     num_pixels,
     height,
     width,
     channels,
     features,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     WORK: tl.constexpr,
@@ -66,24 +88,38 @@ def shift_conv(
     CHANNELS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Compute FEATURES channels of the shift convolution at PIXELS pixels, reading CHANNELS channels at a time."""
+    """Compute FEATURES channels of the convolution at PIXELS pixels, reading CHANNELS channels at a time.
+
+    They are normalised if there is a `mean`, and added to the residual, times SCALE, if there is one.
+    """
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     acc = tl.zeros([PIXELS, FEATURES], WORK)
     for begin in range(0, channels, CHANNELS):
         channel = begin + tl.arange(0, CHANNELS)
-        read = _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU, LAST)
+        read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
         mask = (channel < channels)[:, None] & (feature < features)[None, :]
         w = tl.load(weight + feature[None, :] * channels + channel[:, None], mask=mask, other=0.0)
         acc += tl.dot(read.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-    acc += tl.load(bias + feature, mask=feature < features, other=0.0).to(WORK)[None, :]
+    exists = feature < features
+    shift = tl.load(bias + feature, mask=exists, other=0.0).to(WORK)
+    if mean is not None:
+        eps = tl.full([FEATURES], EPS, WORK)  # a number by itself would be float32
+        spread = tl.sqrt(tl.load(variance + feature, mask=exists, other=1.0).to(WORK) + eps)
+        scale = tl.load(factor + feature, mask=exists, other=0.0).to(WORK) / spread
+        shift -= tl.load(mean + feature, mask=exists, other=0.0).to(WORK)
+        shift = shift * scale + tl.load(offset + feature, mask=exists, other=0.0).to(WORK)
+        acc *= scale[None, :]
+    acc += shift[None, :]
     at = _place(pixel[:, None], feature[None, :], features, height * width, LAST)
-    mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
+    mask = (pixel < num_pixels)[:, None] & exists[None, :]
+    if residual is not None:
+        acc = tl.load(residual + at, mask=mask, other=0.0).to(WORK) + acc * tl.full([1, 1], SCALE, WORK)
     tl.store(output + at, acc.to(output.dtype.element_ty), mask=mask)
 
 
 @_of_maps
-def shift_conv_input(
+def conv_input(
     grad,
     x,
     weight,
@@ -93,6 +129,8 @@ def shift_conv_input(
     width,
     channels,
     features,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     WORK: tl.constexpr,
@@ -102,7 +140,7 @@ def shift_conv_input(
     CHANNELS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Compute the gradient of CHANNELS channels of the input, written where PIXELS pixels read them.
+    """Compute the gradient, times SCALE, of CHANNELS channels of the input, written where PIXELS pixels read them.
 
     Reading wraps around the map, so that each pixel is written once; what comes from outside is 0.
     """
@@ -118,16 +156,17 @@ def shift_conv_input(
         mask = (feature < features)[:, None] & (channel < channels)[None, :]
         w = tl.load(weight + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
         acc += tl.dot(g.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-    source, inside = _sources(pixel, channel, channels, height, width)
+    source, inside = _sources(pixel, channel, channels, height, width, SHIFT)
     at = _place(source, channel[None, :], channels, height * width, LAST)
     mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
     if RELU:
         inside = inside & (tl.load(x + at, mask=mask, other=0.0) > 0)
+    acc *= tl.full([1, 1], SCALE, WORK)
     tl.store(output + at, tl.where(inside, acc, 0.0).to(output.dtype.element_ty), mask=mask)
 
 
 @_of_maps
-def shift_conv_weight(
+def conv_weight(
     grad,
     x,
     partial,
@@ -137,6 +176,8 @@ def shift_conv_weight(
     channels,
     features,
     share,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     WORK: tl.constexpr,
@@ -146,7 +187,10 @@ def shift_conv_weight(
     CHANNELS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Compute a part of the gradients of weight and bias, of `share` pixels; the parts are summed afterwards."""
+    """Compute a part of the gradients, times SCALE, of weight and bias: that of `share` pixels.
+
+    The parts are summed afterwards.
+    """
     part = tl.program_id(0)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -158,14 +202,15 @@ def shift_conv_weight(
         g = tl.load(
             grad + _place(pixel[:, None], feature[None, :], features, height * width, LAST), mask=mask, other=0.0
         )
-        read = _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU, LAST)
+        read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
         acc += tl.dot(tl.trans(g).to(DOT), read.to(DOT), out_dtype=WORK, input_precision=PRECISION)
         total += tl.sum(g.to(WORK), 0)
+    scale = tl.full([FEATURES], SCALE, WORK)
     own = partial + part.to(tl.int64) * (features * channels + features)
     mask = (feature < features)[:, None] & (channel < channels)[None, :]
-    tl.store(own + feature[:, None] * channels + channel[None, :], acc, mask=mask)
+    tl.store(own + feature[:, None] * channels + channel[None, :], acc * scale[:, None], mask=mask)
     if tl.program_id(2) == 0:
-        tl.store(own + features * channels + feature, total, mask=feature < features)
+        tl.store(own + features * channels + feature, total * scale, mask=feature < features)
 
 
 @triton.jit(do_not_specialize=["count", "channels"])
@@ -202,34 +247,6 @@ def move_statistics(
         tl.store(running_mean + channel, new_mean.to(old_mean.dtype), mask=mask)
         tl.store(running_var + channel, new_var.to(old_var.dtype), mask=mask)
         tl.store(num_batches, tl.load(num_batches) + 1)
-
-
-@triton.jit(do_not_specialize=["width"])
-def fold(
-    weight,
-    bias,
-    mean,
-    variance,
-    scale,
-    offset,
-    folded_weight,
-    folded_bias,
-    width,
-    EPS: tl.constexpr,
-    WORK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Multiply a row of `width` weights by the factor of a normalisation, and compute its bias."""
-    row = tl.program_id(0)
-    eps = tl.full([], EPS, WORK)  # a number by itself would be float32
-    factor = tl.load(scale + row).to(WORK) / tl.sqrt(tl.load(variance + row).to(WORK) + eps)
-    difference = tl.load(bias + row).to(WORK) - tl.load(mean + row).to(WORK)
-    tl.store(folded_bias + row, (difference * factor + tl.load(offset + row).to(WORK)).to(bias.dtype.element_ty))
-    for begin in range(0, width, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        at, mask = row * width + column, column < width
-        read = tl.load(weight + at, mask=mask, other=0.0).to(WORK)
-        tl.store(folded_weight + at, (read * factor).to(weight.dtype.element_ty), mask=mask)
 
 
 @triton.jit
