@@ -43,6 +43,11 @@ def conv1x1(
         relu: take `relu(x)`, before it is shifted.
         residual: a map to add the convolution to.
         scale: factor on the convolution that is added.
+
+    Examples:
+        >>> x, weight, bias = torch.rand(2, 10, 6, 7), torch.rand(16, 10, 1, 1), torch.zeros(16)
+        >>> conv1x1(x, weight, bias, residual=torch.rand(2, 16, 6, 7)).shape  # doctest: +SKIP
+        torch.Size([2, 16, 6, 7])
     """
     teach_flop_counters()
     return conv_op(x.to(conv_precision(x)), weight, bias, shift, relu, residual, scale)
@@ -69,6 +74,11 @@ def conv1x1_norm(
         scale: weight of the normalisation.
         offset: bias of the normalisation.
         eps: added to the variance.
+
+    Examples:
+        >>> x, ones = torch.rand(2, 10, 6, 7), torch.ones(16)
+        >>> conv1x1_norm(x, torch.rand(16, 10, 1, 1), *(ones,) * 5, eps=1e-5).shape  # doctest: +SKIP
+        torch.Size([2, 16, 6, 7])
     """
     teach_flop_counters()
     return norm_op(x.to(conv_precision(x)), weight, bias, running_mean, running_var, scale, offset, eps)
@@ -133,72 +143,67 @@ def _conv(
     return output
 
 
-@torch.library.custom_op("sparse_sr_attn::conv1x1_input", mutates_args=())
-def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, shift: bool, relu: bool, scale: float) -> Tensor:
+@torch.library.custom_op("sparse_sr_attn::conv1x1_backward", mutates_args=())
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, shift: bool, relu: bool, scale: float, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of `x`, and those of weight and bias in a row, in float32 or higher; empty if not wanted."""
     x = _dense(x)
-    output = torch.empty_like(x)
-    columns = min(padded(x.shape[1]), _COLUMNS)
-    _launch(
-        "conv_input",
-        (_like(grad, x), x, weight.contiguous(), output),
-        x,
-        grad,
-        (-(-_num_pixels(x) // _PIXELS), -(-x.shape[1] // columns)),
-        {"SHIFT": shift, "RELU": relu, "SCALE": scale, "PIXELS": _PIXELS, "CHANNELS": columns, "FEATURES": _READ},
-    )
-    return output
-
-
-@_input_gradient.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, shift: bool, relu: bool, scale: float) -> Tensor:
-    return torch.empty_like(_dense(x))
-
-
-@torch.library.custom_op("sparse_sr_attn::conv1x1_weight", mutates_args=())
-def _weight_gradients(grad: Tensor, x: Tensor, shift: bool, relu: bool, scale: float) -> Tensor:
-    """Return the gradients of the weight and of the bias, one after the other, in float32 or higher."""
-    x = _dense(x)
-    features, channels = grad.shape[1], x.shape[1]
-    most = -(-_num_pixels(x) // _READ)
+    features, channels, num_pixels = grad.shape[1], x.shape[1], _num_pixels(x)
+    most = -(-num_pixels // _READ)
     share = -(-most // min(most, _MOST_PARTS)) * _READ
-    num_parts = -(-_num_pixels(x) // share)
-    partial = x.new_empty(num_parts, features * (channels + 1), dtype=working_precision(x))
+    num_parts = -(-num_pixels // share)
     rows, columns = min(padded(features), _COLUMNS), min(padded(channels), _COLUMNS)
+    of_weights = of_weight * num_parts * -(-features // rows) * -(-channels // columns)
+    of_inputs = of_x * -(-num_pixels // _PIXELS) * -(-channels // columns)
+    to_x, to_weights = _empty_gradients(x, features, num_parts, of_x, of_weight)
     _launch(
-        "conv_weight",
-        (_like(grad, x), x, partial),
+        "conv_backward",
+        (_like(grad, x), x, weight.contiguous(), to_x, to_weights),
         x,
         grad,
-        (num_parts, -(-features // rows), -(-channels // columns)),
-        {"SHIFT": shift, "RELU": relu, "SCALE": scale, "PIXELS": _READ, "CHANNELS": columns, "FEATURES": rows},
+        (of_weights + of_inputs,),
+        {
+            **{"SHIFT": shift, "RELU": relu, "SCALE": scale},
+            **{"PIXELS": _PIXELS, "CHANNELS": columns, "FEATURES": rows, "READ": _READ},
+        },
         share,
+        of_weights,
     )
-    return partial.sum(0)
+    return to_x, to_weights.sum(0) if of_weight else to_weights[0]
 
 
-@_weight_gradients.register_fake
-def _(grad: Tensor, x: Tensor, shift: bool, relu: bool, scale: float) -> Tensor:
-    return x.new_empty(grad.shape[1] * (x.shape[1] + 1), dtype=working_precision(x))
+@_gradients.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, shift: bool, relu: bool, scale: float, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    to_x, to_weights = _empty_gradients(_dense(x), grad.shape[1], 1, of_x, of_weight)
+    return to_x, to_weights[0]
+
+
+def _empty_gradients(x: Tensor, features: int, num_parts: int, of_x: bool, of_weight: bool) -> tuple[Tensor, Tensor]:
+    width = features * (x.shape[1] + 1) if of_weight else 0
+    to_weights = x.new_empty(num_parts, width, dtype=working_precision(x))
+    return torch.empty_like(x) if of_x else x.new_empty(0), to_weights
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.shift, ctx.relu, residual, ctx.scale = inputs
-    ctx.dtypes = bias.dtype, None if residual is None else residual.dtype
+    x, weight, _, ctx.shift, ctx.relu, _, ctx.scale = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    options = ctx.shift, ctx.relu, ctx.scale
-    to_x = to_weight = to_bias = to_residual = None
-    if ctx.needs_input_grad[0]:
-        to_x = _input_gradient(grad, x, weight, *options)
-    if any(ctx.needs_input_grad[1:3]):
-        to_weight, to_bias = _weight_gradients(grad, x, *options).split([weight.numel(), len(weight)])
-        to_weight, to_bias = to_weight.view(weight.shape).to(weight.dtype), to_bias.to(ctx.dtypes[0])
-    if ctx.needs_input_grad[5]:
-        to_residual = grad.to(ctx.dtypes[1])
-    return to_x, to_weight, to_bias, None, None, to_residual, None
+    of_x, of_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    to_x = to_weight = to_bias = None
+    if of_x or of_weight:
+        to_x, to_weights = _gradients(grad, x, weight, ctx.shift, ctx.relu, ctx.scale, of_x, of_weight)
+    if of_weight:
+        to_weight, to_bias = to_weights.split([weight.numel(), len(weight)])
+        to_weight = to_weight.view(weight.shape)
+    to_residual = grad if ctx.needs_input_grad[5] else None
+    # Autograd converts them to the dtypes of the inputs.
+    return to_x if of_x else None, to_weight, to_bias, None, None, to_residual, None
 
 
 conv_op.register_autograd(_backward, setup_context=_keep)

@@ -140,8 +140,8 @@ def _pointwise_backward(grad: Shape, x: Shape, weight: Shape, *_: Any, **__: Any
     return 2 * 2 * prod(x) * weight[0]
 
 
-def _conv1x1_gradient(grad: Shape, x: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(grad) * x[1]
+def _conv1x1_backward(grad: Shape, x: Shape, weight: Shape, *options: Any, **_: Any) -> int:
+    return 2 * prod(grad) * x[1] * sum(options[-2:])  # which gradients are wanted
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
@@ -174,8 +174,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "pointwise_conv2d_backward": _pointwise_backward,
     "conv1x1": _pointwise,
     "conv1x1_norm": _pointwise,
-    "conv1x1_input": _conv1x1_gradient,
-    "conv1x1_weight": _conv1x1_gradient,
+    "conv1x1_backward": _conv1x1_backward,
 }
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 # Sizes that change from image to image. Kernels are not specialised to their divisibility by 16.
-_of_maps = triton.jit(do_not_specialize=["num_pixels", "height", "width"])
+_of_maps = triton.jit(do_not_specialize=["num_pixels", "height", "width", "num_programs"])
 
 
 @triton.jit
@@ -118,17 +118,14 @@ def conv(
     tl.store(output + at, acc.to(output.dtype.element_ty), mask=mask)
 
 
-@_of_maps
-def conv_input(
+@triton.jit
+def _input_gradient(
     grad,
     x,
     weight,
     output,
-    num_pixels,
-    height,
-    width,
-    channels,
-    features,
+    program,
+    sizes,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     RELU: tl.constexpr,
@@ -138,21 +135,20 @@ def conv_input(
     PRECISION: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    FEATURES: tl.constexpr,
+    READ: tl.constexpr,
 ):
-    """Compute the gradient, times SCALE, of CHANNELS channels of the input, written where PIXELS pixels read them.
+    """Compute the gradient of CHANNELS channels of the input, written where PIXELS pixels read them.
 
     Reading wraps around the map, so that each pixel is written once; what comes from outside is 0.
     """
-    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    num_pixels, height, width, channels, features = sizes
+    columns = tl.cdiv(channels, CHANNELS)
+    pixel = (program // columns).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    channel = program % columns * CHANNELS + tl.arange(0, CHANNELS)
     acc = tl.zeros([PIXELS, CHANNELS], WORK)
-    for begin in range(0, features, FEATURES):
-        feature = begin + tl.arange(0, FEATURES)
-        mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
-        g = tl.load(
-            grad + _place(pixel[:, None], feature[None, :], features, height * width, LAST), mask=mask, other=0.0
-        )
+    for begin in range(0, features, READ):
+        feature = begin + tl.arange(0, READ)
+        g = _read(grad, pixel, feature, num_pixels, features, height * width, LAST)
         mask = (feature < features)[:, None] & (channel < channels)[None, :]
         w = tl.load(weight + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
         acc += tl.dot(g.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
@@ -165,10 +161,53 @@ def conv_input(
     tl.store(output + at, tl.where(inside, acc, 0.0).to(output.dtype.element_ty), mask=mask)
 
 
-@_of_maps
-def conv_weight(
+@triton.jit
+def _weight_gradient(
     grad,
     x,
+    partial,
+    program,
+    sizes,
+    share,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    READ: tl.constexpr,
+):
+    """Compute a part of the gradients of weight and bias: that of `share` pixels."""
+    num_pixels, height, width, channels, features = sizes
+    num_parts, columns = tl.cdiv(num_pixels, share).to(tl.int32), tl.cdiv(channels, CHANNELS)
+    part, column = (program % num_parts).to(tl.int64), program // num_parts % columns
+    feature = program // (num_parts * columns) * FEATURES + tl.arange(0, FEATURES)
+    channel = column * CHANNELS + tl.arange(0, CHANNELS)
+    acc = tl.zeros([FEATURES, CHANNELS], WORK)
+    total = tl.zeros([FEATURES], WORK)
+    for begin in range(0, share, READ):
+        pixel = part * share + begin + tl.arange(0, READ)
+        g = _read(grad, pixel, feature, num_pixels, features, height * width, LAST)
+        read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
+        acc += tl.dot(tl.trans(g).to(DOT), read.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+        total += tl.sum(g.to(WORK), 0)
+    scale = tl.full([FEATURES], SCALE, WORK)
+    own = partial + part * (features * channels + features)
+    mask = (feature < features)[:, None] & (channel < channels)[None, :]
+    tl.store(own + feature[:, None] * channels + channel[None, :], acc * scale[:, None], mask=mask)
+    if column == 0:
+        tl.store(own + features * channels + feature, total * scale, mask=feature < features)
+
+
+@_of_maps
+def conv_backward(
+    grad,
+    x,
+    weight,
+    output,
     partial,
     num_pixels,
     height,
@@ -176,6 +215,7 @@ def conv_weight(
     channels,
     features,
     share,
+    num_programs,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     RELU: tl.constexpr,
@@ -186,31 +226,53 @@ def conv_weight(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     FEATURES: tl.constexpr,
+    READ: tl.constexpr,
 ):
-    """Compute a part of the gradients, times SCALE, of weight and bias: that of `share` pixels.
+    """Compute gradients times SCALE: the first `num_programs` programs those of the weights, the others of the input.
 
-    The parts are summed afterwards.
+    Parts of the gradients of weights are summed afterwards.
     """
-    part = tl.program_id(0)
-    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    acc = tl.zeros([FEATURES, CHANNELS], WORK)
-    total = tl.zeros([FEATURES], WORK)
-    for begin in range(0, share, PIXELS):
-        pixel = part.to(tl.int64) * share + begin + tl.arange(0, PIXELS)
-        mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
-        g = tl.load(
-            grad + _place(pixel[:, None], feature[None, :], features, height * width, LAST), mask=mask, other=0.0
+    program = tl.program_id(0)
+    sizes = (num_pixels, height, width, channels, features)
+    if program < num_programs:
+        _weight_gradient(
+            grad,
+            x,
+            partial,
+            program,
+            sizes,
+            share,
+            SCALE,
+            SHIFT,
+            RELU,
+            LAST,
+            WORK,
+            DOT,
+            PRECISION,
+            CHANNELS,
+            FEATURES,
+            READ,
         )
-        read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
-        acc += tl.dot(tl.trans(g).to(DOT), read.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-        total += tl.sum(g.to(WORK), 0)
-    scale = tl.full([FEATURES], SCALE, WORK)
-    own = partial + part.to(tl.int64) * (features * channels + features)
-    mask = (feature < features)[:, None] & (channel < channels)[None, :]
-    tl.store(own + feature[:, None] * channels + channel[None, :], acc * scale[:, None], mask=mask)
-    if tl.program_id(2) == 0:
-        tl.store(own + features * channels + feature, total * scale, mask=feature < features)
+    else:
+        program -= num_programs
+        _input_gradient(
+            grad,
+            x,
+            weight,
+            output,
+            program,
+            sizes,
+            SCALE,
+            SHIFT,
+            RELU,
+            LAST,
+            WORK,
+            DOT,
+            PRECISION,
+            PIXELS,
+            CHANNELS,
+            READ,
+        )
 
 
 @triton.jit(do_not_specialize=["count", "channels"])

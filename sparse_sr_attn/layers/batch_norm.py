@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.batch_norm import batch_norm, fold
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
-from sparse_sr_attn.functional.conv_triton import conv1x1_norm
+from sparse_sr_attn.functional.conv_triton import conv1x1, conv1x1_norm
 from sparse_sr_attn.layers.base import (
     PointwiseConv2d,
     is_unmodified,
@@ -71,10 +71,11 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         """Return the normalised map."""
-        unmodified = is_unmodified(self.conv, PointwiseConv2d) and is_unmodified(self.norm, BatchNorm2d)
-        if not unmodified or self.training or self.norm.training or not self.norm.track_running_stats:
-            return self.norm(self.conv(x))
         conv, norm = self.conv, self.norm
+        unmodified = is_unmodified(conv, PointwiseConv2d) and is_unmodified(norm, BatchNorm2d)
+        if not unmodified or self.training or norm.training or not norm.track_running_stats:
+            by_kernel = unmodified and runs_kernels(x.device)
+            return norm(conv1x1(x, conv.weight, cast(Tensor, conv.bias)) if by_kernel else conv(x))
         statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
         if runs_kernels(x.device) and not torch.is_grad_enabled():
             return conv1x1_norm(x, conv.weight, cast(Tensor, conv.bias), *statistics)

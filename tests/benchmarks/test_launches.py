@@ -19,11 +19,11 @@ pytestmark = pytest.mark.unhooked
 LIMITS = {
     "LCoA": (21, 76, 23),
     "CoA": (4, 7, 11),
-    "GMSA": (4, 8, 14),
-    "GMSA, shifted": (4, 8, 14),
-    "LFE": (2, 2, 6),
+    "GMSA": (4, 8, 11),
+    "GMSA, shifted": (4, 8, 11),
+    "LFE": (2, 2, 4),
     "LCoAN-light": (109, 164, 151),
-    "ELAN-light": (145, 217, 469),
+    "ELAN-light": (145, 217, 361),
 }
 
 
@@ -98,7 +98,7 @@ def test_code_takes_the_path_of_a_gpu_only_while_counting() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "launches.json"
     assert launches.main(["--operators", "LFE", "--size", "16", "--json", str(file)]) == 0
-    assert "| LFE | 2 | 2 + 6 |" in capsys.readouterr().out
+    assert "| LFE | 2 | 2 + 4 |" in capsys.readouterr().out
     found = json.loads(file.read_text())["launches"]["LFE"]
     assert found["operators"]["evaluation"]["triton conv"] == 2
 

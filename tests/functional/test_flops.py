@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_sr_attn import GMSA, NLSA, LCoA, ShiftConv2d
 from sparse_sr_attn.functional import channels_last as layout
-from sparse_sr_attn.functional import cluster, flops, sparsemax, window
+from sparse_sr_attn.functional import cluster, conv_triton, flops, sparsemax, window
 from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.testing.strategies import Case
 
@@ -113,6 +113,18 @@ def test_sparsemax_and_pointwise_count_as_much_as_plain_code() -> None:
     conv = torch.nn.Conv2d(6, 4, 1)
     expected = forward_and_backward(lambda: conv(x))
     assert forward_and_backward(lambda: layout.pointwise_conv2d(x, conv.weight, conv.bias)) == expected
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_convolutions_by_kernels_count_as_much_as_plain_code() -> None:
+    conv, norm = torch.nn.Conv2d(6, 4, 1), torch.nn.BatchNorm2d(4).eval()
+    parameters, statistics = (conv.weight, conv.bias), (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    for learns in (False, True):
+        x = torch.randn(2, 6, 5, 7).requires_grad_(learns)
+        expected = forward_and_backward(lambda x=x: conv(x))
+        assert forward_and_backward(lambda x=x: conv_triton.conv1x1(x, *parameters, shift=True)) == expected
+    with torch.no_grad():
+        assert counted(lambda: conv_triton.conv1x1_norm(x, *parameters, *statistics, 1e-5)) == counted(lambda: conv(x))
 
 
 def test_layers_by_hand() -> None:

@@ -109,17 +109,17 @@ def test_convolution_of_halves_sums_in_float32(device: torch.device, weights: to
 
 
 def test_only_gradients_that_are_needed_are_computed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
+    launched: list[tuple[int, ...]] = []
     launch = conv_triton._launch
-    monkeypatch.setattr(conv_triton, "_launch", lambda *args: launched.append(args[0]) or launch(*args))
+    monkeypatch.setattr(conv_triton, "_launch", lambda *args: launched.append(args[4]) or launch(*args))
     leaves = [leaf.detach() for leaf in convolution(device, (1, 5, 3, 3), 2, torch.channels_last)]
     x, _, bias, residual = leaves
-    for leaf, needed in ((x, ["conv_input"]), (bias, ["conv_weight"]), (residual, [])):
+    for leaf, programs in ((x, 1), (bias, 1), (residual, 0)):
         launched.clear()
         leaf.requires_grad_()
         conv_triton.conv1x1(*leaves[:3], residual=residual).sum().backward()
         leaf.requires_grad_(False)
-        assert launched == ["conv", *needed]
+        assert launched == [(1, 1), (programs,)][: 1 + programs]
 
 
 @both_memories
@@ -219,12 +219,11 @@ import torch
 from sparse_sr_attn.functional import conv_triton, map_kernels
 from sparse_sr_attn.functional._triton import padded, precision_options
 
-SIZES = ("num_pixels", "height", "width", "channels", "features", "share")
+SIZES = ("num_pixels", "height", "width", "channels", "features", "share", "num_programs")
 pixels, columns, read = conv_triton._PIXELS, conv_triton._COLUMNS, conv_triton._READ
 BLOCKS = {
     "conv": dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns, EPS=1e-5),
-    "conv_input": dict(PIXELS=pixels, CHANNELS=columns, FEATURES=read),
-    "conv_weight": dict(PIXELS=read, CHANNELS=columns, FEATURES=columns),
+    "conv_backward": dict(PIXELS=pixels, CHANNELS=columns, FEATURES=columns, READ=read),
 }
 NORM = dict.fromkeys(("mean", "variance", "factor", "offset"))
 for dtype, weights in (

@@ -215,8 +215,8 @@ def test_kernels_of_maps(device: torch.device) -> None:
     for given in (x, last):
         for residual in (None, grad.float().requires_grad_()):
             check(operator("conv1x1"), (given, weight.requires_grad_(), bias, True, True, residual, 0.1))
-        check(operator("conv1x1_input"), (grad, given.detach(), weight.detach(), True, True, 0.1))
-        check(operator("conv1x1_weight"), (grad, given.detach(), True, True, 0.1))
+        for wanted in ((True, True), (True, False), (False, True)):
+            check(operator("conv1x1_backward"), (grad, given.detach(), weight.detach(), True, True, 0.1, *wanted))
         vectors = [Case().tensor(name, 3, device=device).abs() for name in ("bias", "mean", "var", "scale", "offset")]
         check(operator("conv1x1_norm"), (given.detach(), weight.detach(), *vectors, 1e-5))
     rows = Case().tensor("rows", 2, 5, 3, device=device)
@@ -312,9 +312,8 @@ def test_every_operator_is_checked_here() -> None:
         "l2_normalize",
         "l2_normalize_backward",
         "conv1x1",
-        "conv1x1_input",
+        "conv1x1_backward",
         "conv1x1_norm",
-        "conv1x1_weight",
         "grouped_window_attention",
         "grouped_window_attention_backward",
         "kmeans_step",
