@@ -89,18 +89,36 @@ class ELAN(Network):
 
     def forward_body(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out H W"]:
         """Super-resolve an image already centred and scaled to `img_range`."""
-        first = self.conv_first(channels_last(_reflected(_reflected(x, 2, self.multiple), 3, self.multiple)))
-        output = F.pixel_shuffle(self.conv_last(self.features(first) + first), self.upscale)
-        # Copied, not cut: for a compiler the strides of a slice would tell whether there was padding.
-        for dim in (2, 3):
-            output = output.index_select(dim, torch.arange(self.upscale * x.shape[dim], device=x.device))
-        return output
+        height, width = x.shape[2] * self.upscale, x.shape[3] * self.upscale
+        first = self.conv_first(channels_last(_padded(x, self.multiple)))
+        return _cut(F.pixel_shuffle(self.conv_last(self.features(first) + first), self.upscale), height, width)
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Run the ELABs on the first features."""
         for block in self.body:
             x = maybe_checkpoint(block, x, enabled=self.activation_checkpointing and self.training)
         return x
+
+
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    """Pad a map at the bottom and the right by repeated reflection to multiples of `multiple`."""
+    if not torch.compiler.is_compiling():
+        below, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+        if not below and not right:
+            return x
+        # Only without gradients, because those of `F.pad` are not deterministic on GPUs.
+        if below < x.shape[2] and right < x.shape[3] and not x.requires_grad:
+            return F.pad(x, (0, right, 0, below), mode="reflect")
+    return _reflected(_reflected(x, 2, multiple), 3, multiple)
+
+
+def _cut(x: Tensor, height: int, width: int) -> Tensor:
+    """Return the part of a map at the top and the left, as a contiguous map."""
+    if torch.compiler.is_compiling():  # for a compiler the strides of a slice would tell whether there was padding
+        for dim, side in ((2, height), (3, width)):
+            x = x.index_select(dim, torch.arange(side, device=x.device))
+        return x
+    return x[:, :, :height, :width].contiguous() if x.shape[2:] != (height, width) else x.contiguous()
 
 
 def _reflected(x: Tensor, dim: int, multiple: int) -> Tensor:

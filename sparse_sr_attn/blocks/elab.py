@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -87,7 +86,7 @@ class ELAB(AttentionLayer):
         given, x = x, channels_last(x)
         shared = None
         for lfe, attention in zip(self.lfe, self.attention, strict=True):
-            x = torch.add(x, lfe(x), alpha=self.res_scale)
+            x = cast(LFE, lfe).add_to(x, self.res_scale)
             if shared is None and len(self.attention) > 1:
                 shared = cast(GMSA, attention).attend(x)
             x = attention(x, shared)

@@ -145,43 +145,10 @@ def fold(
         >>> bias
         tensor([0., 0., 0.])
     """
-    if runs_kernels(weight.device) and not torch.is_grad_enabled():
-        return fold_op(weight, bias, running_mean, running_var, scale, offset, eps)
     precision = working_precision(weight)
     factor = scale.to(precision) * (running_var.to(precision) + eps).rsqrt()
     folded = (bias.to(precision) - running_mean.to(precision)) * factor + offset.to(precision)
     return (weight.to(precision) * factor[:, None, None, None]).to(weight.dtype), folded.to(weight.dtype)
-
-
-@torch.library.custom_op("sparse_sr_attn::fold_batch_norm", mutates_args=())
-def fold_op(
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return `fold`, by a Triton kernel."""
-    import triton.language as tl  # noqa: PLC0415
-
-    from sparse_sr_attn.functional import map_kernels as kernels  # noqa: PLC0415
-
-    weight = weight.contiguous()
-    folded, folded_bias = torch.empty_like(weight), torch.empty_like(bias, dtype=weight.dtype)
-    work = tl.float64 if working_precision(weight) == torch.float64 else tl.float32
-    vectors = (tensor.contiguous() for tensor in (bias, running_mean, running_var, scale, offset))
-    with torch.cuda.device_of(weight):
-        kernels.fold[(len(weight),)](
-            *(weight, *vectors, folded, folded_bias, weight[0].numel()), EPS=eps, WORK=work, BLOCK=128
-        )
-    return folded, folded_bias
-
-
-@fold_op.register_fake
-def _(weight: Tensor, bias: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape), bias.new_empty(bias.shape, dtype=weight.dtype)
 
 
 def _join(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, int]:

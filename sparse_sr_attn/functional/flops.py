@@ -140,8 +140,8 @@ def _pointwise_backward(grad: Shape, x: Shape, weight: Shape, *_: Any, **__: Any
     return 2 * 2 * prod(x) * weight[0]
 
 
-def _shift_conv_input(grad: Shape, x: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(grad) * x[1]
+def _conv1x1_backward(grad: Shape, x: Shape, weight: Shape, *options: Any, **_: Any) -> int:
+    return 2 * prod(grad) * x[1] * sum(options[-2:])  # which gradients are wanted
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
@@ -172,9 +172,9 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "hash_step": _hash,
     "pointwise_conv2d": _pointwise,
     "pointwise_conv2d_backward": _pointwise_backward,
-    "shift_conv2d": _pointwise,
-    "shift_conv2d_input": _shift_conv_input,
-    "shift_conv2d_weight": _shift_conv_input,
+    "conv1x1": _pointwise,
+    "conv1x1_norm": _pointwise,
+    "conv1x1_backward": _conv1x1_backward,
 }
 
 

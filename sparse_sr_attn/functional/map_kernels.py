@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 # Sizes that change from image to image. Kernels are not specialised to their divisibility by 16.
-_of_maps = triton.jit(do_not_specialize=["num_pixels", "height", "width"])
+_of_maps = triton.jit(do_not_specialize=["num_pixels", "height", "width", "num_programs"])
 
 
 @triton.jit
@@ -23,21 +23,35 @@ def _read(pointer, pixel, channel, num_pixels, channels, area, LAST: tl.constexp
 
 
 @triton.jit
-def _sources(pixel, channel, channels, height, width):
-    """Return the pixels that the shift reads each channel from, wrapped around the map, and a mask of those inside."""
-    group = channels // 5
-    turn = tl.where(channel < 4 * group, channel // tl.maximum(group, 1), 4)[None, :]
-    column = (pixel % width)[:, None] + (turn == 0).to(tl.int32) - (turn == 1).to(tl.int32)
-    row = (pixel // width % height)[:, None] + (turn == 2).to(tl.int32) - (turn == 3).to(tl.int32)
-    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    column, row = (column + width) % width, (row + height) % height
-    return (pixel // (height * width))[:, None] * height * width + row * width + column, inside
+def _sources(pixel, channel, channels, height, width, SHIFT: tl.constexpr):
+    """Return the pixels that each channel is read from, wrapped around the map, and a mask of those inside."""
+    source, inside = pixel[:, None], (pixel >= 0)[:, None]
+    if SHIFT:
+        group = channels // 5
+        turn = tl.where(channel < 4 * group, channel // tl.maximum(group, 1), 4)[None, :]
+        column = (pixel % width)[:, None] + (turn == 0).to(tl.int32) - (turn == 1).to(tl.int32)
+        row = (pixel // width % height)[:, None] + (turn == 2).to(tl.int32) - (turn == 3).to(tl.int32)
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        column, row = (column + width) % width, (row + height) % height
+        source = (pixel // (height * width))[:, None] * height * width + row * width + column
+    return source, inside
 
 
 @triton.jit
-def _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU: tl.constexpr, LAST: tl.constexpr):
-    """Return the shifted channels of pixels, after the ReLU if there is one."""
-    source, inside = _sources(pixel, channel, channels, height, width)
+def _inputs(
+    x,
+    pixel,
+    channel,
+    num_pixels,
+    channels,
+    height,
+    width,
+    SHIFT: tl.constexpr,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Return the channels of pixels, after the ReLU and the shift if there are such."""
+    source, inside = _sources(pixel, channel, channels, height, width, SHIFT)
     mask = inside & (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
     at = _place(source, channel[None, :], channels, height * width, LAST)
     read = tl.load(x + at, mask=mask, other=0.0)
@@ -47,16 +61,24 @@ def _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU: tl.co
 
 
 @_of_maps
-def shift_conv(
+def conv(
     x,
     weight,
     bias,
+    residual,
+    mean,
+    variance,
+    factor,
+    offset,
     output,
     num_pixels,
     height,
     width,
     channels,
     features,
+    EPS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     WORK: tl.constexpr,
@@ -66,33 +88,46 @@ def shift_conv(
     CHANNELS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Compute FEATURES channels of the shift convolution at PIXELS pixels, reading CHANNELS channels at a time."""
+    """Compute FEATURES channels of the convolution at PIXELS pixels, reading CHANNELS channels at a time.
+
+    They are normalised if there is a `mean`, and added to the residual, times SCALE, if there is one.
+    """
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     acc = tl.zeros([PIXELS, FEATURES], WORK)
     for begin in range(0, channels, CHANNELS):
         channel = begin + tl.arange(0, CHANNELS)
-        read = _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU, LAST)
+        read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
         mask = (channel < channels)[:, None] & (feature < features)[None, :]
         w = tl.load(weight + feature[None, :] * channels + channel[:, None], mask=mask, other=0.0)
         acc += tl.dot(read.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-    acc += tl.load(bias + feature, mask=feature < features, other=0.0).to(WORK)[None, :]
+    exists = feature < features
+    shift = tl.load(bias + feature, mask=exists, other=0.0).to(WORK)
+    if mean is not None:
+        eps = tl.full([FEATURES], EPS, WORK)  # a number by itself would be float32
+        spread = tl.sqrt(tl.load(variance + feature, mask=exists, other=1.0).to(WORK) + eps)
+        scale = tl.load(factor + feature, mask=exists, other=0.0).to(WORK) / spread
+        shift -= tl.load(mean + feature, mask=exists, other=0.0).to(WORK)
+        shift = shift * scale + tl.load(offset + feature, mask=exists, other=0.0).to(WORK)
+        acc *= scale[None, :]
+    acc += shift[None, :]
     at = _place(pixel[:, None], feature[None, :], features, height * width, LAST)
-    mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
+    mask = (pixel < num_pixels)[:, None] & exists[None, :]
+    if residual is not None:
+        acc = tl.load(residual + at, mask=mask, other=0.0).to(WORK) + acc * tl.full([1, 1], SCALE, WORK)
     tl.store(output + at, acc.to(output.dtype.element_ty), mask=mask)
 
 
-@_of_maps
-def shift_conv_input(
+@triton.jit
+def _input_gradient(
     grad,
     x,
     weight,
     output,
-    num_pixels,
-    height,
-    width,
-    channels,
-    features,
+    program,
+    sizes,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     WORK: tl.constexpr,
@@ -100,36 +135,79 @@ def shift_conv_input(
     PRECISION: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    FEATURES: tl.constexpr,
+    READ: tl.constexpr,
 ):
     """Compute the gradient of CHANNELS channels of the input, written where PIXELS pixels read them.
 
     Reading wraps around the map, so that each pixel is written once; what comes from outside is 0.
     """
-    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    num_pixels, height, width, channels, features = sizes
+    columns = tl.cdiv(channels, CHANNELS)
+    pixel = (program // columns).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    channel = program % columns * CHANNELS + tl.arange(0, CHANNELS)
     acc = tl.zeros([PIXELS, CHANNELS], WORK)
-    for begin in range(0, features, FEATURES):
-        feature = begin + tl.arange(0, FEATURES)
-        mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
-        g = tl.load(
-            grad + _place(pixel[:, None], feature[None, :], features, height * width, LAST), mask=mask, other=0.0
-        )
+    for begin in range(0, features, READ):
+        feature = begin + tl.arange(0, READ)
+        g = _read(grad, pixel, feature, num_pixels, features, height * width, LAST)
         mask = (feature < features)[:, None] & (channel < channels)[None, :]
         w = tl.load(weight + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
         acc += tl.dot(g.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-    source, inside = _sources(pixel, channel, channels, height, width)
+    source, inside = _sources(pixel, channel, channels, height, width, SHIFT)
     at = _place(source, channel[None, :], channels, height * width, LAST)
     mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
     if RELU:
         inside = inside & (tl.load(x + at, mask=mask, other=0.0) > 0)
+    acc *= tl.full([1, 1], SCALE, WORK)
     tl.store(output + at, tl.where(inside, acc, 0.0).to(output.dtype.element_ty), mask=mask)
 
 
-@_of_maps
-def shift_conv_weight(
+@triton.jit
+def _weight_gradient(
     grad,
     x,
+    partial,
+    program,
+    sizes,
+    share,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    READ: tl.constexpr,
+):
+    """Compute a part of the gradients of weight and bias: that of `share` pixels."""
+    num_pixels, height, width, channels, features = sizes
+    num_parts, columns = tl.cdiv(num_pixels, share).to(tl.int32), tl.cdiv(channels, CHANNELS)
+    part, column = (program % num_parts).to(tl.int64), program // num_parts % columns
+    feature = program // (num_parts * columns) * FEATURES + tl.arange(0, FEATURES)
+    channel = column * CHANNELS + tl.arange(0, CHANNELS)
+    acc = tl.zeros([FEATURES, CHANNELS], WORK)
+    total = tl.zeros([FEATURES], WORK)
+    for begin in range(0, share, READ):
+        pixel = part * share + begin + tl.arange(0, READ)
+        g = _read(grad, pixel, feature, num_pixels, features, height * width, LAST)
+        read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
+        acc += tl.dot(tl.trans(g).to(DOT), read.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+        total += tl.sum(g.to(WORK), 0)
+    scale = tl.full([FEATURES], SCALE, WORK)
+    own = partial + part * (features * channels + features)
+    mask = (feature < features)[:, None] & (channel < channels)[None, :]
+    tl.store(own + feature[:, None] * channels + channel[None, :], acc * scale[:, None], mask=mask)
+    if column == 0:
+        tl.store(own + features * channels + feature, total * scale, mask=feature < features)
+
+
+@_of_maps
+def conv_backward(
+    grad,
+    x,
+    weight,
+    output,
     partial,
     num_pixels,
     height,
@@ -137,6 +215,9 @@ def shift_conv_weight(
     channels,
     features,
     share,
+    num_programs,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     RELU: tl.constexpr,
     LAST: tl.constexpr,
     WORK: tl.constexpr,
@@ -145,27 +226,53 @@ def shift_conv_weight(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     FEATURES: tl.constexpr,
+    READ: tl.constexpr,
 ):
-    """Compute a part of the gradients of weight and bias, of `share` pixels; the parts are summed afterwards."""
-    part = tl.program_id(0)
-    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    acc = tl.zeros([FEATURES, CHANNELS], WORK)
-    total = tl.zeros([FEATURES], WORK)
-    for begin in range(0, share, PIXELS):
-        pixel = part.to(tl.int64) * share + begin + tl.arange(0, PIXELS)
-        mask = (pixel < num_pixels)[:, None] & (feature < features)[None, :]
-        g = tl.load(
-            grad + _place(pixel[:, None], feature[None, :], features, height * width, LAST), mask=mask, other=0.0
+    """Compute gradients times SCALE: the first `num_programs` programs those of the weights, the others of the input.
+
+    Parts of the gradients of weights are summed afterwards.
+    """
+    program = tl.program_id(0)
+    sizes = (num_pixels, height, width, channels, features)
+    if program < num_programs:
+        _weight_gradient(
+            grad,
+            x,
+            partial,
+            program,
+            sizes,
+            share,
+            SCALE,
+            SHIFT,
+            RELU,
+            LAST,
+            WORK,
+            DOT,
+            PRECISION,
+            CHANNELS,
+            FEATURES,
+            READ,
         )
-        read = _shifted(x, pixel, channel, num_pixels, channels, height, width, RELU, LAST)
-        acc += tl.dot(tl.trans(g).to(DOT), read.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-        total += tl.sum(g.to(WORK), 0)
-    own = partial + part.to(tl.int64) * (features * channels + features)
-    mask = (feature < features)[:, None] & (channel < channels)[None, :]
-    tl.store(own + feature[:, None] * channels + channel[None, :], acc, mask=mask)
-    if tl.program_id(2) == 0:
-        tl.store(own + features * channels + feature, total, mask=feature < features)
+    else:
+        program -= num_programs
+        _input_gradient(
+            grad,
+            x,
+            weight,
+            output,
+            program,
+            sizes,
+            SCALE,
+            SHIFT,
+            RELU,
+            LAST,
+            WORK,
+            DOT,
+            PRECISION,
+            PIXELS,
+            CHANNELS,
+            READ,
+        )
 
 
 @triton.jit(do_not_specialize=["count", "channels"])
@@ -202,34 +309,6 @@ def move_statistics(
         tl.store(running_mean + channel, new_mean.to(old_mean.dtype), mask=mask)
         tl.store(running_var + channel, new_var.to(old_var.dtype), mask=mask)
         tl.store(num_batches, tl.load(num_batches) + 1)
-
-
-@triton.jit(do_not_specialize=["width"])
-def fold(
-    weight,
-    bias,
-    mean,
-    variance,
-    scale,
-    offset,
-    folded_weight,
-    folded_bias,
-    width,
-    EPS: tl.constexpr,
-    WORK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Multiply a row of `width` weights by the factor of a normalisation, and compute its bias."""
-    row = tl.program_id(0)
-    eps = tl.full([], EPS, WORK)  # a number by itself would be float32
-    factor = tl.load(scale + row).to(WORK) / tl.sqrt(tl.load(variance + row).to(WORK) + eps)
-    difference = tl.load(bias + row).to(WORK) - tl.load(mean + row).to(WORK)
-    tl.store(folded_bias + row, (difference * factor + tl.load(offset + row).to(WORK)).to(bias.dtype.element_ty))
-    for begin in range(0, width, BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        at, mask = row * width + column, column < width
-        read = tl.load(weight + at, mask=mask, other=0.0).to(WORK)
-        tl.store(folded_weight + at, (read * factor).to(weight.dtype.element_ty), mask=mask)
 
 
 @triton.jit

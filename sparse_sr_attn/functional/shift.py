@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.errors import BackendError
-from sparse_sr_attn.functional._torch import conv_precision
 from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.channels_last import is_channels_last, pointwise_conv2d
-from sparse_sr_attn.functional.shift_triton import shift_conv_op
+from sparse_sr_attn.functional.conv_triton import conv1x1
 
 Form = Literal["slices", "masked"]
 """How a shift convolution is computed: by shifted slices, or as a 3x3 convolution with five nonzero pixels."""
@@ -80,8 +79,10 @@ def shift_conv2d(
     *,
     form: Form = "slices",
     relu: bool = False,
+    residual: Float[Tensor, "b o h w"] | None = None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "b o h w"]:
-    """Return the 1x1 convolution of `shift2d(x)`.
+    """Return the 1x1 convolution of `shift2d(x)`, or `residual` plus `scale` times this convolution.
 
     On GPUs with triton, one kernel does it all, for "slices" with a bias.
 
@@ -92,6 +93,8 @@ def shift_conv2d(
         form: "slices" moves slices of the map; "masked" is one 3x3 convolution, which takes nine times the products but
             keeps no shifted copy of the map for the backward. The results agree up to rounding.
         relu: take `relu(x)` instead of `x`.
+        residual: a map to add the convolution to.
+        scale: factor on the convolution that is added.
 
     Raises:
         BackendError: `form` is unknown.
@@ -106,8 +109,9 @@ def shift_conv2d(
     if form not in get_args(Form):
         raise BackendError(f"form must be 'slices' or 'masked', got {form!r}")
     if form == "slices" and bias is not None and runs_kernels(x.device):
-        dtype = conv_precision(x)
-        return shift_conv_op(x.to(dtype), weight.to(dtype), bias.to(dtype), relu)
+        return conv1x1(x, weight, bias, shift=True, relu=relu, residual=residual, scale=scale)
+    if residual is not None:
+        return torch.add(residual, shift_conv2d(x, weight, bias, form=form, relu=relu), alpha=scale)
     x = F.relu(x) if relu else x
     if form == "masked":
         return F.conv2d(x, spread(weight), bias, padding=1)

@@ -25,6 +25,7 @@ from sparse_sr_attn.functional._torch import (
 )
 from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
+from sparse_sr_attn.functional.conv_triton import conv1x1
 from sparse_sr_attn.functional.l2_normalize import MAX_LOGIT_SCALE, scale_rows
 from sparse_sr_attn.registry import Registry
 
@@ -279,6 +280,15 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind or any(hooks):
         return False
     return "forward" not in module.__dict__ and not _has_any_global_hook()
+
+
+def add_conv(
+    x: Float[Tensor, "b o h w"], conv: PointwiseConv2d, inner: Float[Tensor, "b c h w"], scale: float
+) -> Float[Tensor, "b o h w"]:
+    """Return `x + scale * conv(inner)`, on GPUs with Triton by one kernel."""
+    if conv.bias is not None and runs_kernels(x.device) and is_unmodified(conv, PointwiseConv2d):
+        return conv1x1(inner, conv.weight, conv.bias, residual=x, scale=scale)
+    return torch.add(x, conv(inner), alpha=scale)
 
 
 def output_proj(embed_dim: int, *, zero_init: bool) -> PointwiseConv2d:

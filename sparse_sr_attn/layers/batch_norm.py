@@ -2,11 +2,14 @@
 
 from typing import cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.batch_norm import batch_norm, fold
 from sparse_sr_attn.functional.channels_last import pointwise_conv2d
+from sparse_sr_attn.functional.conv_triton import conv1x1, conv1x1_norm
 from sparse_sr_attn.layers.base import (
     PointwiseConv2d,
     is_unmodified,
@@ -68,13 +71,12 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h w"]:
         """Return the normalised map."""
-        unmodified = is_unmodified(self.conv, PointwiseConv2d) and is_unmodified(self.norm, BatchNorm2d)
-        if not unmodified or self.training or self.norm.training or not self.norm.track_running_stats:
-            return self.norm(self.conv(x))
-        return pointwise_conv2d(x, *self.folded())
-
-    def folded(self) -> tuple[Float[Tensor, "o i 1 1"], Float[Tensor, "o"]]:
-        """Return weight and bias of the fused convolution."""
         conv, norm = self.conv, self.norm
-        bias = cast(Tensor, conv.bias)
-        return fold(conv.weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        unmodified = is_unmodified(conv, PointwiseConv2d) and is_unmodified(norm, BatchNorm2d)
+        if not unmodified or self.training or norm.training or not norm.track_running_stats:
+            by_kernel = unmodified and runs_kernels(x.device)
+            return norm(conv1x1(x, conv.weight, cast(Tensor, conv.bias)) if by_kernel else conv(x))
+        statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+        if runs_kernels(x.device) and not torch.is_grad_enabled():
+            return conv1x1_norm(x, conv.weight, cast(Tensor, conv.bias), *statistics)
+        return pointwise_conv2d(x, *fold(conv.weight, cast(Tensor, conv.bias), *statistics))

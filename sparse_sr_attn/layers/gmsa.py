@@ -26,6 +26,7 @@ from sparse_sr_attn.functional.window import (
 from sparse_sr_attn.layers.base import (
     LAYERS,
     AttentionLayer,
+    add_conv,
     check_map,
     check_state,
     output_proj,
@@ -93,7 +94,7 @@ class SharedGMSA(AttentionLayer):
         state = check_state(state, WindowAttention, x, _HINT)
         given, x = x, channels_last(x)
         attended = self._attended(self.value(x), state)
-        return in_format_of(torch.add(x, self.output(attended), alpha=self.res_scale), given)
+        return in_format_of(add_conv(x, self.output, attended, self.res_scale), given)
 
     def _attended(self, value: Float[Tensor, "b c h w"], state: WindowAttention) -> Float[Tensor, "b c h w"]:
         sizes = state.window_sizes

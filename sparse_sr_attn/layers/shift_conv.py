@@ -3,6 +3,8 @@
 Zhang et al., "Efficient Long-Range Attention Network for Image Super-resolution", ECCV 2022, arXiv 2203.06697.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -113,6 +115,15 @@ class LFE(nn.Module):
             return self._whole(x)
         x = channels_last(x)
         return torch.cat([self._lines(x, start, start + step) for start in range(0, x.shape[2], step)], dim=2)
+
+    def add_to(self, x: Float[Tensor, "b c h w"], scale: float) -> Float[Tensor, "b c h w"]:
+        """Return `x + scale * self(x)`; on GPUs with Triton, the sum takes no kernel of its own."""
+        if not runs_kernels(x.device) or not is_unmodified(self, LFE) or not self._is_unmodified():
+            return torch.add(x, self(x), alpha=scale)
+        check_map(x, self.embed_dim)
+        inner = self._shift_conv(self.conv1, x)
+        options: dict[str, Any] = {"form": self.form, "relu": True, "residual": x, "scale": scale}
+        return shift_conv2d(inner, self.conv2.weight, self.conv2.bias, **options)
 
     def _whole(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return self._shift_conv(self.conv2, self._shift_conv(self.conv1, x), relu=True)

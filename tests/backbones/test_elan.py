@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sparse_sr_attn import ELAN, ConfigError, create_model, load_model
 from sparse_sr_attn.backbones.base import DIV2K_MEAN
-from sparse_sr_attn.backbones.elan import _reflected
+from sparse_sr_attn.backbones.elan import _cut, _padded, _reflected
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS
 from sparse_sr_attn.layers.batch_norm import ConvNorm
 
@@ -126,6 +126,22 @@ def test_reflection_goes_to_and_fro() -> None:
             x = picture(2, 1, side, 3)
             expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, -side % multiple), (0, 0)), mode="reflect")
             assert torch.equal(_reflected(x, 2, multiple), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("size", [(16, 32), (9, 32), (16, 31), (17, 40), (8, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize("learns", [False, True])
+def test_padding_equals_that_for_compilers(size: tuple[int, int], learns: bool) -> None:
+    """To the bit, also where maps are smaller than their padding; and so does what is cut off."""
+    x = picture(2, 3, *size).requires_grad_(learns)
+    expected = _reflected(_reflected(x, 2, 16), 3, 16)
+    padded = _padded(x, 16)
+    assert torch.equal(padded, expected)
+    if learns:
+        probe = picture(*padded.shape, seed=1)
+        assert torch.equal(*(torch.autograd.grad(each, x, probe)[0] for each in (padded, expected)))
+    cut = _cut(expected.detach().contiguous(memory_format=torch.channels_last), *size)
+    assert torch.equal(cut, x)
+    assert cut.is_contiguous()
 
 
 def test_padding_is_that_of_the_whole_image() -> None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_sr_attn import GMSA, NLSA, LCoA, ShiftConv2d
 from sparse_sr_attn.functional import channels_last as layout
-from sparse_sr_attn.functional import cluster, flops, sparsemax, window
+from sparse_sr_attn.functional import cluster, conv_triton, flops, sparsemax, window
 from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.testing.strategies import Case
 
@@ -115,6 +115,18 @@ def test_sparsemax_and_pointwise_count_as_much_as_plain_code() -> None:
     assert forward_and_backward(lambda: layout.pointwise_conv2d(x, conv.weight, conv.bias)) == expected
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_convolutions_by_kernels_count_as_much_as_plain_code() -> None:
+    conv, norm = torch.nn.Conv2d(6, 4, 1), torch.nn.BatchNorm2d(4).eval()
+    parameters, statistics = (conv.weight, conv.bias), (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    for learns in (False, True):
+        x = torch.randn(2, 6, 5, 7).requires_grad_(learns)
+        expected = forward_and_backward(lambda x=x: conv(x))
+        assert forward_and_backward(lambda x=x: conv_triton.conv1x1(x, *parameters, shift=True)) == expected
+    with torch.no_grad():
+        assert counted(lambda: conv_triton.conv1x1_norm(x, *parameters, *statistics, 1e-5)) == counted(lambda: conv(x))
+
+
 def test_layers_by_hand() -> None:
     x = torch.randn(1, 8, 8, 8)
     layer = LCoA(8, num_clusters=4, chunk_size=16, reduction=4)
@@ -133,8 +145,7 @@ def test_layers_by_hand() -> None:
 
 def test_every_operator_with_products_has_a_formula() -> None:
     names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "sparse_sr_attn::" in name}
-    without = {"fold_batch_norm", "l2_normalize", "l2_normalize_backward", "move_running_statistics", "order_clusters"}
-    without |= {"sort_by_cluster"}
+    without = {"l2_normalize", "l2_normalize_backward", "move_running_statistics", "order_clusters", "sort_by_cluster"}
     assert names - set(flops._FORMULAS) == without
     assert set(flops._FORMULAS) <= names
 

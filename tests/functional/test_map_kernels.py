@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_sr_attn.functional import batch_norm, l2_normalize, shift_triton
+from sparse_sr_attn.functional import batch_norm, conv_triton, l2_normalize
 from sparse_sr_attn.functional.channels_last import pixel_products
 from sparse_sr_attn.reference import shift as slow_shift
 from sparse_sr_attn.testing.strategies import Case
@@ -28,57 +28,115 @@ both_memories = pytest.mark.parametrize("memory", [torch.contiguous_format, torc
 sizes = st.tuples(*(st.integers(1, high) for high in (3, 13, 7, 7)))
 
 
-@both_memories
-@pytest.mark.parametrize("relu", [False, True])
-@few
-@given(size=sizes, features=st.integers(1, 9))
-@example(size=(2, 10, 1, 1), features=3)
-@example(size=(1, 4, 3, 3), features=4)  # too few channels to shift
-@example(size=(2, 70, 9, 11), features=66)  # several blocks of pixels, channels and features
-def test_shift_convolution(
-    device: torch.device, memory: torch.memory_format, relu: bool, size: tuple[int, ...], features: int
-) -> None:
-    x, weight, bias = (
+Sizes = tuple[int, ...]
+
+
+def convolution(device: torch.device, size: Sizes, features: int, memory: torch.memory_format) -> list[Tensor]:
+    """Return leaves: a map, weight and bias of a 1x1 convolution, and a residual in contiguous memory."""
+    b, c, h, w = size
+    x, *others = (
         Case().tensor(name, *shape, device=device)
-        for name, shape in (("x", size), ("weight", (features, size[1], 1, 1)), ("bias", (features,)))
+        for name, shape in (
+            ("x", size),
+            ("weight", (features, c, 1, 1)),
+            ("bias", (features,)),
+            ("residual", (b, features, h, w)),
+        )
     )
     x[:, :, -1:] = 0  # where the gradient of ReLU is 0
-    leaves = [each.requires_grad_() for each in (x.contiguous(memory_format=memory), weight, bias)]
-    actual = shift_triton.shift_conv_op(*leaves, relu)
-    expected = F.conv2d(slow_shift.shift2d(leaves[0].relu() if relu else leaves[0]), weight, bias)
+    return [each.requires_grad_() for each in (x.contiguous(memory_format=memory), *others)]
+
+
+def expected_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *, shift: bool, relu: bool, scale: float
+) -> Tensor:
+    x = x.relu() if relu else x
+    branch = F.conv2d(slow_shift.shift2d(x) if shift else x, weight, bias)
+    return branch if residual is None else residual + scale * branch
+
+
+@both_memories
+@few
+@given(
+    size=sizes,
+    features=st.integers(1, 9),
+    shift=st.booleans(),
+    relu=st.booleans(),
+    scale=st.sampled_from((None, 1.0, 0.1)),
+)
+@example(size=(2, 10, 1, 1), features=3, shift=True, relu=True, scale=None)
+@example(size=(1, 4, 3, 3), features=4, shift=True, relu=False, scale=0.1)  # too few channels to shift
+@example(size=(2, 70, 9, 11), features=66, shift=True, relu=True, scale=0.1)  # several blocks of each kind
+@example(size=(2, 70, 9, 11), features=66, shift=False, relu=False, scale=1.0)
+def test_convolution(
+    device: torch.device,
+    memory: torch.memory_format,
+    size: Sizes,
+    features: int,
+    shift: bool,
+    relu: bool,
+    scale: float | None,
+) -> None:
+    """Of a map as it is or shifted, alone or times a scale and added to a residual."""
+    leaves = convolution(device, size, features, memory)
+    residual = None if scale is None else leaves[3]
+    leaves = leaves if residual is not None else leaves[:3]
+    options = {"shift": shift, "relu": relu, "scale": 1.0 if scale is None else scale}
+    actual = conv_triton.conv1x1(*leaves[:3], residual=residual, **options)
+    expected = expected_convolution(*leaves[:3], residual, **options)
     assert_values_close(actual, expected)
     assert actual.is_contiguous(memory_format=memory) or size[1] == 1  # which is in both formats
     probe = Case().tensor("probe", *expected.shape, device=device)
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
-def test_shift_convolution_of_halves_sums_in_float32(device: torch.device) -> None:
-    tensors = [
-        Case().tensor(name, *shape, device=device).to(torch.bfloat16)
-        for name, shape in (("x", (2, 40, 9, 11)), ("weight", (6, 40, 1, 1)), ("bias", (6,)))
-    ]
-    leaves = [each.requires_grad_() for each in tensors]
-    actual = shift_triton.shift_conv_op(*leaves, True)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_convolution_of_halves_sums_in_float32(device: torch.device, weights: torch.dtype) -> None:
+    """Weights and residuals keep their precision, as under autocast."""
+    given = convolution(device, (2, 40, 9, 11), 6, torch.channels_last)
+    dtypes = torch.bfloat16, weights, weights, weights
+    leaves = [leaf.detach().bfloat16().to(dtype).requires_grad_() for leaf, dtype in zip(given, dtypes, strict=True)]
+    options = {"shift": True, "relu": True, "scale": 0.1}
+    actual = conv_triton.conv1x1(*leaves[:3], residual=leaves[3], **options)
     exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
-    expected = F.conv2d(slow_shift.shift2d(exact[0].relu()), *exact[1:])
-    probe = Case().tensor("probe", *expected.shape, device=device).to(torch.bfloat16)
+    expected = expected_convolution(*exact, **options)
+    probe = Case().tensor("probe", *expected.shape, device=device).to(weights)
     found = [actual, *gradients(actual, leaves, probe)]
-    for mine, other in zip(found, [expected, *gradients(expected, exact, probe.float())], strict=True):
-        assert mine.dtype == torch.bfloat16
+    wanted = [expected, *gradients(expected, exact, probe.float())]
+    for mine, other, dtype in zip(found, wanted, (weights, *dtypes), strict=True):
+        assert mine.dtype == dtype
         torch.testing.assert_close(mine.float(), other, rtol=2**-7, atol=2**-7)
 
 
 def test_only_gradients_that_are_needed_are_computed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
-    launch = shift_triton._launch
-    monkeypatch.setattr(shift_triton, "_launch", lambda *args: launched.append(args[0]) or launch(*args))
-    x, weight, bias = (Case().tensor("x", *size, device=device) for size in ((1, 5, 3, 3), (2, 5, 1, 1), (2,)))
-    for leaf, needed in ((x, "shift_conv_input"), (bias, "shift_conv_weight")):
+    launched: list[tuple[int, ...]] = []
+    launch = conv_triton._launch
+    monkeypatch.setattr(conv_triton, "_launch", lambda *args: launched.append(args[4]) or launch(*args))
+    leaves = [leaf.detach() for leaf in convolution(device, (1, 5, 3, 3), 2, torch.channels_last)]
+    x, _, bias, residual = leaves
+    for leaf, programs in ((x, 1), (bias, 1), (residual, 0)):
         launched.clear()
         leaf.requires_grad_()
-        shift_triton.shift_conv_op(x, weight, bias, False).sum().backward()
+        conv_triton.conv1x1(*leaves[:3], residual=residual).sum().backward()
         leaf.requires_grad_(False)
-        assert launched == ["shift_conv", needed]
+        assert launched == [(1, 1), (programs,)][: 1 + programs]
+
+
+@both_memories
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "features"), [((2, 3, 1, 5), 2), ((1, 70, 9, 11), 66)], ids=str)
+def test_convolution_with_normalisation(
+    device: torch.device, memory: torch.memory_format, dtype: torch.dtype, size: Sizes, features: int
+) -> None:
+    x, weight, bias, _ = (leaf.detach().to(dtype) for leaf in convolution(device, size, features, memory))
+    mean, var, scale, offset = (Case().tensor(name, features, device=device) for name in ("mean", "var", "a", "b"))
+    norm = mean, var.square(), scale, offset
+    actual = conv_triton.conv1x1_norm(x, weight, bias, *norm, 1e-3)
+    expected = F.batch_norm(F.conv2d(x.double(), weight.double(), bias.double()), *norm, eps=1e-3)
+    assert actual.dtype == dtype
+    assert actual.is_contiguous(memory_format=memory)
+    bound = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2**-7, "atol": 1e-3}
+    torch.testing.assert_close(actual.double(), expected, **bound)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter, of who sees the NaN
@@ -107,20 +165,6 @@ def test_moved_statistics(
     for mine, other in zip(kept, expected, strict=True):
         assert_values_close(mine, other)
     assert int(kept[-1]) == (8 if wrong is None else 7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 2), (5, 300)], ids=str)
-def test_folded_normalisation(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    weight = Case().tensor("weight", *shape, 1, 1, device=device).to(dtype)
-    vectors = [Case().tensor(name, shape[0], device=device).to(dtype) for name in ("bias", "mean", "a", "b")]
-    vectors.insert(2, Case().tensor("var", shape[0], device=device).square().to(dtype))
-    bound = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2**-7, "atol": 1e-6}
-    for mine, other in zip(
-        batch_norm.fold_op(weight, *vectors, 1e-5), batch_norm.fold(weight, *vectors, 1e-5), strict=True
-    ):
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine, other, **bound)
 
 
 @few
@@ -192,28 +236,38 @@ import sys
 import machine_code
 import triton.language as tl
 import torch
-from sparse_sr_attn.functional import map_kernels, shift_triton
+from sparse_sr_attn.functional import conv_triton, map_kernels
 from sparse_sr_attn.functional._triton import padded, precision_options
 
-SIZES = ("num_pixels", "height", "width", "channels", "features", "share")
-pixels, columns, read = shift_triton._PIXELS, shift_triton._COLUMNS, shift_triton._READ
-for dtype in (torch.float32, torch.bfloat16, torch.float64):
-    blocks = {
-        "shift_conv": dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns),
-        "shift_conv_input": dict(PIXELS=pixels, CHANNELS=columns, FEATURES=read),
-        "shift_conv_weight": dict(PIXELS=read, CHANNELS=columns, FEATURES=columns),
-    }
-    for name, sides in blocks.items():
-        options = {**precision_options(dtype, dtype, "tf32x3", "highest"), **sides, "RELU": True, "LAST": True}
-        accumulated = "fp64" if dtype == torch.float64 else "fp32"
-        found = machine_code.usage(
-            getattr(map_kernels, name),
-            {**options, **shift_triton._LAUNCH},
-            SIZES,
-            lambda argument: accumulated if argument == "partial" else machine_code.NAMES[dtype],
-        )
-        print(name, dtype, found, flush=True)
-        assert dtype == torch.float64 or found.spilled == 0, (name, dtype, found)
+SIZES = ("num_pixels", "height", "width", "channels", "features", "share", "num_programs")
+pixels, columns, read = conv_triton._PIXELS, conv_triton._COLUMNS, conv_triton._READ
+BLOCKS = {
+    "conv": dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns, EPS=1e-5),
+    "conv_backward": dict(PIXELS=pixels, CHANNELS=columns, FEATURES=columns, READ=read),
+}
+NORM = dict.fromkeys(("mean", "variance", "factor", "offset"))
+for dtype, weights in (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float64),
+):
+    for name, sides in BLOCKS.items():
+        options = {**precision_options(dtype, dtype, "tf32x3", "highest"), **sides, "LAST": True, "SCALE": 0.1}
+        forms = [{"SHIFT": True, "RELU": True, **NORM}]
+        if dtype != weights or dtype == torch.float32:
+            forms += [{"SHIFT": False, "RELU": False, "residual": None}]
+        types = {"x": dtype, "partial": torch.float64 if dtype == torch.float64 else torch.float32}
+        types |= {"output": dtype} if name != "conv" else {}
+        for form in forms:
+            found = machine_code.usage(
+                getattr(map_kernels, name),
+                {**options, **form, **conv_triton._LAUNCH},
+                SIZES,
+                lambda argument: machine_code.NAMES[types.get(argument, weights)],
+            )
+            print(name, dtype, weights, form, found, flush=True)
+            assert dtype == torch.float64 or found.spilled == 0, (name, dtype, found)
 """
 
 
@@ -230,7 +284,6 @@ WORK = {"fp32": tl.float32, "fp64": tl.float64}
 for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
     options = {
         "move_statistics": dict(MOMENTUM=0.1, EPS=1e-5, BLOCK=64),
-        "fold": dict(EPS=1e-5, WORK=WORK[work], BLOCK=128),
         "normalize": dict(FLOOR=5e-5, MOST=4.6, SCALED=True, WORK=WORK[work], ROWS=128, BLOCK=16),
         "normalize_backward": dict(FLOOR=5e-5, MOST=4.6, SCALED=True, WORK=WORK[work], ROWS=128, BLOCK=16),
         "apply_pending": dict(DECAY=0.999, THRESHOLD=0.01, EPS=1e-12, BLOCK_K=128, BLOCK_D=64),

@@ -222,11 +222,12 @@ def test_kernels_of_maps(device: torch.device) -> None:
     weight, bias = (Case().tensor(name, *size, device=device) for name, size in (("w", (3, 7, 1, 1)), ("b", (3,))))
     grad = Case().tensor("grad", 2, 3, 3, 4, device=device)
     for given in (x, last):
-        check(operator("shift_conv2d"), (given, weight.requires_grad_(), bias, True))
-        check(operator("shift_conv2d_input"), (grad, given.detach(), weight.detach(), True))
-        check(operator("shift_conv2d_weight"), (grad, given.detach(), True))
-    vectors = [Case().tensor(name, 7, device=device).abs() for name in ("bias", "mean", "var", "scale", "offset")]
-    check(operator("fold_batch_norm"), (Case().tensor("weight", 7, 5, 1, 1, device=device), *vectors, 1e-5))
+        for residual in (None, grad.float().requires_grad_()):
+            check(operator("conv1x1"), (given, weight.requires_grad_(), bias, True, True, residual, 0.1))
+        for wanted in ((True, True), (True, False), (False, True)):
+            check(operator("conv1x1_backward"), (grad, given.detach(), weight.detach(), True, True, 0.1, *wanted))
+        vectors = [Case().tensor(name, 3, device=device).abs() for name in ("bias", "mean", "var", "scale", "offset")]
+        check(operator("conv1x1_norm"), (given.detach(), weight.detach(), *vectors, 1e-5))
     rows = Case().tensor("rows", 2, 5, 3, device=device)
     logit_scale = torch.ones(1, dtype=torch.float64, device=device)
     for given in (rows, rows.mT.contiguous().mT, rows[0], rows[None].expand(2, -1, -1, -1).transpose(1, 2)):
@@ -320,13 +321,12 @@ def test_every_operator_is_checked_here() -> None:
         "cluster_attention_triton_backward",
         "cluster_lse",
         "cluster_lse_backward",
-        "fold_batch_norm",
         "hash_step",
         "l2_normalize",
         "l2_normalize_backward",
-        "shift_conv2d",
-        "shift_conv2d_input",
-        "shift_conv2d_weight",
+        "conv1x1",
+        "conv1x1_backward",
+        "conv1x1_norm",
         "grouped_window_attention",
         "grouped_window_attention_backward",
         "kmeans_step",

@@ -1,6 +1,8 @@
 """GMSA, its sharing, ELAB and the shift convolution, spelt out by hand."""
 
+import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +12,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d, build_layer
-from sparse_sr_attn.functional import backend
+from sparse_sr_attn.functional import backend, batch_norm, shift
 from sparse_sr_attn.functional.shift import shift2d, shift_conv2d
 from sparse_sr_attn.functional.window.grid import group_widths
-from sparse_sr_attn.layers import shift_conv
+from sparse_sr_attn.layers import base, shift_conv
+from sparse_sr_attn.layers import batch_norm as norms
 from sparse_sr_attn.layers.batch_norm import BatchNorm2d, ConvNorm
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
@@ -273,6 +276,63 @@ def test_the_kernel_of_all_groups_is_the_same_layer(
     expected = results()
     monkeypatch.setattr(backend, "_best_backend", lambda device: "triton")
     assert first.attend(x).query is not None
+    for mine, other in zip(results(), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Turn on the Triton kernels, as on a GPU."""
+
+    def turn_on() -> None:
+        monkeypatch.setattr(backend, "_best_backend", lambda device: "triton")
+        for module in (batch_norm, shift, base, norms, shift_conv):
+            monkeypatch.setattr(module, "runs_kernels", lambda device: True)
+
+    return turn_on
+
+
+@pytest.mark.unhooked
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("training", [False, True])
+def test_the_kernels_of_a_block_are_the_same_block(with_kernels: Callable[[], None], training: bool) -> None:
+    """Values, gradients and statistics; residuals and normalisation are part of the convolutions."""
+    torch.manual_seed(0)
+    block = trained(ELAB(10, share=2, window_sizes=(2, 3), res_scale=0.5).double()).train(training)
+    x, probe = features(2, 10, 5, 7).requires_grad_(training), features(2, 10, 5, 7, seed=1)
+
+    def results() -> list[Tensor]:
+        twin = copy.deepcopy(block)
+        with torch.set_grad_enabled(training):
+            y = twin(x)
+        found = torch.autograd.grad((y * probe).sum(), [x, *twin.parameters()]) if training else ()
+        return [y, *found, *twin.buffers()]
+
+    expected = results()
+    with_kernels()
+    for mine, other in zip(results(), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.unhooked
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
+def test_kernels_pass_no_hook_by(with_kernels: Callable[[], None]) -> None:
+    """What a hook sees, and what it returns, is the output of its module alone, without a residual."""
+    block = ELAB(10, window_sizes=(2, 3)).double().eval()
+    x, names = features(1, 10, 4, 6), ("lfe.0", "lfe.0.conv2", "attention.0.query", "attention.0.shared.output")
+
+    def results() -> list[Tensor]:
+        seen: list[Tensor] = []
+        for name in names:
+            hook = block.get_submodule(name).register_forward_hook(lambda _, __, y: seen.append(y) or 2 * y)
+            with torch.no_grad():
+                seen.append(block(x))
+            hook.remove()
+        return seen
+
+    expected = results()
+    assert len(expected) == 2 * len(names)
+    with_kernels()
     for mine, other in zip(results(), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
