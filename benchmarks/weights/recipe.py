@@ -296,7 +296,7 @@ def record(figures: Sequence[Figure]) -> None:
     lines = ",\n".join(json.dumps(asdict(figure), ensure_ascii=False) for figure in figures)
     RECORD.write_text(f"[\n{lines}\n]\n")
     page = PAGE.read_text()
-    for name, shown in (("included", included(figures)), ("parts", parts(figures)), ("all", figures)):
+    for name, shown in (("included", included(figures)), ("all", figures)):
         begin, end = f"<!-- figures: {name} -->\n", f"<!-- end of figures: {name} -->"
         before, _, rest = page.partition(begin)
         page = before + begin + table(shown) + end + rest.partition(end)[2]
@@ -307,11 +307,6 @@ def included(figures: Sequence[Figure]) -> list[Figure]:
     """Return the figures of the weights in the package, and of bicubic at the same factors."""
     factors = {figure.upscale for figure in figures if figure.included}
     return [figure for figure in figures if figure.included or (not figure.parameters and figure.upscale in factors)]
-
-
-def parts(figures: Sequence[Figure]) -> list[Figure]:
-    """Return the figures of EDSRs with and without the parts of LCoA, trained alike for a short time."""
-    return [figure for figure in figures if figure.trained_on == "3,000 × 8 × 48²" and figure.upscale == 2]
 
 
 def finished(asked: Mapping[str, Any]) -> bool:
