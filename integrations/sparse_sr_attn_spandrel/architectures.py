@@ -102,7 +102,10 @@ class AttendedArchitecture(Architecture):  # type: ignore[misc]
             found = self._registry.load(plain)
         except UnsupportedModelError as error:
             hosts = ", ".join(sorted({str(record.get("host")) for record in records.values()}))
-            raise CheckpointError(f"has attention in a network that spandrel does not know: {hosts}") from error
+            raise CheckpointError(
+                f"has attention in a network that spandrel does not know ({hosts}); sparse_sr_attn loads it with "
+                "load_model(..., model=...), or on the command line with --host FILE.py:NAME"
+            ) from error
         if not isinstance(found, ImageModelDescriptor):
             raise CheckpointError(f"must be of a network that takes one image, got {type(found).__name__}")
         places = {path: _place(path, plain, found.model) for path in records}

@@ -1,6 +1,6 @@
 """Third-party networks behind the interface of ours: any image size, and options stored with their weights."""
 
-import bisect
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,10 +98,13 @@ def find_facts(network: nn.Module) -> Facts | None:
 
 
 def _with_least(network: nn.Module, facts: Facts) -> Facts:
-    """Return the facts with the shortest side from which on the network takes images, at most that in `facts`."""
-    sides = range(facts.multiple, facts.least, facts.multiple)
-    fits = bisect.bisect_left(sides, 1, key=lambda side: _accepted(network, facts.multiple, side, _SIZES) is not None)
-    return replace(facts, least=sides[fits] if fits < len(sides) else facts.least)
+    """Return the facts with the shortest side from which on the network takes all images, at most that in `facts`.
+
+    Some networks refuse a longer side than the first that they take, so all are tried.
+    """
+    shorter = range(facts.least - facts.multiple, 0, -facts.multiple)
+    taken = itertools.takewhile(lambda side: _accepted(network, facts.multiple, side, ((0, 0),)) is not None, shorter)
+    return replace(facts, least=min(taken, default=facts.least))
 
 
 def _accepted(network: nn.Module, multiple: int, least: int, sizes: Sequence[tuple[int, int]]) -> Facts | None:

@@ -53,6 +53,24 @@ def test_a_size_that_fits_by_chance_is_no_multiple() -> None:
     assert facts.multiple == 24
 
 
+class Windows(Host):
+    """Needs a longer side in one direction than in the other, and refuses a side beyond that (FSANet)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height < 21 or width < 22 or 26 in (height, width):
+            raise RuntimeError
+        return super().forward(x)
+
+
+def test_from_the_least_side_on_all_images_run() -> None:
+    host = Windows()
+    facts = find_facts(host)
+    assert facts == Facts(3, 3, 2, 1, 27)
+    for side in (20, 21, 22, 26, 27):
+        assert run_padded(host, torch.rand(1, 3, side, side), facts).shape == (1, 3, 2 * side, 2 * side)
+
+
 @pytest.mark.parametrize("size", [(13, 40), (40, 12), (5, 3), (31, 17)])
 @pytest.mark.parametrize(("multiple", "least"), [(1, 13), (4, 1), (5, 33)])
 def test_images_of_any_size_run_and_those_that_fit_are_not_padded(
