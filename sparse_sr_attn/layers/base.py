@@ -286,7 +286,7 @@ def add_conv(
     x: Float[Tensor, "b o h w"], conv: PointwiseConv2d, inner: Float[Tensor, "b c h w"], scale: float
 ) -> Float[Tensor, "b o h w"]:
     """Return `x + scale * conv(inner)`, on GPUs with Triton by one kernel."""
-    if conv.bias is not None and runs_kernels(x.device) and is_unmodified(conv, PointwiseConv2d):
+    if runs_kernels(x.device) and is_unmodified(conv, PointwiseConv2d) and conv.bias is not None:
         return conv1x1(inner, conv.weight, conv.bias, residual=x, scale=scale)
     return torch.add(x, conv(inner), alpha=scale)
 
