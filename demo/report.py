@@ -137,7 +137,7 @@ def table(pictures: Sequence[Result]) -> dict[str, float]:
     lost = means["psnr"] - means["psnr_without_attention"]
     print(f"\nwith the attention switched off: {means['psnr_without_attention']:.2f} dB, {lost:.2f} dB less")
     if "psnr_plain" in means:
-        gain = means["psnr"] - means["psnr_plain"]
+        gain = round(means["psnr"] - means["psnr_plain"], 2) + 0  # no -0.00
         print(f"an EDSR of the same size, trained as long: {means['psnr_plain']:.2f} dB; ours {gain:+.2f} dB")
     return means
 
