@@ -334,6 +334,7 @@ def table(figures: Sequence[Figure]) -> str:
         f"| | parameters | steps × patches × pixels | {' | '.join(sets)} | entropy |",
         f"|---|---|---|{'---|' * len(sets)}---|",
     ]
+    published = dict(PUBLISHED)  # a row each, however many trainings there are
     for key in dict.fromkeys(figure.key[:3] for figure in figures):
         own = {figure.photographs: figure for figure in figures if figure.key[:3] == key}
         one = next(iter(own.values()))
@@ -342,8 +343,8 @@ def table(figures: Sequence[Figure]) -> str:
         spread = [figure.entropy for figure in own.values() if figure.entropy is not None]
         entropy = f"{sum(spread) / len(spread):.2f}" if spread else ""
         lines.append(f"| ×{one.upscale} {one.network} | {size} | {one.trained_on} | {' | '.join(cells)} | {entropy} |")
-        if published := PUBLISHED.get((one.network, one.upscale)):
-            cells = [f"{published[p][0]:.2f} / {published[p][1]:.4f}" if p in published else "" for p in sets]
+        if theirs := published.pop((one.network, one.upscale), None):
+            cells = [f"{theirs[p][0]:.2f} / {theirs[p][1]:.4f}" if p in theirs else "" for p in sets]
             lines.append(f"| ×{one.upscale} {one.network}, published | {size} | DIV2K | {' | '.join(cells)} | |")
     return "\n".join(lines) + "\n"
 
