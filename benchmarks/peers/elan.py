@@ -7,16 +7,15 @@
 It needs einops. Its files import names of timm that they do not use; they get others, so timm need not be installed.
 """
 
-import importlib
-import sys
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
+
+from benchmarks.peers.clone import load_from_clone
 
 _WINDOWS = (4, 8, 16)
 _TIMM = ("timm", "timm.models", "timm.models.layers")
@@ -64,6 +63,31 @@ class GMSA(nn.Module):
         return x + cast(Tensor, self.layer(x)[0])
 
 
+class SharedGMSA(nn.Module):
+    """Their attention with the weights of an earlier one, which are computed once for each size of map.
+
+    Args:
+        channels: of the feature map.
+        folder: of their repository.
+        shift: whether windows are shifted.
+        window_sizes: sides of the windows.
+    """
+
+    def __init__(self, channels: int, folder: str, shift: bool = False, window_sizes: Sequence[int] = _WINDOWS) -> None:
+        super().__init__()
+        build = _load(folder, "models.elan_block").GMSA
+        self.earlier = build(channels, int(shift), [*window_sizes])
+        self.layer = build(channels, int(shift), [*window_sizes], calc_attn=False)
+        self.weights: dict[torch.Size, list[Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the map plus its attention, which they leave to the block."""
+        if x.shape not in self.weights:
+            with torch.no_grad():
+                self.weights[x.shape] = self.earlier(x)[1]
+        return x + cast(Tensor, self.layer(x, self.weights[x.shape])[0])
+
+
 class LFE(nn.Module):
     """Their local feature extraction.
 
@@ -84,31 +108,7 @@ class LFE(nn.Module):
 
 def _load(folder: str, name: str) -> types.ModuleType:
     """Return one of their modules."""
-    if not (Path(folder) / "models" / "elan_block.py").is_file():
-        raise ValueError(f"folder must hold models/elan_block.py, as a clone of their repository does, got {folder!r}")
-    with _found_in(folder):
-        return importlib.import_module(name)
-
-
-@contextmanager
-def _found_in(folder: str) -> Iterator[None]:
-    """Let imports find their package, and the names of timm; afterwards all is as before."""
-    stand_ins = {name: types.ModuleType(name) for name in _TIMM}
+    stand_ins = {module: types.ModuleType(module) for module in _TIMM}
     for unused in ("DropPath", "to_2tuple", "trunc_normal_"):
         setattr(stand_ins[_TIMM[-1]], unused, None)
-    replaced = {name: sys.modules.pop(name) for name in _replaced()}
-    path = str(Path(folder).resolve())
-    sys.modules.update(stand_ins)
-    sys.path.insert(0, path)
-    try:
-        yield
-    finally:
-        sys.path.remove(path)
-        for name in _replaced():
-            del sys.modules[name]
-        sys.modules.update(replaced)
-
-
-def _replaced() -> list[str]:
-    """Return the imported modules of timm, and of any package that is named like theirs."""
-    return [name for name in sys.modules if name.partition(".")[0] in ("models", "timm")]
+    return load_from_clone(folder, name, stand_ins)
