@@ -321,10 +321,10 @@ def _checked(name: str, method: Method, subject: Subject, settings: Settings, de
 
 
 def _check_size(method: Method, settings: Settings) -> tuple[int, int]:
-    """Return a small map of some chunks, the last of them not full; or of whole windows."""
+    """Return a small map of some chunks, the last of them not full; for code that may need it, of whole windows."""
     if settings.what == "networks":
         return (40, 32)
-    if method.whole_windows:
+    if method.whole_windows or method.kind == "outside":
         return (32, 48)
     height = math.ceil(5 * settings.chunk_size / 32)
     return (height + (height * 32 % settings.chunk_size == 0), 32)

@@ -258,6 +258,20 @@ def test_a_stand_in_that_fails_at_a_size_is_a_note() -> None:
     assert found.notes[0].startswith("plain-GMSA fails at 24x24 (forward): ")
 
 
+def test_code_from_outside_may_need_whole_windows(tmp_path: Path) -> None:
+    (tmp_path / "windows.py").write_text("""
+from torch import nn
+
+class Windows(nn.Module):
+    def forward(self, x):
+        return nn.functional.pixel_shuffle(nn.functional.pixel_unshuffle(x, 16), 16)
+""")
+    peers = (f"{tmp_path}/windows.py:Windows",)
+    found = run(replace(SMALL, methods=(), sizes=(16, 24), passes=("forward",), peers=peers))
+    assert [(row.method, row.side) for row in found.rows] == [("Windows", 16)]
+    assert found.notes[0].startswith("Windows fails at 24x24 (forward): ")
+
+
 def test_unknown_methods_are_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="no method named 'LCoB'; did you mean 'LCoA'"):
         run(replace(SMALL, methods=("LCoB",)))
