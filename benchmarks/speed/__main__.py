@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from benchmarks.command import make_parser, run_command
 from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS
-from benchmarks.speed.report import markdown, write_json, write_plot
+from benchmarks.speed.report import markdown, write_json, write_markdown, write_plot
 from benchmarks.speed.run import run as measure
 from benchmarks.speed.settings import DEFAULT_NETWORKS, DTYPES, Pass, Settings
 from sparse_sr_attn.cli.common import (
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-validity", dest="validity", action="store_false", help="do not check stand-ins against authors' figures")
     add("--allocators", action="store_true", help="measure again in a process with THP_MEM_ALLOC_ENABLE=1")
     add("--json", type=Path, metavar="FILE", help="write all results")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables that are printed")
     add("--plot", type=Path, metavar="FILE", help="draw time and memory against size (.png; needs matplotlib)")
 
 
@@ -106,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         documents.append(again["run"])
         wrong += again["wrong"]
     try:
+        if arguments.markdown:
+            write_markdown(found, arguments.markdown)
         if arguments.json:
             write_json(documents, arguments.json)
         if arguments.plot:

@@ -65,9 +65,9 @@ class Peer(nn.Module):
 
 
 def label(spec: str) -> str:
-    """Return the name of a peer in tables: its class."""
+    """Return the name of a peer in tables: its file and class, such as `elan.GMSA`."""
     form = _FORM.fullmatch(spec)
-    return form["name"] if form else spec
+    return f"{Path(form['file']).stem}.{form['name']}" if form else spec
 
 
 def build_peer(spec: str, names: Sequence[str], value: int) -> Peer:

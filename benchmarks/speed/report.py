@@ -17,6 +17,13 @@ def markdown(found: Run) -> str:
     return "\n\n".join([_where(found), _method_table(found), *_passes(found), *_notes(found)])
 
 
+def write_markdown(found: Run, path: Path) -> None:
+    """Write all tables of a run into a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as unfinished:
+        unfinished.write(markdown(found).encode() + b"\n")
+
+
 def write_json(documents: Sequence[dict[str, Any]], path: Path) -> None:
     """Write runs (`Run.as_json`) into a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -514,12 +514,14 @@ def _telling(operator: str) -> bool:
 
 def _speedups(found: Run, methods: dict[str, Method]) -> list[Speedup]:
     rows = {(row.method, row.passed, row.side): row for row in found.rows}
-    outside = [name for name, method in methods.items() if method.kind == "outside"]
+    outside = {name: name.rpartition(".")[2] for name, method in methods.items() if method.kind == "outside"}
     speedups = []
     for (name, passed, side), mine in rows.items():
         if methods[name].kind != "ours":
             continue
-        for rival in (*methods[name].rivals, *outside):
+        # `lcoan.CoA` is compared with our CoA alone, code of an unknown name with all that is ours.
+        comparable = [peer for peer, original in outside.items() if original == name or original not in methods]
+        for rival in (*methods[name].rivals, *comparable):
             other = rows.get((rival, passed, side))
             if other is None:
                 continue

@@ -29,27 +29,28 @@ def peer(tmp_path: Path) -> Path:
 
 
 def test_tables_figures_and_plot(tmp_path: Path, peer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [tmp_path / "a.json", tmp_path / "a.png"]
-    outputs = ["--json", str(files[0]), "--plot", str(files[1])]
+    files = [tmp_path / "a.json", tmp_path / "a.png", tmp_path / "a.md"]
+    outputs = ["--json", str(files[0]), "--plot", str(files[1]), "--markdown", str(files[2])]
     command = ["--methods", "LCoA", "plain-LCoA", "--sizes", "8", "12", "--peer", f"{peer}:Attention"]
     assert main([*command, *FAST, *outputs]) == 0
     text = capsys.readouterr().out
     assert "| LCoA against plain-LCoA | " in text
-    assert "| LCoA against Attention | " in text
-    assert "| Attention | outside | not checked: code from outside | – | – |" in text
+    assert "| LCoA against their_code.Attention | " in text
+    assert "| their_code.Attention | outside | not checked: code from outside | – | – |" in text
     (run,) = json.loads(files[0].read_text())["runs"]
     assert run["settings"]["sizes"] == [8, 12]
-    assert run["kinds"] == {"LCoA": "ours", "plain-LCoA": "stand-in", "Attention": "outside"}
+    assert run["kinds"] == {"LCoA": "ours", "plain-LCoA": "stand-in", "their_code.Attention": "outside"}
     assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert files[2].read_text() == text
 
 
 def test_a_peer_of_another_shape_is_wrong(peer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = f"{peer}:Attention:halve=True"
     assert main(["--methods", "LCoA", "--sizes", "8", "--peer", spec, *FAST]) == 1
     captured = capsys.readouterr()
-    assert "| LCoA against Attention | refused |" in captured.out
-    assert "**WRONG**: its shape is (1, 8, 2, 16), not (1, 8, 2, 32)" in captured.out
-    assert captured.err == "sparse-sr: wrong output: Attention\n"
+    assert "| LCoA against their_code.Attention | refused |" in captured.out
+    assert "**WRONG**: its shape is (1, 8, 32, 24), not (1, 8, 32, 48)" in captured.out
+    assert captured.err == "sparse-sr: wrong output: their_code.Attention\n"
 
 
 def test_both_allocators(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

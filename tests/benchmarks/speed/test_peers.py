@@ -143,4 +143,4 @@ def test_a_module_that_fails_is_explained(file: Path) -> None:
 
 
 def test_label() -> None:
-    assert label("a/b.py:Attention:reduction=2") == "Attention"
+    assert label("a/b.py:Attention:reduction=2") == "b.Attention"

@@ -258,18 +258,28 @@ def test_a_stand_in_that_fails_at_a_size_is_a_note() -> None:
     assert found.notes[0].startswith("plain-GMSA fails at 24x24 (forward): ")
 
 
-def test_code_from_outside_may_need_whole_windows(tmp_path: Path) -> None:
+def test_code_from_outside(tmp_path: Path) -> None:
+    """It may need whole windows, and is compared with its namesake of ours."""
     (tmp_path / "windows.py").write_text("""
 from torch import nn
 
-class Windows(nn.Module):
+class GMSA(nn.Module):
     def forward(self, x):
         return nn.functional.pixel_shuffle(nn.functional.pixel_unshuffle(x, 16), 16)
+
+class Windows(GMSA):
+    pass
 """)
-    peers = (f"{tmp_path}/windows.py:Windows",)
-    found = run(replace(SMALL, methods=(), sizes=(16, 24), passes=("forward",), peers=peers))
-    assert [(row.method, row.side) for row in found.rows] == [("Windows", 16)]
-    assert found.notes[0].startswith("Windows fails at 24x24 (forward): ")
+    peers = tuple(f"{tmp_path}/windows.py:{name}" for name in ("GMSA", "Windows"))
+    methods = ("GMSA", "ShiftConv2d")
+    found = run(replace(SMALL, methods=methods, sizes=(16, 24), passes=("forward",), peers=peers))
+    assert [row.side for row in found.rows if row.method == "windows.GMSA"] == [16]
+    assert found.notes[0].startswith("windows.GMSA fails at 24x24 (forward): ")
+    assert {(speedup.ours, speedup.rival) for speedup in found.speedups} == {
+        ("GMSA", "windows.GMSA"),
+        ("GMSA", "windows.Windows"),
+        ("ShiftConv2d", "windows.Windows"),
+    }
 
 
 def test_unknown_methods_are_named_with_the_nearest() -> None:
