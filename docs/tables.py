@@ -19,6 +19,7 @@ from sparse_sr_attn.cli.main import main as sparse_sr
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent))  # for benchmarks/, which is not installed
 from benchmarks.cost.__main__ import markdown  # noqa: E402
+from benchmarks.results.__main__ import FOLDER, RUNS, command  # noqa: E402
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
@@ -132,7 +133,25 @@ def networks() -> str:
     return markdown(json.loads((DOCS / "assets" / "cost-networks.json").read_text())["networks"])
 
 
-PAGES = {"modules.md": tables, "choose.md": costs, "benchmarks.md": networks}
+LEFT_OUT = ("by the clock (ms)", "share of the floor reached, and the floor in ms")
+"""Ends of the headings of tables that the page of results does not show."""
+
+
+def results() -> str:
+    """The tables of `benchmarks.results`, with what differs from the run before in where and how it was measured."""
+    text: list[str] = []
+    told: list[str] = []
+    for name, (title, _) in RUNS.items():
+        head, *parts = (FOLDER / f"{name}.md").read_text(encoding="utf-8").strip().split("\n\n### ")
+        where = head.partition("\n\n")[0].splitlines()
+        new = "\n".join(line for line in where if line not in told and ": not set" not in line)
+        told = where
+        shown = [f"### {part}" for part in parts if not part.partition("\n")[0].endswith(LEFT_OUT)]
+        text += [f"## {title}", f"```bash\n{command(name)}\n```", new, *shown]
+    return "\n\n".join(text)
+
+
+PAGES = {"modules.md": tables, "choose.md": costs, "benchmarks.md": networks, "benchmarks-cpu.md": results}
 
 
 def filled(name: str, old: str) -> str:

@@ -571,7 +571,7 @@ def environment(device: torch.device) -> dict[str, str]:
     known = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()}, {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sparse_sr_attn": sparse_sr_attn.__version__,

@@ -59,6 +59,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 """EDSR-wider has as many parameters as EDSR-LCoA; a training step of EDSR-deeper takes as long as one of EDSR-LCoA."""
 
+PARTS = "3,000 × 8 × 48²"
+"""Steps, patches and their side where parts of attention are compared."""
+
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
@@ -296,7 +299,7 @@ def record(figures: Sequence[Figure]) -> None:
     lines = ",\n".join(json.dumps(asdict(figure), ensure_ascii=False) for figure in figures)
     RECORD.write_text(f"[\n{lines}\n]\n")
     page = PAGE.read_text()
-    for name, shown in (("included", included(figures)), ("all", figures)):
+    for name, shown in (("included", included(figures)), ("parts", parts(figures)), ("all", figures)):
         begin, end = f"<!-- figures: {name} -->\n", f"<!-- end of figures: {name} -->"
         before, _, rest = page.partition(begin)
         page = before + begin + table(shown) + end + rest.partition(end)[2]
@@ -307,6 +310,11 @@ def included(figures: Sequence[Figure]) -> list[Figure]:
     """Return the figures of the weights in the package, and of bicubic at the same factors."""
     factors = {figure.upscale for figure in figures if figure.included}
     return [figure for figure in figures if figure.included or (not figure.parameters and figure.upscale in factors)]
+
+
+def parts(figures: Sequence[Figure]) -> list[Figure]:
+    """Return the figures of EDSRs whose attention differs in one part, all trained for as long."""
+    return [figure for figure in figures if figure.network.startswith("EDSR-") and figure.trained_on == PARTS]
 
 
 def finished(asked: Mapping[str, Any]) -> bool:

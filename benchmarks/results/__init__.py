@@ -1,0 +1,1 @@
+"""The runs of `benchmarks.speed` whose tables are in docs/benchmarks-cpu.md."""
