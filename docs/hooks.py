@@ -28,7 +28,9 @@ def on_page_content(content: str, page: Page, files: Files, **_: Any) -> str:
         content,
         flags=re.DOTALL,
     )
-    return re.sub(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>', r'<p><a href="\2">\1</a></p>', content)
+    content = re.sub(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>', r'<p><a href="\2">\1</a></p>', content)
+    # Browsers break lines after hyphens, also within the name of an option.
+    return re.sub(r"<code>(?=(?:[^<&]|&\w+;){1,20}</code>)", '<code class="nobreak">', content)
 
 
 def _mathml(formula: str, display: str) -> str:
@@ -36,4 +38,4 @@ def _mathml(formula: str, display: str) -> str:
     result = convert(re.sub(r"\\arg\\(max|min)", r"\\operatorname*{arg\1}", formula), display=display)
     if "\\" in result:
         raise ValueError(f"latex2mathml must know all commands in {formula}")
-    return result
+    return re.sub(r"(<mi>log</mi>)(?=<m)", r'\1<mspace width="0.17em"/>', result)
