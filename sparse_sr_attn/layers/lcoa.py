@@ -81,7 +81,7 @@ class LSP(KMeansModule):
 
     One embedding is both query and key; the learnt $\tau$ sharpens the cosines. Tokens are sorted by cluster and cut
     into chunks; each attends to its own chunk and the adjacent ones. Similar clusters are neighbours. In training, each
-    forward updates the centroids once.
+    forward pass updates the centroids once.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
