@@ -161,7 +161,7 @@ def read(
         left to `build`.
 
     Raises:
-        ConfigError: options are unknown, missing or invalid; names all of them.
+        ConfigError: options are unknown, missing or invalid; the message names all of them.
     """
     options = dict(list(fields(build).items())[given:])
     found = ProblemList() if problems is None else problems

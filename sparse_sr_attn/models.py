@@ -109,7 +109,7 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
 
     Raises:
         UnknownNameError: there is no such preset, or the library includes no weights for it and `upscale`.
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Examples:
         >>> model = create_model("LCoAN-light", upscale=4)

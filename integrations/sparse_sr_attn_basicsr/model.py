@@ -588,7 +588,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         message = f"iter {current_iter:,} of {total:,} {losses}"
         if not first and self._first is not None:
             pace = (now - self._started) / (current_iter - self._first)
-            message += f", {pace:.2f} s an iteration, about {_clock(pace * (total - current_iter))} to go"
+            message += f", {pace:.2f} s per iteration, about {_clock(pace * (total - current_iter))} left"
         get_root_logger().info(message)
 
 

@@ -1,6 +1,6 @@
-"""spandrel loads our networks, and with it the programs that load models through it, such as chaiNNer and ComfyUI.
+"""Let spandrel load our networks, and so the programs that use spandrel, such as chaiNNer and ComfyUI.
 
-One line before the first model is loaded::
+Run this line before the first model is loaded::
 
     import sparse_sr_attn_spandrel; sparse_sr_attn_spandrel.install()
 """

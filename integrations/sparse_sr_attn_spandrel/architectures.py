@@ -1,4 +1,4 @@
-"""Our networks as architectures of spandrel: how it knows their weights, and what it tells a program about them."""
+"""Our networks as architectures of spandrel: how spandrel recognises their weights, and what it reports about them."""
 
 import itertools
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ _UNITS = {"num_feat": "nf", "num_group": "ng", "num_block": "nb"}
 
 
 class NetworkArchitecture(Architecture):  # type: ignore[misc]  # spandrel says nothing about its types
-    """One of our networks, known by the options that its weights carry.
+    """One of our networks, recognised by the options stored with its weights.
 
-    The plain EDSR and RCAN carry none, so they stay with whoever else claims them.
+    A plain EDSR or RCAN stores none, so another architecture may recognise it.
 
     Args:
         name: as programs show it.
@@ -48,7 +48,7 @@ class NetworkArchitecture(Architecture):  # type: ignore[misc]  # spandrel says 
             return False
 
     def load(self, state_dict: Mapping[str, Any]) -> ImageModelDescriptor:
-        """Return the network with these weights, all its options recovered, and what programs want to know of it.
+        """Return the network with these weights and all its options, and what spandrel reports about it.
 
         Raises:
             CheckpointError: as in `load_model`.
@@ -184,11 +184,11 @@ ARCHITECTURES = (
 
 
 def install(registry: ArchRegistry = MAIN_REGISTRY) -> None:
-    """Let spandrel load our networks. Again and again does no harm.
+    """Let spandrel load our networks. Calling it again has no effect.
 
     Args:
-        registry: where to; spandrel's main one, which all programs use, unless you give a registry of your own, say
-            `MAIN_REGISTRY.copy()`, for `ModelLoader(registry=...)`. What is in a registry cannot be taken out.
+        registry: where to add them, for example `MAIN_REGISTRY.copy()` for `ModelLoader(registry=...)`. Default:
+            spandrel's main registry, which all programs use. Entries cannot be removed from a registry.
     """
     others = tuple(support.architecture.id for support in registry)
     registry.add(*map(ArchSupport.from_architecture, ARCHITECTURES), ignore_duplicates=True)

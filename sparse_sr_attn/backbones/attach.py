@@ -43,7 +43,7 @@ SLOT = "sparse_sr_attn"
 _LOG = logging.getLogger(__name__)
 _OLD_SLOT = "attention"
 _SHOWN = 4  # trunks that a message offers
-_SMALL_SHARE = 0.05  # of the parameters, of which a warning tells
+_SMALL_SHARE = 0.05  # of the parameters: below it, a warning says so
 
 
 class Attended(nn.Module):
@@ -80,7 +80,7 @@ class Attended(nn.Module):
         return f"{prefix}{self._record['key']}.{SLOT}"
 
 
-_DEEPEST = 8  # places of attention inside each other whose records have the key of one weight
+_DEEPEST = 8  # levels of attention inside attention that are recorded under the key of one weight
 
 
 def _nested(key: str) -> list[str]:
@@ -301,7 +301,7 @@ def attach(
     if place.calls is not None and not place.calls.on_copy:
         name = type(model).__name__
         warnings.warn(
-            f"{name} cannot be copied, so nothing was tried: compare its output with that before", stacklevel=3
+            f"{name} cannot be copied, so attention was not tested: compare its output with that before", stacklevel=3
         )
     explicit = share is not None or not isinstance(attention, str)
     built = type(model)._host if isinstance(model, Attended) else type(model)
@@ -316,7 +316,7 @@ def detach(model: nn.Module) -> nn.Module:
     """Remove all attention that `attach` inserted into a model.
 
     Args:
-        model: the model, changed in place. Its own weights keep what they learnt meanwhile.
+        model: the model, changed in place. Its own weights stay as they are, trained or not.
 
     Returns:
         The same model.
@@ -787,7 +787,7 @@ def _without_trunk(model: nn.Module, calls: Calls) -> str:
     repeated = _repeated(calls)
     if repeated is not None:
         return (
-            f"{name} runs {repeated!r}, which has a trunk, several times in a forward; "
+            f"{name} runs {repeated!r}, which has a trunk, several times in a forward pass; "
             f"attach(model.get_submodule({repeated!r})) gives it attention"
         )
     return f"{name} has no run of numbered modules that return feature maps of one size and width"

@@ -207,7 +207,7 @@ class Network(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _warn_of_other_scales(self, recorded: Tensor) -> None:
-        """Warn if weights were trained with options with which this network would compute something else entirely."""
+        """Warn if the weights were trained with other values of options that change what the network computes."""
         try:
             theirs, ours = decode_options(recorded), options_of(self) or {}
             for options in (theirs, ours):

@@ -35,7 +35,7 @@ class ELAN(Network):
         activation_checkpointing: in training, recompute the body in the backward instead of storing it.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         In training, normalisation uses the statistics of the batch, including padding, as published. If a side is

@@ -74,7 +74,7 @@ class LCoAN(ResidualNetwork):
         options: other options of `LSP`: `num_clusters`, `similarity`, `neighbors`, ...
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Source:
         arXiv 2404.04922 and the configuration of its released code, with 14,340,227 parameters at x2. The released

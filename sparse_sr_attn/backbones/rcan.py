@@ -28,7 +28,7 @@ class RCAN(TrunkNetwork):
         activation_checkpointing: in training, recompute the body in the backward instead of storing it.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         State-dict keys are those of `TrunkNetwork`.

@@ -25,7 +25,7 @@ Inputs = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Site:
-    """A module that returns a feature map once per forward.
+    """A module that returns a feature map once per forward pass.
 
     Attributes:
         path: its path in the model.
@@ -57,7 +57,7 @@ class Trunk:
 
 
 class Calls:
-    """The modules that one forward of a model called.
+    """The modules that one forward pass of a model called.
 
     Attributes:
         sites: the modules that returned one feature map and were called once, by path, in the order of their returns.
@@ -78,7 +78,7 @@ class Calls:
 
 
 class Probe(nn.Module):
-    """Stands in for the attention of a trunk: hands features on, and notes after which blocks.
+    """A placeholder for the attention of a trunk: passes features on, and records after which blocks.
 
     Args:
         num_blocks: number of blocks that should run.
@@ -91,7 +91,7 @@ class Probe(nn.Module):
         self.missing = set(range(num_blocks))
 
     def after(self, block: int, x: Tensor, states: Mapping[int, Any]) -> tuple[Tensor, dict[int, Any]]:
-        """Note a block, and return its output."""
+        """Record a block, and return its output."""
         self.missing.discard(block)
         return x, dict(states)
 

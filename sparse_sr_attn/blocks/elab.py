@@ -30,7 +30,7 @@ class ELAB(AttentionLayer):
         zero_init: initialise the last convolution of every branch with zeros, so that the block starts as the identity.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Source:
         ELAB of arXiv 2203.06697; `share` is its `n_share` + 1, `expansion` its `r_expand`.

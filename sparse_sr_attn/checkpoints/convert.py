@@ -79,7 +79,7 @@ def at_img_range(model: Network, img_range: float) -> EDSR:
     if type(model) is not EDSR or options.get("attention") or options.get("block") or not options:
         what = f"an {type(model).__name__} with attention" if type(model) is EDSR else f"a {type(model).__name__}"
         raise CheckpointError(
-            f"img_range can be changed for an EDSR without attention only, got {what}, whose other operations do not "
+            f"img_range can be changed only for an EDSR without attention, got {what}, whose other operations do not "
             "scale with the image; train it at the new range"
         )
     scaled = EDSR(**{name: value for name, value in options.items() if name != "type"} | {"img_range": img_range})

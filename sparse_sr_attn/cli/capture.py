@@ -33,7 +33,7 @@ from sparse_sr_attn.layers.lcoa import LSP
 
 DESCRIPTION = """\
 Measure how much of dense attention's softmax mass falls on the keys that sparse patterns show to each query, compared
-with the best possible for as many keys. The features are those of an attention layer of a trained network on your
+with the best possible choice of as many keys. The features are those of an attention layer of a trained network on your
 images.
 
 examples:

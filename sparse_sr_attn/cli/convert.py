@@ -18,7 +18,7 @@ examples:
   sparse-sr convert edsr_baseline_x2.pt -o edsr_1.pt --names released --img-range 1
                                                                             for EDSR-PyTorch's --rgb_range 1"""
 EPILOG = """\
-If a file has averaged weights too, these are taken. A .pth with our names has the weights under `params`, as BasicSR
+If a file also has averaged weights, these are used. A .pth with our names has the weights under `params`, as BasicSR
 expects; one with released names is a bare state dict."""
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")

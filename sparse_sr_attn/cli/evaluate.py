@@ -41,11 +41,11 @@ examples:
   sparse-sr evaluate --bicubic Set14/HR --scale 3 --grey bridge               the row "bicubic" of papers' tables"""
 EPILOG = """\
 With --weights or --bicubic, folders hold the ground truth only. It is downsampled by MATLAB's bicubic, then upscaled.
-Several of them, or several folders, give a table with a column for each folder.
+Several methods or folders give a table with a column for each folder.
 
 Protocols: basicsr (BasicSR, EDSR and most networks since): luma in floating point, grey images as RGB. matlab (SRCNN,
 and papers that copied its figures): luma rounded to 8 bits, grey images as they are, which lowers their PSNR by 1.3 dB.
-Set14 has two grey images; published figures of bicubic take one of them (bridge) as grey and the other as RGB. If both
+Set14 has two grey images; published figures of bicubic treat one of them (bridge) as grey, the other as RGB. If both
 are stored as RGB, name the grey one with --grey."""
 
 

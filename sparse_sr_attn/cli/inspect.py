@@ -126,7 +126,7 @@ def _attention(state: ClusterAttention | WindowAttention, low: Tensor, pixel: tu
     strongest = weights.flatten().topk(min(5, weights.numel()))
     for weight, token in zip(strongest.values.tolist(), strongest.indices.tolist(), strict=True):
         show(f"{weight:.4f} at pixel {token % width * side} {token // width * side}")
-    show(f"entropy over the image: {attention_entropy(state):.2f} of an even spread")
+    show(f"entropy over the image: {attention_entropy(state):.2f} of the largest possible")
     return _large(attention_picture(weights, side, low, (y, x)))
 
 

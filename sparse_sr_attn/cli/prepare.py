@@ -34,10 +34,10 @@ examples:
 In the option file, set dataroot_gt to FOLDER/HR, dataroot_lq to FOLDER/LR_xN, and filename_tmpl to '{}'."""
 EPILOG = """\
 Sides are cropped to a multiple of the scale. Grey becomes three equal channels, alpha is dropped. Pairs are named after
-their images; if two would have the same name, with the suffix or also the folder. The output appears only when all
-pairs are complete.
+their images; if two names would be equal, they keep the suffix or get the folder as well. The output appears only when
+all pairs are complete.
 
-Exit status: 0 success; 1 an image cannot be read, or the output not be written; 2 wrong command line."""
+Exit status: 0 success; 1 an image cannot be read or the output cannot be written; 2 wrong command line."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,11 +45,11 @@ examples:
 
 Reads any image that Pillow reads. Grey stays grey, 16-bit grey stays 16-bit, alpha and the colour profile are kept, and
 EXIF rotation is applied. An image that cannot be read is reported in one line, and the others continue. With several
-images, those with an existing result are skipped, so you can repeat a run that was stopped, and so are results next to
-their originals (photo_x2.png, if photo.jpg is there)."""
+images, those with an existing result are skipped, so you can repeat a run that was stopped. Results next to their
+originals (photo_x2.png, if photo.jpg is there) are skipped, too."""
 EPILOG = """\
 Images are cut into overlapping tiles, which are blended. Attention sees only its own tile: smaller tiles need less
-memory and give attention less to use. When memory runs out, the image is processed again in smaller tiles.
+memory, but show it less of the image. When memory runs out, the image is processed again in smaller tiles.
 
 Exit status: 0 all images are done; 1 some failed; 2 wrong command line, nothing was done."""
 
@@ -289,7 +289,7 @@ def _unfinished(jobs: list[_Job], arguments: argparse.Namespace) -> list[_Job]:
     there = [] if arguments.overwrite else [job for job in images if os.path.isfile(job.target)]
     if there:
         say(
-            f"note: {len(there)} of {len(images)} results exist, perhaps by other weights, and are skipped: "
+            f"note: {len(there)} of {len(images)} results exist, perhaps from other weights, and are skipped: "
             f"{some([job.target for job in there])}; use --overwrite or another --output"
         )
     return [job for job in images if job not in there]

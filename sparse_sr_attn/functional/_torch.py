@@ -160,7 +160,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 def backward_is_running() -> bool:
-    """Return whether a backward pass is running. Activation checkpointing recomputes the forward inside one."""
+    """Return whether a backward pass is running. Activation checkpointing recomputes the forward pass inside one."""
     # The question activation checkpointing itself asks.
     return torch._C._current_graph_task_id() != -1
 
@@ -185,9 +185,9 @@ def gathered(statistics: Tensor, what: str) -> Tensor:
         dist.all_gather(parts, statistics)
     except RuntimeError as error:
         raise ProcessError(
-            f"process {dist.get_rank()} of {len(parts)}: {what} joins the statistics of all processes in each forward "
-            "in training, so all must run the same number of forwards; another one ended, or ran none within the "
-            "timeout of the process group. If processes have different numbers of batches, "
+            f"process {dist.get_rank()} of {len(parts)}: {what} joins the statistics of all processes in each "
+            "forward pass in training, so all must run the same number of them; another one ended, or ran none within "
+            "the timeout of the process group. If processes have different numbers of batches, "
             "`with model.join(throw_on_early_termination=True):` (of DistributedDataParallel) stops all together. "
             f"({error})"
         ) from error

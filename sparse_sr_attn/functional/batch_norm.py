@@ -1,4 +1,4 @@
-"""Batch normalisation in training that updates its running statistics once per forward, never in a recomputation."""
+"""Batch normalisation in training that updates its statistics once per forward pass, never in a recomputation."""
 
 import torch
 from jaxtyping import Float, Int

@@ -80,7 +80,7 @@ def hash_directions(num_clusters: int, dim: int, seed: int = 0) -> Float[Tensor,
     Buckets are $\arg\max([pR, -pR])$ with a Gaussian $R$ drawn from `seed`.
 
     Source:
-        Cross-polytope hashing as in NLSA (Mei et al., CVPR 2021). Deviation: NLSA draws a new $R$ in every forward.
+        Cross-polytope hashing as in NLSA (Mei et al., CVPR 2021). Deviation: NLSA draws $R$ in every forward pass.
 
     Examples:
         >>> directions = hash_directions(num_clusters=8, dim=4)

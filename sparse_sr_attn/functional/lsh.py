@@ -1,7 +1,7 @@
 r"""Locality-sensitive hashing of tokens: similar directions fall into the same bucket.
 
 The bucket of $x$ is $\arg\max([Rx, -Rx])$ with a Gaussian $R$ (Andoni et al., NeurIPS 2015). NLSA (Mei et al., CVPR
-2021) draws a new $R$ in every forward; here only training does, from a seed and the number of draws so far.
+2021) draws a new $R$ in every forward pass; here only training does, from a seed and the number of draws so far.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Batch normalisation that updates its statistics once per forward, alone and after a convolution."""
+"""Batch normalisation that updates its statistics once per forward pass, alone and after a convolution."""
 
 from typing import cast
 
@@ -18,7 +18,7 @@ from sparse_sr_attn.layers.running_state import RunningStateModule
 
 
 class BatchNorm2d(RunningStateModule, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that updates its running statistics once per forward, and only with finite values.
+    """`nn.BatchNorm2d` that updates its running statistics once per forward pass, and only with finite values.
 
     See `functional.batch_norm` for the differences in training.
 
@@ -52,8 +52,8 @@ class BatchNorm2d(RunningStateModule, nn.BatchNorm2d):
 class ConvNorm(nn.Module):
     """1x1 convolution and batch normalisation, fused into one convolution if the latter is in evaluation mode.
 
-    The fused weights are computed in every forward, at negligible cost, so they are never out of date. Modules with
-    hooks are not fused.
+    The fused weights are computed in every forward pass, at negligible cost, so they are never out of date. Modules
+    with hooks are not fused.
 
     Args:
         in_channels: channels of the input.

@@ -56,7 +56,7 @@ class CategoryAttention(KMeansModule, AttentionLayer):
         zero_init: initialise the output convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         Neither memory nor time grows with the square of the number of pixels; no weights are stored.
@@ -132,7 +132,7 @@ class CategoryAttention(KMeansModule, AttentionLayer):
         within = cluster_attention(query, key, value, pattern)
         categories = l2_normalize(
             self.centroids
-        )  # new numbers: the next forward may move the centroids before a backward
+        )  # new numbers: the next forward pass may move the centroids before a backward
         category_value = self.category_value(categories.to(query.dtype))
         batch = x.shape[0]
         among = dense_attention(query, categories.expand(batch, -1, -1), category_value.expand(batch, -1, -1))
@@ -140,7 +140,7 @@ class CategoryAttention(KMeansModule, AttentionLayer):
         return x + self.res_scale * branch
 
     def updates_state(self) -> bool:
-        """Return whether a forward would update the centroids now."""
+        """Return whether a forward pass would update the centroids now."""
         return self.categories == "kmeans" and self.training and self.ema_decay < 1
 
     def _assign(self, points: Float[Tensor, "b n d"]) -> Int[Tensor, "b n"]:

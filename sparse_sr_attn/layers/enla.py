@@ -42,7 +42,7 @@ class ENLA(AttentionLayer):
         zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         Time and memory grow as pixels times features. The paper's `contrastive_loss`, which pulls similar tokens

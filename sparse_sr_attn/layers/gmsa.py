@@ -54,7 +54,7 @@ class SharedGMSA(AttentionLayer):
         zero_init: initialise the output convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         Gradients flow into the state, hence into the query convolution of the provider.
@@ -136,7 +136,7 @@ class GMSA(AttentionLayer):
         zero_init: initialise the output convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         In training, normalisation uses the statistics of the batch, without padding. A state holds `window_size**2`

@@ -38,7 +38,7 @@ class HSPA(AttentionLayer):
         zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         Time grows with the square of the number of pixels; memory does not. A token without attention from any query

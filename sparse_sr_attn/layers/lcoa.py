@@ -81,7 +81,7 @@ class LSP(KMeansModule):
 
     One embedding is both query and key; the learnt $\tau$ sharpens the cosines. Tokens are sorted by cluster and cut
     into chunks; each attends to its own chunk and the adjacent ones. Similar clusters are neighbours. In training, each
-    forward updates the centroids once.
+    forward pass updates the centroids once.
 
     Args:
         embed_dim: channels of the feature map, >= 1.
@@ -113,7 +113,7 @@ class LSP(KMeansModule):
             stored so, without further error.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         `state_dict` holds all that is needed to resume: centroids, their usage, and the pending update.
@@ -271,7 +271,7 @@ class LSP(KMeansModule):
         return [self, *self.further_rounds]
 
     def updates_state(self) -> bool:
-        """Return whether a forward would update the centroids now."""
+        """Return whether a forward pass would update the centroids now."""
         return self.training and self.routing == "kmeans" and self.ema_decay < 1
 
     def states(self) -> list[KMeansState]:
@@ -294,7 +294,7 @@ class CoA(AttentionLayer):
         zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         Gradients flow into the state, hence into the query/key convolution of the provider.
@@ -353,7 +353,7 @@ class LCoA(AttentionLayer):
         options: options of `LSP`: `num_clusters`, `chunk_size`, `similarity`, ...
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         Used alone on the CPU, it stores no weights and takes the memory of a few feature maps. A state holds

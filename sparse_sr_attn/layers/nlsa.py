@@ -51,7 +51,7 @@ class NLSA(AttentionLayer):
         zero_init: initialise the value convolution with zeros, so that the layer starts as the identity.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Note:
         Evaluation is deterministic: it uses the hashes of the last training step, which are in the state dict.

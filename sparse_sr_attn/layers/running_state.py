@@ -1,4 +1,4 @@
-"""Modules that update buffers in each training forward, and a context that merges the updates of several forwards."""
+"""Modules that update buffers in training, and a context that merges the updates of several forward passes."""
 
 import functools
 import warnings
@@ -16,10 +16,10 @@ from sparse_sr_attn.functional.kmeans import KMeansState, apply_pending, assign,
 
 
 class RunningStateModule(nn.Module):
-    """A module that updates its buffers in training forwards; warns of lost updates under `nn.DataParallel`."""
+    """A module that updates its buffers in training; warns of lost updates under `nn.DataParallel`."""
 
     def updates_state(self) -> bool:
-        """Return whether a forward would update the buffers now."""
+        """Return whether a forward pass would update the buffers now."""
         return self.training
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -75,7 +75,7 @@ class KMeansModule(KMeansStatistics, RunningStateModule):
     """A module with states of k-means.
 
     Attributes:
-        accumulates: whether forwards add to the pending update without applying it; see `one_kmeans_update`.
+        accumulates: whether forward passes add to the pending update without applying it; see `one_kmeans_update`.
     """
 
     ema_decay: float
@@ -106,14 +106,14 @@ def state_of(module: nn.Module) -> KMeansState:
 
 @contextmanager
 def one_kmeans_update(model: nn.Module) -> Iterator[None]:
-    """Merge all forwards inside into one update of k-means, over all of their tokens. Otherwise each makes its own.
+    """Merge all forward passes inside into one update of k-means, over all tokens. Otherwise each makes its own.
 
         with one_kmeans_update(model):  # once a step of the optimizer
             for part in parts:
                 loss(model(part)).backward()
         optimizer.step()
 
-    Entering the context applies the pending update of earlier forwards; then the centroids stay fixed. So several
+    Entering the context applies the pending update of earlier forward passes; then the centroids stay fixed. So several
     forwards may precede one backward under activation checkpointing.
 
     Args:

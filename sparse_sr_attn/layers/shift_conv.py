@@ -34,7 +34,7 @@ class ShiftConv2d(nn.Module):
         form: "slices", or "masked", which takes less memory in training and more time. The results are equal.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Source:
         Shift-conv of ELAN. Deviation: the released code stores its one-hot kernels as weights, and its two forms have
@@ -79,7 +79,7 @@ class LFE(nn.Module):
         form: as in `ShiftConv2d`.
 
     Raises:
-        ConfigError: options are invalid; names all of them.
+        ConfigError: options are invalid; the message names all of them.
 
     Source:
         LFE of ELAN, with ReLU as in all its configurations.

@@ -623,7 +623,7 @@ def test_a_model_with_computed_tensors_is_tried_like_others() -> None:
 def test_what_cannot_be_tried_is_told() -> None:
     model = Numbered()
     model.lock = threading.Lock()
-    with pytest.warns(UserWarning, match=r"Numbered cannot be copied, so nothing was tried: compare its output"):
+    with pytest.warns(UserWarning, match=r"Numbered cannot be copied, so attention was not tested: compare its output"):
         attach(model, **OPTIONS)
 
 

@@ -293,7 +293,7 @@ def test_an_edsr_at_another_range_gives_the_same_image(names: str, tmp_path: Pat
     [RCAN(num_feat=8, num_group=1, num_block=1, squeeze_factor=2), EDSR(num_feat=8, num_block=4, attention="LCoA")],
 )
 def test_other_networks_have_no_other_range(model: Network) -> None:
-    with pytest.raises(CheckpointError, match="for an EDSR without attention only, got an? (RCAN|EDSR with attention)"):
+    with pytest.raises(CheckpointError, match="only for an EDSR without attention, got an? (RCAN|EDSR with attention)"):
         at_img_range(model, 1.0)
 
 

@@ -158,7 +158,7 @@ def test_the_readme_has_the_figures_on_record() -> None:
         "bicubic": "bicubic",
         "EDSR-LCoA": "**EDSR with LCoA**, 0.54 M parameters, weights included",
         "EDSR-wider": "EDSR without attention, as many parameters, same steps and patches",
-        "EDSR-deeper": "EDSR without attention, as much time, 0.77 M parameters",
+        "EDSR-deeper": "EDSR without attention, about the same time, 0.77 M parameters",
     }
     for network, label in rows.items():
         own = {one.photographs: one for one in figures if one.network == network}

@@ -664,7 +664,7 @@ def test_a_second_run_does_what_is_left(upscale: Any) -> None:
     status, out, err = upscale("in")
     assert (status, out) == (0, f"in/b.png -> {Path.cwd()}/in_x2/b_x2.png\n")
     assert err == (
-        "sparse-sr: note: 2 of 3 results exist, perhaps by other weights, and are skipped: "
+        "sparse-sr: note: 2 of 3 results exist, perhaps from other weights, and are skipped: "
         f"{Path.cwd()}/in_x2/a_x2.png, {Path.cwd()}/in_x2/c_x2.png; use --overwrite or another --output\n"
     )
     assert upscale("in")[0:2] == (0, "")  # nothing is left

@@ -395,7 +395,7 @@ def test_a_line_comes_after_the_first_iteration_and_when_it_is_slow(
     monkeypatch.setattr(model_module, "_HEARTBEAT_SECONDS", 0.0)
     step(model, 3)
     line = capsys.readouterr().err.strip()
-    assert re.search(r"iter 3 of 1,000 l_pix: \S+, \d+\.\d\d s an iteration, about \d+:\d\d:\d\d to go$", line)
+    assert re.search(r"iter 3 of 1,000 l_pix: \S+, \d+\.\d\d s per iteration, about \d+:\d\d:\d\d left$", line)
     step(model, 100)
     assert capsys.readouterr().err == ""  # BasicSR prints this one
 

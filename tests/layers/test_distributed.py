@@ -210,5 +210,5 @@ def test_uneven_numbers_of_batches_end_in_an_error(ended: Path, name: str) -> No
     else:
         what = name.partition(",")[0]
         assert first.startswith(f"ProcessError: process 0 of 2: {what} joins the statistics of all processes")
-        assert "must run the same number of forwards" in first
+        assert "must run the same number of them" in first
         assert "model.join(throw_on_early_termination=True)" in first

@@ -128,7 +128,7 @@ def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) ->
     pattern's `num_adjacent` and $\bar k_s$ the mean of the unit-length keys of chunk $s$.
 
     Args:
-        pattern: from `cluster_pattern`, with exact keys.
+        pattern: from `cluster_pattern`, with `count_keys_once=True`.
         key: one row per token, in image order.
 
     Returns:
@@ -159,7 +159,7 @@ def mean_keys(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> Float[Ten
     """Return the mean of the unit-length keys of each chunk, in float32 or higher, without gradient.
 
     Args:
-        pattern: from `cluster_pattern`, with exact keys.
+        pattern: from `cluster_pattern`, with `count_keys_once=True`.
         key: one row per token, in image order.
 
     Raises:

@@ -17,7 +17,7 @@ class ClusterLayout:
 
     Attributes:
         num_tokens: tokens per sample.
-        chunk_size: slots in a chunk; with exact keys at most the number of tokens.
+        chunk_size: slots in a chunk; with `count_keys_once` at most the number of tokens.
         num_chunks: number of chunks needed for all tokens.
         num_adjacent: chunks seen on each side; with `nearest`, half the number of chunks seen besides a chunk's own.
         count_keys_once: whether each key counts once.

@@ -46,8 +46,8 @@ def chain_rank(centroids: Tensor) -> Int[Tensor, "k"]:
 def order_clusters(centroids: Tensor, num_updates: Int[Tensor, ""], rank: Int[Tensor, "k"]) -> None:
     """Update `rank` in place: after some updates of the centroids, set it to their `chain_rank`.
 
-    Centroids do not move between two forwards, so a recomputation of a forward finds the same ranks; it updates
-    nothing. On GPUs with triton a single program computes the path; elsewhere, the CPU does.
+    Centroids do not move between two forward passes, so a recomputation finds the same ranks; it updates nothing. On
+    GPUs with triton a single program computes the path; elsewhere, the CPU does.
     """
     _order_clusters(centroids.detach(), num_updates, rank)
 
