@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparse_sr_attn.inference.visualize import attention_entropy, attention_states, cluster_picture, pixel_attention
+from sparse_sr_attn.inference.visualize import (
+    attention_entropy,
+    attention_picture,
+    attention_states,
+    cluster_picture,
+    pixel_attention,
+)
 from sparse_sr_attn.states import ClusterAttention
 
 if TYPE_CHECKING:
@@ -25,7 +31,7 @@ def plot_attention(
 ) -> "Figure":
     """Plot what a pixel attends to: the image, the clusters of the first LCoA, and one map for each state.
 
-    Needs matplotlib. Layers that share a state share a map. Weights are drawn as square roots, so that weak ones show.
+    Needs matplotlib. Layers that share a state share a map, drawn by `attention_picture`.
 
     Args:
         model: a network whose layers have states: an LCoAN, an ELAN, an EDSR with LCoA or GMSA, or your own.
@@ -69,9 +75,10 @@ def plot_attention(
             break
     for names in readers.values():
         state = states[names[0]]
-        weights, _ = pixel_attention(state, (height, width), (row, column))
+        weights, side = pixel_attention(state, (height, width), (row, column))
+        picture = attention_picture(weights.float(), side, image, (row, column))
         title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        panels.append((f"{title}\nentropy {attention_entropy(state):.2f}", weights.float().sqrt(), "magma"))
+        panels.append((f"{title}\nentropy {attention_entropy(state):.2f}", picture, None))
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     size = (_SIDE * columns, rows * (_SIDE * height / width + 0.6))

@@ -6,7 +6,7 @@ import torch
 
 from sparse_sr_attn import EDSR, ELAN, load_model
 from sparse_sr_attn.inference.plot import plot_attention
-from sparse_sr_attn.inference.visualize import attention_map_of, attention_states
+from sparse_sr_attn.inference.visualize import attention_map_of, attention_picture, attention_states
 
 
 def test_maps_are_those_of_the_states() -> None:
@@ -25,7 +25,8 @@ def test_maps_are_those_of_the_states() -> None:
     states = attention_states(model, image)
     for drawn, name in zip(axes[2:], ("attention.0", "attention.2"), strict=True):
         weights = attention_map_of(states[name], torch.tensor([3 * 20 + 7]))[0]
-        assert np.array_equal(np.asarray(drawn.images[0].get_array()), weights.sqrt().numpy())
+        expected = attention_picture(weights, 1, image, (3, 7)).numpy()
+        assert np.array_equal(np.asarray(drawn.images[0].get_array()), expected)
 
 
 def test_many_maps_go_on_in_new_rows() -> None:
