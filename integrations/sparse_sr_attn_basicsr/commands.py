@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparse_sr_attn.data.atomic import atomic_write
-from sparse_sr_attn.errors import CheckpointError, ImageError, ProcessError, SparseSRError, TrainingError
+from sparse_sr_attn.errors import ImageError, ProcessError, SparseSRError, TrainingError
 from sparse_sr_attn.inference.tiling import is_out_of_memory
 from sparse_sr_attn_basicsr import distributed, extensions, option_file, preflight, pretrained
 from sparse_sr_attn_basicsr.registration import register
@@ -137,11 +137,9 @@ def _choose_weights(path: dict[str, Any]) -> None:
         CheckpointError: the file cannot be read.
     """
     if file := path.get("pretrain_network_g"):
-        try:
-            key, remark = pretrained.entry_to_test(file, path.get("param_key_g"), given="param_key_g" in path)
-        except Exception as error:  # a malformed file can make the reader raise anything
-            raise CheckpointError(pretrained.why_unreadable(file, error)) from error
-        path["param_key_g"] = key
+        path["param_key_g"], remark = pretrained.entry_to_test(
+            file, path.get("param_key_g"), given="param_key_g" in path
+        )
         _LOG.warning("note: %s", remark)
 
 

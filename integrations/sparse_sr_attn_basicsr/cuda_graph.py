@@ -45,8 +45,7 @@ class GraphedForward:
             self._layout = _layout(images)
             self._graphed = self._capture(images)
         if not is_armed or self._graphed is None or _layout(images) != self._layout:
-            result: Tensor = self._net(images)
-            return result
+            return self._net(images)
         return self._graphed(images)
 
     def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -76,8 +75,7 @@ class _Whole(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.net(images)
-        return result
+        return self.net(images)
 
 
 def _layout(images: Tensor) -> tuple[Any, ...]:

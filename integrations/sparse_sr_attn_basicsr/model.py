@@ -5,7 +5,6 @@ import importlib
 import logging
 import math
 import os
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -38,7 +37,6 @@ from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, un
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `train.autocast` may be."""
 
-_HEARTBEAT_SECONDS = 15.0
 _UNHARMED = "Weights, buffers and optimizer are finite and as they were before this step."
 
 
@@ -49,7 +47,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
       parameters only.
     - Weights that a pretrained checkpoint lacks (new attention layers) start equal in both networks.
     - A non-finite image, loss or gradient raises `TrainingError` before anything has changed.
-    - A line is logged after the first iteration, and then at least every 15 seconds.
     - Files are written completely or not at all, and a state exists only with its weights. It contains all that an
       exact resume needs: random states and the position in the epoch.
     - Validation does not change the random states of training.
@@ -87,8 +84,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._image_place: tuple[str, int | str] | None = None  # data set and iteration, where images are saved
         self._missing: dict[int, list[str]] = {}
         self._names: list[str] = []
-        self._started = self._spoke = time.monotonic()
-        self._first: int | None = None
         self._place: list[int] | None = None  # of the last sample trained on, see `data.PLACE`
         self._fed_place: list[int] | None = None
         self._num_overflows = 0
@@ -261,7 +256,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             self.model_ema(decay=done.ema_decay)
         self.iteration = current_iter
         self._place = self._fed_place
-        self._heartbeat(current_iter)
 
     def reduce_loss_dict(self, loss_dict: Mapping[str, Tensor]) -> "OrderedDict[str, float]":
         """Return the losses as numbers, averaged over processes; within a step, only record them."""
@@ -308,7 +302,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         finally:
             self._validating = False
             self._image_place = None
-            self._spoke = time.monotonic()
 
     def get_current_visuals(self) -> "OrderedDict[str, Tensor]":
         """Return the last images and results; in validation, save the result if images are saved."""
@@ -421,7 +414,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 f"{names}; to change it, start a new run with these weights as path.pretrain_network_g"
             )
         try:
-            changes = changed_options.resume(self, resume_state, self._restore)
+            changes = changed_options.resume(self, resume_state, super().resume_training)
             self.iteration = int(resume_state["iter"])
             if exact:
                 self._place = exact["place"]
@@ -440,14 +433,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if self._state_file(self.iteration).is_file():
             self.saved_iteration = self.iteration
 
-    def _restore(self, resume_state: Mapping[str, Any]) -> None:
-        super().resume_training(resume_state)
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-            _try_step(optimizer, scheduler)
-
     def get_current_log(self) -> "OrderedDict[str, float]":
         """Return the losses and, if there are any, the numbers of skipped k-means updates and steps."""
-        self._spoke = time.monotonic()
         log = OrderedDict(self.log_dict)
         skipped = sum(int(m.num_skipped) for m in self.get_bare_model(self.net_g).modules() if isinstance(m, LSP))
         if skipped:
@@ -572,25 +559,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             optimizer.zero_grad()
         self._scaler.update(self._scaler.get_scale())  # keeps the scale, and allows the next step
 
-    def _heartbeat(self, current_iter: int) -> None:
-        """Log a line after the first iteration, and whenever BasicSR has not logged one for a while."""
-        now = time.monotonic()
-        first = self._first is None
-        printed = current_iter % self.opt["logger"]["print_freq"] == 0  # by BasicSR, right after this
-        if first:
-            # The first iteration pays for what is set up lazily: time is counted from its end.
-            self._first, self._started = current_iter, now
-        if printed or (not first and now - self._spoke < _HEARTBEAT_SECONDS):
-            return
-        self._spoke = now
-        total = int(self.opt["train"]["total_iter"])
-        losses = " ".join(f"{name}: {value:.4e}" for name, value in self.log_dict.items())
-        message = f"iter {current_iter:,} of {total:,} {losses}"
-        if not first and self._first is not None:
-            pace = (now - self._started) / (current_iter - self._first)
-            message += f", {pace:.2f} s an iteration, about {_clock(pace * (total - current_iter))} to go"
-        get_root_logger().info(message)
-
 
 def _largest_gradient(optimizer: torch.optim.Optimizer) -> Tensor:
     return _gradient_norm((weight for group in optimizer.param_groups for weight in group["params"]), float("inf"))
@@ -644,11 +612,6 @@ def _image_names(data: Mapping[str, Any]) -> list[str]:
 def _listed(names: Iterable[str]) -> str:
     lines = [f"\n  {name}" for name in dict.fromkeys(names)]
     return (":" + "".join(lines)) if lines else ""
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def variant(name: str) -> type[SparseSRModel] | None:

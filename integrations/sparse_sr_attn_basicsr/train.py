@@ -33,6 +33,7 @@ from sparse_sr_attn_basicsr.loaders import evaluation_loader, training_batches
 from sparse_sr_attn_basicsr.logs import log_to
 
 _LOG = logging.getLogger(__name__)
+_LONGEST_SILENCE = 15.0  # seconds
 
 
 class Run:
@@ -124,10 +125,13 @@ class Run:
             self._validate(val_loaders, iteration, tb_logger)
 
     def _iterations(self, batches: Iterator[Mapping[str, Any]], start: int, tb_logger: Any) -> Iterator[int]:
-        """Train on each batch, log, and yield the number of iterations done."""
+        """Train on each batch, and yield the number of iterations done.
+
+        The first iteration is logged, then those of `print_freq`, and others if nothing has been logged for a while.
+        """
         opt, model = self.opt, self.model
         messages = MessageLogger(opt, start, tb_logger)
-        data_timer, iter_timer = AvgTimer(), AvgTimer()
+        data_timer, iter_timer, logged = AvgTimer(), AvgTimer(), time.monotonic()
         for iteration, batch in enumerate(batches, start=start + 1):
             data_timer.record()
             model.update_learning_rate(iteration, warmup_iter=opt["train"].get("warmup_iter", -1))
@@ -135,12 +139,14 @@ class Run:
             model.optimize_parameters(iteration)
             iter_timer.record()
             self.epoch = int(batch[PLACE][-1][0])
-            if iteration == 1:
-                messages.reset_start_time()  # the first iteration includes lazy initialisation
-            if iteration % opt["logger"]["print_freq"] == 0:
+            is_first, is_silent = iteration == start + 1, time.monotonic() - logged >= _LONGEST_SILENCE
+            if is_first or is_silent or iteration % opt["logger"]["print_freq"] == 0:
+                logged = time.monotonic()
                 times = {"time": iter_timer.get_avg_time(), "data_time": data_timer.get_avg_time()}
                 rates = {"lrs": model.get_current_learning_rate()}
                 messages({"epoch": self.epoch, "iter": iteration, **rates, **times, **model.get_current_log()})
+            if is_first:
+                messages.reset_start_time()  # it includes lazy initialisation
             yield iteration
             data_timer.start()
             iter_timer.start()

@@ -18,7 +18,6 @@ from sparse_sr_attn import EDSR
 from sparse_sr_attn.backbones.base import OPTIONS
 from sparse_sr_attn.errors import CheckpointError, ConfigError, TrainingError
 from sparse_sr_attn.layers import LSP
-from sparse_sr_attn_basicsr import model as model_module
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.option_file import load
 from sparse_sr_attn_basicsr.preflight.training_options import OPTIMIZERS
@@ -380,24 +379,6 @@ def test_buffers_come_back_from_a_checkpoint(options: Options, network: dict[str
         step(model, iteration)
         step(again, iteration)
     assert_same(snapshot(again), snapshot(model))
-
-
-def test_a_line_comes_after_the_first_iteration_and_when_it_is_slow(
-    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = build_model(options({"logger.print_freq": 100, "train.total_iter": 1000}))
-    logging.getLogger("basicsr").setLevel(logging.INFO)
-    capsys.readouterr()
-    step(model, 1)
-    assert re.search(r"iter 1 of 1,000 l_pix: \d\.\d+e[-+]\d\d$", capsys.readouterr().err.strip())
-    step(model, 2)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(model_module, "_HEARTBEAT_SECONDS", 0.0)
-    step(model, 3)
-    line = capsys.readouterr().err.strip()
-    assert re.search(r"iter 3 of 1,000 l_pix: \S+, \d+\.\d\d s an iteration, about \d+:\d\d:\d\d to go$", line)
-    step(model, 100)
-    assert capsys.readouterr().err == ""  # BasicSR prints this one
 
 
 # --- options of our own

@@ -372,7 +372,6 @@ HOSTILE: dict[str, tuple[object, str]] = {
     "exact/random/0/torch": (torch.zeros(3), "does not fit this network and these options: "),
     "optimizers/0/param_groups/0/lr": (float("nan"), "a step of the optimizer must leave finite weights"),
     "optimizers/0/param_groups/0/lr ": ("fast", "does not fit this network and these options: "),
-    "optimizers/0/param_groups/0/betas": (None, "does not fit this network and these options: "),
     "optimizers/0/state/0/exp_avg": (torch.zeros(3), "does not fit this network and these options: "),
     "optimizers/0/state/0/exp_avg ": ("abc", "does not fit this network and these options: "),
     "optimizers/0/state/0/exp_avg  ": (torch.full((8, 3, 3, 3), float("nan")), "a step of the optimizer must leave"),

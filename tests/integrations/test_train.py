@@ -158,6 +158,16 @@ def test_training_learns(training: Write, here: Path) -> None:
     assert np.mean(losses[-2:]) < 0.6 * losses[0]
 
 
+def test_a_line_comes_after_the_first_iteration_and_when_it_is_slow(
+    training: Write, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = training({"logger.print_freq": 100, "val": ...})
+    for silence, expected in ((15.0, ["1"]), (0.0, ["1", "2", "3", "4"])):
+        monkeypatch.setattr("sparse_sr_attn_basicsr.train._LONGEST_SILENCE", silence)
+        assert main(["train", "-opt", file]) == 0
+        assert re.findall(r"iter: +(\d+), .*eta: .*l_pix: \d", log_of(here / "experiments" / "tiny")) == expected
+
+
 def test_a_new_run_keeps_the_old_one(training: Write, here: Path) -> None:
     file = training()
     assert main(["train", "-opt", file]) == 0
@@ -414,5 +424,5 @@ def test_a_file_that_cannot_be_read_ends_the_test_in_one_line(
 ) -> None:
     (here / "weights.pth").write_bytes(b"no weights")
     assert main(["test", "-opt", testing({"path": {"pretrain_network_g": "weights.pth"}})]) == 1
-    assert re.search(r"sparse-sr: weights\.pth: must hold weights that can be read as", capsys.readouterr().err)
+    assert re.search(r"sparse-sr: weights\.pth: must be weights that can be read as", capsys.readouterr().err)
     assert not (here / "results").exists()
