@@ -201,8 +201,8 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
         problems.raise_if_any()
         try:
             bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{_how_to_call(init, signature, len(args))}: {error}") from None
+        except TypeError:
+            return init(*args, **kwargs)  # Python's own error names the function and the arguments
         for name, value in bound.arguments.items():
             if name in hints and name not in takes_any:
                 try:
@@ -236,19 +236,6 @@ def takes_options_of(build: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return init
 
     return decorate
-
-
-def _how_to_call(init: Callable[..., object], signature: inspect.Signature, num_given: int) -> str:
-    """Return a message on which arguments go by position or by name, and how many were given by position."""
-    name = init.__qualname__.removesuffix(".__init__").rpartition(".")[2]
-    is_method = next(iter(signature.parameters), "") == "self"
-    taken = list(signature.parameters.values())[int(is_method) :]
-    by_position = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD]
-    by_name = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
-    rule = f"{name} takes {', '.join(by_position)} by position"
-    if by_name:
-        rule += f" and all other options by name ({by_name[0]}=...)"
-    return f"{rule}, got {num_given - is_method} by position"
 
 
 def fields(build: Callable[..., object]) -> dict[str, inspect.Parameter]:

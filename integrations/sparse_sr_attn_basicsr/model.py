@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.checkpoints.convert import scale_biases
 from sparse_sr_attn.checkpoints.foreign import Facts, find_facts, run_padded
 from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem, TrainingError
 from sparse_sr_attn.inference.tiling import upscale_tiled
@@ -147,7 +148,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         if hasattr(self, "net_d"):  # a discriminator is loaded last, and has no range
             return
         if self._pretrain_img_range is not None:
-            pretrained.change_img_range(bare, self._pretrain_img_range, loaded.missing)
+            factor = float(bare.img_range) / self._pretrain_img_range
+            scale_biases(bare, factor, but=loaded.missing)  # those missing in the file were not trained
         elif self._starts and load_path not in self._ranges_checked:
             self._ranges_checked.add(load_path)
             if note := pretrained.check_img_range(bare, loaded, load_path):

@@ -1,7 +1,7 @@
 """Weights that a run starts from: read, compared with the network, loaded, and checked for their `img_range`."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,20 +198,6 @@ def check_img_range(network: nn.Module, loaded: Loaded, path: str) -> str | None
         f"{path} does not record the img_range of its training, and network_g.img_range is {ours:g}; "
         "if they differ, images are wrong at first: set train: pretrain_img_range"
     )
-
-
-def change_img_range(network: nn.Module, was: float, missing: Iterable[str]) -> None:
-    """Scale the trained biases of an EDSR from the range `was`, so that it gives the same image at its own.
-
-    Convolutions, ReLU and residual sums scale with their input if the biases scale along. Biases that are `missing` in
-    the file were not trained.
-    """
-    fresh = set(missing)
-    factor = float(network.img_range) / was  # type: ignore[arg-type]
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith(".bias") and name not in fresh:
-                parameter.mul_(factor)
 
 
 def range_seen(network: nn.Module) -> tuple[str, float]:

@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of
 from sparse_sr_attn.backbones.edsr import EDSR
@@ -59,8 +60,7 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
 def at_img_range(model: Network, img_range: float) -> EDSR:
     """Return an EDSR with another `img_range` that gives the same image: its biases are scaled.
 
-    Convolutions, ReLU and residual sums scale with their input if the biases scale along. Attention does not, nor do
-    the sigmoids of an RCAN.
+    Attention does not scale with its input, nor do the sigmoids of an RCAN.
 
     Args:
         model: an EDSR without attention and with its own blocks.
@@ -83,11 +83,20 @@ def at_img_range(model: Network, img_range: float) -> EDSR:
             "scale with the image; train it at the new range"
         )
     scaled = EDSR(**{name: value for name, value in options.items() if name != "type"} | {"img_range": img_range})
-    factor = img_range / model.img_range
-    state = {name: value * factor if name.endswith(".bias") else value for name, value in model.state_dict().items()}
-    state.pop(OPTIONS, None)  # of the other range
-    scaled.load_state_dict(state)
+    scaled.load_state_dict({name: value for name, value in model.state_dict().items() if name != OPTIONS})
+    scale_biases(scaled, img_range / model.img_range)
     return scaled.train(model.training)
+
+
+@torch.no_grad()
+def scale_biases(model: nn.Module, factor: float, *, but: Collection[str] = ()) -> None:
+    """Multiply the biases of an EDSR, except for some, so that it gives the same image at another range.
+
+    Convolutions, ReLU and residual sums scale with their input if the biases scale along.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") and name not in but:
+            parameter.mul_(factor)
 
 
 def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwrite: bool = False) -> None:

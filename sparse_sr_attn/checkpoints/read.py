@@ -16,7 +16,6 @@ from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.registry import suggestion
 
 _NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
-_WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
 _MOST_OPTIONS = 2**20  # bytes
 _TRAINED = Path(__file__).with_name("trained")
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
@@ -92,7 +91,7 @@ def find_weights(
         names = {name for name, _ in model.named_parameters()}
         found = unwrap.find(content, lambda state: names <= state.keys(), min(names, default=""))
     if found is None:
-        return _checked(_innermost(content)), {}, None
+        return _checked(_largest(content)), {}, None
     own = found.chosen.state.items()
     # A number or string next to weights, such as an epoch, is not a weight. One in place of a weight has a dotted key.
     weights = {k: v for k, v in own if isinstance(v, Tensor) or k == OPTIONS or not isinstance(k, str) or "." in k}
@@ -112,19 +111,10 @@ def is_known(state: State) -> bool:
         return False
 
 
-def _innermost(content: object) -> object:
-    """Return the most weight-like part of a file without a known network, for better messages."""
-    for _ in _NESTS:  # no deeper: a map may hold itself
-        inner = [
-            content[key] for key in _NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
-        ]
-        content = inner[0] if inner else content
-    if isinstance(content, Mapping) and content and all(isinstance(key, str) for key in content):
-        wrapped = [re.match(_WRAPPERS, key) for key in content]
-        depth = min(len(found[0]) if found else 0 for found in wrapped)
-        if depth and len({key[:depth] for key in content}) == 1:
-            return {key[depth:]: value for key, value in content.items()}
-    return content
+def _largest(content: object) -> object:
+    """Return the largest mapping of tensors in a file without a known network, for better messages."""
+    mappings = [mapping for _, mapping in unwrap.containers(content) if all(map(is_plain, mapping, mapping.values()))]
+    return max(mappings, key=len, default=content)
 
 
 def _checked(content: object) -> dict[str, Tensor]:

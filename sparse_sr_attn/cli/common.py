@@ -263,7 +263,7 @@ def import_modules(arguments: argparse.Namespace) -> None:
         return
     _let_code_import_basicsr()
     try:
-        importlib.import_module("sparse_sr_attn_basicsr.extensions").load(arguments.imports, "--import")
+        importlib.import_module("sparse_sr_attn_basicsr.extensions").load(arguments.imports)
     except ConfigError as error:
         raise UsageError("--import: " + "; ".join(problem.message for problem in error.problems)) from error
 
