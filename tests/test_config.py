@@ -105,7 +105,7 @@ def test_checked_holds_direct_callers_to_the_same_rules() -> None:
         called(0, decay=7)
     with pytest.raises(ConfigError, match="dekay: unknown; did you mean 'decay'"):
         called(1, dekay=7)
-    with pytest.raises(TypeError, match="missing a required argument: 'width'"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'width'"):
         called()
 
 

@@ -15,7 +15,6 @@ from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Options, State
 from sparse_sr_attn.errors import CheckpointError
 from sparse_sr_attn.registry import suggestion
 
-_NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
 _MOST_OPTIONS = 2**20  # bytes
 _TRAINED = Path(__file__).with_name("trained")
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
@@ -125,7 +124,7 @@ def _checked(content: object) -> dict[str, Tensor]:
         raise CheckpointError("must hold weights, got an empty mapping")
     strange = [f"{key!r}: {type(value).__name__}" for key, value in content.items() if not is_plain(key, value)]
     if strange:
-        hint = f", or such a mapping under one of {', '.join(_NESTS)}"
+        hint = ", or such a mapping inside"
         if {"epoch", "iter"} & content.keys():
             hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
         raise CheckpointError(f"must hold a mapping from keys to dense tensors, got {listed(strange)}{hint}")

@@ -744,7 +744,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "a tensor": (torch.zeros(3), "must hold a state dict, a mapping from keys to tensors, got a Tensor"),
     "nothing": (None, "got a NoneType"),
     "an empty map": ({}, "must hold weights, got an empty mapping"),
-    "empty params": ({"params": {}}, "must hold weights, got an empty mapping"),
+    "empty params": ({"params": {}}, "got 'params': dict, or such a mapping inside"),
     "a map that holds itself": (looped(), "must hold a mapping from keys to dense tensors, got 'params': dict"),
     "a training state": (
         {"epoch": 1, "iter": 9, "optimizers": []},
@@ -752,7 +752,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "texts": (
         {"conv_first.weight": "zeros"},
-        "got 'conv_first.weight': str, or such a mapping under one of params_ema,",
+        "got 'conv_first.weight': str, or such a mapping inside",
     ),
     "keys that are numbers": ({0: WEIGHT}, "got 0: Tensor"),
     "a sparse tensor": (edsr(conv_first__bias=torch.zeros(8).to_sparse()), "got 'conv_first.bias': Tensor"),
