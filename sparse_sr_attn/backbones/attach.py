@@ -499,9 +499,7 @@ def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *,
         placed = way(model, place, maps)
         attended = [path for path, *_ in placed if isinstance(model.get_submodule(path), Attended)]
         if attended and not faults:
-            raise _refusal(
-                "body", f"must have no attention yet, got {attended[0]!r}; detach, or attach a list of mappings"
-            )
+            raise _occupied(attended[0])
         fault = "it has attention" if attended else _fault(model, place, placed)
         if fault is None:
             return placed
@@ -700,7 +698,7 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
     calls = watch_calls(model, example)
     paths = None if names is None else _paths(model, modules, names, calls)
     if calls is None:
-        return _uncalled(model, modules, paths)
+        return _uncalled(modules, paths)
     if paths is not None and (len(names or ()) > 1 or "*" in (names or ("",))[0]):
         sites = {path: _site(model, calls, path) for path in paths}
         return _Place(tuple(sites[path] for path in calls.sites if path in sites), None, calls)
@@ -720,7 +718,7 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
             warnings.warn(f"attached to {trunks[0]}{small}{offered}", stacklevel=4)
         within = trunks[0].name
     elif isinstance(modules[within], Attended):
-        raise _refusal("body", f"must have no attention yet, got {within!r}; detach, or attach a list of mappings")
+        raise _occupied(within)
     module = modules.get(within)
     children = _children(module, within, calls)
     whole = type(module) is nn.Sequential and len(children) == len(module) and within in calls.called
@@ -751,7 +749,7 @@ def _site(model: nn.Module, calls: Calls, path: str) -> Site:
     """Return the module at a path as a site, or say why attention cannot follow it."""
     module = model.get_submodule(path)
     if isinstance(module, Attended):
-        raise _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
+        raise _occupied(path)
     if path in calls.sites:
         return calls.sites[path]
     fault = calls.faults.get(path, f"is not called by {type(model).__name__}")
@@ -806,19 +804,14 @@ def _repeated(calls: Calls) -> str | None:
 # --- models that cannot be called -------------------------------------------------------------------------------------
 
 
-def _uncalled(model: nn.Module, modules: Mapping[str, nn.Module], paths: Sequence[str] | None) -> _Place:
+def _uncalled(modules: Mapping[str, nn.Module], paths: Sequence[str] | None) -> _Place:
     """Return the blocks of a model that accepted no image that was tried, from its weights."""
     example = "pass example=..., images or a tuple of arguments that the model accepts"
     if paths is None:
-        paths = _candidates(model)
-        if len(paths) != 1:
-            found = f"could be {' or '.join(map(repr, paths))}; " if paths else ""
-            raise _refusal(
-                "body", f"must be named; {found}the model accepts none of the images that were tried: {example}"
-            )
+        raise _refusal("body", f"must be named; the model accepts none of the images that were tried: {example}")
     chosen = {path: modules[path] for path in paths}
     if attended := next((path for path, module in chosen.items() if isinstance(module, Attended)), None):
-        raise _refusal("body", f"must have no attention yet, got {attended!r}; detach, or attach a list of mappings")
+        raise _occupied(attended)
     if all(type(module) is nn.Conv2d for module in chosen.values()):
         sites = [Site(path, "", (cast(nn.Conv2d, conv).out_channels, 0, 0)) for path, conv in chosen.items()]
         return _Place(tuple(sites), None, None)
@@ -831,25 +824,9 @@ def _uncalled(model: nn.Module, modules: Mapping[str, nn.Module], paths: Sequenc
     return _Place(tuple(Site(join_path(path, name), path, (width, 0, 0)) for name in module._modules), path, None)
 
 
-def _candidates(model: nn.Module) -> list[str]:
-    """Return the paths of possible trunks, none of them inside another."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if type(module) is nn.Sequential and not any(path.startswith(join_path(outer, "")) for outer in found):
-            blocks = [channels for channels in map(_channels, module) if channels]
-            if len(blocks) > 1 and len(set(itertools.chain(*blocks))) == 1:
-                found.append(path)
-    return found
-
-
-def _channels(block: nn.Module) -> tuple[int, int] | None:
-    """Return the channels in and out of a block, read from its first and its last convolution."""
-    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
-    return (convolutions[0].in_channels, convolutions[-1].out_channels) if convolutions else None
-
-
 def _told_width(trunk: nn.Sequential, path: str) -> int:
-    blocks = {index: channels for index, channels in enumerate(map(_channels, trunk)) if channels}
+    convolutions = [[module for module in block.modules() if isinstance(module, nn.Conv2d)] for block in trunk]
+    blocks = {index: (own[0].in_channels, own[-1].out_channels) for index, own in enumerate(convolutions) if own}
     example = "pass example=..., images that the model accepts, so that attach can call it"
     if not blocks:
         raise _refusal("body", f"must have convolutions that show its width, but {path!r} has none; {example}")
@@ -866,3 +843,7 @@ def _told_width(trunk: nn.Sequential, path: str) -> int:
 
 def _refusal(path: str, message: str) -> ConfigError:
     return ConfigError([Problem(path, message)])
+
+
+def _occupied(path: str) -> ConfigError:
+    return _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
