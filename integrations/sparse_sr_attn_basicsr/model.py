@@ -1,11 +1,9 @@
 """BasicSR's models for layers with running state: exact resume, and no step on non-finite values."""
 
-import copy
 import importlib
 import logging
 import math
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -101,8 +99,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._starts = bool(opt.get("is_train") and not opt["path"].get("resume_state"))
         self._pretrain_img_range: float | None = train.get("pretrain_img_range") if self._starts else None
         self._facts: Facts | None = None  # about a network of others; found when needed
-        self._reported: dict[str, list[str]] = {}
-        self._ranges_checked: set[str] = set()
+        self._told: set[str] = set()  # messages on weights, which two networks are loaded from
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
         channels_last = train.get("channels_last")
         self._channels_last = self._dtype is not None if channels_last is None else channels_last
@@ -133,27 +130,26 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         loaded = pretrained.load(bare, load_path, strict=strict, key=param_key)
         different = loaded.different
         entry = f", entry {loaded.key}" if loaded.key else ""
-        log = get_root_logger()
-        log.info(f"Loading {type(bare).__name__} model from {load_path}{entry}.")
-        if (lines := different.lines()) != self._reported.get(
-            load_path
-        ):  # once, even if two networks are loaded from it
-            self._reported[load_path] = lines
-            untrained = len(different.untrained) + len(different.resized)
-            for line in lines:
-                log.log(logging.WARNING if untrained else logging.INFO, f"  {line}")
-            if untrained:
-                log.warning(f"{untrained} entries outside attention are NOT in {load_path}: they start untrained.")
+        get_root_logger().info(f"Loading {type(bare).__name__} model from {load_path}{entry}.")
+        untrained = len(different.untrained) + len(different.resized)
+        for line in different.lines():
+            self._tell(f"  {line}", logging.WARNING if untrained else logging.INFO)
+        if untrained:
+            self._tell(f"{untrained} entries outside attention are NOT in {load_path}: they start untrained.")
         self._missing[id(bare)] = loaded.missing
         if hasattr(self, "net_d"):  # a discriminator is loaded last, and has no range
             return
         if self._pretrain_img_range is not None:
             factor = float(bare.img_range) / self._pretrain_img_range
             scale_biases(bare, factor, but=loaded.missing)  # those missing in the file were not trained
-        elif self._starts and load_path not in self._ranges_checked:
-            self._ranges_checked.add(load_path)
-            if note := pretrained.check_img_range(bare, loaded, load_path):
-                log.warning(f"note: {note}")
+        elif self._starts and (note := pretrained.check_img_range(bare, loaded, load_path)):
+            self._tell(f"note: {note}")
+
+    def _tell(self, message: str, level: int = logging.WARNING) -> None:
+        """Log a message once."""
+        if message not in self._told:
+            self._told.add(message)
+            get_root_logger().log(level, message)
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer of `torch.optim` of that name."""
@@ -399,39 +395,29 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def resume_training(self, resume_state: Mapping[str, Any]) -> None:
         """Restore a saved state, so that training continues as if it had not been stopped.
 
-        Options of the optimizer and the schedule that have changed since are applied and reported.
-
         A state without `exact`, such as one of BasicSR's models, is restored as far as possible.
 
         Raises:
-            CheckpointError: the state was saved with another optimizer, or does not fit for another reason.
+            CheckpointError: the state was saved with another optimizer.
+            Exception: anything that a state of another model leads to.
         """
-        where = f"the state of iteration {resume_state.get('iter')}"
         exact = resume_state.get("exact") or {}
         names = ", ".join(self._optimizer_names)
         saved_with = exact.get("optimizer", names if len(self._optimizer_names) > 1 else "Adam")
         if saved_with != names:
             raise CheckpointError(
-                f"{where}: train.optim_g.type must be {saved_with}, with which it was saved, got "
-                f"{names}; to change it, start a new run with these weights as path.pretrain_network_g"
+                f"train.optim_g.type must be {saved_with}, with which it was saved, got {names}; to change it, start a "
+                "new run with these weights as path.pretrain_network_g"
             )
-        try:
-            changes = changed_options.resume(self, resume_state, super().resume_training)
-            self.iteration = int(resume_state["iter"])
-            if exact:
-                self._place = exact["place"]
-                if self._scaler.is_enabled() and exact["scaler"]:
-                    self._scaler.load_state_dict(exact["scaler"])
-                rank, num_processes = get_dist_info()
-                if len(exact["random"]) == num_processes:
-                    set_random_state(exact["random"][rank])
-            for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-                _try_step(optimizer, scheduler)
-            for change in changes:
-                get_root_logger().warning(f"note: {change}; from here on, the value in the option file applies")
-        except Exception as error:  # a malformed state can raise anything
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
+        super().resume_training(resume_state)
+        self.iteration = int(resume_state["iter"])
+        if exact:
+            self._place = exact["place"]
+            if self._scaler.is_enabled() and exact["scaler"]:
+                self._scaler.load_state_dict(exact["scaler"])
+            rank, num_processes = get_dist_info()
+            if len(exact["random"]) == num_processes:
+                set_random_state(exact["random"][rank])
         if self._state_file(self.iteration).is_file():
             self.saved_iteration = self.iteration
 
@@ -575,29 +561,6 @@ def _read(*scalars: Mapping[Any, Tensor]) -> list[dict[Any, float]]:
     tensors = [tensor.float() for mapping in scalars for tensor in mapping.values()]
     numbers = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist())
     return [{key: next(numbers) for key in mapping} for mapping in scalars]
-
-
-def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Make a step with copies of both, so that errors in their states show before anything is trained.
-
-    Raises:
-        ValueError: weights or the learning rate would not be finite.
-        Exception: anything that values of wrong size or type lead to.
-    """
-    trial = copy.deepcopy(optimizer)
-    weights = [weight for group in trial.param_groups for weight in group["params"]]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    schedule = copy.copy(scheduler)
-    vars(schedule).update(
-        {name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "optimizer"}, optimizer=trial
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the copies do not know of each other
-        schedule.step()
-        trial.step()
-    if not (_finite(weights) and all(math.isfinite(group["lr"]) for group in trial.param_groups)):
-        raise ValueError("a step of the optimizer must leave finite weights and a finite learning rate")
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -107,7 +107,7 @@ class Run:
         val_loaders = [evaluation_loader(each, opt) for each in opt["datasets"].values() if each["phase"] == "val"]
         self.model = build_model(opt)
         if resumed is not None:
-            _restore(self.model, resumed)
+            _restore(self.model, resumed, logger)
             logger.info(f"Resuming training from epoch: {self.epoch}, iter: {iteration}.")
         logger.info(f"Start training from epoch: {self.epoch}, iter: {iteration}")
         started = time.monotonic()
@@ -185,24 +185,22 @@ class Run:
         return f"The newest state is {states[-1]}; resume from it with --auto_resume."
 
 
-def _restore(model: Any, resumed: Mapping[str, Any]) -> None:
-    """Restore a state in a model, with the options of the file. Our models do both themselves.
+def _restore(model: Any, resumed: Mapping[str, Any], logger: logging.Logger) -> None:
+    """Restore a state in a model, with the options of the file.
 
     Raises:
         CheckpointError: the state does not fit.
     """
-    if hasattr(model, "saved_iteration"):
-        model.resume_training(resumed)
-        return
+    where = f"the state of iteration {resumed['iter']}"
     try:
-        changes = changed_options.resume(model, resumed, model.resume_training)
+        changes = changed_options.resume(model, resumed)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:  # a malformed state can raise anything
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"the state of iteration {resumed['iter']}: does not fit this network and these options: {reason}"
-        ) from error
+        raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
     for change in changes:
-        _LOG.warning("note: %s; from here on, the value in the option file applies", change)
+        logger.warning(f"note: {change}; from here on, the value in the option file applies")
 
 
 def _logs_to_tensorboard(opt: Mapping[str, Any]) -> bool:

@@ -105,26 +105,15 @@ def _raster(setting: Setting) -> Visible:
     return _clustered(cluster_pattern(nobody, chunk_size=max(1, setting.num_keys // 3)))
 
 
-class Kind(NamedTuple):
-    """A kind of patterns.
-
-    Attributes:
-        show: function that builds the pattern.
-        layer: the layer whose options it takes; `None` if it takes none.
-    """
-
-    show: Callable[..., Visible]
-    layer: type[nn.Module] | None = None
-
-
-KINDS: Mapping[str, Kind] = {
-    "LCoA": Kind(_lcoa, LSP),
-    "trained": Kind(_trained),
-    "NLSA": Kind(_nlsa, NLSA),
-    "CategoryAttention": Kind(_category, CategoryAttention),
-    "windows": Kind(_windows),
-    "raster": Kind(_raster),
+KINDS: Mapping[str, tuple[Callable[..., Visible], type[nn.Module] | None]] = {
+    "LCoA": (_lcoa, LSP),
+    "trained": (_trained, None),
+    "NLSA": (_nlsa, NLSA),
+    "CategoryAttention": (_category, CategoryAttention),
+    "windows": (_windows, None),
+    "raster": (_raster, None),
 }
+"""Kinds of patterns: the function that builds one, and the layer whose options it takes."""
 
 PATTERNS = (
     "LCoA",
@@ -203,7 +192,7 @@ def _read(name: str, num_keys: int) -> Pattern:
     label, _, text = name.partition(":")
     if label not in KINDS:
         raise ConfigError([Problem("", f"no such pattern{suggestion(label, list(KINDS))}")])
-    kind, options = KINDS[label], {}
+    (show, layer), options = KINDS[label], {}
     for item in filter(None, text.split(",")):
         option, equals, value = item.partition("=")
         if not equals:
@@ -214,12 +203,12 @@ def _read(name: str, num_keys: int) -> Pattern:
             options[option] = json.loads(value)
         except ValueError:
             options[option] = value
-    if kind.layer is not None:
-        options = read(kind.layer, options, given=1)
-        _chunk_size(kind.layer(1, **options), num_keys)
+    if layer is not None:
+        options = read(layer, options, given=1)
+        _chunk_size(layer(1, **options), num_keys)
     elif options:
         raise ConfigError([Problem(next(iter(options)), f"{label} has no options")])
-    return Pattern(name, partial(kind.show, **options))
+    return Pattern(name, partial(show, **options))
 
 
 def _chunk_size(layer: Any, num_keys: int) -> int:

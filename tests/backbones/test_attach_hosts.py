@@ -36,8 +36,7 @@ class Block(nn.Module):
         self.c1, self.c5 = conv(width, width), conv(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.c5(F.relu(self.c1(x))) + x
-        return output
+        return self.c5(F.relu(self.c1(x))) + x
 
 
 class Host(nn.Module):
@@ -52,8 +51,7 @@ class Host(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fea_conv(x)
-        output: Tensor = self.tail(self.body(x) + x)
-        return output
+        return self.tail(self.body(x) + x)
 
 
 class Numbered(Host):
@@ -68,8 +66,7 @@ class Numbered(Host):
         b1 = self.B1(x)
         b2 = self.B2(b1)
         b3 = self.B3(b2)
-        output: Tensor = self.c(torch.cat([b1, b2, b3, self.B4(b3)], dim=1))
-        return output
+        return self.c(torch.cat([b1, b2, b3, self.B4(b3)], dim=1))
 
 
 class Listed(Host):
@@ -523,8 +520,7 @@ class Widths(Host):
 
     def body(self, x: Tensor) -> Tensor:
         x = self.down2(self.down1(x))
-        output: Tensor = self.up(self.low2(self.low1(self.wide(x))))
-        return output
+        return self.up(self.low2(self.low1(self.wide(x))))
 
 
 def test_each_width_has_its_layer_and_equal_shapes_share() -> None:
@@ -574,8 +570,7 @@ class Twice(Host):
         return self.net.body(x) if x is None else self.inner(self.inner(x))
 
     def inner(self, x: Tensor) -> Tensor:
-        output: Tensor = self.net(x[:, :3])
-        return output
+        return self.net(x[:, :3])
 
 
 @pytest.mark.parametrize("body", [None, "net.B*"])
@@ -678,8 +673,7 @@ class Pooling(Host):
         self.blocks = nn.ModuleList([PooledTuple(), PooledTuple()])
 
     def body(self, x: Tensor) -> Tensor:
-        output: Tensor = self.blocks[1](self.blocks[0](x)[0])[0]
-        return output
+        return self.blocks[1](self.blocks[0](x)[0])[0]
 
 
 class PooledTuple(Pooled):
@@ -711,8 +705,7 @@ class Unpadded(nn.Module):
         self.conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.conv(x)
-        return output
+        return self.conv(x)
 
 
 def test_a_convolution_and_its_activation_are_taken_if_there_is_nothing_longer() -> None:
@@ -766,8 +759,7 @@ class Inside(nn.Module):
         self.inner, self.last = Numbered(), conv(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.last(self.inner(x))
-        return output
+        return self.last(self.inner(x))
 
 
 class Spread(Inside):
@@ -778,8 +770,7 @@ class Spread(Inside):
         self.other = nn.Sequential(Block(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.other(super().forward(x))
-        return output
+        return self.other(super().forward(x))
 
 
 def with_own_forward(build: Callable[[], nn.Module], *paths: str, method: bool) -> Callable[[], nn.Module]:
@@ -971,8 +962,7 @@ class Lazy(Numbered):
             self.late, self.B1.late = conv(8, 8, 1), nn.PReLU()
             self.B3 = self.B3
             del self.unused
-        output: Tensor = self.late(super().body(x))
-        return output
+        return self.late(super().body(x))
 
 
 def test_modules_that_a_forward_makes_stay_in_the_model() -> None:

@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 import torch
 from basicsr.models import build_model
+from basicsr_runs import told_at_the_end
 
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import CheckpointError
-from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.option_file import load
 
 Write = Callable[..., str]
-
-
-def told_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.rpartition("sparse-sr: ")[2]
 
 
 class Evil:
@@ -83,9 +76,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
 
 
 @pytest.mark.promise("R21", "weights of a run")
-def test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up(training: Write, here: Path) -> None:
-    opt, _ = preflight.check(load(training()), training=True)
-    model = build_model({**opt, "path": {**opt["path"], "models": "."}, "is_train": True, "dist": False})
+def test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up(
+    options: Callable[..., dict[str, Any]], here: Path
+) -> None:
+    model = build_model(options())
     before = {name: value.clone() for name, value in model.net_g.state_dict().items()}
     file = here / "weights.pth"
     for name, (content, message) in HOSTILE.items():
