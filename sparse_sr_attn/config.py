@@ -123,7 +123,7 @@ def renamed(mapping: Mapping[str, Any], known: Collection[str], path: str = "") 
             options[name] = value
             continue
         if new in mapping:
-            raise ConfigError([Problem(join_path(path, name), f"is the old name of {new}, which is given too")])
+            raise ConfigError.at(join_path(path, name), f"is the old name of {new}, which is given too")
         warnings.warn(f"the option {name} is {new} now; the old name still works", RenamedOptionWarning, stacklevel=1)
         options[new] = values.get(value, value) if isinstance(value, bool) else value
     return options
@@ -286,10 +286,10 @@ def _fit_plain(value: object, base: Any, arguments: tuple[Any, ...]) -> Any:  # 
         if value is None:
             return None
         raise _Unfit("~ (nothing)")
-    if base is bool:
-        if isinstance(value, bool):
+    if base in (bool, str):
+        if isinstance(value, base):
             return value
-        raise _Unfit("true or false")
+        raise _Unfit("true or false" if base is bool else "a string")
     if base is int:
         if isinstance(value, Integral) and not isinstance(value, bool):
             if -(2**63) <= int(value) < 2**63:
@@ -298,10 +298,6 @@ def _fit_plain(value: object, base: Any, arguments: tuple[Any, ...]) -> Any:  # 
         raise _Unfit("an integer")
     if base is float:
         return _fit_float(value)
-    if base is str:
-        if isinstance(value, str):
-            return value
-        raise _Unfit("a string")
     if isinstance(base, type) and issubclass(base, Sequence):
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise _Unfit("a list")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_sr_attn.errors import first_line
 from sparse_sr_attn_basicsr.randomness import undisturbed
 
 _LOG = logging.getLogger(__name__)
@@ -57,8 +58,9 @@ class GraphedForward:
                     _Whole(self._net).train(self._net.training), (images.clone(),), allow_unused_input=True
                 )  # type: ignore[assignment]
         except (RuntimeError, AssertionError) as error:  # whatever the network does that a graph cannot contain
-            reason = str(error).partition("\n")[0]
-            _LOG.warning("note: train.cuda_graph: this network cannot be captured and runs without: %s", reason)
+            _LOG.warning(
+                "note: train.cuda_graph: this network cannot be captured and runs without: %s", first_line(error)
+            )
             return None
         finally:
             with torch.no_grad():

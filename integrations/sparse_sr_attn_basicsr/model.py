@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints.convert import scale_biases
 from sparse_sr_attn.checkpoints.foreign import Facts, find_facts, run_padded
-from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem, TrainingError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, TrainingError
 from sparse_sr_attn.inference.tiling import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
@@ -166,9 +166,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         if self.opt["train"].get("cuda_graph"):
             if self.net_g is not self.get_bare_model(self.net_g):
-                raise ConfigError(
-                    [Problem("train.cuda_graph", "must be false with several GPUs or processes, got true")]
-                )
+                raise ConfigError.at("train.cuda_graph", "must be false with several GPUs or processes, got true")
             self._graphed = GraphedForward(self.net_g)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()

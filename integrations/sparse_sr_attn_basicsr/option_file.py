@@ -58,11 +58,11 @@ def load(file: str | Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ConfigError([Problem(str(file), _unreadable(path, error))]) from None
+        raise ConfigError.at(str(file), _unreadable(path, error)) from None
     options = parse(text, str(file))
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         found = "nothing" if options is None else f"a {type(options).__name__}"
-        raise ConfigError([Problem(str(file), f"must hold a mapping from option names to values, got {found}")])
+        raise ConfigError.at(str(file), f"must hold a mapping from option names to values, got {found}")
     return options
 
 
@@ -73,9 +73,9 @@ def parse(text: str | bytes, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
-        raise ConfigError([Problem(place, _explain(error))]) from None
+        raise ConfigError.at(place, _explain(error)) from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError([Problem(where, f"is not YAML: {error}")]) from None
+        raise ConfigError.at(where, f"is not YAML: {error}") from None
 
 
 def override(options: dict[str, Any], entries: Iterable[str]) -> tuple[dict[str, Any], list[str]]:

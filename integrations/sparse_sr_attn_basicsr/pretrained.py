@@ -14,8 +14,8 @@ from sparse_sr_attn.backbones.attach import without_records
 from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.checkpoints.load import unusable
-from sparse_sr_attn.checkpoints.read import carried_options, first_line, listed, read_file
-from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn.checkpoints.read import carried_options, listed, read_file
+from sparse_sr_attn.errors import CheckpointError, first_line
 from sparse_sr_attn.layers.base import AttentionLayer
 
 RANGES = (1.0, 255.0)

@@ -26,7 +26,7 @@ from basicsr.utils import (
 )
 from basicsr.utils.options import dict2str
 
-from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn.errors import CheckpointError, first_line
 from sparse_sr_attn_basicsr import changed_options, state
 from sparse_sr_attn_basicsr.data import PLACE
 from sparse_sr_attn_basicsr.loaders import evaluation_loader, training_batches
@@ -197,8 +197,7 @@ def _restore(model: Any, resumed: Mapping[str, Any], logger: logging.Logger) -> 
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:  # a malformed state can raise anything
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
+        raise CheckpointError(f"{where}: does not fit this network and these options: {first_line(error)}") from error
     for change in changes:
         logger.warning(f"note: {change}; from here on, the value in the option file applies")
 

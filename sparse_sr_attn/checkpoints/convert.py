@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -169,13 +168,11 @@ def _their_key(layout: Layout, key: str) -> str | None:
     for pattern, ours in layout.names.items():
         if ours is not None and (found := key_pattern(ours).fullmatch(key)):
             numbers = found.groupdict()
-            rest = numbers.pop("rest", "*")
-            return re.sub(r"<(\w)>", partial(_filled, numbers), pattern).replace("*", rest)
+            theirs = pattern.replace("*", numbers.pop("rest", "*"))
+            for letter, number in numbers.items():
+                theirs = theirs.replace(f"<{letter}>", number)
+            return theirs
     return None
-
-
-def _filled(numbers: dict[str, str], part: re.Match[str]) -> str:
-    return numbers.get(part[1], part[0])
 
 
 def _check(layout: Layout, model: Network, named: dict[str, Tensor]) -> None:

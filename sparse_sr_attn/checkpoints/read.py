@@ -1,7 +1,6 @@
 """Read files of weights as data, and find the weights in their containers."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from sparse_sr_attn.backbones.attach import SLOT, is_record
 from sparse_sr_attn.backbones.base import OPTIONS, decode_options
 from sparse_sr_attn.checkpoints import unwrap
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Options, State
-from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn.errors import CheckpointError, first_line
 from sparse_sr_attn.registry import suggestion
 
 _MOST_OPTIONS = 2**20  # bytes
@@ -68,11 +67,6 @@ def read_file(source: object) -> object:
             "must be weights that can be read as data, from a .safetensors or a whole torch.save file without code; "
             f"got {type(error).__name__}: {reason}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, without the codes that colour it in a terminal."""
-    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip().partition("\n")[0]
 
 
 def find_weights(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints.foreign import ForeignNetwork
 from sparse_sr_attn.data.atomic import atomic_write
-from sparse_sr_attn.errors import CheckpointError, ExportError
+from sparse_sr_attn.errors import CheckpointError, ExportError, first_line
 from sparse_sr_attn.functional.cluster import mean_keys
 from sparse_sr_attn.layers.lcoa import LSP, Choice
 from sparse_sr_attn.states import ClusterPattern
@@ -141,7 +141,7 @@ def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> 
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         outputs = session.run(None, {"image": image.numpy()})
     except Exception as error:  # its exceptions have no common root
-        raise ExportError(f"onnxruntime fails for {size[0]}x{size[1]}: {str(error).partition(chr(10))[0]}") from error
+        raise ExportError(f"onnxruntime fails for {size[0]}x{size[1]}: {first_line(error)}") from error
     result, *choices = (torch.from_numpy(output) for output in outputs)
     with torch.no_grad(), _watched(model) as watched:
         as_is = model(image)
@@ -248,8 +248,9 @@ def _exported(model: Network) -> "onnx.ModelProto":
     except Exception as error:  # whatever export or translation meets
         while error.__cause__ is not None:  # the exporter wraps it in advice for its authors
             error = error.__cause__  # type: ignore[assignment]
-        reason = str(error).strip().partition("\n")[0]
-        raise ExportError(f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}") from error
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}"
+        ) from error
     finally:
         log.setLevel(level)
     proto: onnx.ModelProto = program.model_proto

@@ -39,7 +39,6 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"train.scheduler.milestones": [2, 8]},
         ["train.scheduler.milestones is [2, 8], and was [3, 7, 9]"],
     ),
-    "gamma": ({}, {"train.scheduler.gamma": 0.1}, ["train.scheduler.gamma is 0.1, and was 0.5"]),
     "a longer cosine": (
         {"train.scheduler": {**COSINE, "periods": [5]}, "train.total_iter": 5},
         {"train.scheduler": COSINE},
@@ -55,13 +54,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"train.scheduler": COSINE},
         ["train.scheduler.type: there was a schedule with gamma, milestones, restart_weights, restarts, now eta_min"],
     ),
-    "steps in place of a cosine": (
-        {"train.scheduler": COSINE},
-        {"train.scheduler": MULTISTEP},
-        ["train.scheduler.type: there was a schedule with eta_min, periods, restart_weights, now gamma"],
-    ),
     "warm-up": ({"train.warmup_iter": 8}, {"train.warmup_iter": 6}, ["train.warmup_iter is 6, and was 8"]),
-    "no more warm-up": ({"train.warmup_iter": 8}, {"train.warmup_iter": -1}, ["train.warmup_iter is -1, and was 8"]),
 }
 
 
