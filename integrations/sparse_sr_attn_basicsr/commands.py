@@ -4,7 +4,7 @@ import argparse
 import importlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def train(arguments: argparse.Namespace) -> None:
     options = _checked_options(arguments, training=True)
     loop = _import("sparse_sr_attn_basicsr.train")
     with distributed.process_group(arguments.launcher, options), _torch_settings():
-        run = loop.Run(_completed(options, arguments, training=True))
+        run = loop.Run(option_file.complete(options, arguments, training=True))
         try:
             with distributed.peer_errors(arguments.launcher):
                 run.train(lambda folder: _record_options(folder, arguments))
@@ -73,7 +73,7 @@ def test(arguments: argparse.Namespace) -> None:
     with distributed.process_group(arguments.launcher, options), _torch_settings():
         try:
             with distributed.peer_errors(arguments.launcher):
-                run(_completed(options, arguments, training=False))
+                run(option_file.complete(options, arguments, training=False))
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -114,20 +114,6 @@ def _import(module: str) -> Any:
             f"this BasicSR lacks a part of BasicSR 1.4.2: {error}; start this fork with its own script and "
             "sparse_sr_attn_basicsr.register() (docs/basicsr.md)"
         ) from error
-
-
-def _completed(options: Mapping[str, Any], arguments: argparse.Namespace, *, training: bool) -> dict[str, Any]:
-    """Return the options with everything else that BasicSR looks up."""
-    rank, world_size = importlib.import_module("basicsr.utils.dist_util").get_dist_info()
-    return option_file.complete(
-        options,
-        training=training,
-        rank=rank,
-        world_size=world_size,
-        distributed=arguments.launcher != "none",
-        auto_resume=arguments.auto_resume,
-        debug=arguments.debug,
-    )
 
 
 def _choose_weights(path: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, key_pattern
 from sparse_sr_attn.checkpoints.load import load_model
-from sparse_sr_attn.data.atomic import atomic_write
+from sparse_sr_attn.data.atomic import written
 from sparse_sr_attn.errors import CheckpointError
 
 Names = Literal["ours", "released"]
@@ -113,7 +113,7 @@ def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwri
     if file.suffix not in (".safetensors", ".pth", ".pt"):
         raise CheckpointError(f"{file} must end in .safetensors, .pth or .pt")
     try:
-        with atomic_write(file, overwrite=overwrite) as stream:
+        with written(file, CheckpointError, overwrite=overwrite) as stream:
             if file.suffix == ".safetensors":
                 from safetensors.torch import save  # noqa: PLC0415
 
@@ -122,11 +122,6 @@ def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwri
                 torch.save({"params": state} if nested else state, stream)
     except ImportError as error:
         raise CheckpointError("writing .safetensors needs safetensors: pip install safetensors") from error
-    except FileExistsError as error:
-        raise CheckpointError(f"{file} already exists; use --overwrite") from error
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides why
-        raise CheckpointError(f"{file} cannot be written: {getattr(cause, 'strerror', None) or cause}") from error
 
 
 def unsaid_options(model: Network, state: dict[str, Tensor]) -> list[str]:

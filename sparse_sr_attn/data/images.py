@@ -15,7 +15,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from sparse_sr_attn.data.atomic import atomic_write
+from sparse_sr_attn.data.atomic import written
 from sparse_sr_attn.errors import ImageError, first_line
 
 if TYPE_CHECKING:
@@ -204,14 +204,8 @@ def write_image(picture: Picture, path: Path | BinaryIO, *, overwrite: bool = Fa
         _save(picture, path, ".png")
         return
     check_format(path, picture)
-    try:
-        with atomic_write(path, overwrite=overwrite) as stream:
-            _save(picture, stream, path.suffix.lower())
-    except FileExistsError as error:
-        raise ImageError(f"{path} already exists; use --overwrite") from error
-    except (OSError, ValueError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error) or type(error).__name__
-        raise ImageError(f"{path} cannot be written: {reason}") from error
+    with written(path, ImageError, overwrite=overwrite) as stream:
+        _save(picture, stream, path.suffix.lower())
 
 
 def _save(picture: Picture, stream: BinaryIO, suffix: str) -> None:

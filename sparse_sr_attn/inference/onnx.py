@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints.foreign import ForeignNetwork
-from sparse_sr_attn.data.atomic import atomic_write
+from sparse_sr_attn.data.atomic import written
 from sparse_sr_attn.errors import CheckpointError, ExportError, first_line
 from sparse_sr_attn.functional.cluster import mean_keys
 from sparse_sr_attn.layers.lcoa import LSP, Choice
@@ -109,13 +109,8 @@ def export_onnx(
             f"other clusters, by up to {worst.margin:.1e} of their length; nothing was written"
         )
     del proto.graph.output[1:]  # what the patterns chose, which only the check needs
-    try:
-        with atomic_write(file, overwrite=overwrite) as stream:
-            stream.write(proto.SerializeToString())
-    except FileExistsError as error:
-        raise ExportError(f"{file} already exists; use --overwrite") from error
-    except OSError as error:
-        raise ExportError(f"{file} cannot be written: {error.strerror or error}") from error
+    with written(file, ExportError, overwrite=overwrite) as stream:
+        stream.write(proto.SerializeToString())
     return found
 
 

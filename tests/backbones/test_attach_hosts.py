@@ -359,7 +359,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         train(alone, 3)
         for key, value in alone.state_dict().items():
             assert torch.equal(first[key], second[key]), key
-            torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-6, msg=lambda t, key=key: f"{key}: {t}")
+            close = 1e-5 if "pending" in key else 1e-6  # sums over hundreds of tokens
+            torch.testing.assert_close(first[key], value, rtol=close, atol=close, msg=lambda t, key=key: f"{key}: {t}")
 
 
 @hosts
