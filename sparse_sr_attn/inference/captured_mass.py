@@ -105,15 +105,26 @@ def _raster(setting: Setting) -> Visible:
     return _clustered(cluster_pattern(nobody, chunk_size=max(1, setting.num_keys // 3)))
 
 
-KINDS: Mapping[str, tuple[Callable[..., Visible], type[nn.Module] | None]] = {
-    "LCoA": (_lcoa, LSP),
-    "trained": (_trained, None),
-    "NLSA": (_nlsa, NLSA),
-    "CategoryAttention": (_category, CategoryAttention),
-    "windows": (_windows, None),
-    "raster": (_raster, None),
+class Kind(NamedTuple):
+    """A kind of patterns.
+
+    Attributes:
+        show: function that builds the pattern.
+        layer: the layer whose options it takes; `None` if it takes none.
+    """
+
+    show: Callable[..., Visible]
+    layer: type[nn.Module] | None = None
+
+
+KINDS: Mapping[str, Kind] = {
+    "LCoA": Kind(_lcoa, LSP),
+    "trained": Kind(_trained),
+    "NLSA": Kind(_nlsa, NLSA),
+    "CategoryAttention": Kind(_category, CategoryAttention),
+    "windows": Kind(_windows),
+    "raster": Kind(_raster),
 }
-"""Kinds of patterns: the function that builds one, and the layer whose options it takes."""
 
 PATTERNS = (
     "LCoA",
