@@ -123,7 +123,7 @@ def renamed(mapping: Mapping[str, Any], known: Collection[str], path: str = "") 
             options[name] = value
             continue
         if new in mapping:
-            raise ConfigError([Problem(join_path(path, name), f"is the old name of {new}, which is given too")])
+            raise ConfigError.at(join_path(path, name), f"is the old name of {new}, which is given too")
         warnings.warn(f"the option {name} is {new} now; the old name still works", RenamedOptionWarning, stacklevel=1)
         options[new] = values.get(value, value) if isinstance(value, bool) else value
     return options
@@ -201,8 +201,8 @@ def checked(init: Callable[P, R]) -> Callable[P, R]:
         problems.raise_if_any()
         try:
             bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{_how_to_call(init, signature, len(args))}: {error}") from None
+        except TypeError:
+            return init(*args, **kwargs)  # Python's own error names the function and the arguments
         for name, value in bound.arguments.items():
             if name in hints and name not in takes_any:
                 try:
@@ -236,19 +236,6 @@ def takes_options_of(build: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return init
 
     return decorate
-
-
-def _how_to_call(init: Callable[..., object], signature: inspect.Signature, num_given: int) -> str:
-    """Return a message on which arguments go by position or by name, and how many were given by position."""
-    name = init.__qualname__.removesuffix(".__init__").rpartition(".")[2]
-    is_method = next(iter(signature.parameters), "") == "self"
-    taken = list(signature.parameters.values())[int(is_method) :]
-    by_position = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD]
-    by_name = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
-    rule = f"{name} takes {', '.join(by_position)} by position"
-    if by_name:
-        rule += f" and all other options by name ({by_name[0]}=...)"
-    return f"{rule}, got {num_given - is_method} by position"
 
 
 def fields(build: Callable[..., object]) -> dict[str, inspect.Parameter]:
@@ -299,10 +286,10 @@ def _fit_plain(value: object, base: Any, arguments: tuple[Any, ...]) -> Any:  # 
         if value is None:
             return None
         raise _Unfit("~ (nothing)")
-    if base is bool:
-        if isinstance(value, bool):
+    if base in (bool, str):
+        if isinstance(value, base):
             return value
-        raise _Unfit("true or false")
+        raise _Unfit("true or false" if base is bool else "a string")
     if base is int:
         if isinstance(value, Integral) and not isinstance(value, bool):
             if -(2**63) <= int(value) < 2**63:
@@ -311,10 +298,6 @@ def _fit_plain(value: object, base: Any, arguments: tuple[Any, ...]) -> Any:  # 
         raise _Unfit("an integer")
     if base is float:
         return _fit_float(value)
-    if base is str:
-        if isinstance(value, str):
-            return value
-        raise _Unfit("a string")
     if isinstance(base, type) and issubclass(base, Sequence):
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise _Unfit("a list")

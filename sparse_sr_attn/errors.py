@@ -3,6 +3,7 @@
 Each message states the rule, the value given and what would work.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -81,6 +82,16 @@ class ConfigError(SparseSRError, ValueError):
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    @classmethod
+    def at(cls, path: str, message: str) -> "ConfigError":
+        """Return an error with one problem."""
+        return cls([Problem(path, message)])
+
     def under(self, prefix: str) -> "ConfigError":
         """Return the same problems with `prefix` prepended to each path."""
         return ConfigError(Problem(f"{prefix}.{p.path}" if p.path else prefix, p.message) for p in self.problems)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without the codes that colour it in a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip().partition("\n")[0]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_sr_attn import EDSR, ELAN, GMSA, LSP, NLA, NLSA, LCoA, LCoAN, attach, create_model, load_model
+from sparse_sr_attn import EDSR, LSP, NLA, NLSA, LCoA, LCoAN, attach, create_model, load_model
 from sparse_sr_attn.backbones.base import encode_options, options_of
 from sparse_sr_attn.checkpoints.read import carried_options
 from sparse_sr_attn.config import (
@@ -105,7 +105,7 @@ def test_checked_holds_direct_callers_to_the_same_rules() -> None:
         called(0, decay=7)
     with pytest.raises(ConfigError, match="dekay: unknown; did you mean 'decay'"):
         called(1, dekay=7)
-    with pytest.raises(TypeError, match="missing a required argument: 'width'"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'width'"):
         called()
 
 
@@ -121,23 +121,14 @@ def test_checked_leaves_open_what_a_function_leaves_open() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: LCoA(64, 128),
-            "LCoA takes embed_dim by position and all other options by name (num_clusters=...), got 2",
-        ),
-        (LCoA, "LCoA takes embed_dim by position and all other options by name (num_clusters=...), got 0"),
-        (lambda: GMSA(64, (4, 8)), "GMSA takes embed_dim by position and all other options by name (window_sizes=...)"),
-        (lambda: ELAN(*range(20)), "ELAN takes num_in_ch, num_out_ch, num_feat,"),
-        (
-            attach,
-            "attach takes model, body, attention, every, share by position and all other options by name",
-        ),
+        (lambda: LCoA(64, 128), r"^LCoA\.__init__\(\) takes 2 positional arguments but 3 were given"),
+        (LCoA, r"^LCoA\.__init__\(\) missing 1 required positional argument: 'embed_dim'"),
+        (attach, r"^attach\(\) missing 1 required positional argument: 'model'"),
     ],
 )
-def test_wrong_positions_name_the_class_and_the_rule(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(TypeError) as caught:
+def test_wrong_positions_give_pythons_own_error(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         call()
-    assert str(caught.value).startswith(message)
 
 
 def test_layers_say_the_rule_and_the_value() -> None:
@@ -169,7 +160,7 @@ def test_options_of_another_class_are_declared_there() -> None:
         Outer(1, size=0)
     with pytest.raises(ConfigError, match="sized: unknown; did you mean 'size'"):
         Outer(1, sized=3)
-    with pytest.raises(TypeError, match=r"Outer takes width by position and all other options by name \(size=\.\.\.\)"):
+    with pytest.raises(TypeError, match=r"Outer.__init__\(\) takes 2 positional arguments but 3 were given"):
         Outer(1, 2)
 
 

@@ -5,14 +5,17 @@ and a schedule of another type fails later. Here the option file takes precedenc
 """
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 _SCHEDULED = ("lr", "initial_lr", "params")  # in a group of weights: set by the schedule, or no option
 
 
-def resume(model: Any, state: Mapping[str, Any], restore: Callable[[Mapping[str, Any]], object]) -> list[str]:
+def resume(model: Any, state: Mapping[str, Any]) -> list[str]:
     """Restore a training state, keep the options that the model was built with, and return what differs.
 
     If the schedule has changed, the learning rate is that of the new schedule at this iteration.
@@ -20,10 +23,10 @@ def resume(model: Any, state: Mapping[str, Any], restore: Callable[[Mapping[str,
     Args:
         model: a new model of BasicSR.
         state: the training state, with `optimizers`, `schedulers`, `iter`, ...
-        restore: the model's method that restores it.
 
     Raises:
-        ValueError: an entry of `schedulers` is not the state of a schedule.
+        ValueError: an entry of `schedulers` is not the state of a schedule, or a step from there would not leave finite
+            weights and a finite learning rate.
         Exception: anything that a state of another model leads to.
     """
     groups = [[dict(group, params=None) for group in optimizer.param_groups] for optimizer in model.optimizers]
@@ -42,7 +45,7 @@ def resume(model: Any, state: Mapping[str, Any], restore: Callable[[Mapping[str,
             changes += changed
             scheduled = True
             saved[number] = copy.deepcopy(now)
-    restore({**state, "schedulers": saved})
+    model.resume_training({**state, "schedulers": saved})
     for name, optimizer, fresh in zip(names, model.optimizers, groups, strict=True):
         for group, new in zip(optimizer.param_groups, fresh, strict=True):
             if "initial_lr" in new and group.get("initial_lr") != new["initial_lr"]:
@@ -54,6 +57,8 @@ def resume(model: Any, state: Mapping[str, Any], restore: Callable[[Mapping[str,
                     group[option] = value
     if scheduled:
         _follow(model, groups, schedules, int(state["iter"]))
+    for optimizer, scheduler in zip(model.optimizers, model.schedulers, strict=True):
+        _try_step(optimizer, scheduler)
     return list(dict.fromkeys(changes))
 
 
@@ -95,6 +100,25 @@ def _follow(model: Any, groups: list[Any], schedules: list[Any], iteration: int)
         warnings.simplefilter("ignore")  # PyTorch misses the steps of the optimizer, which were made before the stop
         for number in range(1, min(iteration, total) + 1):
             model.update_learning_rate(number, warmup_iter=warmup_of(model))
+
+
+def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Make a step with copies of both, so that errors in their states show before anything is trained."""
+    trial = copy.deepcopy(optimizer)
+    weights = [weight for group in trial.param_groups for weight in group["params"]]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    schedule = copy.copy(scheduler)
+    vars(schedule).update(
+        {name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "optimizer"}, optimizer=trial
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the copies do not know of each other
+        schedule.step()
+        trial.step()
+    finite = all(bool(weight.isfinite().all()) for weight in weights)
+    if not (finite and all(math.isfinite(group["lr"]) for group in trial.param_groups)):
+        raise ValueError("a step of the optimizer must leave finite weights and a finite learning rate")
 
 
 def _name(model: Any, optimizer: Any) -> str:

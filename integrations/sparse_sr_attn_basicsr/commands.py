@@ -4,7 +4,7 @@ import argparse
 import importlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparse_sr_attn.data.atomic import atomic_write
-from sparse_sr_attn.errors import CheckpointError, ImageError, ProcessError, SparseSRError, TrainingError
+from sparse_sr_attn.errors import ImageError, ProcessError, SparseSRError, TrainingError
 from sparse_sr_attn.inference.tiling import is_out_of_memory
 from sparse_sr_attn_basicsr import distributed, extensions, option_file, preflight, pretrained
 from sparse_sr_attn_basicsr.registration import register
@@ -36,7 +36,7 @@ def train(arguments: argparse.Namespace) -> None:
     options = _checked_options(arguments, training=True)
     loop = _import("sparse_sr_attn_basicsr.train")
     with distributed.process_group(arguments.launcher, options), _torch_settings():
-        run = loop.Run(_completed(options, arguments, training=True))
+        run = loop.Run(option_file.complete(options, arguments, training=True))
         try:
             with distributed.peer_errors(arguments.launcher):
                 run.train(lambda folder: _record_options(folder, arguments))
@@ -73,7 +73,7 @@ def test(arguments: argparse.Namespace) -> None:
     with distributed.process_group(arguments.launcher, options), _torch_settings():
         try:
             with distributed.peer_errors(arguments.launcher):
-                run(_completed(options, arguments, training=False))
+                run(option_file.complete(options, arguments, training=False))
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -116,20 +116,6 @@ def _import(module: str) -> Any:
         ) from error
 
 
-def _completed(options: Mapping[str, Any], arguments: argparse.Namespace, *, training: bool) -> dict[str, Any]:
-    """Return the options with everything else that BasicSR looks up."""
-    rank, world_size = importlib.import_module("basicsr.utils.dist_util").get_dist_info()
-    return option_file.complete(
-        options,
-        training=training,
-        rank=rank,
-        world_size=world_size,
-        distributed=arguments.launcher != "none",
-        auto_resume=arguments.auto_resume,
-        debug=arguments.debug,
-    )
-
-
 def _choose_weights(path: dict[str, Any]) -> None:
     """Select the averaged weights of a file, unless `param_key_g` says otherwise, and log the choice.
 
@@ -137,11 +123,9 @@ def _choose_weights(path: dict[str, Any]) -> None:
         CheckpointError: the file cannot be read.
     """
     if file := path.get("pretrain_network_g"):
-        try:
-            key, remark = pretrained.entry_to_test(file, path.get("param_key_g"), given="param_key_g" in path)
-        except Exception as error:  # a malformed file can make the reader raise anything
-            raise CheckpointError(pretrained.why_unreadable(file, error)) from error
-        path["param_key_g"] = key
+        path["param_key_g"], remark = pretrained.entry_to_test(
+            file, path.get("param_key_g"), given="param_key_g" in path
+        )
         _LOG.warning("note: %s", remark)
 
 

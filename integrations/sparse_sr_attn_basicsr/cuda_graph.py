@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_sr_attn.errors import first_line
 from sparse_sr_attn_basicsr.randomness import undisturbed
 
 _LOG = logging.getLogger(__name__)
@@ -45,8 +46,7 @@ class GraphedForward:
             self._layout = _layout(images)
             self._graphed = self._capture(images)
         if not is_armed or self._graphed is None or _layout(images) != self._layout:
-            result: Tensor = self._net(images)
-            return result
+            return self._net(images)
         return self._graphed(images)
 
     def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -58,8 +58,9 @@ class GraphedForward:
                     _Whole(self._net).train(self._net.training), (images.clone(),), allow_unused_input=True
                 )  # type: ignore[assignment]
         except (RuntimeError, AssertionError) as error:  # whatever the network does that a graph cannot contain
-            reason = str(error).partition("\n")[0]
-            _LOG.warning("note: train.cuda_graph: this network cannot be captured and runs without: %s", reason)
+            _LOG.warning(
+                "note: train.cuda_graph: this network cannot be captured and runs without: %s", first_line(error)
+            )
             return None
         finally:
             with torch.no_grad():
@@ -76,8 +77,7 @@ class _Whole(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.net(images)
-        return result
+        return self.net(images)
 
 
 def _layout(images: Tensor) -> tuple[Any, ...]:

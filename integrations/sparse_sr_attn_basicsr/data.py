@@ -21,6 +21,8 @@ from sparse_sr_attn.errors import ImageError
 from sparse_sr_attn_basicsr import shims
 from sparse_sr_attn_basicsr.randomness import seeded
 
+shims.apply()  # a spawned process imports this module first, then BasicSR, to unpickle a data set
+
 PLACE = "place_in_epoch"
 """Key of a training sample: (epoch, number of samples of the epoch that all processes have used with it), a tensor."""
 
@@ -94,8 +96,7 @@ class RunSampler(Sampler[Draw]):
 class PortableDataset(Dataset[Any]):
     """A data set of BasicSR that accepts `Draw` and can be sent to spawned loader processes.
 
-    A sample that cannot be read raises `SampleError`, which names the file. A spawned process imports BasicSR when it
-    unpickles the data set; the import shims are applied first.
+    A sample that cannot be read raises `SampleError`, which names the file.
 
     Args:
         dataset: one of BasicSR's.
@@ -125,22 +126,9 @@ class PortableDataset(Dataset[Any]):
 
     def __getattr__(self, name: str) -> Any:
         """Forward the attributes that BasicSR reads from its data sets."""
-        return getattr(self.__dict__["dataset"], name)
-
-    def __reduce__(self) -> tuple[Callable[..., "PortableDataset"], tuple["_Shims", Any]]:
-        """Apply the shims before the data set is unpickled: arguments are unpickled in order."""
-        return _unpickled, (_Shims(), self.dataset)
-
-
-class _Shims:
-    """Applies the import shims where it is unpickled."""
-
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return shims.apply, ()
-
-
-def _unpickled(_: None, dataset: Any) -> PortableDataset:
-    return PortableDataset(dataset)
+        if name.startswith("__"):  # while it is unpickled there is no data set yet
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
 
 def _why_unreadable(dataset: Any, index: int, error: Exception) -> str:

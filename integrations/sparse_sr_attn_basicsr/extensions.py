@@ -8,41 +8,34 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from sparse_sr_attn.config import ProblemList
-
-_PATH = "custom_imports"
+from sparse_sr_attn.config import ProblemList, read
 
 
-def load(entries: object, path: str = _PATH) -> None:
+@dataclass(frozen=True)
+class _Options:
+    custom_imports: Sequence[str] | None = None
+
+
+def load(entries: object) -> None:
     """Import the modules that an option file lists.
 
     Args:
         entries: `None`, or a list of module names (`my_project.layers`, also searched in the working directory) and
             Python files (`layers/mine.py`, relative to the working directory). Each is imported once.
-        path: name of the option, for messages.
 
     Raises:
         ConfigError: names each entry that cannot be imported, and why.
     """
     problems = ProblemList()
-    if entries is None:
-        return
-    if isinstance(entries, str) or not isinstance(entries, Sequence):
-        problems.add(path, f"must be a list of modules and Python files, got {entries!r}")
-        problems.raise_if_any()
-        return
-    for index, entry in enumerate(entries):
-        where = f"{path}.{index}"
-        if not isinstance(entry, str) or not entry:
-            problems.add(where, f"must be the name of a module or a Python file, got {entry!r}")
-            continue
+    for index, entry in enumerate(read(_Options, {"custom_imports": entries})["custom_imports"] or ()):
         try:
             import_entry(entry)
         except Exception as error:  # somebody else's code can raise anything
-            problems.add(where, f"{entry} cannot be imported: {type(error).__name__}: {error}")
+            problems.add(f"custom_imports.{index}", f"{entry} cannot be imported: {type(error).__name__}: {error}")
     problems.raise_if_any()
 
 

@@ -9,7 +9,7 @@ from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.data.prefetch_dataloader import CUDAPrefetcher
 from basicsr.utils import get_root_logger
 
-from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr.data import PortableDataset, RunSampler
 
 
@@ -37,7 +37,7 @@ def training_batches(
     per_epoch = len(epoch) // batch_size
     if not per_epoch:
         message = f"an epoch of {len(epoch)} samples must fill a batch of {batch_size}; enlarge it"
-        raise ConfigError([Problem("datasets.train.dataset_enlarge_ratio", message)])
+        raise ConfigError.at("datasets.train.dataset_enlarge_ratio", message)
     seed = opt["manual_seed"]
     sampler = RunSampler(epoch, seed, batch_size=batch_size, num_batches=num_batches, start=start)
     loader = build_dataloader(dataset, options, num_gpu=opt["num_gpu"], dist=opt["dist"], sampler=sampler, seed=seed)

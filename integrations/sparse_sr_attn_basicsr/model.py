@@ -1,12 +1,9 @@
 """BasicSR's models for layers with running state: exact resume, and no step on non-finite values."""
 
-import copy
 import importlib
 import logging
 import math
 import os
-import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import Network
+from sparse_sr_attn.checkpoints.convert import scale_biases
 from sparse_sr_attn.checkpoints.foreign import Facts, find_facts, run_padded
-from sparse_sr_attn.errors import CheckpointError, ConfigError, Problem, TrainingError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, TrainingError
 from sparse_sr_attn.inference.tiling import upscale_tiled
 from sparse_sr_attn.layers import one_kmeans_update
 from sparse_sr_attn.layers.lcoa import LSP
@@ -38,7 +36,6 @@ from sparse_sr_attn_basicsr.randomness import random_state, set_random_state, un
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What `train.autocast` may be."""
 
-_HEARTBEAT_SECONDS = 15.0
 _UNHARMED = "Weights, buffers and optimizer are finite and as they were before this step."
 
 
@@ -49,7 +46,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
       parameters only.
     - Weights that a pretrained checkpoint lacks (new attention layers) start equal in both networks.
     - A non-finite image, loss or gradient raises `TrainingError` before anything has changed.
-    - A line is logged after the first iteration, and then at least every 15 seconds.
     - Files are written completely or not at all, and a state exists only with its weights. It contains all that an
       exact resume needs: random states and the position in the epoch.
     - Validation does not change the random states of training.
@@ -87,8 +83,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._image_place: tuple[str, int | str] | None = None  # data set and iteration, where images are saved
         self._missing: dict[int, list[str]] = {}
         self._names: list[str] = []
-        self._started = self._spoke = time.monotonic()
-        self._first: int | None = None
         self._place: list[int] | None = None  # of the last sample trained on, see `data.PLACE`
         self._fed_place: list[int] | None = None
         self._num_overflows = 0
@@ -105,8 +99,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._starts = bool(opt.get("is_train") and not opt["path"].get("resume_state"))
         self._pretrain_img_range: float | None = train.get("pretrain_img_range") if self._starts else None
         self._facts: Facts | None = None  # about a network of others; found when needed
-        self._reported: dict[str, list[str]] = {}
-        self._ranges_checked: set[str] = set()
+        self._told: set[str] = set()  # messages on weights, which two networks are loaded from
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
         channels_last = train.get("channels_last")
         self._channels_last = self._dtype is not None if channels_last is None else channels_last
@@ -137,26 +130,26 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         loaded = pretrained.load(bare, load_path, strict=strict, key=param_key)
         different = loaded.different
         entry = f", entry {loaded.key}" if loaded.key else ""
-        log = get_root_logger()
-        log.info(f"Loading {type(bare).__name__} model from {load_path}{entry}.")
-        if (lines := different.lines()) != self._reported.get(
-            load_path
-        ):  # once, even if two networks are loaded from it
-            self._reported[load_path] = lines
-            untrained = len(different.untrained) + len(different.resized)
-            for line in lines:
-                log.log(logging.WARNING if untrained else logging.INFO, f"  {line}")
-            if untrained:
-                log.warning(f"{untrained} entries outside attention are NOT in {load_path}: they start untrained.")
+        get_root_logger().info(f"Loading {type(bare).__name__} model from {load_path}{entry}.")
+        untrained = len(different.untrained) + len(different.resized)
+        for line in different.lines():
+            self._tell(f"  {line}", logging.WARNING if untrained else logging.INFO)
+        if untrained:
+            self._tell(f"{untrained} entries outside attention are NOT in {load_path}: they start untrained.")
         self._missing[id(bare)] = loaded.missing
         if hasattr(self, "net_d"):  # a discriminator is loaded last, and has no range
             return
         if self._pretrain_img_range is not None:
-            pretrained.change_img_range(bare, self._pretrain_img_range, loaded.missing)
-        elif self._starts and load_path not in self._ranges_checked:
-            self._ranges_checked.add(load_path)
-            if note := pretrained.check_img_range(bare, loaded, load_path):
-                log.warning(f"note: {note}")
+            factor = float(bare.img_range) / self._pretrain_img_range
+            scale_biases(bare, factor, but=loaded.missing)  # those missing in the file were not trained
+        elif self._starts and (note := pretrained.check_img_range(bare, loaded, load_path)):
+            self._tell(f"note: {note}")
+
+    def _tell(self, message: str, level: int = logging.WARNING) -> None:
+        """Log a message once."""
+        if message not in self._told:
+            self._told.add(message)
+            get_root_logger().log(level, message)
 
     def get_optimizer(self, optim_type: str, params: Any, lr: float, **kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer of `torch.optim` of that name."""
@@ -173,9 +166,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         if self.opt["train"].get("cuda_graph"):
             if self.net_g is not self.get_bare_model(self.net_g):
-                raise ConfigError(
-                    [Problem("train.cuda_graph", "must be false with several GPUs or processes, got true")]
-                )
+                raise ConfigError.at("train.cuda_graph", "must be false with several GPUs or processes, got true")
             self._graphed = GraphedForward(self.net_g)
         if hasattr(self, "net_g_ema"):
             trained = self.get_bare_model(self.net_g).state_dict()
@@ -261,7 +252,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             self.model_ema(decay=done.ema_decay)
         self.iteration = current_iter
         self._place = self._fed_place
-        self._heartbeat(current_iter)
 
     def reduce_loss_dict(self, loss_dict: Mapping[str, Tensor]) -> "OrderedDict[str, float]":
         """Return the losses as numbers, averaged over processes; within a step, only record them."""
@@ -308,7 +298,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         finally:
             self._validating = False
             self._image_place = None
-            self._spoke = time.monotonic()
 
     def get_current_visuals(self) -> "OrderedDict[str, Tensor]":
         """Return the last images and results; in validation, save the result if images are saved."""
@@ -404,50 +393,34 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
     def resume_training(self, resume_state: Mapping[str, Any]) -> None:
         """Restore a saved state, so that training continues as if it had not been stopped.
 
-        Options of the optimizer and the schedule that have changed since are applied and reported.
-
         A state without `exact`, such as one of BasicSR's models, is restored as far as possible.
 
         Raises:
-            CheckpointError: the state was saved with another optimizer, or does not fit for another reason.
+            CheckpointError: the state was saved with another optimizer.
+            Exception: anything that a state of another model leads to.
         """
-        where = f"the state of iteration {resume_state.get('iter')}"
         exact = resume_state.get("exact") or {}
         names = ", ".join(self._optimizer_names)
         saved_with = exact.get("optimizer", names if len(self._optimizer_names) > 1 else "Adam")
         if saved_with != names:
             raise CheckpointError(
-                f"{where}: train.optim_g.type must be {saved_with}, with which it was saved, got "
-                f"{names}; to change it, start a new run with these weights as path.pretrain_network_g"
+                f"train.optim_g.type must be {saved_with}, with which it was saved, got {names}; to change it, start a "
+                "new run with these weights as path.pretrain_network_g"
             )
-        try:
-            changes = changed_options.resume(self, resume_state, self._restore)
-            self.iteration = int(resume_state["iter"])
-            if exact:
-                self._place = exact["place"]
-                if self._scaler.is_enabled() and exact["scaler"]:
-                    self._scaler.load_state_dict(exact["scaler"])
-                rank, num_processes = get_dist_info()
-                if len(exact["random"]) == num_processes:
-                    set_random_state(exact["random"][rank])
-            for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-                _try_step(optimizer, scheduler)
-            for change in changes:
-                get_root_logger().warning(f"note: {change}; from here on, the value in the option file applies")
-        except Exception as error:  # a malformed state can raise anything
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"{where}: does not fit this network and these options: {reason}") from error
+        super().resume_training(resume_state)
+        self.iteration = int(resume_state["iter"])
+        if exact:
+            self._place = exact["place"]
+            if self._scaler.is_enabled() and exact["scaler"]:
+                self._scaler.load_state_dict(exact["scaler"])
+            rank, num_processes = get_dist_info()
+            if len(exact["random"]) == num_processes:
+                set_random_state(exact["random"][rank])
         if self._state_file(self.iteration).is_file():
             self.saved_iteration = self.iteration
 
-    def _restore(self, resume_state: Mapping[str, Any]) -> None:
-        super().resume_training(resume_state)
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-            _try_step(optimizer, scheduler)
-
     def get_current_log(self) -> "OrderedDict[str, float]":
         """Return the losses and, if there are any, the numbers of skipped k-means updates and steps."""
-        self._spoke = time.monotonic()
         log = OrderedDict(self.log_dict)
         skipped = sum(int(m.num_skipped) for m in self.get_bare_model(self.net_g).modules() if isinstance(m, LSP))
         if skipped:
@@ -572,25 +545,6 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
             optimizer.zero_grad()
         self._scaler.update(self._scaler.get_scale())  # keeps the scale, and allows the next step
 
-    def _heartbeat(self, current_iter: int) -> None:
-        """Log a line after the first iteration, and whenever BasicSR has not logged one for a while."""
-        now = time.monotonic()
-        first = self._first is None
-        printed = current_iter % self.opt["logger"]["print_freq"] == 0  # by BasicSR, right after this
-        if first:
-            # The first iteration pays for what is set up lazily: time is counted from its end.
-            self._first, self._started = current_iter, now
-        if printed or (not first and now - self._spoke < _HEARTBEAT_SECONDS):
-            return
-        self._spoke = now
-        total = int(self.opt["train"]["total_iter"])
-        losses = " ".join(f"{name}: {value:.4e}" for name, value in self.log_dict.items())
-        message = f"iter {current_iter:,} of {total:,} {losses}"
-        if not first and self._first is not None:
-            pace = (now - self._started) / (current_iter - self._first)
-            message += f", {pace:.2f} s per iteration, about {_clock(pace * (total - current_iter))} left"
-        get_root_logger().info(message)
-
 
 def _largest_gradient(optimizer: torch.optim.Optimizer) -> Tensor:
     return _gradient_norm((weight for group in optimizer.param_groups for weight in group["params"]), float("inf"))
@@ -607,29 +561,6 @@ def _read(*scalars: Mapping[Any, Tensor]) -> list[dict[Any, float]]:
     return [{key: next(numbers) for key in mapping} for mapping in scalars]
 
 
-def _try_step(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Make a step with copies of both, so that errors in their states show before anything is trained.
-
-    Raises:
-        ValueError: weights or the learning rate would not be finite.
-        Exception: anything that values of wrong size or type lead to.
-    """
-    trial = copy.deepcopy(optimizer)
-    weights = [weight for group in trial.param_groups for weight in group["params"]]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    schedule = copy.copy(scheduler)
-    vars(schedule).update(
-        {name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "optimizer"}, optimizer=trial
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the copies do not know of each other
-        schedule.step()
-        trial.step()
-    if not (_finite(weights) and all(math.isfinite(group["lr"]) for group in trial.param_groups)):
-        raise ValueError("a step of the optimizer must leave finite weights and a finite learning rate")
-
-
 def _finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all values are finite, with one synchronisation."""
     flags = [tensor.detach().isfinite().all() for tensor in tensors]
@@ -644,11 +575,6 @@ def _image_names(data: Mapping[str, Any]) -> list[str]:
 def _listed(names: Iterable[str]) -> str:
     lines = [f"\n  {name}" for name in dict.fromkeys(names)]
     return (":" + "".join(lines)) if lines else ""
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def variant(name: str) -> type[SparseSRModel] | None:

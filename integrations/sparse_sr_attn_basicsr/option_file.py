@@ -4,7 +4,9 @@ BasicSR's loader runs Python code from a file. This one runs nothing, reads `1e-
 every error.
 """
 
+import argparse
 import copy
+import importlib
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping
@@ -58,11 +60,11 @@ def load(file: str | Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ConfigError([Problem(str(file), _unreadable(path, error))]) from None
+        raise ConfigError.at(str(file), _unreadable(path, error)) from None
     options = parse(text, str(file))
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         found = "nothing" if options is None else f"a {type(options).__name__}"
-        raise ConfigError([Problem(str(file), f"must hold a mapping from option names to values, got {found}")])
+        raise ConfigError.at(str(file), f"must hold a mapping from option names to values, got {found}")
     return options
 
 
@@ -73,9 +75,9 @@ def parse(text: str | bytes, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
-        raise ConfigError([Problem(place, _explain(error))]) from None
+        raise ConfigError.at(place, _explain(error)) from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError([Problem(where, f"is not YAML: {error}")]) from None
+        raise ConfigError.at(where, f"is not YAML: {error}") from None
 
 
 def override(options: dict[str, Any], entries: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
@@ -121,31 +123,20 @@ def override(options: dict[str, Any], entries: Iterable[str]) -> tuple[dict[str,
     return result, remarks
 
 
-def complete(
-    options: Mapping[str, Any],
-    *,
-    training: bool,
-    rank: int = 0,
-    world_size: int = 1,
-    distributed: bool = False,
-    auto_resume: bool = False,
-    debug: bool = False,
-) -> dict[str, Any]:
+def complete(options: Mapping[str, Any], arguments: argparse.Namespace, *, training: bool) -> dict[str, Any]:
     """Return checked options with everything else that BasicSR looks up, as its `parse_options` does.
 
     Args:
         options: options of the whole file, from `preflight.check`.
-        training: whether they are for training or for testing.
-        rank: of this process.
-        world_size: the number of processes.
-        distributed: whether a launcher started them.
-        auto_resume: `--auto_resume`.
-        debug: `--debug`: log every iteration, save and validate every 8.
+        arguments: of the command: `launcher`, `auto_resume`, and `debug`, which logs every iteration, and saves and
+            validates every 8.
+        training: whether the options are for training or for testing.
     """
+    rank, world_size = importlib.import_module("basicsr.utils.dist_util").get_dist_info()
     opt = copy.deepcopy(dict(options))
-    opt |= {"dist": distributed, "rank": rank, "world_size": world_size, "is_train": training}
-    opt |= {"auto_resume": auto_resume, "root_path": os.getcwd(), "manual_seed": opt.get("manual_seed")}
-    if debug and not opt["name"].startswith("debug"):
+    opt |= {"dist": arguments.launcher != "none", "rank": rank, "world_size": world_size, "is_train": training}
+    opt |= {"auto_resume": arguments.auto_resume, "root_path": os.getcwd(), "manual_seed": opt.get("manual_seed")}
+    if arguments.debug and not opt["name"].startswith("debug"):
         opt["name"] = f"debug_{opt['name']}"
     if opt["num_gpu"] == "auto":
         opt["num_gpu"] = torch.cuda.device_count()

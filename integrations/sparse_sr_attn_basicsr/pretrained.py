@@ -1,7 +1,7 @@
 """Weights that a run starts from: read, compared with the network, loaded, and checked for their `img_range`."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from sparse_sr_attn.backbones.attach import without_records
 from sparse_sr_attn.backbones.base import OPTIONS, Network
 from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.checkpoints.load import unusable
-from sparse_sr_attn.checkpoints.read import carried_options, first_line, listed
-from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn.checkpoints.read import carried_options, listed, read_file
+from sparse_sr_attn.errors import CheckpointError, first_line
 from sparse_sr_attn.layers.base import AttentionLayer
 
 RANGES = (1.0, 255.0)
@@ -109,8 +109,8 @@ def load(network: nn.Module, path: str, *, strict: bool, key: str | None) -> Loa
             f"{path}: must hold the weights under {key!r} (path: param_key_g), but has no such entry; "
             "for a file that is a bare state dict write param_key_g: ~"
         ) from error
-    except Exception as error:  # a malformed file can make the reader raise anything
-        raise CheckpointError(why_unreadable(path, error)) from error
+    except Exception as error:  # what is no mapping of tensors can raise anything
+        raise CheckpointError(f"{path}: must hold weights, got {type(error).__name__}: {first_line(error)}") from error
     return Loaded(weights, found, different)
 
 
@@ -123,11 +123,14 @@ def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | N
         given: whether the option file says `param_key_g`.
 
     Raises:
-        Exception: anything that a malformed file leads to.
+        CheckpointError: the file cannot be read.
     """
     if Path(path).suffix == ".safetensors":
         return None, f"testing the weights in {path}"
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = read_file(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     entries = [name for name in (_AVERAGED, _RAW) if isinstance(content, Mapping) and name in content]
     if not given:
         found = entries[0] if entries else None
@@ -141,12 +144,6 @@ def entry_to_test(path: str, asked: str | None, *, given: bool) -> tuple[str | N
             "weights, params_ema"
         )
     return asked, f"testing {asked or 'the weights'} in {path}"
-
-
-def why_unreadable(path: str, error: Exception) -> str:
-    """Return that a file cannot be read as weights, and why."""
-    reason = first_line(error)
-    return f"{path}: must hold weights that can be read as data; got {type(error).__name__}: {reason}"
 
 
 def _entries(network: nn.Module) -> dict[str, Any]:
@@ -203,20 +200,6 @@ def check_img_range(network: nn.Module, loaded: Loaded, path: str) -> str | None
     )
 
 
-def change_img_range(network: nn.Module, was: float, missing: Iterable[str]) -> None:
-    """Scale the trained biases of an EDSR from the range `was`, so that it gives the same image at its own.
-
-    Convolutions, ReLU and residual sums scale with their input if the biases scale along. Biases that are `missing` in
-    the file were not trained.
-    """
-    fresh = set(missing)
-    factor = float(network.img_range) / was  # type: ignore[arg-type]
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith(".bias") and name not in fresh:
-                parameter.mul_(factor)
-
-
 def range_seen(network: nn.Module) -> tuple[str, float]:
     """Return whether the `img_range` of a network fits its weights, as far as an image shows.
 
@@ -251,17 +234,12 @@ def range_seen(network: nn.Module) -> tuple[str, float]:
 
 def _read_weights(path: str, key: str | None) -> tuple[dict[Any, Any], str | None]:
     """Return the weights in a file and their entry, or raise anything that a malformed file leads to."""
+    weights: Any = read_file(path)
     if Path(path).suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file  # noqa: PLC0415  (only here is it needed)
-        except ImportError as error:
-            raise CheckpointError("reading .safetensors needs safetensors: pip install safetensors") from error
-        weights, key = load_file(path), None
-    else:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if key is not None:
-            key = _RAW if key not in weights and _RAW in weights else key
-            weights = weights[key]
+        key = None
+    elif key is not None:
+        key = _RAW if key not in weights and _RAW in weights else key
+        weights = weights[key]
     return {name.removeprefix("module."): value for name, value in weights.items()}, key
 
 

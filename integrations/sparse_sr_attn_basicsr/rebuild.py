@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sparse_sr_attn.config import read
-from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr.registration import register
 from sparse_sr_attn_basicsr.with_attention import WithAttention, add_attention
 
@@ -27,11 +27,11 @@ def rebuild(options: Mapping[str, Any]) -> nn.Module:
     for option, value in network.items():
         if isinstance(value, str) and _FILES.search(option):
             message = f"names a file, {value!r}, which is never read on behalf of weights"
-            raise ConfigError([Problem(f"network.{option}", message)])
+            raise ConfigError.at(f"network.{option}", message)
     register()
     importlib.import_module("basicsr.archs")
     registry = importlib.import_module("basicsr.utils.registry").ARCH_REGISTRY
     if name not in registry and f"{name}_basicsr" not in registry:
-        raise ConfigError([Problem("network.type", f"BasicSR has no network named {name!r}")])
+        raise ConfigError.at("network.type", f"BasicSR has no network named {name!r}")
     built = registry.get(name)(**network)
     return add_attention(built, known["network"], known["attention"], known.get("body"))

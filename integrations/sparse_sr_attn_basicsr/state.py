@@ -11,7 +11,7 @@ import torch
 
 from sparse_sr_attn.config import Rule, fields, read
 from sparse_sr_attn.data.atomic import atomic_write, fsync_dir
-from sparse_sr_attn.errors import CheckpointError, ConfigError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, first_line
 from sparse_sr_attn_basicsr.schema import Seed
 
 _Number = Annotated[int, Rule("in [0, 2**62]", lambda value: 0 <= value <= 2**62)]
@@ -144,7 +144,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a malformed file can make the reader raise anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise CheckpointError(f"cannot read {file}: {reason}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a mapping, got a {type(content).__name__}")

@@ -26,13 +26,14 @@ from basicsr.utils import (
 )
 from basicsr.utils.options import dict2str
 
-from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn.errors import CheckpointError, first_line
 from sparse_sr_attn_basicsr import changed_options, state
 from sparse_sr_attn_basicsr.data import PLACE
 from sparse_sr_attn_basicsr.loaders import evaluation_loader, training_batches
 from sparse_sr_attn_basicsr.logs import log_to
 
 _LOG = logging.getLogger(__name__)
+_LONGEST_SILENCE = 15.0  # seconds
 
 
 class Run:
@@ -106,7 +107,7 @@ class Run:
         val_loaders = [evaluation_loader(each, opt) for each in opt["datasets"].values() if each["phase"] == "val"]
         self.model = build_model(opt)
         if resumed is not None:
-            _restore(self.model, resumed)
+            _restore(self.model, resumed, logger)
             logger.info(f"Resuming training from epoch: {self.epoch}, iter: {iteration}.")
         logger.info(f"Start training from epoch: {self.epoch}, iter: {iteration}")
         started = time.monotonic()
@@ -124,10 +125,13 @@ class Run:
             self._validate(val_loaders, iteration, tb_logger)
 
     def _iterations(self, batches: Iterator[Mapping[str, Any]], start: int, tb_logger: Any) -> Iterator[int]:
-        """Train on each batch, log, and yield the number of iterations done."""
+        """Train on each batch, and yield the number of iterations done.
+
+        The first iteration is logged, then those of `print_freq`, and others if nothing has been logged for a while.
+        """
         opt, model = self.opt, self.model
         messages = MessageLogger(opt, start, tb_logger)
-        data_timer, iter_timer = AvgTimer(), AvgTimer()
+        data_timer, iter_timer, logged = AvgTimer(), AvgTimer(), time.monotonic()
         for iteration, batch in enumerate(batches, start=start + 1):
             data_timer.record()
             model.update_learning_rate(iteration, warmup_iter=opt["train"].get("warmup_iter", -1))
@@ -135,12 +139,14 @@ class Run:
             model.optimize_parameters(iteration)
             iter_timer.record()
             self.epoch = int(batch[PLACE][-1][0])
-            if iteration == 1:
-                messages.reset_start_time()  # the first iteration includes lazy initialisation
-            if iteration % opt["logger"]["print_freq"] == 0:
+            is_first, is_silent = iteration == start + 1, time.monotonic() - logged >= _LONGEST_SILENCE
+            if is_first or is_silent or iteration % opt["logger"]["print_freq"] == 0:
+                logged = time.monotonic()
                 times = {"time": iter_timer.get_avg_time(), "data_time": data_timer.get_avg_time()}
                 rates = {"lrs": model.get_current_learning_rate()}
                 messages({"epoch": self.epoch, "iter": iteration, **rates, **times, **model.get_current_log()})
+            if is_first:
+                messages.reset_start_time()  # it includes lazy initialisation
             yield iteration
             data_timer.start()
             iter_timer.start()
@@ -179,24 +185,21 @@ class Run:
         return f"The newest state is {states[-1]}; resume from it with --auto_resume."
 
 
-def _restore(model: Any, resumed: Mapping[str, Any]) -> None:
-    """Restore a state in a model, with the options of the file. Our models do both themselves.
+def _restore(model: Any, resumed: Mapping[str, Any], logger: logging.Logger) -> None:
+    """Restore a state in a model, with the options of the file.
 
     Raises:
         CheckpointError: the state does not fit.
     """
-    if hasattr(model, "saved_iteration"):
-        model.resume_training(resumed)
-        return
+    where = f"the state of iteration {resumed['iter']}"
     try:
-        changes = changed_options.resume(model, resumed, model.resume_training)
+        changes = changed_options.resume(model, resumed)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:  # a malformed state can raise anything
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"the state of iteration {resumed['iter']}: does not fit this network and these options: {reason}"
-        ) from error
+        raise CheckpointError(f"{where}: does not fit this network and these options: {first_line(error)}") from error
     for change in changes:
-        _LOG.warning("note: %s; from here on, the value in the option file applies", change)
+        logger.warning(f"note: {change}; from here on, the value in the option file applies")
 
 
 def _logs_to_tensorboard(opt: Mapping[str, Any]) -> bool:

@@ -32,7 +32,7 @@ from sparse_sr_attn.backbones.trunks import (
 from sparse_sr_attn.blocks.attention_config import AttentionConfig, default_config, full_options, read_attention
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import checked, join_path, old_names_allowed
-from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.functional._torch import run_while_compiling
 from sparse_sr_attn.layers.base import warn_of_range
 from sparse_sr_attn.registry import suggestion
@@ -66,7 +66,8 @@ class Attended(nn.Module):
         destination[key] = encode_options(self._record)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        key = next((key for key in _nested(self._record_key(prefix)) if key in state_dict), None)
+        keys = (self._record_key(prefix) + f".{SLOT}" * depth for depth in range(_DEEPEST))
+        key = next((key for key in keys if key in state_dict), None)
         recorded = state_dict.pop(key, None)
         if recorded is not None:  # not an error, which `load_state_dict` raises even if it is not strict
             _, _, _, unexpected, _ = args
@@ -81,11 +82,6 @@ class Attended(nn.Module):
 
 
 _DEEPEST = 8  # levels of attention inside attention that are recorded under the key of one weight
-
-
-def _nested(key: str) -> list[str]:
-    """Return the keys that a record may have."""
-    return [key + f".{SLOT}" * depth for depth in range(_DEEPEST)]
 
 
 class _Children(nn.Sequential):
@@ -294,7 +290,7 @@ def attach(
         (torch.Size([1, 16, 12, 12]), 2)
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise _refusal("model", "must not be in DistributedDataParallel yet, which would miss the new parameters")
+        raise ConfigError.at("model", "must not be in DistributedDataParallel yet, which would miss the new parameters")
     place = _find_place(model, body, example)
     given = _as_maps(attention, every, share, options, num_blocks=len(place.sites))
     maps = read_attention(given, len(place.sites))
@@ -332,7 +328,7 @@ def detach(model: nn.Module) -> nn.Module:
     """
     found = [module for module in model.modules() if isinstance(module, Attended)]
     if not found:
-        raise _refusal("model", f"must have attention from attach, but {type(model).__name__} has none")
+        raise ConfigError.at("model", f"must have attention from attach, but {type(model).__name__} has none")
     for module in found:
         host = module._host
         module.__class__ = host  # type: ignore[assignment]
@@ -369,17 +365,19 @@ def reattach(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> nn.M
         module = modules.get(path)
         if module is None or isinstance(module, Attended):
             what = "has none" if module is None else "has attention there already"
-            raise _refusal("model", f"must have a module {path!r} without attention, but {type(model).__name__} {what}")
+            raise ConfigError.at(
+                "model", f"must have a module {path!r} without attention, but {type(model).__name__} {what}"
+            )
         gone = [site for site in record["sites"] if join_path(path, site) not in modules]
         if gone:
-            raise _refusal(
+            raise ConfigError.at(
                 "model", f"must have a module {join_path(path, gone[0])!r}, but {type(model).__name__} has none"
             )
         kind, widths = kinds[record["kind"]], record["widths"]
         if kind is AttendedSequential and type(module) is not nn.Sequential:
-            raise _refusal("model", f"must have an nn.Sequential at {path!r}, got a {type(module).__name__}")
+            raise ConfigError.at("model", f"must have an nn.Sequential at {path!r}, got a {type(module).__name__}")
         if kind is AttendedSequential and len(module) < len(widths):
-            raise _refusal(
+            raise ConfigError.at(
                 "model",
                 f"must have at least {len(widths)} modules in {path!r}, as when it was attached, got {len(module)}",
             )
@@ -458,7 +456,8 @@ class _Place:
     @property
     def shapes(self) -> list[int]:
         """A number for the shape of each map; equal shapes have equal numbers."""
-        return _numbered([site.shape for site in self.sites])
+        known = list(dict.fromkeys(site.shape for site in self.sites))
+        return [known.index(site.shape) for site in self.sites]
 
 
 _Placed = tuple[str, type[Attended], SiteAttention, Mapping[str, Any]]
@@ -470,11 +469,11 @@ def _as_maps(
     """Return the mapping for a name and keywords; mappings unchanged."""
     if not isinstance(attention, str):
         if not attention:
-            raise _refusal("attention", f"must be a name, a mapping or a list of mappings, got {attention!r}")
+            raise ConfigError.at("attention", f"must be a name, a mapping or a list of mappings, got {attention!r}")
         given = {"every": every, "share": share, **options}
         extra = [name for name, value in given.items() if value is not None]
         if extra:
-            raise _refusal(extra[0], "must be in the mapping that attention is")
+            raise ConfigError.at(extra[0], "must be in the mapping that attention is")
         return attention
     found = {**default_config(attention), "every": max(1, min(4, num_blocks // 2))}
     if every is None and "after" in options:
@@ -499,9 +498,7 @@ def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *,
         placed = way(model, place, maps)
         attended = [path for path, *_ in placed if isinstance(model.get_submodule(path), Attended)]
         if attended and not faults:
-            raise _refusal(
-                "body", f"must have no attention yet, got {attended[0]!r}; detach, or attach a list of mappings"
-            )
+            raise _occupied(attended[0])
         fault = "it has attention" if attended else _fault(model, place, placed)
         if fault is None:
             return placed
@@ -519,8 +516,8 @@ def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *,
             warnings.warn(f"attached without sharing: {reason}; {remedy}, or share=1 if this is meant", stacklevel=4)
             return placed
     if shares and place.calls is None:
-        raise _refusal("attention.share", f"must be 1, because {reason}; {remedy}")
-    raise _refusal("body", f"must name modules that can be followed by attention, but {reason}; {remedy}")
+        raise ConfigError.at("attention.share", f"must be 1, because {reason}; {remedy}")
+    raise ConfigError.at("body", f"must name modules that can be followed by attention, but {reason}; {remedy}")
 
 
 def _fault(model: nn.Module, place: _Place, placed: Sequence[_Placed]) -> str | None:
@@ -603,11 +600,6 @@ def _layers(
     if weight is not None:
         layers.to(weight.device, weight.dtype)
     return layers.train(beside.training)
-
-
-def _numbered(shapes: Sequence[tuple[int, ...]]) -> list[int]:
-    known = list(dict.fromkeys(shapes))
-    return [known.index(shape) for shape in shapes]
 
 
 def _caller_of_all(place: _Place) -> str:
@@ -700,7 +692,7 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
     calls = watch_calls(model, example)
     paths = None if names is None else _paths(model, modules, names, calls)
     if calls is None:
-        return _uncalled(model, modules, paths)
+        return _uncalled(modules, paths)
     if paths is not None and (len(names or ()) > 1 or "*" in (names or ("",))[0]):
         sites = {path: _site(model, calls, path) for path in paths}
         return _Place(tuple(sites[path] for path in calls.sites if path in sites), None, calls)
@@ -708,7 +700,7 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
     trunks = find_trunks(model, calls, within)
     if paths is None:
         if not trunks:
-            raise _refusal("body", f"must be named; {_without_trunk(model, calls)}")
+            raise ConfigError.at("body", f"must be named; {_without_trunk(model, calls)}")
         others = besides(trunks[0], trunks)[:_SHOWN]
         offered = f"; body=... chooses another trunk: {', '.join(map(str, others))}" if others else ""
         _LOG.info("attached to %s%s", trunks[0], offered)
@@ -720,7 +712,7 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
             warnings.warn(f"attached to {trunks[0]}{small}{offered}", stacklevel=4)
         within = trunks[0].name
     elif isinstance(modules[within], Attended):
-        raise _refusal("body", f"must have no attention yet, got {within!r}; detach, or attach a list of mappings")
+        raise _occupied(within)
     module = modules.get(within)
     children = _children(module, within, calls)
     whole = type(module) is nn.Sequential and len(children) == len(module) and within in calls.called
@@ -738,11 +730,13 @@ def _paths(model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[s
         if "*" not in name and name not in modules:
             known = [trunk.name for trunk in find_trunks(model, calls)[:_SHOWN]] if calls is not None else []
             known = known or [child for child, _ in model.named_children()]
-            raise _refusal("body", f"must be the path of a module, got {name!r}{suggestion(name, known)}")
+            raise ConfigError.at("body", f"must be the path of a module, got {name!r}{suggestion(name, known)}")
         matched = [name] if "*" not in name else matching(name, modules)
         if not matched:
             offer = "" if calls is None else _offer(model, calls)
-            raise _refusal("body", f"must name modules, but {name!r} names nothing in {type(model).__name__}{offer}")
+            raise ConfigError.at(
+                "body", f"must name modules, but {name!r} names nothing in {type(model).__name__}{offer}"
+            )
         found += matched
     return list(dict.fromkeys(found))
 
@@ -751,7 +745,7 @@ def _site(model: nn.Module, calls: Calls, path: str) -> Site:
     """Return the module at a path as a site, or say why attention cannot follow it."""
     module = model.get_submodule(path)
     if isinstance(module, Attended):
-        raise _refusal("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
+        raise _occupied(path)
     if path in calls.sites:
         return calls.sites[path]
     fault = calls.faults.get(path, f"is not called by {type(model).__name__}")
@@ -762,7 +756,7 @@ def _site(model: nn.Module, calls: Calls, path: str) -> Site:
     if path not in calls.faults and own:
         fault += f", because the `forward` of {_named(model, own[0])} is set on the module, not its class"
     kind = f"a {type(module).__name__}"
-    raise _refusal(
+    raise ConfigError.at(
         "body",
         f"must name modules that return one feature map, got {path!r}, {kind}, which {fault}{_offer(model, calls)}",
     )
@@ -806,57 +800,36 @@ def _repeated(calls: Calls) -> str | None:
 # --- models that cannot be called -------------------------------------------------------------------------------------
 
 
-def _uncalled(model: nn.Module, modules: Mapping[str, nn.Module], paths: Sequence[str] | None) -> _Place:
+def _uncalled(modules: Mapping[str, nn.Module], paths: Sequence[str] | None) -> _Place:
     """Return the blocks of a model that accepted no image that was tried, from its weights."""
     example = "pass example=..., images or a tuple of arguments that the model accepts"
     if paths is None:
-        paths = _candidates(model)
-        if len(paths) != 1:
-            found = f"could be {' or '.join(map(repr, paths))}; " if paths else ""
-            raise _refusal(
-                "body", f"must be named; {found}the model accepts none of the images that were tried: {example}"
-            )
+        raise ConfigError.at("body", f"must be named; the model accepts none of the images that were tried: {example}")
     chosen = {path: modules[path] for path in paths}
     if attended := next((path for path, module in chosen.items() if isinstance(module, Attended)), None):
-        raise _refusal("body", f"must have no attention yet, got {attended!r}; detach, or attach a list of mappings")
+        raise _occupied(attended)
     if all(type(module) is nn.Conv2d for module in chosen.values()):
         sites = [Site(path, "", (cast(nn.Conv2d, conv).out_channels, 0, 0)) for path, conv in chosen.items()]
         return _Place(tuple(sites), None, None)
     path, module = next(iter(chosen.items()))
     if len(chosen) > 1 or type(module) is not nn.Sequential:
-        raise _refusal(
+        raise ConfigError.at(
             "body", f"must be an nn.Sequential or name convolutions, got {path!r}, a {type(module).__name__}; {example}"
         )
     width = _told_width(module, path)
     return _Place(tuple(Site(join_path(path, name), path, (width, 0, 0)) for name in module._modules), path, None)
 
 
-def _candidates(model: nn.Module) -> list[str]:
-    """Return the paths of possible trunks, none of them inside another."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if type(module) is nn.Sequential and not any(path.startswith(join_path(outer, "")) for outer in found):
-            blocks = [channels for channels in map(_channels, module) if channels]
-            if len(blocks) > 1 and len(set(itertools.chain(*blocks))) == 1:
-                found.append(path)
-    return found
-
-
-def _channels(block: nn.Module) -> tuple[int, int] | None:
-    """Return the channels in and out of a block, read from its first and its last convolution."""
-    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
-    return (convolutions[0].in_channels, convolutions[-1].out_channels) if convolutions else None
-
-
 def _told_width(trunk: nn.Sequential, path: str) -> int:
-    blocks = {index: channels for index, channels in enumerate(map(_channels, trunk)) if channels}
+    convolutions = [[module for module in block.modules() if isinstance(module, nn.Conv2d)] for block in trunk]
+    blocks = {index: (own[0].in_channels, own[-1].out_channels) for index, own in enumerate(convolutions) if own}
     example = "pass example=..., images that the model accepts, so that attach can call it"
     if not blocks:
-        raise _refusal("body", f"must have convolutions that show its width, but {path!r} has none; {example}")
+        raise ConfigError.at("body", f"must have convolutions that show its width, but {path!r} has none; {example}")
     width = blocks[min(blocks)][0]
     for index, (before, after) in blocks.items():
         if (before, after) != (width, width):
-            raise _refusal(
+            raise ConfigError.at(
                 "body",
                 f"must keep its width, {width} channels, from child to child, but child {index} of {path!r} seems to "
                 f"go from {before} to {after}; if it does not, {example}",
@@ -864,5 +837,5 @@ def _told_width(trunk: nn.Sequential, path: str) -> int:
     return width
 
 
-def _refusal(path: str, message: str) -> ConfigError:
-    return ConfigError([Problem(path, message)])
+def _occupied(path: str) -> ConfigError:
+    return ConfigError.at("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")

@@ -16,7 +16,7 @@ from sparse_sr_attn.blocks.attention_config import AttentionConfig
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.blocks.upsample import Upsample, Upscale
 from sparse_sr_attn.config import renamed
-from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
+from sparse_sr_attn.errors import ConfigError, ShapeError
 from sparse_sr_attn.functional.channels_last import channels_last, is_channels_last
 from sparse_sr_attn.layers.base import warn_of_range
 
@@ -293,13 +293,9 @@ def _mean(num_in_ch: int, num_out_ch: int, rgb_mean: Sequence[float] | None) -> 
     if rgb_mean is None:
         rgb_mean = DIV2K_MEAN if num_in_ch == num_out_ch == 3 else (0.0,)
     elif not len(rgb_mean) == num_in_ch == num_out_ch:
-        raise ConfigError(
-            [
-                Problem(
-                    "rgb_mean",
-                    "must have one number per channel, the same number in and out, or be ~; "
-                    f"got {len(rgb_mean)} numbers with {num_in_ch=}, {num_out_ch=}",
-                )
-            ]
+        raise ConfigError.at(
+            "rgb_mean",
+            "must have one number per channel, the same number in and out, or be ~; "
+            f"got {len(rgb_mean)} numbers with {num_in_ch=}, {num_out_ch=}",
         )
     return tuple(rgb_mean)

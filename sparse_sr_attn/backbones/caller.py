@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import join_path
+from sparse_sr_attn.errors import first_line
 from sparse_sr_attn.functional._torch import backward_is_running
 
 Forward = Callable[..., Any]
@@ -52,7 +53,7 @@ def trace(module: nn.Module, kind: type[nn.Module], sites: Sequence[str], *, tra
     try:
         graph = tracer.trace(shadow)
     except Exception as error:  # somebody else's forward can raise anything for stand-ins of tensors
-        raise TraceError(f"{kind.__name__} cannot be traced: {str(error).strip().partition(chr(10))[0]}") from error
+        raise TraceError(f"{kind.__name__} cannot be traced: {first_line(error)}") from error
     for node in graph.nodes:
         if node.op == "get_attr" and "_tensor_constant" in str(node.target):
             raise TraceError(f"{kind.__name__} makes tensors while it runs, which a trace would freeze")

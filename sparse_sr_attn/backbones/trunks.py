@@ -56,6 +56,7 @@ class Trunk:
         return f"{self.name!r} ({len(self.sites)} of {self.sites[0].shape[0]} channels)"
 
 
+@dataclass
 class Calls:
     """The modules that one forward pass of a model called.
 
@@ -67,14 +68,11 @@ class Calls:
         on_copy: whether a copy of the model was called, as for all that is tried later.
     """
 
-    def __init__(
-        self, sites: Mapping[str, Site], called: frozenset[str], faults: Mapping[str, str], inputs: Inputs = ()
-    ) -> None:
-        self.sites = sites
-        self.called = called
-        self.faults = faults
-        self.inputs = inputs
-        self.on_copy = True
+    sites: Mapping[str, Site]
+    called: frozenset[str]
+    faults: Mapping[str, str]
+    inputs: Inputs = ()
+    on_copy: bool = True
 
 
 class Probe(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from sparse_sr_attn.config import NonNegativeInt, PositiveInt, ProblemList, fields, join_path, read
-from sparse_sr_attn.errors import ConfigError, Problem, UnknownNameError
+from sparse_sr_attn.errors import ConfigError, UnknownNameError
 from sparse_sr_attn.layers.base import LAYERS
 from sparse_sr_attn.layers.build import build_layer, find_layer
 from sparse_sr_attn.registry import Entry
@@ -74,7 +74,7 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
     alone = isinstance(attention, Mapping)
     if not alone and not isinstance(attention, Sequence):
         message = f"must be a name, a mapping, a list of mappings or ~ (no attention), got {attention!r}"
-        raise ConfigError([Problem(path, message)])
+        raise ConfigError.at(path, message)
     maps: list[AttentionConfig] = []
     problems = ProblemList()
     for index, item in enumerate([attention] if alone else cast(Sequence[object], attention)):
@@ -114,7 +114,7 @@ def default_config(name: str, *, shares: bool = True) -> dict[str, Any]:
 
 def _read_map(item: object, num_blocks: int, path: str) -> AttentionConfig:
     if not isinstance(item, Mapping):
-        raise ConfigError([Problem(path, f"must be a mapping with a key 'type', got {item!r}")])
+        raise ConfigError.at(path, f"must be a mapping with a key 'type', got {item!r}")
     own = ["type", "every", "after", *([] if _shares_inside(item.get("type")) else ["share"])]
     problems = ProblemList()
     entry = None
@@ -161,8 +161,8 @@ def read_block(block: object, path: str = "block") -> Callable[[int, int], nn.Mo
     if block is None:
         return None
     if not isinstance(block, Mapping):
-        raise ConfigError(
-            [Problem(path, f"must be a mapping with a key 'type' or ~ (the network's own blocks), got {block!r}")]
+        raise ConfigError.at(
+            path, f"must be a mapping with a key 'type' or ~ (the network's own blocks), got {block!r}"
         )
     entry, options = _read_layer(block, path, ["type"])
     return lambda index, embed_dim: build_numbered(entry, embed_dim, options, index, path)
@@ -205,7 +205,7 @@ def _read_layer(item: Mapping[str, object], path: str, own: Sequence[str]) -> tu
     name = item.get("type")
     if not isinstance(name, str):
         got = f"must be a string, got {name!r}" if "type" in item else "missing; it has no default"
-        raise ConfigError([Problem(join_path(path, "type"), got)])
+        raise ConfigError.at(join_path(path, "type"), got)
     entry = _drop_in(name, join_path(path, "type"))
     rest = {key: value for key, value in item.items() if key not in own}
     if rest.get("shift") == "auto" and _shifts(entry):
@@ -241,7 +241,7 @@ def _drop_in(name: str, path: str) -> Entry[nn.Module]:
     try:
         entry = find_layer(name)
     except UnknownNameError as error:
-        raise ConfigError([Problem(path, str(error))]) from None
+        raise ConfigError.at(path, str(error)) from None
     except ConfigError as error:
         raise error.under(path) from None
     if entry.kind != "layer":
@@ -252,7 +252,7 @@ def _drop_in(name: str, path: str) -> Entry[nn.Module]:
         hint = "with share: n, whose later sites use it" if at_sites else "instead"
         kind = f"an {entry.kind}" if entry.kind == "operator" else f"a {entry.kind}"
         message = f"must be a drop-in layer, got {name!r}, {kind}; use {' or '.join(names)} {hint}"
-        raise ConfigError([Problem(path, message)])
+        raise ConfigError.at(path, message)
     return entry
 
 
@@ -269,4 +269,4 @@ def _check_sites(attention: AttentionConfig, num_blocks: int, path: str) -> None
     elif len(set(sites)) < len(sites) or list(sites) != sorted(sites):
         rule = "must be in increasing order, each block once"
     if rule:
-        raise ConfigError([Problem(join_path(path, name), f"{rule}, got {value}")])
+        raise ConfigError.at(join_path(path, name), f"{rule}, got {value}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_sr_attn.config import Finite, PositiveInt, checked
-from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.errors import ConfigError
 
 
 class ResidualBlock(nn.Module):
@@ -63,7 +63,7 @@ class ChannelAttention(nn.Module):
         super().__init__()
         if squeeze_factor > num_feat:
             message = f"must be at most num_feat, {num_feat}, got {squeeze_factor}"
-            raise ConfigError([Problem("squeeze_factor", message)])
+            raise ConfigError.at("squeeze_factor", message)
         squeezed = num_feat // squeeze_factor
         self.attention = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),

@@ -2,18 +2,18 @@
 
 import json
 import re
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of
 from sparse_sr_attn.backbones.edsr import EDSR
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, key_pattern
 from sparse_sr_attn.checkpoints.load import load_model
-from sparse_sr_attn.data.atomic import atomic_write
+from sparse_sr_attn.data.atomic import written
 from sparse_sr_attn.errors import CheckpointError
 
 Names = Literal["ours", "released"]
@@ -59,8 +59,7 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
 def at_img_range(model: Network, img_range: float) -> EDSR:
     """Return an EDSR with another `img_range` that gives the same image: its biases are scaled.
 
-    Convolutions, ReLU and residual sums scale with their input if the biases scale along. Attention does not, nor do
-    the sigmoids of an RCAN.
+    Attention does not scale with its input, nor do the sigmoids of an RCAN.
 
     Args:
         model: an EDSR without attention and with its own blocks.
@@ -83,11 +82,20 @@ def at_img_range(model: Network, img_range: float) -> EDSR:
             "scale with the image; train it at the new range"
         )
     scaled = EDSR(**{name: value for name, value in options.items() if name != "type"} | {"img_range": img_range})
-    factor = img_range / model.img_range
-    state = {name: value * factor if name.endswith(".bias") else value for name, value in model.state_dict().items()}
-    state.pop(OPTIONS, None)  # of the other range
-    scaled.load_state_dict(state)
+    scaled.load_state_dict({name: value for name, value in model.state_dict().items() if name != OPTIONS})
+    scale_biases(scaled, img_range / model.img_range)
     return scaled.train(model.training)
+
+
+@torch.no_grad()
+def scale_biases(model: nn.Module, factor: float, *, but: Collection[str] = ()) -> None:
+    """Multiply the biases of an EDSR, except for some, so that it gives the same image at another range.
+
+    Convolutions, ReLU and residual sums scale with their input if the biases scale along.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") and name not in but:
+            parameter.mul_(factor)
 
 
 def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwrite: bool = False) -> None:
@@ -105,7 +113,7 @@ def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwri
     if file.suffix not in (".safetensors", ".pth", ".pt"):
         raise CheckpointError(f"{file} must end in .safetensors, .pth or .pt")
     try:
-        with atomic_write(file, overwrite=overwrite) as stream:
+        with written(file, CheckpointError, overwrite=overwrite) as stream:
             if file.suffix == ".safetensors":
                 from safetensors.torch import save  # noqa: PLC0415
 
@@ -114,11 +122,6 @@ def write_weights(state: dict[str, Tensor], file: Path, *, nested: bool, overwri
                 torch.save({"params": state} if nested else state, stream)
     except ImportError as error:
         raise CheckpointError("writing .safetensors needs safetensors: pip install safetensors") from error
-    except FileExistsError as error:
-        raise CheckpointError(f"{file} already exists; use --overwrite") from error
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides why
-        raise CheckpointError(f"{file} cannot be written: {getattr(cause, 'strerror', None) or cause}") from error
 
 
 def unsaid_options(model: Network, state: dict[str, Tensor]) -> list[str]:
@@ -160,13 +163,11 @@ def _their_key(layout: Layout, key: str) -> str | None:
     for pattern, ours in layout.names.items():
         if ours is not None and (found := key_pattern(ours).fullmatch(key)):
             numbers = found.groupdict()
-            rest = numbers.pop("rest", "*")
-            return re.sub(r"<(\w)>", partial(_filled, numbers), pattern).replace("*", rest)
+            theirs = pattern.replace("*", numbers.pop("rest", "*"))
+            for letter, number in numbers.items():
+                theirs = theirs.replace(f"<{letter}>", number)
+            return theirs
     return None
-
-
-def _filled(numbers: dict[str, str], part: re.Match[str]) -> str:
-    return numbers.get(part[1], part[0])
 
 
 def _check(layout: Layout, model: Network, named: dict[str, Tensor]) -> None:

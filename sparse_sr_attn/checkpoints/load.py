@@ -210,7 +210,7 @@ def _load_into(model: nn.Module, state: dict[str, Tensor], beside: State, overri
     if unknown := [name for name in overrides if name != "img_range"]:
         raise ConfigError(Problem(name, "unknown; with model=..., only img_range can be given") for name in unknown)
     if is_attended(model):
-        raise ConfigError([Problem("model", "must have no attention yet, because the weights say what to attach")])
+        raise ConfigError.at("model", "must have no attention yet, because the weights say what to attach")
     records = records_in(state)
     size = sum(value.numel() for value in state.values())
     _refuse_giants(list(records.values()), limit=size)

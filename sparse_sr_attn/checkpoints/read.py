@@ -1,7 +1,6 @@
 """Read files of weights as data, and find the weights in their containers."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,11 +11,9 @@ from sparse_sr_attn.backbones.attach import SLOT, is_record
 from sparse_sr_attn.backbones.base import OPTIONS, decode_options
 from sparse_sr_attn.checkpoints import unwrap
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Options, State
-from sparse_sr_attn.errors import CheckpointError
+from sparse_sr_attn.errors import CheckpointError, first_line
 from sparse_sr_attn.registry import suggestion
 
-_NESTS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
-_WRAPPERS = r"(?:(?:module|_orig_mod)\.)*"
 _MOST_OPTIONS = 2**20  # bytes
 _TRAINED = Path(__file__).with_name("trained")
 _SHOWN = 6  # keys or problems that a message lists before it counts the rest
@@ -72,11 +69,6 @@ def read_file(source: object) -> object:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, without the codes that colour it in a terminal."""
-    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip().partition("\n")[0]
-
-
 def find_weights(
     content: object, model: nn.Module | None = None
 ) -> tuple[dict[str, Tensor], State, unwrap.Found | None]:
@@ -92,7 +84,7 @@ def find_weights(
         names = {name for name, _ in model.named_parameters()}
         found = unwrap.find(content, lambda state: names <= state.keys(), min(names, default=""))
     if found is None:
-        return _checked(_innermost(content)), {}, None
+        return _checked(_largest(content)), {}, None
     own = found.chosen.state.items()
     # A number or string next to weights, such as an epoch, is not a weight. One in place of a weight has a dotted key.
     weights = {k: v for k, v in own if isinstance(v, Tensor) or k == OPTIONS or not isinstance(k, str) or "." in k}
@@ -112,19 +104,10 @@ def is_known(state: State) -> bool:
         return False
 
 
-def _innermost(content: object) -> object:
-    """Return the most weight-like part of a file without a known network, for better messages."""
-    for _ in _NESTS:  # no deeper: a map may hold itself
-        inner = [
-            content[key] for key in _NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
-        ]
-        content = inner[0] if inner else content
-    if isinstance(content, Mapping) and content and all(isinstance(key, str) for key in content):
-        wrapped = [re.match(_WRAPPERS, key) for key in content]
-        depth = min(len(found[0]) if found else 0 for found in wrapped)
-        if depth and len({key[:depth] for key in content}) == 1:
-            return {key[depth:]: value for key, value in content.items()}
-    return content
+def _largest(content: object) -> object:
+    """Return the largest mapping of tensors in a file without a known network, for better messages."""
+    mappings = [mapping for _, mapping in unwrap.containers(content) if all(map(is_plain, mapping, mapping.values()))]
+    return max(mappings, key=len, default=content)
 
 
 def _checked(content: object) -> dict[str, Tensor]:
@@ -135,7 +118,7 @@ def _checked(content: object) -> dict[str, Tensor]:
         raise CheckpointError("must hold weights, got an empty mapping")
     strange = [f"{key!r}: {type(value).__name__}" for key, value in content.items() if not is_plain(key, value)]
     if strange:
-        hint = f", or such a mapping under one of {', '.join(_NESTS)}"
+        hint = ", or such a mapping inside"
         if {"epoch", "iter"} & content.keys():
             hint = "; this looks like a training state, and the weights are in a file of their own (models/net_g_*.pth)"
         raise CheckpointError(f"must hold a mapping from keys to dense tensors, got {listed(strange)}{hint}")

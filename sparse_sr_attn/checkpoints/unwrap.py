@@ -97,7 +97,7 @@ def find(content: object, recognises: Recognises, anchor: str | None = None) -> 
 
 
 def _candidates(content: object, recognises: Recognises, keys: re.Pattern[str]) -> Iterator[Candidate]:
-    for path, container in _containers(content):
+    for path, container in containers(content):
         for inside in _INSIDE:
             state = _without(inside, container)
             found = list(_in_one_state(path, state, recognises, keys))
@@ -122,7 +122,7 @@ def _in_one_state(
             yield Candidate(name.strip() or "the top", own, counted or bool(_AVERAGED.search(name)))
 
 
-def _containers(content: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+def containers(content: object) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """Yield the mappings that hold tensors, each with the names of its containers."""
     for path, value in _walk(content):
         if isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values()):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sparse_sr_attn.errors import CheckpointError, ConfigError, ProcessError, SparseSRError
+from sparse_sr_attn.errors import CheckpointError, ConfigError, ProcessError, SparseSRError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +263,7 @@ def import_modules(arguments: argparse.Namespace) -> None:
         return
     _let_code_import_basicsr()
     try:
-        importlib.import_module("sparse_sr_attn_basicsr.extensions").load(arguments.imports, "--import")
+        importlib.import_module("sparse_sr_attn_basicsr.extensions").load(arguments.imports)
     except ConfigError as error:
         raise UsageError("--import: " + "; ".join(problem.message for problem in error.problems)) from error
 
@@ -292,8 +292,8 @@ def build_host(arguments: argparse.Namespace, given: dict[str, Any]) -> "nn.Modu
         build = getattr(extensions.import_entry(file), wanted)
         model = build(**given)
     except Exception as error:  # somebody else's code can raise anything
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"--host {arguments.host} cannot be built: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"--host {arguments.host} cannot be built: {reason}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"--host must build a torch.nn.Module, but {wanted} returns a {type(model).__name__}")
     return model
@@ -358,6 +358,5 @@ def find_device(asked: str | None) -> "torch.device":
         device = torch.device(asked)
         torch.empty(1, device=device).add(1)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"--device must be one that torch can use here, got {asked!r}: {reason}") from error
+        raise UsageError(f"--device must be one that torch can use here, got {asked!r}: {first_line(error)}") from error
     return device

@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require("PIL", "numpy")
     _check(arguments)
-    arguments.truths = {folder: _truth_pictures(arguments, folder) for folder in _test_sets(arguments)}
+    test_sets = arguments.folders if arguments.weights or arguments.bicubic else arguments.folders[1:]
+    arguments.truths = {folder: _truth_pictures(arguments, folder) for folder in test_sets}
     networks = _networks(arguments)
     if arguments.without_attention and not any(map(has_attention, networks.values())):
         raise UsageError(f"--without-attention: none of these networks has attention: {', '.join(map(name, networks))}")
@@ -159,17 +160,13 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--names must each have one {{}}, got {template}")
 
 
-def _test_sets(arguments: argparse.Namespace) -> list[Path]:
-    """Return the folders of the ground truth."""
-    return list(arguments.folders if arguments.weights or arguments.bicubic else arguments.folders[1:])
-
-
 def _truth_pictures(arguments: argparse.Namespace, folder: Path) -> dict[str, Path]:
     """Return the pictures of a test set by name."""
     pictures = _pictures(folder, arguments.names[1])
     originals = without_results(list(pictures.values()))
     pictures = {label: path for label, path in pictures.items() if path in originals}
-    _check_grey(arguments, pictures)
+    if unknown := [label for label in arguments.grey if label not in pictures]:
+        raise UsageError(f"--grey must name images, got {', '.join(unknown)} (known: {', '.join(pictures)})")
     return pictures
 
 
@@ -239,11 +236,6 @@ def _pictures(folder: Path, template: str) -> dict[str, Path]:
     if not found:
         raise UsageError(f"{name(folder)} must contain images named like {template}, but contains none")
     return found
-
-
-def _check_grey(arguments: argparse.Namespace, truths: dict[str, Path]) -> None:
-    if unknown := [label for label in arguments.grey if label not in truths]:
-        raise UsageError(f"--grey must name images, got {', '.join(unknown)} (known: {', '.join(truths)})")
 
 
 def _read(path: Path, *, grey: bool) -> Tensor:

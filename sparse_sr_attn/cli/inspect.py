@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparse_sr_attn.cli.common import UsageError, add_weights, check_new, load, name, require, show
 from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, read_image, write_image
-from sparse_sr_attn.errors import ImageError, SparseSRError
+from sparse_sr_attn.errors import ImageError, SparseSRError, first_line
 from sparse_sr_attn.inference.upscale import network_input
 from sparse_sr_attn.inference.visualize import (
     attention_entropy,
@@ -81,8 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ImageError as error:
         raise ImageError(f"{name(arguments.image)}: {error}") from error
     except (ValueError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        reason = str(error).partition("\n")[0] or "out of memory"
-        raise SparseSRError(f"{name(arguments.image)}: {reason}") from error
+        raise SparseSRError(f"{name(arguments.image)}: {first_line(error) or 'out of memory'}") from error
     if not 0 <= arguments.layer < len(states):
         raise UsageError(f"--layer must be from 0 to {len(states) - 1}, got {arguments.layer}")
     layer = list(states)[arguments.layer]

@@ -4,7 +4,7 @@ import argparse
 import inspect
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -78,57 +78,39 @@ def _layers() -> list[dict[str, Any]]:
     for name in LAYERS:
         entry = LAYERS.get(name)
         options = dict(list(_options(entry.build).items())[1:])  # without the width, which the network says
-        rows.append(
-            {
-                "name": name,
-                "kind": entry.kind,
-                "source": entry.source,
-                "about": _about(entry.build),
-                "parameters": _num_parameters(partial(entry.build, _LAYER_WIDTH)),
-                "options": options,
-            }
-        )
+        build = partial(entry.build, _LAYER_WIDTH)
+        rows.append({"kind": entry.kind, **_row(name, build, entry.source, _about(entry.build), options)})
     return rows
 
 
 def _networks() -> list[dict[str, Any]]:
     builds = {layout.build.__name__: layout.build for layout in LAYOUTS}
     return [
-        {
-            "name": name,
-            "source": _source(build) or _about(build),
-            "about": _about(build),
-            "parameters": _num_parameters(build),
-            "options": _options(build),
-        }
+        _row(name, build, _source(build) or _about(build), _about(build), _options(build))
         for name, build in sorted(builds.items())
     ]
 
 
 def _presets() -> list[dict[str, Any]]:
     return [
-        {
-            "name": name,
-            "source": preset.source,
-            "about": preset.build.__name__,
-            "parameters": _num_parameters(partial(preset.build, **preset.options)),
-            "options": dict(preset.options),
-        }
+        _row(name, partial(preset.build, **preset.options), preset.source, preset.build.__name__, preset.options)
         for name, preset in PRESETS.items()
     ]
 
 
 def _weights() -> list[dict[str, Any]]:
+    source = "trained for this library, at bicubic degradation"
     return [
-        {
-            "name": name,
-            "source": "trained for this library, at bicubic degradation",
-            "about": f"load_model({name!r}), --weights {name}",
-            "parameters": _num_parameters(partial(load_model, name)),
-            "options": {},
-        }
+        _row(name, partial(load_model, name), source, f"load_model({name!r}), --weights {name}", {})
         for name in trained_weights()
     ]
+
+
+def _row(
+    name: str, build: Callable[[], nn.Module], source: str, about: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    parameters = _num_parameters(build)
+    return {"name": name, "source": source, "about": about, "parameters": parameters, "options": dict(options)}
 
 
 def _about(build: Callable[..., object]) -> str:

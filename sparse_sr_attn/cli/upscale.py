@@ -28,7 +28,7 @@ from sparse_sr_attn.cli.common import (
 )
 from sparse_sr_attn.data.atomic import check_writable
 from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, format_of, read_image, suffixes, write_image
-from sparse_sr_attn.errors import ImageError, ShapeError
+from sparse_sr_attn.errors import ImageError, ShapeError, first_line
 from sparse_sr_attn.inference.tiling import Progress, num_tiles, with_smaller_tiles
 from sparse_sr_attn.inference.upscale import upscale_image
 
@@ -333,7 +333,7 @@ def _enlarged(arguments: argparse.Namespace, model: Network, picture: Picture, l
     try:
         return with_smaller_tiles(attempt, arguments.tile or max(height, width), notice=notice)
     except (MemoryError, ShapeError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        raise ImageError(str(error).partition("\n")[0]) from error
+        raise ImageError(first_line(error)) from error
 
 
 def _write(picture: Picture, target: Path, arguments: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from sparse_sr_attn.errors import SparseSRError, first_line
+
 
 @contextmanager
 def atomic_write(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
@@ -35,6 +37,21 @@ def atomic_write(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_dir(file.parent)
+
+
+@contextmanager
+def written(file: Path, error: type[SparseSRError], *, overwrite: bool) -> Iterator[BinaryIO]:
+    """Yield the stream of `atomic_write`; whatever goes wrong with the file is raised as `error`, with the reason."""
+    try:
+        with atomic_write(file, overwrite=overwrite) as stream:
+            yield stream
+    except FileExistsError as exists:
+        raise error(f"{file} already exists; use --overwrite") from exists
+    except (OSError, RuntimeError, ValueError, MemoryError) as failure:
+        # torch, closing its archive, hides why writing failed
+        cause = failure.__context__ if isinstance(failure.__context__, OSError) else failure
+        reason = getattr(cause, "strerror", None) or first_line(cause) or type(cause).__name__
+        raise error(f"{file} cannot be written: {reason}") from failure
 
 
 def check_writable(file: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from sparse_sr_attn.data.atomic import atomic_write
-from sparse_sr_attn.errors import ImageError
+from sparse_sr_attn.data.atomic import written
+from sparse_sr_attn.errors import ImageError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,9 +111,9 @@ def read_image(path: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Pictur
         except MemoryError as error:
             raise ImageError("does not fit in memory") from error
         except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or _line(error)}") from error
+            raise ImageError(f"cannot be read: {error.strerror or first_line(error)}") from error
         except Exception as error:  # decoders raise anything over a broken file
-            raise ImageError(f"is damaged: {type(error).__name__}: {_line(error)}") from error
+            raise ImageError(f"is damaged: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _is_reduced(image: "Image.Image") -> bool:
@@ -204,14 +204,8 @@ def write_image(picture: Picture, path: Path | BinaryIO, *, overwrite: bool = Fa
         _save(picture, path, ".png")
         return
     check_format(path, picture)
-    try:
-        with atomic_write(path, overwrite=overwrite) as stream:
-            _save(picture, stream, path.suffix.lower())
-    except FileExistsError as error:
-        raise ImageError(f"{path} already exists; use --overwrite") from error
-    except (OSError, ValueError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or _line(error) or type(error).__name__
-        raise ImageError(f"{path} cannot be written: {reason}") from error
+    with written(path, ImageError, overwrite=overwrite) as stream:
+        _save(picture, stream, path.suffix.lower())
 
 
 def _save(picture: Picture, stream: BinaryIO, suffix: str) -> None:
@@ -281,7 +275,7 @@ def _obstacle(suffix: str, picture: Picture, upscale: int) -> str | None:
         except ImageError:
             return "Pillow cannot read such files again"
         except Exception as error:  # encoders raise anything
-            return _line(error) or type(error).__name__
+            return first_line(error) or type(error).__name__
         if (reason := next(_differences(found, one, tolerance), None)) is not None:
             return reason
     return None
@@ -347,7 +341,3 @@ def looks_like_image(path: Path) -> bool:
     from PIL import Image  # noqa: PLC0415
 
     return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import ProblemList, read
-from sparse_sr_attn.errors import ConfigError, Problem, ShapeError
+from sparse_sr_attn.errors import ConfigError, ShapeError
 from sparse_sr_attn.functional.cluster import cluster_pattern, seen_keys
 from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.functional.lsh import bucket_count, hash_tokens
@@ -68,7 +68,7 @@ def _lcoa(setting: Setting, **options: Any) -> Visible:
 def _trained(setting: Setting) -> Visible:
     """LCoA as trained: its centroids and options, for `num_keys` keys."""
     if setting.trained is None:
-        raise ConfigError([Problem("", "pattern 'trained' needs features of an LSP (of an LCoA)")])
+        raise ConfigError.at("", "pattern 'trained' needs features of an LSP (of an LCoA)")
     lsp = deepcopy(setting.trained).eval()
     lsp.embed_dim = setting.features.shape[1]
     return _routed(lsp, setting)
@@ -202,24 +202,24 @@ def read_patterns(names: Iterable[str], *, num_keys: int) -> list[Pattern]:
 def _read(name: str, num_keys: int) -> Pattern:
     label, _, text = name.partition(":")
     if label not in KINDS:
-        raise ConfigError([Problem("", f"no such pattern{suggestion(label, list(KINDS))}")])
-    kind, options = KINDS[label], {}
+        raise ConfigError.at("", f"no such pattern{suggestion(label, list(KINDS))}")
+    (show, layer), options = KINDS[label], {}
     for item in filter(None, text.split(",")):
         option, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError([Problem("", f"options must be option=value,option=value, got {item!r}")])
+            raise ConfigError.at("", f"options must be option=value,option=value, got {item!r}")
         if option in _SET_HERE:
-            raise ConfigError([Problem(option, _SET_HERE[option])])
+            raise ConfigError.at(option, _SET_HERE[option])
         try:
             options[option] = json.loads(value)
         except ValueError:
             options[option] = value
-    if kind.layer is not None:
-        options = read(kind.layer, options, given=1)
-        _chunk_size(kind.layer(1, **options), num_keys)
+    if layer is not None:
+        options = read(layer, options, given=1)
+        _chunk_size(layer(1, **options), num_keys)
     elif options:
-        raise ConfigError([Problem(next(iter(options)), f"{label} has no options")])
-    return Pattern(name, partial(kind.show, **options))
+        raise ConfigError.at(next(iter(options)), f"{label} has no options")
+    return Pattern(name, partial(show, **options))
 
 
 def _chunk_size(layer: Any, num_keys: int) -> int:
@@ -227,7 +227,7 @@ def _chunk_size(layer: Any, num_keys: int) -> int:
     num_rounds = len(layer.rotations) if isinstance(layer, NLSA) else getattr(layer, "num_rounds", 1)
     num_chunks = int(num_rounds * (2 * layer.num_adjacent + 1))
     if num_keys < num_chunks:
-        raise ConfigError([Problem("", f"a token sees {num_chunks} chunks, which need as many keys; got {num_keys}")])
+        raise ConfigError.at("", f"a token sees {num_chunks} chunks, which need as many keys; got {num_keys}")
     return num_keys // num_chunks
 
 

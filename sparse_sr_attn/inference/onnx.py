@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints.foreign import ForeignNetwork
-from sparse_sr_attn.data.atomic import atomic_write
-from sparse_sr_attn.errors import CheckpointError, ExportError
+from sparse_sr_attn.data.atomic import written
+from sparse_sr_attn.errors import CheckpointError, ExportError, first_line
 from sparse_sr_attn.functional.cluster import mean_keys
 from sparse_sr_attn.layers.lcoa import LSP, Choice
 from sparse_sr_attn.states import ClusterPattern
@@ -108,14 +108,9 @@ def export_onnx(
             f"{worst.under_one_pattern:.1e} under one pattern, {worst.num_moved} of {worst.num_tokens} tokens in "
             f"other clusters, by up to {worst.margin:.1e} of their length; nothing was written"
         )
-    _without_patterns(proto)
-    try:
-        with atomic_write(file, overwrite=overwrite) as stream:
-            stream.write(proto.SerializeToString())
-    except FileExistsError as error:
-        raise ExportError(f"{file} already exists; use --overwrite") from error
-    except OSError as error:
-        raise ExportError(f"{file} cannot be written: {error.strerror or error}") from error
+    del proto.graph.output[1:]  # what the patterns chose, which only the check needs
+    with written(file, ExportError, overwrite=overwrite) as stream:
+        stream.write(proto.SerializeToString())
     return found
 
 
@@ -141,7 +136,7 @@ def compare(model: Network, proto: "onnx.ModelProto", size: tuple[int, int]) -> 
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         outputs = session.run(None, {"image": image.numpy()})
     except Exception as error:  # its exceptions have no common root
-        raise ExportError(f"onnxruntime fails for {size[0]}x{size[1]}: {str(error).partition(chr(10))[0]}") from error
+        raise ExportError(f"onnxruntime fails for {size[0]}x{size[1]}: {first_line(error)}") from error
     result, *choices = (torch.from_numpy(output) for output in outputs)
     with torch.no_grad(), _watched(model) as watched:
         as_is = model(image)
@@ -248,8 +243,9 @@ def _exported(model: Network) -> "onnx.ModelProto":
     except Exception as error:  # whatever export or translation meets
         while error.__cause__ is not None:  # the exporter wraps it in advice for its authors
             error = error.__cause__  # type: ignore[assignment]
-        reason = str(error).strip().partition("\n")[0]
-        raise ExportError(f"{type(model).__name__} cannot be exported: {type(error).__name__}: {reason}") from error
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}"
+        ) from error
     finally:
         log.setLevel(level)
     proto: onnx.ModelProto = program.model_proto
@@ -257,11 +253,6 @@ def _exported(model: Network) -> "onnx.ModelProto":
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=str(value))
     return proto
-
-
-def _without_patterns(proto: "onnx.ModelProto") -> None:
-    """Keep only the image as output."""
-    del proto.graph.output[1:]
 
 
 def _image(num_channels: int, size: tuple[int, int]) -> Tensor:

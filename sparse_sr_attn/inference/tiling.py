@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sparse_sr_attn.errors import ShapeError
+from sparse_sr_attn.errors import ShapeError, first_line
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def with_smaller_tiles(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
         # Out of the handler: the error's traceback holds what filled the memory.
         if tile <= smallest:
             raise MemoryError(f"memory does not suffice even for tiles of {tile} pixels: {reason}")

@@ -22,6 +22,7 @@ from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
 _GOLDEN = 0.6180339887498949
 _ROWS_AT_A_TIME = 16
+_REMEDY = "build it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
 
 
 def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tensor, "h2 w2"]:
@@ -49,8 +50,7 @@ def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tenso
     patterns = [module for module in model.modules() if isinstance(module, LSP)]
     if not patterns:
         raise ValueError(
-            f"a cluster map needs a network with an LSP (LCoA has one), but {type(model).__name__} has none; "
-            "build it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+            f"a cluster map needs a network with an LSP (LCoA has one), but {type(model).__name__} has none; {_REMEDY}"
         )
     maps: list[Tensor] = []
 
@@ -105,8 +105,7 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
     if not states:
         raise ValueError(
             "attention can be shown for layers with a state (LCoA, GMSA and their consumers), and "
-            f"{type(model).__name__} runs none; build it with attention, "
-            "e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+            f"{type(model).__name__} runs none; {_REMEDY}"
         )
     return states
 
@@ -149,8 +148,8 @@ def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> di
     _run(model, batch, hooks)
     if not features:
         raise ValueError(
-            f"features of attention need a network with attention layers, and {type(model).__name__} runs none; build "
-            "it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
+            "features of attention need a network with attention layers, and "
+            f"{type(model).__name__} runs none; {_REMEDY}"
         )
     return features
 

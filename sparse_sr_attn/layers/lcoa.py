@@ -20,7 +20,7 @@ from sparse_sr_attn.config import (
     checked,
     takes_options_of,
 )
-from sparse_sr_attn.errors import ConfigError, Problem
+from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.backend import runs_kernels
 from sparse_sr_attn.functional.cluster import (
@@ -161,7 +161,7 @@ class LSP(KMeansModule):
         super().__init__()
         if neighbors == "nearest" and not count_keys_once:
             rule = "must be 'ring' with count_keys_once=False, because that counting needs a ring, got 'nearest'"
-            raise ConfigError([Problem("neighbors", rule)])
+            raise ConfigError.at("neighbors", rule)
         self.embed_dim = embed_dim
         self.similarity = similarity
         self.cluster_order = cluster_order

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_sr_attn.config import Finite, PositiveInt, checked
-from sparse_sr_attn.errors import ConfigError, Problem, ShapeError, UnknownNameError
+from sparse_sr_attn.errors import ConfigError, ShapeError, UnknownNameError
 from sparse_sr_attn.layers.base import AttentionLayer, check_map, reject_state
 from sparse_sr_attn.layers.batch_norm import BatchNorm2d
 from sparse_sr_attn.registry import Entry, suggestion
@@ -118,7 +118,7 @@ def timm_entry(name: str) -> Entry[nn.Module]:
     """
     short = name.removeprefix("timm:")
     if short in REFUSED:
-        raise ConfigError([Problem("", f"{name} cannot be used here, because {REFUSED[short]}")])
+        raise ConfigError.at("", f"{name} cannot be used here, because {REFUSED[short]}")
     if short not in USABLE:
         raise UnknownNameError(f"no layer named {name!r}{suggestion(name, [f'timm:{known}' for known in USABLE])}")
     return Entry(name, "layer", _builder(name, _timm_class(name, short)), f"timm {_timm().__version__}")
@@ -128,9 +128,9 @@ def _timm() -> Any:
     try:
         import timm  # noqa: PLC0415  optional
     except ImportError as error:
-        raise ConfigError([Problem("", f"layers named timm:... need timm: pip install timm ({error})")]) from error
+        raise ConfigError.at("", f"layers named timm:... need timm: pip install timm ({error})") from error
     except RuntimeError as error:  # torchvision's, when it was built for another torch
-        raise ConfigError([Problem("", f"layers named timm:... need timm, whose import fails: {error}")]) from error
+        raise ConfigError.at("", f"layers named timm:... need timm, whose import fails: {error}") from error
     return timm
 
 
@@ -140,7 +140,7 @@ def _timm_class(name: str, short: str) -> Callable[..., nn.Module]:
         return from_name(short)
     except AssertionError:
         message = f"timm {_timm().__version__} has no layer {short!r}; a newer one has: pip install --upgrade timm"
-        raise ConfigError([Problem("", f"{name}: {message}")]) from None
+        raise ConfigError.at("", f"{name}: {message}") from None
 
 
 def _builder(name: str, timm_class: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -152,12 +152,8 @@ def _builder(name: str, timm_class: Callable[..., nn.Module]) -> Callable[..., n
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             given = "".join(f", {option}={value!r}" for option, value in options.items())
-            raise ConfigError(
-                [
-                    Problem(
-                        "", f"timm {_timm().__version__} cannot build {name} for embed_dim={embed_dim}{given}: {reason}"
-                    )
-                ]
+            raise ConfigError.at(
+                "", f"timm {_timm().__version__} cannot build {name} for embed_dim={embed_dim}{given}: {reason}"
             ) from error
         return TimmLayer(attention, embed_dim, res_scale=res_scale, zero_init=zero_init)
 

@@ -36,8 +36,7 @@ class Block(nn.Module):
         self.c1, self.c5 = conv(width, width), conv(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.c5(F.relu(self.c1(x))) + x
-        return output
+        return self.c5(F.relu(self.c1(x))) + x
 
 
 class Host(nn.Module):
@@ -52,8 +51,18 @@ class Host(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fea_conv(x)
-        output: Tensor = self.tail(self.body(x) + x)
-        return output
+        return self.tail(self.body(x) + x)
+
+
+class Straight(Host):
+    """An `nn.Sequential` that the model calls (EDSR, RRDBNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*(Block() for _ in range(4)))
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.trunk(x)
 
 
 class Numbered(Host):
@@ -68,8 +77,7 @@ class Numbered(Host):
         b1 = self.B1(x)
         b2 = self.B2(b1)
         b3 = self.B3(b2)
-        output: Tensor = self.c(torch.cat([b1, b2, b3, self.B4(b3)], dim=1))
-        return output
+        return self.c(torch.cat([b1, b2, b3, self.B4(b3)], dim=1))
 
 
 class Listed(Host):
@@ -152,13 +160,16 @@ class Mode(Numbered):
         return output if self.training else output * 0.5
 
 
-HOSTS: dict[str, tuple[Callable[[], nn.Module], str, bool]] = {
+HOSTS: dict[str, tuple[Callable[[], nn.Module], str, bool | None]] = {
+    "an nn.Sequential": (Straight, "trunk", None),
     "attributes": (Numbered, "B*", True),
     "a list": (Listed, "layers", True),
     "tuples": (Tupled, "block_*.c1", True),
     "tokens": (Windowed, "groups.*.conv", False),
     "by mode": (Mode, "B*", True),
 }
+"""Networks with their trunks, and whether their forward can be traced; `None` where it need not be."""
+
 hosts = pytest.mark.parametrize("name", HOSTS)
 
 
@@ -177,7 +188,11 @@ def attended(name: str) -> Any:
 
 
 def layers_of(model: nn.Module) -> Any:
-    (found,) = (module.sparse_sr_attn for module in model.modules() if isinstance(module, Attended))
+    return owner_of(model).sparse_sr_attn
+
+
+def owner_of(model: nn.Module) -> Any:
+    (found,) = (module for module in model.modules() if isinstance(module, Attended))
     return found
 
 
@@ -216,7 +231,7 @@ def test_the_trunk_is_found_and_the_model_stays_the_same_to_the_bit(name: str) -
         attach(model, every=1, share=2, **OPTIONS)
     assert [type(layer) for layer in layers_of(model)][:2] == [LCoA, CoA]
     assert isinstance(model, HOSTS[name][0])  # type: ignore[arg-type]
-    assert traced(model) == HOSTS[name][2]
+    assert HOSTS[name][2] is None or traced(model) == HOSTS[name][2]
     for training in (True, False):
         for size in ((16, 16), (9, 12)):
             x = image(2, 3, *size)
@@ -238,7 +253,7 @@ def test_the_name_that_is_offered_leads_to_the_same_layers(name: str) -> None:
     torch.manual_seed(0)
     attach(named, HOSTS[name][1], share=2, **OPTIONS)
     assert found.state_dict().keys() == named.state_dict().keys()
-    assert found._record == named._record
+    assert owner_of(found)._record == owner_of(named)._record
 
 
 def test_states_travel_where_the_host_lets_its_blocks_run() -> None:
@@ -321,24 +336,31 @@ def test_a_later_call_that_runs_blocks_several_times_is_refused_if_they_share() 
         torch.testing.assert_close(alone(frame)[:, 0], expected)
 
 
+TOGETHER = ("an nn.Sequential", "attributes")
+
+
 def _train_together(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    model = attended("attributes")
-    together = DistributedDataParallel(model)
-    train(model, 3, call=lambda _, x: together(x[rank::world_size]))
-    torch.save(model.state_dict(), f"{folder}/{rank}.pth")
+    for name in TOGETHER:
+        model = attended(name)
+        together = DistributedDataParallel(model)
+        train(model, 3, call=lambda _, x, net=together: net(x[rank::world_size]))
+        torch.save(model.state_dict(), f"{folder}/{name}{rank}.pth")
     dist.barrier()  # nobody leaves while another still receives
     dist.destroy_process_group()
 
 
+@pytest.mark.promise("R16", "attached")
 def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(_train_together, args=(2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
-    alone = attended("attributes")
-    train(alone, 3)
-    for key, value in alone.state_dict().items():
-        assert torch.equal(first[key], second[key]), key
-        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    for name in TOGETHER:
+        first, second = (torch.load(tmp_path / f"{name}{rank}.pth", weights_only=True) for rank in (0, 1))
+        alone = attended(name)
+        train(alone, 3)
+        for key, value in alone.state_dict().items():
+            assert torch.equal(first[key], second[key]), key
+            close = 1e-5 if "pending" in key else 1e-6  # sums over hundreds of tokens
+            torch.testing.assert_close(first[key], value, rtol=close, atol=close, msg=lambda t, key=key: f"{key}: {t}")
 
 
 @hosts
@@ -523,8 +545,7 @@ class Widths(Host):
 
     def body(self, x: Tensor) -> Tensor:
         x = self.down2(self.down1(x))
-        output: Tensor = self.up(self.low2(self.low1(self.wide(x))))
-        return output
+        return self.up(self.low2(self.low1(self.wide(x))))
 
 
 def test_each_width_has_its_layer_and_equal_shapes_share() -> None:
@@ -574,8 +595,7 @@ class Twice(Host):
         return self.net.body(x) if x is None else self.inner(self.inner(x))
 
     def inner(self, x: Tensor) -> Tensor:
-        output: Tensor = self.net(x[:, :3])
-        return output
+        return self.net(x[:, :3])
 
 
 @pytest.mark.parametrize("body", [None, "net.B*"])
@@ -678,8 +698,7 @@ class Pooling(Host):
         self.blocks = nn.ModuleList([PooledTuple(), PooledTuple()])
 
     def body(self, x: Tensor) -> Tensor:
-        output: Tensor = self.blocks[1](self.blocks[0](x)[0])[0]
-        return output
+        return self.blocks[1](self.blocks[0](x)[0])[0]
 
 
 class PooledTuple(Pooled):
@@ -711,8 +730,7 @@ class Unpadded(nn.Module):
         self.conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.conv(x)
-        return output
+        return self.conv(x)
 
 
 def test_a_convolution_and_its_activation_are_taken_if_there_is_nothing_longer() -> None:
@@ -766,8 +784,7 @@ class Inside(nn.Module):
         self.inner, self.last = Numbered(), conv(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.last(self.inner(x))
-        return output
+        return self.last(self.inner(x))
 
 
 class Spread(Inside):
@@ -778,8 +795,7 @@ class Spread(Inside):
         self.other = nn.Sequential(Block(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.other(super().forward(x))
-        return output
+        return self.other(super().forward(x))
 
 
 def with_own_forward(build: Callable[[], nn.Module], *paths: str, method: bool) -> Callable[[], nn.Module]:
@@ -971,8 +987,7 @@ class Lazy(Numbered):
             self.late, self.B1.late = conv(8, 8, 1), nn.PReLU()
             self.B3 = self.B3
             del self.unused
-        output: Tensor = self.late(super().body(x))
-        return output
+        return self.late(super().body(x))
 
 
 def test_modules_that_a_forward_makes_stay_in_the_model() -> None:

@@ -112,13 +112,6 @@ def test_all_sizes(training: bool, sides: Iterable[int]) -> None:
             assert output.isfinite().all(), (height, width)
 
 
-@pytest.mark.parametrize("upscale", [2, 3, 4, 8])
-@pytest.mark.parametrize("channels", [1, 4])
-def test_any_factor_and_channels(upscale: int, channels: int) -> None:
-    model = ELAN(channels, channels, upscale=upscale, **SMALL).eval()
-    assert model(picture(2, channels, 5, 3)).shape == (2, channels, 5 * upscale, 3 * upscale)
-
-
 def test_reflection_goes_to_and_fro() -> None:
     """As numpy does it, for any number of reflections."""
     for side in range(1, 20):
@@ -186,23 +179,6 @@ def test_evaluation_follows_its_weights() -> None:
     with torch.no_grad():
         model.body[0].attention[0].query.norm.running_mean += 1
     assert not torch.equal(model(x), before)
-
-
-@pytest.mark.promise("R19", "ELAN")
-def test_activation_checkpointing_changes_nothing() -> None:
-    """Parameters and the statistics of BatchNorm stay the same to the bit over three steps."""
-    plain, saving = ELAN(**SMALL), ELAN(**SMALL, activation_checkpointing=True)
-    saving.load_state_dict(plain.state_dict())
-    for step in range(3):
-        for model in (plain, saving):
-            model.zero_grad()
-            model(picture(2, 3, 12, 7, seed=step)).square().mean().backward()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter -= 0.01 * parameter.grad
-    for (key, one), other in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
-        assert torch.equal(one, other), key
-    assert plain.body[0].attention[0].query.norm.num_batches_tracked == 3
 
 
 def test_the_mean_is_exact_in_every_precision() -> None:

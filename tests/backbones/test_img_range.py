@@ -30,8 +30,7 @@ class TheirEDSR(nn.Module):
         self.body = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.body(self.head(x))
-        return result
+        return self.body(self.head(x))
 
 
 BUILDS: dict[str, Callable[[float, dict[str, Any]], nn.Module]] = {

@@ -51,35 +51,6 @@ def test_attention_stands_after_groups() -> None:
     assert torch.equal(model.features(x), second(deep, shared))
 
 
-@pytest.mark.parametrize("upscale", [2, 3, 4, 8])
-def test_any_size_and_channels(upscale: int) -> None:
-    for channels, size in ((1, (1, 1)), (3, (7, 5)), (5, (17, 1))):
-        options = {**SMALL, "upscale": upscale, "num_group": 2, "attention": {**LCOA, "every": 1}}
-        output = RCAN(channels, channels, **options)(image(2, channels, *size))
-        assert output.shape == (2, channels, upscale * size[0], upscale * size[1])
-        assert output.isfinite().all()
-
-
-@pytest.mark.promise("R19", "RCAN")
-def test_activation_checkpointing_changes_nothing() -> None:
-    options = {**SMALL, "num_group": 3, "attention": {**LCOA, "every": 1, "share": 2}}
-    models = [RCAN(activation_checkpointing=on, **options) for on in (False, True)]
-    models[1].load_state_dict(models[0].state_dict())
-    runs = [0, 0]
-    for index, model in enumerate(models):
-        model.body[1].register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
-    for step in range(2):
-        for model in models:
-            model.zero_grad()
-            model(image(2, 3, 6, 7, seed=step)).square().mean().backward()
-    assert runs == [2, 4]
-    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert one.grad is not None
-        assert torch.equal(one.grad, other.grad)
-    for one, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize(("options", "message"), [
     ({"squeeze_factor": 9}, "squeeze_factor: must be at most num_feat, 8, got 9"),
     ({"num_group": 0}, "num_group must be >= 1, got 0"),

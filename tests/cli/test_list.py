@@ -13,8 +13,7 @@ from sparse_sr_attn.layers.base import Registry
 
 def tables(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[dict[str, object]]]:
     assert main(["list", "--json", *arguments]) == 0
-    found: dict[str, list[dict[str, object]]] = json.loads(capsys.readouterr().out)
-    return found
+    return json.loads(capsys.readouterr().out)
 
 
 def test_json_has_all(capsys: pytest.CaptureFixture[str]) -> None:

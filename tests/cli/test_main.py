@@ -16,12 +16,6 @@ from sparse_sr_attn.cli.common import output_file
 from sparse_sr_attn.cli.main import COMMANDS, _parse, _parsers, main
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["test", "--help"]])
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 0
-    assert "usage: sparse-sr" in capsys.readouterr().out
-
-
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"sparse-sr {importlib.metadata.version('sparse-sr-attn')}\n"

@@ -144,8 +144,7 @@ def kair(folder: Path, name: str, iterations: int, network: State, **train: Any)
     done = max((int(path.name.split("_")[0]) for path in models.glob("*_G.pth")), default=0)
     os.environ["EPOCHS"] = str(iterations - done)  # of one image
     run(folder, "main_train_psnr.py", "--opt", f"{name}.json")
-    state: State = torch.load(models / f"{iterations}_G.pth")
-    return state
+    return torch.load(models / f"{iterations}_G.pth")
 
 
 @on("KAIR")
@@ -190,8 +189,7 @@ def edsr_pytorch(folder: Path, name: str, epochs: int, *options: object) -> Stat
     data = ["--dir_data", folder.parent, "--ext", "img", "--data_range", "1-1/1-1", "--n_threads", 0]
     training = ["--epochs", epochs + 1, "--decay", 1000, "--cpu", "--save_models"]  # the last epoch is not trained
     run(folder / "src", "main.py", *shape, *data, *training, *options)
-    state: State = torch.load(folder / "experiment" / name / f"model/model_{epochs}.pt")
-    return state
+    return torch.load(folder / "experiment" / name / f"model/model_{epochs}.pt")
 
 
 @on("EDSR-PyTorch")

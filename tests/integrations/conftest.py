@@ -13,7 +13,8 @@ import pytest
 import yaml
 from skimage import data, io
 
-from sparse_sr_attn_basicsr import register
+from sparse_sr_attn_basicsr import preflight, register
+from sparse_sr_attn_basicsr.option_file import load
 
 register()  # before any test module imports basicsr
 
@@ -145,6 +146,20 @@ def write_training() -> Callable[..., str]:
 def training(here: Path, write_training: Callable[..., str]) -> Callable[..., str]:
     """Write a training option file, with changes, into the working directory; return its name."""
     return functools.partial(write_training, here)
+
+
+@pytest.fixture
+def options(training: Callable[..., str], here: Path) -> Callable[..., dict[str, Any]]:
+    """Options of a training file, with changes, as BasicSR hands them to a model."""
+
+    def make(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+        opt, _ = preflight.check(load(training(changes)), training=True)
+        folders = {name: str(here / name) for name in ("models", "training_states")}
+        for folder in folders.values():
+            Path(folder).mkdir(exist_ok=True)
+        return {**opt, "path": {**opt["path"], **folders}, "is_train": True, "dist": False}
+
+    return make
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from basicsr_runs import told_at_the_end
 
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn_basicsr import preflight
@@ -94,12 +95,6 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], N
         monkeypatch.setattr(preflight, "check", checked)
 
     return happens
-
-
-def told_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.rpartition("sparse-sr: ")[2]
 
 
 PARTS = ["train/HR", "train/LR", "val/HR"]

@@ -14,9 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_sr_attn.errors import ConfigError
-from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.cuda_graph import GraphedForward
-from sparse_sr_attn_basicsr.option_file import load
 
 Changes = dict[str, Any]
 
@@ -75,14 +73,14 @@ Build = Callable[..., Any]
 
 
 @pytest.fixture
-def build(training: Callable[..., str]) -> Build:
+def build(options: Callable[..., dict[str, Any]]) -> Build:
     """Build a model; the preflight demands a GPU for `cuda_graph`."""
 
     def make(changes: Changes, cuda_graph: bool) -> Any:
-        opt, _ = preflight.check(load(training(changes)), training=True)
+        opt = options(changes)
         opt["train"]["cuda_graph"] = cuda_graph
         torch.manual_seed(0)
-        return build_model({**opt, "is_train": True, "dist": False})
+        return build_model(opt)
 
     return make
 

@@ -117,8 +117,7 @@ def assert_alike(here: Path) -> dict[str, Tensor]:
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    weights: dict[str, Tensor] = first
-    return weights
+    return first
 
 
 LCOAN = {"type": "LCoAN", "num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16}
@@ -329,8 +328,7 @@ if rank == 0:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return probe.getsockname()[1]
 
 
 @pytest.mark.promise("R16", "trainers stop together")

@@ -59,11 +59,11 @@ def test_its_options_are_checked_like_ours(training: Write, here: Path, capsys: 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("layers.py", "custom_imports: must be a list of modules and Python files, got 'layers.py'"),
+        ("layers.py", "custom_imports: must be a list or ~ (nothing), got 'layers.py'"),
         (["nowhere.py"], "custom_imports.0: nowhere.py cannot be imported: FileNotFoundError: there is no file"),
         (["no_such_module"], "custom_imports.0: no_such_module cannot be imported: ModuleNotFoundError"),
         (["broken.py"], "custom_imports.0: broken.py cannot be imported: ZeroDivisionError: division by zero"),
-        ([3], "custom_imports.0: must be the name of a module or a Python file, got 3"),
+        ([3], "custom_imports: must be a string or ~ (nothing), got [3]"),
     ],
 )
 def test_what_cannot_be_imported_is_explained(

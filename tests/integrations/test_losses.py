@@ -29,15 +29,6 @@ FFT = {"type": "FFTLoss", "loss_weight": 0.05, "reduction": "mean"}  # as in SMF
 PLAIN = {"network_g.attention": None, "train.ema_decay": 0, "train.optim_g": {"type": "SGD", "lr": 0.1}}
 
 
-@pytest.fixture
-def options(training: Callable[..., str], here: Path) -> Options:
-    def make(changes: dict[str, Any] | None = None) -> dict[str, Any]:
-        opt, _ = preflight.check(load(training(changes)), training=True)
-        return {**opt, "is_train": True, "dist": False}
-
-    return make
-
-
 def batch(iteration: int) -> dict[str, Any]:
     lq = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(iteration))
     return {"lq": lq, "gt": nn.functional.interpolate(lq, scale_factor=2), "lq_path": ["a.png"] * 4}

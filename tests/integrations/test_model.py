@@ -18,26 +18,9 @@ from sparse_sr_attn import EDSR
 from sparse_sr_attn.backbones.base import OPTIONS
 from sparse_sr_attn.errors import CheckpointError, ConfigError, TrainingError
 from sparse_sr_attn.layers import LSP
-from sparse_sr_attn_basicsr import model as model_module
-from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.option_file import load
 from sparse_sr_attn_basicsr.preflight.training_options import OPTIMIZERS
 
 Options = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def options(training: Callable[..., str], here: Path) -> Options:
-    """Options as BasicSR hands them to a model."""
-
-    def make(changes: dict[str, Any] | None = None) -> dict[str, Any]:
-        opt, _ = preflight.check(load(training(changes)), training=True)
-        folders = {name: str(here / name) for name in ("models", "training_states")}
-        for folder in folders.values():
-            Path(folder).mkdir(exist_ok=True)
-        return {**opt, "path": {**opt["path"], **folders}, "is_train": True, "dist": False}
-
-    return make
 
 
 def batch(seed: int = 0, scale: int = 2) -> dict[str, Any]:
@@ -363,41 +346,6 @@ def test_skipped_kmeans_updates_are_reported(options: Options) -> None:
     lsp(broken)
     lsp(broken)
     assert model.get_current_log() == {"l_pix": model.log_dict["l_pix"], "kmeans_skipped": 2.0}
-
-
-def test_buffers_come_back_from_a_checkpoint(options: Options, network: dict[str, Any], here: Path) -> None:
-    model = build_model(options({"network_g": network}))
-    for iteration in (1, 2, 3):
-        step(model, iteration)
-    model.save(0, 3)
-    assert model.saved_iteration == 3
-    again = build_model(options({"network_g": network, "path": {"pretrain_network_g": "models/net_g_3.pth"}}))
-    state = torch.load(here / "training_states" / "3.state", map_location="cpu", weights_only=True)
-    again.resume_training(state)
-    assert again.iteration == 3
-    assert_same(snapshot(again), snapshot(model))
-    for iteration in (4, 5):
-        step(model, iteration)
-        step(again, iteration)
-    assert_same(snapshot(again), snapshot(model))
-
-
-def test_a_line_comes_after_the_first_iteration_and_when_it_is_slow(
-    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = build_model(options({"logger.print_freq": 100, "train.total_iter": 1000}))
-    logging.getLogger("basicsr").setLevel(logging.INFO)
-    capsys.readouterr()
-    step(model, 1)
-    assert re.search(r"iter 1 of 1,000 l_pix: \d\.\d+e[-+]\d\d$", capsys.readouterr().err.strip())
-    step(model, 2)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(model_module, "_HEARTBEAT_SECONDS", 0.0)
-    step(model, 3)
-    line = capsys.readouterr().err.strip()
-    assert re.search(r"iter 3 of 1,000 l_pix: \S+, \d+\.\d\d s per iteration, about \d+:\d\d:\d\d left$", line)
-    step(model, 100)
-    assert capsys.readouterr().err == ""  # BasicSR prints this one
 
 
 # --- options of our own

@@ -15,7 +15,6 @@ from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.option_file import load
-from sparse_sr_attn_basicsr.preflight.training_options import OPTIMIZERS
 from sparse_sr_attn_basicsr.randomness import random_state
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -38,32 +37,18 @@ SINGLE = {
 MALFORMED = [
     # our networks
     ({f"{NET}.type": "SparseEDRS"}, r"network_g\.type: BasicSR has no network named 'SparseEDRS'; .*'SparseEDSR'\?"),
-    ({f"{NET}.type": "edsr"}, r"network_g\.type: BasicSR has no network named 'edsr'; did you mean 'EDSR'\?"),
     ({f"{NET}.type": ...}, r"network_g\.type: missing"),
     ({NET: ...}, r"network_g: missing"),
-    ({NET: [1]}, r"network_g: must be a mapping, got \[1\]"),
     ({f"{NET}.num_feats": 8}, r"network_g\.num_feats: unknown; did you mean 'num_feat'\?"),
-    ({f"{NET}.num_feat": 0}, r"network_g\.num_feat: must be >= 1, got 0"),
-    ({f"{NET}.num_feat": "many"}, r"network_g\.num_feat: must be an integer >= 1, got 'many'"),
-    ({f"{NET}.img_range": 0}, r"network_g\.img_range: must be > 0 and finite, got 0"),
     ({f"{NET}.rgb_mean": [0.5]}, r"network_g\.rgb_mean: must have one number per channel"),
-    ({f"{NET}.upscale": 5, "scale": 5}, r"network_g\.upscale: must be one of 2, 3, 4, 8, got 5"),
     ({f"{NET}.upscale": 4}, r"network_g\.upscale: must be 2, the option 'scale', got 4"),
     ({f"{NET}.upscale": ...}, r"network_g\.upscale: must be 2, the option 'scale', got 4 \(its default\)"),
     # attention
     ({f"{NET}.attention.n_cluster": 4}, r"network_g\.attention\.n_cluster: unknown; did you mean 'num_clusters'\?"),
-    ({f"{NET}.attention.chunk_size": 0}, r"network_g\.attention\.chunk_size: must be >= 1, got 0"),
     ({f"{NET}.attention.type": "LCOAA"}, r"network_g\.attention\.type: no layer named 'LCOAA'; did you mean 'LCoA'\?"),
-    ({f"{NET}.attention.type": "CoA"}, r"network_g\.attention\.type: must be a drop-in layer, got 'CoA', a consumer"),
-    ({f"{NET}.attention.type": ...}, r"network_g\.attention\.type: missing"),
-    ({f"{NET}.attention.every": 5}, r"network_g\.attention\.every: must hit at least one of the 4 blocks, got 5"),
-    ({f"{NET}.attention.share": 0}, r"network_g\.attention\.share: must be >= 1, got 0"),
-    ({f"{NET}.attention.after": [0]}, r"network_g\.attention: must have one of 'every' and 'after'.*got both"),
     ({f"{NET}.attention": 3}, r"network_g\.attention: must be a name, .*got 3"),
-    ({f"{NET}.attention": [{"type": "LCoA", "every": 1}, 3]}, r"network_g\.attention\.1: must be a map"),
     # ELAN's parts
     ({NET: {"type": "ELAN", "num_blocks": 3}}, r"network_g\.num_blocks: unknown; did you mean 'num_block'\?"),
-    ({NET: {"type": "ELAN", "window_sizes": [4, 0]}}, r"network_g\.window_sizes: must be in \[1, 1024\], got \[4, 0\]"),
     (
         {NET: {"type": "ELAN", "window_sizes": [4, 100_000_000]}},
         r"network_g\.window_sizes: must be in \[1, 1024\], got \[4, 100000000\]",
@@ -72,24 +57,6 @@ MALFORMED = [
     ({f"{NET}.block": {"type": "SharedGMSA"}}, r"network_g\.block\.type: .*, a consumer; use GMSA instead$"),
     ({"manual_seed": 2**32}, r"manual_seed: must be in \[0, 2\*\*32\) or ~ \(nothing\), got 4294967296"),
     ({"name": ["x" * 10_000]}, r"name: must be a string, got \['x{198}\.\.\. \(10004 characters\)$"),
-    ({NET: {"type": "ELAN", "share": 0}}, r"network_g\.share: must be >= 1, got 0"),
-    ({NET: {"type": "ELNA"}}, r"network_g\.type: BasicSR has no network named 'ELNA'; did you mean 'ELAN'\?"),
-    (
-        {f"{NET}.attention": {"type": "GMSA", "every": 2, "window_size": [4]}},
-        r"network_g\.attention\.window_size: unknown; did you mean 'window_sizes'\?",
-    ),
-    (
-        {f"{NET}.attention": {"type": "GMSA", "every": 2, "shift": "often"}},
-        r"network_g\.attention\.shift: must be true or false, got 'often'",
-    ),
-    (
-        {f"{NET}.attention": [{"type": "LCoA", "every": 2}, {"type": "SharedGMSA", "every": 2}]},
-        r"network_g\.attention\.1\.type: must be a drop-in layer, got 'SharedGMSA', a consumer; use GMSA with share: n",
-    ),
-    (
-        {f"{NET}.attention": {"type": "ELAB", "every": 5}},
-        r"network_g\.attention\.every: must hit at least one of the 4 blocks, got 5",
-    ),
     # rules that a layer's constructor knows, not its signature
     (
         {f"{NET}.attention": {"type": "GMSA", "every": 2, "window_sizes": []}},
@@ -103,10 +70,7 @@ MALFORMED = [
         {f"{NET}.block": {"type": "GMSA", "window_sizes": []}},
         r"network_g\.block\.window_sizes: must name at least one window size",
     ),
-    ({f"{NET}.block": {"type": "ELABB"}}, r"network_g\.block\.type: no layer named 'ELABB'; did you mean 'ELAB'\?"),
     ({f"{NET}.block": {"type": "ELAB", "shar": 2}}, r"network_g\.block\.shar: unknown; did you mean 'share'\?"),
-    ({f"{NET}.block": {"type": "ELAB", "expansion": 0}}, r"network_g\.block\.expansion: must be >= 1, got 0"),
-    ({f"{NET}.block": {"share": 2}}, r"network_g\.block\.type: missing"),
     ({f"{NET}.block": "ELAB"}, r"network_g\.block: must be a mapping with a key 'type' or ~ .*, got 'ELAB'"),
     (
         {f"{NET}.block": {"type": "ELAB"}, "train.pretrain_img_range": 255.0},
@@ -123,23 +87,21 @@ MALFORMED = [
     ),
     ({"network_d": {"type": "UNetDiscriminatorN"}}, r"network_d\.type: BasicSR has no network named"),
     ({"network_d": 3}, r"network_d: must be a map"),
+    (
+        {NET: {"type": "LCoAN", "upscale": 2}, "train.pretrain_img_range": 255.0},
+        r"train\.pretrain_img_range: must be ~ unless network_g is a SparseEDSR without block, .* got LCoAN",
+    ),
     ({"network_d": GAN["network_d"]}, r"network_d: unknown to SparseSRModel"),
     ({"train.optim_d": GAN["train.optim_d"]}, r"train\.optim_d: unknown to SparseSRModel"),
     # model, machine, general
     ({"model_type": "SparseSRMode"}, r"model_type: BasicSR has no model named 'SparseSRMode'; .*'SparseSRModel'\?"),
     ({"model_type": ...}, r"model_type: missing"),
     ({"name": ...}, r"name: missing"),
-    ({"name": 3}, r"name: must be a string, got 3"),
     ({"scale": ...}, r"scale: missing"),
     ({"scale": -1}, r"scale: must be >= 1, got -1"),
-    ({"scale": True}, r"scale: must be an integer >= 1, got True"),
-    ({f"{NET}.attention.every": None}, r"network_g\.attention: must have one of 'every' and 'after'.*got neither"),
     ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
-    ({"path.weights": 3}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"train.total_iter": 10**30}, r"train\.total_iter: must be below 2\*\*31, got 1000000"),
-    ({"scale": "x2"}, r"scale: must be an integer >= 1, got 'x2'"),
     ({"num_gpu": "all"}, r"num_gpu: must be .*'auto', got 'all'"),
-    ({"num_gpu": -1}, r"num_gpu: must be .*got -1"),
     pytest.param(
         {"num_gpu": 1},
         r"num_gpu: must be at most 0, the number of CUDA GPUs that this PyTorch sees, got 1; .*0 is the CPU",
@@ -210,12 +172,9 @@ MALFORMED = [
     ({"train": ...}, r"train: missing"),
     ({"train.total_iter": ..., "train.total_iters": 9}, r"train\.total_iters: unknown; did you mean 'total_iter'\?"),
     ({"train.total_iter": 0}, r"train\.total_iter: must be whole and >= 1, got 0"),
-    ({"train.total_iter": 2.5}, r"train\.total_iter: must be whole and >= 1, got 2\.5"),
     ({"train.ema_deacy": 0.9, "train.ema_decay": ...}, r"train\.ema_deacy: unknown; did you mean 'ema_decay'\?"),
-    ({"train.ema_decay": 1.5}, r"train\.ema_decay: must be in \[0, 1\), got 1\.5"),
     ({"train.ema_decay": 1}, r"train\.ema_decay: must be in \[0, 1\), got 1"),
     ({"train.optim_g.lr": "fast"}, r"train\.optim_g\.lr: must be a number > 0 and finite, got 'fast'"),
-    ({"train.optim_g.lr": -1}, r"train\.optim_g\.lr: must be > 0 and finite, got -1"),
     ({"train.optim_g.lr": ...}, r"train\.optim_g\.lr: missing"),
     ({"train.optim_g": ...}, r"train\.optim_g: missing"),
     ({"train.scheduler.type": ...}, r"train\.scheduler\.type: missing"),
@@ -248,31 +207,22 @@ MALFORMED = [
         r"train\.scheduler: CosineAnnealingRestartLR rejects these options: periods and restart_weights should have",
     ),
     ({"train.grad_clip": 0}, r"train\.grad_clip: must be .*> 0 and finite or ~ \(nothing\), got 0"),
-    ({"train.grad_clip": "tight"}, r"train\.grad_clip: must be a number > 0 .*got 'tight'"),
-    ({"train.grad_clp": 1}, r"train\.grad_clp: unknown; did you mean 'grad_clip'\?"),
-    ({"train.accumulate": 0}, r"train\.accumulate: must be >= 1, got 0"),
-    ({"train.accumulate": 1.5}, r"train\.accumulate: must be an integer >= 1, got 1\.5"),
     ({"train.accumulate": 3}, r"train\.accumulate: must divide batch_size_per_gpu 2 into equal parts, got 3"),
     (
         {"train.accumulate": 2, "train.pixel_opt.reduction": "sum"},
         r"train\.pixel_opt\.reduction: must be mean with accumulate 2, .*, got 'sum'",
     ),
     ({"train.autocast": "bf61"}, r"train\.autocast: must be one of 'bf16', 'fp16' or ~ \(nothing\), got 'bf61'"),
-    ({"train.autocast": True}, r"train\.autocast: must be one of 'bf16', 'fp16' or ~ \(nothing\), got True"),
     ({"train.autocast": "fp16"}, r"train\.autocast: must be bf16 or ~ on the CPU, got 'fp16'"),
     ({"train.cuda_graph": True}, r"train\.cuda_graph: must be false on the CPU, got true, which needs a CUDA GPU"),
     ({"train.cuda_graph": True, "train.accumulate": 2}, r"train\.accumulate: must be 1 with cuda_graph: true, got 2"),
-    ({"train.deterministic": 1}, r"train\.deterministic: must be true or false, got 1"),
     (
         {"model_type": "SRModel", "train.accumulate": 2},
         r"train\.accumulate: unknown to SRModel; model_type: SparseSRModel has it",
     ),
     ({"model_type": "SRModel", "val.tile": 8}, r"val\.tile: unknown to SRModel; model_type: SparseSRModel has it"),
-    ({"val.tile": 0}, r"val\.tile: must be >= 1 or ~ \(nothing\), got 0"),
-    ({"val.tile": 8, "val.tile_overlap": -1}, r"val\.tile_overlap: must be >= 0 or ~ \(nothing\), got -1"),
     ({"val.tile": 8, "val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile 8"),
     ({"val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile ~"),
-    ({"val.tile_overlp": 8}, r"val\.tile_overlp: unknown; did you mean 'tile_overlap'\?"),
     ({"logger": ...}, r"logger: missing"),
     ({"logger.print_freq": 0}, r"logger\.print_freq: must be whole and >= 1, got 0"),
     ({"val.val_frq": 1, "val.val_freq": ...}, r"val\.val_frq: unknown; did you mean 'val_freq'\?"),
@@ -288,7 +238,6 @@ MALFORMED = [
     ({f"{PSNR}.crop_border": "2"}, r"psnr: calculate_psnr fails \(TypeError"),
     ({f"{PSNR}.crop_border": -1}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is -1"),
     ({f"{PSNR}.crop_border": 60}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is 60"),
-    ({f"{PSNR}.crop_border": 32}, r"psnr: calculate_psnr gives nan on an image of 64x64"),
     (
         {"val.metrics.s": {"type": "calculate_ssim", "crop_border": 28}},
         r"metrics\.s: calculate_ssim gives nan on an image",
@@ -299,7 +248,6 @@ MALFORMED = [
         r"psnr\.test_y_chanel: unknown to calculate_psnr; did you mean 'test_y_channel'\?",
     ),
     ({f"{PSNR}.test_y_channel": "false"}, r"psnr\.test_y_channel: must be true or false, got 'false'"),
-    ({f"{PSNR}.test_y_channel": 0}, r"psnr\.test_y_channel: must be true or false, got 0"),
     ({f"{PSNR}.better": "lowr"}, r"psnr\.better: must be one of 'higher', 'lower', got 'lowr'"),
     ({f"{PSNR}.type": "calculate_psnr_pt"}, r"psnr: calculate_psnr_pt fails \(IndexError: .*\) on an image"),
     # losses
@@ -312,8 +260,6 @@ MALFORMED = [
     ),
     ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be other than inf and nan, got nan"),
     ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss rejects these options: .*avg.*'none', 'mean', 'sum'"),
-    ({"train.pixel_opt.reduction": 1}, r"pixel_opt\.reduction: must be a string, got 1"),
-    ({"train.pixel_opt": {"type": "CharbonnierLoss", "eps": "small"}}, r"pixel_opt\.eps: must be a number .*'small'"),
     ({"train.pixel_opt.type": "GANLoss"}, r"pixel_opt\.gan_type: missing; GANLoss needs it"),
     ({"train.pixl_opt": {"type": "L1Loss"}}, r"pixl_opt: unknown to SparseSRModel; did you mean 'pixel_opt'\?"),
     ({"train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla"}}, r"gan_opt: unknown to SparseSRModel \(known: "),
@@ -414,8 +360,6 @@ MALFORMED = [
         {"manual_sed": 1, "model_type": "SRModel", "train.ema_decay": 0},
         r"manual_sed: unknown; did you mean 'manual_seed'\?",
     ),
-    ({"num_gpus": 1}, r"num_gpus: unknown; did you mean 'num_gpu'\?"),
-    ({"name": ""}, r"name: must be fit for the name of a folder, got ''"),
     ({"name": "a/b"}, r"name: must be fit for the name of a folder, got 'a/b'"),
     ({"path": 3}, r"path: must be a mapping or ~ \(nothing\), got 3"),
     ({"path.strict_load": False}, r"path\.strict_load: unknown; did you mean 'strict_load_g'\?"),
@@ -472,9 +416,7 @@ def test_a_list_of_images_that_leads_nowhere(
     assert len(caught.value.problems) == 1
 
 
-@pytest.mark.parametrize("content", [b"hello", b""])
-@pytest.mark.parametrize("quality", ["HR", "LR"])
-@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize(("part", "quality", "content"), [("train", "HR", b"hello"), ("val", "LR", b"")])
 def test_a_file_that_is_no_image_is_named(
     part: str, quality: str, content: bytes, training: Callable[..., str], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -499,12 +441,6 @@ def test_an_empty_folder_of_single_images(training: Callable[..., str], here: Pa
         preflight.check(load(training(changes)), training=True)
     changes["datasets.val"] = SINGLE
     preflight.check(load(training(changes)), training=True)
-
-
-def test_the_first_image_says_how_much_metrics_may_cut(training: Callable[..., str]) -> None:
-    preflight.check(load(training({f"{PSNR}.crop_border": 31})), training=True)
-    with pytest.raises(ConfigError, match=r"calculate_psnr gives nan on an image of 64x64; crop_border is 32"):
-        preflight.check(load(training({f"{PSNR}.crop_border": 32})), training=True)
 
 
 def test_metrics_that_look_at_what_else_they_get_may_have_more_options(
@@ -660,11 +596,6 @@ def test_a_debug_run_needs_no_wandb(training: Callable[..., str]) -> None:
     preflight.check(load(training({"name": "debug_tiny", "logger.wandb": {"project": "p"}})), training=True)
 
 
-def test_every_optimizer_is_accepted(training: Callable[..., str]) -> None:
-    for name in OPTIMIZERS:
-        preflight.check(load(training({"train.optim_g.type": name})), training=True)
-
-
 def test_numbers_given_as_text_become_numbers(training: Callable[..., str]) -> None:
     changes = {
         "train.optim_g.lr": "1e-4",
@@ -747,18 +678,13 @@ def test_a_model_without_a_counterpart_of_ours_is_refused_too(training: Callable
     ]
 
 
-@pytest.mark.parametrize("attention", [GMSA, None])
-def test_window_attention_may_have_any_range(attention: object, training: Callable[..., str]) -> None:
-    """BatchNorm keeps its queries short."""
-    changes = {"network_g.img_range": 255.0, "network_g.attention": attention, "network_g.block": {"type": "ELAB"}}
+@pytest.mark.parametrize(("attention", "block"), [(GMSA, {"type": "ELAB"}), (None, None)])
+def test_networks_without_raw_queries_may_have_any_range(
+    attention: object, block: object, training: Callable[..., str]
+) -> None:
+    """BatchNorm keeps those of windows short."""
+    changes = {"network_g.img_range": 255.0, "network_g.attention": attention, "network_g.block": block}
     assert preflight.check(load(training(changes)), training=True)[1] == []
-
-
-def test_a_plain_edsr_may_have_any_range(training: Callable[..., str]) -> None:
-    _, remarks = preflight.check(
-        load(training({"network_g.img_range": 255.0, "network_g.attention": None})), training=True
-    )
-    assert remarks == []
 
 
 def test_a_remark_is_printed_and_training_goes_on(

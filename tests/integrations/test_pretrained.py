@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 import torch
 from basicsr.models import build_model
+from basicsr_runs import told_at_the_end
 
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import CheckpointError
-from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.option_file import load
 
 Write = Callable[..., str]
-
-
-def told_at_the_end(capsys: pytest.CaptureFixture[str]) -> str:
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.rpartition("sparse-sr: ")[2]
 
 
 class Evil:
@@ -47,21 +40,22 @@ def each(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, Any]],
     return changed
 
 
-DATA = "must hold weights that can be read as data; got "
+READ = "must be weights that can be read as data, from a .safetensors or a whole torch.save file without code; got "
+HOLD = "must hold weights, got "
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
-    "empty": (lambda _: b"", DATA + "EOFError"),
-    "one byte": (lambda _: b"\x80", DATA + "IndexError: index out of range"),
-    "half": (lambda weights: packed({"params": weights})[:30000], DATA),
-    "but the last byte": (lambda weights: packed({"params": weights})[:-1], DATA),
-    "code": (lambda _: packed({"params": Evil()}), DATA + "UnpicklingError: Weights only load failed"),
-    "old code": (lambda _: pickle.dumps({"params": Evil()}, protocol=2), DATA + "UnpicklingError"),
-    "a list": (lambda _: packed([1, 2]), DATA + "TypeError"),
-    "nothing": (lambda _: packed(None), DATA + "TypeError"),
-    "a tensor": (lambda _: packed(torch.zeros(3)), DATA + "RuntimeError"),
-    "text": (lambda _: packed({"params": "abc"}), DATA + "AttributeError"),
-    "numbered": (lambda _: packed({"params": {1: torch.zeros(1)}}), DATA + "AttributeError"),
+    "empty": (lambda _: b"", READ + "EOFError"),
+    "one byte": (lambda _: b"\x80", READ + "IndexError: index out of range"),
+    "half": (lambda weights: packed({"params": weights})[:30000], READ),
+    "but the last byte": (lambda weights: packed({"params": weights})[:-1], READ),
+    "code": (lambda _: packed({"params": Evil()}), READ + "UnpicklingError: Weights only load failed"),
+    "old code": (lambda _: pickle.dumps({"params": Evil()}, protocol=2), READ + "UnpicklingError"),
+    "a list": (lambda _: packed([1, 2]), HOLD + "TypeError"),
+    "nothing": (lambda _: packed(None), HOLD + "TypeError"),
+    "a tensor": (lambda _: packed(torch.zeros(3)), HOLD + "RuntimeError"),
+    "text": (lambda _: packed({"params": "abc"}), HOLD + "AttributeError"),
+    "numbered": (lambda _: packed({"params": {1: torch.zeros(1)}}), HOLD + "AttributeError"),
     "other entries": (lambda weights: packed({"weights": weights}), "must hold the weights under 'params'"),
     "NaN": (each(lambda v: v * float("nan")), "does not fit the network.\n  not finite: "),
     "infinity": (each(lambda v: v + float("inf")), "does not fit the network.\n  not finite: "),
@@ -82,9 +76,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
 
 
 @pytest.mark.promise("R21", "weights of a run")
-def test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up(training: Write, here: Path) -> None:
-    opt, _ = preflight.check(load(training()), training=True)
-    model = build_model({**opt, "path": {**opt["path"], "models": "."}, "is_train": True, "dist": False})
+def test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up(
+    options: Callable[..., dict[str, Any]], here: Path
+) -> None:
+    model = build_model(options())
     before = {name: value.clone() for name, value in model.net_g.state_dict().items()}
     file = here / "weights.pth"
     for name, (content, message) in HOSTILE.items():
@@ -103,4 +98,4 @@ def test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up(training: W
 def test_weights_that_are_none_end_the_command(training: Write, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "weights.pth").write_bytes(b"\x80")
     assert main(["train", "-opt", training({"path.pretrain_network_g": "weights.pth"})]) == 1
-    assert told_at_the_end(capsys) == f"weights.pth: {DATA}IndexError: index out of range\n"
+    assert told_at_the_end(capsys) == f"weights.pth: {READ}IndexError: index out of range\n"

@@ -217,8 +217,7 @@ class Model(nn.Module):
         x = self.head(x)
         res = self.body(x)
         res += x
-        output: Tensor = self.tail(res)
-        return output
+        return self.tail(res)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:  # type: ignore[override]
         own = self.state_dict()

@@ -45,8 +45,7 @@ class Host:
         """Build it."""
         package = "spandrel_extra_arches" if self.extra else "spandrel"
         module = importlib.import_module(f"{package}.architectures.{self.architecture}")
-        network: nn.Module = getattr(module, self.network or self.architecture)(**self.options)
-        return network
+        return getattr(module, self.network or self.architecture)(**self.options)
 
 
 SWIN: dict[str, Any] = {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2], "window_size": 8, "upscale": 2}
@@ -176,8 +175,7 @@ def called(model: nn.Module, name: str) -> Tensor:
     torch.manual_seed(1)
     with torch.no_grad():
         output = model.eval()(image)
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
-    return first
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @functools.cache

@@ -18,8 +18,6 @@ from basicsr.models import build_model
 
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import CheckpointError
-from sparse_sr_attn_basicsr import preflight
-from sparse_sr_attn_basicsr.option_file import load
 from sparse_sr_attn_basicsr.state import remove, write
 
 Write = Callable[..., str]
@@ -59,12 +57,8 @@ def test_what_cannot_be_pickled_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def model(training: Write, here: Path) -> Any:
-    opt, _ = preflight.check(load(training()), training=True)
-    folders = {name: str(here / name) for name in ("models", "training_states")}
-    for folder in folders.values():
-        Path(folder).mkdir()
-    return build_model({**opt, "path": {**opt["path"], **folders}, "is_train": True, "dist": False})
+def model(options: Callable[..., dict[str, Any]]) -> Any:
+    return build_model(options())
 
 
 def tag(model: Any, value: float) -> None:

@@ -152,7 +152,7 @@ def _first_sample(build: type, values: Mapping[str, Any], path: str) -> tuple[in
             with suppress(Exception):
                 environment.close()
     if not number:
-        raise ConfigError([Problem(path, f"must hold at least one image; {build.__name__} finds none")])
+        raise ConfigError.at(path, f"must hold at least one image; {build.__name__} finds none")
     return number, sample
 
 

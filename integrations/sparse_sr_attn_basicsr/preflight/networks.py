@@ -5,7 +5,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -156,21 +155,9 @@ def _check_theirs(findings: Findings, path: str, name: str, build: Any, options:
     check_names(findings.problems, build, options, path, hint=hint)
     if len(findings.problems) == before:
         network = _built(findings, path, {"type": name, **options})
-        if network is not None and findings.training and path == "network_g":
-            _check_upscale(findings, network, options.get("num_in_ch", 3))
-
-
-def _check_upscale(findings: Findings, network: nn.Module, channels: int) -> None:
-    """Check that the output of a network of BasicSR for a training patch has the right size."""
-    scale, gt_size = findings.scale, nested(findings.options, "datasets", "train", "gt_size")
-    if scale is None or not isinstance(gt_size, int) or gt_size < 1 or gt_size % scale:
-        return
-    low = gt_size // scale
-    with suppress(Exception), torch.no_grad():  # not every network runs on the meta device
-        output = network.to("meta").eval()(torch.empty(1, channels, low, low, device="meta"))
-        if tuple(output.shape[-2:]) != (gt_size, gt_size):
-            factor = output.shape[-1] / low
-            findings.add("network_g", f"must upscale by {scale}, the option 'scale', but does so by {factor:g}")
+        facts = find_facts(network) if network is not None and path == "network_g" else None
+        if facts is not None and findings.scale not in (None, facts.upscale):
+            findings.add(path, f"must upscale by {findings.scale}, the option 'scale', but does so by {facts.upscale}")
 
 
 def _built(findings: Findings, path: str, options: Mapping[str, Any]) -> nn.Module | None:

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -573,12 +574,7 @@ def check_precisions(subject: Subject, device: torch.device) -> None:
             assert output.dtype == dtype
             assert torch.isfinite(output).all()
             output.sum().backward()
-            for tensor in (x.grad, *(parameter.grad for parameter in chain.layer.parameters())):
-                assert tensor is not None
-                assert tensor.dtype == dtype
-                assert torch.isfinite(tensor).all()
-            for name, buffer in chain.named_buffers():
-                assert torch.isfinite(buffer).all(), name
+            _assert_learning_is_finite(chain, x, dtype)
 
 
 @clause()
@@ -594,13 +590,7 @@ def check_loud_half_inputs_stay_finite(subject: Subject, device: torch.device) -
                     output = chain(x)
                 assert torch.isfinite(output).all()
                 output.float().mean().backward()
-                assert x.grad is not None
-                assert torch.isfinite(x.grad).all()
-            for name, parameter in chain.layer.named_parameters():
-                assert parameter.grad is not None, name
-                assert torch.isfinite(parameter.grad).all(), name
-            for name, buffer in chain.named_buffers():
-                assert torch.isfinite(buffer).all(), name
+                _assert_learning_is_finite(chain, x, x.dtype)
 
 
 @clause()
@@ -610,7 +600,7 @@ def check_autocast(subject: Subject, device: torch.device) -> Figures:
     plain = subject.chain().to(device).train()
     worst = 0.0
     for step in range(3):
-        x = feature_map(f"x{step}", device=device)
+        x = feature_map(f"x{step}", device=device).requires_grad_()
         with torch.autocast(device.type, torch.bfloat16):
             output = chain(x)
         assert torch.isfinite(output).all()
@@ -619,13 +609,20 @@ def check_autocast(subject: Subject, device: torch.device) -> Figures:
         assert error <= 0.05, "far from the float32 result"
         worst = max(worst, error)
         output.float().sum().backward()
-        for parameter in chain.layer.parameters():
-            assert parameter.grad is not None
-            assert parameter.grad.dtype == torch.float32
-            assert torch.isfinite(parameter.grad).all()
+        _assert_learning_is_finite(chain, x, torch.float32)
         for name, buffer in chain.named_buffers():
             assert buffer.dtype == dict(plain.named_buffers())[name].dtype, name
     return {"relative error of bfloat16": worst}
+
+
+def _assert_learning_is_finite(chain: Chain, x: Tensor, dtype: torch.dtype) -> None:
+    """Hold the gradients of the input and of the layer to a dtype, and them and all buffers to finite numbers."""
+    for name, tensor in {"the input": x, **dict(chain.layer.named_parameters())}.items():
+        assert tensor.grad is not None, f"{name} gets no gradient"
+        assert tensor.grad.dtype == dtype, f"the gradient of {name} has {tensor.grad.dtype}"
+        assert torch.isfinite(tensor.grad).all(), f"the gradient of {name} is not finite"
+    for name, buffer in chain.named_buffers():
+        assert torch.isfinite(buffer).all(), f"{name} is not finite"
 
 
 @clause(has_state)
