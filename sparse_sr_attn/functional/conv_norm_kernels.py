@@ -100,20 +100,19 @@ def partial_statistics(
     weight = _own(weights, conv)
     mean = tl.zeros([FEATURES], WORK)
     squares = tl.zeros([FEATURES], WORK)
-    seen = tl.zeros([FEATURES], WORK)
-    for begin in range(0, share, PIXELS):
+    own_pixels = tl.minimum(num_pixels - tl.program_id(0) * share, share)
+    for begin in range(0, own_pixels, PIXELS):
         pixel = part * share + begin + tl.arange(0, PIXELS)
         real = (pixel < num_pixels)[:, None]
         y = products(
             x, weight, pixel, feature, sizes, False, False, LAST, WORK, DOT, PRECISION, PIXELS, CHANNELS, FEATURES
         )
-        number = tl.zeros([FEATURES], WORK) + tl.sum((pixel < num_pixels).to(WORK), 0)
-        own = tl.sum(y, 0) / tl.maximum(number, 1.0)  # products are 0 where there is no pixel
-        away = tl.where(real, y - own[None, :], 0.0)
-        delta = own - mean
-        squares += tl.sum(away * away, 0) + delta * delta * (seen * number / (seen + number))
-        seen += number
-        mean += delta * (number / seen)
+        number = tl.minimum(own_pixels - begin, PIXELS).to(WORK)
+        weight_of_block = number / (number + begin)
+        delta = tl.sum(y, 0) / number - mean  # products are 0 where there is no pixel
+        away = tl.where(real, y - (mean + delta)[None, :], 0.0)
+        squares += tl.sum(away * away, 0) + delta * delta * (weight_of_block * begin)
+        mean += delta * weight_of_block
     rows = partial + (conv * tl.num_programs(0) + part) * 2 * features
     tl.store(rows + feature, mean, mask=feature < features)
     tl.store(rows + features + feature, squares, mask=feature < features)

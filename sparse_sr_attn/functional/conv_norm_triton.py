@@ -151,7 +151,7 @@ def _statistics(
     from sparse_sr_attn.functional import conv_norm_kernels as kernels  # noqa: PLC0415
 
     x, features = dense(x), len(weights[0])
-    (share, num_parts), columns = parts_of(x, PIXELS), min(padded(features), COLUMNS)
+    (share, num_parts), columns = parts_of(x, READ), min(padded(features), COLUMNS)
     statistics = _empty_statistics(x, weights)
     parts = statistics.new_empty(len(weights), num_parts, 2, features)
     launch(
@@ -160,7 +160,7 @@ def _statistics(
         x,
         features,
         (num_parts, -(-features // columns), len(weights)),
-        {"PIXELS": PIXELS, "CHANNELS": READ, "FEATURES": columns},
+        {"PIXELS": READ, "CHANNELS": READ, "FEATURES": columns},  # more pixels spill registers
         share,
     )
     joins = several_processes()

@@ -67,7 +67,7 @@ def flat(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 @both_memories
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(
     size=st.tuples(*(st.integers(1, high) for high in (3, 13, 7, 7))).filter(
         lambda size: size[0] * size[2] * size[3] > 1
@@ -78,7 +78,7 @@ def flat(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 )
 @example(size=(2, 1, 1, 1), features=1, number=1, momentum=0.1)
 @example(size=(2, 70, 9, 11), features=66, number=2, momentum=0.1)  # several blocks of each kind
-@example(size=(1, 3, 70, 61), features=4, number=2, momentum=0.1)  # several blocks in a part
+@example(size=(1, 3, 33, 65), features=4, number=1, momentum=0.1)  # several blocks in a part
 def test_normalised_batches(
     device: torch.device, memory: torch.memory_format, size: Sizes, features: int, number: int, momentum: float
 ) -> None:
@@ -113,8 +113,8 @@ def test_gradients_of_both_add_up(device: torch.device) -> None:
 
 def test_gradcheck(device: torch.device) -> None:
     """Numerical derivatives, also where a scale is 0 and thus hides what it scales."""
-    x = Case().tensor("x", 1, 2, 2, 3, device=device).requires_grad_()
-    parameters, buffers = convolutions(device, 2, 2, 2)
+    x = Case().tensor("x", 1, 2, 1, 3, device=device).requires_grad_()
+    parameters, buffers = convolutions(device, 2, 1, 2)
     with torch.no_grad():
         parameters.scales[1][0] = 0
 
@@ -287,7 +287,7 @@ pixels, columns, read = conv_triton.PIXELS, conv_triton.COLUMNS, conv_triton.REA
 narrow, wide = dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns), dict(CHANNELS=columns, READ=read)
 KERNELS = {
     "conv_norm": narrow | {"EPS": 1e-5},
-    "partial_statistics": narrow,
+    "partial_statistics": narrow | {"PIXELS": read},
     "batch_statistics": {"MOMENTUM": 0.1, "MOVES": True},
     "partial_moments": wide | {"FEATURES": columns},
     "parameter_gradients": {"EPS": 1e-5},
