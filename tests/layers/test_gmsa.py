@@ -314,6 +314,15 @@ def test_the_kernels_of_a_block_are_the_same_block(with_kernels: Callable[[], No
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
 
+def test_without_momentum_all_batches_weigh_the_same() -> None:
+    mine, torchs = BatchNorm2d(8, momentum=None).double(), nn.BatchNorm2d(8, momentum=None).double()
+    for seed in range(3):
+        x = features(2, 8, 5, 7, seed=seed)
+        assert_values_close(mine(x), torchs(x))
+    for one, other in zip(mine.buffers(), torchs.buffers(), strict=True):
+        assert_values_close(one, other)
+
+
 def without_momentum(layer: GMSA) -> None:
     for conv_norm in (layer.query, layer.shared.value):
         conv_norm.norm.momentum = None
