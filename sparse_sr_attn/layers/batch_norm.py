@@ -97,8 +97,10 @@ def conv_norms(
     """
     if not is_unmodified(first, ConvNorm) or not is_unmodified(second, ConvNorm):
         return None
-    options, shapes = first.kernel_options(x), (first.conv.weight.shape, second.conv.weight.shape)
-    if options is None or options != second.kernel_options(x) or shapes[0] != shapes[1]:
+    options = first.kernel_options(x)
+    if options is None or options != second.kernel_options(x):
+        return None
+    if first.conv.weight.shape != second.conv.weight.shape:  # only now, for a replaced convolution may have no weight
         return None
     one, other = _by_kernels(x, [first, second], options)
     return one, other
