@@ -36,14 +36,16 @@ def run(script: str, capability: str, cache: os.PathLike[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def usage(kernel: Any, options: Mapping[str, Any], sizes: Collection[str], kind: Callable[[str], str]) -> Usage:
+def usage(
+    kernel: Any, options: Mapping[str, Any], sizes: Collection[str], kind: Callable[[str], str | tuple[str, ...]]
+) -> Usage:
     """Compile a kernel.
 
     Args:
         kernel: of Triton.
         options: its compile-time constants, `num_warps` and `num_stages`.
         sizes: names of its arguments that are integers.
-        kind: returns the type of what another argument points to.
+        kind: returns the type of what another argument points to; several types for a tuple of pointers.
     """
     import triton
     from triton.backends import nvidia
@@ -55,9 +57,14 @@ def usage(kernel: Any, options: Mapping[str, Any], sizes: Collection[str], kind:
         if name in options:
             signature[name], constants[(place,)] = "constexpr", options[name]
         else:
-            signature[name] = "i32" if name in sizes else "*" + kind(name)
+            found = "i32" if name in sizes else kind(name)
+            several = isinstance(found, tuple)
+            signature[name] = (
+                tuple(f"*{each}" for each in found) if several else found if name in sizes else f"*{found}"
+            )
             if name not in sizes:  # as a launch finds of torch's memory, for wide loads
-                attributes[(place,)] = [["tt.divisibility", 16]]
+                places = [(place, each) for each in range(len(found))] if several else [(place,)]
+                attributes |= {each: [["tt.divisibility", 16]] for each in places}
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     source = ASTSource(kernel, signature, constants, attributes)
     launch = {name: options[name] for name in ("num_warps", "num_stages")}

@@ -331,14 +331,14 @@ FAULTS = [
     ),
     Fault("borders stay where zeros come in", "shift:shift2d", drop("zeros_like"), "shift:test_shift_equals_loops"),
     Fault(
-        "statistics move in a recomputation", "batch_norm:_move", decide(False),
+        "statistics move in a recomputation", "batch_norm:move_op", decide(False),
         "batch_norm:test_nothing_moves_while_a_backward_runs",
     ),
     Fault(
-        "statistics that are not finite are taken over", "batch_norm:_move", drop("isfinite"),
+        "statistics that are not finite are taken over", "batch_norm:move_op", drop("isfinite"),
         "batch_norm:test_a_batch_that_is_not_finite_moves_nothing",
     ),
-    Fault("the variance is the biased one", "batch_norm:_move", swap("*", "/"), "batch_norm:"),
+    Fault("the variance is the biased one", "batch_norm:move_op", swap("*", "/"), "batch_norm:"),
     # --- layers
     Fault(
         "evaluation moves k-means", "lcoa:LSP.updates_state", swap("and", "or"),

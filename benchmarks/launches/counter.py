@@ -106,7 +106,7 @@ def counted(chosen: str = "triton") -> Iterator[Counter[str]]:
     Args:
         chosen: backend of cluster attention that such a device resolves to.
     """
-    from sparse_sr_attn.functional import map_kernels  # noqa: PLC0415
+    from sparse_sr_attn.functional import conv_norm_kernels, map_kernels  # noqa: PLC0415
     from sparse_sr_attn.functional.cluster import triton_kernels as cluster_kernels  # noqa: PLC0415
     from sparse_sr_attn.functional.window import triton_kernels as window_kernels  # noqa: PLC0415
 
@@ -116,7 +116,7 @@ def counted(chosen: str = "triton") -> Iterator[Counter[str]]:
     counter = LaunchCounter()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "_best_backend", best_backend))
-        for module in (map_kernels, cluster_kernels, window_kernels):
+        for module in (map_kernels, conv_norm_kernels, cluster_kernels, window_kernels):
             for name, found in list(vars(module).items()):
                 if hasattr(found, "run"):
                     stack.enter_context(mock.patch.object(module, name, _Kernel(name, counter.counts)))

@@ -88,6 +88,7 @@ class ELAB(AttentionLayer):
         for lfe, attention in zip(self.lfe, self.attention, strict=True):
             x = cast(LFE, lfe).add_to(x, self.res_scale)
             if shared is None and len(self.attention) > 1:
-                shared = cast(GMSA, attention).attend(x)
-            x = attention(x, shared)
+                x, shared = cast(GMSA, attention).attend_and_apply(x)
+            else:
+                x = attention(x, shared)
         return in_format_of(x, given)

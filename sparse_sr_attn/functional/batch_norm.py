@@ -55,14 +55,14 @@ def batch_norm(
         inverse_std = torch.ones_like(mean)
     else:
         output, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, momentum, eps)
-    _move(mean.detach(), inverse_std.detach(), count, running_mean, running_var, num_batches_tracked, momentum, eps)
+    move_op(mean.detach(), inverse_std.detach(), count, running_mean, running_var, num_batches_tracked, momentum, eps)
     return output
 
 
 @torch.library.custom_op(
     "sparse_sr_attn::move_running_statistics", mutates_args=("running_mean", "running_var", "num_batches_tracked")
 )
-def _move(
+def move_op(
     mean: Tensor,
     inverse_std: Tensor,
     count: int,
@@ -72,6 +72,7 @@ def _move(
     momentum: float,
     eps: float,
 ) -> None:
+    """Move the running statistics by those of a batch, joined with the batches of other processes."""
     if backward_is_running():
         return
     if count > 1 and runs_kernels(mean.device) and not several_processes():
@@ -92,7 +93,7 @@ def _move(
     num_batches_tracked.add_(finite)
 
 
-@_move.register_fake
+@move_op.register_fake
 def _(*_: object) -> None: ...
 
 

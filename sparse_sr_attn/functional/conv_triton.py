@@ -1,9 +1,10 @@
 """1x1 convolutions, of a shifted map or of a map as it is, by Triton kernels, as custom operators opaque to compilers.
 
-The shifted map is not stored: products read each channel from where it is. A ReLU before the convolution and, after
-it, normalisation or the addition to a residual are part of the kernel. Maps may be in any memory format.
+The shifted map is not stored: products read each channel from where it is. A ReLU before the convolution and the
+addition to a residual after it are part of the kernel. Maps may be in any memory format.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from sparse_sr_attn.functional._triton import padded, precision_options
 from sparse_sr_attn.functional.channels_last import is_channels_last
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
-_PIXELS, _COLUMNS, _READ = 64, 64, 32
+PIXELS, COLUMNS, READ = 64, 64, 32
 """Sides of the blocks: pixels; channels that a program writes; channels or pixels that it reads at a time."""
 
-_LAUNCH = {"num_warps": 8, "num_stages": 1}  # with these, no register is spilled on sm_80 and sm_90
+LAUNCH = {"num_warps": 8, "num_stages": 1}  # with these, no register is spilled on sm_80 and sm_90
 
 _MOST_PARTS = 64  # of the gradients of a weight, which are summed afterwards
 
@@ -53,43 +54,27 @@ def conv1x1(
     return conv_op(x.to(conv_precision(x)), weight, bias, shift, relu, residual, scale)
 
 
-def conv1x1_norm(
-    x: Float[Tensor, "b c h w"],
-    weight: Float[Tensor, "o c 1 1"],
-    bias: Float[Tensor, "o"],
-    running_mean: Float[Tensor, "o"],
-    running_var: Float[Tensor, "o"],
-    scale: Float[Tensor, "o"],
-    offset: Float[Tensor, "o"],
-    eps: float,
-) -> Float[Tensor, "b o h w"]:
-    """Return a 1x1 convolution followed by batch normalisation in evaluation mode; not differentiable.
-
-    Args:
-        x: the feature map.
-        weight: of the convolution.
-        bias: of the convolution.
-        running_mean: of the normalisation.
-        running_var: of the normalisation.
-        scale: weight of the normalisation.
-        offset: bias of the normalisation.
-        eps: added to the variance.
-
-    Examples:
-        >>> x, ones = torch.rand(2, 10, 6, 7), torch.ones(16)
-        >>> conv1x1_norm(x, torch.rand(16, 10, 1, 1), *(ones,) * 5, eps=1e-5).shape  # doctest: +SKIP
-        torch.Size([2, 16, 6, 7])
-    """
-    teach_flop_counters()
-    return norm_op(x.to(conv_precision(x)), weight, bias, running_mean, running_var, scale, offset, eps)
-
-
 @torch.library.custom_op("sparse_sr_attn::conv1x1", mutates_args=())
 def conv_op(
     x: Tensor, weight: Tensor, bias: Tensor, shift: bool, relu: bool, residual: Tensor | None, scale: float
 ) -> Tensor:
     """Return `conv1x1` for an `x` in the right precision."""
-    return _conv(x, weight, bias, (None,) * 4, residual, SHIFT=shift, RELU=relu, SCALE=scale, EPS=0.0)
+    from sparse_sr_attn.functional import map_kernels  # noqa: PLC0415
+
+    x, output = dense(x), _output(x, weight, residual)
+    columns = min(padded(len(weight)), COLUMNS)
+    launch(
+        map_kernels.conv,
+        (x, weight.contiguous(), bias.contiguous(), None if residual is None else like(residual, x), output),
+        x,
+        len(weight),
+        (-(-num_pixels(x) // PIXELS), -(-len(weight) // columns)),
+        {
+            **{"SHIFT": shift, "RELU": relu, "SCALE": scale},
+            **{"PIXELS": PIXELS, "CHANNELS": READ, "FEATURES": columns},
+        },
+    )
+    return output
 
 
 @conv_op.register_fake
@@ -99,73 +84,29 @@ def _(
     return _output(x, weight, residual)
 
 
-@torch.library.custom_op("sparse_sr_attn::conv1x1_norm", mutates_args=())
-def norm_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    eps: float,
-) -> Tensor:
-    """Return `conv1x1_norm` for an `x` in the right precision."""
-    norm = running_mean, running_var, scale, offset
-    return _conv(x, weight, bias, norm, None, SHIFT=False, RELU=False, SCALE=1.0, EPS=eps)
-
-
-@norm_op.register_fake
-def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return _output(x, weight, None)
-
-
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    **options: Any,
-) -> Tensor:
-    x, output = _dense(x), _output(x, weight, residual)
-    residual = None if residual is None else _like(residual, x)
-    vectors = [None if vector is None else vector.contiguous() for vector in norm]
-    columns = min(padded(len(weight)), _COLUMNS)
-    _launch(
-        "conv",
-        (x, weight.contiguous(), bias.contiguous(), residual, *vectors, output),
-        x,
-        output,
-        (-(-_num_pixels(x) // _PIXELS), -(-len(weight) // columns)),
-        {**options, "PIXELS": _PIXELS, "CHANNELS": _READ, "FEATURES": columns},
-    )
-    return output
-
-
 @torch.library.custom_op("sparse_sr_attn::conv1x1_backward", mutates_args=())
 def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor, shift: bool, relu: bool, scale: float, of_x: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of `x`, and those of weight and bias in a row, in float32 or higher; empty if not wanted."""
-    x = _dense(x)
-    features, channels, num_pixels = grad.shape[1], x.shape[1], _num_pixels(x)
-    most = -(-num_pixels // _READ)
-    share = -(-most // min(most, _MOST_PARTS)) * _READ
-    num_parts = -(-num_pixels // share)
-    rows, columns = min(padded(features), _COLUMNS), min(padded(channels), _COLUMNS)
+    from sparse_sr_attn.functional import map_kernels  # noqa: PLC0415
+
+    x = dense(x)
+    features, channels = grad.shape[1], x.shape[1]
+    share, num_parts = parts_of(x, READ)
+    rows, columns = min(padded(features), COLUMNS), min(padded(channels), COLUMNS)
     of_weights = of_weight * num_parts * -(-features // rows) * -(-channels // columns)
-    of_inputs = of_x * -(-num_pixels // _PIXELS) * -(-channels // columns)
+    of_inputs = of_x * -(-num_pixels(x) // PIXELS) * -(-channels // columns)
     to_x, to_weights = _empty_gradients(x, features, num_parts, of_x, of_weight)
-    _launch(
-        "conv_backward",
-        (_like(grad, x), x, weight.contiguous(), to_x, to_weights),
+    launch(
+        map_kernels.conv_backward,
+        (like(grad, x), x, weight.contiguous(), to_x, to_weights),
         x,
-        grad,
+        features,
         (of_weights + of_inputs,),
         {
             **{"SHIFT": shift, "RELU": relu, "SCALE": scale},
-            **{"PIXELS": _PIXELS, "CHANNELS": columns, "FEATURES": rows, "READ": _READ},
+            **{"PIXELS": PIXELS, "CHANNELS": columns, "FEATURES": rows, "READ": READ},
         },
         share,
         of_weights,
@@ -177,7 +118,7 @@ def _gradients(
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, shift: bool, relu: bool, scale: float, of_x: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    to_x, to_weights = _empty_gradients(_dense(x), grad.shape[1], 1, of_x, of_weight)
+    to_x, to_weights = _empty_gradients(dense(x), grad.shape[1], 1, of_x, of_weight)
     return to_x, to_weights[0]
 
 
@@ -209,42 +150,62 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 conv_op.register_autograd(_backward, setup_context=_keep)
 
 
-def _launch(
-    kernel: str,
-    tensors: tuple[Tensor | None, ...],
-    x: Tensor,
-    wide: Tensor,
+def launch(
+    kernel: Any,
+    tensors: tuple[Any, ...],
+    x: Float[Tensor, "b c h w"],
+    features: int,
     grid: tuple[int, ...],
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     *sizes: int,
 ) -> None:
-    """Run a kernel that reads `x` and reads or writes `wide`, a map of the other side of the convolution."""
-    from sparse_sr_attn.functional import map_kernels  # noqa: PLC0415
+    """Run a kernel that reads `x`, or of its size, and maps with as many channels as a convolution has features.
 
+    Args:
+        kernel: its arguments are tensors, sizes and options.
+        tensors: tensors, tuples of them, or `None`.
+        x: the map that is convolved.
+        features: of the convolution.
+        grid: of programs.
+        options: compile-time constants, except those for the dtype and the memory format of `x`.
+        sizes: after those of the maps.
+    """
     precision = precision_options(x.dtype, x.dtype, "tf32x3", torch.get_float32_matmul_precision())
-    shape = _num_pixels(x), *x.shape[2:], x.shape[1], wide.shape[1]
+    shape = num_pixels(x), *x.shape[2:], x.shape[1], features
     with torch.cuda.device_of(x):
-        getattr(map_kernels, kernel)[grid](
-            *tensors, *shape, *sizes, **options, **precision, **_LAUNCH, LAST=is_channels_last(x)
-        )
+        kernel[grid](*tensors, *shape, *sizes, **options, **precision, **LAUNCH, LAST=is_channels_last(x))
 
 
-def _num_pixels(x: Tensor) -> int:
+def num_pixels(x: Float[Tensor, "b c h w"]) -> int:
+    """Return the number of pixels of all maps."""
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def _dense(x: Tensor) -> Tensor:
+def parts_of(x: Float[Tensor, "b c h w"], block: int) -> tuple[int, int]:
+    """Return how many pixels, a multiple of `block`, are summed in a part, and the number of parts, at most 64."""
+    blocks = -(-num_pixels(x) // block)
+    share = -(-blocks // min(blocks, _MOST_PARTS)) * block
+    return share, -(-num_pixels(x) // share)
+
+
+def dense(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Return a map in channels-last or contiguous memory."""
     return x if is_channels_last(x) else x.contiguous()
 
 
-def _like(other: Tensor, x: Tensor) -> Tensor:
+def like(other: Float[Tensor, "b o h w"], x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h w"]:
     """Return a map in the memory format of `x`."""
     return other.contiguous(memory_format=_format(x))
 
 
 def _output(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    shape = x.shape[0], len(weight), *x.shape[2:]
+    return map_like(x, len(weight), dtype)
+
+
+def map_like(x: Float[Tensor, "b c h w"], features: int, dtype: torch.dtype) -> Float[Tensor, "b o h w"]:
+    """Return an uninitialized map in the memory format of `x`."""
+    shape = x.shape[0], features, *x.shape[2:]
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=_format(x))
 
 

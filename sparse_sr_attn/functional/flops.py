@@ -144,6 +144,16 @@ def _conv1x1_backward(grad: Shape, x: Shape, weight: Shape, *options: Any, **_: 
     return 2 * prod(grad) * x[1] * sum(options[-2:])  # which gradients are wanted
 
 
+def _conv1x1_norm(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return sum(_pointwise(x, weight) for weight in weights)
+
+
+def _conv1x1_batch_norm_backward(
+    grads: Sequence[Shape], outputs: Sequence[Shape], x: Shape, weights: Sequence[Shape], *options: Any, **_: Any
+) -> int:
+    return (2 + options[-1]) * _conv1x1_norm(x, weights)  # of gradients and outputs with the input; that of the input
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "cluster_attention": _cluster_attention,
     "cluster_attention_backward": _cluster_attention_backward,
@@ -173,7 +183,9 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "pointwise_conv2d": _pointwise,
     "pointwise_conv2d_backward": _pointwise_backward,
     "conv1x1": _pointwise,
-    "conv1x1_norm": _pointwise,
+    "conv1x1_norm": _conv1x1_norm,
+    "conv1x1_statistics": _conv1x1_norm,
+    "conv1x1_batch_norm_backward": _conv1x1_batch_norm_backward,
     "conv1x1_backward": _conv1x1_backward,
 }
 

@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 
 # Sizes that change from image to image. Kernels are not specialised to their divisibility by 16.
-_of_maps = triton.jit(do_not_specialize=["num_pixels", "height", "width", "num_programs"])
+of_maps = triton.jit(do_not_specialize=["num_pixels", "height", "width", "num_programs"])
 
 
 @triton.jit
-def _place(pixel, channel, channels, area, LAST: tl.constexpr):
+def place(pixel, channel, channels, area, LAST: tl.constexpr):
     """Return where channels (a row) of pixels (a column) are in a map, in channels-last memory or not."""
     if LAST:
         return pixel * channels + channel
@@ -16,10 +16,10 @@ def _place(pixel, channel, channels, area, LAST: tl.constexpr):
 
 
 @triton.jit
-def _read(pointer, pixel, channel, num_pixels, channels, area, LAST: tl.constexpr):
+def read_map(pointer, pixel, channel, num_pixels, channels, area, LAST: tl.constexpr):
     """Load some channels of some pixels of a map; masked elements are 0."""
     mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
-    return tl.load(pointer + _place(pixel[:, None], channel[None, :], channels, area, LAST), mask=mask, other=0.0)
+    return tl.load(pointer + place(pixel[:, None], channel[None, :], channels, area, LAST), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -53,30 +53,54 @@ def _inputs(
     """Return the channels of pixels, after the ReLU and the shift if there are such."""
     source, inside = _sources(pixel, channel, channels, height, width, SHIFT)
     mask = inside & (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
-    at = _place(source, channel[None, :], channels, height * width, LAST)
+    at = place(source, channel[None, :], channels, height * width, LAST)
     read = tl.load(x + at, mask=mask, other=0.0)
     if RELU:
         read = tl.where(read < 0, 0.0, read)
     return read
 
 
-@_of_maps
+@triton.jit
+def products(
+    x,
+    weight,
+    pixel,
+    feature,
+    sizes,
+    SHIFT: tl.constexpr,
+    RELU: tl.constexpr,
+    LAST: tl.constexpr,
+    WORK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Return FEATURES channels of the convolution, without bias, at PIXELS pixels; read CHANNELS channels at a time."""
+    num_pixels, height, width, channels, features = sizes
+    acc = tl.zeros([PIXELS, FEATURES], WORK)
+    for begin in range(0, channels, CHANNELS):
+        channel = begin + tl.arange(0, CHANNELS)
+        read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
+        mask = (channel < channels)[:, None] & (feature < features)[None, :]
+        w = tl.load(weight + feature[None, :] * channels + channel[:, None], mask=mask, other=0.0)
+        acc += tl.dot(read.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+    return acc
+
+
+@of_maps
 def conv(
     x,
     weight,
     bias,
     residual,
-    mean,
-    variance,
-    factor,
-    offset,
     output,
     num_pixels,
     height,
     width,
     channels,
     features,
-    EPS: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     RELU: tl.constexpr,
@@ -88,30 +112,16 @@ def conv(
     CHANNELS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Compute FEATURES channels of the convolution at PIXELS pixels, reading CHANNELS channels at a time.
-
-    They are normalised if there is a `mean`, and added to the residual, times SCALE, if there is one.
-    """
+    """Compute FEATURES channels of the convolution at PIXELS pixels, times SCALE if there is a residual."""
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    acc = tl.zeros([PIXELS, FEATURES], WORK)
-    for begin in range(0, channels, CHANNELS):
-        channel = begin + tl.arange(0, CHANNELS)
-        read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
-        mask = (channel < channels)[:, None] & (feature < features)[None, :]
-        w = tl.load(weight + feature[None, :] * channels + channel[:, None], mask=mask, other=0.0)
-        acc += tl.dot(read.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
+    sizes = (num_pixels, height, width, channels, features)
+    acc = products(
+        x, weight, pixel, feature, sizes, SHIFT, RELU, LAST, WORK, DOT, PRECISION, PIXELS, CHANNELS, FEATURES
+    )
     exists = feature < features
-    shift = tl.load(bias + feature, mask=exists, other=0.0).to(WORK)
-    if mean is not None:
-        eps = tl.full([FEATURES], EPS, WORK)  # a number by itself would be float32
-        spread = tl.sqrt(tl.load(variance + feature, mask=exists, other=1.0).to(WORK) + eps)
-        scale = tl.load(factor + feature, mask=exists, other=0.0).to(WORK) / spread
-        shift -= tl.load(mean + feature, mask=exists, other=0.0).to(WORK)
-        shift = shift * scale + tl.load(offset + feature, mask=exists, other=0.0).to(WORK)
-        acc *= scale[None, :]
-    acc += shift[None, :]
-    at = _place(pixel[:, None], feature[None, :], features, height * width, LAST)
+    acc += tl.load(bias + feature, mask=exists, other=0.0).to(WORK)[None, :]
+    at = place(pixel[:, None], feature[None, :], features, height * width, LAST)
     mask = (pixel < num_pixels)[:, None] & exists[None, :]
     if residual is not None:
         acc = tl.load(residual + at, mask=mask, other=0.0).to(WORK) + acc * tl.full([1, 1], SCALE, WORK)
@@ -148,12 +158,12 @@ def _input_gradient(
     acc = tl.zeros([PIXELS, CHANNELS], WORK)
     for begin in range(0, features, READ):
         feature = begin + tl.arange(0, READ)
-        g = _read(grad, pixel, feature, num_pixels, features, height * width, LAST)
+        g = read_map(grad, pixel, feature, num_pixels, features, height * width, LAST)
         mask = (feature < features)[:, None] & (channel < channels)[None, :]
         w = tl.load(weight + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
         acc += tl.dot(g.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
     source, inside = _sources(pixel, channel, channels, height, width, SHIFT)
-    at = _place(source, channel[None, :], channels, height * width, LAST)
+    at = place(source, channel[None, :], channels, height * width, LAST)
     mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
     if RELU:
         inside = inside & (tl.load(x + at, mask=mask, other=0.0) > 0)
@@ -190,7 +200,7 @@ def _weight_gradient(
     total = tl.zeros([FEATURES], WORK)
     for begin in range(0, share, READ):
         pixel = part * share + begin + tl.arange(0, READ)
-        g = _read(grad, pixel, feature, num_pixels, features, height * width, LAST)
+        g = read_map(grad, pixel, feature, num_pixels, features, height * width, LAST)
         read = _inputs(x, pixel, channel, num_pixels, channels, height, width, SHIFT, RELU, LAST)
         acc += tl.dot(tl.trans(g).to(DOT), read.to(DOT), out_dtype=WORK, input_precision=PRECISION)
         total += tl.sum(g.to(WORK), 0)
@@ -202,7 +212,7 @@ def _weight_gradient(
         tl.store(own + features * channels + feature, total * scale, mask=feature < features)
 
 
-@_of_maps
+@of_maps
 def conv_backward(
     grad,
     x,
@@ -275,6 +285,25 @@ def conv_backward(
         )
 
 
+@triton.jit
+def move_running(mean, variance, running_mean, running_var, num_batches, channel, mask, count, MOMENTUM: tl.constexpr):
+    """Move the running statistics of these channels, which are all, by those of a batch of `count` values.
+
+    Nothing moves unless all results are finite.
+    """
+    old_mean = tl.load(running_mean + channel, mask=mask, other=0.0)
+    old_var = tl.load(running_var + channel, mask=mask, other=0.0)
+    momentum = tl.full(channel.shape, MOMENTUM, old_mean.dtype)  # a number by itself would be float32
+    unbiased = variance * (count.to(variance.dtype) / (count - 1).to(variance.dtype))
+    new_mean = old_mean + momentum * (mean.to(old_mean.dtype) - old_mean)
+    new_var = old_var + momentum * (unbiased.to(old_var.dtype) - old_var)
+    wrong = ~((tl.abs(new_mean) < float("inf")) & (tl.abs(new_var) < float("inf")))
+    if tl.max((wrong & mask).to(tl.int32), 0) == 0:
+        tl.store(running_mean + channel, new_mean.to(old_mean.dtype), mask=mask)
+        tl.store(running_var + channel, new_var.to(old_var.dtype), mask=mask)
+        tl.store(num_batches, tl.load(num_batches) + 1)
+
+
 @triton.jit(do_not_specialize=["count", "channels"])
 def move_statistics(
     mean,
@@ -288,27 +317,14 @@ def move_statistics(
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Move the running statistics of batch normalisation by a batch of `count` values; one program, BLOCK channels.
-
-    Nothing moves unless all results are finite.
-    """
+    """Do `move_running` in one program, for as many as BLOCK channels."""
     channel = tl.arange(0, BLOCK)
     mask = channel < channels
-    old_mean = tl.load(running_mean + channel, mask=mask, other=0.0)
-    old_var = tl.load(running_var + channel, mask=mask, other=0.0)
     inverse = tl.load(inverse_std + channel, mask=mask, other=1.0)
-    bessel = count.to(inverse.dtype) / (count - 1).to(inverse.dtype)
     eps = tl.full([BLOCK], EPS, inverse.dtype)  # a number by itself would be float32
-    momentum = tl.full([BLOCK], MOMENTUM, old_mean.dtype)
-    variance = (tl.maximum(1.0 / (inverse * inverse) - eps, 0.0) * bessel).to(old_var.dtype)
-    batch_mean = tl.load(mean + channel, mask=mask, other=0.0).to(old_mean.dtype)
-    new_mean = old_mean + momentum * (batch_mean - old_mean)
-    new_var = old_var + momentum * (variance - old_var)
-    wrong = ~((tl.abs(new_mean) < float("inf")) & (tl.abs(new_var) < float("inf")))
-    if tl.max((wrong & mask).to(tl.int32), 0) == 0:
-        tl.store(running_mean + channel, new_mean.to(old_mean.dtype), mask=mask)
-        tl.store(running_var + channel, new_var.to(old_var.dtype), mask=mask)
-        tl.store(num_batches, tl.load(num_batches) + 1)
+    variance = tl.maximum(1.0 / (inverse * inverse) - eps, 0.0)
+    batch_mean = tl.load(mean + channel, mask=mask, other=0.0)
+    move_running(batch_mean, variance, running_mean, running_var, num_batches, channel, mask, count, MOMENTUM)
 
 
 @triton.jit

@@ -29,10 +29,11 @@ from sparse_sr_attn.layers.base import (
     add_conv,
     check_map,
     check_state,
+    is_unmodified,
     output_proj,
     stored_precision,
 )
-from sparse_sr_attn.layers.batch_norm import ConvNorm
+from sparse_sr_attn.layers.batch_norm import ConvNorm, conv_norms
 from sparse_sr_attn.states import WindowAttention
 
 _SOURCE = "Zhang et al., arXiv 2203.06697"
@@ -83,8 +84,13 @@ class SharedGMSA(AttentionLayer):
         """Return the options that are not visible from shapes."""
         return f"res_scale={self.res_scale}"
 
-    def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus its values weighted by the state.
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        state: WindowAttention | None = None,
+        value: Float[Tensor, "b c h w"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Return `x` plus its values weighted by the state; `value` are these values if they are already computed.
 
         Raises:
             SharingError: `state` is not a WindowAttention.
@@ -93,7 +99,7 @@ class SharedGMSA(AttentionLayer):
         check_map(x, self.embed_dim)
         state = check_state(state, WindowAttention, x, _HINT)
         given, x = x, channels_last(x)
-        attended = self._attended(self.value(x), state)
+        attended = self._attended(self.value(x) if value is None else value, state)
         return in_format_of(add_conv(x, self.output, attended, self.res_scale), given)
 
     def _attended(self, value: Float[Tensor, "b c h w"], state: WindowAttention) -> Float[Tensor, "b c h w"]:
@@ -207,12 +213,28 @@ class GMSA(AttentionLayer):
             SharingError: `state` is not a WindowAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was computed for another size.
         """
-        given = x
-        if state is None:
-            check_map(x, self.embed_dim)
-            x = channels_last(x)  # once for both
-            state = self._state([None] * len(self.window_sizes), self.query(x), x)
-        return in_format_of(self.shared(x, state), given)
+        return self._apply_to(x)[0] if state is None else self.shared(x, state)
+
+    def attend_and_apply(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], WindowAttention]:
+        """Return `forward(x)` and `attend(x)`; on GPUs with Triton, queries and values are computed together.
+
+        Raises:
+            ShapeError: `x` is not a map of `embed_dim` channels.
+        """
+        check_map(x, self.embed_dim)
+        if is_unmodified(self, GMSA) and fuses_groups(x, len(self.window_sizes)):
+            return self._apply_to(x)
+        state = self.attend(x)
+        return self(x, state), state
+
+    def _apply_to(self, x: Tensor) -> tuple[Tensor, WindowAttention]:
+        """Return the output, and a state that has no weights."""
+        check_map(x, self.embed_dim)
+        given, x = x, channels_last(x)  # once for both
+        together = conv_norms(x, self.query, self.shared.value) if is_unmodified(self.shared, SharedGMSA) else None
+        query, value = (self.query(x), None) if together is None else together
+        state = self._state([None] * len(self.window_sizes), query, x)
+        return in_format_of(self.shared(x, state, value), given), state
 
     def _state(self, weights: Sequence[Tensor | None], query: Tensor | None, x: Tensor) -> WindowAttention:
         return WindowAttention(tuple(weights), query, self.window_sizes, self.shift, self.exact_shift, *x.shape[-2:])

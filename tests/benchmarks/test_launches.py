@@ -19,11 +19,11 @@ pytestmark = pytest.mark.unhooked
 LIMITS = {
     "LCoA": (9, 26, 13),
     "CoA": (3, 3, 7),
-    "GMSA": (4, 8, 11),
-    "GMSA, shifted": (4, 8, 11),
+    "GMSA": (3, 5, 7),
+    "GMSA, shifted": (3, 5, 7),
     "LFE": (2, 2, 4),
     "LCoAN-light": (94, 111, 133),
-    "ELAN-light": (145, 217, 361),
+    "ELAN-light": (133, 181, 313),
 }
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_sr_attn import GMSA, NLSA, LCoA, ShiftConv2d
 from sparse_sr_attn.functional import channels_last as layout
-from sparse_sr_attn.functional import cluster, conv_triton, flops, sparsemax, window
+from sparse_sr_attn.functional import cluster, conv_norm_triton, conv_triton, flops, sparsemax, window
 from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.testing.strategies import Case
 
@@ -116,15 +116,24 @@ def test_sparsemax_and_pointwise_count_as_much_as_plain_code() -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-def test_convolutions_by_kernels_count_as_much_as_plain_code() -> None:
-    conv, norm = torch.nn.Conv2d(6, 4, 1), torch.nn.BatchNorm2d(4).eval()
-    parameters, statistics = (conv.weight, conv.bias), (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    for learns in (False, True):
-        x = torch.randn(2, 6, 5, 7).requires_grad_(learns)
-        expected = forward_and_backward(lambda x=x: conv(x))
-        assert forward_and_backward(lambda x=x: conv_triton.conv1x1(x, *parameters, shift=True)) == expected
+@pytest.mark.parametrize("learns", [False, True])
+def test_convolutions_by_kernels_count_as_much_as_plain_code(learns: bool) -> None:
+    conv, norm = torch.nn.Conv2d(6, 4, 1), torch.nn.BatchNorm2d(4)
+    x = torch.randn(2, 6, 5, 7).requires_grad_(learns)
+    parameters = conv.weight, conv.bias
+    plain, backward = forward_and_backward(lambda: conv(x))
+    assert forward_and_backward(lambda: conv_triton.conv1x1(x, *parameters, shift=True)) == (plain, backward)
+    both = (
+        conv_norm_triton.Parameters(*([each, each] for each in (*parameters, *norm.parameters()))),
+        conv_norm_triton.Buffers(*([each, each] for each in norm.buffers())),
+    )
+    # Products are computed twice; those of gradients with the input come with those of outputs.
+    normalized = forward_and_backward(
+        lambda: torch.cat(conv_norm_triton.conv1x1_batch_norm(x, *both, momentum=0.1, eps=1e-5))
+    )
+    assert normalized == (2 * 2 * plain, 2 * (plain + backward))
     with torch.no_grad():
-        assert counted(lambda: conv_triton.conv1x1_norm(x, *parameters, *statistics, 1e-5)) == counted(lambda: conv(x))
+        assert counted(lambda: conv_norm_triton.conv1x1_norm(x, *both, eps=1e-5)) == 2 * plain
 
 
 def test_layers_by_hand() -> None:

@@ -110,8 +110,8 @@ def test_convolution_of_halves_sums_in_float32(device: torch.device, weights: to
 
 def test_only_gradients_that_are_needed_are_computed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[tuple[int, ...]] = []
-    launch = conv_triton._launch
-    monkeypatch.setattr(conv_triton, "_launch", lambda *args: launched.append(args[4]) or launch(*args))
+    launch = conv_triton.launch
+    monkeypatch.setattr(conv_triton, "launch", lambda *args: launched.append(args[4]) or launch(*args))
     leaves = [leaf.detach() for leaf in convolution(device, (1, 5, 3, 3), 2, torch.channels_last)]
     x, _, bias, residual = leaves
     for leaf, programs in ((x, 1), (bias, 1), (residual, 0)):
@@ -120,23 +120,6 @@ def test_only_gradients_that_are_needed_are_computed(device: torch.device, monke
         conv_triton.conv1x1(*leaves[:3], residual=residual).sum().backward()
         leaf.requires_grad_(False)
         assert launched == [(1, 1), (programs,)][: 1 + programs]
-
-
-@both_memories
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("size", "features"), [((2, 3, 1, 5), 2), ((1, 70, 9, 11), 66)], ids=str)
-def test_convolution_with_normalisation(
-    device: torch.device, memory: torch.memory_format, dtype: torch.dtype, size: Sizes, features: int
-) -> None:
-    x, weight, bias, _ = (leaf.detach().to(dtype) for leaf in convolution(device, size, features, memory))
-    mean, var, scale, offset = (Case().tensor(name, features, device=device) for name in ("mean", "var", "a", "b"))
-    norm = mean, var.square(), scale, offset
-    actual = conv_triton.conv1x1_norm(x, weight, bias, *norm, 1e-3)
-    expected = F.batch_norm(F.conv2d(x.double(), weight.double(), bias.double()), *norm, eps=1e-3)
-    assert actual.dtype == dtype
-    assert actual.is_contiguous(memory_format=memory)
-    bound = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2**-7, "atol": 1e-3}
-    torch.testing.assert_close(actual.double(), expected, **bound)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's in the interpreter, of who sees the NaN
@@ -161,7 +144,7 @@ def test_moved_statistics(
     kept = [running_mean, running_var.square(), torch.tensor(7, device=device)]
     expected = [tensor.clone() for tensor in kept]
     batch_norm._move_by_kernel(*statistics, *kept, momentum, 1e-3)
-    batch_norm._move(*statistics, *expected, momentum, 1e-3)
+    batch_norm.move_op(*statistics, *expected, momentum, 1e-3)
     for mine, other in zip(kept, expected, strict=True):
         assert_values_close(mine, other)
     assert int(kept[-1]) == (8 if wrong is None else 7)
@@ -240,12 +223,11 @@ from sparse_sr_attn.functional import conv_triton, map_kernels
 from sparse_sr_attn.functional._triton import padded, precision_options
 
 SIZES = ("num_pixels", "height", "width", "channels", "features", "share", "num_programs")
-pixels, columns, read = conv_triton._PIXELS, conv_triton._COLUMNS, conv_triton._READ
+pixels, columns, read = conv_triton.PIXELS, conv_triton.COLUMNS, conv_triton.READ
 BLOCKS = {
-    "conv": dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns, EPS=1e-5),
+    "conv": dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns),
     "conv_backward": dict(PIXELS=pixels, CHANNELS=columns, FEATURES=columns, READ=read),
 }
-NORM = dict.fromkeys(("mean", "variance", "factor", "offset"))
 for dtype, weights in (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -254,7 +236,7 @@ for dtype, weights in (
 ):
     for name, sides in BLOCKS.items():
         options = {**precision_options(dtype, dtype, "tf32x3", "highest"), **sides, "LAST": True, "SCALE": 0.1}
-        forms = [{"SHIFT": True, "RELU": True, **NORM}]
+        forms = [{"SHIFT": True, "RELU": True}]
         if dtype != weights or dtype == torch.float32:
             forms += [{"SHIFT": False, "RELU": False, "residual": None}]
         types = {"x": dtype, "partial": torch.float64 if dtype == torch.float64 else torch.float32}
@@ -262,7 +244,7 @@ for dtype, weights in (
         for form in forms:
             found = machine_code.usage(
                 getattr(map_kernels, name),
-                {**options, **form, **conv_triton._LAUNCH},
+                {**options, **form, **conv_triton.LAUNCH},
                 SIZES,
                 lambda argument: machine_code.NAMES[types.get(argument, weights)],
             )

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.testing._internal.optests import OpCheckError
 
-from sparse_sr_attn.functional import batch_norm, cluster, kmeans, lsh, shift, sparsemax, window  # noqa: F401  registers the operators
+from sparse_sr_attn.functional import (  # noqa: F401  registers the operators
+    batch_norm,
+    cluster,
+    conv_norm_triton,
+    kmeans,
+    lsh,
+    shift,
+    sparsemax,
+    window,
+)
 from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.functional.cluster import order  # noqa: F401  registers an operator that layers import
 from sparse_sr_attn.functional.window.grid import group_widths
@@ -226,8 +235,6 @@ def test_kernels_of_maps(device: torch.device) -> None:
             check(operator("conv1x1"), (given, weight.requires_grad_(), bias, True, True, residual, 0.1))
         for wanted in ((True, True), (True, False), (False, True)):
             check(operator("conv1x1_backward"), (grad, given.detach(), weight.detach(), True, True, 0.1, *wanted))
-        vectors = [Case().tensor(name, 3, device=device).abs() for name in ("bias", "mean", "var", "scale", "offset")]
-        check(operator("conv1x1_norm"), (given.detach(), weight.detach(), *vectors, 1e-5))
     rows = Case().tensor("rows", 2, 5, 3, device=device)
     logit_scale = torch.ones(1, dtype=torch.float64, device=device)
     for given in (rows, rows.mT.contiguous().mT, rows[0], rows[None].expand(2, -1, -1, -1).transpose(1, 2)):
@@ -235,6 +242,31 @@ def test_kernels_of_maps(device: torch.device) -> None:
             check(operator("l2_normalize_backward"), (given, given, scale))
             leaves = (given.clone().requires_grad_(), scale if scale is None else scale.clone().requires_grad_())
             check(operator("l2_normalize"), leaves)
+
+
+@needs_triton
+@pytest.mark.parametrize("number", [1, 2])
+def test_normalised_convolutions(device: torch.device, number: int) -> None:
+    x, weight, *vectors = (
+        Case().tensor(name, *size, device=device)
+        for name, size in (("x", (2, 7, 3, 4)), ("w", (3, 7, 1, 1)), *((name, (3,)) for name in "bsomv"))
+    )
+    parameters = [[tensor.clone() for _ in range(number)] for tensor in (weight, *vectors[:3])]
+    means, variances = ([tensor.abs() for _ in range(number)] for tensor in vectors[3:])
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        check(operator("conv1x1_norm"), (given, *parameters, means, variances, 1e-5))
+        counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(number)]
+        args = (given, *parameters[:2], means, variances, counts, 0.1, 1e-5)
+        check(operator("conv1x1_statistics"), args)
+        statistics = operator("conv1x1_statistics")(*args)
+        outputs, (weights, _, *others) = (
+            operator("conv1x1_norm")(given, *parameters, means, variances, 1e-5),
+            parameters,
+        )
+        grads = [output.square() for output in outputs]
+        for of_x in (False, True):
+            args = (grads, outputs, given, weights, *others, statistics, 1e-5, of_x)
+            check(operator("conv1x1_batch_norm_backward"), args)
 
 
 @cases
@@ -326,7 +358,9 @@ def test_every_operator_is_checked_here() -> None:
         "l2_normalize_backward",
         "conv1x1",
         "conv1x1_backward",
+        "conv1x1_batch_norm_backward",
         "conv1x1_norm",
+        "conv1x1_statistics",
         "grouped_window_attention",
         "grouped_window_attention_backward",
         "kmeans_step",

@@ -314,6 +314,87 @@ def test_the_kernels_of_a_block_are_the_same_block(with_kernels: Callable[[], No
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
 
+def test_without_momentum_all_batches_weigh_the_same() -> None:
+    mine, torchs = BatchNorm2d(8, momentum=None).double(), nn.BatchNorm2d(8, momentum=None).double()
+    for seed in range(3):
+        x = features(2, 8, 5, 7, seed=seed)
+        assert_values_close(mine(x), torchs(x))
+    for one, other in zip(mine.buffers(), torchs.buffers(), strict=True):
+        assert_values_close(one, other)
+
+
+def without_momentum(layer: GMSA) -> None:
+    for conv_norm in (layer.query, layer.shared.value):
+        conv_norm.norm.momentum = None
+
+
+def with_another_eps(layer: GMSA) -> None:
+    layer.query.norm.eps = 0.1
+
+
+def with_a_frozen_norm(layer: GMSA) -> None:
+    layer.shared.value.norm.eval()
+
+
+def with_frozen_parameters(layer: GMSA) -> None:
+    for parameter in layer.query.norm.parameters():
+        parameter.requires_grad_(False)
+
+
+def without_running_statistics(layer: GMSA) -> None:
+    layer.query.norm.track_running_stats = False
+
+
+def with_a_hook(layer: GMSA) -> None:
+    layer.shared.value.conv.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+@pytest.mark.unhooked
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(("change", "fused"), [
+    (without_momentum, 2),
+    (with_another_eps, 1 + 1),
+    (with_a_frozen_norm, 1),
+    (with_frozen_parameters, 2),
+    (without_running_statistics, 1),
+    (with_a_hook, 1),
+])  # fmt: skip
+def test_kernels_normalise_as_each_module_says(
+    with_kernels: Callable[[], None], monkeypatch: pytest.MonkeyPatch, change: Callable[[GMSA], None], fused: int
+) -> None:
+    """Values, gradients and buffers; queries and values are normalised together only where both are alike."""
+    first = layer()
+    change(first)
+    probe = features(2, 8, 5, 7, seed=1)
+
+    def results() -> list[Tensor]:
+        twin, x = copy.deepcopy(first), features(2, 8, 5, 7).requires_grad_()
+        y = twin(x)
+        leaves = [x, *(parameter for parameter in twin.parameters() if parameter.requires_grad)]
+        return [y, *torch.autograd.grad((y * probe).sum(), leaves), *twin.buffers()]
+
+    expected = results()
+    with_kernels()
+    numbers: list[int] = []
+    by_kernels = norms._by_kernels
+    monkeypatch.setattr(
+        norms, "_by_kernels", lambda x, own, given: numbers.append(len(own)) or by_kernels(x, own, given)
+    )
+    for mine, other in zip(results(), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
+    assert sum(numbers) == fused
+    assert (numbers == [2]) == (change in (without_momentum, with_frozen_parameters))
+
+
+@pytest.mark.unhooked
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
+def test_kernels_take_maps_of_one_pixel(with_kernels: Callable[[], None]) -> None:
+    """Which have no variance: running statistics normalise them."""
+    x, first = features(1, 8, 1, 1), layer()
+    expected, _ = copy.deepcopy(first)(x), with_kernels()
+    assert_values_close(first(x), expected)
+
+
 @pytest.mark.unhooked
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
 def test_kernels_pass_no_hook_by(with_kernels: Callable[[], None]) -> None:
