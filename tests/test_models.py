@@ -73,7 +73,8 @@ def test_names_that_lead_elsewhere(name: str, options: dict[str, object], messag
     ("name", "close"),
     [
         ("LCoAN-light", "'LCoAN-light_x2' or 'LCoAN-light_x3' or 'LCoAN-light_x4'"),
-        ("ELAN-light_x3", "'ELAN-light_x2' or 'ELAN-light_x4'"),
+        ("ELAN-light", "'ELAN-light_x2' or 'ELAN-light_x3' or 'ELAN-light_x4'"),
+        ("EDSR-LCoA_x3", "'EDSR-LCoA_x2'"),
         ("edsr-lcoa-x2", "'EDSR-LCoA_x2'"),
     ],
 )
