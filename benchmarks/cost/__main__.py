@@ -35,22 +35,26 @@ bfloat16 is autocast. A training step is forward and backward of an L1 loss, wit
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "EDSR, 64 channels, 16 blocks": (lambda: _edsr(64, 16), None),
-    "+ LCoA every 4, share 4": (lambda: _edsr(64, 16, "LCoA"), "EDSR, 64 channels, 16 blocks"),
-    "+ GMSA every 4, share 4": (lambda: _edsr(64, 16, "GMSA"), "EDSR, 64 channels, 16 blocks"),
+    "+ LCoA every 4, share 4": (lambda: _edsr(64, 16, default_config("LCoA")), "EDSR, 64 channels, 16 blocks"),
+    "+ GMSA every 4, share 4": (lambda: _edsr(64, 16, default_config("GMSA")), "EDSR, 64 channels, 16 blocks"),
     "EDSR, 48 channels, 10 blocks": (lambda: _edsr(48, 10), None),
     "LCoAN-light": (lambda: create_model("LCoAN-light", upscale=2), "EDSR, 48 channels, 10 blocks"),
     "EDSR-LCoA": (lambda: create_model("EDSR-LCoA", upscale=2), "EDSR, 48 channels, 10 blocks"),
     "EDSR, 49 channels, 10 blocks": (lambda: _edsr(49, 10), "EDSR, 48 channels, 10 blocks"),
     "EDSR, 48 channels, 16 blocks": (lambda: _edsr(48, 16), "EDSR, 48 channels, 10 blocks"),
+    "EDSR, 32 channels, 6 blocks": (lambda: _edsr(32, 6), None),
+    "+ LCoA every 2, share 3": (
+        lambda: _edsr(32, 6, {"type": "LCoA", "every": 2, "share": 3}),
+        "EDSR, 32 channels, 6 blocks",
+    ),
 }
 """Each network, and the one without attention that it is compared with."""
 
 Networks = Mapping[str, tuple[Callable[[], nn.Module], str | None]]
 
 
-def _edsr(num_feat: int, num_block: int, attention: str | None = None) -> nn.Module:
-    config = None if attention is None else default_config(attention)
-    return EDSR(num_feat=num_feat, num_block=num_block, upscale=2, img_range=1.0, attention=config)
+def _edsr(num_feat: int, num_block: int, attention: dict[str, Any] | None = None) -> nn.Module:
+    return EDSR(num_feat=num_feat, num_block=num_block, upscale=2, img_range=1.0, attention=attention)
 
 
 def with_each(attention: Sequence[str]) -> Networks:
@@ -58,8 +62,8 @@ def with_each(attention: Sequence[str]) -> Networks:
     plain = next(iter(NETWORKS))
     found = {plain: NETWORKS[plain]}
     for name in attention:
-        share = default_config(name)["share"]
-        found[f"+ {name} every 4, share {share}"] = (partial(_edsr, 64, 16, name), plain)
+        config = default_config(name)
+        found[f"+ {name} every 4, share {config['share']}"] = (partial(_edsr, 64, 16, config), plain)
     return found
 
 

@@ -42,19 +42,23 @@ def load(entries: object) -> None:
 def import_entry(entry: str) -> ModuleType:
     """Return the module that the name of a module or a Python file stands for.
 
+    A module is also looked for in the working directory; a file can import its neighbours.
+
     Raises:
         Exception: whatever importing it leads to.
     """
-    if not entry.endswith(".py"):
-        here = str(Path.cwd())
-        sys.path.append(here)
-        try:
-            return importlib.import_module(entry)
-        finally:
-            sys.path.remove(here)
-    file = Path(entry).expanduser().resolve()
-    if not file.is_file():
+    file = Path(entry).expanduser().resolve() if entry.endswith(".py") else None
+    if file is not None and not file.is_file():
         raise FileNotFoundError(f"there is no file {str(file)!r}")
+    folder = str(Path.cwd() if file is None else file.parent)
+    sys.path.append(folder)
+    try:
+        return importlib.import_module(entry) if file is None else _import_file(file)
+    finally:
+        sys.path.remove(folder)
+
+
+def _import_file(file: Path) -> ModuleType:
     name = f"sparse_sr_attn_custom_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -127,6 +127,8 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
                 to do.
         """
         bare = self.get_bare_model(net)
+        if self.opt["path"].get("param_key_g", param_key) is None:
+            param_key = None  # BasicSR asks for params_ema when it starts the averaged network
         loaded = pretrained.load(bare, load_path, strict=strict, key=param_key)
         different = loaded.different
         entry = f", entry {loaded.key}" if loaded.key else ""

@@ -34,7 +34,7 @@ from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import checked, join_path, old_names_allowed
 from sparse_sr_attn.errors import ConfigError
 from sparse_sr_attn.functional._torch import run_while_compiling
-from sparse_sr_attn.layers.base import warn_of_range
+from sparse_sr_attn.layers.base import LAYERS, warn_of_range
 from sparse_sr_attn.registry import suggestion
 
 SLOT = "sparse_sr_attn"
@@ -730,7 +730,8 @@ def _paths(model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[s
         if "*" not in name and name not in modules:
             known = [trunk.name for trunk in find_trunks(model, calls)[:_SHOWN]] if calls is not None else []
             known = known or [child for child, _ in model.named_children()]
-            raise ConfigError.at("body", f"must be the path of a module, got {name!r}{suggestion(name, known)}")
+            layer = f"; for the layer, write attention={name!r}" if name in LAYERS else suggestion(name, known)
+            raise ConfigError.at("body", f"must be the path of a module, got {name!r}{layer}")
         matched = [name] if "*" not in name else matching(name, modules)
         if not matched:
             offer = "" if calls is None else _offer(model, calls)
@@ -838,4 +839,5 @@ def _told_width(trunk: nn.Sequential, path: str) -> int:
 
 
 def _occupied(path: str) -> ConfigError:
-    return ConfigError.at("body", f"must have no attention yet, got {path!r}; detach, or attach a list of mappings")
+    where = repr(path) if path else "the network itself"
+    return ConfigError.at("body", f"must have no attention yet, got {where}; detach, or attach a list of mappings")

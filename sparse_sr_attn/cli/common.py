@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sparse_sr_attn.errors import CheckpointError, ConfigError, ProcessError, SparseSRError, first_line
+from sparse_sr_attn.registry import suggestion
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,7 @@ def images_in(path: Path) -> list[Path]:
 
     images = [file for file in files if looks_like_image(file) and not file.name.startswith(".")]
     if not images:
-        raise UsageError(f"{name(path)} must contain images, but none of its {len(files)} files has the suffix of one")
+        raise UsageError(f"{name(path)} contains no images: none of its {len(files)} files has the suffix of one")
     return images
 
 
@@ -289,8 +290,11 @@ def build_host(arguments: argparse.Namespace, given: dict[str, Any]) -> "nn.Modu
     _let_code_import_basicsr()
     extensions = importlib.import_module("sparse_sr_attn_basicsr.extensions")
     try:
-        build = getattr(extensions.import_entry(file), wanted)
-        model = build(**given)
+        module = extensions.import_entry(file)
+        if not hasattr(module, wanted):
+            known = [key for key, value in vars(module).items() if callable(value)]
+            raise AttributeError(f"{file} has no {wanted!r}{suggestion(wanted, known)}")
+        model = getattr(module, wanted)(**given)
     except Exception as error:  # somebody else's code can raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(f"--host {arguments.host} cannot be built: {reason}") from error

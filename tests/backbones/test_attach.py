@@ -494,6 +494,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         {},
         "body: must be named; Sequential has no run of numbered modules that return feature maps of one size and width",
     ),
+    (built, {"body": "LCoA"}, "body: must be the path of a module, got 'LCoA'; for the layer, write attention='LCoA'"),
     (built, {"body": "bdy"}, "body: must be the path of a module, got 'bdy'; did you mean 'body'?"),
     (
         lambda: built(Blocks),
@@ -569,7 +570,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (
         lambda: attach(built(Loop)),
         {"body": "body"},
-        "body: must have no attention yet, got ''; detach, or attach a list of mappings",
+        "body: must have no attention yet, got the network itself; detach, or attach a list of mappings",
     ),
 ]
 

@@ -42,6 +42,7 @@ def test_times_are_relative_to_the_network_without_attention() -> None:
     table = cost.markdown(rows)
     assert [row.split("|")[2].strip() for row in table.splitlines()[2:]] == [
         "100 ms", "3.00 (3.00–3.00)×", "3.00 (3.00–3.00)×", "400 ms", *["0.75 (0.75–0.75)×"] * 4,
+        "900 ms", "0.33 (0.33–0.33)×",
     ]  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def test_wrong_numbers_are_refused(arguments: list[str], capsys: pytest.CaptureF
 def test_layers_are_measured_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cost, "_edsr", lambda _, __, name=None: small(name and {"type": name, "every": 1}))
+    monkeypatch.setattr(cost, "_edsr", lambda _, __, config=None: small(config and {**config, "every": 1, "share": 1}))
     assert cost.main([*FAST, "--attention", "NLSA", "LCoA", "--json", str(tmp_path / "cost.json")]) == 0
     rows = json.loads((tmp_path / "cost.json").read_text())["networks"]
     assert [row["name"] for row in rows][1:] == ["+ NLSA every 4, share 1", "+ LCoA every 4, share 4"]

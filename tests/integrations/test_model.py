@@ -147,6 +147,10 @@ def test_a_bare_state_dict_is_no_basicsr_checkpoint(options: Options, here: Path
     torch.save(build_model(options()).net_g.state_dict(), here / "bare.pth")
     with pytest.raises(CheckpointError, match="must hold the weights under 'params'.*param_key_g: ~"):
         build_model(options({"path": {"pretrain_network_g": "bare.pth"}}))
+    path = {"pretrain_network_g": "bare.pth", "param_key_g": None}
+    model = build_model(options({"path": path, "train.ema_decay": 0.9}))
+    for network in (model.net_g, model.net_g_ema):
+        assert_same(network.state_dict(), torch.load("bare.pth", weights_only=True))
 
 
 # --- weights to start from
