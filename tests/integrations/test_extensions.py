@@ -1,5 +1,6 @@
 """`custom_imports`: what a user's own file registers can be named in his option file."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from sparse_sr_attn import LAYERS, UnknownNameError
 from sparse_sr_attn.cli.main import main
+from sparse_sr_attn_basicsr.extensions import import_entry
 
 Write = Callable[..., str]
 
@@ -73,3 +75,18 @@ def test_what_cannot_be_imported_is_explained(
     assert main(["train", "-opt", training({"custom_imports": value})]) == 2
     assert message in capsys.readouterr().err
     assert not (here / "experiments").exists()
+
+
+def test_a_file_can_import_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "my_blocks_beside.py").write_text("WIDTH = 7\n")
+    (tmp_path / "my_net.py").write_text("from my_blocks_beside import WIDTH\n")
+    before = [*sys.path]
+    assert import_entry(str(tmp_path / "my_net.py")).WIDTH == 7
+    assert sys.path == before
+
+
+def test_a_host_of_another_name_is_suggested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my_host.py").write_text("from torch.nn import Module\n\nclass TinySR(Module):\n    pass\n")
+    host = f"{tmp_path / 'my_host.py'}:TinySr"
+    assert main(["upscale", __file__, "--weights", "LCoAN-light_x2", "--host", host]) == 2
+    assert "my_host.py has no 'TinySr'; did you mean 'TinySR'? (known: Module, TinySR)" in capsys.readouterr().err
