@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.autograd import forward_ad
 
 from sparse_sr_attn.errors import ExportError, ProcessError
@@ -39,6 +40,22 @@ def run_while_compiling(function: Callable[P, R]) -> Callable[P, R]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def unseen_by_compilers(function: Callable[..., R]) -> Callable[..., R]:
+    """Return a function that runs as it is even where `torch.compile` would compile what it finds.
+
+    Does what `torch.compiler.disable` does, which imports all of the compiler.
+    """
+
+    def unseen(*args: Any) -> R:
+        compiler = set_eval_frame(None)
+        try:
+            return function(*args)
+        finally:
+            set_eval_frame(compiler)
+
+    return unseen
 
 
 @run_while_compiling  # compilers guard by themselves on what it depends on

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import backward_is_running, gathered, several_processes, working_precision
 from sparse_sr_attn.functional.backend import runs_kernels
 
@@ -59,9 +60,7 @@ def batch_norm(
     return output
 
 
-@torch.library.custom_op(
-    "sparse_sr_attn::move_running_statistics", mutates_args=("running_mean", "running_var", "num_batches_tracked")
-)
+@operator("move_running_statistics", mutates_args=("running_mean", "running_var", "num_batches_tracked"))
 def move_op(
     mean: Tensor,
     inverse_std: Tensor,

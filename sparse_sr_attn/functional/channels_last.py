@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import is_exporting, is_exporting_to_old_onnx, is_transformed
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
@@ -110,7 +111,7 @@ def _map(lines: Float[Tensor, "bh c 1 w"], like: Float[Tensor, "b _ h w"]) -> Fl
     return rows.view(like.shape[0], like.shape[2], rows.shape[2], rows.shape[3]).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("sparse_sr_attn::pointwise_conv2d", mutates_args=())
+@operator("pointwise_conv2d")
 def _pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _map(F.conv2d(_lines(x), weight, bias), x)
 
@@ -120,7 +121,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return new_map(x, weight.shape[0])
 
 
-@torch.library.custom_op("sparse_sr_attn::pointwise_conv2d_backward", mutates_args=())
+@operator("pointwise_conv2d_backward")
 def _pointwise_conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
     back = torch.ops.aten.convolution_backward

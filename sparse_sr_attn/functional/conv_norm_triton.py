@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import (
     backward_is_running,
     conv_precision,
@@ -101,7 +102,7 @@ def conv1x1_batch_norm(
     return list(_BatchNorm.apply(x, buffers, momentum, eps, *flat))  # type: ignore[no-untyped-call]
 
 
-@torch.library.custom_op("sparse_sr_attn::conv1x1_norm", mutates_args=())
+@operator("conv1x1_norm")
 def norm_op(
     x: Tensor,
     weights: list[Tensor],
@@ -134,9 +135,7 @@ def _(x: Tensor, weights: list[Tensor], *_: object) -> list[Tensor]:
     return _maps(dense(x), weights)
 
 
-@torch.library.custom_op(
-    "sparse_sr_attn::conv1x1_statistics", mutates_args=("running_means", "running_vars", "nums_batches")
-)
+@operator("conv1x1_statistics", mutates_args=("running_means", "running_vars", "nums_batches"))
 def _statistics(
     x: Tensor,
     weights: list[Tensor],
@@ -184,7 +183,7 @@ def _(x: Tensor, weights: list[Tensor], *_: object) -> Tensor:
     return _empty_statistics(x, weights)
 
 
-@torch.library.custom_op("sparse_sr_attn::conv1x1_batch_norm_backward", mutates_args=())
+@operator("conv1x1_batch_norm_backward")
 def _gradients(
     grads: list[Tensor],
     outputs: list[Tensor],

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import conv_precision, working_precision
 from sparse_sr_attn.functional._triton import padded, precision_options
 from sparse_sr_attn.functional.channels_last import is_channels_last
@@ -54,7 +55,7 @@ def conv1x1(
     return conv_op(x.to(conv_precision(x)), weight, bias, shift, relu, residual, scale)
 
 
-@torch.library.custom_op("sparse_sr_attn::conv1x1", mutates_args=())
+@operator("conv1x1")
 def conv_op(
     x: Tensor, weight: Tensor, bias: Tensor, shift: bool, relu: bool, residual: Tensor | None, scale: float
 ) -> Tensor:
@@ -84,7 +85,7 @@ def _(
     return _output(x, weight, residual)
 
 
-@torch.library.custom_op("sparse_sr_attn::conv1x1_backward", mutates_args=())
+@operator("conv1x1_backward")
 def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor, shift: bool, relu: bool, scale: float, of_x: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import (
     backward_is_running,
     gathered,
@@ -221,8 +222,8 @@ def kmeans_step(
     return _kmeans_step(points.detach(), *state, ema_decay, reseed_threshold, accumulate)
 
 
-@torch.library.custom_op(
-    "sparse_sr_attn::kmeans_step",
+@operator(
+    "kmeans_step",
     mutates_args=(
         "centroids",
         "usage",
@@ -357,7 +358,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return best, index
 
 
-@torch.library.custom_op("sparse_sr_attn::nearest", mutates_args=())
+@operator("nearest")
 def _nearest_by_blocks(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `_nearest` block by block, so that products stay in cache, without a scan for indices.
 

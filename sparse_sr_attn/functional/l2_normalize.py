@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional.backend import runs_kernels
 
@@ -73,7 +74,7 @@ def _launch(rows: Tensor, logit_scale: Tensor | None) -> tuple[tuple[int], tuple
     return (batch * -(-num_tokens // at_a_time),), (num_tokens, width), options
 
 
-@torch.library.custom_op("sparse_sr_attn::l2_normalize", mutates_args=())
+@operator("l2_normalize")
 def normalize_op(rows: Tensor, logit_scale: Tensor | None) -> Tensor:
     """Return `l2_normalize` or `scale_rows` of rows of at most 256 columns, by a Triton kernel."""
     from sparse_sr_attn.functional import map_kernels as kernels  # noqa: PLC0415
@@ -92,7 +93,7 @@ def _(rows: Tensor, logit_scale: Tensor | None) -> Tensor:
     return rows.new_empty(rows.shape, dtype=working_precision(rows))
 
 
-@torch.library.custom_op("sparse_sr_attn::l2_normalize_backward", mutates_args=())
+@operator("l2_normalize_backward")
 def _backward_op(grad: Tensor, rows: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the gradients of the rows, with their strides, and of `logit_scale`, empty without it."""
     from sparse_sr_attn.functional import map_kernels as kernels  # noqa: PLC0415

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import backward_is_running, larger, smaller, without_autocast, working_precision
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
@@ -108,7 +109,7 @@ def hash_step(points: Float[Tensor, "b n d"], state: HashState, num_buckets: int
     return _hash_step(points.detach(), *state, num_buckets, seed)
 
 
-@torch.library.custom_op("sparse_sr_attn::hash_step", mutates_args=("rotations", "num_draws"))
+@operator("hash_step", mutates_args=("rotations", "num_draws"))
 def _hash_step(points: Tensor, rotations: Tensor, num_draws: Tensor, num_buckets: int, seed: int) -> Tensor:
     if not backward_is_running():
         num_draws.add_(1)

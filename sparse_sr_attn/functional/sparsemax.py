@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import without_autocast, working_precision
 from sparse_sr_attn.functional.backend import uses_operator
 
@@ -120,7 +121,7 @@ def _tiles(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice]]:
             yield sample, slice(start, start + step)
 
 
-@torch.library.custom_op("sparse_sr_attn::sparsemax_attention", mutates_args=())
+@operator("sparsemax_attention")
 def _attention_op(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     dtype = working_precision(query)
     with without_autocast(query):
@@ -137,7 +138,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return value.new_empty(*query.shape[:2], value.shape[-1])
 
 
-@torch.library.custom_op("sparse_sr_attn::sparsemax_attention_backward", mutates_args=())
+@operator("sparsemax_attention_backward")
 def _attention_backward_op(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """The operators as torch sees them: schema, fake tensors, autograd registration, and dynamic shapes."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing._internal.optests import OpCheckError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_sr_attn.functional import (  # noqa: F401  registers the operators
     batch_norm,
@@ -335,6 +338,50 @@ def test_order_clusters(device: torch.device, case: Case) -> None:
     for updates in (4, 5):
         rank = torch.arange(len(centroids), device=device)
         check(operator("order_clusters"), (centroids, torch.tensor(updates, device=device), rank))
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += [func._opname] if func.namespace == "sparse_sr_attn" else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_see_operators() -> None:
+    query, key, value = rows_of(CASES["padded"], ("query", "key", "value"), torch.device("cpu"))
+    with _Seen() as seen:
+        sparsemax.sparsemax_attention(query.detach(), key.detach(), value.detach())
+        sparsemax.sparsemax_attention(query, key, value).sum().backward()
+    assert seen.names == ["sparsemax_attention", "sparsemax_attention", "sparsemax_attention_backward"]
+
+
+def test_gradients_of_gradients_raise() -> None:
+    query, key, value = rows_of(CASES["padded"], ("query", "key", "value"), torch.device("cpu"))
+    output = sparsemax.sparsemax_attention(query, key, value)
+    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+
+
+def test_autograd_knows_which_arguments_change() -> None:
+    state = kmeans.initial_state(3, 4)
+    before = [tensor._version for tensor in state]
+    kmeans.kmeans_step(torch.rand(1, 8, 4), state, ema_decay=0.9, reseed_threshold=0.5)
+    assert all(tensor._version > version for tensor, version in zip(state, before, strict=True))
+
+
+def test_a_call_does_not_import_the_compiler() -> None:
+    """Which takes a second."""
+    code = """
+import sys, torch
+from sparse_sr_attn import LCoA
+LCoA(8, chunk_size=4)(torch.rand(1, 8, 6, 6)).sum().backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_operator_is_checked_here() -> None:

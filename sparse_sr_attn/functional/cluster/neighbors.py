@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import needs_plain_code, without_autocast
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
@@ -50,7 +51,7 @@ def _nearest(some: Tensor, rows: Tensor, own: Tensor, num: int, *, missing: int)
     return torch.where(chosen < num_rows, chosen, own[:, None])
 
 
-@torch.library.custom_op("sparse_sr_attn::nearest_rows", mutates_args=())
+@operator("nearest_rows")
 def _nearest_rows(rows: Tensor, num: int) -> Tensor:
     batch, num_rows, _ = rows.shape
     found = torch.empty(batch, num_rows, num, dtype=torch.int64, device=rows.device)

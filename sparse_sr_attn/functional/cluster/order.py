@@ -5,6 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import backward_is_running
 from sparse_sr_attn.functional.backend import resolve_backend
 from sparse_sr_attn.functional.cluster.triton import chain_op
@@ -52,7 +53,7 @@ def order_clusters(centroids: Tensor, num_updates: Int[Tensor, ""], rank: Int[Te
     _order_clusters(centroids.detach(), num_updates, rank)
 
 
-@torch.library.custom_op("sparse_sr_attn::order_clusters", mutates_args=("rank",))
+@operator("order_clusters", mutates_args=("rank",))
 def _order_clusters(centroids: Tensor, num_updates: Tensor, rank: Tensor) -> None:
     if backward_is_running():
         return

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import (
     lower_precision,
     multiply,
@@ -306,7 +307,7 @@ def _new_lse(query: Tensor, order: Tensor, with_lse: bool) -> Tensor:
     return query.new_empty(order.shape if with_lse else (0,), dtype=working_precision(query))
 
 
-@torch.library.custom_op("sparse_sr_attn::cluster_weights", mutates_args=())
+@operator("cluster_weights")
 def weights_op(
     query: Tensor,
     key: Tensor,
@@ -356,7 +357,7 @@ def _(
     return query.new_empty(_weights_shape(order, layout), dtype=dtype), _new_lse(query, order, with_lse)
 
 
-@torch.library.custom_op("sparse_sr_attn::cluster_weights_backward", mutates_args=())
+@operator("cluster_weights_backward")
 def _weights_backward_op(
     grad: Tensor,
     grad_lse: Tensor,
@@ -391,7 +392,7 @@ def _(grad: Tensor, grad_lse: Tensor, weights: Tensor, query: Tensor, key: Tenso
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-@torch.library.custom_op("sparse_sr_attn::cluster_lse", mutates_args=())
+@operator("cluster_lse")
 def lse_op(
     query: Tensor,
     key: Tensor,
@@ -421,7 +422,7 @@ def _(query: Tensor, key: Tensor, order: Tensor, *_: object) -> Tensor:
     return query.new_empty(order.shape, dtype=working_precision(query))
 
 
-@torch.library.custom_op("sparse_sr_attn::cluster_lse_backward", mutates_args=())
+@operator("cluster_lse_backward")
 def _lse_backward_op(
     grad: Tensor,
     query: Tensor,
@@ -451,7 +452,7 @@ def _(grad: Tensor, query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Ten
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-@torch.library.custom_op("sparse_sr_attn::apply_cluster_weights", mutates_args=())
+@operator("apply_cluster_weights")
 def apply_op(
     weights: Tensor,
     value: Tensor,
@@ -482,7 +483,7 @@ def _(weights: Tensor, value: Tensor, *_: object) -> Tensor:
     return value.new_empty(value.shape)
 
 
-@torch.library.custom_op("sparse_sr_attn::apply_cluster_weights_backward", mutates_args=())
+@operator("apply_cluster_weights_backward")
 def _apply_backward_op(
     grad: Tensor,
     weights: Tensor,
@@ -513,7 +514,7 @@ def _(grad: Tensor, weights: Tensor, value: Tensor, *_: object) -> tuple[Tensor,
     return weights.new_empty(weights.shape), value.new_empty(value.shape)
 
 
-@torch.library.custom_op("sparse_sr_attn::cluster_attention", mutates_args=())
+@operator("cluster_attention")
 def attention_op(
     query: Tensor,
     key: Tensor,
@@ -554,7 +555,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, order: Tensor, *options: Any) -
     return value.new_empty(value.shape), _new_lse(query, order, options[-1])
 
 
-@torch.library.custom_op("sparse_sr_attn::cluster_attention_backward", mutates_args=())
+@operator("cluster_attention_backward")
 def _attention_backward_op(
     grad: Tensor,
     grad_lse: Tensor,

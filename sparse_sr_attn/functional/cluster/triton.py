@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import working_precision
 from sparse_sr_attn.functional._triton import Blocks, padded, precision_options
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
@@ -174,7 +175,7 @@ def _row_statistics(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return lse, torch.empty_like(lse), torch.empty_like(lse)
 
 
-@torch.library.custom_op("sparse_sr_attn::cluster_attention_triton", mutates_args=())
+@operator("cluster_attention_triton")
 def attention_op(
     query: Tensor,
     key: Tensor | None,
@@ -217,7 +218,7 @@ def _(query: Tensor, key: Tensor | None, value: Tensor, *_: object) -> tuple[Ten
     return value.new_empty(value.shape), *_row_statistics(query)
 
 
-@torch.library.custom_op("sparse_sr_attn::cluster_attention_triton_backward", mutates_args=())
+@operator("cluster_attention_triton_backward")
 def _attention_backward_op(
     grad_output: Tensor,
     grad_lse: Tensor | None,
@@ -351,7 +352,7 @@ def _parts(number: int, block: int) -> tuple[int, int]:
     return -(-number // share), share
 
 
-@torch.library.custom_op("sparse_sr_attn::sort_by_cluster", mutates_args=())
+@operator("sort_by_cluster")
 def sort_by_cluster_op(assignment: Tensor, rank: Tensor) -> Tensor:
     """Return the tokens of each sample in the order of the ranks of their clusters, then in image order.
 
@@ -434,7 +435,7 @@ def store_pending_op(
         )
 
 
-@torch.library.custom_op("sparse_sr_attn::nearest_centroid_triton", mutates_args=())
+@operator("nearest_centroid_triton")
 def nearest_op(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest dot product of each point (b, n, d) with a centroid (k, d), and the index of that centroid.
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import (
     kept_on_device,
     may_keep,
@@ -202,7 +203,7 @@ def _sent_back(
     )
 
 
-@torch.library.custom_op("sparse_sr_attn::window_weights", mutates_args=())
+@operator("window_weights")
 def weights_op(
     query: Tensor,
     key: Tensor | None,
@@ -236,7 +237,7 @@ def _(
     return query.new_empty(shape, dtype=dtype or working_precision(query))
 
 
-@torch.library.custom_op("sparse_sr_attn::window_weights_backward", mutates_args=())
+@operator("window_weights_backward")
 def _weights_backward(
     grad: Tensor, weights: Tensor, query: Tensor, key: Tensor | None, shift: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -280,7 +281,7 @@ def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 weights_op.register_autograd(_backward_weights, setup_context=_keep_weights)
 
 
-@torch.library.custom_op("sparse_sr_attn::apply_window_weights", mutates_args=())
+@operator("apply_window_weights")
 def apply_op(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int) -> Tensor:
     """Return `apply_window_weights`, tile by tile."""
     windows = _Windows(value, window_size)
@@ -298,7 +299,7 @@ def _(weights: Tensor, value: Tensor, window_size: int, shift: int, unshift: int
     return new_map(value, value.shape[1])
 
 
-@torch.library.custom_op("sparse_sr_attn::apply_window_weights_backward", mutates_args=())
+@operator("apply_window_weights_backward")
 def _apply_backward(grad: Tensor, weights: Tensor, value: Tensor, shift: int, unshift: int) -> tuple[Tensor, Tensor]:
     windows = _Windows(value, math.isqrt(weights.shape[-1]))
     with without_autocast(value):
@@ -329,7 +330,7 @@ def _backward_apply(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 apply_op.register_autograd(_backward_apply, setup_context=_keep_values)
 
 
-@torch.library.custom_op("sparse_sr_attn::window_attention", mutates_args=())
+@operator("window_attention")
 def attention_op(
     query: Tensor, key: Tensor | None, value: Tensor, window_size: int, shift: int, unshift: int, scale: float
 ) -> Tensor:
@@ -353,7 +354,7 @@ def _(
     return new_map(value, value.shape[1])
 
 
-@torch.library.custom_op("sparse_sr_attn::window_attention_backward", mutates_args=())
+@operator("window_attention_backward")
 def _attention_backward(
     grad: Tensor,
     query: Tensor,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import kept_on_device, working_precision
 from sparse_sr_attn.functional._triton import Blocks, padded, precision_options
 from sparse_sr_attn.functional.channels_last import channels_last, new_map
@@ -133,7 +134,7 @@ def _statistics(query: Tensor, groups: _Groups) -> tuple[Tensor, Tensor]:
     return largest, torch.empty_like(largest)
 
 
-@torch.library.custom_op("sparse_sr_attn::grouped_window_attention", mutates_args=())
+@operator("grouped_window_attention")
 def attention_op(
     query: Tensor,
     value: Tensor,
@@ -156,7 +157,7 @@ def _(query: Tensor, value: Tensor, *lists: list[int]) -> tuple[Tensor, Tensor, 
     return new_map(value, value.shape[1]), *_statistics(query, _Groups.of(value, *lists))
 
 
-@torch.library.custom_op("sparse_sr_attn::grouped_window_attention_backward", mutates_args=())
+@operator("grouped_window_attention_backward")
 def _backward_op(
     grad_output: Tensor,
     query: Tensor,
