@@ -129,8 +129,13 @@ def costs() -> str:
 
 
 def networks() -> str:
-    """What attention costs a network, from the file of `benchmarks.cost`."""
-    return markdown(json.loads((DOCS / "assets" / "cost-networks.json").read_text())["networks"])
+    """What attention costs a network, from the files of `benchmarks.cost`, one for each machine."""
+    text = []
+    for file in sorted((DOCS / "assets").glob("cost-networks*.json")):
+        record = json.loads(file.read_text())
+        machine = record["machine"]
+        text += [f"{machine['processor']}, torch {machine['torch']}, {machine['date']}:", markdown(record["networks"])]
+    return "\n\n".join(text)
 
 
 LEFT_OUT = ("by the clock (ms)", "share of the floor reached, and the floor in ms")
