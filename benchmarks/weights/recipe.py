@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from benchmarks.paper.figures import LIGHT_EDSR
-from sparse_sr_attn import PRESETS, CoA, load_model
+from sparse_sr_attn import PRESETS, AttentionLayer, load_model
 from sparse_sr_attn.checkpoints.convert import convert_weights, write_weights
 from sparse_sr_attn.cli.common import images_in
 from sparse_sr_attn.data.images import as_rgb, read_pixels
@@ -233,7 +233,7 @@ def measure(name: str, model: Any, upscale: int, folder: Path, trained_on: str) 
     psnr, ssim = means(evaluate(model, pictures))
     size = sum(parameter.numel() for parameter in model.parameters())
     figure = Figure(name, upscale, folder.name, psnr, ssim, size, trained_on)
-    if not any(isinstance(layer, CoA) for layer in model.modules()):
+    if not any(isinstance(layer, AttentionLayer) for layer in model.modules()):
         return figure
     entropy = sum(entropies(model, pictures)) / len(pictures)
     with attention_off(model):

@@ -87,8 +87,11 @@ class ELAB(AttentionLayer):
         shared = None
         for lfe, attention in zip(self.lfe, self.attention, strict=True):
             x = cast(LFE, lfe).add_to(x, self.res_scale)
-            if shared is None and len(self.attention) > 1:
-                x, shared = cast(GMSA, attention).attend_and_apply(x)
-            else:
+            if shared is not None or len(self.attention) == 1:
+                x = attention(x, shared)
+            elif isinstance(attention, GMSA):
+                x, shared = attention.attend_and_apply(x)
+            else:  # a replacement
+                shared = cast(AttentionLayer, attention).attend(x)
                 x = attention(x, shared)
         return in_format_of(x, given)

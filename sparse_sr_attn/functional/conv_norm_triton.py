@@ -13,16 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparse_sr_attn.functional._operators import operator
-from sparse_sr_attn.functional._torch import (
-    backward_is_running,
-    conv_precision,
-    several_processes,
-    working_precision,
-)
-from sparse_sr_attn.functional._triton import padded, precision_options
-from sparse_sr_attn.functional.batch_norm import move_op
-from sparse_sr_attn.functional.conv_triton import (
+from sparse_sr_attn.functional._conv_launch import (
     COLUMNS,
     PIXELS,
     READ,
@@ -33,6 +24,15 @@ from sparse_sr_attn.functional.conv_triton import (
     num_pixels,
     parts_of,
 )
+from sparse_sr_attn.functional._operators import operator
+from sparse_sr_attn.functional._torch import (
+    backward_is_running,
+    conv_precision,
+    several_processes,
+    working_precision,
+)
+from sparse_sr_attn.functional._triton import padded, precision_options
+from sparse_sr_attn.functional.batch_norm import move_op
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 _TILE = 4096

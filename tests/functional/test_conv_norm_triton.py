@@ -279,11 +279,11 @@ USAGE = """
 import sys
 import machine_code
 import torch
-from sparse_sr_attn.functional import conv_norm_kernels, conv_norm_triton, conv_triton
+from sparse_sr_attn.functional import _conv_launch, conv_norm_kernels, conv_norm_triton
 from sparse_sr_attn.functional._triton import precision_options
 
 SIZES = ("num_pixels", "height", "width", "channels", "features", "share", "num_parts")
-pixels, columns, read = conv_triton.PIXELS, conv_triton.COLUMNS, conv_triton.READ
+pixels, columns, read = _conv_launch.PIXELS, _conv_launch.COLUMNS, _conv_launch.READ
 narrow, wide = dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns), dict(CHANNELS=columns, READ=read)
 KERNELS = {
     "conv_norm": narrow | {"EPS": 1e-5},
@@ -319,7 +319,7 @@ for dtype, weights in (
                 options = conv_norm_triton._adding(like, width, *("WORK", "DOT")[: 1 + ("DOT" in kernel.arg_names)])
                 options["num_stages"] = 3
             else:
-                options = precision_options(dtype, dtype, "tf32x3", "highest") | conv_triton.LAUNCH | {"LAST": True}
+                options = precision_options(dtype, dtype, "tf32x3", "highest") | _conv_launch.LAUNCH | {"LAST": True}
             found = machine_code.usage(kernel, {**options, **sides}, SIZES, kind)
             print(name, dtype, weights, number, width, found, flush=True)
             assert dtype == torch.float64 or found.spilled == 0, (name, dtype, found)

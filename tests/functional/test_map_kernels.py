@@ -219,11 +219,11 @@ import sys
 import machine_code
 import triton.language as tl
 import torch
-from sparse_sr_attn.functional import conv_triton, map_kernels
+from sparse_sr_attn.functional import _conv_launch, map_kernels
 from sparse_sr_attn.functional._triton import padded, precision_options
 
 SIZES = ("num_pixels", "height", "width", "channels", "features", "share", "num_programs")
-pixels, columns, read = conv_triton.PIXELS, conv_triton.COLUMNS, conv_triton.READ
+pixels, columns, read = _conv_launch.PIXELS, _conv_launch.COLUMNS, _conv_launch.READ
 BLOCKS = {
     "conv": dict(PIXELS=pixels, CHANNELS=read, FEATURES=columns),
     "conv_backward": dict(PIXELS=pixels, CHANNELS=columns, FEATURES=columns, READ=read),
@@ -244,7 +244,7 @@ for dtype, weights in (
         for form in forms:
             found = machine_code.usage(
                 getattr(map_kernels, name),
-                {**options, **form, **conv_triton.LAUNCH},
+                {**options, **form, **_conv_launch.LAUNCH},
                 SIZES,
                 lambda argument: machine_code.NAMES[types.get(argument, weights)],
             )
