@@ -101,7 +101,7 @@ def _write(picture: "Image.Image", output: Path, arguments: argparse.Namespace) 
     import numpy as np  # noqa: PLC0415
 
     write_image(Picture(np.asarray(picture)), output, overwrite=arguments.overwrite)
-    show(f"{name(arguments.image)} -> {name(output)}")
+    show(f"{name(arguments.image)} -> {name(output)}, with weights {name(arguments.weights)}")
 
 
 def _pixel(asked: list[int] | None, low: Tensor) -> tuple[int, int]:

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    argv = argv or ["--help"]
     parser, called = _parsers(argv)
     arguments, rest = parser.parse_known_args(argv)
     # argparse before Python 3.13 does not recognise the optional file of `convert A --overwrite B`.
