@@ -1,6 +1,6 @@
 """Measure the figures of docs/benchmarks-cpu.md.
 
-    python -m benchmarks.results                 all runs, about 20 minutes on an idle machine
+    python -m benchmarks.results                 all runs, some minutes on an idle machine
     python -m benchmarks.results layers windows  some of them
 
 Clone https://github.com/YigangZhao/LCoAN and https://github.com/xindongzhang/ELAN beside this repository first: their
