@@ -1,8 +1,10 @@
 """Workarounds for torch: export and compilers, precision, recomputation, processes."""
 
 import functools
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -118,12 +120,40 @@ def _multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+_LARGE_PRODUCT = 1_750_000  # multiplications; below, calls cost more than MKL loses
+
+
 def multiply(one: Tensor, other: Tensor, out: Tensor) -> None:
     """Write the products of matrices to `out`, whatever its precision."""
-    if out.dtype == one.dtype:
+    if _prefers_onednn(one, other):
+        for left, right, product in zip(one.unbind(), other.transpose(1, 2).unbind(), out.unbind(), strict=True):
+            product.copy_(torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], ""))
+    elif out.dtype == one.dtype:
         torch.bmm(one, other, out=out)
     else:
         out.copy_(torch.bmm(one, other))
+
+
+def _prefers_onednn(one: Tensor, other: Tensor) -> bool:
+    """Return whether oneDNN, called for one matrix after the other, is faster than MKL, which `torch.bmm` calls.
+
+    It is with one thread and large matrices, where MKL uses half of each vector. With more threads it would have to
+    start all of them for each matrix.
+    """
+    if one.device.type != "cpu" or one.dtype != torch.float32 or one.stride(-1) != 1 or torch.get_num_threads() > 1:
+        return False
+    return one.shape[1] * one.shape[2] * other.shape[2] > _LARGE_PRODUCT and _mkl_halves_vectors()
+
+
+@functools.cache
+def _mkl_halves_vectors() -> bool:
+    """Return whether MKL uses 256 of the 512 bits of this CPU's vectors: AMD since Zen 5, recognised on Linux only."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    about = Path("/proc/cpuinfo")
+    text = about.read_text(encoding="utf-8") if about.is_file() else ""
+    family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", text)
+    return family is not None and int(family[1]) >= 26
 
 
 def may_keep(device: torch.device) -> bool:

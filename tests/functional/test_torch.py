@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn.functional import _torch
-from sparse_sr_attn.functional._torch import conv_precision, is_exporting, larger, product_precision, smaller
+from sparse_sr_attn.functional._torch import conv_precision, is_exporting, larger, multiply, product_precision, smaller
 
 pytestmark = pytest.mark.unhooked  # compiles and exports
 
@@ -56,3 +56,36 @@ def test_what_a_convolution_returns_is_known_before(dtype: torch.dtype, autocast
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         assert conv_precision(x) == conv(x).dtype
     assert conv_precision(x.to("meta")) == dtype
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_products_by_onednn_with_one_thread(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overlapping windows, transposed factors and results of another precision, as the tiles have them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(144 * 5, 64, generator=generator)
+    windows = rows.unfold(0, 3 * 144, 144).transpose(1, 2)  # (3, 432, 64)
+    weights, sent = (torch.randn(3, 144, width, generator=generator) for width in (432, 64))
+    calls = []
+    onednn = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(_torch, "_mkl_halves_vectors", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(1) or onednn(*a))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for one, other, dtype in (
+            (weights, windows, torch.float32),
+            (sent, windows.transpose(1, 2), torch.float32),
+            (weights, windows, torch.bfloat16),
+        ):
+            out = torch.empty(3, 144, other.shape[2], dtype=dtype)
+            multiply(one, other, out)
+            exact = one.double() @ other.double()
+            error = (out.double() - exact).abs().max() / exact.abs().max()
+            assert error < (1e-6 if dtype == torch.float32 else 4e-3)
+        large = len(calls)
+        multiply(weights[:, :36].contiguous(), windows, torch.empty(3, 36, 64))
+    finally:
+        torch.set_num_threads(before)
+    assert large == (9 if threads == 1 else 0)
+    assert len(calls) == large  # small products go to MKL

@@ -472,7 +472,7 @@ def apply_op(
             slots = tokens.slots(v)
             for tile in tokens.tiles(_WEIGHTS_PER_TILE):
                 part = weights[sample, tile.chunks].to(lower).to(dtype)
-                torch.bmm(part, tokens.windows(v, tile), out=tokens.at(slots, tile))
+                multiply(part, tokens.windows(v, tile), out=tokens.at(slots, tile))
             out = _space(out, value)
             tokens.to_tokens(slots.to(lower), out[sample])
     return _space(out, value)
@@ -541,7 +541,7 @@ def attention_op(
             for tile in tokens.tiles():
                 of_lse = None if lse_slots is None else tokens.at(lse_slots, tile)
                 out_of_tile = tokens.at(slots, tile)
-                torch.bmm(scored.weights(tile, lse=of_lse).to(dtype), tokens.windows(v, tile), out=out_of_tile)
+                multiply(scored.weights(tile, lse=of_lse).to(dtype), tokens.windows(v, tile), out=out_of_tile)
             del scored
             out = _space(out, value)
             tokens.to_tokens(slots, out[sample])
