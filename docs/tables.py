@@ -114,18 +114,21 @@ def costs() -> str:
     networks = json.loads((DOCS / "assets" / "cost.json").read_text())["networks"]
     capture = json.loads((DOCS / "assets" / "capture.json").read_text())["10"]
     plain = networks[0]
+    training = [case for case in plain["memory"] if case.startswith("training") and case.endswith("float32")]
     body = []
     for row in networks:
+        of_time, of_memory = ("{:.0f} ms", "{:.0f} MiB") if row is plain else ("{:.2f}×", "{:.2f}×")
+        cells = [of_time.format(time["median"]) for time in row["times"].values()]
+        cells += [of_memory.format(row["memory"][case]) for case in training]
         if row is plain:
-            cells = [count(row["parameters"]), *(f"{time['median']:.0f} ms" for time in row["times"].values()), "", ""]
-        else:
-            layer = row["name"].split()[1]
-            pattern = CAPTURED.get(layer)
-            captured = f"{capture['patterns'][pattern]['mass'] / capture['best']:.2f}" if pattern else "–"
-            more = f"+{row['parameters'] - plain['parameters']:,}"
-            cells = [more, *(f"{time['median']:.2f}×" for time in row["times"].values()), captured, gain(layer)]
-        body.append(["no attention" if row is plain else row["name"].removeprefix("+ "), *cells])
-    return table([plain["name"], "parameters", *plain["times"], "captured", "gain, dB"], body)
+            body.append(["no attention", count(row["parameters"]), *cells, "", ""])
+            continue
+        pattern = CAPTURED.get(row["name"].split()[1])
+        captured = f"{capture['patterns'][pattern]['mass'] / capture['best']:.2f}" if pattern else "–"
+        more = f"+{row['parameters'] - plain['parameters']:,}"
+        body.append([row["name"].removeprefix("+ "), more, *cells, captured, gain(row["name"].split()[1])])
+    heads = [*plain["times"], *("memory, " + case for case in training)]
+    return table([plain["name"], "parameters", *heads, "captured", "gain, dB"], body)
 
 
 def networks() -> str:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cost`: what attention costs a network, in float32 and bfloat16, forward and in training."""
+"""`python -m benchmarks.cost`: what attention costs a network in time and memory, forward and in training."""
 
 import argparse
 import json
@@ -21,9 +21,10 @@ from sparse_sr_attn.blocks.attention_config import default_config
 from sparse_sr_attn.cli.common import UsageError, add_device, find_device, show, table
 from sparse_sr_attn.data.atomic import atomic_write, check_writable
 from sparse_sr_attn.layers.build import find_layer
+from sparse_sr_attn.testing.memory import new_memory
 
 DESCRIPTION = """\
-Time networks with attention relative to the same networks without, alternating in one process.
+Measure time and memory of networks with attention relative to the same networks without, alternating in one process.
 
 examples:
   python -m benchmarks.cost
@@ -110,41 +111,55 @@ class Case:
         return torch.autocast(device.type, torch.bfloat16) if self.half else nullcontext()
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one network costs in one case.
+
+    Attributes:
+        samples: of its time.
+        peak: its peak of new memory in bytes.
+    """
+
+    samples: Sequence[Sample]
+    peak: int
+
+
 def measure(
     networks: Networks, cases: Sequence[Case], device: torch.device, rounds: int
-) -> dict[str, dict[Case, list[Sample]]]:
-    """Return the samples of all networks in all cases."""
-    samples: dict[str, dict[Case, list[Sample]]] = {name: {} for name in networks}
+) -> dict[str, dict[Case, Cost]]:
+    """Return the costs of all networks in all cases."""
+    costs: dict[str, dict[Case, Cost]] = {name: {} for name in networks}
     for case in cases:
         calls = {name: case.call(build, device) for name, (build, _) in networks.items()}
-        for name, found in alternate(calls, device, rounds=rounds, shortest=0.02).items():
-            samples[name][case] = found
-    return samples
+        for name, samples in alternate(calls, device, rounds=rounds, shortest=0.02).items():
+            costs[name][case] = Cost(samples, new_memory(calls[name], device).peak)
+    return costs
 
 
-def record(networks: Networks, samples: Mapping[str, Mapping[Case, list[Sample]]]) -> list[dict[str, Any]]:
+def record(networks: Networks, costs: Mapping[str, Mapping[Case, Cost]]) -> list[dict[str, Any]]:
     """Return a row for each network, for JSON.
 
-    A row has the name, the number of parameters, the network without attention and, for each case, milliseconds or,
-    beside a network without attention, how many times longer it takes: median and quartiles.
+    A row has the name, the number of parameters, the network without attention and, for each case, time and memory:
+    milliseconds (median and quartiles) and MiB or, beside a network without attention, relative to it.
     """
     rows = []
     for name, (build, without) in networks.items():
         row = {"name": name, "without": without, "parameters": sum(p.numel() for p in build().parameters())}
-        times = {
-            str(case): asdict(
-                Spread.of([1000 * each.busy for each in found])
-                if without is None
-                else ratio(found, samples[without][case])
-            )
-            for case, found in samples[name].items()
-        }
-        rows.append({**row, "times": times})
+        times, memory = {}, {}
+        for case, cost in costs[name].items():
+            if without is None:
+                times[str(case)] = asdict(Spread.of([1000 * each.busy for each in cost.samples]))
+                memory[str(case)] = cost.peak / 2**20
+            else:
+                plain = costs[without][case]
+                times[str(case)] = asdict(ratio(cost.samples, plain.samples))
+                memory[str(case)] = cost.peak / plain.peak
+        rows.append({**row, "times": times, "memory": memory})
     return rows
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as a table."""
+    """Return the times as a table."""
     cells = [
         [
             row["name"],
@@ -158,6 +173,18 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     return table(["", *rows[0]["times"]], cells)
+
+
+def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the peaks of new memory as a table."""
+    cells = [
+        [
+            row["name"],
+            *(f"{peak:.0f} MiB" if row["without"] is None else f"{peak:.2f}×" for peak in row["memory"].values()),
+        ]
+        for row in rows
+    ]
+    return table(["peak of new memory", *rows[0]["memory"]], cells)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +231,7 @@ def run(arguments: argparse.Namespace) -> int:
         found = record(networks, measure(networks, cases, device, arguments.rounds))
         machine = environment(device)
         show("\n".join(f"- {name}: {value}" for name, value in machine.items()) + "\n")
-        show(markdown(found))
+        show(markdown(found) + "\n\n" + memory_table(found))
     finally:
         torch.set_num_threads(before)
     if arguments.json is not None:

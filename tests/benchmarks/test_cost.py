@@ -22,22 +22,28 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     networks = {"plain": (small, None), "more": (lambda: small({"type": "LCoA", "every": 1}), "plain")}
     monkeypatch.setattr(cost, "NETWORKS", networks)
     assert cost.main(FAST) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    times, memory = capsys.readouterr().out.split("peak of new memory")
+    lines = [line for line in times.splitlines() if line.startswith("|")]
     assert lines[0] == (
         "|  | forward, 12², float32 | forward, 12², bfloat16 | training step, 2 × 8², float32 "
         "| training step, 2 × 8², bfloat16 |"
     )
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["plain", "more"]
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["plain", "more"]
     assert lines[2].count(" ms |") == 4
     assert lines[3].count(")× |") == 4
+    plain, more = (line for line in memory.splitlines() if line.startswith(("| plain", "| more")))
+    assert plain.count(" MiB |") == 4
+    assert all(float(cell.strip().removesuffix("×")) > 1 for cell in more.split("|")[2:-1])  # its weights
 
 
-def test_times_are_relative_to_the_network_without_attention() -> None:
+def test_times_and_memory_are_relative_to_the_network_without_attention() -> None:
     case = cost.Case(training=False, half=False, batch=1, side=12)
     seconds = {
         name: 0.3 if without else 0.1 * (1 + index) for index, (name, (_, without)) in enumerate(cost.NETWORKS.items())
     }
-    rows = cost.record(cost.NETWORKS, {name: {case: [Sample(each, 0.0)] * 3} for name, each in seconds.items()})
+    costs = {name: {case: cost.Cost([Sample(each, 0.0)] * 3, int(each * 2**20))} for name, each in seconds.items()}
+    rows = cost.record(cost.NETWORKS, costs)
+    assert rows[1]["memory"][str(case)] == pytest.approx(3, rel=1e-4)
     assert rows[1]["parameters"] > rows[0]["parameters"] == 1_369_859
     table = cost.markdown(rows)
     assert [row.split("|")[2].strip() for row in table.splitlines()[2:]] == [
