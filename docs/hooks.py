@@ -33,7 +33,7 @@ def on_page_content(content: str, page: Page, files: Files, **_: Any) -> str:
     )
     content = re.sub(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>', r'<p><a href="\2">\1</a></p>', content)
     # Long names may break after a dot.
-    name = r'(?<=doc-object-name )([^>]*>)([\w.]+)'
+    name = r"(?<=doc-object-name )([^>]*>)([\w.]+)"
     content = re.sub(name, lambda found: found[1] + found[2].replace(".", ".<wbr>"), content)
     # Browsers break lines after hyphens, also within the name of an option, a date or a range.
     content = re.sub(r"<code>(?=(?:[^<&]|&\w+;){1,24}</code>)", '<code class="nobreak">', content)
