@@ -32,6 +32,7 @@ def on_page_content(content: str, page: Page, files: Files, **_: Any) -> str:
         flags=re.DOTALL,
     )
     content = re.sub(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>', r'<p><a href="\2">\1</a></p>', content)
+    content = content.replace('class="anchor-link"', 'class="headerlink"')  # in notebooks; not part of the heading
     # Long names may break after a dot.
     name = r"(?<=doc-object-name )([^>]*>)([\w.]+)"
     content = re.sub(name, lambda found: found[1] + found[2].replace(".", ".<wbr>"), content)
