@@ -9,6 +9,9 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
+_NO_TEXT = "pre|code|math|style|script"
+_HYPHENATED = r"(?<!\S)(?=\S{1,18}(?!\S))\S+[-–]\S+"
+
 
 def on_page_content(content: str, page: Page, files: Files, **_: Any) -> str:
     """Convert the formulas, link the pictures, and let links in notebooks lead to pages."""
@@ -29,8 +32,15 @@ def on_page_content(content: str, page: Page, files: Files, **_: Any) -> str:
         flags=re.DOTALL,
     )
     content = re.sub(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>', r'<p><a href="\2">\1</a></p>', content)
-    # Browsers break lines after hyphens, also within the name of an option.
-    return re.sub(r"<code>(?=(?:[^<&]|&\w+;){1,20}</code>)", '<code class="nobreak">', content)
+    content = content.replace('class="anchor-link"', 'class="headerlink"')  # in notebooks; not part of the heading
+    # Long names may break after a dot.
+    name = r"(?<=doc-object-name )([^>]*>)([\w.]+)"
+    content = re.sub(name, lambda found: found[1] + found[2].replace(".", ".<wbr>"), content)
+    # Browsers break lines after hyphens, also within the name of an option, a date or a range.
+    content = re.sub(r"<code>(?=(?:[^<&]|&\w+;){1,24}</code>)", '<code class="nobreak">', content)
+    parts = re.split(rf"(<(?:{_NO_TEXT})\b.*?</(?:{_NO_TEXT})>|<[^>]*>)", content, flags=re.DOTALL)
+    parts[::2] = [re.sub(_HYPHENATED, r'<span class="nobreak">\g<0></span>', text) for text in parts[::2]]
+    return "".join(parts)
 
 
 def _mathml(formula: str, display: str) -> str:

@@ -33,6 +33,8 @@ EPILOG = "Only browsers on this machine can open the page, and images stay here.
 _TILE, _OVERLAP = 256, 32
 _CROP = 160
 """Side of the part of the image around a pixel that attention is shown on."""
+_ZOOM = 3
+"""Side of a pixel of that part on the page, where single pixels would be hard to see."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,15 +95,23 @@ def make_page(model: Network, title: str) -> "gr.Blocks":
         return None if pixels is None else _shown(enlarge, model, pixels)
 
     def click(pixels, event: gr.SelectData):  # type: ignore[no-untyped-def]
-        return _shown(attend, model, pixels, *event.index)
+        return _shown(attend, model, pixels, *event.index).repeat(_ZOOM, axis=0).repeat(_ZOOM, axis=1)
 
     with gr.Blocks(title="sparse_sr_attn") as page:
-        gr.Markdown(f"# {title}, ×{model.upscale}\nDrop an image. Click a pixel of it to see what it attends to.")
+        gr.Markdown(
+            f"# {title}, ×{model.upscale}\nDrop an image. Click a pixel of it to see what it attends to, among the "
+            f"{_CROP}×{_CROP} pixels around it."
+        )
         with gr.Row():
             image = gr.Image(type="numpy", image_mode="RGB", label="image", sources=["upload", "clipboard"])
-            attention = gr.Image(label="attention", interactive=False, format="png")
+            # The button "share" would upload the picture.
+            buttons: list[Any] = ["download", "fullscreen"]
+            attention = gr.Image(
+                label="what the green pixel attends to", interactive=False, format="png", buttons=buttons
+            )
         result = gr.ImageSlider(label="bicubic | network", format="png", max_height=900)
         image.change(change, image, result, api_name="upscale")
+        image.change(lambda: None, None, attention)  # it was that of the last image
         image.select(click, image, attention)
     return page
 

@@ -18,7 +18,8 @@ from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import without_autocast, working_precision
 from sparse_sr_attn.functional.backend import uses_operator
 
-Form = Literal["auto", "eager", "tiles"]
+Backend = Literal["auto", "eager", "tiles"]
+"""How attention with sparsemax is computed."""
 
 _SCORES_PER_TILE = 2**20
 _FIXED_ONE = 2**40  # numbers in fixed point: steps of 1e-12, and no overflow below four million scores
@@ -54,7 +55,7 @@ def sparsemax_attention(
     value: Float[Tensor, "b m e"],
     *,
     scale: float = 1.0,
-    backend: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b n e"]:
     r"""Return $\mathrm{sparsemax}(\mathrm{scale} \cdot Q K^\top) V$.
 

@@ -24,6 +24,8 @@ from sparse_sr_attn.layers.base import (
     tokens,
 )
 
+BucketCount = Annotated[int, Rule(">= 2", lambda value: value >= 2)]
+
 
 @LAYERS.register("NLSA", kind="layer", source="Mei et al., CVPR 2021")
 class NLSA(AttentionLayer):
@@ -76,7 +78,7 @@ class NLSA(AttentionLayer):
         *,
         chunk_size: PositiveInt = 144,
         num_rounds: PositiveInt = 4,
-        max_buckets: Annotated[int, Rule(">= 2", lambda value: value >= 2)] = 128,
+        max_buckets: BucketCount = 128,
         reduction: PositiveInt = 4,
         num_adjacent: NonNegativeInt = 1,
         count_keys_once: bool = True,

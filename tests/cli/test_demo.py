@@ -71,6 +71,8 @@ def test_the_command_serves_the_page(url: str) -> None:
     config = json.loads(re.findall(r"window.gradio_config = (\{.*?\});</script>", text, re.DOTALL)[0])
     assert config["title"] == "sparse_sr_attn"
     assert any("EDSR-LCoA_x2, ×2" in str(part["props"].get("value")) for part in config["components"])
+    (attention,) = (part["props"] for part in config["components"] if "attends" in str(part["props"].get("label")))
+    assert "share" not in attention["buttons"]  # it would upload the picture
 
 
 def test_a_network_without_attention_says_so() -> None:

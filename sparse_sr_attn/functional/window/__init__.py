@@ -23,8 +23,10 @@ from sparse_sr_attn.functional.backend import resolve_backend, uses_operator
 from sparse_sr_attn.functional.window import eager, tiles, triton
 from sparse_sr_attn.functional.window.grid import WindowGrid, group_widths
 
-Form = Literal["auto", "eager", "operator"]
-GroupedForm = Literal["auto", "eager", "operator", "triton"]
+Backend = Literal["auto", "eager", "operator"]
+"""How window attention is computed."""
+GroupedBackend = Literal["auto", "eager", "operator", "triton"]
+"""How window attention in several groups of channels is computed."""
 
 
 def partition(x: Float[Tensor, "b c h w"], window_size: int, shift: int = 0) -> Float[Tensor, "b k i c"]:
@@ -65,7 +67,7 @@ def window_weights(
     shift: int = 0,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
-    backend: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b k i i"]:
     r"""Return the softmax weights of every pixel over its window, $\mathrm{softmax}(\mathrm{scale}\, Q K^\top)$.
 
@@ -110,7 +112,7 @@ def apply_window_weights(
     window_size: int,
     shift: int = 0,
     unshift: int | None = None,
-    backend: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b e h w"]:
     """Apply attention weights to values; the second half of attention.
 
@@ -159,7 +161,7 @@ def window_attention(
     shift: int = 0,
     unshift: int | None = None,
     scale: float = 1.0,
-    backend: Form = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "b e h w"]:
     """Return `apply_window_weights(window_weights(query, key, ...), value, ...)` without storing the weights.
 
@@ -205,7 +207,7 @@ def grouped_window_attention(
     window_sizes: Sequence[int],
     shifts: Sequence[int],
     unshifts: Sequence[int] | None = None,
-    backend: GroupedForm = "auto",
+    backend: GroupedBackend = "auto",
 ) -> Float[Tensor, "b e h w"]:
     """Return `window_attention` of groups of channels, each with windows of its own size; queries are the keys.
 
