@@ -1,6 +1,8 @@
-"""Write the tables of docs/modules.md from the registry, and that of docs/choose.md from measurements.
+"""Write the tables of the pages from the registry and from the results of measurements.
 
-python docs/tables.py
+    python docs/tables.py
+
+The function NAME below makes the text after `<!-- tables: NAME -->`, up to `<!-- tables: end -->`.
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,16 @@ from sparse_sr_attn.cli.main import main as sparse_sr
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent))  # for benchmarks/, which is not installed
-from benchmarks.cost.__main__ import markdown  # noqa: E402
+from benchmarks.cost.__main__ import markdown as costs_of  # noqa: E402
+from benchmarks.neighbors.__main__ import markdown as neighbors_of  # noqa: E402
 from benchmarks.results.__main__ import FOLDER, RUNS, command  # noqa: E402
 
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+BLOCK = re.compile(r"<!-- tables: (?!end)(\w+) -->\n.*?\n<!-- tables: end -->", re.DOTALL)
+
+
+def asset(name: str) -> Any:
+    """The results in docs/assets/NAME.json."""
+    return json.loads((DOCS / "assets" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def listed() -> dict[str, list[dict[str, Any]]]:
@@ -56,7 +65,7 @@ def reference(name: str) -> str:
     return f"reference/layers.md#{build.__module__}.{build.__qualname__}"
 
 
-def tables() -> str:
+def modules() -> str:
     found = listed()
     text = ["## Layers", "", "| layer | kind | paper | parameters at 64 channels |", "|---|---|---|---|"]
     for row in found["layers"]:
@@ -87,7 +96,7 @@ def tables() -> str:
 
 
 CAPTURED = {"LCoA": "LCoA", "NLSA": "NLSA:num_rounds=4", "CategoryAttention": "CategoryAttention", "GMSA": "windows"}
-"""Rows of docs/assets/capture.json; the windows there are one size of GMSA's."""
+"""Rows of docs/assets/capture-10.json; the windows there are one size of GMSA's."""
 
 
 GAINS = {
@@ -101,7 +110,7 @@ GAINS = {
 
 def gain(layer: str) -> str:
     """What a layer gains in the comparison lcoa-3 of `benchmarks.paper`: mean and deviation over seeds."""
-    results = json.loads((DOCS / "assets" / "paper-lcoa-3.json").read_text())["results"]
+    results = asset("paper-lcoa-3")["results"]
     if layer not in GAINS:
         return "–"
     plain = results["no attention"]
@@ -111,8 +120,8 @@ def gain(layer: str) -> str:
 
 def costs() -> str:
     """What each attention costs an EDSR and gives it: cost, captured mass, gain after a short training."""
-    networks = json.loads((DOCS / "assets" / "cost.json").read_text())["networks"]
-    capture = json.loads((DOCS / "assets" / "capture.json").read_text())["10"]
+    networks = asset("cost")["networks"]
+    capture = asset("capture-10")["mean"]
     plain = networks[0]
     training = [case for case in plain["memory"] if case.startswith("training") and case.endswith("float32")]
     body = []
@@ -135,10 +144,90 @@ def networks() -> str:
     """What attention costs a network, from the files of `benchmarks.cost`, one for each machine."""
     text = []
     for file in sorted((DOCS / "assets").glob("cost-networks*.json")):
-        record = json.loads(file.read_text())
-        machine = record["machine"]
-        text += [f"{machine['processor']}, torch {machine['torch']}, {machine['date']}:", markdown(record["networks"])]
+        record = asset(file.stem)
+        text += [f"{on(record['machine'])}:", costs_of(record["networks"])]
     return "\n\n".join(text)
+
+
+def on(machine: dict[str, str]) -> str:
+    return f"{machine['processor']}, torch {machine['torch']}, {machine['date']}"
+
+
+def captured() -> str:
+    """What patterns capture, at both temperatures."""
+    records = [asset("capture-10"), asset("capture-30")]
+    means = [record["mean"] for record in records]
+    settings = records[0]["settings"]
+    head = ["pattern", "keys"]
+    best = ["best possible", str(settings["keys"])]
+    for record in records:
+        head += [f"captured, $\\tau$ = {record['settings']['temperature']:g}", "of the best"]
+        best += [f"{record['mean']['best']:.3f}", "1.00"]
+    body = [best]
+    for name, pattern in means[0]["patterns"].items():
+        body.append([f"`{name}`", f"{pattern['num_keys']:.0f}"])
+        for mean in means:
+            mass = mean["patterns"][name]["mass"]
+            body[-1] += [f"{mass:.3f}", f"{mass / mean['best']:.2f}"]
+    return (
+        f"{table(head, body)}\n\n{len(records[0]['images'])} images; features of {settings['weights']}. The entropy of "
+        f"dense attention is {means[0]['entropy']:.3f} of $\\log n$ at temperature 10, {means[1]['entropy']:.3f} at 30."
+    )
+
+
+def neighbors() -> str:
+    """What chunks on a ring and the nearest chunks capture, and their times."""
+    record = asset("neighbors")
+    rows = record["rows"]
+    forward, backward = (time["ms"]["median"] for time in rows[0]["times"].values())
+    return (
+        f"{neighbors_of(rows)}\n\n{rows[0]['images']} images; `of the best` is relative to the best "
+        f"{rows[0]['num_keys']:.0f} keys, {rows[0]['best']:.3f}. The first row took {forward:.1f} ms forward, "
+        f"{backward:.1f} ms forward and backward: {on(record['machine'])}."
+    )
+
+
+def in_milliseconds(found: dict[str, dict[str, float]]) -> str:
+    """A table with the columns of its first row."""
+    columns = next(iter(found.values()))
+
+    def shown(time: float | None) -> str:
+        return "" if time is None else f"{time:.{1 if time >= 10 else 2}f}"
+
+    return table(
+        ["", *columns], [[name, *(shown(row.get(column)) for column in columns)] for name, row in found.items()]
+    )
+
+
+def gpu_times() -> str:
+    return in_milliseconds(asset("gpu")["milliseconds"])
+
+
+def gpu_graphs() -> str:
+    return in_milliseconds(asset("gpu")["graphs"])
+
+
+def gpu_speed_ups() -> str:
+    found = asset("gpu")["speed_ups"]
+    body = [
+        [name, *(f"{each['median']:.3g} ({each['q1']:.3g}–{each['q3']:.3g})×" for each in row.values())]
+        for name, row in found.items()
+    ]
+    return table(["", "96²", "256²"], body)
+
+
+def finetuned() -> str:
+    """What fine-tuning gave a network that was already well trained."""
+    rows = asset("finetune")["networks"]
+    body = [
+        [
+            row["network"],
+            count(row["parameters"]),
+            *(f"{each['psnr']:.2f} / {each['ssim']:.4f}" for each in row["sets"].values()),
+        ]
+        for row in rows
+    ]
+    return table(["×2, luma, PSNR in dB / SSIM", "parameters", *rows[0]["sets"]], body)
 
 
 LEFT_OUT = ("by the clock (ms)", "share of the floor reached, and the floor in ms")
@@ -159,23 +248,32 @@ def results() -> str:
     return "\n\n".join(text)
 
 
-PAGES = {"modules.md": tables, "choose.md": costs, "benchmarks.md": networks, "benchmarks-cpu.md": results}
+MAKERS: tuple[Callable[[], str], ...] = (
+    modules,
+    costs,
+    networks,
+    results,
+    captured,
+    neighbors,
+    gpu_times,
+    gpu_speed_ups,
+    gpu_graphs,
+    finetuned,
+)
+TABLES = {make.__name__: make for make in MAKERS}
 
 
-def filled(name: str, old: str) -> str:
-    """The page with new tables."""
-    before, _, rest = old.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{PAGES[name]()}\n\n{END}{rest.partition(END)[2]}"
+def filled(page: str) -> str:
+    """The text of a page with new tables."""
+    return BLOCK.sub(lambda block: f"<!-- tables: {block[1]} -->\n\n{TABLES[block[1]]()}\n\n<!-- tables: end -->", page)
 
 
 def main() -> None:
-    for name in PAGES:
-        page = DOCS / name
+    for page in sorted(DOCS.glob("*.md")):
         old = page.read_text(encoding="utf-8")
-        if BEGIN not in old or END not in old:
-            sys.exit(f"{page} must have the lines {BEGIN} and {END}")
-        page.write_text(filled(name, old), encoding="utf-8")
-        print(f"written: {page}")
+        if BLOCK.search(old):
+            page.write_text(filled(old), encoding="utf-8")
+            print(f"written: {page}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,19 @@ from torch import Tensor, nn
 from benchmarks.command import make_parser, run_command
 from benchmarks.speed.run import environment, images
 from benchmarks.speed.timing import Call, Sample, Spread, alternate, ratio
-from sparse_sr_attn import EDSR, create_model
+from sparse_sr_attn import EDSR, attach, create_model
 from sparse_sr_attn.blocks.attention_config import default_config
-from sparse_sr_attn.cli.common import UsageError, add_device, find_device, show, table
+from sparse_sr_attn.cli.common import (
+    UsageError,
+    add_device,
+    add_options,
+    build_host,
+    find_device,
+    import_modules,
+    options,
+    show,
+    table,
+)
 from sparse_sr_attn.data.atomic import atomic_write, check_writable
 from sparse_sr_attn.layers.build import find_layer
 from sparse_sr_attn.testing.memory import new_memory
@@ -30,6 +40,7 @@ examples:
   python -m benchmarks.cost
   python -m benchmarks.cost --size 128 --rounds 15
   python -m benchmarks.cost --attention LCoA GMSA NLSA ENLA --json cost.json
+  python -m benchmarks.cost --host their_network.py:Net --set dim=48 --attention LCoA GMSA
   python -m benchmarks.cost --device cuda
 
 bfloat16 is autocast. A training step is forward and backward of an L1 loss, without the optimizer."""
@@ -66,6 +77,19 @@ def with_each(attention: Sequence[str]) -> Networks:
         config = default_config(name)
         found[f"+ {name} every 4, share {config['share']}"] = (partial(_edsr, 64, 16, config), plain)
     return found
+
+
+def hosted(arguments: argparse.Namespace, attention: Sequence[str]) -> Networks:
+    """Return the network of `--host`, and the same with each kind of attention where `attach` places it."""
+    import_modules(arguments)
+    given = options(arguments)
+
+    def build(layer: str | None = None) -> nn.Module:
+        model = cast(nn.Module, build_host(arguments, given))
+        return model if layer is None else attach(model, arguments.body, layer)
+
+    name = arguments.host.rpartition(":")[2]
+    return {name: (build, None), **{f"+ {layer}": (partial(build, layer), name) for layer in attention}}
 
 
 @dataclass(frozen=True)
@@ -195,8 +219,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=_positive, default=4, metavar="N", help="number of patches (%(default)s)")
     add("--rounds", type=_positive, default=9, metavar="N", help="samples of each network (%(default)s)")
     add("--threads", type=_positive, default=1, metavar="N", help="threads of torch on the CPU (%(default)s)")
-    add("--attention", nargs="+", metavar="LAYER", help="measure an EDSR with each of these instead")
+    add("--attention", nargs="+", metavar="LAYER", help="measure an EDSR, or the network of --host, with each of these")
+    add("--body", metavar="PATH", help="with --host: the trunk, if `attach` does not find it")
     add("--json", type=Path, metavar="FILE", help="write all results")
+    add_options(parser)
     add_device(parser)
 
 
@@ -216,7 +242,11 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.json is not None:
         check_writable(arguments.json)
-    networks = NETWORKS if arguments.attention is None else with_each([find_layer(n).name for n in arguments.attention])
+    attention = [find_layer(name).name for name in arguments.attention or ()]
+    if arguments.host is not None:
+        networks = hosted(arguments, attention or ["LCoA"])
+    else:
+        networks = with_each(attention) if attention else NETWORKS
     device = find_device(arguments.device)
     if not torch.amp.is_autocast_available(device.type):
         raise UsageError(f"--device must have autocast, got {device}")

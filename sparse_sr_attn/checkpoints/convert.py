@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import OPTIONS, Network, options_of
 from sparse_sr_attn.backbones.edsr import EDSR
+from sparse_sr_attn.checkpoints.foreign import network_name
 from sparse_sr_attn.checkpoints.layouts import LAYOUTS, Layout, key_pattern
 from sparse_sr_attn.checkpoints.load import load_model
 from sparse_sr_attn.data.atomic import written
@@ -49,7 +50,7 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
         return state
     layout = next((x for x in LAYOUTS if x.build is type(model) and x.extra_keys), None)
     if layout is None or layout.extra_keys is None:
-        raise CheckpointError(f"the released names of {type(model).__name__} are not known; use names 'ours'")
+        raise CheckpointError(f"the released names of {network_name(model)} are not known; use names 'ours'")
     renamed = _renamed(layout, {key: value for key, value in state.items() if key != OPTIONS})
     named = {**layout.inverse(renamed, model), **layout.extra_keys(model)}
     _check(layout, model, named)

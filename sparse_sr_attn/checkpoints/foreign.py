@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.backbones.attach import is_attended
+from sparse_sr_attn.backbones.attach import Attended, is_attended
 from sparse_sr_attn.backbones.base import OPTIONS, Network, as_json, encode_options
 from sparse_sr_attn.backbones.trunks import copied, evaluating, likely_images
 from sparse_sr_attn.errors import CheckpointError
@@ -58,6 +58,17 @@ class ForeignNetwork(Network):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load a state dict of the network itself."""
         return self.network.load_state_dict(*args, **kwargs)
+
+
+def network_name(model: nn.Module) -> str:
+    """Return the name of the class of a network, for a third-party one its own.
+
+    Examples:
+        >>> network_name(EDSR(num_block=2))
+        'EDSR'
+    """
+    network = model.network if isinstance(model, ForeignNetwork) else model
+    return (network._host if isinstance(network, Attended) else type(network)).__name__
 
 
 @dataclass(frozen=True)

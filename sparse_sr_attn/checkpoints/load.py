@@ -94,6 +94,9 @@ def load_and_tell(
         CheckpointError: as in `load_model`.
         ConfigError: as in `load_model`.
     """
+    if not isinstance(model, nn.Module | None):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigError.at("model", f"must be a network, a torch.nn.Module, such as Net(...), got {what}")
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     try:
         content = source if isinstance(source, Mapping) else read_file(source)

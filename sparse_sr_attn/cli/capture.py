@@ -14,13 +14,13 @@ from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.cli.common import (
     UsageError,
     add_weights,
-    images_in,
-    load,
+    all_images,
+    distinct_names,
+    load_with_attention,
     name,
     require,
     show,
     table,
-    without_results,
 )
 from sparse_sr_attn.data.atomic import atomic_write, check_writable
 from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
@@ -37,9 +37,9 @@ with the best possible choice of as many keys. The features are those of an atte
 images.
 
 examples:
-  sparse-sr capture --images photos
-  sparse-sr capture --images photos --weights net_g_latest.pth --layer 1 --temperature 30
-  sparse-sr capture --images photos --patterns LCoA LCoA:num_clusters=64,num_adjacent=4 NLSA:num_rounds=4
+  sparse-sr capture photos/
+  sparse-sr capture photos/ --weights net_g_latest.pth --layer 1 --temperature 30
+  sparse-sr capture photos/ --patterns LCoA LCoA:num_clusters=64,num_adjacent=4 NLSA:num_rounds=4
 
 Give high-resolution images: they are downsampled as by MATLAB's bicubic, and the network gets the central crop. Dense
 attention is the softmax of temperature * cosine."""
@@ -56,12 +56,15 @@ All see the same number of keys, counted over all rounds; chunks are as large as
   {(chr(10) + "  ").join(PATTERNS)}"""
 
 _BEST = "best possible"
+_LARGEST = 512
+"""Side of the largest crop."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument
-    add("--images", type=Path, required=True, metavar="FOLDER", help="high-resolution images, or one image")
+    add("input", type=Path, nargs="*", metavar="IMAGE|FOLDER", help="high-resolution images; subfolders are skipped")
+    add("--images", type=Path, action="append", default=[], help=argparse.SUPPRESS)  # the old spelling
     add_weights(parser)
     add("--layer", type=int, default=0, metavar="N", help="layer that computes attention, from 0 (default: 0)")
     add("--patterns", nargs="+", metavar="PATTERN", help="patterns to compare; see below")
@@ -95,14 +98,14 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require("PIL", "numpy")
     patterns = _checked(arguments)
-    files = without_results(images_in(arguments.images))[: arguments.limit]
-    model = load(arguments)
+    files = all_images(arguments.input + arguments.images)[: arguments.limit]
+    model = load_with_attention(arguments)
     layer, captures = "", {}
-    for number, file in enumerate(files):
+    for number, (label, file) in enumerate(zip(distinct_names(files), files, strict=True)):
         _progress(f"{number + 1}/{len(files)} {name(file.name)}")
         try:
             image = _input(file, model, arguments.crop)
-            layer, captures[file.name] = _captured(model, image, patterns, number, arguments)
+            layer, captures[label] = _captured(model, image, patterns, number, arguments)
         except (ImageError, ShapeError) as error:
             raise ImageError(f"{name(file)}: {error}") from error
     _progress("")
@@ -122,10 +125,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _checked(arguments: argparse.Namespace) -> list[Pattern]:
     """Return the patterns after checking all arguments and that the output can be written."""
+    if not arguments.input + arguments.images:
+        raise UsageError("images must be given: files, or folders of them")
     for option, least in (("keys", 1), ("steps", 0), ("crop", 2), ("limit", 1), ("layer", 0)):
         value = getattr(arguments, option)
         if value is not None and value < least:
             raise UsageError(f"--{option} must be >= {least}, got {value}")
+    if arguments.crop > _LARGEST:
+        raise UsageError(
+            f"--crop must be <= {_LARGEST}, got {arguments.crop}: all pairs of pixels are compared, so twice the side "
+            f"takes 16 times as long, and {_LARGEST} about an hour an image"
+        )
     if not 0 < arguments.temperature < math.inf:
         raise UsageError(f"--temperature must be > 0 and finite, got {arguments.temperature:g}")
     if arguments.plot:
@@ -161,7 +171,7 @@ def _captured(
     except ShapeError:
         raise
     except ValueError as error:
-        raise SparseSRError(str(error)) from error
+        raise SparseSRError(f"{name(arguments.weights)}: {error}") from error
     if arguments.layer >= len(features):
         raise UsageError(f"--layer must be from 0 to {len(features) - 1}, got {arguments.layer}")
     layer = list(features)[arguments.layer]

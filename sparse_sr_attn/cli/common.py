@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -118,6 +119,15 @@ def images_in(path: Path) -> list[Path]:
     return images
 
 
+def all_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the images that are named or in named folders, each once, without results of earlier commands.
+
+    Raises:
+        UsageError: a path does not exist, or a folder has no images.
+    """
+    return without_results(list({file.absolute(): file for path in paths for file in images_in(path)}.values()))
+
+
 def without_results(images: Sequence[Path]) -> list[Path]:
     """Leave out, with a note, results of earlier commands next to their originals: photo_x2.png next to photo.jpg."""
     originals = {(image.parent, part.casefold()) for image in images for part in (image.stem, image.name)}
@@ -183,22 +193,23 @@ def add_output(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=text)
 
 
-def output_file(arguments: argparse.Namespace) -> Path:
-    """Return the file that a command must write.
+def output_file(arguments: argparse.Namespace, *suffixes: str) -> Path:
+    """Return the file that a command must write, with one of the suffixes.
 
     Raises:
-        UsageError: none is given, or two, or it exists.
+        UsageError: none is given, or two, or it has another suffix.
     """
     given = [file for file in (arguments.output, arguments.to) if file is not None]
     if len(given) != 1:
         files = " and ".join(map(name, given)) or "none"
         raise UsageError(f"--output must name the one file to write, got {files}")
-    check_new(given[0], arguments)
+    if given[0].suffix not in suffixes:
+        raise UsageError(f"--output must end in {', '.join(suffixes)}, got {name(given[0])}")
     return Path(given[0])
 
 
 def check_new(output: Path, arguments: argparse.Namespace) -> None:
-    """Refuse to replace a file without `--overwrite`, before any work.
+    """Refuse to replace a file without `--overwrite`, before any work but after the checks of all other arguments.
 
     Raises:
         UsageError: the file exists.
@@ -294,7 +305,16 @@ def build_host(arguments: argparse.Namespace, given: dict[str, Any]) -> "nn.Modu
         if not hasattr(module, wanted):
             known = [key for key, value in vars(module).items() if callable(value)]
             raise AttributeError(f"{file} has no {wanted!r}{suggestion(wanted, known)}")
-        model = getattr(module, wanted)(**given)
+        build = getattr(module, wanted)
+        takes = inspect.signature(build).parameters
+        unknown = [key for key in given if key not in takes]
+        if unknown and not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+            raise UsageError(
+                f"--host {arguments.host} has no option {unknown[0]!r}{suggestion(unknown[0], list(takes))}"
+            )
+        model = build(**given)
+    except UsageError:
+        raise
     except Exception as error:  # somebody else's code can raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(f"--host {arguments.host} cannot be built: {reason}") from error
@@ -346,6 +366,22 @@ def load(arguments: argparse.Namespace) -> "Network":
     if told:
         say(f"note: {name(arguments.weights)}: {told}")
     return model.to(device)
+
+
+def load_with_attention(arguments: argparse.Namespace) -> "Network":
+    """Load like `load` a network with attention.
+
+    Raises:
+        UsageError: the network has none.
+    """
+    from sparse_sr_attn.checkpoints.foreign import network_name  # noqa: PLC0415
+    from sparse_sr_attn.inference.evaluate import has_attention  # noqa: PLC0415
+
+    model = load(arguments)
+    if not has_attention(model):
+        what = f"the {network_name(model)} of {name(arguments.weights)}"
+        raise UsageError(f"--weights must be of a network with attention, but {what} has none")
+    return model
 
 
 def find_device(asked: str | None) -> "torch.device":

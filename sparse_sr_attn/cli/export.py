@@ -4,7 +4,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from sparse_sr_attn.cli.common import UsageError, add_options, add_output, load, name, output_file, require, say, show
+from sparse_sr_attn.checkpoints.foreign import network_name
+from sparse_sr_attn.cli.common import (
+    UsageError,
+    add_options,
+    add_output,
+    check_new,
+    load,
+    name,
+    output_file,
+    require,
+    say,
+    show,
+)
 from sparse_sr_attn.inference.onnx import TOLERANCE, export_onnx
 
 DESCRIPTION = """\
@@ -40,19 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Export the network; return the exit status.
 
     Raises:
-        UsageError: the output has another suffix, or a size is empty.
+        UsageError: the arguments are invalid.
         SparseSRError: a package is missing, the weights cannot be read or exported, or the check fails.
     """
     require("onnx", "onnxruntime", "onnxscript")
-    output = output_file(arguments)
-    if output.suffix != ".onnx":
-        raise UsageError(f"--output must end in .onnx, got {name(output)}")
+    output = output_file(arguments, ".onnx")
     sizes = [(height, width) for height, width in arguments.size or []]
     if any(min(size) < 1 for size in sizes):
         raise UsageError("--size must be HEIGHT and WIDTH, each >= 1")
     model = load(arguments)
+    check_new(output, arguments)
     if sys.stderr.isatty():
-        say(f"exporting {type(model).__name__}; a deep network takes minutes")
+        say(f"exporting {network_name(model)}; a deep network takes minutes")
     for found in export_onnx(model, output, overwrite=arguments.overwrite, sizes=sizes):
         moved = f"{found.num_moved} of {found.num_tokens} tokens moved" if found.num_tokens else "no clusters"
         show(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_sr_attn.cli.common import UsageError, add_weights, check_new, load, name, require, show
+from sparse_sr_attn.cli.common import UsageError, add_weights, check_new, load_with_attention, name, require, show
 from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, read_image, write_image
-from sparse_sr_attn.errors import ImageError, SparseSRError, first_line
+from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError, first_line
 from sparse_sr_attn.inference.upscale import network_input
 from sparse_sr_attn.inference.visualize import (
     attention_entropy,
@@ -73,15 +73,19 @@ def run(arguments: argparse.Namespace) -> int:
         check_format(output, Picture(np.zeros((1, 1, 3), np.uint8)))
     except ImageError as error:
         raise UsageError(f"--output {error}") from error
-    check_new(output, arguments)
-    model = load(arguments)
+    model = load_with_attention(arguments)
     try:
         low = network_input(read_image(arguments.image, max_pixels=MAX_PIXELS), model.num_in_ch)
-        states = attention_states(model, low.to(model.mean.device))
     except ImageError as error:
         raise ImageError(f"{name(arguments.image)}: {error}") from error
-    except (ValueError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+    pixel = _pixel(arguments.pixel, low)
+    check_new(output, arguments)
+    try:
+        states = attention_states(model, low.to(model.mean.device))
+    except (ShapeError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
         raise SparseSRError(f"{name(arguments.image)}: {first_line(error) or 'out of memory'}") from error
+    except ValueError as error:
+        raise SparseSRError(f"{name(arguments.weights)}: {error}") from error
     if not 0 <= arguments.layer < len(states):
         raise UsageError(f"--layer must be from 0 to {len(states) - 1}, got {arguments.layer}")
     layer = list(states)[arguments.layer]
@@ -90,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"only LCoA and CoA have clusters, but {layer} has windows; --layer selects another")
         picture = _clusters(model.get_submodule(layer), states[layer])
     elif arguments.what == "attention":
-        picture = _attention(states[layer], low, _pixel(arguments.pixel, low))
+        picture = _attention(states[layer], low, pixel)
     else:
         picture = _overlap(states)
     _write(picture, output, arguments)

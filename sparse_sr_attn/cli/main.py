@@ -89,6 +89,8 @@ def _parsers(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Arg
     parser.add_argument("--version", action="version", version=f"%(prog)s {sparse_sr_attn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     called = parser
+    if name_called is not None and name_called not in COMMANDS:
+        parser.error(f"there is no command {name_called!r}{suggestion(name_called, list(COMMANDS))}")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == name_called:

@@ -1,7 +1,6 @@
 """`sparse-sr prepare`: pairs for training and validation from photographs."""
 
 import argparse
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,14 +8,14 @@ from torch import Tensor
 
 from sparse_sr_attn.cli.common import (
     UsageError,
+    all_images,
+    check_new,
     distinct_names,
-    images_in,
     name,
     require,
     say,
     show,
     some,
-    without_results,
 )
 from sparse_sr_attn.data.images import as_rgb, read_pixels
 from sparse_sr_attn.data.pairs import write_pairs
@@ -83,12 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--crop must be a multiple of the scale, {scale}, got {crop}")
     if tile and crop >= tile:
         raise UsageError(f"--crop must be smaller than --tile, {tile}, got {crop}")
-    taken = [part for part in (output / "HR", output / f"LR_x{scale}") if os.path.lexists(part)]
-    if taken and not arguments.overwrite:
-        raise UsageError(f"{name(taken[0])} already exists; use --overwrite")
-    once = {file.absolute(): file for path in arguments.input for file in images_in(path)}
-    files = without_results(list(once.values()))
+    files = all_images(arguments.input)
     named = dict(zip(distinct_names(files), files, strict=True))
+    for part in (output / "HR", output / f"LR_x{scale}"):
+        check_new(part, arguments)
     small: list[Path] = []
     count = write_pairs(_read(named, max(crop, scale), small), output, scale, tile=tile, crop=crop)
     if small:

@@ -261,7 +261,7 @@ def _jobs(arguments: argparse.Namespace, sources: dict[Path, Path], upscale: int
         return [_Job(source, Path(arguments.output)) for source in sources]
     folders: dict[Path, list[Path]] = {}
     for source, given in sources.items():
-        beside = given.resolve()
+        beside = given if given.name not in ("", "..") else given.resolve()  # of `.` and `..` the name is not known
         default = beside.with_name(f"{beside.name}_x{upscale}") if os.path.isdir(given) else source.parent
         folders.setdefault(output or default, []).append(source)
     return [

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.backbones.trunks import evaluating
+from sparse_sr_attn.checkpoints.foreign import network_name
 from sparse_sr_attn.data.images import Picture, as_rgb
 from sparse_sr_attn.data.imresize import crop_to_multiple, matlab_bicubic
 from sparse_sr_attn.data.metrics import Protocol, Score, luma, score
@@ -82,7 +83,7 @@ def attention_off(model: nn.Module) -> Iterator[None]:
         if isinstance(layer, AttentionLayer) and not any(map(has_attention, layer.children()))
     ]
     if not layers:
-        raise ValueError(f"model must have attention layers of this library, but {type(model).__name__} has none")
+        raise ValueError(f"model must have attention layers of this library, but {network_name(model)} has none")
     if fixed := sorted({type(layer).__name__ for layer in layers if not hasattr(layer, "res_scale")}):
         raise ValueError(f"attention layers must have res_scale to be switched off, but {', '.join(fixed)} has none")
     scales = [layer.res_scale for layer in layers]

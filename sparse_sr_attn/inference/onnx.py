@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_sr_attn.backbones.base import Network
-from sparse_sr_attn.checkpoints.foreign import ForeignNetwork
+from sparse_sr_attn.checkpoints.foreign import ForeignNetwork, network_name
 from sparse_sr_attn.data.atomic import written
 from sparse_sr_attn.errors import CheckpointError, ExportError, first_line
 from sparse_sr_attn.functional.cluster import mean_keys
@@ -244,12 +244,12 @@ def _exported(model: Network) -> "onnx.ModelProto":
         while error.__cause__ is not None:  # the exporter wraps it in advice for its authors
             error = error.__cause__  # type: ignore[assignment]
         raise ExportError(
-            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}"
+            f"{network_name(model)} cannot be exported: {type(error).__name__}: {first_line(error)}"
         ) from error
     finally:
         log.setLevel(level)
     proto: onnx.ModelProto = program.model_proto
-    facts = {"upscale": model.upscale, "channels": model.num_in_ch, "network": type(model).__name__}
+    facts = {"upscale": model.upscale, "channels": model.num_in_ch, "network": network_name(model)}
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=str(value))
     return proto

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparse_sr_attn.backbones.trunks import evaluating
+from sparse_sr_attn.checkpoints.foreign import network_name
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.kmeans import assign
@@ -50,7 +51,7 @@ def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tenso
     patterns = [module for module in model.modules() if isinstance(module, LSP)]
     if not patterns:
         raise ValueError(
-            f"a cluster map needs a network with an LSP (LCoA has one), but {type(model).__name__} has none; {_REMEDY}"
+            f"a cluster map needs a network with an LSP (LCoA has one), but {network_name(model)} has none; {_REMEDY}"
         )
     maps: list[Tensor] = []
 
@@ -66,7 +67,7 @@ def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tenso
     ]
     _run(model, batch, hooks)
     if not maps:
-        raise ValueError(f"{type(model).__name__} has an LSP, but its forward does not run it")
+        raise ValueError(f"{network_name(model)} has an LSP, but its forward does not run it")
     return maps[0]
 
 
@@ -105,7 +106,7 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
     if not states:
         raise ValueError(
             "attention can be shown for layers with a state (LCoA, GMSA and their consumers), and "
-            f"{type(model).__name__} runs none; {_REMEDY}"
+            f"{network_name(model)} runs none; {_REMEDY}"
         )
     return states
 
@@ -149,7 +150,7 @@ def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> di
     if not features:
         raise ValueError(
             "features of attention need a network with attention layers, and "
-            f"{type(model).__name__} runs none; {_REMEDY}"
+            f"{network_name(model)} runs none; {_REMEDY}"
         )
     return features
 

@@ -202,6 +202,10 @@ def test_a_model_of_another_size_or_with_attention_is_refused() -> None:
         load_model(state, model=trained("looped"))
     with pytest.raises(ConfigError, match="scale: unknown; with model=..., only img_range can be given"):
         load_model(state, model=LOOPED(), scale=2)
+    with pytest.raises(ConfigError, match=r"model: must be a network, .* such as Net\(\.\.\.\), got the class Looped"):
+        load_model(state, model=LOOPED)
+    with pytest.raises(ConfigError, match="got a dict"):
+        load_model(state, model={})
 
 
 # --- on the command line ----------------------------------------------------------------------------------------------
@@ -216,13 +220,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_commands_take_weights_and_their_host(here: Path) -> None:
+def test_commands_take_weights_and_their_host(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     host = ["--host", "hosts.py:Looped", "--set", "width=8"]
     assert main(["upscale", "small.png", "-w", "net.pth", "-o", "big.png", *host]) == 0
     with Image.open("big.png") as big:
         assert big.size == (40, 36)
     assert main(["inspect", "clusters", "small.png", "-w", "net.pth", "-o", "clusters.png", *host]) == 0
     assert main(["convert", "net.pth", "-o", "net.safetensors", *host]) == 0
+    assert "net.pth -> net.safetensors: Looped, " in capsys.readouterr().out
     assert main(["upscale", "small.png", "-w", "net.safetensors", "-o", "again.png", *host]) == 0
     assert Path("again.png").read_bytes() == Path("big.png").read_bytes()
     Path("truth").mkdir()
@@ -251,12 +256,13 @@ def test_a_host_may_import_basicsr(here: Path) -> None:
         ("hosts.py:broken", "--host hosts.py:broken cannot be built: ValueError: no weights"),
         ("hosts.py:nn", "--host hosts.py:nn cannot be built: TypeError"),
         ("json:dumps", "--host json:dumps cannot be built: TypeError"),
+        ("hosts.py:Looped --set widht=8", "--host hosts.py:Looped has no option 'widht'; did you mean 'width'?"),
     ],
 )
 def test_a_wrong_host_is_one_line(
     host: str | None, message: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [] if host is None else ["--host", host]
+    given = [] if host is None else ["--host", *host.split()]
     status = main(["upscale", "small.png", "-w", "net.pth", "-o", "big.png", *given])
     error = capsys.readouterr().err
     assert status == (1 if host is None else 2)

@@ -211,6 +211,8 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["net.pth", "out.onnx"], 2, "--output must end in .safetensors, .pth, .pt, got out.onnx"),
         (["net.pth", "out.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
         (["net.pth", "out.pth", "--set", "img_range"], 2, "--set needs NAME=VALUE, got 'img_range'"),
+        (["net.pth", "net.pth", "--img-range", "0"], 2, "--img-range must be > 0 and finite, got 0"),
+        (["net.pth", "net.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
         (["net.pth", "nowhere/out.pth"], 1, "cannot be written: No such file or directory"),
         (["net.pth", "out.pth", "--names", "theirs"], 2, "invalid choice: 'theirs'"),
     ],

@@ -55,6 +55,8 @@ def test_tiles_leave_out_what_is_smaller_than_a_crop(here: Path, capsys: pytest.
     assert {tuple(pixels(file).shape) for file in files} == {(32, 32, 3)}
     assert main(command) == 2
     assert "already exists; use --overwrite" in capsys.readouterr().err
+    assert main(["prepare", "nowhere", *command[1:]]) == 2
+    assert "nowhere: no such image or folder" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
 
 

@@ -475,8 +475,8 @@ def test_a_folder_with_other_things_in_it(upscale: Any, nets: Any) -> None:
     status, out, err = upscale("photos")
     assert status == 1
     assert out.splitlines() == [
-        f"photos/a.png -> {Path.cwd()}/photos_x2/a_x2.png",
-        f"photos/größe 大.jpg -> {Path.cwd()}/photos_x2/größe 大_x2.png",
+        "photos/a.png -> photos_x2/a_x2.png",
+        "photos/größe 大.jpg -> photos_x2/größe 大_x2.png",
     ]
     assert err.splitlines()[0].startswith("sparse-sr: photos/broken.png: cannot be read: image file is truncated")
     assert err.splitlines()[1:] == ["sparse-sr: 1 of 3 images failed"]
@@ -647,6 +647,21 @@ def test_what_is_a_file_and_what_a_folder(upscale: Any, inputs: list[str], outpu
     assert {str(file) for file in set(Path().rglob("*")) - before if file.is_file()} == set(made)
 
 
+def test_results_are_named_as_the_folder_was(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path.cwd()
+    Path("in/deep").mkdir(parents=True)
+    photo("in/a.png")
+    Path("link").symlink_to("in")
+    monkeypatch.chdir("in/deep")
+    for given, named in (
+        ("../../in", "../../in_x2"),
+        (f"{here}/in", f"{here}/in_x2"),
+        ("..", f"{here}/in_x2"),
+        ("../../link", "../../link_x2"),
+    ):
+        assert upscale(given, "--overwrite")[1] == f"{given}/a.png -> {named}/a_x2.png\n"
+
+
 def test_a_second_run_does_what_is_left(upscale: Any) -> None:
     Path("in").mkdir()
     for file in "abc":
@@ -655,10 +670,10 @@ def test_a_second_run_does_what_is_left(upscale: Any) -> None:
     first = Path("in_x2/a_x2.png").stat().st_mtime_ns
     Path("in_x2/b_x2.png").unlink()
     status, out, err = upscale("in")
-    assert (status, out) == (0, f"in/b.png -> {Path.cwd()}/in_x2/b_x2.png\n")
+    assert (status, out) == (0, "in/b.png -> in_x2/b_x2.png\n")
     assert err == (
         "sparse-sr: note: 2 of 3 results exist, perhaps from other weights, and are skipped: "
-        f"{Path.cwd()}/in_x2/a_x2.png, {Path.cwd()}/in_x2/c_x2.png; use --overwrite or another --output\n"
+        "in_x2/a_x2.png, in_x2/c_x2.png; use --overwrite or another --output\n"
     )
     assert upscale("in")[0:2] == (0, "")  # nothing is left
     assert Path("in_x2/a_x2.png").stat().st_mtime_ns == first

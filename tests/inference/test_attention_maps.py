@@ -351,6 +351,8 @@ def test_overlap(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "--output x.txt must have the suffix of an image format that Pillow writes",
         ),
         (["clusters", "photo.png", "-o", "net.png"], 2, "net.png already exists; use --overwrite"),
+        (["clusters", "photo.png", "-o", "net.png", "--pixel", "60", "0"], 2, "--pixel must lie in the image"),
+        (["clusters", "photo.png", "-o", "net.png", "--set", "chunk_size"], 2, "--set needs NAME=VALUE"),
         (["clusters", "net.pth"], 1, "net.pth: is not an image that Pillow can read"),
     ],
 )
@@ -386,8 +388,14 @@ def test_windows_of_a_network_that_pads(here: Path, capsys: pytest.CaptureFixtur
 
 def test_weights_without_attention(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(EDSR(num_feat=8, num_block=1).state_dict(), "plain.pth")
-    assert main(["inspect", "overlap", "photo.png", "--weights", "plain.pth"]) == 1
-    assert "and EDSR runs none; build it with attention" in capsys.readouterr().err
+    assert main(["inspect", "overlap", "photo.png", "--weights", "plain.pth"]) == 2
+    expected = "--weights must be of a network with attention, but the EDSR of plain.pth has none"
+    assert capsys.readouterr().err == f"sparse-sr: {expected}\n"
+    torch.save(
+        EDSR(num_feat=8, num_block=1, img_range=1.0, attention={"type": "NLA", "every": 1}).state_dict(), "dense.pth"
+    )
+    assert main(["inspect", "overlap", "photo.png", "--weights", "dense.pth"]) == 1
+    assert capsys.readouterr().err.startswith("sparse-sr: dense.pth: attention can be shown for layers with a state")
 
 
 def test_a_network_of_one_channel_sees_brightness(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -322,7 +322,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FAST = ["capture", "--images", "photos", "--weights", "net.pth", "--crop", "12", "--keys", "27"]
+FAST = ["capture", "photos", "--weights", "net.pth", "--crop", "12", "--keys", "27"]
 
 
 def test_table_figures_and_plot(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,7 +332,7 @@ def test_table_figures_and_plot(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert "3 images, at most 12x12; features of body.0.attention.lsp of net.pth." in text
     assert (home / "new/a.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((home / "new/a.json").read_text())
-    assert list(document["images"]) == ["a.png", "b.png", "c.png"]
+    assert list(document["images"]) == ["a", "b", "c"]
     assert document["settings"]["keys"] == 27
     mean = document["mean"]
     assert list(mean["patterns"]) == list(PATTERNS)
@@ -348,11 +348,11 @@ def test_table_figures_and_plot(home: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_features_are_those_of_the_middle_shrunk(home: Path) -> None:
     """By hand: of the second layer of a network for x3, on the second image, which is drawn by its number."""
-    command = ["capture", "--images", "photos", "--weights", "two.pth", "--crop", "9", "--layer", "1", "--limit", "2"]
+    command = ["capture", "photos", "--weights", "two.pth", "--crop", "9", "--layer", "1", "--limit", "2"]
     command += ["--patterns", "LCoA:num_clusters=6", "--keys", "9", "--temperature", "4", "--json", "a.json"]
     assert main(command) == 0
     document = json.loads(Path("a.json").read_text())
-    assert list(document["images"]) == ["a.png", "b.png"]
+    assert list(document["images"]) == ["a", "b"]
     small = matlab_bicubic(torch.from_numpy(np.array(Image.open("photos/b.png"))), 3)  # 13x13
     image = small[2:11, 2:11].expand(3, -1, -1).float() / 255
     torch.manual_seed(0)
@@ -361,14 +361,14 @@ def test_features_are_those_of_the_middle_shrunk(home: Path) -> None:
     found = list(attention_features(load_model("two.pth"), image).values())
     patterns = read_patterns(["LCoA:num_clusters=6"], num_keys=9)
     expected = captured_mass(found[1], patterns, num_keys=9, temperature=4.0, seed=1)
-    assert document["images"]["b.png"]["best"] == pytest.approx(expected.best, rel=1e-5)
-    seen = document["images"]["b.png"]["patterns"]["LCoA:num_clusters=6"]
+    assert document["images"]["b"]["best"] == pytest.approx(expected.best, rel=1e-5)
+    seen = document["images"]["b"]["patterns"]["LCoA:num_clusters=6"]
     assert (seen["num_keys"], seen["mass"]) == pytest.approx(expected.patterns["LCoA:num_clusters=6"], rel=1e-5)
 
 
 def test_of_a_network_without_clusters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All but the pattern that was trained, unless it is asked for."""
-    command = ["capture", "--images", "photos/a.png", "--weights", "elan.pth", "--crop", "8", "--keys", "12"]
+    command = ["capture", "photos/a.png", "--weights", "elan.pth", "--crop", "8", "--keys", "12"]
     assert main([*command, "--layer", "1"]) == 0
     text = capsys.readouterr().out
     assert "| LCoA | 12 |" in text
@@ -387,6 +387,7 @@ def test_of_a_network_without_clusters(home: Path, capsys: pytest.CaptureFixture
         (["--keys", "0"], "--keys must be >= 1, got 0"),
         (["--keys", "2"], "--patterns LCoA: a token sees 3 chunks, which need as many keys; got 2"),
         (["--crop", "1"], "--crop must be >= 2, got 1"),
+        (["--crop", "513"], "--crop must be <= 512, got 513: all pairs of pixels are compared"),
         (["--steps", "-1"], "--steps must be >= 0, got -1"),
         (["--limit", "0"], "--limit must be >= 1, got 0"),
         (["--layer", "-1"], "--layer must be >= 0, got -1"),
@@ -416,8 +417,18 @@ def test_a_wrong_command_line(
 
 def test_what_cannot_be_used(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "photos/d.png").write_bytes(b"no image")
-    assert main([*FAST, "--weights", "plain.pth"]) == 1
-    assert "EDSR runs none" in capsys.readouterr().err
+    assert main([*FAST, "--weights", "plain.pth"]) == 2
+    assert "but the EDSR of plain.pth has none" in capsys.readouterr().err
     assert main([*FAST, "--json", "a.json"]) == 1
     assert capsys.readouterr().err.startswith("sparse-sr: photos/d.png: ")
     assert not (home / "a.json").exists()
+
+
+def test_images_by_the_old_spelling_and_without_any(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for images in (["photos/a.png", "photos"], ["--images", "photos"]):
+        assert main(["capture", *images, *FAST[2:], "--patterns", "raster"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert main(["capture", *FAST[2:]]) == 2
+    assert capsys.readouterr().err == "sparse-sr: images must be given: files, or folders of them\n"

@@ -207,6 +207,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ("arguments", "status", "message"),
     [
         (["net.pth", "net.pt"], 2, "--output must end in .onnx, got net.pt"),
+        (["net.pth", "net.pth"], 2, "--output must end in .onnx, got net.pth"),
         (["net.pth"], 2, "--output must name the one file to write, got none"),
         (["net.pth", "a.onnx", "-o", "b.onnx"], 2, "--output must name the one file to write, got b.onnx and a.onnx"),
         (["net.pth", "net.onnx", "--size", "0", "3"], 2, "--size must be HEIGHT and WIDTH, each >= 1"),
