@@ -7,7 +7,7 @@ deterministic.
 import triton
 import triton.language as tl
 
-from sparse_sr_attn.functional.map_kernels import move_running, of_maps, place, products, read_map
+from sparse_sr_attn.functional.map_kernels import move_running, of_maps, products, read_map, read_weight, write_map
 
 
 @triton.jit
@@ -64,9 +64,7 @@ def conv_norm(
     shift -= tl.load(_own(means, conv) + feature, mask=exists, other=0.0).to(WORK)
     acc = (acc + shift[None, :]) * scale[None, :]
     acc += tl.load(_own(offsets, conv) + feature, mask=exists, other=0.0).to(WORK)[None, :]
-    output = _own(outputs, conv)
-    at = place(pixel[:, None], feature[None, :], features, height * width, LAST)
-    tl.store(output + at, acc.to(output.dtype.element_ty), mask=(pixel < num_pixels)[:, None] & exists[None, :])
+    write_map(_own(outputs, conv), acc, pixel, feature, num_pixels, features, height * width, LAST)
 
 
 @of_maps
@@ -350,9 +348,6 @@ def input_gradient(
             g = read_map(grads[conv], pixel, feature, num_pixels, features, area, LAST).to(WORK)
             y = read_map(outputs[conv], pixel, feature, num_pixels, features, area, LAST).to(WORK)
             g = of_grad * (g - mean) + of_output * (y - offset)
-            mask = exists[:, None] & (channel < channels)[None, :]
-            w = tl.load(weights[conv] + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+            w = read_weight(weights[conv], feature, channel, features, channels)
             acc += tl.dot(g.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-    at = place(pixel[:, None], channel[None, :], channels, area, LAST)
-    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
-    tl.store(output + at, acc.to(output.dtype.element_ty), mask=mask)
+    write_map(output, acc, pixel, channel, num_pixels, channels, area, LAST)
