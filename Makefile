@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench paper test test-all lint hosts docs pictures promises mutants clean
+.PHONY: help setup demo bench paper test test-all lint hosts docs pictures mutants clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,9 +68,6 @@ notebooks: setup  ## Run the notebooks of docs/notebooks and write them with the
 
 pictures: setup  ## Draw the pictures of docs/concepts.md.
 	$(BIN)/python docs/draw.py
-
-promises: setup  ## Run the tests of all promises and write docs/reliability.md (about half an hour).
-	$(BIN)/python -m pytest -m promise --hypothesis-profile=ci --promises docs/reliability.md $(PARALLEL)
 
 mutants: setup  ## Break the code in 150 small places and list what no test notices (hours; resumes where it stopped).
 	$(PIP) -e ".[mutants]"

@@ -89,7 +89,7 @@ def test_every_file_has_its_pair_and_twice_its_size(data: Path) -> None:
             assert min(large[:2]) >= crop
 
 
-@pytest.mark.promise("R26", "demo")
+@pytest.mark.promise("R26")
 def test_low_resolution_is_what_matlab_would_make(data: Path) -> None:
     for file in (data / "val/HR").iterdir():
         assert torch.equal(picture(data / "val/LR_x2" / file.name), matlab_bicubic(picture(file), 2))

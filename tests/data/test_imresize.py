@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_sr_attn.data.imresize import crop_to_multiple, imresize, matlab_bicubic
 from sparse_sr_attn.errors import ShapeError
 
-pytestmark = pytest.mark.promise("R26", "degradation")
+pytestmark = pytest.mark.promise("R26")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

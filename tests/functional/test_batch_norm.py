@@ -219,7 +219,7 @@ def test_nothing_moves_while_a_backward_runs(device: torch.device, case: Map) ->
     assert_unmoved(running, before)
 
 
-@pytest.mark.promise("R8", "batch normalisation")
+@pytest.mark.promise("R8")
 @given(case=maps(), filling=st.sampled_from((float("nan"), float("inf"), float("-inf"))))
 @example(case=Map(), filling=float("nan"))
 @example(case=Map(momentum=0.0), filling=float("inf"))

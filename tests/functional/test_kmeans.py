@@ -210,7 +210,7 @@ def test_steps_equal_the_twin(
         assert_agrees(state, twin)
 
 
-@pytest.mark.promise("R20", "k-means when asked, operation")
+@pytest.mark.promise("R20")
 @given(case=cases(), ema_decay=DECAYS, reseed_threshold=THRESHOLDS, num_parts=st.integers(1, 4))
 @example(case=MORE_CLUSTERS_THAN_TOKENS, ema_decay=0.05, reseed_threshold=0.87, num_parts=3)
 @example(case=CROWDED.but(num_clusters=9), ema_decay=0.05, reseed_threshold=0.87, num_parts=2)
@@ -301,7 +301,7 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.promise("R7", "k-means")
+@pytest.mark.promise("R7")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("points", list(DEGENERATE.values()), ids=list(DEGENERATE))
 def test_degenerate_tokens_are_finite_and_deterministic(
@@ -328,7 +328,7 @@ def test_degenerate_tokens_are_finite_and_deterministic(
         assert ((one >= 0) & (one < case.num_clusters)).all()
 
 
-@pytest.mark.promise("R8", "k-means counts")
+@pytest.mark.promise("R8")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @given(case=cases())
 @example(case=CROWDED)

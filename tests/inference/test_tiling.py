@@ -61,7 +61,7 @@ def test_shares_of_blended_tiles_add_up_to_one(
     torch.testing.assert_close(tiled, nn.functional.interpolate(images, scale_factor=scale), rtol=0, atol=1e-12)
 
 
-@pytest.mark.promise("R24", "local")
+@pytest.mark.promise("R24")
 @given(SIZES, st.integers(4, 20), st.integers(0, 3), st.integers(0, 12))
 def test_a_local_network_gives_the_whole_image_when_the_overlap_covers_its_reach(
     size: tuple[int, int], tile: int, reach: int, blend: int
@@ -76,7 +76,7 @@ def test_a_local_network_gives_the_whole_image_when_the_overlap_covers_its_reach
         torch.testing.assert_close(tiled, net(images), rtol=0, atol=1e-5)
 
 
-@pytest.mark.promise("R24", "without attention")
+@pytest.mark.promise("R24")
 def test_a_network_without_attention_is_the_same_in_tiles() -> None:
     """Reach of this EDSR: one pixel for each of 1 + 2 * 3 + 1 + 1 convolutions, and half of one for the last."""
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_blending_leaves_no_seam(blend: int, scale: int, axis: int) -> None:
     assert blended <= sharp / (blend // 2 * 2 * scale) * 1.001
 
 
-@pytest.mark.promise("R24", "global")
+@pytest.mark.promise("R24")
 def test_attention_sees_its_tile_only_and_blending_keeps_close() -> None:
     torch.manual_seed(0)
     net = LCoAN(num_feat=8, num_group=2, num_block=1, num_clusters=4, chunk_size=16, res_scale=1.0).eval()

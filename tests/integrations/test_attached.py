@@ -114,7 +114,7 @@ def _train_together(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.promise("R16", "BasicSR's networks")
+@pytest.mark.promise("R16")
 @pytest.mark.slow
 def test_two_processes_train_them_alike(tmp_path: Path) -> None:
     mp.spawn(_train_together, args=(2, str(tmp_path)), nprocs=2)

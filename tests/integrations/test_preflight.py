@@ -378,7 +378,7 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.promise("R22", "malformed, training")
+@pytest.mark.promise("R22")
 @pytest.mark.parametrize(("changes", "message"), MALFORMED)
 def test_a_wrong_option_is_explained_and_nothing_is_written(
     changes: dict[str, Any],
@@ -738,7 +738,7 @@ def test_what_a_launcher_needs(
     assert message in errors
 
 
-@pytest.mark.promise("R22", "malformed, testing")
+@pytest.mark.promise("R22")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -244,7 +244,7 @@ def test_application_equals_loops(device: torch.device, backend: fast.Form, case
     assert_gradients_close(gradients(actual, (weights, value), probe), gradients(expected, (weights, value), probe))
 
 
-@pytest.mark.promise("R2", "windows")
+@pytest.mark.promise("R2")
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(case=maps(displaced=True), scale=st.sampled_from((1.0, 0.5, 3.0)))
 @example(case=ONE_PIXEL, scale=1.0)
@@ -297,7 +297,7 @@ def test_windows_are_the_same_by_an_index(device: torch.device, case: Map) -> No
     assert_gradients_close(*(grads for _, grads in found))
 
 
-@pytest.mark.promise("R5", "windows equal their twin")
+@pytest.mark.promise("R5")
 @pytest.mark.parametrize("height", range(1, LONGEST + 1))
 def test_every_size(device: torch.device, height: int) -> None:
     """All windows that divide, cover, or fit badly, not shifted and shifted both ways."""
@@ -388,7 +388,7 @@ def test_pads_have_no_weight(device: torch.device, case: Map) -> None:
     assert_values_close(even, (seen.double() / seen.sum(dim=-1, keepdim=True)).expand_as(even))
 
 
-@pytest.mark.promise("R6", "values in windows")
+@pytest.mark.promise("R6")
 @given(case=maps(), filling=st.sampled_from((1.0, 1e4, -1e300)))
 @example(case=PADDED, filling=1e4)
 @example(case=WINDOW_OVER_THE_MAP, filling=1e4)
@@ -409,7 +409,7 @@ def test_the_values_of_pads_cannot_matter(device: torch.device, case: Map, filli
     assert_values_close(by_hand(filling), fast.apply_window_weights(weights, value, **case.windows))
 
 
-@pytest.mark.promise("R6", "rows in windows")
+@pytest.mark.promise("R6")
 @given(case=maps(), filling=st.sampled_from((0.0, 1e4, float("nan"))))
 @example(case=PADDED, filling=float("nan"))
 @example(case=WINDOW_OVER_THE_MAP, filling=float("nan"))
@@ -481,7 +481,7 @@ def test_groups_are_attended_one_by_one(
 # --- precision
 
 
-@pytest.mark.promise("R2", "windows, low precision")
+@pytest.mark.promise("R2")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @given(case=maps(max_batch=2, shortest=5))
 @example(case=WHOLE)
