@@ -35,14 +35,9 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=_RELAXED,
 )
-settings.register_profile(
-    "brief",
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=_RELAXED,
-)  # for `make mutants`
+settings.register_profile(  # for `make mutants`
+    "brief", max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=_RELAXED
+)
 settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=_RELAXED)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
