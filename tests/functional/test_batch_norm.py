@@ -17,7 +17,6 @@ from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
     LOW_PRECISION,
     assert_bit_equal,
-    assert_derivatives,
     assert_gradients_close,
     assert_no_worse,
     assert_values_close,
@@ -310,11 +309,3 @@ def test_half_maps_err_no_more_than_the_formulae_in_half(device: torch.device, d
     for mine, other in zip(running[:2], moved[:2], strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, other.float(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("case", [Map(channels=2, height=2, width=3), TWO_VALUES, ONE_VALUE], ids=str)
-def test_gradcheck(device: torch.device, case: Map) -> None:
-    """Numerical derivatives, independent of any other implementation."""
-    running = case.running(device)
-    leaves = (case.x(device), *case.parameters(device))
-    assert_derivatives(lambda x, *parameters: normed(case, x, parameters, running), leaves)

@@ -123,16 +123,6 @@ def test_new_attention_starts_alike_on_a_pretrained_edsr(options: Options, here:
             assert torch.equal(averaged[name], saved[keys[-1]][name]), name
 
 
-def test_a_pretrained_edsr_keeps_its_image(options: Options, here: Path) -> None:
-    saved = _edsr_checkpoint(options, here / "edsr.pth", ("params",))
-    model = build_model(options({"path": {"pretrain_network_g": "edsr.pth", "strict_load_g": False}}))
-    plain = build_model(options({"network_g.attention": None}))
-    plain.net_g.load_state_dict(saved["params"])
-    image = torch.rand(1, 3, 12, 10)
-    with torch.no_grad():
-        assert torch.equal(model.net_g.eval()(image), plain.net_g.eval()(image))
-
-
 def test_weights_without_the_attention_say_how_to_load_them(options: Options, here: Path) -> None:
     _edsr_checkpoint(options, here / "edsr.pth", ("params",))
     with pytest.raises(CheckpointError) as caught:

@@ -45,33 +45,19 @@ MALFORMED = [
     ({f"{NET}.upscale": ...}, r"network_g\.upscale: must be 2, the option 'scale', got 4 \(its default\)"),
     # attention
     ({f"{NET}.attention.n_cluster": 4}, r"network_g\.attention\.n_cluster: unknown; did you mean 'num_clusters'\?"),
-    ({f"{NET}.attention.type": "LCOAA"}, r"network_g\.attention\.type: no layer named 'LCOAA'; did you mean 'LCoA'\?"),
-    ({f"{NET}.attention": 3}, r"network_g\.attention: must be a name, .*got 3"),
     # ELAN's parts
-    ({NET: {"type": "ELAN", "num_blocks": 3}}, r"network_g\.num_blocks: unknown; did you mean 'num_block'\?"),
     (
         {NET: {"type": "ELAN", "window_sizes": [4, 100_000_000]}},
         r"network_g\.window_sizes: must be in \[1, 1024\], got \[4, 100000000\]",
     ),
     ({f"{NET}.attention.seed": 2**64}, r"network_g\.attention\.seed: must be an integer of 64 bits, got 18446744073"),
-    ({f"{NET}.block": {"type": "SharedGMSA"}}, r"network_g\.block\.type: .*, a consumer; use GMSA instead$"),
     ({"manual_seed": 2**32}, r"manual_seed: must be in \[0, 2\*\*32\) or ~ \(nothing\), got 4294967296"),
     ({"name": ["x" * 10_000]}, r"name: must be a string, got \['x{198}\.\.\. \(10004 characters\)$"),
     # rules that a layer's constructor knows, not its signature
     (
-        {f"{NET}.attention": {"type": "GMSA", "every": 2, "window_sizes": []}},
-        r"network_g\.attention\.window_sizes: must name at least one window size",
-    ),
-    (
         {f"{NET}.attention": [{"type": "LCoA", "every": 2}, {"type": "GMSA", "every": 2, "window_sizes": []}]},
         r"network_g\.attention\.1\.window_sizes: must name at least one window size",
     ),
-    (
-        {f"{NET}.block": {"type": "GMSA", "window_sizes": []}},
-        r"network_g\.block\.window_sizes: must name at least one window size",
-    ),
-    ({f"{NET}.block": {"type": "ELAB", "shar": 2}}, r"network_g\.block\.shar: unknown; did you mean 'share'\?"),
-    ({f"{NET}.block": "ELAB"}, r"network_g\.block: must be a mapping with a key 'type' or ~ .*, got 'ELAB'"),
     (
         {f"{NET}.block": {"type": "ELAB"}, "train.pretrain_img_range": 255.0},
         r"train\.pretrain_img_range: must be ~ unless .* without block, .* got SparseEDSR with block",
@@ -96,8 +82,6 @@ MALFORMED = [
     # model, machine, general
     ({"model_type": "SparseSRMode"}, r"model_type: BasicSR has no model named 'SparseSRMode'; .*'SparseSRModel'\?"),
     ({"model_type": ...}, r"model_type: missing"),
-    ({"name": ...}, r"name: missing"),
-    ({"scale": ...}, r"scale: missing"),
     ({"scale": -1}, r"scale: must be >= 1, got -1"),
     ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"train.total_iter": 10**30}, r"train\.total_iter: must be below 2\*\*31, got 1000000"),
@@ -149,10 +133,6 @@ MALFORMED = [
     ),
     ({"datasets.train.gt_size": ...}, r"datasets\.train\.gt_size: missing; PairedImageDataset needs it"),
     (
-        {"datasets.train.batch_size_per_gp": 2, "datasets.train.batch_size_per_gpu": ...},
-        r"datasets\.train\.batch_size_per_gp: unknown; did you mean 'batch_size_per_gpu'\?",
-    ),
-    (
         {"datasets.train.batch_size_per_gpu": 64},
         r"dataset_enlarge_ratio: must be at least 11, got 10: .* trains on no batch",
     ),
@@ -172,12 +152,9 @@ MALFORMED = [
     ({"train": ...}, r"train: missing"),
     ({"train.total_iter": ..., "train.total_iters": 9}, r"train\.total_iters: unknown; did you mean 'total_iter'\?"),
     ({"train.total_iter": 0}, r"train\.total_iter: must be whole and >= 1, got 0"),
-    ({"train.ema_deacy": 0.9, "train.ema_decay": ...}, r"train\.ema_deacy: unknown; did you mean 'ema_decay'\?"),
     ({"train.ema_decay": 1}, r"train\.ema_decay: must be in \[0, 1\), got 1"),
     ({"train.optim_g.lr": "fast"}, r"train\.optim_g\.lr: must be a number > 0 and finite, got 'fast'"),
     ({"train.optim_g.lr": ...}, r"train\.optim_g\.lr: missing"),
-    ({"train.optim_g": ...}, r"train\.optim_g: missing"),
-    ({"train.scheduler.type": ...}, r"train\.scheduler\.type: missing"),
     ({"train.pixel_opt": ...}, r"train\.pixel_opt: missing; training needs a loss"),
     (
         {"train.pixel_opt.type": "L1Los"},
@@ -222,9 +199,6 @@ MALFORMED = [
     ),
     ({"model_type": "SRModel", "val.tile": 8}, r"val\.tile: unknown to SRModel; model_type: SparseSRModel has it"),
     ({"val.tile": 8, "val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile 8"),
-    ({"val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile ~"),
-    ({"logger": ...}, r"logger: missing"),
-    ({"logger.print_freq": 0}, r"logger\.print_freq: must be whole and >= 1, got 0"),
     ({"val.val_frq": 1, "val.val_freq": ...}, r"val\.val_frq: unknown; did you mean 'val_freq'\?"),
     (
         {"val.metrics.psnr.type": "psnr"},
@@ -237,11 +211,6 @@ MALFORMED = [
     ({f"{PSNR}.crop_border": ...}, r"psnr\.crop_border: missing; calculate_psnr needs it"),
     ({f"{PSNR}.crop_border": "2"}, r"psnr: calculate_psnr fails \(TypeError"),
     ({f"{PSNR}.crop_border": -1}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is -1"),
-    ({f"{PSNR}.crop_border": 60}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is 60"),
-    (
-        {"val.metrics.s": {"type": "calculate_ssim", "crop_border": 28}},
-        r"metrics\.s: calculate_ssim gives nan on an image",
-    ),
     ({"val.metrics.n": {"type": "calculate_niqe", "crop_border": 0}}, r"metrics\.n: calculate_niqe fails \(.*64x64"),
     (
         {f"{PSNR}.test_y_chanel": True},
@@ -258,7 +227,6 @@ MALFORMED = [
         {"train.pixel_opt.loss_weight": "big"},
         r"pixel_opt\.loss_weight: must be a number other than inf and nan, got 'big'",
     ),
-    ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be other than inf and nan, got nan"),
     ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss rejects these options: .*avg.*'none', 'mean', 'sum'"),
     ({"train.pixel_opt.type": "GANLoss"}, r"pixel_opt\.gan_type: missing; GANLoss needs it"),
     ({"train.pixl_opt": {"type": "L1Loss"}}, r"pixl_opt: unknown to SparseSRModel; did you mean 'pixel_opt'\?"),
@@ -272,10 +240,6 @@ MALFORMED = [
         {"train.perceptual_opt": {**VGG, "range_norm": "no"}},
         r"perceptual_opt\.range_norm: must be true or false, got 'no'",
     ),
-    (
-        {"train.fft_opt": {"type": "FFTLos"}},
-        r"fft_opt\.type: BasicSR has no loss named 'FFTLos'; did you mean 'FFTLoss'\?",
-    ),
     ({"train.fft_opt": {"type": "FFTLoss", "reduction": "none"}}, r"fft_opt\.reduction: must be one of 'mean', 'sum'"),
     (
         {"train.fft_opt": {"type": "FFTLoss"}, "train.pixel_opt": ...},
@@ -287,14 +251,10 @@ MALFORMED = [
     ),
     # GAN models
     ({**GAN, "train.gan_opt": None}, r"train\.gan_opt: missing; SparseSRGANModel needs it"),
-    ({**GAN, "train.gan_opt.type": "GANLos"}, r"gan_opt\.type: BasicSR has no loss named 'GANLos'; .*'GANLoss'\?"),
     (
         {**GAN, "train.gan_opt.gan_type": "vanila"},
         r"gan_opt: GANLoss rejects these options: GAN type vanila is not impl",
     ),
-    ({**GAN, "train.optim_d.type": "Adm"}, r"train\.optim_d\.type: there is no optimizer 'Adm'; did you mean 'Adam'\?"),
-    ({**GAN, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
-    ({**GAN, "train.optim_d": "Adam"}, r"train\.optim_d: must be a mapping with a key 'type', got 'Adam'"),
     (
         {"model_type": "SparseSRGANModel", "network_d": GAN["network_d"], "train.gan_opt": GAN["train.gan_opt"]},
         r"optim_d: miss",
@@ -304,7 +264,6 @@ MALFORMED = [
         r"network_d: missing; SparseESRGANModel needs",
     ),
     ({**GAN, "network_d.num_in_ch": ...}, r"network_d\.num_in_ch: missing; UNetDiscriminatorSN needs it"),
-    ({**GAN, "train.net_d_iters": 0}, r"train\.net_d_iters: must be whole and >= 1, got 0"),
     ({**GAN, "train.net_d_init_iter": 1}, r"train\.net_d_init_iter: unknown; did you mean 'net_d_init_iters'\?"),
     ({**GAN, "train.accumulate": 2}, r"train\.accumulate: must be 1 with SparseSRGANModel, whose discriminator"),
     *[
@@ -351,7 +310,6 @@ MALFORMED = [
         r"train: the first sample .*division by zero",
     ),
     ({"datasets.train.color": "Y"}, r"color: must be one of 'y', 'rgb' or ~ \(nothing\), got 'Y'"),
-    ({"datasets.train.use_hflip": "yes"}, r"use_hflip: must be true or false or ~ \(nothing\), got 'yes'"),
     ({"datasets.train.use_hflp": True}, r"datasets\.train\.use_hflp: unknown; did you mean 'use_hflip'\?"),
     ({"datasets.train.type": "REDSDataset"}, r"datasets\.train\.dataroot_flow: missing; REDSDataset needs it"),
     # top level, logger

@@ -21,7 +21,6 @@ from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import (
     LOW_PRECISION,
     assert_bit_equal,
-    assert_derivatives,
     assert_gradients_close,
     assert_no_worse,
     assert_values_close,
@@ -136,17 +135,6 @@ def test_keys_that_are_unit_queries(device: torch.device, with_lse: bool, case: 
     assert_gradients_close((size * mine[0], mine[1]), (size * other[0], other[1]))
 
 
-def test_gradcheck_of_keys_that_are_queries(device: torch.device) -> None:
-    case = Case(num_tokens=5, num_clusters=3, chunk_size=2)
-    query, _, value = inputs_of(case, device)
-    pattern = case.pattern(device=device)
-
-    def attend(query: Tensor, value: Tensor) -> Tensor:
-        return fast.cluster_attention(query, query, value, pattern, normalize_keys=True, backend="triton")
-
-    assert_derivatives(attend, (query, value))
-
-
 @pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED, NEAREST], ids=["exact", "published", "nearest"])
 def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
     leaves = inputs_of(case, device)
@@ -156,26 +144,6 @@ def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
     assert_values_close(actual, expected)
     probe = case.tokens("probe", VALUE_WIDTH, device=device)
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(num_tokens=3, chunk_size=2, count_keys_once=False),
-        Case(num_tokens=5, num_clusters=3, chunk_size=1, nearest=True),
-    ],
-    ids=["published", "nearest"],
-)
-def test_gradcheck_of_both_outputs(device: torch.device, case: Case) -> None:
-    """Numerical derivatives; the output and the lse of one call send gradients back together."""
-    pattern = case.pattern(device=device)
-    layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once)
-
-    def both(*leaves: Tensor) -> Tensor:
-        output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 0.7)
-        return torch.cat([output, lse[..., None]], dim=-1)
-
-    assert_derivatives(both, inputs_of(case, device))
 
 
 @pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED], ids=["exact", "published"])

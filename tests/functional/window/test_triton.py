@@ -19,7 +19,6 @@ from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
     LOW_PRECISION,
     assert_bit_equal,
-    assert_derivatives,
     assert_gradients_close,
     assert_no_worse,
     assert_values_close,
@@ -114,13 +113,6 @@ def test_all_backends_agree(device: torch.device, groups: Groups) -> None:
     for output in outputs[1:]:
         assert_values_close(output, outputs[0])
         assert_gradients_close(gradients(output, leaves, probe), gradients(outputs[0], leaves, probe))
-
-
-def test_gradcheck(device: torch.device) -> None:
-    assert_derivatives(
-        lambda *leaves: grouped_window_attention(*leaves, **grouped(2, 3, shifts=(1, 2)), backend="triton"),
-        maps(2, 3, 2, 3, device),
-    )
 
 
 def test_an_unseen_pixel_cannot_matter(device: torch.device) -> None:

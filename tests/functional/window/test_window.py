@@ -20,7 +20,6 @@ from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
     LOW_PRECISION,
     assert_bit_equal,
-    assert_derivatives,
     assert_gradients_close,
     assert_no_worse,
     assert_values_close,
@@ -135,21 +134,6 @@ FAR_APART = Map(height=5, width=4, window_size=4, shift=0, unshift=3, seed=8)
 
 
 # --- cutting and joining
-
-
-def test_windows_and_their_pixels_are_in_raster_order(device: torch.device) -> None:
-    """Written out on numbers one can read."""
-    picture = torch.arange(24, device=device).view(1, 1, 4, 6)
-    expected = [
-        [0, 1, 6, 7],
-        [2, 3, 8, 9],
-        [4, 5, 10, 11],
-        [12, 13, 18, 19],
-        [14, 15, 20, 21],
-        [16, 17, 22, 23],
-    ]
-    windows = fast.partition(picture.double(), 2)
-    assert_bit_equal(windows[0, :, :, 0], torch.tensor(expected, dtype=torch.float64, device=device))
 
 
 def test_a_shifted_window_begins_further_on(device: torch.device) -> None:
@@ -389,27 +373,6 @@ def test_pads_have_no_weight(device: torch.device, case: Map) -> None:
 
 
 @pytest.mark.promise("R6")
-@given(case=maps(), filling=st.sampled_from((1.0, 1e4, -1e300)))
-@example(case=PADDED, filling=1e4)
-@example(case=WINDOW_OVER_THE_MAP, filling=1e4)
-@example(case=FULL_OF_PADS, filling=-1e300)
-def test_the_values_of_pads_cannot_matter(device: torch.device, case: Map, filling: float) -> None:
-    """The application by hand, on a map whose pads hold something, gives the same bits; the operation, which multiplies
-    a few windows at a time, gives the same but for rounding."""
-    query, key, value = (leaf.detach() for leaf in case.inputs(device))
-    weights = fast.window_weights(query, key, **case.windows)
-
-    def by_hand(pads: float) -> Tensor:
-        padded = F.pad(value, case.padding, value=pads).roll((-case.shift, -case.shift), dims=(2, 3))
-        windows = weights @ fast.partition(padded, case.window_size)
-        joined = fast.merge(windows, *padded.shape[2:]).roll((case.shift, case.shift), dims=(2, 3))
-        return joined[:, :, : case.height, : case.width]
-
-    assert_bit_equal(by_hand(filling), by_hand(0.0))
-    assert_values_close(by_hand(filling), fast.apply_window_weights(weights, value, **case.windows))
-
-
-@pytest.mark.promise("R6")
 @given(case=maps(), filling=st.sampled_from((0.0, 1e4, float("nan"))))
 @example(case=PADDED, filling=float("nan"))
 @example(case=WINDOW_OVER_THE_MAP, filling=float("nan"))
@@ -588,19 +551,6 @@ def test_an_unknown_form_is_explained(device: torch.device) -> None:
         fast.window_weights(query, key, window_size=4, backend="fast")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", [ONE_PIXEL, FULL_OF_PADS, WINDOW_OVER_THE_MAP.but(batch=1, window_size=4)], ids=str)
-def test_gradcheck(device: torch.device, case: Map) -> None:
-    """Numerical derivatives, independent of any other implementation."""
-    query, key, value = case.inputs(device)
-    rows = case.real(device)
-    assert_derivatives(lambda query, key: fast.window_weights(query, key, **case.windows)[:, rows], (query, key))
-    weights = case.tensor("weights", *case.weights_shape, device=device).requires_grad_()
-    assert_derivatives(
-        lambda weights, value: fast.apply_window_weights(weights, value, **case.windows), (weights, value)
-    )
-    assert_derivatives(lambda *leaves: fast.window_attention(*leaves, **case.windows), (query, key, value))
-
-
 # --- what is refused
 
 
@@ -627,17 +577,6 @@ def test_queries_and_keys_of_different_maps_are_refused() -> None:
     for call in (fast.window_weights, lambda *leaves, **sizes: fast.window_attention(*leaves, query, **sizes)):
         with pytest.raises(ShapeError, match=r"one size, got \(1, 4, 5, 6\) and \(1, 4, 6, 5\)"):
             call(query, key, window_size=3)
-
-
-@pytest.mark.parametrize("height", [3, 7], ids=["fewer windows", "more windows"])
-def test_weights_of_another_map_are_refused(height: int) -> None:
-    case = Map()
-    query, key, _ = case.inputs("cpu")
-    weights = fast.window_weights(query, key, **case.windows)
-    expected = case.but(height=height).weights_shape
-    message = rf"must be of shape \(1, {expected[1]}, 9, 9\), got \(1, 4, 9, 9\)"
-    with pytest.raises(ShapeError, match=message):
-        fast.apply_window_weights(weights, torch.zeros(1, 3, height, 6), **case.windows)
 
 
 @pytest.mark.unhooked
