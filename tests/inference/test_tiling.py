@@ -34,21 +34,6 @@ def test_tiles_cover_every_pixel_once(size: tuple[int, int], tile: int, share: f
     assert most <= tile
 
 
-@given(st.integers(2, 40), st.integers(2, 20), st.floats(0, 0.99))
-def test_neighbouring_tiles_meet_in_the_middle_of_what_they_share(size: int, tile: int, share: float) -> None:
-    """So a pixel kept from a tile is at least half an overlap away from that tile's edges inside the image."""
-    overlap = int(share * tile)
-    images = torch.zeros(1, 1, 1, size)
-
-    def depth(part: Tensor) -> Tensor:
-        length = part.shape[-1]
-        return torch.arange(length).minimum(torch.arange(length).flip(0)).expand_as(part)
-
-    inside = upscale_tiled(depth, images, tile, overlap)[0, 0, 0]
-    ramp = torch.arange(size).minimum(torch.arange(size).flip(0))
-    assert (inside >= ramp.clamp(max=overlap // 2)).all()
-
-
 @given(SIZES, st.integers(1, 20), st.floats(0, 0.99), st.floats(0, 1), st.integers(1, 4))
 def test_shares_of_blended_tiles_add_up_to_one(
     size: tuple[int, int], tile: int, share: float, part: float, scale: int

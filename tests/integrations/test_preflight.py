@@ -45,7 +45,6 @@ MALFORMED = [
     ({f"{NET}.upscale": ...}, r"network_g\.upscale: must be 2, the option 'scale', got 4 \(its default\)"),
     # attention
     ({f"{NET}.attention.n_cluster": 4}, r"network_g\.attention\.n_cluster: unknown; did you mean 'num_clusters'\?"),
-    # ELAN's parts
     (
         {NET: {"type": "ELAN", "window_sizes": [4, 100_000_000]}},
         r"network_g\.window_sizes: must be in \[1, 1024\], got \[4, 100000000\]",
@@ -82,6 +81,9 @@ MALFORMED = [
     # model, machine, general
     ({"model_type": "SparseSRMode"}, r"model_type: BasicSR has no model named 'SparseSRMode'; .*'SparseSRModel'\?"),
     ({"model_type": ...}, r"model_type: missing"),
+    ({"name": ...}, r"name: missing"),
+    ({"scale": ...}, r"scale: missing"),
+    ({"logger": ...}, r"logger: missing"),
     ({"scale": -1}, r"scale: must be >= 1, got -1"),
     ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"train.total_iter": 10**30}, r"train\.total_iter: must be below 2\*\*31, got 1000000"),
@@ -155,6 +157,8 @@ MALFORMED = [
     ({"train.ema_decay": 1}, r"train\.ema_decay: must be in \[0, 1\), got 1"),
     ({"train.optim_g.lr": "fast"}, r"train\.optim_g\.lr: must be a number > 0 and finite, got 'fast'"),
     ({"train.optim_g.lr": ...}, r"train\.optim_g\.lr: missing"),
+    ({"train.optim_g": ...}, r"train\.optim_g: missing"),
+    ({"train.scheduler.type": ...}, r"train\.scheduler\.type: missing"),
     ({"train.pixel_opt": ...}, r"train\.pixel_opt: missing; training needs a loss"),
     (
         {"train.pixel_opt.type": "L1Los"},
@@ -198,6 +202,7 @@ MALFORMED = [
         r"train\.accumulate: unknown to SRModel; model_type: SparseSRModel has it",
     ),
     ({"model_type": "SRModel", "val.tile": 8}, r"val\.tile: unknown to SRModel; model_type: SparseSRModel has it"),
+    ({"val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile ~"),
     ({"val.tile": 8, "val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile 8"),
     ({"val.val_frq": 1, "val.val_freq": ...}, r"val\.val_frq: unknown; did you mean 'val_freq'\?"),
     (
@@ -227,6 +232,7 @@ MALFORMED = [
         {"train.pixel_opt.loss_weight": "big"},
         r"pixel_opt\.loss_weight: must be a number other than inf and nan, got 'big'",
     ),
+    ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be other than inf and nan, got nan"),
     ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss rejects these options: .*avg.*'none', 'mean', 'sum'"),
     ({"train.pixel_opt.type": "GANLoss"}, r"pixel_opt\.gan_type: missing; GANLoss needs it"),
     ({"train.pixl_opt": {"type": "L1Loss"}}, r"pixl_opt: unknown to SparseSRModel; did you mean 'pixel_opt'\?"),
@@ -264,6 +270,8 @@ MALFORMED = [
         r"network_d: missing; SparseESRGANModel needs",
     ),
     ({**GAN, "network_d.num_in_ch": ...}, r"network_d\.num_in_ch: missing; UNetDiscriminatorSN needs it"),
+    ({**GAN, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
+    ({**GAN, "train.net_d_iters": 0}, r"train\.net_d_iters: must be whole and >= 1, got 0"),
     ({**GAN, "train.net_d_init_iter": 1}, r"train\.net_d_init_iter: unknown; did you mean 'net_d_init_iters'\?"),
     ({**GAN, "train.accumulate": 2}, r"train\.accumulate: must be 1 with SparseSRGANModel, whose discriminator"),
     *[
@@ -310,6 +318,7 @@ MALFORMED = [
         r"train: the first sample .*division by zero",
     ),
     ({"datasets.train.color": "Y"}, r"color: must be one of 'y', 'rgb' or ~ \(nothing\), got 'Y'"),
+    ({"datasets.train.use_hflip": "yes"}, r"use_hflip: must be true or false or ~ \(nothing\), got 'yes'"),
     ({"datasets.train.use_hflp": True}, r"datasets\.train\.use_hflp: unknown; did you mean 'use_hflip'\?"),
     ({"datasets.train.type": "REDSDataset"}, r"datasets\.train\.dataroot_flow: missing; REDSDataset needs it"),
     # top level, logger

@@ -17,10 +17,9 @@ from sparse_sr_attn.functional.window import triton as window_triton
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
-    LOW_PRECISION,
+    assert_as_accurate,
     assert_bit_equal,
     assert_gradients_close,
-    assert_no_worse,
     assert_values_close,
     gradients,
 )
@@ -143,16 +142,11 @@ def test_low_precision_is_no_worse_than_dense_attention(device: torch.device, dt
     query, value = maps(32, 32, 6, 7, device, dtype=torch.float32)
     query = query / 2
     low = [(scale * query).detach().to(dtype).requires_grad_(), value.detach().to(dtype).requires_grad_()]
-    exact = [leaf.detach().double().requires_grad_() for leaf in low]
-    actual = grouped_window_attention(*low, **SMALL, backend="triton")
-    (peer, _), (oracle, _) = dense(*low, SMALL), dense(*exact, SMALL)
-    assert actual.dtype == dtype
-    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
-    probe = Case().tensor("probe", *actual.shape, dtype=dtype, device=device)
-    results = (gradients(actual, low, probe), gradients(peer, low, probe), gradients(oracle, exact, probe))
-    for mine, other, true in zip(*results, strict=True):
-        assert mine.dtype == dtype
-        assert_no_worse(mine, other, true, factor=LOW_PRECISION.gradients)
+
+    def attend(*leaves: Tensor) -> Tensor:
+        return grouped_window_attention(*leaves, **SMALL, backend="triton")
+
+    assert_as_accurate(attend, lambda *leaves: dense(*leaves, SMALL)[0], low)
 
 
 def test_results_are_the_same_in_every_run_and_memory(device: torch.device) -> None:
