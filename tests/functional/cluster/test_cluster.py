@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +19,6 @@ from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import (
     LOW_PRECISION,
     Budget,
-    assert_as_accurate,
     assert_bit_equal,
     assert_gradients_close,
     assert_no_worse,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +14,6 @@ from sparse_sr_attn.functional.cluster import sdpa
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import (
-    assert_as_accurate,
     assert_bit_equal,
     assert_gradients_close,
     assert_values_close,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import machine_code
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,7 +22,6 @@ from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import (
-    assert_as_accurate,
     assert_bit_equal,
     assert_gradients_close,
     assert_no_worse,

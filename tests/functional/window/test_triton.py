@@ -7,6 +7,7 @@ import weakref
 import machine_code
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,6 @@ from sparse_sr_attn.functional.window import triton as window_triton
 from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
-    assert_as_accurate,
     assert_bit_equal,
     assert_gradients_close,
     assert_values_close,

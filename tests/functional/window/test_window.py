@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +21,6 @@ from sparse_sr_attn.reference import window as slow
 from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
     Budget,
-    assert_as_accurate,
     assert_bit_equal,
     assert_gradients_close,
     assert_values_close,
