@@ -11,7 +11,7 @@ import yaml
 from basicsr.utils import options as basicsr_options
 from skimage import data, io
 
-from sparse_sr_attn import EDSR, ELAN, PRESETS, LCoAN
+from sparse_sr_attn import EDSR, PRESETS, LCoAN
 from sparse_sr_attn.blocks import SiteAttention
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.config import fields
@@ -91,37 +91,16 @@ def test_each_tests_what_was_trained() -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_lcoan_light_is_the_preset(scale: int) -> None:
-    options = network_of(OPTIONS / "train" / "LCoAN" / f"train_LCoAN_light_x{scale}.yml")
-    expected = {"type": "LCoAN", "upscale": scale, **PRESETS["LCoAN-light"].options}
-    assert {key: options[key] for key in expected} == expected
-    rest = {key: options[key] for key in options.keys() - expected.keys()}
-    assert rest == {"num_in_ch": 3, "num_out_ch": 3, "img_range": 1.0}
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_lcoan_is_the_published_configuration(scale: int) -> None:
-    """Every option that the file spells out is that of the preset, which golden tests and parameter counts hold."""
-    options = network_of(OPTIONS / "train" / "LCoAN" / f"train_LCoAN_x{scale}.yml")
-    assert options.pop("type") == "LCoAN"
-    assert options.pop("upscale") == scale
-    preset = PRESETS["LCoAN"]
-    published = {name: field.default for name, field in fields(preset.build).items()} | dict(preset.options)
-    assert {name: published[name] for name in options} == options
-    assert preset.options.keys() <= options.keys()
-
-
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", ["ELAN", "ELAN-light"])
-def test_elan_is_the_preset(name: str, scale: int) -> None:
-    """And what the file spells out beyond that is the default, which the golden tests and parameter counts hold."""
-    options = network_of(OPTIONS / "train" / "ELAN" / f"train_{name.replace('-', '_')}_x{scale}.yml")
-    assert options.pop("type") == "ELAN"
-    assert options.pop("upscale") == scale
-    published = {key: field.default for key, field in fields(ELAN).items()} | PRESETS[name].options
+@pytest.mark.parametrize("name", ["LCoAN", "LCoAN-light", "ELAN", "ELAN-light"])
+def test_networks_of_papers_are_the_presets(name: str, scale: int) -> None:
+    """And what a file spells out beyond that is the default, which the golden tests and parameter counts hold."""
+    preset, network = PRESETS[name], name.partition("-")[0]
+    options = network_of(OPTIONS / "train" / network / f"train_{name.replace('-', '_')}_x{scale}.yml")
+    assert (options.pop("type"), options.pop("upscale")) == (network, scale)
+    published = {key: field.default for key, field in fields(preset.build).items()} | dict(preset.options)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     assert given == {key: published[key] for key in given}
-    assert given.keys() >= PRESETS[name].options.keys()
+    assert given.keys() >= preset.options.keys()
 
 
 @pytest.mark.parametrize(
