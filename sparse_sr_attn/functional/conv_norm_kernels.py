@@ -116,6 +116,15 @@ def partial_statistics(
     tl.store(rows + features + feature, squares, mask=feature < features)
 
 
+@triton.jit
+def _means(begin, num_parts, share, num_pixels, feature, features, WORK: tl.constexpr, PARTS: tl.constexpr):
+    """Return the numbers of pixels of PARTS parts, where their means are, and a mask of those that exist."""
+    part = begin + tl.arange(0, PARTS)
+    number = tl.maximum(tl.minimum(num_pixels - part * share, share), 0).to(WORK)
+    mask = (part < num_parts)[:, None] & (feature < features)[None, :]
+    return number[:, None], part[:, None] * 2 * features + feature[None, :], mask
+
+
 @triton.jit(do_not_specialize=["num_pixels", "share", "num_parts", "features"])
 def batch_statistics(
     partial,
@@ -145,20 +154,14 @@ def batch_statistics(
     count = tl.full([1], 0, WORK) + num_pixels.to(WORK)
     sums = tl.zeros([PARTS, BLOCK], WORK)
     for begin in range(0, num_parts, PARTS):
-        part = begin + tl.arange(0, PARTS)
-        number = tl.maximum(tl.minimum(num_pixels - part * share, share), 0).to(WORK)
-        mask = (part < num_parts)[:, None] & exists[None, :]
-        at = part[:, None] * 2 * features + feature[None, :]
-        sums += number[:, None] * tl.load(rows + at, mask=mask, other=0.0)
+        number, at, mask = _means(begin, num_parts, share, num_pixels, feature, features, WORK, PARTS)
+        sums += number * tl.load(rows + at, mask=mask, other=0.0)
     mean = tl.sum(sums, 0) / count
     sums = tl.zeros([PARTS, BLOCK], WORK)
     for begin in range(0, num_parts, PARTS):
-        part = begin + tl.arange(0, PARTS)
-        number = tl.maximum(tl.minimum(num_pixels - part * share, share), 0).to(WORK)
-        mask = (part < num_parts)[:, None] & exists[None, :]
-        at = part[:, None] * 2 * features + feature[None, :]
+        number, at, mask = _means(begin, num_parts, share, num_pixels, feature, features, WORK, PARTS)
         delta = tl.load(rows + at, mask=mask, other=0.0) - mean[None, :]
-        sums += tl.load(rows + features + at, mask=mask, other=0.0) + number[:, None] * delta * delta
+        sums += tl.load(rows + features + at, mask=mask, other=0.0) + number * delta * delta
     variance = tl.sum(sums, 0) / count
     mean += tl.load(_own(biases, conv) + feature, mask=exists, other=0.0).to(WORK)
     tl.store(statistics + conv * 2 * features + feature, mean, mask=exists)
