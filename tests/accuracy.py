@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
+from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import LOW_PRECISION, Budget, assert_no_worse, gradients
 
 
@@ -27,7 +27,7 @@ def assert_as_accurate(
     actual, peer, oracle = fast(*leaves), slow(*leaves), slow(*exact)
     assert actual.dtype == peer.dtype
     assert_no_worse(actual, peer, oracle, factor=budget.values)
-    probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(0)).to(actual)
+    probe = Case().tensor("probe", *actual.shape, dtype=actual.dtype, device=actual.device)
     results = (gradients(actual, leaves, probe), gradients(peer, leaves, probe), gradients(oracle, exact, probe))
     for mine, other, true in zip(*results, strict=True):
         assert mine.dtype == other.dtype
