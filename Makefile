@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PARALLEL := -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench paper test test-all lint hosts docs pictures promises mutants clean
+.PHONY: help setup demo bench paper test test-all lint hosts docs pictures mutants clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,12 +69,15 @@ notebooks: setup  ## Run the notebooks of docs/notebooks and write them with the
 pictures: setup  ## Draw the pictures of docs/concepts.md.
 	$(BIN)/python docs/draw.py
 
-promises: setup  ## Run the tests of all promises and write docs/reliability.md (about half an hour).
-	$(BIN)/python -m pytest -m promise --hypothesis-profile=ci --promises docs/reliability.md $(PARALLEL)
-
-mutants: setup  ## Break the code in 150 small places and list what no test notices (hours; resumes where it stopped).
+# For example: make mutants FILE=sparse_sr_attn/functional/kmeans.py TESTS=tests/functional/test_kmeans.py
+MUTANTS := build/mutants
+mutants: setup  ## Break FILE in many small ways, in a copy of the last commit, and list what TESTS do not notice (hours).
 	$(PIP) -e ".[mutants]"
-	$(BIN)/python tests/mutants.py
+	rm -rf $(MUTANTS) && mkdir -p $(MUTANTS) && git archive HEAD | tar -x -C $(MUTANTS)
+	sed 's|FILE|$(FILE)|; s|PYTHON|$(abspath $(BIN)/python)|; s|TESTS|$(TESTS)|' tests/mutants.toml > $(MUTANTS)/run.toml
+	cd $(MUTANTS) && $(abspath $(BIN)/cosmic-ray) init run.toml run.sqlite
+	cd $(MUTANTS) && PYTHONPATH=.:integrations $(abspath $(BIN)/cosmic-ray) exec run.toml run.sqlite
+	$(BIN)/cr-report --show-diff --surviving-only $(MUTANTS)/run.sqlite
 
 clean:  ## Remove what the targets made, except .venv.
 	rm -rf site build dist bench demo/data demo/experiments demo/results demo/tb_logger demo/*.json demo/*.png

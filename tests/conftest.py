@@ -15,8 +15,6 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from sparse_sr_attn.backbones.base import Network
 
-pytest_plugins = ["promises", "pytester"]
-
 # For benchmarks/, which is not installed; behind all else, so that seeded faults can put a copy of the packages first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -37,14 +35,9 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=_RELAXED,
 )
-settings.register_profile(
-    "brief",
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=_RELAXED,
-)  # for `make mutants`
+settings.register_profile(  # for `make mutants`
+    "brief", max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=_RELAXED
+)
 settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=_RELAXED)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
@@ -85,15 +78,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     hooked = pytest.mark.skip(
         reason="compiles, watches random state or passes wrong types, which jaxtyping's hook disturbs"
     )
-    properties: set[str] = set()
     for item in items:
-        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):  # counted for docs/reliability.md
-            if "functional" in item.path.parts:
-                item.add_marker(pytest.mark.promise("R1", "properties of operations"))
-            item.user_properties.append(("least examples", settings.default.max_examples))
-            if item.nodeid.partition("[")[0] not in properties:
-                item.user_properties.append(("total properties", 1))
-            properties.add(item.nodeid.partition("[")[0])
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.promise("R1"))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if config.getoption("--jaxtyping") and item.get_closest_marker("unhooked"):

@@ -27,7 +27,7 @@ from sparse_sr_attn.config import (
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional.cluster import cluster_pattern
 
-pytestmark = pytest.mark.promise("R1", "of options")
+pytestmark = pytest.mark.promise("R1")
 
 
 def build(

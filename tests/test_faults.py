@@ -420,7 +420,7 @@ def test_every_fault_can_be_made() -> None:
         assert (ROOT / fault.node.partition("::")[0]).is_file(), fault.name
 
 
-@pytest.mark.promise("R28", "faults")
+@pytest.mark.promise("R28")
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_taken_name_is_refused_and_nothing_changes() -> None:
     assert registry.get("One").build is one
 
 
-@pytest.mark.promise("R23", "ours")
+@pytest.mark.promise("R23")
 def test_same_again_is_once() -> None:
     registry = table()
     registry.register("One", kind="odd", source="Peano")(one)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.promise("R30", "weights_only")
+@pytest.mark.promise("R30")
 def test_files_are_read_as_data() -> None:
     calls = [
         (path.relative_to(ROOT), node)
@@ -23,7 +23,7 @@ def test_files_are_read_as_data() -> None:
         assert given.get("weights_only") == "True", f"{path}:{call.lineno}"
 
 
-@pytest.mark.promise("R30", "the page")
+@pytest.mark.promise("R30")
 def test_the_page_for_reports_is_there() -> None:
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     for promise in ("weights_only=True", "safetensors", "!!python/object/apply", "privately"):

@@ -63,21 +63,16 @@ class GMSA(nn.Module):
         return x + cast(Tensor, self.layer(x)[0])
 
 
-class SharedGMSA(nn.Module):
+class SharedGMSA(GMSA):
     """Their attention with the weights of an earlier one, which are computed once for each size of map.
 
-    Args:
-        channels: of the feature map.
-        folder: of their repository.
-        shift: whether windows are shifted.
-        window_sizes: sides of the windows.
+    For the arguments, see `GMSA`.
     """
 
     def __init__(self, channels: int, folder: str, shift: bool = False, window_sizes: Sequence[int] = _WINDOWS) -> None:
-        super().__init__()
-        build = _load(folder, "models.elan_block").GMSA
-        self.earlier = build(channels, int(shift), [*window_sizes])
-        self.layer = build(channels, int(shift), [*window_sizes], calc_attn=False)
+        super().__init__(channels, folder, shift, window_sizes)
+        self.earlier = self.layer
+        self.layer = type(self.earlier)(channels, int(shift), [*window_sizes], calc_attn=False)
         self.weights: dict[torch.Size, list[Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -87,11 +87,8 @@ class ELAB(AttentionLayer):
         shared = None
         for lfe, attention in zip(self.lfe, self.attention, strict=True):
             x = cast(LFE, lfe).add_to(x, self.res_scale)
-            if shared is not None or len(self.attention) == 1:
-                x = attention(x, shared)
-            elif isinstance(attention, GMSA):
-                x, shared = attention.attend_and_apply(x)
-            else:  # a replacement
-                shared = cast(AttentionLayer, attention).attend(x)
+            if shared is None and len(self.attention) > 1:
+                x, shared = cast(AttentionLayer, attention).attend_and_apply(x)
+            else:
                 x = attention(x, shared)
         return in_format_of(x, given)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_sr_attn.functional._triton import precision_options
+from sparse_sr_attn.functional._triton import padded, precision_options
 from sparse_sr_attn.functional.channels_last import is_channels_last
 
 PIXELS, COLUMNS, READ = 64, 64, 32
@@ -47,6 +47,17 @@ def launch(
 def num_pixels(x: Float[Tensor, "b c h w"]) -> int:
     """Return the number of pixels of all maps."""
     return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def pixel_blocks(x: Float[Tensor, "b c h w"]) -> int:
+    """Return the number of blocks of `PIXELS` pixels."""
+    return -(-num_pixels(x) // PIXELS)
+
+
+def blocks_of(channels: int) -> tuple[int, int]:
+    """Return how many channels a program writes, and the number of such blocks."""
+    columns = min(padded(channels), COLUMNS)
+    return columns, -(-channels // columns)
 
 
 def parts_of(x: Float[Tensor, "b c h w"], block: int) -> tuple[int, int]:

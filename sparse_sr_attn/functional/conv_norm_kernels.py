@@ -7,7 +7,7 @@ deterministic.
 import triton
 import triton.language as tl
 
-from sparse_sr_attn.functional.map_kernels import move_running, of_maps, place, products, read_map
+from sparse_sr_attn.functional.map_kernels import move_running, of_maps, products, read_map, read_weight, write_map
 
 
 @triton.jit
@@ -64,9 +64,7 @@ def conv_norm(
     shift -= tl.load(_own(means, conv) + feature, mask=exists, other=0.0).to(WORK)
     acc = (acc + shift[None, :]) * scale[None, :]
     acc += tl.load(_own(offsets, conv) + feature, mask=exists, other=0.0).to(WORK)[None, :]
-    output = _own(outputs, conv)
-    at = place(pixel[:, None], feature[None, :], features, height * width, LAST)
-    tl.store(output + at, acc.to(output.dtype.element_ty), mask=(pixel < num_pixels)[:, None] & exists[None, :])
+    write_map(_own(outputs, conv), acc, pixel, feature, num_pixels, features, height * width, LAST)
 
 
 @of_maps
@@ -118,6 +116,15 @@ def partial_statistics(
     tl.store(rows + features + feature, squares, mask=feature < features)
 
 
+@triton.jit
+def _means(begin, num_parts, share, num_pixels, feature, features, WORK: tl.constexpr, PARTS: tl.constexpr):
+    """Return the numbers of pixels of PARTS parts, where their means are, and a mask of those that exist."""
+    part = begin + tl.arange(0, PARTS)
+    number = tl.maximum(tl.minimum(num_pixels - part * share, share), 0).to(WORK)
+    mask = (part < num_parts)[:, None] & (feature < features)[None, :]
+    return number[:, None], part[:, None] * 2 * features + feature[None, :], mask
+
+
 @triton.jit(do_not_specialize=["num_pixels", "share", "num_parts", "features"])
 def batch_statistics(
     partial,
@@ -147,20 +154,14 @@ def batch_statistics(
     count = tl.full([1], 0, WORK) + num_pixels.to(WORK)
     sums = tl.zeros([PARTS, BLOCK], WORK)
     for begin in range(0, num_parts, PARTS):
-        part = begin + tl.arange(0, PARTS)
-        number = tl.maximum(tl.minimum(num_pixels - part * share, share), 0).to(WORK)
-        mask = (part < num_parts)[:, None] & exists[None, :]
-        at = part[:, None] * 2 * features + feature[None, :]
-        sums += number[:, None] * tl.load(rows + at, mask=mask, other=0.0)
+        number, at, mask = _means(begin, num_parts, share, num_pixels, feature, features, WORK, PARTS)
+        sums += number * tl.load(rows + at, mask=mask, other=0.0)
     mean = tl.sum(sums, 0) / count
     sums = tl.zeros([PARTS, BLOCK], WORK)
     for begin in range(0, num_parts, PARTS):
-        part = begin + tl.arange(0, PARTS)
-        number = tl.maximum(tl.minimum(num_pixels - part * share, share), 0).to(WORK)
-        mask = (part < num_parts)[:, None] & exists[None, :]
-        at = part[:, None] * 2 * features + feature[None, :]
+        number, at, mask = _means(begin, num_parts, share, num_pixels, feature, features, WORK, PARTS)
         delta = tl.load(rows + at, mask=mask, other=0.0) - mean[None, :]
-        sums += tl.load(rows + features + at, mask=mask, other=0.0) + number[:, None] * delta * delta
+        sums += tl.load(rows + features + at, mask=mask, other=0.0) + number * delta * delta
     variance = tl.sum(sums, 0) / count
     mean += tl.load(_own(biases, conv) + feature, mask=exists, other=0.0).to(WORK)
     tl.store(statistics + conv * 2 * features + feature, mean, mask=exists)
@@ -350,9 +351,6 @@ def input_gradient(
             g = read_map(grads[conv], pixel, feature, num_pixels, features, area, LAST).to(WORK)
             y = read_map(outputs[conv], pixel, feature, num_pixels, features, area, LAST).to(WORK)
             g = of_grad * (g - mean) + of_output * (y - offset)
-            mask = exists[:, None] & (channel < channels)[None, :]
-            w = tl.load(weights[conv] + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+            w = read_weight(weights[conv], feature, channel, features, channels)
             acc += tl.dot(g.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
-    at = place(pixel[:, None], channel[None, :], channels, area, LAST)
-    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
-    tl.store(output + at, acc.to(output.dtype.element_ty), mask=mask)
+    write_map(output, acc, pixel, channel, num_pixels, channels, area, LAST)

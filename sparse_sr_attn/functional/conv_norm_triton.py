@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_sr_attn.functional._conv_launch import (
-    COLUMNS,
     PIXELS,
     READ,
+    blocks_of,
     dense,
     launch,
     like,
     map_like,
     num_pixels,
     parts_of,
+    pixel_blocks,
 )
 from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import (
@@ -117,14 +118,14 @@ def norm_op(
     from sparse_sr_attn.functional import conv_norm_kernels as kernels  # noqa: PLC0415
 
     x, features = dense(x), len(weights[0])
-    outputs, columns = _maps(x, weights), min(padded(features), COLUMNS)
+    outputs, (columns, num_blocks) = _maps(x, weights), blocks_of(features)
     vectors = (_dense(each) for each in (weights, biases, means, variances, scales, offsets))
     launch(
         kernels.conv_norm,
         (x, *vectors, tuple(outputs)),
         x,
         features,
-        (-(-num_pixels(x) // PIXELS), -(-features // columns), len(weights)),
+        (pixel_blocks(x), num_blocks, len(weights)),
         {"EPS": eps, "PIXELS": PIXELS, "CHANNELS": READ, "FEATURES": columns},
     )
     return outputs
@@ -150,7 +151,7 @@ def _statistics(
     from sparse_sr_attn.functional import conv_norm_kernels as kernels  # noqa: PLC0415
 
     x, features = dense(x), len(weights[0])
-    (share, num_parts), columns = parts_of(x, READ), min(padded(features), COLUMNS)
+    (share, num_parts), (columns, num_blocks) = parts_of(x, READ), blocks_of(features)
     statistics = _empty_statistics(x, weights)
     parts = statistics.new_empty(len(weights), num_parts, 2, features)
     launch(
@@ -158,7 +159,7 @@ def _statistics(
         (x, _dense(weights), parts),
         x,
         features,
-        (num_parts, -(-features // columns), len(weights)),
+        (num_parts, num_blocks, len(weights)),
         {"PIXELS": READ, "CHANNELS": READ, "FEATURES": columns},  # more pixels spill registers
         share,
     )
@@ -200,7 +201,7 @@ def _gradients(
 
     x, features, channels = dense(x), len(weights[0]), x.shape[1]
     (share, num_parts), count = parts_of(x, READ), len(weights)
-    rows, columns = min(padded(features), COLUMNS), min(padded(channels), COLUMNS)
+    (rows, row_blocks), (columns, column_blocks) = blocks_of(features), blocks_of(channels)
     grads, outputs = ([like(each, x) for each in maps] for maps in (grads, outputs))
     parts = statistics.new_empty(2 * count, num_parts, features * (channels + 1))
     deviations = statistics.new_empty(num_parts, channels)
@@ -209,7 +210,7 @@ def _gradients(
         (x, (*grads, *outputs), _dense(offsets), parts, deviations),
         x,
         features,
-        (num_parts, -(-features // rows) * -(-channels // columns), 2 * count),
+        (num_parts, row_blocks * column_blocks, 2 * count),
         {"CHANNELS": columns, "FEATURES": rows, "READ": READ},
         share,
     )
@@ -228,7 +229,7 @@ def _gradients(
             (tuple(grads), tuple(outputs), _dense(weights), coefficients, to_x),
             x,
             features,
-            (-(-num_pixels(x) // PIXELS), -(-channels // columns)),
+            (pixel_blocks(x), column_blocks),
             {"PIXELS": PIXELS, "CHANNELS": columns, "READ": READ},
         )
     return to_x, to_parameters

@@ -11,19 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_sr_attn.functional._conv_launch import (
-    COLUMNS,
     PIXELS,
     READ,
+    blocks_of,
     dense,
     launch,
     like,
     map_like,
-    num_pixels,
     parts_of,
+    pixel_blocks,
 )
 from sparse_sr_attn.functional._operators import operator
 from sparse_sr_attn.functional._torch import conv_precision, working_precision
-from sparse_sr_attn.functional._triton import padded
 from sparse_sr_attn.functional.flops import teach_flop_counters
 
 
@@ -65,13 +64,13 @@ def conv_op(
     from sparse_sr_attn.functional import map_kernels  # noqa: PLC0415
 
     x, output = dense(x), _output(x, weight, residual)
-    columns = min(padded(len(weight)), COLUMNS)
+    columns, num_blocks = blocks_of(len(weight))
     launch(
         map_kernels.conv,
         (x, weight.contiguous(), bias.contiguous(), None if residual is None else like(residual, x), output),
         x,
         len(weight),
-        (-(-num_pixels(x) // PIXELS), -(-len(weight) // columns)),
+        (pixel_blocks(x), num_blocks),
         {
             **{"SHIFT": shift, "RELU": relu, "SCALE": scale},
             **{"PIXELS": PIXELS, "CHANNELS": READ, "FEATURES": columns},
@@ -95,11 +94,11 @@ def _gradients(
     from sparse_sr_attn.functional import map_kernels  # noqa: PLC0415
 
     x = dense(x)
-    features, channels = grad.shape[1], x.shape[1]
+    features = grad.shape[1]
     share, num_parts = parts_of(x, READ)
-    rows, columns = min(padded(features), COLUMNS), min(padded(channels), COLUMNS)
-    of_weights = of_weight * num_parts * -(-features // rows) * -(-channels // columns)
-    of_inputs = of_x * -(-num_pixels(x) // PIXELS) * -(-channels // columns)
+    (rows, row_blocks), (columns, column_blocks) = blocks_of(features), blocks_of(x.shape[1])
+    of_weights = of_weight * num_parts * row_blocks * column_blocks
+    of_inputs = of_x * pixel_blocks(x) * column_blocks
     to_x, to_weights = _empty_gradients(x, features, num_parts, of_x, of_weight)
     launch(
         map_kernels.conv_backward,

@@ -23,6 +23,21 @@ def read_map(pointer, pixel, channel, num_pixels, channels, area, LAST: tl.const
 
 
 @triton.jit
+def write_map(pointer, values, pixel, channel, num_pixels, channels, area, LAST: tl.constexpr):
+    """Store some channels of some pixels of a map, in its dtype."""
+    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
+    at = place(pixel[:, None], channel[None, :], channels, area, LAST)
+    tl.store(pointer + at, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def read_weight(weight, feature, channel, features, channels):
+    """Load the weights of some channels (columns) in some features (rows); masked elements are 0."""
+    mask = (feature < features)[:, None] & (channel < channels)[None, :]
+    return tl.load(weight + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _sources(pixel, channel, channels, height, width, SHIFT: tl.constexpr):
     """Return the pixels that each channel is read from, wrapped around the map, and a mask of those inside."""
     source, inside = pixel[:, None], (pixel >= 0)[:, None]
@@ -119,13 +134,11 @@ def conv(
     acc = products(
         x, weight, pixel, feature, sizes, SHIFT, RELU, LAST, WORK, DOT, PRECISION, PIXELS, CHANNELS, FEATURES
     )
-    exists = feature < features
-    acc += tl.load(bias + feature, mask=exists, other=0.0).to(WORK)[None, :]
-    at = place(pixel[:, None], feature[None, :], features, height * width, LAST)
-    mask = (pixel < num_pixels)[:, None] & exists[None, :]
+    acc += tl.load(bias + feature, mask=feature < features, other=0.0).to(WORK)[None, :]
     if residual is not None:
-        acc = tl.load(residual + at, mask=mask, other=0.0).to(WORK) + acc * tl.full([1, 1], SCALE, WORK)
-    tl.store(output + at, acc.to(output.dtype.element_ty), mask=mask)
+        kept = read_map(residual, pixel, feature, num_pixels, features, height * width, LAST).to(WORK)
+        acc = kept + acc * tl.full([1, 1], SCALE, WORK)
+    write_map(output, acc, pixel, feature, num_pixels, features, height * width, LAST)
 
 
 @triton.jit
@@ -159,8 +172,7 @@ def _input_gradient(
     for begin in range(0, features, READ):
         feature = begin + tl.arange(0, READ)
         g = read_map(grad, pixel, feature, num_pixels, features, height * width, LAST)
-        mask = (feature < features)[:, None] & (channel < channels)[None, :]
-        w = tl.load(weight + feature[:, None] * channels + channel[None, :], mask=mask, other=0.0)
+        w = read_weight(weight, feature, channel, features, channels)
         acc += tl.dot(g.to(DOT), w.to(DOT), out_dtype=WORK, input_precision=PRECISION)
     source, inside = _sources(pixel, channel, channels, height, width, SHIFT)
     at = place(source, channel[None, :], channels, height * width, LAST)

@@ -72,6 +72,15 @@ class AttentionLayer(nn.Module):
         """
         raise SharingError(f"attend needs a layer that provides a state, got {type(self).__name__}, which does not")
 
+    def attend_and_apply(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Any]:
+        """Return `x` plus its attention, and the state that `attend` computes; layers may do both at once.
+
+        Raises:
+            SharingError: this layer provides no state.
+        """
+        state = self.attend(x)
+        return self(x, state), state
+
     def forward(self, x: Float[Tensor, "b c h w"], state: Any = None) -> Float[Tensor, "b c h w"]:
         """Return `x` plus its attention; `state` is that of another layer or of `attend`."""
         raise TypeError(f"{type(self).__name__} does not define forward")

@@ -224,8 +224,7 @@ class GMSA(AttentionLayer):
         check_map(x, self.embed_dim)
         if is_unmodified(self, GMSA) and fuses_groups(x, len(self.window_sizes)):
             return self._apply_to(x)
-        state = self.attend(x)
-        return self(x, state), state
+        return super().attend_and_apply(x)
 
     def _apply_to(self, x: Tensor) -> tuple[Tensor, WindowAttention]:
         """Return the output, and a state that has no weights."""

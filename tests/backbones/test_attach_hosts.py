@@ -350,7 +350,7 @@ def _train_together(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.promise("R16", "attached")
+@pytest.mark.promise("R16")
 def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(_train_together, args=(2, str(tmp_path)), nprocs=2)
     for name in TOGETHER:

@@ -47,7 +47,7 @@ def each(quick: Collection[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in NETWORKS]
 
 
-@pytest.mark.promise("R14", "networks")
+@pytest.mark.promise("R14")
 @pytest.mark.unhooked
 @pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", each({"LCoAN", "ELAN"}))
@@ -73,7 +73,7 @@ def test_one_recompile_for_all_sizes(name: str, training: bool) -> None:
         assert one.grad is None or torch.equal(one.grad, other.grad), key
 
 
-@pytest.mark.promise("R15", "torch.export, networks")
+@pytest.mark.promise("R15")
 @pytest.mark.unhooked
 @pytest.mark.parametrize("name", each({"LCoAN", "ELAN"}))
 def test_exports_with_dynamic_sizes(name: str) -> None:

@@ -105,21 +105,6 @@ def test_maps_mix_and_never_share_across() -> None:
     assert torch.equal(model.attention.run(model.body, x), y)
 
 
-@pytest.mark.parametrize("share", [2, 3])
-def test_gmsa_is_shared_by_gmsa(share: int) -> None:
-    """One GMSA and its SharedGMSAs, three times, spelt out by hand; every second provider shifts."""
-    model = EDSR(num_block=3 * share, attention={**GMSA_MAP, "every": 1, "share": share}, **SMALL).eval()
-    assert [type(layer) for layer in model.attention] == 3 * [GMSA, *(share - 1) * [SharedGMSA]]
-    assert [layer.shift for layer in model.attention if isinstance(layer, GMSA)] == [False, True, False]
-    x = y = image(1, 8, 5, 5)
-    for index, block in enumerate(model.body):
-        y = block(y)
-        if index % share == 0:
-            state = model.attention[index].attend(y)
-        y = model.attention[index](y, state)
-    assert torch.equal(model.attention.run(model.body, x), y)
-
-
 @pytest.mark.parametrize(("shift", "expected"), [
     ({}, [False, True, False]),
     ({"shift": "auto"}, [False, True, False]),
@@ -187,20 +172,6 @@ def test_zero_init_by_default_and_identity() -> None:
     assert all(key.startswith("attention.") for key in missing)
     x = image(2, 3, 5, 8)
     assert torch.equal(plain(x), with_attention(x))
-
-
-def test_all_attention_learns_after_two_steps() -> None:
-    model = EDSR(num_block=4, attention={"type": "LCoA", "every": 1, "share": 3, "num_clusters": 4}, **SMALL)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for step in range(2):
-        optimizer.zero_grad()
-        model(image(2, 3, 6, 6, seed=step)).square().mean().backward()
-        optimizer.step()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
-
-
-def test_grey_in_colour_out() -> None:
-    assert EDSR(1, 3, 8, 1, 2)(image(1, 1, 4, 4)).shape == (1, 3, 8, 8)
 
 
 BAD = [

@@ -36,7 +36,7 @@ def test_any_factor_channels_and_size(name: str, upscale: int) -> None:
         assert output.isfinite().all()
 
 
-@pytest.mark.promise("R19", "networks")
+@pytest.mark.promise("R19")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_activation_checkpointing_changes_nothing(name: str) -> None:
     """Weights, gradients, k-means state and BatchNorm statistics stay the same to the bit over three steps."""

@@ -229,7 +229,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.promise("R21", "folders of the hub")
+@pytest.mark.promise("R21")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_folders_give_one_clear_error(name: str, tmp_path: Path) -> None:
     """And nothing that is in them runs."""

@@ -97,7 +97,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- ours
 
 
-@pytest.mark.promise("R12", "files")
+@pytest.mark.promise("R12")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", OURS)
 def test_ours_come_back_with_nothing_told(name: str, suffix: str, tmp_path: Path) -> None:
@@ -656,7 +656,7 @@ def test_attention_for_weights_without_it_starts_as_the_identity() -> None:
     assert torch.equal(model(image()), plain(image()))
 
 
-@pytest.mark.promise("R21", "another upscale")
+@pytest.mark.promise("R21")
 def test_another_upscale_keeps_the_body_only_on_request() -> None:
     model = trained("EDSR")
     with pytest.raises(CheckpointError, match=r"upscale must be 2, that of the weights, got 4; allow_tail_reinit=True"):
@@ -889,7 +889,7 @@ def test_long_lists_of_keys_are_cut_and_counted(extra: int, listed: str) -> None
         load_model({**state, **{f"extra.{index}": torch.zeros(1) for index in range(extra)}}, img_range=1.0)
 
 
-@pytest.mark.promise("R21", "bad contents")
+@pytest.mark.promise("R21")
 @pytest.mark.parametrize("content", CONTENTS)
 def test_bad_contents_give_one_clear_error(content: str, tmp_path: Path) -> None:
     found, message = CONTENTS[content]
@@ -940,7 +940,7 @@ def bad_files(folder: Path) -> dict[str, tuple[object, str]]:
     }
 
 
-@pytest.mark.promise("R21", "unreadable files")
+@pytest.mark.promise("R21")
 def test_unreadable_files_give_one_clear_error(tmp_path: Path) -> None:
     """And nothing that is in them runs."""
     for source, message in bad_files(tmp_path).values():
@@ -1003,7 +1003,7 @@ GIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.promise("R21", "giants")
+@pytest.mark.promise("R21")
 @pytest.mark.parametrize("name", GIANTS)
 def test_options_that_ask_for_too_much_together_are_refused_while_it_is_built(name: str) -> None:
     build, change = GIANTS[name]

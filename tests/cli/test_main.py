@@ -184,7 +184,7 @@ def _without_basicsr(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.promise("R23", "without basicsr")
+@pytest.mark.promise("R23")
 def test_without_basicsr_the_help_works_and_a_command_says_what_to_install() -> None:
     done = _without_basicsr(["--help"])
     assert done.returncode == 0, done.stderr

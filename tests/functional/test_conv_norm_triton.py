@@ -18,7 +18,6 @@ from sparse_sr_attn.functional.conv_norm_triton import Buffers, Parameters, conv
 from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
     assert_bit_equal,
-    assert_derivatives,
     assert_gradients_close,
     assert_values_close,
     gradients,
@@ -109,20 +108,6 @@ def test_gradients_of_both_add_up(device: torch.device) -> None:
     sums = [torch.cat(call(x, parameters, copied(buffers), **OPTIONS)) for call in (conv1x1_batch_norm, one_by_one)]
     probe = Case().tensor("probe", *sums[0].shape, device=device)
     assert_gradients_close(*(gradients(total, leaves, probe) for total in sums))
-
-
-def test_gradcheck(device: torch.device) -> None:
-    """Numerical derivatives, also where a scale is 0 and thus hides what it scales."""
-    x = Case().tensor("x", 1, 2, 1, 3, device=device).requires_grad_()
-    parameters, buffers = convolutions(device, 2, 1, 2)
-    with torch.no_grad():
-        parameters.scales[1][0] = 0
-
-    def call(x: Tensor, *leaves: Tensor) -> Tensor:
-        lists = (leaves[start : start + 2] for start in range(0, 8, 2))
-        return torch.cat(conv1x1_batch_norm(x, Parameters(*lists), buffers, **OPTIONS))
-
-    assert_derivatives(call, (x, *flat(parameters)))
 
 
 def test_a_second_derivative_is_an_error(device: torch.device) -> None:

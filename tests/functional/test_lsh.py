@@ -35,31 +35,6 @@ def test_number_of_buckets_as_published() -> None:
     assert [fast.bucket_count(n, 144, 128) for n in (2304, 15 * 144, 2304 - 1, 144 * 200)] == [16, 16, 16, 128]
 
 
-@given(case=cases(), length=st.floats(0.01, 100))
-def test_length_does_not_matter(device: torch.device, case: Case, length: float) -> None:
-    points = case.tokens("points", 3, device=device)
-    rotations = case.tensor("rotations", 2, 4, 3, device=device)
-    assert_bit_equal(fast.hash_tokens(length * points, rotations, 8), fast.hash_tokens(points, rotations, 8))
-
-
-def test_the_opposite_falls_into_the_opposite_bucket(device: torch.device) -> None:
-    case = Case(num_tokens=50)
-    points = case.tokens("points", 3, device=device)
-    rotations = case.tensor("rotations", 1, 4, 3, device=device)
-    there, opposite = fast.hash_tokens(points, rotations, 6), fast.hash_tokens(-points, rotations, 6)
-    assert_bit_equal(opposite, (there + 3) % 6)
-
-
-def test_near_directions_collide_more_often_than_far_ones() -> None:
-    points = torch.nn.functional.normalize(Case(num_tokens=200).tokens("points", 8), dim=-1)[0]
-    rotations = fast.initial_hash(500, 16, 8, seed=5).rotations.double()
-    buckets = fast.hash_tokens(points[None], rotations, 16)[0]
-    collisions = (buckets[:, :, None] == buckets[:, None]).double().mean(dim=0)
-    cosines = points @ points.T
-    near, far = (cosines > 0.7) & (cosines < 0.99), cosines.abs() < 0.1
-    assert collisions[near].min() > 2 * collisions[far].mean()
-
-
 def state_of(seed: int, device: torch.device) -> fast.HashState:
     return fast.HashState(*(tensor.to(device) for tensor in fast.initial_hash(2, 8, 3, seed)))
 

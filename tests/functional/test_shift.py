@@ -14,7 +14,6 @@ from sparse_sr_attn.testing.strategies import Case
 from sparse_sr_attn.testing.tolerances import (
     LOW_PRECISION,
     assert_bit_equal,
-    assert_derivatives,
     assert_gradients_close,
     assert_no_worse,
     assert_values_close,
@@ -137,14 +136,6 @@ def test_shift_convolution_equals_two_convolutions(device: torch.device, form: s
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
 
 
-@given(case=maps())
-@example(case=WITH_A_REST)
-def test_the_spread_kernel_is_zero_outside_the_taps(device: torch.device, case: Map) -> None:
-    weight = case.parameters(device)[0]
-    expected = weight * slow.one_hot_kernels(case.channels).to(device)[:, 0]
-    assert_bit_equal(fast.spread(weight), expected)
-
-
 @forms
 @given(case=maps())
 @example(case=WITH_A_REST)
@@ -155,14 +146,6 @@ def test_strides_do_not_matter(device: torch.device, form: str, case: Map) -> No
     assert_bit_equal(fast.shift2d(view), fast.shift2d(x))
     actual = fast.shift_conv2d(view, *parameters, form=form)
     assert_values_close(actual, fast.shift_conv2d(x, *parameters, form=form))
-
-
-@low_precisions
-@given(case=maps())
-@example(case=WITH_A_REST)
-def test_a_shift_rounds_nothing(device: torch.device, dtype: torch.dtype, case: Map) -> None:
-    x = case.x(device, dtype)
-    assert_bit_equal(fast.shift2d(x), slow.depthwise(x.double()).to(dtype))
 
 
 @forms
@@ -178,14 +161,6 @@ def test_low_precision_errs_no_more_than_two_convolutions(
     actual = fast.shift_conv2d(*low, form=form)
     assert actual.dtype == dtype
     assert_no_worse(actual, slow.shift_conv2d(*low), slow.shift_conv2d(*exact), factor=LOW_PRECISION.values)
-
-
-@forms
-@pytest.mark.parametrize("case", [Map(height=2), Map(channels=6, height=1, width=2)], ids=str)
-def test_gradcheck(device: torch.device, form: str, case: Map) -> None:
-    """Numerical derivatives, independent of any other implementation."""
-    leaves = (case.x(device), *case.parameters(device))
-    assert_derivatives(lambda *leaves: fast.shift_conv2d(*leaves, form=form), leaves)
 
 
 @pytest.mark.unhooked

@@ -13,7 +13,7 @@ from sparse_sr_attn.reference import cluster, kmeans
 from sparse_sr_attn.testing.strategies import generator
 from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
 
-pytestmark = pytest.mark.promise("R5", "LCoA equals its twin")
+pytestmark = pytest.mark.promise("R5")
 
 CHANNELS = 4
 LONGEST = 17

@@ -74,7 +74,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[EDSR, onnx.Model
     return model, made[0], file
 
 
-@pytest.mark.promise("R15", "onnxruntime, layers")
+@pytest.mark.promise("R15")
 def test_attention_at_other_sizes(exported: tuple[EDSR, onnx.ModelProto, Path]) -> None:
     model, _, file = exported
     same_at_other_sizes(model, file)
@@ -270,7 +270,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.promise("R15", "onnxruntime, networks")
+@pytest.mark.promise("R15")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str, tmp_path: Path) -> None:

@@ -34,21 +34,6 @@ def test_tiles_cover_every_pixel_once(size: tuple[int, int], tile: int, share: f
     assert most <= tile
 
 
-@given(st.integers(2, 40), st.integers(2, 20), st.floats(0, 0.99))
-def test_neighbouring_tiles_meet_in_the_middle_of_what_they_share(size: int, tile: int, share: float) -> None:
-    """So a pixel kept from a tile is at least half an overlap away from that tile's edges inside the image."""
-    overlap = int(share * tile)
-    images = torch.zeros(1, 1, 1, size)
-
-    def depth(part: Tensor) -> Tensor:
-        length = part.shape[-1]
-        return torch.arange(length).minimum(torch.arange(length).flip(0)).expand_as(part)
-
-    inside = upscale_tiled(depth, images, tile, overlap)[0, 0, 0]
-    ramp = torch.arange(size).minimum(torch.arange(size).flip(0))
-    assert (inside >= ramp.clamp(max=overlap // 2)).all()
-
-
 @given(SIZES, st.integers(1, 20), st.floats(0, 0.99), st.floats(0, 1), st.integers(1, 4))
 def test_shares_of_blended_tiles_add_up_to_one(
     size: tuple[int, int], tile: int, share: float, part: float, scale: int
@@ -61,7 +46,7 @@ def test_shares_of_blended_tiles_add_up_to_one(
     torch.testing.assert_close(tiled, nn.functional.interpolate(images, scale_factor=scale), rtol=0, atol=1e-12)
 
 
-@pytest.mark.promise("R24", "local")
+@pytest.mark.promise("R24")
 @given(SIZES, st.integers(4, 20), st.integers(0, 3), st.integers(0, 12))
 def test_a_local_network_gives_the_whole_image_when_the_overlap_covers_its_reach(
     size: tuple[int, int], tile: int, reach: int, blend: int
@@ -76,7 +61,7 @@ def test_a_local_network_gives_the_whole_image_when_the_overlap_covers_its_reach
         torch.testing.assert_close(tiled, net(images), rtol=0, atol=1e-5)
 
 
-@pytest.mark.promise("R24", "without attention")
+@pytest.mark.promise("R24")
 def test_a_network_without_attention_is_the_same_in_tiles() -> None:
     """Reach of this EDSR: one pixel for each of 1 + 2 * 3 + 1 + 1 convolutions, and half of one for the last."""
     torch.manual_seed(0)
@@ -108,7 +93,7 @@ def test_blending_leaves_no_seam(blend: int, scale: int, axis: int) -> None:
     assert blended <= sharp / (blend // 2 * 2 * scale) * 1.001
 
 
-@pytest.mark.promise("R24", "global")
+@pytest.mark.promise("R24")
 def test_attention_sees_its_tile_only_and_blending_keeps_close() -> None:
     torch.manual_seed(0)
     net = LCoAN(num_feat=8, num_group=2, num_block=1, num_clusters=4, chunk_size=16, res_scale=1.0).eval()

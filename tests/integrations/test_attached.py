@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn import LAYERS, CheckpointError, CoA, ConfigError, LCoA, attach, detach, load_model
 from sparse_sr_attn.backbones.attach import is_record, without_records
@@ -102,33 +99,6 @@ def test_they_compile_without_a_break(options: dict[str, Any]) -> None:
     expected = model(image(1, 3, 6, 8))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(image(1, 3, 6, 8)), expected)
-
-
-def _train_together(rank: int, world_size: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    for name, options in BODIES.items():
-        model = attach(built(options), zero_init=False, **OPTIONS)
-        train(DistributedDataParallel(model), 2, slice(rank, None, world_size))
-        torch.save(model.state_dict(), f"{folder}/{name}{rank}.pth")
-    dist.barrier()  # nobody leaves while another still receives
-    dist.destroy_process_group()
-
-
-@pytest.mark.promise("R16", "BasicSR's networks")
-@pytest.mark.slow
-def test_two_processes_train_them_alike(tmp_path: Path) -> None:
-    mp.spawn(_train_together, args=(2, str(tmp_path)), nprocs=2)
-    for name, options in BODIES.items():
-        first, second = (torch.load(tmp_path / f"{name}{rank}.pth", weights_only=True) for rank in (0, 1))
-        alone = attach(built(options), zero_init=False, **OPTIONS)
-        before = copy.deepcopy(alone.state_dict())
-        train(alone, 2)
-        for key, value in alone.state_dict().items():
-            assert torch.equal(first[key], second[key]), f"{name}: {key}"
-            torch.testing.assert_close(
-                first[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name, key=key: f"{name}: {key}: {text}"
-            )
-        assert any(not torch.equal(value, before[key]) for key, value in first.items() if ".value." in key)
 
 
 @old_meshgrid

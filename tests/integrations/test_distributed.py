@@ -129,7 +129,7 @@ ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 2, "share": 2, "window_size
 LIGHT = {name: {"type": name.removesuffix("-light"), **PRESETS[name].options} for name in ("LCoAN-light", "ELAN-light")}
 
 
-@pytest.mark.promise("R16", "torchrun and our command")
+@pytest.mark.promise("R16")
 @pytest.mark.parametrize(
     "network",
     [
@@ -205,7 +205,7 @@ def states(here: Path) -> list[int]:
     return sorted(int(file.stem) for file in here.glob("experiments/tiny/training_states/*.state"))
 
 
-@pytest.mark.promise("R16", "one is killed")
+@pytest.mark.promise("R16")
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_process_ends_the_run_which_can_be_resumed_exactly(noting: Write, here: Path, victim: int) -> None:
@@ -331,7 +331,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.promise("R16", "trainers stop together")
+@pytest.mark.promise("R16")
 def test_all_trainers_stop_together(training: Callable[..., str]) -> None:
     training()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}

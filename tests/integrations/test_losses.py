@@ -17,7 +17,6 @@ from basicsr.models.sr_model import SRModel
 from torch import Tensor, nn
 
 import sparse_sr_attn
-from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import ConfigError, TrainingError
 from sparse_sr_attn_basicsr import preflight
 from sparse_sr_attn_basicsr.losses import FFTLoss
@@ -65,11 +64,6 @@ def test_the_fft_loss_is_l1_of_the_transforms(shape: tuple[int, ...], reduction:
     )
 
 
-def test_the_fft_loss_has_a_gradient() -> None:
-    pred, target = (torch.rand(2, 3, 4, 5, dtype=torch.float64) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda x: FFTLoss(0.5)(x, target), pred.requires_grad_())
-
-
 @pytest.mark.parametrize("parts", [1, 2])
 def test_it_joins_the_losses_of_the_host(options: Options, parts: int) -> None:
     """The step is along the gradient of the sum, computed here by hand; the image of each part counts by its share."""
@@ -82,23 +76,6 @@ def test_it_joins_the_losses_of_the_host(options: Options, parts: int) -> None:
     assert model.log_dict == pytest.approx({"l_pix": pixels.item(), "l_fft": frequencies.item()}, rel=1e-5)
     for (name, one), other in zip(model.net_g.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(one, other - 0.1 * other.grad, rtol=1e-5, atol=1e-7, msg=name)
-
-
-def test_it_is_logged_by_a_run(training: Callable[..., str], here: Path) -> None:
-    assert main(["train", "-opt", training({"train.fft_opt": FFT})]) == 0
-    (log,) = (here / "experiments" / "tiny").glob("train_tiny_*.log")
-    assert "l_fft: " in log.read_text()
-
-
-def test_a_loss_that_is_not_finite_names_its_parts(options: Options) -> None:
-    model = build_model(options({**PLAIN, "train.fft_opt": FFT}))
-    data = batch(1)
-    data["gt"][:] = 3e38
-    model.feed_data(data)
-    before = weights(model)
-    with pytest.raises(TrainingError, match=r"the loss must be finite, got \w+ \(l_pix \w+, l_fft \w+; "):
-        model.optimize_parameters(1)
-    assert distance(weights(model), before) == 0
 
 
 # --- forks

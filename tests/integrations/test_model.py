@@ -123,16 +123,6 @@ def test_new_attention_starts_alike_on_a_pretrained_edsr(options: Options, here:
             assert torch.equal(averaged[name], saved[keys[-1]][name]), name
 
 
-def test_a_pretrained_edsr_keeps_its_image(options: Options, here: Path) -> None:
-    saved = _edsr_checkpoint(options, here / "edsr.pth", ("params",))
-    model = build_model(options({"path": {"pretrain_network_g": "edsr.pth", "strict_load_g": False}}))
-    plain = build_model(options({"network_g.attention": None}))
-    plain.net_g.load_state_dict(saved["params"])
-    image = torch.rand(1, 3, 12, 10)
-    with torch.no_grad():
-        assert torch.equal(model.net_g.eval()(image), plain.net_g.eval()(image))
-
-
 def test_weights_without_the_attention_say_how_to_load_them(options: Options, here: Path) -> None:
     _edsr_checkpoint(options, here / "edsr.pth", ("params",))
     with pytest.raises(CheckpointError) as caught:
@@ -340,7 +330,7 @@ def test_weights_that_were_broken_before_are_not_called_whole(options: Options) 
     assert not model.is_healthy()
 
 
-@pytest.mark.promise("R8", "reported")
+@pytest.mark.promise("R8")
 def test_skipped_kmeans_updates_are_reported(options: Options) -> None:
     model = build_model(options())
     step(model, 1)
@@ -408,7 +398,7 @@ def sizes_seen(model: Any) -> list[int]:
     return sizes
 
 
-@pytest.mark.promise("R20", "one mean gradient")
+@pytest.mark.promise("R20")
 def test_accumulation_is_one_step_on_the_mean_gradient(options: Options) -> None:
     # Plain SGD: Adam would magnify what rounding leaves of a zero gradient.
     changes = {**PLAIN, "train.optim_g": {"type": "SGD", "lr": 0.1}}
@@ -424,7 +414,7 @@ def test_accumulation_is_one_step_on_the_mean_gradient(options: Options) -> None
     assert float(whole.log_dict["l_pix"]) == pytest.approx(float(parts.log_dict["l_pix"]))
 
 
-@pytest.mark.promise("R20", "k-means")
+@pytest.mark.promise("R20")
 def test_under_accumulation_kmeans_moves_once_a_forward(options: Options) -> None:
     model = build_model(options({"train.accumulate": 2}))
     for iteration in (1, 2, 3):
@@ -432,7 +422,7 @@ def test_under_accumulation_kmeans_moves_once_a_forward(options: Options) -> Non
     assert next(m for m in model.net_g.modules() if isinstance(m, LSP)).num_updates == 5  # the sixth is pending
 
 
-@pytest.mark.promise("R20", "k-means when asked, our model")
+@pytest.mark.promise("R20")
 def test_under_accumulation_kmeans_moves_once_a_step_when_asked(options: Options) -> None:
     """And as it does by the whole batch."""
     changes = {"train.optim_g": {"type": "SGD", "lr": 0.1}}
@@ -449,7 +439,7 @@ def test_under_accumulation_kmeans_moves_once_a_step_when_asked(options: Options
         torch.testing.assert_close(parts.net_g.get_buffer(name), buffer, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.promise("R20", "batch normalisation")
+@pytest.mark.promise("R20")
 def test_under_accumulation_batch_norm_sees_each_part_by_itself(options: Options, elan: dict[str, Any]) -> None:
     """So statistics move once a part, and the step is that of a network which gets the parts one by one."""
     torch.manual_seed(0)

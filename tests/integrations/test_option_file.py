@@ -11,7 +11,7 @@ from sparse_sr_attn_basicsr.option_file import load, override, parse
 from sparse_sr_attn_basicsr.options import OPTIONS
 
 
-@pytest.mark.promise("R22", "values")
+@pytest.mark.promise("R22")
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -47,7 +47,7 @@ def test_special_floats() -> None:
     assert parse("-.inf", "here") == -math.inf
 
 
-@pytest.mark.promise("R22", "code in a file")
+@pytest.mark.promise("R22")
 @pytest.mark.parametrize(
     "text",
     [

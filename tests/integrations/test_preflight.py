@@ -45,33 +45,18 @@ MALFORMED = [
     ({f"{NET}.upscale": ...}, r"network_g\.upscale: must be 2, the option 'scale', got 4 \(its default\)"),
     # attention
     ({f"{NET}.attention.n_cluster": 4}, r"network_g\.attention\.n_cluster: unknown; did you mean 'num_clusters'\?"),
-    ({f"{NET}.attention.type": "LCOAA"}, r"network_g\.attention\.type: no layer named 'LCOAA'; did you mean 'LCoA'\?"),
-    ({f"{NET}.attention": 3}, r"network_g\.attention: must be a name, .*got 3"),
-    # ELAN's parts
-    ({NET: {"type": "ELAN", "num_blocks": 3}}, r"network_g\.num_blocks: unknown; did you mean 'num_block'\?"),
     (
         {NET: {"type": "ELAN", "window_sizes": [4, 100_000_000]}},
         r"network_g\.window_sizes: must be in \[1, 1024\], got \[4, 100000000\]",
     ),
     ({f"{NET}.attention.seed": 2**64}, r"network_g\.attention\.seed: must be an integer of 64 bits, got 18446744073"),
-    ({f"{NET}.block": {"type": "SharedGMSA"}}, r"network_g\.block\.type: .*, a consumer; use GMSA instead$"),
     ({"manual_seed": 2**32}, r"manual_seed: must be in \[0, 2\*\*32\) or ~ \(nothing\), got 4294967296"),
     ({"name": ["x" * 10_000]}, r"name: must be a string, got \['x{198}\.\.\. \(10004 characters\)$"),
     # rules that a layer's constructor knows, not its signature
     (
-        {f"{NET}.attention": {"type": "GMSA", "every": 2, "window_sizes": []}},
-        r"network_g\.attention\.window_sizes: must name at least one window size",
-    ),
-    (
         {f"{NET}.attention": [{"type": "LCoA", "every": 2}, {"type": "GMSA", "every": 2, "window_sizes": []}]},
         r"network_g\.attention\.1\.window_sizes: must name at least one window size",
     ),
-    (
-        {f"{NET}.block": {"type": "GMSA", "window_sizes": []}},
-        r"network_g\.block\.window_sizes: must name at least one window size",
-    ),
-    ({f"{NET}.block": {"type": "ELAB", "shar": 2}}, r"network_g\.block\.shar: unknown; did you mean 'share'\?"),
-    ({f"{NET}.block": "ELAB"}, r"network_g\.block: must be a mapping with a key 'type' or ~ .*, got 'ELAB'"),
     (
         {f"{NET}.block": {"type": "ELAB"}, "train.pretrain_img_range": 255.0},
         r"train\.pretrain_img_range: must be ~ unless .* without block, .* got SparseEDSR with block",
@@ -98,6 +83,7 @@ MALFORMED = [
     ({"model_type": ...}, r"model_type: missing"),
     ({"name": ...}, r"name: missing"),
     ({"scale": ...}, r"scale: missing"),
+    ({"logger": ...}, r"logger: missing"),
     ({"scale": -1}, r"scale: must be >= 1, got -1"),
     ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"train.total_iter": 10**30}, r"train\.total_iter: must be below 2\*\*31, got 1000000"),
@@ -149,10 +135,6 @@ MALFORMED = [
     ),
     ({"datasets.train.gt_size": ...}, r"datasets\.train\.gt_size: missing; PairedImageDataset needs it"),
     (
-        {"datasets.train.batch_size_per_gp": 2, "datasets.train.batch_size_per_gpu": ...},
-        r"datasets\.train\.batch_size_per_gp: unknown; did you mean 'batch_size_per_gpu'\?",
-    ),
-    (
         {"datasets.train.batch_size_per_gpu": 64},
         r"dataset_enlarge_ratio: must be at least 11, got 10: .* trains on no batch",
     ),
@@ -172,7 +154,6 @@ MALFORMED = [
     ({"train": ...}, r"train: missing"),
     ({"train.total_iter": ..., "train.total_iters": 9}, r"train\.total_iters: unknown; did you mean 'total_iter'\?"),
     ({"train.total_iter": 0}, r"train\.total_iter: must be whole and >= 1, got 0"),
-    ({"train.ema_deacy": 0.9, "train.ema_decay": ...}, r"train\.ema_deacy: unknown; did you mean 'ema_decay'\?"),
     ({"train.ema_decay": 1}, r"train\.ema_decay: must be in \[0, 1\), got 1"),
     ({"train.optim_g.lr": "fast"}, r"train\.optim_g\.lr: must be a number > 0 and finite, got 'fast'"),
     ({"train.optim_g.lr": ...}, r"train\.optim_g\.lr: missing"),
@@ -221,10 +202,8 @@ MALFORMED = [
         r"train\.accumulate: unknown to SRModel; model_type: SparseSRModel has it",
     ),
     ({"model_type": "SRModel", "val.tile": 8}, r"val\.tile: unknown to SRModel; model_type: SparseSRModel has it"),
-    ({"val.tile": 8, "val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile 8"),
     ({"val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile ~"),
-    ({"logger": ...}, r"logger: missing"),
-    ({"logger.print_freq": 0}, r"logger\.print_freq: must be whole and >= 1, got 0"),
+    ({"val.tile": 8, "val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile 8"),
     ({"val.val_frq": 1, "val.val_freq": ...}, r"val\.val_frq: unknown; did you mean 'val_freq'\?"),
     (
         {"val.metrics.psnr.type": "psnr"},
@@ -237,11 +216,6 @@ MALFORMED = [
     ({f"{PSNR}.crop_border": ...}, r"psnr\.crop_border: missing; calculate_psnr needs it"),
     ({f"{PSNR}.crop_border": "2"}, r"psnr: calculate_psnr fails \(TypeError"),
     ({f"{PSNR}.crop_border": -1}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is -1"),
-    ({f"{PSNR}.crop_border": 60}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is 60"),
-    (
-        {"val.metrics.s": {"type": "calculate_ssim", "crop_border": 28}},
-        r"metrics\.s: calculate_ssim gives nan on an image",
-    ),
     ({"val.metrics.n": {"type": "calculate_niqe", "crop_border": 0}}, r"metrics\.n: calculate_niqe fails \(.*64x64"),
     (
         {f"{PSNR}.test_y_chanel": True},
@@ -272,10 +246,6 @@ MALFORMED = [
         {"train.perceptual_opt": {**VGG, "range_norm": "no"}},
         r"perceptual_opt\.range_norm: must be true or false, got 'no'",
     ),
-    (
-        {"train.fft_opt": {"type": "FFTLos"}},
-        r"fft_opt\.type: BasicSR has no loss named 'FFTLos'; did you mean 'FFTLoss'\?",
-    ),
     ({"train.fft_opt": {"type": "FFTLoss", "reduction": "none"}}, r"fft_opt\.reduction: must be one of 'mean', 'sum'"),
     (
         {"train.fft_opt": {"type": "FFTLoss"}, "train.pixel_opt": ...},
@@ -287,14 +257,10 @@ MALFORMED = [
     ),
     # GAN models
     ({**GAN, "train.gan_opt": None}, r"train\.gan_opt: missing; SparseSRGANModel needs it"),
-    ({**GAN, "train.gan_opt.type": "GANLos"}, r"gan_opt\.type: BasicSR has no loss named 'GANLos'; .*'GANLoss'\?"),
     (
         {**GAN, "train.gan_opt.gan_type": "vanila"},
         r"gan_opt: GANLoss rejects these options: GAN type vanila is not impl",
     ),
-    ({**GAN, "train.optim_d.type": "Adm"}, r"train\.optim_d\.type: there is no optimizer 'Adm'; did you mean 'Adam'\?"),
-    ({**GAN, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
-    ({**GAN, "train.optim_d": "Adam"}, r"train\.optim_d: must be a mapping with a key 'type', got 'Adam'"),
     (
         {"model_type": "SparseSRGANModel", "network_d": GAN["network_d"], "train.gan_opt": GAN["train.gan_opt"]},
         r"optim_d: miss",
@@ -304,6 +270,7 @@ MALFORMED = [
         r"network_d: missing; SparseESRGANModel needs",
     ),
     ({**GAN, "network_d.num_in_ch": ...}, r"network_d\.num_in_ch: missing; UNetDiscriminatorSN needs it"),
+    ({**GAN, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
     ({**GAN, "train.net_d_iters": 0}, r"train\.net_d_iters: must be whole and >= 1, got 0"),
     ({**GAN, "train.net_d_init_iter": 1}, r"train\.net_d_init_iter: unknown; did you mean 'net_d_init_iters'\?"),
     ({**GAN, "train.accumulate": 2}, r"train\.accumulate: must be 1 with SparseSRGANModel, whose discriminator"),
@@ -378,7 +345,7 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.promise("R22", "malformed, training")
+@pytest.mark.promise("R22")
 @pytest.mark.parametrize(("changes", "message"), MALFORMED)
 def test_a_wrong_option_is_explained_and_nothing_is_written(
     changes: dict[str, Any],
@@ -738,7 +705,7 @@ def test_what_a_launcher_needs(
     assert message in errors
 
 
-@pytest.mark.promise("R22", "malformed, testing")
+@pytest.mark.promise("R22")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

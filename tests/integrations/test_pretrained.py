@@ -75,7 +75,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
 }
 
 
-@pytest.mark.promise("R21", "weights of a run")
+@pytest.mark.promise("R21")
 def test_what_are_no_weights_is_told_in_a_few_lines_and_not_taken_up(
     options: Callable[..., dict[str, Any]], here: Path
 ) -> None:

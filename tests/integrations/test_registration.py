@@ -22,7 +22,7 @@ from sparse_sr_attn_basicsr import SparseEDSR, register
 from sparse_sr_attn_basicsr.model import SparseSRModel
 from sparse_sr_attn_basicsr.with_attention import WithAttention
 
-pytestmark = pytest.mark.promise("R23", "BasicSR")
+pytestmark = pytest.mark.promise("R23")
 
 
 def test_registering_twice_is_registering_once() -> None:

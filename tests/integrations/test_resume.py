@@ -121,7 +121,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Options of a run, and how samples are read after its stop, which must change nothing."""
 
 
-@pytest.mark.promise("R13", "our command")
+@pytest.mark.promise("R13")
 @pytest.mark.parametrize(("changes", "later"), CASES.values(), ids=CASES)
 def test_stopped_at_10_of_20_and_resumed_is_bit_equal(
     changes: dict[str, Any], later: dict[str, Any], training: Write, here: Path
@@ -141,7 +141,7 @@ def test_resumed_on_a_gpu_is_bit_equal(autocast: str | None, training: Write, he
     test_stopped_at_10_of_20_and_resumed_is_bit_equal(changes, {}, training, here)
 
 
-@pytest.mark.promise("R13", "twice")
+@pytest.mark.promise("R13")
 def test_stopped_twice_and_resumed_twice_is_bit_equal(training: Write, here: Path) -> None:
     file = training({**BASE, RATIO: 3, WORKERS: 1})  # 9 batches an epoch
     assert train(file, total=20, name="whole") == 0
@@ -313,7 +313,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
 }
 
 
-@pytest.mark.promise("R21", "training states")
+@pytest.mark.promise("R21")
 @pytest.mark.parametrize("what", UNREADABLE)
 def test_a_named_state_that_is_none_is_refused(
     what: str, training: Write, here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -357,7 +357,7 @@ HOSTILE: dict[str, tuple[object, str]] = {
 }
 
 
-@pytest.mark.promise("R21", "values in training states")
+@pytest.mark.promise("R21")
 def test_a_state_with_a_hostile_value_is_refused_before_anything_is_trained(
     training: Write, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

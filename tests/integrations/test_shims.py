@@ -10,7 +10,7 @@ import pytest
 
 from sparse_sr_attn_basicsr import shims
 
-pytestmark = pytest.mark.promise("R23", "repairs")
+pytestmark = pytest.mark.promise("R23")
 
 
 def _python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:

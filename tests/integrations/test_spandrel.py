@@ -206,7 +206,7 @@ class Payload:
         return os.mkdir, (str(self.target),)
 
 
-@pytest.mark.promise("R21", "in spandrel")
+@pytest.mark.promise("R21")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load.* is deprecated")  # spandrel calls it
 @pytest.mark.parametrize("name", ["net.pth", "net.ckpt", "net.pt"])
 @pytest.mark.parametrize("zipped", [True, False])

@@ -209,7 +209,7 @@ def half_written(here: Path) -> list[Path]:
     return list(here.glob("experiments/tiny/*/*.tmp"))
 
 
-@pytest.mark.promise("R13", "killed 2 and 20 times")
+@pytest.mark.promise("R13")
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_while_saving_and_resumed_is_bit_equal(kills: int, training: Write, here: Path) -> None:
     # Most of its time goes into saving, so that is where it is hit.

@@ -89,7 +89,7 @@ def saved(folder: Path, name: str) -> list[dict[str, Tensor]]:
     return [torch.load(folder / f"{name} {rank}.pth", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.promise("R16", "layers, uneven batches")
+@pytest.mark.promise("R16")
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_two_processes_are_one(trained: Path, name: str, parts: str) -> None:
@@ -198,7 +198,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.promise("R16", "uneven batch counts")
+@pytest.mark.promise("R16")
 @pytest.mark.parametrize("name", CASES)
 def test_uneven_numbers_of_batches_end_in_an_error(ended: Path, name: str) -> None:
     """On the process that goes on, and in bounded time; with `join`, on all at once."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_sr_attn import ELAB, GMSA, LFE, ConfigError, ShapeError, SharedGMSA, SharingError, ShiftConv2d, build_layer
 from sparse_sr_attn.functional import backend, batch_norm, shift
-from sparse_sr_attn.functional.shift import shift2d, shift_conv2d
+from sparse_sr_attn.functional.shift import shift2d
 from sparse_sr_attn.functional.window.grid import group_widths
 from sparse_sr_attn.layers import base, shift_conv
 from sparse_sr_attn.layers import batch_norm as norms
@@ -81,13 +81,6 @@ def test_is_dense_attention_under_its_windows(size: tuple[int, int], shift: bool
     assert_values_close(gmsa(x), x + 0.7 * gmsa.shared.output(torch.cat(groups, dim=1)))
 
 
-def test_odd_windows_are_displaced_on_request_only() -> None:
-    x = features(1, 8, 9, 9)
-    odd, even = {"window_sizes": [3, 5, 7], "shift": True}, {"window_sizes": [2, 4, 6], "shift": True}
-    assert not torch.equal(layer(**odd).eval()(x), layer(**odd, exact_shift=False).eval()(x))
-    assert torch.equal(layer(**even).eval()(x), layer(**even, exact_shift=False).eval()(x))
-
-
 def test_a_consumer_of_another_width_and_depth_reads_it() -> None:
     """Its own channels are split into as many groups as there are weights."""
     state = layer().eval().attend(features(2, 8, 6, 5))
@@ -106,17 +99,6 @@ def test_batch_norm_sees_real_pixels_only() -> None:
     gmsa(x)
     for name, expected in norm.state_dict().items():
         torch.testing.assert_close(gmsa.query.norm.state_dict()[name], expected, rtol=1e-12, atol=1e-12)
-
-
-def test_one_pixel_is_normalised_by_what_was_learnt() -> None:
-    """A batch of one value per channel has no variance."""
-    gmsa = layer().train()
-    x = features(1, 8, 1, 1)
-    before = {name: tensor.clone() for name, tensor in gmsa.state_dict().items()}
-    output = gmsa(x)
-    for name, tensor in gmsa.state_dict().items():
-        assert_bit_equal(tensor, before[name])
-    assert_values_close(output, gmsa.eval()(x))
 
 
 def test_synchronised_batch_norm_can_replace_it() -> None:
@@ -181,18 +163,6 @@ def test_a_foreign_state_is_refused() -> None:
         ELAB(8).double()(x, layer().eval().attend(x))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"window_sizes": []}, "^window_sizes: must name at least one window size, got none$"),
-    ({"window_sizes": [4, 0]}, r"^window_sizes must be in \[1, 1024\], got \[4, 0\]$"),
-    ({"window_sizes": 8}, "^window_sizes must be a list, got 8$"),
-    ({"shift": 2}, "^shift must be true or false, got 2$"),
-    ({"window_size": 8}, "^window_size: unknown; did you mean 'window_sizes'?"),
-])  # fmt: skip
-def test_wrong_options_are_explained(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        GMSA(8, **options)
-
-
 @pytest.mark.parametrize("share", [1, 3])
 def test_elab_by_hand(share: int) -> None:
     torch.manual_seed(0)
@@ -210,14 +180,6 @@ def test_elab_by_hand(share: int) -> None:
     for attention in elab.attention:
         getattr(attention, "shared", attention).res_scale = 0.0
     assert torch.equal(elab(x), x)
-
-
-def test_lfe_by_hand() -> None:
-    lfe = LFE(7, expansion=3).double()
-    assert lfe.conv1.weight.shape == (21, 7, 1, 1)
-    x = features(2, 7, 4, 6)
-    inner = shift_conv2d(x, lfe.conv1.weight, lfe.conv1.bias).clamp(min=0)
-    assert_values_close(lfe(x), shift_conv2d(inner, lfe.conv2.weight, lfe.conv2.bias))
 
 
 @pytest.mark.parametrize("height", [1, 2, 3, 5, 8, 11])
@@ -314,15 +276,6 @@ def test_the_kernels_of_a_block_are_the_same_block(with_kernels: Callable[[], No
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
 
-def test_without_momentum_all_batches_weigh_the_same() -> None:
-    mine, torchs = BatchNorm2d(8, momentum=None).double(), nn.BatchNorm2d(8, momentum=None).double()
-    for seed in range(3):
-        x = features(2, 8, 5, 7, seed=seed)
-        assert_values_close(mine(x), torchs(x))
-    for one, other in zip(mine.buffers(), torchs.buffers(), strict=True):
-        assert_values_close(one, other)
-
-
 def without_momentum(layer: GMSA) -> None:
     for conv_norm in (layer.query, layer.shared.value):
         conv_norm.norm.momentum = None
@@ -416,21 +369,6 @@ def test_kernels_pass_no_hook_by(with_kernels: Callable[[], None]) -> None:
     with_kernels()
     for mine, other in zip(results(), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("channels", [1, 4, 5, 11])
-def test_both_forms_of_a_shift_convolution_are_one_layer(channels: int) -> None:
-    """The same parameters, values and gradients."""
-    slices, masked = ShiftConv2d(channels, 6).double(), ShiftConv2d(channels, 6, form="masked").double()
-    masked.load_state_dict(slices.state_dict())
-    x = features(2, channels, 5, 4)
-    probe = features(2, 6, 5, 4, seed=1)
-    outputs = [conv(x) for conv in (slices, masked)]
-    assert_values_close(outputs[1], outputs[0])
-    for output in outputs:
-        (output * probe).sum().backward()
-    for one, other in zip(slices.parameters(), masked.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_wrong_channels_and_forms_are_explained() -> None:

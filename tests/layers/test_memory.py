@@ -46,6 +46,7 @@ def memory_of(call: Callable[[], object]) -> NewMemory:
         return new_memory(call)
 
 
+@pytest.mark.promise("R25")
 @sides
 def test_alone(side: int) -> None:
     x, lcoa = picture(side), layer()

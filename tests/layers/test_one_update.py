@@ -13,7 +13,7 @@ from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.layers.running_state import KMeansModule
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
-pytestmark = pytest.mark.promise("R20", "k-means when asked, layers")
+pytestmark = pytest.mark.promise("R20")
 
 CHANNELS = 8
 KMEANS: dict[str, Any] = {"num_clusters": 7, "chunk_size": 9, "reduction": 2, "ema_decay": 0.6, "reseed_threshold": 0.5}

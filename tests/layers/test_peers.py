@@ -9,14 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sparse_sr_attn import (
-    EDSR,
     ENLA,
     HSPA,
     LAYERS,
     NLA,
     NLSA,
     CategoryAttention,
-    ConfigError,
     SharingError,
     build_layer,
 )
@@ -133,38 +131,6 @@ def test_a_state_is_refused(name: str) -> None:
         layer.attend(features())
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_an_ablation_is_one_word(name: str) -> None:
-    """In the option `attention` of a network, whose output at first is that without."""
-    x = torch.rand(1, 3, 7, 6, generator=torch.Generator().manual_seed(0))
-    plain, attended = (
-        EDSR(num_feat=8, num_block=4, upscale=2, img_range=1.0, attention=attention)
-        for attention in (None, {"type": name, "every": 2})
-    )
-    attended.load_state_dict(plain.state_dict(), strict=False)
-    assert [type(layer).__name__ for layer in attended.attention] == [name] * 2
-    assert_bit_equal(attended.eval()(x), plain.eval()(x))
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("NLSA", {"max_buckets": 1}, "max_buckets must be >= 2, got 1"),
-        ("NLSA", {"num_rounds": 0}, "num_rounds must be >= 1, got 0"),
-        ("NLSA", {"chunksize": 3}, "chunksize: unknown; did you mean 'chunk_size'"),
-        ("ENLA", {"amplification": 0.0}, "amplification must be > 0 and finite, got 0.0"),
-        ("ENLA", {"num_features": 0}, "num_features must be >= 1, got 0"),
-        ("HSPA", {"scale": -1.0}, "scale must be > 0 and finite, got -1.0"),
-        ("NLA", {"reduction": 0}, "reduction must be >= 1, got 0"),
-        ("CategoryAttention", {"categories": "learned"}, "categories must be one of 'kmeans', 'learnt', got 'learned'"),
-    ],
-)
-def test_a_bad_option_is_explained(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        build_layer(name, 8, **options)
-    assert str(caught.value).startswith(message)
-
-
 # --- NLA and HSPA -----------------------------------------------------------------------------------------------------
 
 
@@ -182,19 +148,6 @@ def test_sparse_attention_that_sees_all_is_dense(name: str, similarity: str, opt
     value.load_state_dict(nla.value.state_dict())
     x = features()
     torch.testing.assert_close(sparse(x), nla(x), rtol=1e-10, atol=1e-10)
-
-
-def test_hspa_gets_sparser_with_its_scale() -> None:
-    """At a tiny scale it is close to a mean over all tokens, at a huge one it copies the most similar."""
-    x = features()
-    flat, steep = make("HSPA", scale=1e-6).eval(), make("HSPA", scale=1e6).eval()
-    mean = rows(flat.value, x).mean(dim=1, keepdim=True).expand(-1, 30, -1)
-    torch.testing.assert_close(flat(x) - x, 0.5 * as_map(mean, x), rtol=1e-3, atol=1e-3)
-    query = rows(steep.embed, x)
-    nearest = (query @ unit(query).mT).argmax(dim=-1)
-    values = rows(steep.value, x)
-    copied = torch.stack([value[index] for value, index in zip(values, nearest, strict=True)])
-    torch.testing.assert_close(steep(x) - x, 0.5 * as_map(copied, x), rtol=1e-9, atol=1e-9)
 
 
 # --- NLSA -------------------------------------------------------------------------------------------------------------
@@ -233,25 +186,6 @@ def test_nlsa_rounds_hash_differently() -> None:
 # --- ENLA -------------------------------------------------------------------------------------------------------------
 
 
-def test_enla_converges_to_softmax_attention() -> None:
-    """Of scores alpha times the cosine; the error of 60,000 features is a small part of what 30 miss."""
-    x = features()
-    errors = []
-    for num_features in (30, 60_000):
-        layer = make("ENLA", num_features=num_features, amplification=0.5).eval()
-        query, key = (unit(rows(conv, x)) for conv in (layer.query, layer.key))
-        exact = x + 0.5 * as_map(dense.dense_attention(query, key, rows(layer.value, x), scale=0.5), x)
-        errors.append((layer(x) - exact).norm())
-    assert errors[1] < errors[0] / 10
-
-
-def test_enla_keeps_its_features_in_the_state_dict() -> None:
-    first, other = make("ENLA", seed=1).eval(), make("ENLA", seed=2).eval()
-    assert not torch.equal(first.directions, other.directions)
-    other.load_state_dict(first.state_dict())
-    assert_bit_equal(other(features()), first(features()))
-
-
 def test_enla_s_contrastive_loss_trains_queries_and_keys() -> None:
     layer = make("ENLA").train()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
@@ -276,22 +210,6 @@ def test_enla_s_contrastive_loss_trains_queries_and_keys() -> None:
 
 
 # --- category attention -----------------------------------------------------------------------------------------------
-
-
-def test_categories_of_kmeans_move_in_training_only() -> None:
-    layer = make("CategoryAttention").train()
-    before = layer.centroids.clone()
-    for step in range(3):
-        layer(features(step))
-    assert not torch.allclose(layer.centroids, before)
-    after = layer.centroids.clone()
-    layer.eval()(features())
-    assert_bit_equal(layer.centroids, after)
-    assert layer.num_updates == 2
-    frozen = make("CategoryAttention", ema_decay=1.0).train()
-    for step in range(3):
-        frozen(features(step))
-    assert_bit_equal(frozen.centroids, before)
 
 
 def test_learnt_categories_are_a_parameter() -> None:

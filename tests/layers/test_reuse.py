@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_sr_attn import EDSR, GMSA, LSP, CoA, ConfigError, LCoA, LCoAN, SharedGMSA
+from sparse_sr_attn import EDSR, GMSA, LSP, CoA, LCoA, LCoAN, SharedGMSA
 from sparse_sr_attn.inference.visualize import attention_map_of, attention_overlap
 from sparse_sr_attn.layers import base
 from sparse_sr_attn.layers.base import add_rows
@@ -88,17 +88,6 @@ def test_what_a_state_holds(reuse: str, place: str, expected: str, num_rounds: i
     assert getattr(state, expected).requires_grad
     shapes = {"weights": (2 * num_rounds, 5, 7, 21), "embedding": (2, 30, 4)}
     assert getattr(state, expected).shape == shapes[expected]
-
-
-@rounds
-def test_bfloat16_weights_are_the_rounded_weights(device: torch.device, num_rounds: int) -> None:
-    x = features(dtype=torch.float32, device=device)
-    whole = layer(reuse="weights", num_rounds=num_rounds).to(device).lsp(x)
-    half = layer(reuse="weights", num_rounds=num_rounds, weights_dtype="bfloat16").to(device).lsp(x)
-    assert whole.weights.dtype == torch.float32
-    assert half.weights.dtype == torch.bfloat16
-    rows = [weights.flatten(1, 2)[:, :30] for weights in (half.weights, whole.weights)]  # the other slots hold no token
-    assert_bit_equal(rows[0], rows[1].to(torch.bfloat16))
 
 
 @rounds
@@ -257,15 +246,3 @@ def test_networks_train_alike(build: Callable[..., nn.Module]) -> None:
         runs.append(losses)
     assert runs[0] == pytest.approx(runs[1], rel=1e-7)
     assert runs[0][-1] < 0.95 * runs[0][0]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"reuse": "embedding"}, "reuse must be one of 'auto', 'weights', 'pattern', got 'embedding'"),
-        ({"weights_dtype": "half"}, "weights_dtype must be one of 'bfloat16' or ~ \\(nothing\\), got 'half'"),
-    ],
-)
-def test_other_values_are_explained(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{message}$"):
-        layer(**options)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse_sr_attn import EDSR, GMSA, LSP, CategoryAttention, CoA, LCoA
 from sparse_sr_attn.layers import running_state as learners
 
-pytestmark = pytest.mark.promise("R17", "replicas")
+pytestmark = pytest.mark.promise("R17")
 
 ATTENTION = {"type": "LCoA", "every": 1, "share": 2, "num_clusters": 5, "chunk_size": 7, "zero_init": False}
 

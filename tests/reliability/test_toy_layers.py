@@ -252,9 +252,7 @@ def test_most_clauses_are_seen_red() -> None:
 
 
 def test_a_good_layer_passes_in_one_line() -> None:
-    figures = conformance.check_layer(Gate)
-    assert figures["graphs for five sizes"] <= 2
-    assert figures["deviation, float64"] < 1e-12
+    conformance.check_layer(Gate)
 
 
 def test_all_broken_clauses_are_named() -> None:

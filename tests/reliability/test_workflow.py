@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytestmark = pytest.mark.promise("R29", "the workflow")
+pytestmark = pytest.mark.promise("R29")
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")

@@ -55,7 +55,6 @@ def cluster_pattern(
     chunk_size: int,
     num_adjacent: int = 1,
     count_keys_once: bool = True,
-    place: Int[Tensor, "b n"] | None = None,
     rank: Int[Tensor, "r k"] | None = None,
     exact_keys: bool | None = None,
 ) -> ClusterPattern:
@@ -67,10 +66,8 @@ def cluster_pattern(
         num_adjacent: neighbouring chunks seen on each side, >= 0.
         count_keys_once: whether each key counts once. With `False`, as published, the slots that pad the last chunk
             repeat the last tokens and count, and a chunk that is a neighbour twice counts twice.
-        place: position of each token's cluster in the order of clusters, from `order.chain_rank`; `None` to order
-            clusters by index, as published.
-        rank: instead of `place`, the rank of each cluster, from `order.chain_rank`; one row for each round. GPUs sort
-            by it in two kernels.
+        rank: position of each cluster in the order of clusters, from `order.chain_rank`, one row for each round; `None`
+            to order clusters by index, as published.
         exact_keys: the old name of `count_keys_once`.
 
     Returns:
@@ -93,14 +90,14 @@ def cluster_pattern(
         count_keys_once = exact_keys
     if chunk_size < 1 or num_adjacent < 0:
         raise ValueError(f"chunk_size must be >= 1 and num_adjacent >= 0, got {chunk_size=}, {num_adjacent=}")
+    key = assignment
     if rank is not None:
         if rank.shape[1] <= triton.MAX_SORTED_CLUSTERS and runs_kernels(rank.device):
             order = triton.sort_by_cluster_op(assignment, rank)
             return ClusterPattern(order, assignment, chunk_size, num_adjacent, count_keys_once)
         rounds = assignment.unflatten(0, (-1, len(rank))).unbind(dim=1)
-        places = [own[each] for own, each in zip(_sort_keys(rank), rounds, strict=True)]
-        place = places[0] if len(places) == 1 else torch.stack(places, dim=1).flatten(0, 1)
-    key = assignment if place is None else place
+        keys = [own[each] for own, each in zip(_sort_keys(rank), rounds, strict=True)]
+        key = keys[0] if len(keys) == 1 else torch.stack(keys, dim=1).flatten(0, 1)
     if key.dtype in (torch.uint8, torch.int16):
         # A radix sort takes a pass for each byte, and such keys need no position to tell them apart.
         order = key.argsort(dim=1, stable=True)

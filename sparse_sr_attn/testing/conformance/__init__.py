@@ -10,7 +10,7 @@
         clause.check(subject, torch.device("cpu"))
 
 A layer is built with small options (those of `SMALL` in its signature, unless you pass your own), and a consumer or
-provider is combined with the first matching partner in the registry. A clause returns the figures that it measured.
+provider is combined with the first matching partner in the registry.
 """
 
 from collections.abc import Callable, Collection
@@ -21,7 +21,7 @@ from torch import nn
 
 from sparse_sr_attn.registry import Registry
 from sparse_sr_attn.testing.conformance import clauses, compiled
-from sparse_sr_attn.testing.conformance.clause import CLAUSES, Clause, Figures
+from sparse_sr_attn.testing.conformance.clause import CLAUSES, Clause
 from sparse_sr_attn.testing.conformance.compiled import check_export_with_dynamic_sizes
 from sparse_sr_attn.testing.conformance.subject import CHANNELS, SMALL, Chain, Subject, feature_map, subjects
 
@@ -31,7 +31,6 @@ __all__ = [
     "SMALL",
     "Chain",
     "Clause",
-    "Figures",
     "Subject",
     "check_export_with_dynamic_sizes",
     "check_layer",
@@ -58,7 +57,7 @@ def check_layer(
     slow: bool = False,
     leave_out: Collection[str] = (),
     **options: object,
-) -> dict[str, float]:
+) -> None:
     """Check your own layer, registered or not, against the whole contract.
 
     Args:
@@ -69,9 +68,6 @@ def check_layer(
         slow: whether to include the slow clauses, which take minutes with a compiler.
         leave_out: names of clauses to skip.
         **options: options of the layer, in addition to the small ones (`SMALL`).
-
-    Returns:
-        The figures that the clauses measured.
 
     Raises:
         AssertionError: the layer breaks clauses; names all of them with the reasons.
@@ -87,15 +83,13 @@ def check_layer(
     if partner is not None:
         other = "consumer" if kind == "provider" else "provider" if not hasattr(partner, "provides") else "layer"
         registry.register(f"partner of {name}", kind=other, source="")(partner)
-    figures: dict[str, float] = {}
     broken = []
     for subject, clause in matrix(registry):
         if subject.entry.name != name or clause.name in leave_out or (clause.slow and not slow):
             continue
         try:
-            figures |= clause.check(replace(subject, options=options), torch.device(device)) or {}
+            clause.check(replace(subject, options=options), torch.device(device))
         except Exception as problem:
             broken.append(f"{subject}: {clause}: {type(problem).__name__}: {str(problem)[:500]}")
     if broken:
         raise AssertionError("\n".join(broken))
-    return figures

@@ -1,17 +1,13 @@
 """What a clause of the contract is, and the decorator that adds one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from sparse_sr_attn.testing.conformance.subject import Subject
 
-Figures = Mapping[str, float]
-"""The figures measured by a check, by name."""
-
-Check = TypeVar("Check", bound=Callable[[Subject, torch.device], Figures | None])
+Check = Callable[[Subject, torch.device], None]
 
 
 @dataclass(frozen=True)
@@ -20,8 +16,7 @@ class Clause:
 
     Attributes:
         name: name for test ids.
-        check: function that raises AssertionError, or the layer's own error, if the subject breaks the clause, and else
-            returns the figures that it measured.
+        check: function that raises AssertionError, or the layer's own error, if the subject breaks the clause.
         applies: function that returns whether the clause applies to a subject.
         hookable: whether it can be checked under jaxtyping's import hook, which interferes with compilers and Python's
             random state, and reports values of the wrong type first.
@@ -29,7 +24,7 @@ class Clause:
     """
 
     name: str
-    check: Callable[[Subject, torch.device], Figures | None]
+    check: Check
     applies: Callable[[Subject], bool]
     hookable: bool = True
     slow: bool = False

@@ -88,10 +88,3 @@ def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else object())
     assert main(["--plot", "a.png", *FAST]) == 1
     assert "matplotlib must be installed: python -m pip install matplotlib" in capsys.readouterr().err
-
-
-def test_help_names_what_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert "plain-NLSA" in text
-    assert "ELAN-light" in text

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS, Method
-from benchmarks.speed.oracles import ALLOWED, TWINS, Check, check, seen
+from benchmarks.speed.oracles import Check, check, seen
 from benchmarks.speed.run import _built, _check_size, _input
 from benchmarks.speed.settings import Settings
 from sparse_sr_attn.reference import cluster
 
 SMALL = Settings(embed_dim=12, chunk_size=20, num_clusters=6, reduction=3, sizes=(16,), threads=1)
-KNOWN = [name for name in LAYER_METHODS if "x10" not in name]
+KNOWN = [name for name in LAYER_METHODS if name != "plain-NLSA-x10"]  # a stack of NLSA is not checked
 CPU = torch.device("cpu")
 
 
@@ -37,11 +37,6 @@ def checked(
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_layer_is_known_and_correct(name: str) -> None:
-    assert checked(name, replace(SMALL, dtype="float64", passes=("forward+backward",))).status == "correct"
-
-
-@pytest.mark.parametrize("name", ["LCoA-x10", "plain-LCoA-x10"])
-def test_stacks(name: str) -> None:
     assert checked(name, replace(SMALL, dtype="float64", passes=("forward+backward",))).status == "correct"
 
 
@@ -127,13 +122,6 @@ def test_not_finite_is_wrong() -> None:
     assert result.status == "wrong"
 
 
-def test_another_shape_is_wrong() -> None:
-    def change(module: Any) -> None:
-        module.forward = lambda x: x[..., :-1]
-
-    assert "its shape is" in checked("ENLA", change=change).reason
-
-
 def test_what_nobody_knows_is_not_checked() -> None:
     x = torch.rand(1, 3, 4, 4)
     assert check(torch.nn.Conv2d(3, 3, 1), None, lambda x: x, x, backward=False).status == "not checked"
@@ -156,8 +144,3 @@ def test_counting_is_that_of_the_reference(case: tuple[int, int, int, bool]) -> 
     options = {"chunk_size": chunk_size, "num_adjacent": num_adjacent, "count_keys_once": count_keys_once}
     expected = cluster.multiplicity(cluster.cluster_pattern(where, **options))
     assert torch.equal(seen(where, **options).long(), expected)
-
-
-def test_allowed_errors_are_small() -> None:
-    assert ALLOWED[torch.float32] <= 1e-4
-    assert len(TWINS) >= len(KNOWN) - 1

@@ -1,6 +1,5 @@
 """A whole run, small: what it finds, what it refuses, what it writes."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.speed import run as bench
 from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS, Method, Subject
-from benchmarks.speed.report import markdown, write_json, write_plot
+from benchmarks.speed.report import markdown
 from benchmarks.speed.run import Run, run
 from benchmarks.speed.settings import Settings
 from sparse_sr_attn.errors import ConfigError
@@ -90,55 +89,6 @@ def test_the_floor(found: Run) -> None:
         for passed in SMALL.passes
     )
     assert (both.flop, both.exp) == (3 * forward.flop, forward.exp)
-
-
-def test_json(found: Run, tmp_path: Path) -> None:
-    file = tmp_path / "new" / "bench.json"
-    write_json([found.as_json()], file)
-    (document,) = json.loads(file.read_text())["runs"]
-    assert document["schema"] == 1
-    assert set(document) == {
-        *("schema", "settings", "environment", "rates", "kinds", "checks", "validity", "rows", "speedups"),
-        *("exponents", "exponent_sides", "notes"),
-    }
-    assert document["settings"]["chunk_size"] == 10
-    assert document["environment"]["threads"] == "1"
-    assert {"date", "processor", "torch", "THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY"} <= set(document["environment"])
-    row = document["rows"][0]
-    assert set(row) == {
-        *("method", "passed", "side", "tokens", "busy", "wall", "samples", "memory", "maps", "largest_maps", "cost"),
-        *("floor", "operators", "share"),
-    }
-    assert set(row["busy"]) == {"median", "q1", "q3"}
-    assert set(row["memory"]) == {"peak", "kept", "largest"}
-    assert all(set(sample) == {"busy", "wall"} for sample in row["samples"])
-    assert set(document["speedups"][0]) == {"ours", "rival", "passed", "side", "ratio", "refused"}
-
-
-def test_tables(found: Run) -> None:
-    text = markdown(found)
-    for title in ("process time (ms)", "how many times longer", "feature maps", "share of the floor", "by the clock"):
-        for passed in SMALL.passes:
-            assert f"### {passed}: " in text
-        assert title in text
-    assert "| LCoA against plain-LCoA | " in text
-    assert "growth 8² to 16²" in text
-    for line in text.splitlines():
-        if line.startswith("|"):
-            assert line.endswith("|")
-
-
-def test_plot(found: Run, tmp_path: Path) -> None:
-    from PIL import Image
-
-    file = tmp_path / "new" / "bench.png"
-    write_plot(found, file)
-    assert file.read_bytes().startswith(b"\x89PNG")
-    with Image.open(file) as picture:
-        colours = picture.convert("RGB").getcolors(2**24)
-        assert picture.width > 1000
-        assert colours is not None
-        assert len(colours) > 100
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

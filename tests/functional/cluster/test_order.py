@@ -9,10 +9,7 @@ from torch.nn import functional as F
 
 from sparse_sr_attn import LSP
 from sparse_sr_attn.functional.backend import HAS_TRITON
-from sparse_sr_attn.functional.cluster import cluster_pattern
 from sparse_sr_attn.functional.cluster.order import chain_rank, order_clusters
-from sparse_sr_attn.reference import cluster as slow
-from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 
@@ -85,14 +82,6 @@ def test_the_kernel_walks_the_same_path(device: torch.device, num_clusters: int,
         rank = torch.full((num_clusters,), -1, device=device)
         chain_op(similarity, torch.tensor(updates, device=device), rank, 16)
         assert_bit_equal(rank, chain_rank(centroids) if moves else torch.full_like(rank, -1))
-
-
-@given(case=cases(max_batch=2))
-def test_a_pattern_sorts_by_place_then_position(device: torch.device, case: Case) -> None:
-    assignment = case.assignment(device=device)
-    rank = chain_rank(centroids_of(case.num_clusters, 3, case.seed, device))
-    options = {"chunk_size": case.chunk_size, "place": rank[assignment]}
-    assert_bit_equal(cluster_pattern(assignment, **options).order, slow.cluster_pattern(assignment, **options).order)
 
 
 def test_a_layer_follows_its_centroids_in_training_only(device: torch.device) -> None:

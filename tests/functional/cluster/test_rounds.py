@@ -14,7 +14,7 @@ from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import assert_gradients_close, assert_values_close, gradients
 
 
-@pytest.mark.promise("R2", "rounds")
+@pytest.mark.promise("R2")
 @given(case=cases(max_batch=2), num_rounds=st.integers(1, 3), backend=st.sampled_from(("eager", "tiles")))
 @example(case=Case(batch=2, num_tokens=7, num_clusters=9, chunk_size=3, seed=3), num_rounds=2, backend="tiles")
 @example(case=Case(batch=2, num_tokens=9, chunk_size=2, seed=3, nearest=True), num_rounds=2, backend="tiles")

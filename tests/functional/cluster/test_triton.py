@@ -2,10 +2,12 @@
 
 import copy
 import os
+from collections.abc import Callable
 
 import machine_code
 import pytest
 import torch
+from accuracy import assert_as_accurate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,11 +19,10 @@ from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import triton as cluster_triton
 from sparse_sr_attn.layers import base, lcoa
 from sparse_sr_attn.reference import cluster as slow
+from sparse_sr_attn.states import ClusterPattern
 from sparse_sr_attn.testing.strategies import Case, cases
 from sparse_sr_attn.testing.tolerances import (
-    LOW_PRECISION,
     assert_bit_equal,
-    assert_derivatives,
     assert_gradients_close,
     assert_no_worse,
     assert_values_close,
@@ -136,17 +137,6 @@ def test_keys_that_are_unit_queries(device: torch.device, with_lse: bool, case: 
     assert_gradients_close((size * mine[0], mine[1]), (size * other[0], other[1]))
 
 
-def test_gradcheck_of_keys_that_are_queries(device: torch.device) -> None:
-    case = Case(num_tokens=5, num_clusters=3, chunk_size=2)
-    query, _, value = inputs_of(case, device)
-    pattern = case.pattern(device=device)
-
-    def attend(query: Tensor, value: Tensor) -> Tensor:
-        return fast.cluster_attention(query, query, value, pattern, normalize_keys=True, backend="triton")
-
-    assert_derivatives(attend, (query, value))
-
-
 @pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED, NEAREST], ids=["exact", "published", "nearest"])
 def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
     leaves = inputs_of(case, device)
@@ -156,26 +146,6 @@ def test_rounds_equal_dense_attention(device: torch.device, case: Case) -> None:
     assert_values_close(actual, expected)
     probe = case.tokens("probe", VALUE_WIDTH, device=device)
     assert_gradients_close(gradients(actual, leaves, probe), gradients(expected, leaves, probe))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(num_tokens=3, chunk_size=2, count_keys_once=False),
-        Case(num_tokens=5, num_clusters=3, chunk_size=1, nearest=True),
-    ],
-    ids=["published", "nearest"],
-)
-def test_gradcheck_of_both_outputs(device: torch.device, case: Case) -> None:
-    """Numerical derivatives; the output and the lse of one call send gradients back together."""
-    pattern = case.pattern(device=device)
-    layout = (pattern.order, pattern.neighbors, pattern.chunk_size, pattern.num_adjacent, pattern.count_keys_once)
-
-    def both(*leaves: Tensor) -> Tensor:
-        output, lse, *_ = cluster_triton.attention_op(*leaves, *layout, 0.7)
-        return torch.cat([output, lse[..., None]], dim=-1)
-
-    assert_derivatives(both, inputs_of(case, device))
 
 
 @pytest.mark.parametrize("case", [PADDED_TAIL, PADDED_TAIL_PUBLISHED], ids=["exact", "published"])
@@ -224,6 +194,14 @@ def test_large_scores_do_not_overflow(device: torch.device) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+def both(pattern: ClusterPattern) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return the kernels and dense attention under a pattern."""
+    return (
+        lambda *rows: fast.cluster_attention(*rows, pattern, backend="triton"),
+        lambda *rows: slow.cluster_attention(*rows, pattern),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [PADDED_TAIL, SEVERAL_BLOCKS_PUBLISHED], ids=["tail", "blocks"])
 def test_low_precision_is_no_worse_than_dense_attention(device: torch.device, case: Case, dtype: torch.dtype) -> None:
@@ -231,18 +209,7 @@ def test_low_precision_is_no_worse_than_dense_attention(device: torch.device, ca
     wide = inputs_of(case, device, value_width=40)
     kinds = (torch.float32, torch.float32, dtype)
     rows = [leaf.detach().to(kind).requires_grad_() for leaf, kind in zip(wide, kinds, strict=True)]
-    exact = [row.detach().double().requires_grad_() for row in rows]
-    pattern = case.pattern(device=device)
-    actual = fast.cluster_attention(*rows, pattern, backend="triton")
-    peer = slow.cluster_attention(*rows, pattern)
-    oracle = slow.cluster_attention(*exact, pattern)
-    assert actual.dtype == dtype
-    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
-    probe = case.tokens("probe", 40, dtype=dtype, device=device)
-    results = (gradients(actual, rows, probe), gradients(peer, rows, probe), gradients(oracle, exact, probe))
-    for mine, dense, true in zip(*results, strict=True):
-        assert mine.dtype == dense.dtype
-        assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+    assert_as_accurate(*both(case.pattern(device=device)), rows)
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0, 24.0])
@@ -281,15 +248,7 @@ def test_tensor_cores_are_no_worse_than_dense_attention(
     )
     value = case.tokens("value", 16, dtype=dtype, device=device)
     rows = [row.detach().requires_grad_() for row in (scale * query, key, value)]
-    exact = [row.detach().double().requires_grad_() for row in rows]
-    pattern = case.pattern(device=device)
-    actual = fast.cluster_attention(*rows, pattern, backend="triton")
-    peer, oracle = slow.cluster_attention(*rows, pattern), slow.cluster_attention(*exact, pattern)
-    assert_no_worse(actual, peer, oracle, factor=LOW_PRECISION.values)
-    probe = case.tokens("probe", 16, dtype=dtype, device=device)
-    results = (gradients(actual, rows, probe), gradients(peer, rows, probe), gradients(oracle, exact, probe))
-    for mine, dense, true in zip(*results, strict=True):
-        assert_no_worse(mine, dense, true, factor=LOW_PRECISION.gradients)
+    assert_as_accurate(*both(case.pattern(device=device)), rows)
 
 
 def test_results_are_the_same_in_every_run(device: torch.device) -> None:
