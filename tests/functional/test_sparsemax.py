@@ -67,7 +67,7 @@ def test_attention_equals_its_twin(device: torch.device, case: Case, num_keys: i
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_gets_no_weight_cannot_matter(device: torch.device, backend: fast.Form) -> None:
+def test_what_gets_no_weight_cannot_matter(device: torch.device, backend: fast.Backend) -> None:
     """A key that all scores leave far behind may hold any value, and gets no gradient."""
     case = Case(num_tokens=12)
     query = case.tokens("query", 3, device=device).abs() + 1
@@ -84,7 +84,7 @@ def test_what_gets_no_weight_cannot_matter(device: torch.device, backend: fast.F
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_scores_of_half_inputs_are_float32(device: torch.device, dtype: torch.dtype, backend: fast.Form) -> None:
+def test_scores_of_half_inputs_are_float32(device: torch.device, dtype: torch.dtype, backend: fast.Backend) -> None:
     """Weights differ where scores differ by less than half precision tells apart."""
     query = torch.tensor([[[100.0, 1.0]]], device=device, dtype=dtype)
     key = torch.tensor([[[10.0, 0.25], [10.0, 0.0]]], device=device, dtype=dtype)

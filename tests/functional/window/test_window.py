@@ -33,7 +33,7 @@ LONGEST = 17
 half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
-BACKENDS: tuple[fast.Form, ...] = ("eager", "operator")
+BACKENDS: tuple[fast.Backend, ...] = ("eager", "operator")
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def test_merge_equals_loops_and_partition_inverts_it(device: torch.device, case:
 @example(case=ODD, scale=1.0)
 @example(case=WINDOW_OVER_THE_MAP, scale=1.0)
 @example(case=FULL_OF_PADS, scale=0.5)
-def test_weights_equal_loops(device: torch.device, backend: fast.Form, case: Map, scale: float) -> None:
+def test_weights_equal_loops(device: torch.device, backend: fast.Backend, case: Map, scale: float) -> None:
     query, key, _ = case.inputs(device)
     weights = fast.window_weights(query, key, **case.windows, scale=scale, backend=backend)
     assert weights.shape == case.weights_shape
@@ -215,7 +215,7 @@ def test_weights_equal_loops(device: torch.device, backend: fast.Form, case: Map
 @example(case=PUBLISHED)
 @example(case=PUBLISHED_PADDED)
 @example(case=FAR_APART)
-def test_application_equals_loops(device: torch.device, backend: fast.Form, case: Map) -> None:
+def test_application_equals_loops(device: torch.device, backend: fast.Backend, case: Map) -> None:
     """For any weights, not only those of a softmax."""
     value = case.map("value", VALUE_WIDTH, device)
     weights = case.tensor("weights", *case.weights_shape, device=device).requires_grad_()
@@ -242,7 +242,7 @@ def test_application_equals_loops(device: torch.device, backend: fast.Form, case
 @example(case=PUBLISHED_PADDED, scale=1.0)
 @example(case=FAR_APART, scale=1.0)
 def test_attention_equals_masked_dense_attention(
-    device: torch.device, backend: fast.Form, case: Map, scale: float
+    device: torch.device, backend: fast.Backend, case: Map, scale: float
 ) -> None:
     query, key, value = leaves = case.inputs(device)
     output = fast.window_attention(query, key, value, **case.displaced, scale=scale, backend=backend)
@@ -321,7 +321,7 @@ def test_a_window_of_the_whole_map_is_plain_attention(device: torch.device, case
 @given(case=maps(max_batch=2, longest=9, largest=10, displaced=True), scale=st.sampled_from((1.0, 0.5)))
 @example(case=WHOLE, scale=0.5)
 @example(case=PUBLISHED_PADDED, scale=1.0)
-def test_queries_may_be_the_keys(device: torch.device, backend: fast.Form, case: Map, scale: float) -> None:
+def test_queries_may_be_the_keys(device: torch.device, backend: fast.Backend, case: Map, scale: float) -> None:
     """One map given once is as good as given twice: weights, attention and both gradients."""
     query, _, value = case.inputs(device)
     weights = fast.window_weights(query, **case.windows, scale=scale, backend=backend)
@@ -425,7 +425,7 @@ def test_strides_do_not_matter(device: torch.device, case: Map) -> None:
 @example(case=PADDED, channels=(5, 2))
 @example(case=PUBLISHED_PADDED, channels=(3, 4))
 def test_groups_are_attended_one_by_one(
-    device: torch.device, backend: fast.Form, case: Map, channels: tuple[int, int]
+    device: torch.device, backend: fast.Backend, case: Map, channels: tuple[int, int]
 ) -> None:
     """The first group in windows of 2, the second in those of the case."""
     query, value = leaves = [case.map(name, dim, device) for name, dim in zip(("q", "v"), channels, strict=True)]
