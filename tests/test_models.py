@@ -79,10 +79,9 @@ def test_names_that_lead_elsewhere(name: str, options: dict[str, object], messag
     ],
 )
 def test_load_model_suggests_weights_and_points_to_create_model(name: str, close: str) -> None:
-    with pytest.raises(
-        CheckpointError, match=f"did you mean {close}.*create_model builds an untrained network by name"
-    ):
+    with pytest.raises(CheckpointError, match=f"did you mean {close}") as caught:
         load_model(name)
+    assert ("create_model builds an untrained network by name" in str(caught.value)) == (name[-3:] != "_x3")
 
 
 def test_pretrained_refuses_options_that_do_not_exist() -> None:

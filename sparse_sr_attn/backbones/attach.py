@@ -294,6 +294,11 @@ def attach(
     place = _find_place(model, body, example)
     given = _as_maps(attention, every, share, options, num_blocks=len(place.sites))
     maps = read_attention(given, len(place.sites))
+    for changing in sorted({config.type for config in maps if "zero_init" not in config.options}):
+        warnings.warn(
+            f"{changing} has no option zero_init, so {type(model).__name__} gives another output until it is trained",
+            stacklevel=3,
+        )
     if place.calls is not None and not place.calls.on_copy:
         name = type(model).__name__
         warnings.warn(

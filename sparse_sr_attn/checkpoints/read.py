@@ -1,6 +1,7 @@
 """Read files of weights as data, and find the weights in their containers."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def find_file(source: object) -> Path:
     known = trained_weights()
     if str(source) not in known:
         names = f", nor are there included weights of that name{suggestion(source, list(known))}"
-        names = "" if path.suffix else f"{names}; create_model builds an untrained network by name"
+        if re.fullmatch(r".*_x\d", str(source)) is None:  # not the name of weights
+            names += "; create_model builds an untrained network by name"
+        names = "" if path.suffix else names
         raise CheckpointError(f"there is no such file{names}")
     return known[str(source)]
 

@@ -33,7 +33,7 @@ from sparse_sr_attn.layers.lcoa import LSP
 
 DESCRIPTION = """\
 Measure how much of dense attention's softmax mass falls on the keys that sparse patterns show to each query, compared
-with the best possible choice of as many keys. The features are those of an attention layer of a trained network on your
+with the best possible choice of --keys keys. The features are those of an attention layer of a trained network on your
 images.
 
 examples:
@@ -52,7 +52,7 @@ patterns, each alone or as PATTERN:option=value,option=value with options of its
   CategoryAttention  its attention between tokens; its attention to the categories does not count
   windows            squares, as large as the keys allow
   raster             chunks in image order
-All see the same number of keys, counted over all rounds; chunks are as large as that allows. Default:
+All see at most the same number of keys, counted over all rounds; chunks are as large as that allows. Default:
   {(chr(10) + "  ").join(PATTERNS)}"""
 
 _BEST = "best possible"

@@ -115,7 +115,8 @@ def images_in(path: Path) -> list[Path]:
 
     images = [file for file in files if looks_like_image(file) and not file.name.startswith(".")]
     if not images:
-        raise UsageError(f"{name(path)} contains no images: none of its {len(files)} files has the suffix of one")
+        found = f"none of its {len(files)} files has the suffix of one" if files else "it is empty"
+        raise UsageError(f"{name(path)} contains no images: {found}")
     return images
 
 
@@ -227,7 +228,8 @@ def add_weights(parser: argparse.ArgumentParser, *, default: bool = True) -> Non
         type=Path,
         metavar="FILE|NAME",
         help=".pth or .safetensors, ours or from another codebase, or weights included in the library "
-        f"(`sparse-sr list`); they determine the network (default: {DEFAULT_WEIGHTS[2]})",
+        f"(`sparse-sr list`); they determine the network "
+        f"(default: {DEFAULT_WEIGHTS[2] if default else 'included weights for --scale'})",
     )
     add_options(parser)
     add_device(parser)
@@ -247,7 +249,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--host",
         metavar="FILE.py:NAME",
         help="for weights of a third-party network, with or without attention from `attach`: a function or class that "
-        "builds the network without attention, in a file or a module (PACKAGE.MODULE:NAME); --set gives its options",
+        "builds the network without what `attach` added, in a file or a module (PACKAGE.MODULE:NAME); --set gives its "
+        "options",
     )
     add_imports(parser)
 

@@ -105,8 +105,8 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
     _run(model, batch, hooks)
     if not states:
         raise ValueError(
-            "attention can be shown for layers with a state (LCoA, GMSA and their consumers), and "
-            f"{network_name(model)} runs none; {_REMEDY}"
+            "attention can be shown for layers with a state (LCoA, GMSA, consumers, and layers that set `provides`),"
+            f" and {network_name(model)} runs none; {_REMEDY}"
         )
     return states
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_sr_attn import LAYERS, NLA, CoA, ConfigError, LCoA, attach, detach
+from sparse_sr_attn import LAYERS, NLA, AttentionLayer, CoA, ConfigError, LCoA, attach, detach
 from sparse_sr_attn.backbones.attach import is_record
 from sparse_sr_attn.config import fields
 
@@ -600,3 +600,17 @@ def test_every_layer_that_starts_as_the_identity_keeps_the_image_to_the_bit(
     assert torch.equal(model(x), expected)
     after = model.body.attention[0].eval()(features)
     assert after.is_contiguous(memory_format=memory_format)
+
+
+def test_a_layer_that_cannot_start_as_the_identity_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(AttentionLayer):
+        def __init__(self, embed_dim: int) -> None:
+            super().__init__()
+
+        def forward(self, x: Tensor, state: None = None) -> Tensor:
+            return 2 * x
+
+    monkeypatch.setattr(LAYERS, "_entries", dict(LAYERS._entries))
+    LAYERS.register("Doubled", kind="layer", source="this test")(Doubled)
+    with pytest.warns(UserWarning, match="Doubled has no option zero_init, so Layout gives another output until"):
+        attach(Layout(), "body", "Doubled", every=2)

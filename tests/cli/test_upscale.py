@@ -958,7 +958,7 @@ def test_memory_that_really_runs_out(here: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere.png"], "nowhere.png: no such image or folder"),
-        (["empty"], "empty contains no images: none of its 0 files has the suffix of one"),
+        (["empty"], "empty contains no images: it is empty"),
         (["good.png", "--tile", "-1"], "--tile must be >= 1, or 0 for the whole image, got -1"),
         (["good.png", "--tile", "8", "--overlap", "8"], "--overlap must be >= 0 and smaller than the tile, 8, got 8"),
         (["good.png", "--device", "abacus"], "--device must be one that torch can use here, got 'abacus'"),

@@ -163,7 +163,7 @@ def check_parts_can_be_replaced(subject: Subject, device: torch.device) -> None:
         for path, part in list(replaced.named_modules()):
             if isinstance(part, (nn.Conv2d, nn.Linear)):
                 owner, _, name = path.rpartition(".")
-                setattr(replaced.get_submodule(owner), name, _Hidden(part))
+                setattr(replaced.get_submodule(owner), name, _ReplacedPart(part))
         torch.testing.assert_close(replaced(x), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -185,7 +185,7 @@ def check_compiled_with_other_forwards(subject: Subject, device: torch.device) -
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-class _Hidden(nn.Module):
+class _ReplacedPart(nn.Module):
     """A module that behaves like another and has none of its attributes."""
 
     def __init__(self, module: nn.Module) -> None:
