@@ -50,8 +50,9 @@ def command(name: str) -> str:
 def main() -> int:
     """Measure; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *RUNS], default=[*RUNS], help="runs; default: all")
-    return max(speed([*RUNS[name][1], "--markdown", str(FOLDER / f"{name}.md")]) for name in parser.parse_args().names)
+    parser.add_argument("names", nargs="*", choices=[[], *RUNS], metavar="RUN", help=f"{', '.join(RUNS)}; default: all")
+    names = parser.parse_args().names or RUNS
+    return max(speed([*RUNS[name][1], "--markdown", str(FOLDER / f"{name}.md")]) for name in names)
 
 
 if __name__ == "__main__":

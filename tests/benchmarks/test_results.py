@@ -25,3 +25,11 @@ def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit, match="2"):
         results.main()
     assert "invalid choice: 'lairs'" in capsys.readouterr().err
+
+
+def test_all_runs_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr("sys.argv", ["results"])
+    monkeypatch.setattr(results, "speed", lambda arguments: ran.append(arguments[-1]) or 0)
+    assert results.main() == 0
+    assert ran == [str(results.FOLDER / f"{name}.md") for name in results.RUNS]
