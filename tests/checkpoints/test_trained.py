@@ -158,7 +158,7 @@ def test_the_readme_has_the_figures_on_record() -> None:
         "bicubic": "bicubic",
         "EDSR-LCoA": "**EDSR with LCoA**, 0.54 M parameters, weights included",
         "EDSR-wider": "EDSR without attention, as many parameters, same steps and patches",
-        "EDSR-deeper": "EDSR without attention, about the same time, 0.77 M parameters",
+        "EDSR-deeper": "EDSR without attention, about the same time, 0.77 M parameters, one seed",
     }
     for network, label in rows.items():
         own = {one.photographs: one for one in figures if one.network == network}
@@ -166,4 +166,4 @@ def test_the_readme_has_the_figures_on_record() -> None:
         assert f"| {label} | {' | '.join(cells)} |" in text
         off = [own[name].psnr_without_attention for name in ("Set5", "Set14", "Urban25")]
         if network == "EDSR-LCoA":
-            assert f"| the same with attention switched off | {' | '.join(f'{psnr:.2f}' for psnr in off)} |" in text
+            assert f"| the same weights, attention switched off | {' | '.join(f'{psnr:.2f}' for psnr in off)} |" in text

@@ -205,6 +205,7 @@ class Gain(AttentionLayer):
 """
 
 
+@pytest.mark.filterwarnings("ignore:Gain has no option zero_init")
 def test_ten_lines_of_a_third_party_are_a_word_in_an_option_file(training: Write, here: Path) -> None:
     assert len(TEN_LINES.splitlines()) == 10
     (here / "gain.py").write_text(TEN_LINES)
