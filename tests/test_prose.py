@@ -225,6 +225,11 @@ def parts() -> Iterator[str]:
     yield f"A hash is even {between(gains(('EDSR-hash', SHORT), ('EDSR-LCoA', SHORT)))} dB better than k-means"
     index = [abs(gain) for gain in gains(("EDSR-index", SHORT), ("EDSR-LCoA", SHORT))]
     yield f"index order equals the chain within {max(index):.2f} dB"
+    budget = "3,000 × 8 × 32²"
+    level = listed(gains(("EDSR-LCoA", budget), ("EDSR-wider", budget))).replace("-0.00", "0.00").replace("-", "−")
+    yield f"EDSR-LCoA is level with EDSR-wider ({level} dB)"
+    above, below = gains(("EDSR-dense", budget), ("EDSR-wider", budget), sets=SETS[:2])
+    yield f"it is {above:.2f} dB above EDSR-wider on Set5 and {-below:.2f} dB below it on Set14"
 
 
 def runs() -> Iterator[str]:
