@@ -268,6 +268,11 @@ def test_all_broken_clauses_are_named() -> None:
     assert not any("strides" in line for line in lines)
 
 
+def test_a_failure_inside_the_layer_names_its_line() -> None:
+    with pytest.raises(AssertionError, match=r"any size: .*\(test_toy_layers\.py:\d+\)$"):
+        conformance.check_layer(WantsEvenSizes, leave_out=set(CLAUSES) - {"any size"})
+
+
 def test_consumers_and_providers_bring_a_partner() -> None:
     others = set(CLAUSES) - {"evaluation moves nothing", "state of another size is refused"}
     conformance.check_layer(CoA, kind="consumer", partner=LSP, leave_out=others)

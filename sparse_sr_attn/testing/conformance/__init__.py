@@ -13,8 +13,11 @@ A layer is built with small options (those of `SMALL` in its signature, unless y
 provider is combined with the first matching partner in the registry.
 """
 
+import inspect
+import traceback
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -70,7 +73,7 @@ def check_layer(
         **options: options of the layer, in addition to the small ones (`SMALL`).
 
     Raises:
-        AssertionError: the layer breaks clauses; names all of them with the reasons.
+        AssertionError: the layer breaks clauses; names all of them with the reasons and lines of the layer.
         ValueError: a name in `leave_out` is not a clause.
         LookupError: a consumer or provider has no matching partner.
     """
@@ -90,6 +93,17 @@ def check_layer(
         try:
             clause.check(replace(subject, options=options), torch.device(device))
         except Exception as problem:
-            broken.append(f"{subject}: {clause}: {type(problem).__name__}: {str(problem)[:500]}")
+            reason = f"{type(problem).__name__}: {str(problem)[:500]}"
+            broken.append(f"{subject}: {clause}: {reason}{_place(problem, build)}")
     if broken:
         raise AssertionError("\n".join(broken))
+
+
+def _place(problem: Exception, build: Callable[..., nn.Module]) -> str:
+    """Return the last line of the layer's own file that ran, if any did."""
+    try:
+        file = inspect.getsourcefile(build)
+    except TypeError:  # neither a class nor a function
+        return ""
+    lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == file]
+    return f" ({Path(file).name}:{lines[-1]})" if file and lines else ""
