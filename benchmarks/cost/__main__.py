@@ -1,7 +1,6 @@
 """`python -m benchmarks.cost`: what attention costs a network in time and memory, forward and in training."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.command import make_parser, run_command
-from benchmarks.speed.run import environment, images
+from benchmarks.speed.run import environment, images, threads
 from benchmarks.speed.timing import Call, Sample, Spread, alternate, ratio
 from sparse_sr_attn import EDSR, attach, create_model
 from sparse_sr_attn.blocks.attention_config import default_config
@@ -29,7 +28,7 @@ from sparse_sr_attn.cli.common import (
     show,
     table,
 )
-from sparse_sr_attn.data.atomic import atomic_write, check_writable
+from sparse_sr_attn.data.atomic import check_writable, write_json
 from sparse_sr_attn.layers.build import find_layer
 from sparse_sr_attn.testing.memory import new_memory
 
@@ -255,20 +254,13 @@ def run(arguments: argparse.Namespace) -> int:
         for training in (False, True)
         for half in (False, True)
     ]
-    before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
+    with threads(arguments.threads):
         found = record(networks, measure(networks, cases, device, arguments.rounds))
         machine = environment(device)
         show("\n".join(f"- {name}: {value}" for name, value in machine.items()) + "\n")
         show(markdown(found) + "\n\n" + memory_table(found))
-    finally:
-        torch.set_num_threads(before)
     if arguments.json is not None:
-        with atomic_write(arguments.json) as unfinished:
-            unfinished.write(
-                json.dumps({"machine": machine, "networks": found}, indent=1, default=str).encode() + b"\n"
-            )
+        write_json(arguments.json, {"machine": machine, "networks": found})
     return 0
 
 

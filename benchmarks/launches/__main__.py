@@ -1,7 +1,6 @@
 """`python -m benchmarks.launches`: how many kernels a GPU launches, counted without one."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from benchmarks.command import make_parser, run_command
 from benchmarks.launches.counter import counted
 from sparse_sr_attn import GMSA, CoA, LCoA, create_model
 from sparse_sr_attn.cli.common import UsageError, show, table
-from sparse_sr_attn.data.atomic import atomic_write, check_writable
+from sparse_sr_attn.data.atomic import check_writable, write_json
 from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.layers import LFE
 
@@ -148,9 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
         cells = [[name, *(str(each.get(name, 0)) for each in counts.values())] for name in names]
         show("\n" + table(["", *counts], cells))
     if arguments.json is not None:
-        with atomic_write(arguments.json) as unfinished:
-            document = {"size": arguments.size, "launches": {name: asdict(each) for name, each in found.items()}}
-            unfinished.write(json.dumps(document, indent=1).encode() + b"\n")
+        document = {"size": arguments.size, "launches": {name: asdict(each) for name, each in found.items()}}
+        write_json(arguments.json, document)
     return 0
 
 

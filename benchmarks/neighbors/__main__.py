@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from benchmarks.command import make_parser, run_command
-from benchmarks.speed.run import environment, features
+from benchmarks.speed.run import environment, features, threads
 from benchmarks.speed.timing import Call, Spread, alternate, ratio
 from sparse_sr_attn import LCoA
 from sparse_sr_attn.cli.common import show, table
 from sparse_sr_attn.cli.main import main as sparse_sr
-from sparse_sr_attn.data.atomic import atomic_write, check_writable
+from sparse_sr_attn.data.atomic import check_writable, write_json
 from sparse_sr_attn.errors import SparseSRError
 
 DESCRIPTION = """\
@@ -165,9 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.json is not None:
         check_writable(arguments.json)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         rows = measure(
             VARIANTS,
             arguments.input,
@@ -177,13 +175,10 @@ def run(arguments: argparse.Namespace) -> int:
             rounds=arguments.rounds,
         )
         machine = environment(torch.device("cpu"))
-    finally:
-        torch.set_num_threads(before)
     show(markdown(rows))
     if arguments.json is not None:
-        with atomic_write(arguments.json) as unfinished:
-            document = {"machine": machine, "weights": arguments.weights, "size": arguments.size, "rows": rows}
-            unfinished.write(json.dumps(document, indent=1).encode() + b"\n")
+        document = {"machine": machine, "weights": arguments.weights, "size": arguments.size, "rows": rows}
+        write_json(arguments.json, document)
     return 0
 
 

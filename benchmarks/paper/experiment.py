@@ -14,7 +14,7 @@ from benchmarks.paper.pictures import Pair
 from benchmarks.paper.training import Budget, Trainer, count_parameters
 from benchmarks.speed.run import environment, features, images
 from sparse_sr_attn.data import metrics as evaluation
-from sparse_sr_attn.data.atomic import atomic_write
+from sparse_sr_attn.data.atomic import write_json
 from sparse_sr_attn.data.imresize import imresize
 
 Progress = Callable[[str], None]
@@ -117,8 +117,7 @@ def kept(file: Path) -> Any:
 def keep(document: Any, file: Path) -> None:
     """Write a document, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as stream:
-        stream.write(json.dumps(document, indent=1).encode() + b"\n")
+    write_json(file, document)
 
 
 def described(budget: Budget) -> str:

@@ -20,7 +20,7 @@ from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.blocks.upsample import Upscale
 from sparse_sr_attn.config import NonNegative, Positive, PositiveInt
 from sparse_sr_attn.data import metrics as evaluation
-from sparse_sr_attn.data.atomic import atomic_write
+from sparse_sr_attn.data.atomic import write_json
 from sparse_sr_attn.errors import TrainingError
 
 
@@ -144,9 +144,7 @@ class Trainer:
         )
         file = self._file(variant, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as stream:
-            document = {"variant": variant.described(), "seed": seed, **self._made(), "result": asdict(result)}
-            stream.write(json.dumps(document, indent=1).encode() + b"\n")
+        write_json(file, {"variant": variant.described(), "seed": seed, **self._made(), "result": asdict(result)})
         return result
 
     def kept(self, variant: Variant, seed: int) -> Result | None:

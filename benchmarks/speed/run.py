@@ -180,7 +180,7 @@ def run(settings: Settings, progress: Progress = lambda text: None) -> Run:
     """
     methods = _chosen(settings)
     device = torch.device(settings.device)
-    with _threads(settings.threads), _whole_float32():
+    with threads(settings.threads), _whole_float32():
         subjects = {name: _built(method, settings, device) for name, method in methods.items()}
         checks = {}
         for name, subject in subjects.items():
@@ -609,7 +609,8 @@ def _whole_float32() -> Iterator[None]:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
+    """Have torch compute with so many threads on the CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

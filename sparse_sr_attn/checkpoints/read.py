@@ -41,11 +41,12 @@ def find_file(source: object) -> Path:
         return path
     known = trained_weights()
     if str(source) not in known:
-        names = f", nor are there included weights of that name{suggestion(source, list(known))}"
-        if re.fullmatch(r".*_x\d", str(source)) is None:  # not the name of weights
-            names += "; create_model builds an untrained network by name"
-        names = "" if path.suffix else names
-        raise CheckpointError(f"there is no such file{names}")
+        message = "there is no such file"
+        if not path.suffix:
+            message += f", nor are there included weights of that name{suggestion(source, list(known))}"
+            if re.fullmatch(r".*_x\d", str(source)) is None:  # a name of networks, not of weights
+                message += "; create_model builds an untrained network by name"
+        raise CheckpointError(message)
     return known[str(source)]
 
 

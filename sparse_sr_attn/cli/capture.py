@@ -1,7 +1,6 @@
 """`sparse-sr capture`: the share of dense attention that the keys of sparse patterns capture."""
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from sparse_sr_attn.cli.common import (
     show,
     table,
 )
-from sparse_sr_attn.data.atomic import atomic_write, check_writable
+from sparse_sr_attn.data.atomic import atomic_write, check_writable, write_json
 from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import matlab_bicubic
 from sparse_sr_attn.errors import ConfigError, ImageError, ShapeError, SparseSRError
@@ -114,8 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(arguments.json) as stream:
-                stream.write(json.dumps(document, indent=1).encode() + b"\n")
+            write_json(arguments.json, document)
         if arguments.plot:
             _plot(document, arguments.plot)
     except OSError as error:

@@ -1,11 +1,12 @@
 """Atomic writes: files are complete even if the process or the machine dies."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sparse_sr_attn.errors import SparseSRError, first_line
 
@@ -37,6 +38,17 @@ def atomic_write(file: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_dir(file.parent)
+
+
+def write_json(file: Path, document: Any) -> None:
+    """Write a document as JSON by `atomic_write`.
+
+    Raises:
+        TypeError: JSON cannot represent the document.
+        OSError: the file cannot be written.
+    """
+    with atomic_write(file) as stream:
+        stream.write(json.dumps(document, indent=1).encode() + b"\n")
 
 
 @contextmanager
