@@ -25,7 +25,8 @@ def channels_last(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     if torch.compiler.is_compiling() or not x.is_cpu or not len(x) or is_channels_last(x):
         return x.contiguous(memory_format=torch.channels_last)
     # Matrix by matrix: torch transposes a single one in blocks, five times as fast.
-    rows = torch.stack([sample.flatten(1).t().contiguous() for sample in x])
+    samples = [sample.flatten(1).t().contiguous() for sample in x]
+    rows = samples[0][None] if len(samples) == 1 else torch.stack(samples)
     return rows.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 

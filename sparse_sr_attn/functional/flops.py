@@ -86,17 +86,7 @@ def _apply_window_weights(weights: Shape, value: Shape, *_: Any, **__: Any) -> i
     return 2 * prod(weights) * value[1]
 
 
-def _window_attention(query: Shape, key: Shape | None, value: Shape, window_size: int, *_: Any, **__: Any) -> int:
-    return 2 * _window_scores(query, window_size) * (query[1] + value[1])
-
-
-def _window_attention_backward(
-    grad: Shape, query: Shape, key: Shape | None, value: Shape, window_size: int, *_: Any, **__: Any
-) -> int:
-    return 2 * _window_scores(query, window_size) * ((2 if key is None else 3) * query[1] + 2 * value[1])
-
-
-def _grouped_windows(like: Shape, groups: Sequence[Sequence[int]], query_products: int, value_products: int) -> int:
+def _in_groups(like: Shape, groups: Sequence[Sequence[int]], query_products: int, value_products: int) -> int:
     sizes, _, _, query_widths, value_widths = groups
     return sum(
         2 * _window_scores(like, size) * (query_products * query + value_products * value)
@@ -104,12 +94,22 @@ def _grouped_windows(like: Shape, groups: Sequence[Sequence[int]], query_product
     )
 
 
+def _window_attention(query: Shape, key: Shape | None, value: Shape, *groups: Any, **_: Any) -> int:
+    return _in_groups(value, groups[:5], 1, 1)
+
+
+def _window_attention_backward(
+    grad: Shape, query: Shape, key: Shape | None, value: Shape, *groups: Any, **_: Any
+) -> int:
+    return _in_groups(grad, groups[:5], 2 if key is None else 3, 2)
+
+
 def _grouped_window_attention(query: Shape, value: Shape, *groups: Sequence[int], **_: Any) -> int:
-    return _grouped_windows(value, groups, 1, 1)
+    return _in_groups(value, groups, 1, 1)
 
 
 def _grouped_window_attention_backward(grad: Shape, *maps_and_groups: Any, **_: Any) -> int:
-    return _grouped_windows(grad, maps_and_groups[-5:], 2, 3)
+    return _in_groups(grad, maps_and_groups[-5:], 2, 3)
 
 
 def _sparsemax(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:

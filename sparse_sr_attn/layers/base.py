@@ -24,7 +24,7 @@ from sparse_sr_attn.functional._torch import (
     working_precision,
 )
 from sparse_sr_attn.functional.backend import runs_kernels
-from sparse_sr_attn.functional.channels_last import pointwise_conv2d
+from sparse_sr_attn.functional.channels_last import channels_last, in_format_of, pointwise_conv2d
 from sparse_sr_attn.functional.conv_triton import conv1x1
 from sparse_sr_attn.functional.l2_normalize import MAX_LOGIT_SCALE, scale_rows
 from sparse_sr_attn.registry import Registry
@@ -161,13 +161,18 @@ def add_rows(
     """Return `x + alpha * feature_map(rows, x)`; without gradients, faster for contiguous maps."""
     if runs_kernels(x.device) and torch.is_grad_enabled():
         return cast(Tensor, _AddRows.apply(x, rows, alpha))  # type: ignore[no-untyped-call]
-    plain = x.device.type == "cpu" and x.is_contiguous() and x.dtype == rows.dtype and not torch.is_grad_enabled()
-    if not plain or torch.compiler.is_compiling() or is_transformed():
+    if not _adds_in_blocks(x, rows):
         return torch.add(x, feature_map(rows, x), alpha=alpha)
     out = torch.empty_like(x)
     for channels, sample in zip(out.flatten(2), rows, strict=True):
         channels.copy_(sample.t())  # torch transposes a single matrix in blocks, several times as fast
     return torch.add(x, out, alpha=alpha, out=out)
+
+
+def _adds_in_blocks(x: Tensor, rows: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_transformed() or torch.is_grad_enabled():
+        return False
+    return x.device.type == "cpu" and x.is_contiguous() and x.dtype == rows.dtype
 
 
 class _AddRows(torch.autograd.Function):
@@ -294,10 +299,14 @@ def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
 def add_conv(
     x: Float[Tensor, "b o h w"], conv: PointwiseConv2d, inner: Float[Tensor, "b c h w"], scale: float
 ) -> Float[Tensor, "b o h w"]:
-    """Return `x + scale * conv(inner)`, on GPUs with Triton by one kernel."""
+    """Return `x + scale * conv(inner)` in the memory format of `x`; `inner` is in channels-last memory format."""
     if runs_kernels(x.device) and is_unmodified(conv, PointwiseConv2d) and conv.bias is not None:
-        return conv1x1(inner, conv.weight, conv.bias, residual=x, scale=scale)
-    return torch.add(x, conv(inner), alpha=scale)
+        return in_format_of(conv1x1(inner, conv.weight, conv.bias, residual=channels_last(x), scale=scale), x)
+    added = conv(inner)
+    rows = tokens(added)
+    if _adds_in_blocks(x, rows):
+        return add_rows(x, rows, alpha=scale)
+    return in_format_of(torch.add(channels_last(x), added, alpha=scale), x)
 
 
 def output_proj(embed_dim: int, *, zero_init: bool) -> PointwiseConv2d:

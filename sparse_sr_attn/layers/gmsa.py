@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_sr_attn.config import Finite, PositiveInt, WindowSize, checked
 from sparse_sr_attn.errors import ConfigError, Problem
 from sparse_sr_attn.functional._torch import is_exporting, working_precision
-from sparse_sr_attn.functional.channels_last import channels_last, in_format_of
+from sparse_sr_attn.functional.channels_last import channels_last
 from sparse_sr_attn.functional.window import (
     apply_window_weights,
     fuses_groups,
@@ -84,13 +84,8 @@ class SharedGMSA(AttentionLayer):
         """Return the options that are not visible from shapes."""
         return f"res_scale={self.res_scale}"
 
-    def forward(
-        self,
-        x: Float[Tensor, "b c h w"],
-        state: WindowAttention | None = None,
-        value: Float[Tensor, "b c h w"] | None = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Return `x` plus its values weighted by the state; `value` are these values if they are already computed.
+    def forward(self, x: Float[Tensor, "b c h w"], state: WindowAttention | None = None) -> Float[Tensor, "b c h w"]:
+        """Return `x` plus its values weighted by the state.
 
         Raises:
             SharingError: `state` is not a WindowAttention.
@@ -98,11 +93,12 @@ class SharedGMSA(AttentionLayer):
         """
         check_map(x, self.embed_dim)
         state = check_state(state, WindowAttention, x, _HINT)
-        given, x = x, channels_last(x)
-        attended = self._attended(self.value(x) if value is None else value, state)
-        return in_format_of(add_conv(x, self.output, attended, self.res_scale), given)
+        return self._add_to(x, self._attended(self.value(channels_last(x)), state))
 
-    def _attended(self, value: Float[Tensor, "b c h w"], state: WindowAttention) -> Float[Tensor, "b c h w"]:
+    def _add_to(self, x: Tensor, attended: Tensor) -> Tensor:
+        return add_conv(x, self.output, attended, self.res_scale)
+
+    def _attended(self, value: Tensor, state: WindowAttention) -> Tensor:
         sizes = state.window_sizes
         moves = [window_shifts(size, state.shift, state.exact_shift) for size in sizes]
         shifts, unshifts = zip(*moves, strict=True)
@@ -194,7 +190,7 @@ class GMSA(AttentionLayer):
         query = self.query(channels_last(x))
         num_groups = len(self.window_sizes)
         if fuses_groups(query, num_groups):
-            return self._state([None] * num_groups, query, x)
+            return self._state_of(query, x)
         keeps_all = torch.is_grad_enabled() or is_exporting()
         weights: list[Tensor | None] = []
         for group, size in zip(split_groups(query, num_groups), self.window_sizes, strict=True):
@@ -213,7 +209,12 @@ class GMSA(AttentionLayer):
             SharingError: `state` is not a WindowAttention.
             ShapeError: `x` is not a map of `embed_dim` channels, or the state was computed for another size.
         """
-        return self._apply_to(x)[0] if state is None else self.shared(x, state)
+        if state is not None:
+            return self.shared(x, state)
+        check_map(x, self.embed_dim)
+        if not is_unmodified(self.shared, SharedGMSA):
+            return self.shared(x, self._state_of(self.query(channels_last(x)), x))
+        return self.shared._add_to(x, self._attended(x)[0])  # frees the state first
 
     def attend_and_apply(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], WindowAttention]:
         """Return `forward(x)` and `attend(x)`; on GPUs with Triton, queries and values are computed together.
@@ -222,18 +223,21 @@ class GMSA(AttentionLayer):
             ShapeError: `x` is not a map of `embed_dim` channels.
         """
         check_map(x, self.embed_dim)
-        if is_unmodified(self, GMSA) and fuses_groups(x, len(self.window_sizes)):
-            return self._apply_to(x)
-        return super().attend_and_apply(x)
+        fuses = fuses_groups(x, len(self.window_sizes))
+        if not fuses or not is_unmodified(self, GMSA) or not is_unmodified(self.shared, SharedGMSA):
+            return super().attend_and_apply(x)
+        attended, state = self._attended(x)
+        return self.shared._add_to(x, attended), state
 
-    def _apply_to(self, x: Tensor) -> tuple[Tensor, WindowAttention]:
-        """Return the output, and a state that has no weights."""
-        check_map(x, self.embed_dim)
-        given, x = x, channels_last(x)  # once for both
-        together = conv_norms(x, self.query, self.shared.value) if is_unmodified(self.shared, SharedGMSA) else None
-        query, value = (self.query(x), None) if together is None else together
-        state = self._state([None] * len(self.window_sizes), query, x)
-        return in_format_of(self.shared(x, state, value), given), state
+    def _attended(self, x: Tensor) -> tuple[Tensor, WindowAttention]:
+        """Return the values weighted by the attention, and a state that has no weights."""
+        x = channels_last(x)
+        query, value = conv_norms(x, self.query, self.shared.value) or (self.query(x), self.shared.value(x))
+        state = self._state_of(query, x)
+        return self.shared._attended(value, state), state
+
+    def _state_of(self, query: Tensor, x: Tensor) -> WindowAttention:
+        return self._state([None] * len(self.window_sizes), query, x)
 
     def _state(self, weights: Sequence[Tensor | None], query: Tensor | None, x: Tensor) -> WindowAttention:
         return WindowAttention(tuple(weights), query, self.window_sizes, self.shift, self.exact_shift, *x.shape[-2:])

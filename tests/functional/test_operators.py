@@ -177,19 +177,30 @@ def test_window_attention(device: torch.device, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("keyed", [False, True])
 def test_fused_window_attention(device: torch.device, size: tuple[int, int], keyed: bool) -> None:
     """With keys of their own and with queries that are the keys, from maps in either memory."""
+    options = [4], [2], [1], [3], [5], 0.5
     for memory in (torch.contiguous_format, torch.channels_last):
         query, key, value, grad = (
             Case().tensor(name, 2, width, *size, device=device).contiguous(memory_format=memory)
             for name, width in (("query", 3), ("key", 3), ("value", 5), ("grad", 5))
         )
         leaves = (query.requires_grad_(), key.requires_grad_() if keyed else None, value.requires_grad_())
-        check(operator("window_attention"), (*leaves, 4, 2, 1, 0.5))
+        check(operator("window_attention"), (*leaves, *options))
         maps = (query.detach(), key.detach() if keyed else None, value.detach())
-        check(operator("window_attention_backward"), (grad, *maps, 4, 2, 1, 0.5))
+        check(operator("window_attention_backward"), (grad, *maps, *options))
         check(operator("window_weights"), (query, leaves[1], 4, 2, 0.5))
         weights = operator("window_weights")(query, leaves[1], 4, 2, 0.5).detach()
         grad = Case().tensor("grad", *weights.shape, device=device)
         check(operator("window_weights_backward"), (grad, weights, *maps[:2], 2, 0.5))
+
+
+@pytest.mark.parametrize("channels", [(3, 5), (5, 1)], ids=str)
+def test_window_attention_in_groups(device: torch.device, channels: tuple[int, int]) -> None:
+    """With groups of different widths, and with a group that has no values."""
+    query, value = (Case().tensor(name, 1, c, 3, 4, device=device) for name, c in zip("qv", channels, strict=True))
+    options = [2, 3], [1, 2], [1, 1], *(group_widths(dim, 2) for dim in channels), 0.5
+    grad = Case().tensor("grad", *value.shape, device=device)
+    check(operator("window_attention_backward"), (grad, query, None, value, *options))
+    check(operator("window_attention"), (query.requires_grad_(), None, value.requires_grad_(), *options))
 
 
 @needs_triton

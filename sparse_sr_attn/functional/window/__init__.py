@@ -195,7 +195,8 @@ def window_attention(
     unshift = shift if unshift is None else unshift
     grid = WindowGrid(value.shape[2], value.shape[3], window_size)
     if uses_operator(backend, "operator"):
-        return tiles.attention_op(query, key, value, window_size, shift, unshift, scale)
+        widths = [int(query.shape[1])], [int(value.shape[1])]
+        return tiles.attention_op(query, key, value, [window_size], [shift], [unshift], *widths, scale)
     with without_autocast(value):
         return eager.apply(eager.weights(query, key, grid, shift, scale), value, grid, shift, unshift)
 
@@ -218,8 +219,8 @@ def grouped_window_attention(
         window_sizes: side of the windows of each group in pixels, each >= 1.
         shifts: pixels by which the windows of each group are moved to the right and down, each >= 0.
         unshifts: pixels to roll back by, `shifts` by default; as in `apply_window_weights`.
-        backend: "triton" for one kernel on GPUs, "operator" or "eager" for each group in turn (as in
-            `window_weights`), or "auto" for the best of them here.
+        backend: "triton" for one kernel on GPUs, "operator" or "eager" as in `window_weights`, or "auto" for the best
+            of them here.
 
     Returns:
         A map in the dtype of `value`.
@@ -245,18 +246,21 @@ def grouped_window_attention(
     _check_sizes(query, value)
     if backend == "triton":
         resolve_backend(backend, query.device)
+    widths = [group_widths(int(x.shape[1]), len(window_sizes)) for x in (query, value)]
+    groups = [*window_sizes], [*shifts], [*unshifts], *widths
     if backend == "triton" or (backend == "auto" and fuses_groups(query, len(window_sizes), value)):
-        widths = [group_widths(int(x.shape[1]), len(window_sizes)) for x in (query, value)]
         widest = max(widths[0][0], widths[1][0])
         if widest > triton.WIDEST:
             raise BackendError(
                 f"backend 'triton' takes groups of at most {triton.WIDEST} channels, got {widest}; 'operator' and "
                 "'eager' take any number"
             )
-        return triton.attention_op(query, value, [*window_sizes], [*shifts], [*unshifts], *widths)[0]
+        return triton.attention_op(query, value, *groups)[0]
+    if uses_operator(backend, "operator"):
+        return tiles.attention_op(query, None, value, *groups, 1.0)
     queries, values = split_groups(query, len(window_sizes)), split_groups(value, len(window_sizes))
     outputs = [
-        window_attention(*(each, None, own), window_size=size, shift=shift, unshift=unshift, backend=backend)
+        window_attention(*(each, None, own), window_size=size, shift=shift, unshift=unshift, backend="eager")
         for each, own, size, shift, unshift in zip(queries, values, window_sizes, shifts, unshifts, strict=False)
     ]
     return torch.cat(outputs, dim=1)

@@ -6,7 +6,7 @@ Output maps are in channels-last memory format.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,23 +72,22 @@ class _Windows:
             cut[..., channels:].zero_()
         return cut.view(self.batch * self.grid.rows * self.grid.columns, size**2, width)
 
-    def join(self, windows: Float[Tensor, "bk i w"], shift: int, like: Tensor) -> Float[Tensor, "b c h w"]:
-        """Join windows to a map in channels-last memory format, with the channels and dtype of `like`; undoes `cut`."""
-        size, grid, channels = self.grid.window_size, self.grid, like.shape[1]
-        if _by_index(like) and (shift or not grid.is_whole):
-            _, slots, _ = _indices_on(grid, shift, like.device)
+    def join(self, windows: Float[Tensor, "bk i w"], shift: int, out: Float[Tensor, "b c h w"]) -> None:
+        """Write windows to a map, or to some channels of one, in channels-last memory format; undoes `cut`."""
+        size, grid, channels, x = self.grid.window_size, self.grid, out.shape[1], out.permute(0, 2, 3, 1)
+        if _by_index(out) and (shift or not grid.is_whole):
+            _, slots, _ = _indices_on(grid, shift, out.device)
             rows = windows.view(self.batch, -1, windows.shape[-1])[..., :channels].index_select(1, slots)
-            return rows.to(like.dtype).view(self.batch, grid.height, grid.width, channels).permute(0, 3, 1, 2)
-        x = like.new_empty(self.batch, grid.height, grid.width, channels)
+            x.copy_(rows.view(x.shape))
+            return
         whole = shift == 0 and grid.is_whole
-        rolled = x if whole else like.new_empty(self.batch, *self.padded, channels)
+        rolled = x if whole else out.new_empty(self.batch, *self.padded, channels)
         rolled.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).copy_(
             windows.view(self.batch, grid.rows, grid.columns, size, size, windows.shape[-1])[..., :channels]
         )
         if not whole:
             for here, there in self._blocks(shift):
                 x[here] = rolled[there]
-        return x.permute(0, 3, 1, 2)
 
     def _blocks(self, shift: int) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """Yield the position of each of four blocks in the map, and in the padded and rolled map."""
@@ -146,26 +145,34 @@ def _pieces(side: int, padded: int, shift: int) -> list[tuple[slice, slice]]:
     ]
 
 
+def _windows_per_tile(windows: Tensor) -> int:
+    scores = _SCORES_PER_TILE if windows.device.type == "cpu" else _SCORES_PER_LAUNCH
+    return max(1, scores // windows.shape[1] ** 2)
+
+
 def _tiles(windows: Tensor) -> Iterator[slice]:
     """Yield the slices of windows to process together."""
-    scores = _SCORES_PER_TILE if windows.device.type == "cpu" else _SCORES_PER_LAUNCH
-    step = max(1, scores // windows.shape[1] ** 2)
+    step = _windows_per_tile(windows)
     for start in range(0, len(windows), step):
-        yield slice(start, start + step)
+        yield slice(start, min(start + step, len(windows)))
+
+
+def _space_for_scores(windows: Float[Tensor, "bk i c"]) -> Float[Tensor, "t i i"]:
+    """Return an uninitialized tensor for the scores of a tile; made once, because the system clears new memory."""
+    size = windows.shape[1]
+    return windows.new_empty(min(_windows_per_tile(windows), len(windows)), size, size)
 
 
 def _weights_of(
-    queries: Tensor, keys: Tensor, real: Tensor | None, tile: slice, scale: float, out: Tensor | None = None
-) -> Tensor:
-    """Return the softmax weights of a tile."""
-    scores = torch.bmm(queries[tile], keys[tile].transpose(1, 2))
+    queries: Tensor, keys: Tensor, real: Tensor | None, tile: slice, scale: float, space: Tensor
+) -> Float[Tensor, "t i i"]:
+    """Return the softmax weights of a tile, in `space`."""
+    scores = torch.bmm(queries[tile], keys[tile].transpose(1, 2), out=space[: tile.stop - tile.start])
     if scale != 1:
         scores *= scale
     if real is not None:
         scores.masked_fill_(~real[tile], torch.finfo(scores.dtype).min)
-    if out is None or out.dtype == scores.dtype:
-        return torch.softmax(scores, dim=-1, out=out)
-    return out.copy_(torch.softmax(scores, dim=-1, out=scores))
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 def _scores_backward(
@@ -189,18 +196,24 @@ def _cut_both(
 
 
 def _new_maps(query: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return uninitialized maps for the gradients of queries and keys; without `key`, an empty tensor for it."""
     return new_map(query, query.shape[1]), query.new_empty(0) if key is None else new_map(key, key.shape[1])
 
 
-def _sent_back(
-    windows: _Windows, grads: tuple[Tensor, Tensor | None], query: Tensor, shift: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of query and key as maps; without `key`, an empty tensor for it."""
-    grad_query, grad_key = grads
-    return (
-        windows.join(grad_query, shift, query),
-        query.new_empty(0) if grad_key is None else windows.join(grad_key, shift, query),
-    )
+def _join_both(windows: _Windows, grads: tuple[Tensor, Tensor | None], shift: int, maps: Sequence[Tensor]) -> None:
+    for grad, out in zip(grads, maps, strict=True):
+        if grad is not None:
+            windows.join(grad, shift, out)
+
+
+def _in_groups(
+    queries: Sequence[Tensor | None], values: Sequence[Tensor], groups: Sequence[Sequence[int]]
+) -> Iterator[Any]:
+    """Yield the channels of each map that belong to a group, and the size and shifts of its windows."""
+    *sizes_and_shifts, query_widths, value_widths = groups
+    count = len(query_widths)
+    of_queries = [(None,) * count if x is None else x.split(query_widths, dim=1) for x in queries]
+    return zip(*of_queries, *(x.split(value_widths, dim=1) for x in values), *sizes_and_shifts, strict=False)
 
 
 @operator("window_weights")
@@ -218,8 +231,11 @@ def weights_op(
         queries, keys = _cut_both(windows, query, key, shift)
         real = windows.is_real(shift, query.device)
         weights = queries.new_empty(*queries.shape[:2], queries.shape[1], dtype=dtype)
+        space = None if weights.dtype == queries.dtype else _space_for_scores(queries)
         for tile in _tiles(queries):
-            _weights_of(queries, keys, real, tile, scale, out=weights[tile])
+            found = _weights_of(queries, keys, real, tile, scale, weights[tile] if space is None else space)
+            if space is not None:
+                weights[tile] = found
     return weights.view(query.shape[0], windows.grid.rows * windows.grid.columns, *weights.shape[1:])
 
 
@@ -251,7 +267,9 @@ def _weights_backward(
             sent, part = grad[tile].to(queries.dtype), weights[tile].to(queries.dtype)
             back = _scores_backward(sent, part, queries[tile], tile_keys, scale)
             _put(grads, tile, back)
-        return _sent_back(windows, grads, query, shift)
+        maps = _new_maps(query, key)
+        _join_both(windows, grads, shift, maps)
+    return maps
 
 
 @_weights_backward.register_fake
@@ -291,7 +309,9 @@ def apply_op(weights: Tensor, value: Tensor, window_size: int, shift: int, unshi
         gathered = torch.empty_like(values)
         for tile in _tiles(values):
             torch.bmm(weights[tile].to(value.dtype).to(dtype), values[tile], out=gathered[tile])
-        return windows.join(gathered, unshift, value)
+        out = new_map(value, value.shape[1])
+        windows.join(gathered, unshift, out)
+    return out
 
 
 @apply_op.register_fake
@@ -310,7 +330,9 @@ def _apply_backward(grad: Tensor, weights: Tensor, value: Tensor, shift: int, un
         for tile in _tiles(values):
             multiply(grads[tile, :, :channels], values[tile].transpose(1, 2), out=grad_flat[tile])
             torch.bmm(flat[tile].to(dtype).transpose(1, 2), grads[tile], out=grad_values[tile])
-        return grad_weights, windows.join(grad_values, shift, value)
+        grad_value = new_map(value, channels)
+        windows.join(grad_values, shift, grad_value)
+    return grad_weights, grad_value
 
 
 @_apply_backward.register_fake
@@ -332,25 +354,47 @@ apply_op.register_autograd(_backward_apply, setup_context=_keep_values)
 
 @operator("window_attention")
 def attention_op(
-    query: Tensor, key: Tensor | None, value: Tensor, window_size: int, shift: int, unshift: int, scale: float
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    window_sizes: list[int],
+    shifts: list[int],
+    unshifts: list[int],
+    query_widths: list[int],
+    value_widths: list[int],
+    scale: float,
 ) -> Tensor:
-    """Return `window_attention`, with one tile of weights in memory at a time."""
-    windows = _Windows(value, window_size)
+    """Return `window_attention`, in groups of channels if there are several window sizes."""
+    out, groups = new_map(value, value.shape[1]), (window_sizes, shifts, unshifts, query_widths, value_widths)
     with without_autocast(value):
-        queries, keys = _cut_both(windows, query, key, shift)
-        dtype = product_precision(value.dtype, value.device)
-        values, real = windows.cut(value, shift, dtype, wide=True), windows.is_real(shift, value.device)
-        gathered = torch.empty_like(values)
-        for tile in _tiles(values):
-            weights = _weights_of(queries, keys, real, tile, scale)
-            torch.bmm(weights.to(dtype), values[tile], out=gathered[tile])
-        return windows.join(gathered, unshift, value)
+        for group in _in_groups((query, key), (value, out), groups):
+            _attend(scale, *group)
+    return out
+
+
+def _attend(
+    scale: float,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    out: Tensor,
+    window_size: int,
+    shift: int,
+    unshift: int,
+) -> None:
+    """Write the attention of one group, with one tile of weights in memory at a time."""
+    windows, dtype = _Windows(value, window_size), product_precision(value.dtype, value.device)
+    queries, keys = _cut_both(windows, query, key, shift)
+    values, real = windows.cut(value, shift, dtype, wide=True), windows.is_real(shift, value.device)
+    gathered, space = torch.empty_like(values), _space_for_scores(queries)
+    for tile in _tiles(values):
+        weights = _weights_of(queries, keys, real, tile, scale, space)
+        torch.bmm(weights.to(dtype), values[tile], out=gathered[tile])
+    windows.join(gathered, unshift, out)
 
 
 @attention_op.register_fake
-def _(
-    query: Tensor, key: Tensor | None, value: Tensor, window_size: int, shift: int, unshift: int, scale: float
-) -> Tensor:
+def _(query: Tensor, key: Tensor | None, value: Tensor, *_: object) -> Tensor:
     return new_map(value, value.shape[1])
 
 
@@ -360,26 +404,51 @@ def _attention_backward(
     query: Tensor,
     key: Tensor | None,
     value: Tensor,
+    window_sizes: list[int],
+    shifts: list[int],
+    unshifts: list[int],
+    query_widths: list[int],
+    value_widths: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (grad_query, grad_key), grad_value = _new_maps(query, key), new_map(value, value.shape[1])
+    if len(value_widths) < len(query_widths):
+        grad_query.zero_()  # of groups without values
+    queries, values = (query, key, grad_query, None if key is None else grad_key), (value, grad, grad_value)
+    with without_autocast(value):
+        for group in _in_groups(queries, values, (window_sizes, shifts, unshifts, query_widths, value_widths)):
+            _attend_backward(scale, *group)
+    return grad_query, grad_key, grad_value
+
+
+def _attend_backward(
+    scale: float,
+    query: Tensor,
+    key: Tensor | None,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    grad_value: Tensor,
     window_size: int,
     shift: int,
     unshift: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    windows = _Windows(value, window_size)
-    with without_autocast(value):
-        queries, keys = _cut_both(windows, query, key, shift)
-        dtype = product_precision(value.dtype, value.device)
-        values, real = windows.cut(value, shift, dtype), windows.is_real(shift, value.device)
-        grads, channels = windows.cut(grad, unshift, dtype, wide=True), value.shape[1]
-        grad_values = torch.empty_like(grads)
-        sent = queries.new_empty(queries.shape), None if key is None else keys.new_empty(keys.shape)
-        for tile in _tiles(values):
-            weights = _weights_of(queries, keys, real, tile, scale)
-            torch.bmm(weights.to(dtype).transpose(1, 2), grads[tile], out=grad_values[tile])
-            grad_weights = torch.bmm(grads[tile, :, :channels], values[tile].transpose(1, 2)).to(weights.dtype)
-            tile_keys = None if key is None else keys[tile]
-            _put(sent, tile, _scores_backward(grad_weights, weights, queries[tile], tile_keys, scale))
-        return (*_sent_back(windows, sent, query, shift), windows.join(grad_values, shift, value))
+) -> None:
+    """Write the gradients of one group."""
+    windows, dtype = _Windows(value, window_size), product_precision(value.dtype, value.device)
+    queries, keys = _cut_both(windows, query, key, shift)
+    values, real = windows.cut(value, shift, dtype), windows.is_real(shift, value.device)
+    grads, channels = windows.cut(grad, unshift, dtype, wide=True), value.shape[1]
+    grad_values, space = torch.empty_like(grads), _space_for_scores(queries)
+    sent = queries.new_empty(queries.shape), None if key is None else keys.new_empty(keys.shape)
+    for tile in _tiles(values):
+        weights = _weights_of(queries, keys, real, tile, scale, space)
+        torch.bmm(weights.to(dtype).transpose(1, 2), grads[tile], out=grad_values[tile])
+        grad_weights = torch.bmm(grads[tile, :, :channels], values[tile].transpose(1, 2)).to(weights.dtype)
+        tile_keys = None if key is None else keys[tile]
+        _put(sent, tile, _scores_backward(grad_weights, weights, queries[tile], tile_keys, scale))
+    _join_both(windows, sent, shift, (grad_query, grad_key))
+    windows.join(grad_values, shift, grad_value)
 
 
 @_attention_backward.register_fake
@@ -395,7 +464,7 @@ def _keep_maps(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value = ctx.saved_tensors
     grad_query, grad_key, grad_value = _attention_backward(grad, query, key, value, *ctx.options)
-    return grad_query, None if key is None else grad_key, grad_value, None, None, None, None
+    return grad_query, None if key is None else grad_key, grad_value, *(None,) * 6
 
 
 attention_op.register_autograd(_backward_attention, setup_context=_keep_maps)
