@@ -231,10 +231,12 @@ class GMSA(AttentionLayer):
 
     def _attended(self, x: Tensor) -> tuple[Tensor, WindowAttention]:
         """Return the values weighted by the attention, and a state that has no weights."""
-        x = channels_last(x)
-        query, value = conv_norms(x, self.query, self.shared.value) or (self.query(x), self.shared.value(x))
+        query, value = self._query_and_value(channels_last(x))
         state = self._state_of(query, x)
         return self.shared._attended(value, state), state
+
+    def _query_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return conv_norms(x, self.query, self.shared.value) or (self.query(x), self.shared.value(x))
 
     def _state_of(self, query: Tensor, x: Tensor) -> WindowAttention:
         return self._state([None] * len(self.window_sizes), query, x)

@@ -1,4 +1,4 @@
-"""How much memory LCoA takes, in feature maps of float32: every allocation counts, and none hangs on the machine."""
+"""How much memory LCoA and GMSA take, in float32 feature maps: every allocation counts, and the machine does not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_sr_attn import CoA, LCoA
+from sparse_sr_attn import GMSA, CoA, LCoA
 from sparse_sr_attn.functional.cluster import tiles as cluster_tiles
 from sparse_sr_attn.testing.memory import NewMemory, in_maps, new_memory
 
@@ -110,3 +110,13 @@ def test_a_pattern_keeps_a_quarter_of_a_map(side: int) -> None:
     memory = memory_of(lambda: later(x, state))
     assert in_maps(memory.peak, x) <= 3.5
     assert memory.largest <= 1.01 * map_of(x)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gmsa_holds_queries_values_and_the_result(memory_format: torch.memory_format) -> None:
+    """And the windows of one group; neither a copy of the map nor queries are left when the sum is made."""
+    torch.manual_seed(0)
+    gmsa, x = GMSA(60).eval(), picture(256)[:, :60].contiguous(memory_format=memory_format)
+    memory = memory_of(lambda: gmsa(x))
+    assert 4 < in_maps(memory.peak, x) <= 4.1
+    assert memory.kept == map_of(x)
