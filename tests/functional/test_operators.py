@@ -157,6 +157,14 @@ def test_sparsemax_attention(device: torch.device, case: Case) -> None:
     check(operator("sparsemax_attention_backward"), (*inputs, 0.5))
 
 
+@cases
+def test_argsort_of_bytes(case: Case) -> None:
+    for dtype in (torch.uint8, torch.int16):
+        keys = case.assignment().to(dtype)
+        check(operator("argsort_of_bytes"), (keys,))
+        assert torch.equal(operator("argsort_of_bytes")(keys), keys.argsort(dim=1, stable=True))
+
+
 @pytest.mark.parametrize("size", [(4, 8), (5, 7), (1, 1)], ids=str)
 def test_window_attention(device: torch.device, size: tuple[int, int]) -> None:
     """In windows of 4x4, whole and padded, shifted by 2 and back by 1."""

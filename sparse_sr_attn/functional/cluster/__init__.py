@@ -17,6 +17,7 @@ chunks $t-a, \dots, t+a$ (mod $k$), in this order, or those that `pattern.neighb
 """
 
 import warnings
+from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -24,7 +25,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError, ShapeError
-from sparse_sr_attn.functional._torch import lower_precision, needs_plain_code, without_autocast, working_precision
+from sparse_sr_attn.functional._torch import (
+    lower_precision,
+    needs_plain_code,
+    run_while_compiling,
+    without_autocast,
+    working_precision,
+)
 from sparse_sr_attn.functional.backend import Backend, resolve_backend, runs_kernels
 from sparse_sr_attn.functional.cluster import flex, sdpa, tiles, triton
 from sparse_sr_attn.functional.cluster.eager import Eager
@@ -100,7 +107,7 @@ def cluster_pattern(
         key = keys[0] if len(keys) == 1 else torch.stack(keys, dim=1).flatten(0, 1)
     if key.dtype in (torch.uint8, torch.int16):
         # A radix sort takes a pass for each byte, and such keys need no position to tell them apart.
-        order = key.argsort(dim=1, stable=True)
+        order = tiles.argsort_op(key) if key.is_cpu else key.argsort(dim=1, stable=True)
     else:
         num_tokens = key.shape[1]
         order = (key * num_tokens + torch.arange(num_tokens, device=key.device)).argsort(dim=1)
@@ -108,14 +115,15 @@ def cluster_pattern(
 
 
 def _sort_keys(rank: Int[Tensor, "r k"]) -> Int[Tensor, "r k"]:
-    """Return the ranks of clusters in the smallest integers that hold them, where sorting those takes fewer kernels."""
+    """Return the ranks of clusters in the smallest integers that hold them, where those are sorted faster."""
     if not _sorts_bytes_faster(rank.device) or rank.shape[1] > 2**15 or needs_plain_code():
         return rank
     return rank.to(torch.uint8 if rank.shape[1] <= 2**8 else torch.int16)
 
 
+@run_while_compiling
 def _sorts_bytes_faster(device: torch.device) -> bool:
-    return device.type != "cpu"
+    return device.type != "cpu" or find_spec("numpy") is not None
 
 
 def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:

@@ -284,6 +284,22 @@ class _ScoreGrads:
             tokens.halo_to_tokens(self._halo, grad_key)
 
 
+@operator("argsort_of_bytes")
+def argsort_op(keys: Tensor) -> Tensor:
+    """Return `keys.argsort(dim=1, stable=True)` of integers of 8 or 16 bits, on the CPU.
+
+    NumPy sorts them by their digits, 20 times as fast as torch.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    return torch.from_numpy(np.argsort(keys.numpy(), axis=1, kind="stable"))
+
+
+@argsort_op.register_fake
+def _(keys: Tensor) -> Tensor:
+    return keys.new_empty(keys.shape, dtype=torch.int64)
+
+
 def _samples(order: Tensor, neighbors: Tensor | None, layout: ClusterLayout) -> Iterator[tuple[int, _Sorted]]:
     for sample, each in enumerate(order):
         yield sample, _Sorted(each, layout) if neighbors is None else _Nearest(each, layout, neighbors[sample])
