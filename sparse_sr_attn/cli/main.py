@@ -26,7 +26,6 @@ COMMANDS = {
     "convert": "convert weights to other names, or to .safetensors",
     "export": "export a network to ONNX, for images of any size, checked with onnxruntime",
     "evaluate": "PSNR and SSIM of upscaled images, as in papers, and of bicubic interpolation",
-    "capture": "measure how much of dense attention sparse patterns capture",
 }
 """Modules of `sparse_sr_attn.cli`, each imported when it is called; `--version` and `--help` need no torch."""
 _EPILOG = """\

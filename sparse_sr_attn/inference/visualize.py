@@ -111,50 +111,6 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
     return states
 
 
-def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Float[Tensor, "_ h2 w2"]]:
-    """Return the features that each attention layer of `model` compares tokens by on `image`.
-
-    Args:
-        model: a network with attention layers. It is run in evaluation mode; its mode is restored.
-        image: as in `cluster_map`.
-
-    Returns:
-        For each layer that computes attention, by its name in `model`: the embedding that is both query and key (LSP,
-        NLSA, NLA, HSPA), or the layer's input if it has no such embedding. Layers that only read a state are omitted.
-
-    Raises:
-        ValueError: `model` has no attention layer, or its forward runs none.
-        ShapeError: `image` is not a single image.
-
-    Examples:
-        >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
-        >>> {name: tuple(rows.shape) for name, rows in attention_features(model, torch.rand(3, 12, 16)).items()}
-        {'attention.0.lsp': (4, 12, 16)}
-    """
-    batch = _one_image(image)
-    features: dict[str, Tensor] = {}
-    hooks = []
-    for name, layer in model.named_modules():
-        if not _computes(layer) or any(map(_computes, list(layer.modules())[1:])):  # an ELAB, an LCoA: their parts do
-            continue
-        embed = getattr(layer, "embed", None)
-        if isinstance(embed, nn.Module):
-            hooks.append(
-                embed.register_forward_hook(lambda _, __, output, name=name: features.__setitem__(name, output[0]))
-            )
-        else:
-            hooks.append(
-                layer.register_forward_pre_hook(lambda _, args, name=name: features.__setitem__(name, args[0][0]))
-            )
-    _run(model, batch, hooks)
-    if not features:
-        raise ValueError(
-            "features of attention need a network with attention layers, and "
-            f"{network_name(model)} runs none; {_REMEDY}"
-        )
-    return features
-
-
 def attention_map_of(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
     """Return the attention of tokens as weights over the whole map.
 
@@ -327,11 +283,6 @@ def _run(model: nn.Module, batch: Tensor, hooks: Sequence[Any]) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _computes(module: nn.Module) -> bool:
-    """Return whether a module computes attention of its own."""
-    return isinstance(module, LSP) or (isinstance(module, AttentionLayer) and not module.requires)
 
 
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, AttentionLayer]]:

@@ -151,7 +151,6 @@ def test_a_missing_option_file(
         ["upscale", "photo.png", "--weights"],
         ["evaluate", ".", "--weights"],
         ["inspect", "clusters", "photo.png", "--weights"],
-        ["capture", ".", "--weights"],
         ["demo", "--weights"],
         ["convert", "-o", "out.pth"],
         ["export", "-o", "out.onnx"],
