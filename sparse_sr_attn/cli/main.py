@@ -9,7 +9,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import sparse_sr_attn
 from sparse_sr_attn.cli.common import exit_status
@@ -65,10 +64,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     argv = argv or ["--help"]
     parser, called = _parsers(argv)
     arguments, rest = parser.parse_known_args(argv)
-    # argparse before Python 3.13 does not recognise the optional file of `convert A --overwrite B`.
-    if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "to", rest) is None:
-        arguments.to = Path(rest[0])
-    elif rest:
+    if rest:
         shown = [action for action in called._actions if action.help != argparse.SUPPRESS]
         options = [option for action in shown for option in action.option_strings]
         wrong = next((each.partition("=")[0] for each in rest if each.startswith("-")), None)
