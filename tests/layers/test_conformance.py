@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch_clauses  # noqa: F401  (adds clauses)
+from tolerances import assert_bit_equal
 
 from sparse_sr_attn import LAYERS, LSP, CoA, LCoA
 from sparse_sr_attn.errors import ShapeError, SharingError
 from sparse_sr_attn.layers import AttentionLayer, build_layer
 from sparse_sr_attn.testing import conformance
 from sparse_sr_attn.testing.conformance import Clause, Subject
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 PROMISES = {
     "precisions": ("R3",),
