@@ -21,7 +21,7 @@ COMMANDS = {
     "upscale": "upscale images, or all images in folders",
     "demo": "serve a local web page to try a network on images",
     "list": "list layers, networks, presets and trained weights, with source and number of parameters",
-    "inspect": "draw the clusters, where a pixel attends, or the overlap of layers",
+    "inspect": "draw the clusters of an image, or where a pixel attends",
     "convert": "convert weights to other names, or to .safetensors",
     "export": "export a network to ONNX, for images of any size, checked with onnxruntime",
     "evaluate": "PSNR and SSIM of upscaled images, as in papers, and of bicubic interpolation",
