@@ -13,12 +13,12 @@ from sparse_sr_attn.inference.visualize import cluster_picture, similarity_palet
 @pytest.mark.parametrize("has_centroids", [True, False])
 def test_each_cluster_has_one_colour(has_centroids: bool) -> None:
     torch.manual_seed(0)
-    layer = LCoA(8, num_clusters=60, chunk_size=16)
-    state = layer.attend(torch.randn(1, 8, 6, 9))
+    layer = LCoA(8, num_clusters=12, chunk_size=16)
+    state = layer.attend(torch.randn(1, 8, 3, 4))
     picture = cluster_picture(layer if has_centroids else CoA(8), state)
-    assert picture.shape == (6, 9, 3)
+    assert picture.shape == (3, 4, 3)
     clusters = state.pattern.assignment[0].tolist()
-    assert max(clusters) < 59  # the last is empty, and has a colour nevertheless
+    assert max(clusters) < 11  # the last is empty, and has a colour nevertheless
     pairs = set(zip(clusters, map(tuple, picture.flatten(0, 1).tolist()), strict=True))
     assert len(pairs) == len(set(clusters)) == len({colour for _, colour in pairs})
 
