@@ -331,12 +331,7 @@ def test_attention_of_a_pixel(here: Path, capsys: pytest.CaptureFixture[str]) ->
         ),
         (["clusters", "photo.png", "--layer", "4"], 2, "--layer must be from 0 to 3, got 4"),
         (["clusters", "no.png"], 2, "no.png: no such image"),
-        (["clusters", "photo.png", "-o", "x.gif"], 2, "--output x.gif cannot hold this picture"),
-        (
-            ["clusters", "photo.png", "-o", "x.txt"],
-            2,
-            "--output x.txt must have the suffix of an image format that Pillow writes",
-        ),
+        (["clusters", "photo.png", "-o", "x.gif"], 2, "--output x.gif must have one of the suffixes .png, .tif"),
         (["clusters", "photo.png", "-o", "net.png"], 2, "net.png already exists; use --overwrite"),
         (["clusters", "photo.png", "-o", "net.png", "--pixel", "60", "0"], 2, "--pixel must lie in the image"),
         (["clusters", "photo.png", "-o", "net.png", "--set", "chunk_size"], 2, "--set needs NAME=VALUE"),
