@@ -640,10 +640,10 @@ def test_a_model_with_computed_tensors_is_tried_like_others() -> None:
     assert all(p.grad is not None for layer in layers_of(model) for p in layer.parameters())
 
 
-def test_what_cannot_be_tried_is_told() -> None:
+def test_what_cannot_be_tried_is_refused() -> None:
     model = Numbered()
     model.lock = threading.Lock()
-    with pytest.warns(UserWarning, match=r"Numbered cannot be copied, so attention was not tested: compare its output"):
+    with pytest.raises(ConfigError, match=r"^copy\.deepcopy cannot copy Numbered, and attention is tried on a copy$"):
         attach(model, **OPTIONS)
 
 
