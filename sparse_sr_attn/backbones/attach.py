@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import as_json, decode_options, encode_options
-from sparse_sr_attn.backbones.caller import Forward, TraceError, run_on_view, trace
+from sparse_sr_attn.backbones.caller import run_on_view
 from sparse_sr_attn.backbones.trunks import (
     Calls,
     Probe,
@@ -32,7 +32,6 @@ from sparse_sr_attn.blocks.attention_config import AttentionConfig, default_conf
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import checked, join_path, old_names_allowed
 from sparse_sr_attn.errors import ConfigError
-from sparse_sr_attn.functional._torch import run_while_compiling
 from sparse_sr_attn.layers.base import LAYERS, warn_of_range
 from sparse_sr_attn.registry import suggestion
 
@@ -135,8 +134,7 @@ class _Derived(Attended):
     __deepcopy__ = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in vars(self).items() if name != "_forwards"}
-        return _remake, (_kind_of(self), self._host), state
+        return _remake, (_kind_of(self), self._host), dict(vars(self))
 
     def __setstate__(self, state: Any) -> None:
         nn.Module.__setstate__(self, state)
@@ -153,44 +151,12 @@ class AttendedModule(_Derived):
 class AttendedCaller(_Derived):
     """The class that `attach` gives to a module that runs its blocks itself: the same object with attention in between.
 
-    The host's `forward` runs on a view of the module, which is made for the call and holds its states. Compilers and
-    exporters cannot follow that; for them, code is generated with `torch.fx` where it can trace the `forward`.
+    The host's `forward` runs on a view of the module, which is made for the call and holds its states.
     """
-
-    _forwards: dict[bool, Forward | None]
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
-        self.__dict__["_forwards"] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's forward, with attention after some of the modules that it calls."""
-        if torch.compiler.is_compiling():
-            _trace(self)
-            traced = self._forwards[self.training]
-            if traced is not None:
-                return traced(self, *args, **kwargs)
         return run_on_view(self, self._host, self._record["sites"], *args, **kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name not in ("training", "__class__"):
-            self.__dict__["_forwards"] = {}  # the forward of the host may look at it
-
-
-@run_while_compiling
-def _trace(module: AttendedCaller) -> bool:
-    """Trace the forward in both modes, unless that is done; `None` where it cannot be traced.
-
-    It runs while a compiler looks at a forward, and not in the code that the compiler makes.
-    """
-    for training in () if module._forwards else (False, True):
-        try:
-            forward = trace(module, module._host, module._record["sites"], training=training)
-        except TraceError:
-            forward = None
-        module._forwards[training] = forward
-    return True
 
 
 _CLASSES: dict[tuple[str, type[nn.Module]], type[Attended]] = {}
@@ -257,8 +223,8 @@ def attach(
     Note:
         States are passed as arguments: inside an `nn.Sequential` that the model calls; or, if the model runs its blocks
         itself, on a view of the model that is made for each call. So copies, threads, activation checkpointing and
-        `DistributedDataParallel` work as before. `torch.compile` takes a forward that `torch.fx` traced, if it can.
-        `docs/attach.md` lists models that were tried.
+        `DistributedDataParallel` work as before; `torch.compile` breaks the graph at the view. `docs/attach.md` lists
+        models that were tried.
 
     Examples:
         >>> body = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
@@ -311,8 +277,7 @@ def detach(model: nn.Module) -> nn.Module:
         host = module._host
         module.__class__ = host  # type: ignore[assignment]
         del module._modules[SLOT]
-        for name in ("_record", "_forwards"):
-            module.__dict__.pop(name, None)
+        del module.__dict__["_record"]
     return model
 
 
@@ -398,8 +363,6 @@ def is_record(key: str) -> bool:
 def _give(module: nn.Module, kind: type[Attended], layers: SiteAttention, record: Mapping[str, Any]) -> None:
     module.add_module(SLOT, layers)
     module.__dict__["_record"] = record
-    if kind is AttendedCaller:
-        module.__dict__["_forwards"] = {}
     module.__class__ = _class_for(kind, type(module))
 
 
