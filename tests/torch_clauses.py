@@ -45,7 +45,7 @@ def check_parts_can_be_replaced(subject: Subject, device: torch.device) -> None:
         torch.testing.assert_close(replaced(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@clause(hookable=False)
+@clause()
 def check_compiled_with_other_forwards(subject: Subject, device: torch.device) -> None:
     """Compilers see hooks on all modules at once, and forwards that were replaced, of every part with parameters."""
     x = feature_map("x", device=device)
@@ -177,7 +177,7 @@ def check_transforms(subject: Subject, device: torch.device) -> None:
     torch.testing.assert_close(torch.func.vmap(chain)(images), torch.stack([chain(image) for image in images]))
 
 
-@clause(hookable=False)
+@clause()
 def check_compiled_forward_mode(subject: Subject, device: torch.device) -> None:
     """`torch.func.jvp` of a compiled module, and compiled itself, gives all of the derivative."""
     chain = subject.chain().to(device).eval()

@@ -81,7 +81,7 @@ def check_forward_sets_no_attribute(subject: Subject, device: torch.device) -> N
         assert _snapshot(chain) == before
 
 
-@clause(hookable=False)
+@clause()
 def check_evaluation_moves_nothing(subject: Subject, device: torch.device) -> None:
     """No buffer and no global random state, before and after training, with and without gradients."""
     chain = subject.chain().to(device)
@@ -165,7 +165,7 @@ def check_another_number_of_channels_is_refused(subject: Subject, device: torch.
         assert re.search(rf"\b{number}\b", message), f"{number} channels are not named in: {message}"
 
 
-@clause(reads_states, hookable=False)
+@clause(reads_states)
 def check_a_foreign_state_is_refused(subject: Subject, device: torch.device) -> None:
     """A consumer without a state, and any layer with a state of another type, raise SharingError."""
     layer, x = subject.layer().to(device), feature_map("x", device=device)
