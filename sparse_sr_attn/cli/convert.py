@@ -56,12 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert the file; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        CheckpointError: the weights cannot be read, converted or written.
-    """
+    """Convert the file; return the exit status."""
     check_suffix(arguments.output, *_SUFFIXES)
     if arguments.img_range is not None and not 0 < arguments.img_range < float("inf"):
         raise UsageError(f"--img-range must be > 0 and finite, got {arguments.img_range:g}")

@@ -65,13 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a line for each picture and one for their mean, or a table of means; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        CheckpointError: weights cannot be read.
-        SparseSRError: pictures cannot be read or do not match.
-    """
+    """Print a line for each picture and one for their mean, or a table of means; return the exit status."""
     require("PIL", "numpy")
     _check(arguments)
     test_sets = arguments.folders if arguments.weights or arguments.bicubic else arguments.folders[1:]

@@ -49,12 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export the network; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        SparseSRError: a package is missing, the weights cannot be read or exported, or the check fails.
-    """
+    """Export the network; return the exit status."""
     require("onnx", "onnxruntime", "onnxscript")
     check_suffix(arguments.output, ".onnx")
     sizes = [(height, width) for height, width in arguments.size or []]

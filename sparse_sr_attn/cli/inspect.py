@@ -53,12 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the requested picture; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        SparseSRError: the image or weights cannot be used, or the network has no such attention.
-    """
+    """Draw the requested picture; return the exit status."""
     require("PIL", "numpy")
     import numpy as np  # noqa: PLC0415
 

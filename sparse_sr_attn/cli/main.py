@@ -1,7 +1,7 @@
 """The command `sparse-sr`.
 
 Exit status: 0 done; 1 something failed; 2 the command line or the options are invalid, and nothing was done; 130
-interrupted.
+interrupted. The `run` of a command returns 0 or 1, or raises `UsageError` or `ConfigError` (2) or another error (1).
 """
 
 import argparse

@@ -116,12 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Upscale the images of the command line; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        CheckpointError: the weights cannot be read.
-    """
+    """Upscale the images of the command line; return the exit status."""
     require("PIL", "numpy", "tqdm")
     _check(arguments)
     sources = _sources(arguments)
