@@ -18,7 +18,7 @@ from sparse_sr_attn.data.atomic import written
 from sparse_sr_attn.errors import CheckpointError
 
 Names = Literal["ours", "released"]
-"""`ours` are BasicSR's for EDSR and RCAN; `released` are EDSR-PyTorch's."""
+"""`ours` are BasicSR's for EDSR and RCAN; `released` are EDSR-PyTorch's and, for LCoAN and ELAN, their authors'."""
 
 
 def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
@@ -29,28 +29,30 @@ def convert_weights(model: Network, names: Names = "ours") -> dict[str, Tensor]:
         names: naming scheme, see `Names`.
 
     Returns:
-        A state dict on the CPU. With released names it has all keys that EDSR-PyTorch expects.
+        A state dict on the CPU. With released names it has all keys that the released code expects, with zeros for
+        those that it never uses; the pending update of k-means, which has no name there, is dropped.
 
     Raises:
-        CheckpointError: EDSR-PyTorch has no place for part of the network: attention, a mean of other than three
-            channels, or a network other than EDSR and RCAN.
+        CheckpointError: the layout cannot represent part of the network (attention in EDSR or RCAN; cosines, ordered
+            clusters or several patterns in an LCoAN; an ELAN without three window sizes; a mean that does not have
+            three channels).
 
     Note:
         The result has been read back with `load_model`, and every weight compared.
 
     Examples:
-        >>> list(convert_weights(EDSR(num_block=1), "released"))[:2]
-        ['head.0.weight', 'head.0.bias']
+        >>> weights = convert_weights(load_model("ELAN-light_x2"), "released")
+        >>> len(weights)
+        368
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if names == "ours":
         return state
     layout = next((x for x in LAYOUTS if x.build is type(model) and x.extra_keys), None)
     if layout is None or layout.extra_keys is None:
-        rule = "released names are those of an EDSR or RCAN of EDSR-PyTorch"
-        raise CheckpointError(f"{rule}, got an {network_name(model)}; use names 'ours'")
+        raise CheckpointError(f"the released names of {network_name(model)} are not known; use names 'ours'")
     renamed = _renamed(layout, {key: value for key, value in state.items() if key != OPTIONS})
-    named = {**renamed, **layout.extra_keys(model)}
+    named = {**layout.inverse(renamed, model), **layout.extra_keys(model)}
     _check(layout, model, named)
     return named
 
@@ -153,7 +155,8 @@ def _renamed(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
         start = theirs.partition("<")[0]
         last = max(int(key.removeprefix(start).partition(".")[0]) for key in numbered if key.startswith(start))
         named[re.sub(r"<\w>", str(last + 1), theirs)] = value
-    return named
+    # The released k-means has one more axis, of length 1.
+    return {key: value[None] if key.endswith(".kmeans.means") else value for key, value in named.items()}
 
 
 def _their_key(layout: Layout, key: str) -> str | None:

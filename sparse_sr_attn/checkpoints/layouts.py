@@ -40,7 +40,8 @@ class Layout:
             constructor's defaults apply to the rest.
         required: options that the caller must give, each with the prefix of the keys that make it necessary.
         may_be_missing: regular expression of our keys that may be missing.
-        extra_keys: function that returns further weights that the code base expects; `None` if it is only read.
+        inverse: inverse of `convert`, applied after renaming back.
+        extra_keys: function that returns further weights that the code base expects; `None` if unknown.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Layout:
     defaults: Callable[[State, Options], Options] = lambda state, shapes: {}
     required: Mapping[str, str] = field(default_factory=dict)
     may_be_missing: str = "(?!)"
+    inverse: Callable[[State, Network], State] = lambda state, model: state
     extra_keys: Callable[[Network], dict[str, Tensor]] | None = None
 
     def our_key(self, key: str) -> str | None:
@@ -199,6 +201,39 @@ def _mean_shift(state: State, img_range: float) -> Options:
     return {"img_range": img_range, "rgb_mean": (-bias / img_range).tolist()}
 
 
+def _joined_projections(state: State, model: Network) -> State:
+    """Join query and value of each provider, group by group."""
+    num_groups = len(model.body[0].attention[0].window_sizes)  # type: ignore[index,union-attr]
+    joined: dict[str, Tensor] = {}
+    for key, query in state.items():
+        if ".project_query." in key:
+            value = state[key.replace(".project_query.", ".project_value.")]
+            name = key.replace(".project_query.", ".project_inp.")
+            if query.ndim:
+                widths = group_widths(len(query), num_groups)
+                pairs = zip(query.split(widths), value.split(widths), strict=True)
+                joined[name] = torch.cat([part for pair in pairs for part in pair])
+            else:
+                joined[name] = query
+        elif ".project_value." not in key:
+            joined[key] = query
+    return joined
+
+
+def _one_hot_kernels(model: Network) -> dict[str, Tensor]:
+    """Return the fixed weights of the released ELAN: the kernels of its shifts, and its mean."""
+    if model.conv_last.out_channels != 3 * model.upscale**2:  # type: ignore[union-attr]
+        raise CheckpointError("this layout needs images of 3 channels, and the network has others")
+    kept = _mean_convolutions(model)
+    for key, weight in model.state_dict().items():
+        if found := re.fullmatch(r"body\.(\d+)\.lfe\.(\d+)\.conv([12])\.weight", key):
+            block, pair, turn = map(int, found.groups())
+            kept[f"body.{block}.modules_lfe.lfe_{pair}.conv{turn - 1}.shift_conv.weight"] = shift_kernels(weight)[
+                :, None
+            ]
+    return kept
+
+
 def _mean_convolutions(model: Network) -> dict[str, Tensor]:
     """Return the fixed convolutions that subtract and add the mean."""
     mean = model.mean.detach().cpu().flatten() * model.img_range
@@ -211,6 +246,23 @@ def _mean_convolutions(model: Network) -> dict[str, Tensor]:
         "add_mean.weight": same.clone(),
         "add_mean.bias": mean,
     }
+
+
+def _dead_weights(model: Network) -> dict[str, Tensor]:
+    """Return the unused weights of the released LCoAN: queries and k-means of all groups but the first."""
+    state = model.state_dict()
+    weight, bias, means = (
+        state[f"body.0.attention.lsp.{name}"] for name in ("embed.weight", "embed.bias", "centroids")
+    )
+    unused: dict[str, Tensor] = {"a": torch.zeros(1), **_mean_convolutions(model)}
+    for group in range(_count(state, r"body\.(\d+)\.")):
+        start = f"body.{group}.attention.0"
+        unused[f"{start}.kmeans.initted"] = torch.tensor(1.0)
+        if group:
+            unused[f"{start}.conv_match.0.weight"] = torch.zeros_like(weight)
+            unused[f"{start}.conv_match.0.bias"] = torch.zeros_like(bias)
+            unused[f"{start}.kmeans.means"] = means[None].clone()
+    return unused
 
 
 _MEAN_SHIFT = {"sub_mean.*": None, "add_mean.*": None}
@@ -254,6 +306,7 @@ LAYOUTS = (
             "count_keys_once": False,
         },
         may_be_missing=r"body\.0\.attention\.lsp\.(?!embed\.|centroids$).*",
+        extra_keys=_dead_weights,
     ),
     Layout(
         "our ELAN",
@@ -287,6 +340,8 @@ LAYOUTS = (
             "body.<b>.modules_gmsa.gmsa_<j>.project_out.*": "body.<b>.attention.<j>.output.*",
         },
         convert=_released_elan,
+        inverse=_joined_projections,
+        extra_keys=_one_hot_kernels,
         defaults=lambda state, shapes: {
             **_elan_channels(state, shapes),
             **_mean_shift(state, 255.0),

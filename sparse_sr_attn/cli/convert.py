@@ -18,13 +18,14 @@ from sparse_sr_attn.cli.common import (
 )
 
 DESCRIPTION = """\
-Convert weights: to our names (BasicSR's, for EDSR and RCAN) or to released ones (EDSR-PyTorch's, for EDSR and RCAN), as
-.pth or .safetensors. Reads anything that load_model recognises. The written file is read back, and all weights are
-compared.
+Convert weights: to our names (BasicSR's, for EDSR and RCAN) or to those of the released code (EDSR-PyTorch's for EDSR
+and RCAN, the authors' for LCoAN and ELAN), as .pth or .safetensors. Reads anything that load_model recognises. The
+written file is read back, and all weights are compared.
 
 examples:
   sparse-sr convert net_g_latest.pth -o net.safetensors
   sparse-sr convert edsr_baseline_x2.pt -o EDSR_Mx2.pth                     from EDSR-PyTorch to BasicSR
+  sparse-sr convert net_g_latest.pth -o lcoan_x2.pt --names released        for the authors' code
   sparse-sr convert edsr_baseline_x2.pt -o edsr_1.pt --names released --img-range 1
                                                                             for EDSR-PyTorch's --rgb_range 1"""
 EPILOG = """\

@@ -1,6 +1,7 @@
 """Weights go to other names and files and come back; nothing is lost that is not said to be."""
 
 import copy
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -17,6 +18,8 @@ from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.checkpoints.convert import at_img_range, convert_weights, unsaid_options
 from sparse_sr_attn.cli.main import main
 
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("lcoan_*.safetensors"))
+GOLDEN_ELAN = sorted((Path(__file__).parents[1] / "golden").glob("elan_*x2*.safetensors"))
 LCOA = {"type": "LCoA", "every": 1, "num_clusters": 3, "chunk_size": 7, "zero_init": False}
 
 
@@ -112,11 +115,40 @@ def test_their_code_loads_it_strictly_and_gives_the_same_image(name: str) -> Non
     assert unsaid_options(ours, convert_weights(ours, "released")) == []
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_released_lcoan_goes_and_comes_back(path: Path) -> None:
+    """All keys that its code has, with the shapes it has them in; what it never uses may be other numbers."""
+    released = {key[6:]: value for key, value in load_file(path).items() if key.startswith("state.")}
+    model = load_model(released, chunk_size=5, count_keys_once=True)
+    again = convert_weights(model, "released")
+    assert {key: value.shape for key, value in again.items()} == {key: value.shape for key, value in released.items()}
+    dead = re.compile(r"a|body\.[1-9]\d*\.attention\.0\.(conv_match|kmeans).*|.*initted")
+    for key, value in released.items():
+        assert again[key].dtype == value.dtype
+        assert dead.fullmatch(key) or torch.equal(again[key], value), key
+    assert {"chunk_size=5", "count_keys_once=true"} <= set(unsaid_options(model, again))
+    assert unsaid_options(load_model(released), again) == []
+
+
+@pytest.mark.parametrize("path", GOLDEN_ELAN, ids=lambda path: path.stem)
+def test_released_elan_goes_and_comes_back(path: Path) -> None:
+    """Every weight that its code expects, fixed kernels and mean too, to the bit (the mean to its rounding)."""
+    released = {key.removeprefix("sd."): value for key, value in load_file(path).items() if key.startswith("sd.")}
+    again = convert_weights(load_model(released), "released")
+    assert again.keys() == released.keys()
+    for key, value in released.items():
+        tolerance = 1e-6 if "mean.bias" in key else 0
+        torch.testing.assert_close(again[key], value, rtol=tolerance, atol=tolerance, msg=key)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (lambda: EDSR(num_feat=8, num_block=2, attention=LCOA), "no name for attention.0"),
-        (lambda: ELAN(num_feat=12, num_block=1), "those of an EDSR or RCAN of EDSR-PyTorch, got an ELAN"),
+        (lambda: LCoAN(num_feat=8, num_group=4, num_block=1, share=2, num_clusters=3), "no name for body.2.attention"),
+        (lambda: LCoAN(num_feat=8, num_group=2, num_block=1, num_rounds=2, num_clusters=3), "no name for .*further"),
+        (lambda: ELAN(num_feat=12, num_block=1, window_sizes=(2, 3)), "no name for .*query.*would be lost"),
+        (lambda: ELAN(3, 1, num_feat=12, num_block=1), "images of 3 channels, and the network has others"),
         (lambda: EDSR(1, 1, num_feat=8, num_block=2), "a mean of 3 channels, and the network has 1"),
     ],
 )
