@@ -9,6 +9,8 @@ Importing the package imports nothing else, not even torch; each name imports it
 import importlib
 from typing import TYPE_CHECKING
 
+import sparse_sr_attn._moved  # noqa: F401  (modules under their old names)
+
 if TYPE_CHECKING:
     from sparse_sr_attn.backbones import EDSR, ELAN, RCAN, LCoAN
     from sparse_sr_attn.backbones.attach import attach, detach

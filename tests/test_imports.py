@@ -1,6 +1,7 @@
 """Imports point one way, and importing the package needs and costs little."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sparse_sr_attn
+from sparse_sr_attn._moved import MOVED
 
 ROOT = Path(sparse_sr_attn.__file__).parent
 CLONE = Path(__file__).resolve().parents[1]
@@ -35,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {*_OPTIONS, "states", "functional", "layers", "reference"},
     "cli": {*_NETWORKS, "checkpoints", "models", "data", "inference", "sparse_sr_attn"},
     "__main__": {"cli"},
+    "_moved": set(),
     "sparse_sr_attn_basicsr": {*_TOOLS, "sparse_sr_attn"},
     "sparse_sr_attn_spandrel": {*_OPTIONS, "backbones", "checkpoints"},
     "benchmarks": {*_TOOLS, "testing", "reference", "sparse_sr_attn"},
@@ -113,6 +116,19 @@ def test_the_slow_twins_share_no_code() -> None:
             assert known or name.startswith("sparse_sr_attn.reference"), f"{path}: {name}"
 
 
+def test_modules_that_moved_can_be_imported_by_their_old_names() -> None:
+    for name in MOVED:
+        with pytest.warns(FutureWarning, match=f"^sparse_sr_attn.{name} is sparse_sr_attn\\.") as warned:
+            old = importlib.import_module(f"sparse_sr_attn.{name}")
+        new = importlib.import_module(str(warned[0].message).split()[2])
+        names = [name for name in vars(new) if not name.startswith("_")]
+        assert all(getattr(old, name) is getattr(new, name) for name in names)
+    from sparse_sr_attn.images import network_input, read_image
+
+    assert network_input.__module__ == "sparse_sr_attn.inference.upscale"
+    assert read_image.__module__ == "sparse_sr_attn.data.images"
+
+
 COLD = """
 import sys
 allowed = {"torch", "einops", "jaxtyping"}
@@ -137,7 +153,7 @@ def test_the_package_alone_imports_nothing() -> None:
     code = "import sys; before = set(sys.modules); import sparse_sr_attn; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     new = {name for name in done.stdout.split() if name.partition(".")[0] not in sys.stdlib_module_names}
-    assert new == {"sparse_sr_attn"}
+    assert new == {"sparse_sr_attn", "sparse_sr_attn._moved"}
 
 
 def test_public_names_exist() -> None:
