@@ -29,7 +29,7 @@ from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.data import metrics
 from sparse_sr_attn.data.imresize import imresize
 from sparse_sr_attn.inference.evaluate import attention_off
-from sparse_sr_attn.inference.visualize import cluster_map, colour_map, similarity_palette
+from sparse_sr_attn.inference.visualize import attention_states, similarity_palette
 
 UPSCALE = 2
 REQUIRED_GAIN = 0.5  # dB
@@ -197,11 +197,12 @@ def draw_detail(axes: Sequence[Axes], result: Result, detail: Detail) -> None:
 
 def draw_clusters(axes: Sequence[Axes], model: LCoAN, result: Result) -> None:
     """The photograph, the clusters painted over it, and one of them alone."""
-    clusters = cluster_map(model, as_input(result.low))
+    state = next(iter(attention_states(model, as_input(result.low)).values()))
+    clusters = state.pattern.assignment.view(result.low.shape[:2])
     pattern = next(module for module in model.modules() if isinstance(module, LSP))
     counts = torch.bincount(clusters.flatten(), minlength=len(pattern.centroids))
     light = result.low.double().mean(2, keepdim=True) / 255
-    painted = colour_map(clusters, similarity_palette(pattern.centroids, counts)).double() * (0.55 + 0.45 * light)
+    painted = similarity_palette(pattern.centroids, counts)[clusters].double() * (0.55 + 0.45 * light)
     kin = (clusters == telling_cluster(clusters, counts, light[..., 0]))[..., None]
     amber = torch.tensor([255.0, 170.0, 0.0], dtype=torch.float64)
     one = torch.where(kin, amber, 255 * (0.1 + 0.5 * light))

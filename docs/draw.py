@@ -33,7 +33,6 @@ from sparse_sr_attn.inference.upscale import upscale_image
 from sparse_sr_attn.inference.visualize import (
     attention_map_of,
     attention_states,
-    colour_map,
     heatmap,
     pixel_attention,
     similarity_palette,
@@ -129,7 +128,7 @@ def draw_clusters() -> Figure:
     light = image[0].mean(0)[..., None]
     eye = clusters[37, 62]  # a pixel in the cat's eye
     one = torch.where((clusters == eye)[..., None], AMBER, 255 * (0.1 + 0.5 * light))
-    painted = colour_map(clusters, similarity_palette(layer.lsp.centroids, counts)) * (0.45 + 0.55 * light)
+    painted = similarity_palette(layer.lsp.centroids, counts)[clusters] * (0.45 + 0.55 * light)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.05), layout="constrained")
     show(axes[0], as_picture(image), f"{x.shape[2] * x.shape[3]:,} tokens")
     show(axes[1], painted.byte(), "32 clusters")

@@ -8,7 +8,6 @@ from types import ModuleType
 
 MOVED = {
     "attachment": "backbones.attach",
-    "capture": "inference.captured_mass",
     "conversion": "checkpoints.convert",
     "degradation": "data.imresize",
     "evaluation": "data.metrics",

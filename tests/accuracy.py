@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from strategies import Case
+from tolerances import LOW_PRECISION, Budget, assert_no_worse, gradients
 from torch import Tensor
-
-from sparse_sr_attn.testing.strategies import Case
-from sparse_sr_attn.testing.tolerances import LOW_PRECISION, Budget, assert_no_worse, gradients
 
 
 def assert_as_accurate(

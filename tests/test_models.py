@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerances import assert_bit_equal
 
 from sparse_sr_attn import (
     LAYERS,
@@ -17,7 +18,6 @@ from sparse_sr_attn import (
     load_model,
 )
 from sparse_sr_attn.checkpoints.read import trained_weights
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 
 def test_what_is_listed_can_be_created() -> None:

@@ -1,30 +1,25 @@
 """`python -m benchmarks.neighbors`: what chunks on a ring and the nearest chunks capture, and the time they take."""
 
 import argparse
-import contextlib
-import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from benchmarks.capture import __main__ as capture
 from benchmarks.command import make_parser, run_command
 from benchmarks.speed.run import environment, features, threads
 from benchmarks.speed.timing import Call, Spread, alternate, ratio
 from sparse_sr_attn import LCoA
 from sparse_sr_attn.cli.common import show, table
-from sparse_sr_attn.cli.main import main as sparse_sr
 from sparse_sr_attn.data.atomic import check_writable, write_json
-from sparse_sr_attn.errors import SparseSRError
 
 DESCRIPTION = """\
-Compare chunks on a ring with the most similar chunks: the mass of dense attention that they capture, by `sparse-sr
-capture`, and the time of one LCoA of 64 channels on the CPU.
+Compare chunks on a ring with the most similar chunks: the mass of dense attention that they capture
+(`benchmarks.capture`), and the time of one LCoA of 64 channels on the CPU.
 
 examples:
   python -m benchmarks.neighbors Urban25/
@@ -59,7 +54,7 @@ class Variant:
 
     @property
     def pattern(self) -> str:
-        """The name for `sparse-sr capture`."""
+        """The name for `benchmarks.capture`."""
         return f"LCoA:num_clusters={self.num_clusters},num_adjacent={self.num_adjacent},neighbors={self.neighbors}"
 
 
@@ -75,17 +70,12 @@ VARIANTS = (
 
 
 def captured(variants: Sequence[Variant], images: Sequence[str], weights: str, limit: int) -> dict[int, dict[str, Any]]:
-    """Return what `sparse-sr capture` finds for each number of keys."""
+    """Return what `benchmarks.capture` finds for each number of keys."""
     found = {}
-    with TemporaryDirectory() as folder:
-        for num_keys in dict.fromkeys(variant.num_keys for variant in variants):
-            names = [variant.pattern for variant in variants if variant.num_keys == num_keys]
-            file = Path(folder, "capture.json")
-            command = ["capture", *images, "--weights", weights, "--keys", str(num_keys), "--limit", str(limit)]
-            with contextlib.redirect_stdout(io.StringIO()):
-                if sparse_sr([*command, "--json", str(file), "--patterns", *names]):
-                    raise SparseSRError("the captured mass was not measured")
-            found[num_keys] = json.loads(file.read_text())
+    for num_keys in dict.fromkeys(variant.num_keys for variant in variants):
+        names = [variant.pattern for variant in variants if variant.num_keys == num_keys]
+        options = ["--weights", weights, "--keys", str(num_keys), "--limit", str(limit), "--patterns", *names]
+        found[num_keys] = capture.measure(capture.parser().parse_args([*images, *options]))
     return found
 
 

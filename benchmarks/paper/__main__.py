@@ -22,7 +22,6 @@ from sparse_sr_attn.cli.common import (
     add_device,
     find_device,
     images_in,
-    keep_old,
     name,
     require,
     say,
@@ -61,10 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("figures", nargs="+", choices=[*FIGURES, "all", "page"], metavar="FIGURE", help="see below; or all; or page")
     add("--data", nargs="+", type=Path, default=[], metavar="FOLDER", help="images for training")
     add("--val", nargs="+", type=Path, default=[], metavar="FOLDER", help="images for validation")
-    output = add("-o", "--output", "--out", type=Path, default=Path("paper"), metavar="FOLDER", help=_OUTPUT_HELP)
-    keep_old(output, "--out")
-    budget = add("--budget", "--scale", choices=SCALES, default="small", help=_BUDGET_HELP)
-    keep_old(budget, "--scale")
+    add("-o", "--output", type=Path, default=Path("paper"), metavar="FOLDER", help=_OUTPUT_HELP)
+    add("--budget", choices=SCALES, default="small", help=_BUDGET_HELP)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="one training run each (default: 0 1 2)")
     add("--iterations", type=int, metavar="N", help=f"steps of each training run (small: {_DEFAULT.iterations})")
     add("--batch", type=int, metavar="N", help=f"patches per step (small: {_DEFAULT.batch})")

@@ -20,7 +20,6 @@ from sparse_sr_attn.cli.common import (
     UsageError,
     add_device,
     find_device,
-    keep_old,
     name,
     require,
     say,
@@ -67,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunk-size", type=int, metavar="N", help=f"of LCoA, CoA and their stand-ins ({_DEFAULT.chunk_size})")
     add("--num-clusters", type=int, metavar="N", help=f"of the same ({_DEFAULT.num_clusters})")
     add("--reduction", type=int, metavar="N", help=f"of the same ({_DEFAULT.reduction})")
-    scale = add("-s", "--scale", "--upscale", dest="upscale", type=int, metavar="N", help=_SCALE_HELP)
-    keep_old(scale, "--upscale")
+    add("-s", "--scale", dest="upscale", type=int, metavar="N", help=_SCALE_HELP)
     add("--rounds", type=int, metavar="N", help=f"samples of each method ({_DEFAULT.rounds})")
     add("--limit", type=float, metavar="S", help=f"skip methods that take more seconds per call ({_DEFAULT.limit:g})")
     add("--compile", action="store_true", help="also measure our methods compiled by torch.compile")

@@ -1,6 +1,5 @@
 """Insert attention into third-party models, and remove it again."""
 
-import copy
 import functools
 import itertools
 import json
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn.backbones.base import as_json, decode_options, encode_options
-from sparse_sr_attn.backbones.caller import Forward, TraceError, run_on_view, trace
+from sparse_sr_attn.backbones.caller import run_on_view
 from sparse_sr_attn.backbones.trunks import (
     Calls,
     Probe,
@@ -33,7 +32,6 @@ from sparse_sr_attn.blocks.attention_config import AttentionConfig, default_conf
 from sparse_sr_attn.blocks.body import SiteAttention
 from sparse_sr_attn.config import checked, join_path, old_names_allowed
 from sparse_sr_attn.errors import ConfigError
-from sparse_sr_attn.functional._torch import run_while_compiling
 from sparse_sr_attn.layers.base import LAYERS, warn_of_range
 from sparse_sr_attn.registry import suggestion
 
@@ -128,37 +126,18 @@ class AttendedSequential(Attended, _Children):
 
 
 class _Derived(Attended):
-    """A subclass of the host's class, made when it is needed."""
+    """A subclass of the host's class, made when it is needed.
+
+    It is copied with all its attributes, whatever the host defines: that could not know the attention.
+    """
+
+    __deepcopy__ = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        kind, host = _kind_of(self), self._host
-        if any(getattr(host, name, None) is not getattr(nn.Module, name, None) for name in _PROTOCOL):
-            return _regiven, (self._plain(), kind, self.sparse_sr_attn, self._record)
-        return _remake, (kind, host), {name: value for name, value in vars(self).items() if name != "_forwards"}
+        return _remake, (_kind_of(self), self._host), dict(vars(self))
 
-    def _plain(self) -> nn.Module:
-        """Return the host without attention, with the same tensors, to be copied as its class says."""
-        plain = object.__new__(self._host)
-        ours = ("_record", "_forwards")
-        plain.__dict__.update({name: value for name, value in vars(self).items() if name not in ours})
-        plain.__dict__["_modules"] = {name: child for name, child in self._modules.items() if name != SLOT}
-        return plain
-
-
-_PROTOCOL = ("__getstate__", "__setstate__", "__deepcopy__", "__reduce__", "__reduce_ex__")
-
-
-def _regiven(plain: nn.Module, kind: type[Attended], layers: SiteAttention, record: Mapping[str, Any]) -> nn.Module:
-    """Return a copied host with its attention."""
-    _give(plain, kind, layers, record)
-    return plain
-
-
-def _deepcopied(module: _Derived, memo: dict[int, Any]) -> nn.Module:
-    """Copy a module whose class has a `__deepcopy__`."""
-    plain, layers = copy.deepcopy(module._plain(), memo), copy.deepcopy(module.sparse_sr_attn, memo)
-    memo[id(module)] = plain
-    return _regiven(plain, _kind_of(module), layers, module._record)
+    def __setstate__(self, state: Any) -> None:
+        nn.Module.__setstate__(self, state)
 
 
 class AttendedModule(_Derived):
@@ -172,44 +151,12 @@ class AttendedModule(_Derived):
 class AttendedCaller(_Derived):
     """The class that `attach` gives to a module that runs its blocks itself: the same object with attention in between.
 
-    The host's `forward` runs on a view of the module, which is made for the call and holds its states. Compilers and
-    exporters cannot follow that; for them, code is generated with `torch.fx` where it can trace the `forward`.
+    The host's `forward` runs on a view of the module, which is made for the call and holds its states.
     """
-
-    _forwards: dict[bool, Forward | None]
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_forwards"] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's forward, with attention after some of the modules that it calls."""
-        if torch.compiler.is_compiling():
-            _trace(self)
-            traced = self._forwards[self.training]
-            if traced is not None:
-                return traced(self, *args, **kwargs)
         return run_on_view(self, self._host, self._record["sites"], *args, **kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name not in ("training", "__class__"):
-            self.__dict__["_forwards"] = {}  # the forward of the host may look at it
-
-
-@run_while_compiling
-def _trace(module: AttendedCaller) -> bool:
-    """Trace the forward in both modes, unless that is done; `None` where it cannot be traced.
-
-    It runs while a compiler looks at a forward, and not in the code that the compiler makes.
-    """
-    for training in () if module._forwards else (False, True):
-        try:
-            forward = trace(module, module._host, module._record["sites"], training=training)
-        except TraceError:
-            forward = None
-        module._forwards[training] = forward
-    return True
 
 
 _CLASSES: dict[tuple[str, type[nn.Module]], type[Attended]] = {}
@@ -221,8 +168,6 @@ def _class_for(kind: type[Attended], host: type[nn.Module]) -> type[Attended]:
     if (kind.__name__, host) not in _CLASSES:
         bases = (kind, _Children, host) if issubclass(host, nn.Sequential) else (kind, host)
         content = {"_host": host, "__module__": __name__, "__doc__": kind.__doc__}
-        if hasattr(host, "__deepcopy__"):
-            content["__deepcopy__"] = _deepcopied
         _CLASSES[kind.__name__, host] = type(f"Attended{host.__name__}", bases, content)
     return _CLASSES[kind.__name__, host]
 
@@ -265,8 +210,7 @@ def attach(
         share: one layer computes a state and the next `share - 1` reuse it, if their maps have the same shape.
             Default: 4 if possible, else 1.
         example: images that the model accepts, or a tuple with all arguments of its `forward`. A copy of the model is
-            run on them to see which modules return feature maps. Default: black images of 16x16 or more. If the model
-            does not accept them, only an `nn.Sequential` and convolutions can be named, and nothing is checked.
+            run on them to see which modules return feature maps. Default: black images of 16x16 or more.
         options: options of the layer; only if `attention` is a name.
 
     Returns:
@@ -279,8 +223,8 @@ def attach(
     Note:
         States are passed as arguments: inside an `nn.Sequential` that the model calls; or, if the model runs its blocks
         itself, on a view of the model that is made for each call. So copies, threads, activation checkpointing and
-        `DistributedDataParallel` work as before. `torch.compile` takes a forward that `torch.fx` traced, if it can.
-        `docs/attach.md` lists models that were tried.
+        `DistributedDataParallel` work as before; `torch.compile` breaks the graph at the view. `docs/attach.md` lists
+        models that were tried.
 
     Examples:
         >>> body = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
@@ -298,11 +242,6 @@ def attach(
         warnings.warn(
             f"{changing} has no option zero_init, so {type(model).__name__} gives another output until it is trained",
             stacklevel=3,
-        )
-    if place.calls is not None and not place.calls.on_copy:
-        name = type(model).__name__
-        warnings.warn(
-            f"{name} cannot be copied, so attention was not tested: compare its output with that before", stacklevel=3
         )
     explicit = share is not None or not isinstance(attention, str)
     built = type(model)._host if isinstance(model, Attended) else type(model)
@@ -338,8 +277,7 @@ def detach(model: nn.Module) -> nn.Module:
         host = module._host
         module.__class__ = host  # type: ignore[assignment]
         del module._modules[SLOT]
-        for name in ("_record", "_forwards"):
-            module.__dict__.pop(name, None)
+        del module.__dict__["_record"]
     return model
 
 
@@ -425,8 +363,6 @@ def is_record(key: str) -> bool:
 def _give(module: nn.Module, kind: type[Attended], layers: SiteAttention, record: Mapping[str, Any]) -> None:
     module.add_module(SLOT, layers)
     module.__dict__["_record"] = record
-    if kind is AttendedCaller:
-        module.__dict__["_forwards"] = {}
     module.__class__ = _class_for(kind, type(module))
 
 
@@ -446,12 +382,12 @@ class _Place:
     Attributes:
         sites: the blocks that it can follow.
         sequential: path of the `nn.Sequential` whose children they all are, if the model calls it.
-        calls: what the model called; `None` if it could not be called.
+        calls: what the model called.
     """
 
     sites: tuple[Site, ...]
     sequential: str | None
-    calls: Calls | None
+    calls: Calls
 
     @property
     def widths(self) -> list[int]:
@@ -496,8 +432,7 @@ def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *,
     shares = _layers(maps, place.widths, place.shapes, None, model).shares
     ways: list[Callable[..., list[_Placed]]]
     ways = [_inside] if place.sequential is not None else [] if shares else [_after_each]
-    if place.calls is not None:
-        ways += [_around, functools.partial(_around, owner="")]
+    ways += [_around, functools.partial(_around, owner="")]
     faults: list[str] = []
     for way in ways:
         placed = way(model, place, maps)
@@ -508,20 +443,12 @@ def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *,
         if fault is None:
             return placed
         faults.append(fault)
-    if place.calls is None:
-        reason = (
-            f"{type(model).__name__} accepts no image that was tried, so nothing shows that its maps have one shape"
-        )
-        remedy = "pass example=..."
-    else:
-        reason, remedy = faults[0], "choose other modules with body=..."
+    reason, remedy = faults[0], "choose other modules with body=..."
     if shares and not explicit:
         placed = _after_each(model, place, [replace(attention, share=1) for attention in maps])
         if _fault(model, place, placed) is None:
             warnings.warn(f"attached without sharing: {reason}; {remedy}, or share=1 if this is meant", stacklevel=4)
             return placed
-    if shares and place.calls is None:
-        raise ConfigError.at("attention.share", f"must be 1, because {reason}; {remedy}")
     raise ConfigError.at("body", f"must name modules that can be followed by attention, but {reason}; {remedy}")
 
 
@@ -531,8 +458,6 @@ def _fault(model: nn.Module, place: _Place, placed: Sequence[_Placed]) -> str | 
         if "forward" in vars(model.get_submodule(path)):
             what = _named(model, path)
             return f"the `forward` of {what} is set on the module, not its class, and would run without attention"
-    if place.calls is None:
-        return None
 
     def give(twin: nn.Module) -> list[Probe]:
         probes = [Probe(len(record["widths"])) for *_, record in placed]
@@ -612,8 +537,7 @@ def _caller_of_all(place: _Place) -> str:
     callers = [site.caller.split(".") if site.caller else [] for site in place.sites]
     common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*callers, strict=False))
     parts = [names[0] for names in common]
-    called = place.calls.called if place.calls is not None else frozenset()
-    while parts and ".".join(parts) not in called:
+    while parts and ".".join(parts) not in place.calls.called:
         parts.pop()
     return ".".join(parts)
 
@@ -696,8 +620,6 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
     names = None if body is None else [name.strip() for name in body.split(",")] if isinstance(body, str) else body
     calls = watch_calls(model, example)
     paths = None if names is None else _paths(model, modules, names, calls)
-    if calls is None:
-        return _uncalled(modules, paths)
     if paths is not None and (len(names or ()) > 1 or "*" in (names or ("",))[0]):
         sites = {path: _site(model, calls, path) for path in paths}
         return _Place(tuple(sites[path] for path in calls.sites if path in sites), None, calls)
@@ -728,21 +650,19 @@ def _find_place(model: nn.Module, body: str | Sequence[str] | None, example: Ten
     return _Place(tuple(children) or (_site(model, calls, within),), None, calls)
 
 
-def _paths(model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str], calls: Calls | None) -> list[str]:
+def _paths(model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str], calls: Calls) -> list[str]:
     """Return the paths of the modules that names and patterns stand for."""
     found: list[str] = []
     for name in names:
         if "*" not in name and name not in modules:
-            known = [trunk.name for trunk in find_trunks(model, calls)[:_SHOWN]] if calls is not None else []
+            known = [trunk.name for trunk in find_trunks(model, calls)[:_SHOWN]]
             known = known or [child for child, _ in model.named_children()]
             layer = f"; for the layer, write attention={name!r}" if name in LAYERS else suggestion(name, known)
             raise ConfigError.at("body", f"must be the path of a module, got {name!r}{layer}")
         matched = [name] if "*" not in name else matching(name, modules)
         if not matched:
-            offer = "" if calls is None else _offer(model, calls)
-            raise ConfigError.at(
-                "body", f"must name modules, but {name!r} names nothing in {type(model).__name__}{offer}"
-            )
+            message = f"must name modules, but {name!r} names nothing in {type(model).__name__}{_offer(model, calls)}"
+            raise ConfigError.at("body", message)
         found += matched
     return list(dict.fromkeys(found))
 
@@ -801,46 +721,6 @@ def _repeated(calls: Calls) -> str | None:
         if len(inside) > 1:
             return outer
     return None
-
-
-# --- models that cannot be called -------------------------------------------------------------------------------------
-
-
-def _uncalled(modules: Mapping[str, nn.Module], paths: Sequence[str] | None) -> _Place:
-    """Return the blocks of a model that accepted no image that was tried, from its weights."""
-    example = "pass example=..., images or a tuple of arguments that the model accepts"
-    if paths is None:
-        raise ConfigError.at("body", f"must be named; the model accepts none of the images that were tried: {example}")
-    chosen = {path: modules[path] for path in paths}
-    if attended := next((path for path, module in chosen.items() if isinstance(module, Attended)), None):
-        raise _occupied(attended)
-    if all(type(module) is nn.Conv2d for module in chosen.values()):
-        sites = [Site(path, "", (cast(nn.Conv2d, conv).out_channels, 0, 0)) for path, conv in chosen.items()]
-        return _Place(tuple(sites), None, None)
-    path, module = next(iter(chosen.items()))
-    if len(chosen) > 1 or type(module) is not nn.Sequential:
-        raise ConfigError.at(
-            "body", f"must be an nn.Sequential or name convolutions, got {path!r}, a {type(module).__name__}; {example}"
-        )
-    width = _told_width(module, path)
-    return _Place(tuple(Site(join_path(path, name), path, (width, 0, 0)) for name in module._modules), path, None)
-
-
-def _told_width(trunk: nn.Sequential, path: str) -> int:
-    convolutions = [[module for module in block.modules() if isinstance(module, nn.Conv2d)] for block in trunk]
-    blocks = {index: (own[0].in_channels, own[-1].out_channels) for index, own in enumerate(convolutions) if own}
-    example = "pass example=..., images that the model accepts, so that attach can call it"
-    if not blocks:
-        raise ConfigError.at("body", f"must have convolutions that show its width, but {path!r} has none; {example}")
-    width = blocks[min(blocks)][0]
-    for index, (before, after) in blocks.items():
-        if (before, after) != (width, width):
-            raise ConfigError.at(
-                "body",
-                f"must keep its width, {width} channels, from child to child, but child {index} of {path!r} seems to "
-                f"go from {before} to {after}; if it does not, {example}",
-            )
-    return width
 
 
 def _occupied(path: str) -> ConfigError:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SIDES = (16, 32, 48, 64, 128)  # of images that a model should take, the smallest first
+from sparse_sr_attn.errors import ConfigError
+
+_SIDES = (16, 32, 35, 48, 64, 128)  # of images that a model should take; 35 is for windows of 5 and 7
 _FACTORS = (2, 3, 4)  # values for a second argument of `forward`, which is a scale
 
 _LONGEST = 60  # characters of a name that is offered
@@ -65,14 +67,12 @@ class Calls:
         called: paths of all modules that were called.
         faults: by path, why a module that was called is no site.
         inputs: what the model accepted; with noise in place of images that were guessed.
-        on_copy: whether a copy of the model was called, as for all that is tried later.
     """
 
     sites: Mapping[str, Site]
     called: frozenset[str]
     faults: Mapping[str, str]
     inputs: Inputs = ()
-    on_copy: bool = True
 
 
 class Probe(nn.Module):
@@ -100,27 +100,30 @@ class Probe(nn.Module):
         return x
 
 
-def watch_calls(model: nn.Module, example: Tensor | Inputs | None) -> Calls | None:
-    """Call a copy of a model in evaluation and in training mode; `None` if it accepts none of the inputs that we guess.
+def watch_calls(model: nn.Module, example: Tensor | Inputs | None) -> Calls:
+    """Call a copy of a model in evaluation and in training mode.
 
     A module counts only if it is called in both modes, its channels do not depend on the size of the image, and the
     output depends on it. Some models have other weights for evaluation, which are not trained.
 
     Args:
-        model: any module. It is not called itself, unless it cannot be copied.
+        model: any module. It is not called itself.
         example: images, or a tuple with all arguments of `forward`.
 
     Raises:
+        ConfigError: the model cannot be copied, or accepts none of the inputs that we guess.
         Exception: whatever the model raises for `example`.
     """
     given = None if example is None else example if isinstance(example, tuple) else (example,)
     twin = copied(model)
+    if twin is model:
+        raise ConfigError.at("", f"copy.deepcopy cannot copy {type(model).__name__}, and attention is tried on a copy")
     devices = list({p.device for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices):
         return _watch(model, twin, given)
 
 
-def _watch(model: nn.Module, twin: nn.Module, given: Inputs | None) -> Calls | None:
+def _watch(model: nn.Module, twin: nn.Module, given: Inputs | None) -> Calls:
     for inputs in guesses(model) if given is None else [given]:
         try:
             with evaluating(twin):
@@ -129,11 +132,11 @@ def _watch(model: nn.Module, twin: nn.Module, given: Inputs | None) -> Calls | N
             if given is not None:
                 raise
             continue
-        found = calls if twin is model else _also_in_training(twin, inputs, calls)
-        found.on_copy = twin is not model
+        found = _also_in_training(twin, inputs, calls)
         found.inputs = inputs if given is not None else tuple(map(_noise, inputs))
         return found
-    return None
+    message = f"{type(model).__name__} accepts none of the images that were tried"
+    raise ConfigError.at("", f"{message}; pass example=..., images or a tuple of arguments that it accepts")
 
 
 def difference(model: nn.Module, inputs: Inputs, give: Callable[[nn.Module], Sequence[Probe]]) -> str | None:
@@ -147,13 +150,14 @@ def difference(model: nn.Module, inputs: Inputs, give: Callable[[nn.Module], Seq
     name = type(model).__name__
     with torch.random.fork_rng(list({p.device for p in model.parameters() if p.is_cuda})):
         for training in (False, True):
-            expected = _outputs(model, inputs, training)
-            if expected is None:  # it cannot be copied or, say, normalise a single value in training
+            try:
+                expected = _outputs(copied(model), inputs, training)
+            except Exception:  # noqa: S112  (somebody else's forward may not normalise a single value in training)
                 continue
             twin = copied(model)
             probes = give(twin)
             try:
-                actual = _outputs(twin, inputs, training, is_copy=True)
+                actual = _outputs(twin, inputs, training)
             except Exception as error:  # somebody else's forward, or ours
                 return f"{name} with attention raises {type(error).__name__}: {error}"
             when = " in training" if training else ""
@@ -162,32 +166,24 @@ def difference(model: nn.Module, inputs: Inputs, give: Callable[[nn.Module], Seq
                     f"{name} does not run it{when}, because it runs its blocks by other references than their names, "
                     "or looks at their classes"
                 )
-            if not _same(expected, actual) and _same(expected, _outputs(model, inputs, training)):
+            if not _same(expected, actual) and _same(expected, _outputs(copied(model), inputs, training)):
                 return f"{name} computes something else with it{when}, because it looks at the classes of its modules"
     return None
 
 
-def _outputs(model: nn.Module, inputs: Inputs, training: bool, *, is_copy: bool = False) -> list[Tensor] | None:
-    """Return the outputs of a copy of a model; `None` if the model cannot be copied or raises an error."""
-    twin = model if is_copy else copied(model)
-    if twin is model and not is_copy:
-        return None
+def _outputs(twin: nn.Module, inputs: Inputs, training: bool) -> list[Tensor]:
+    """Return the outputs of a copy of a model."""
     for module in twin.modules():
         module.training = training
     torch.manual_seed(0)
-    try:
-        with torch.set_grad_enabled(training), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return [output.detach() for output in _flat(twin(*copy.deepcopy(inputs)))]
-    except Exception:  # somebody else's forward
-        if is_copy:
-            raise
-        return None
+    with torch.set_grad_enabled(training), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [output.detach() for output in _flat(twin(*copy.deepcopy(inputs)))]
 
 
-def _same(one: Sequence[Tensor] | None, other: Sequence[Tensor] | None) -> bool:
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     """Return whether outputs are equal, NaNs included."""
-    if one is None or other is None or [x.shape for x in one] != [x.shape for x in other]:
+    if [x.shape for x in one] != [x.shape for x in other]:
         return False
     return all(x.is_meta or torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(one, other, strict=True))
 

@@ -37,12 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command in the integration, with the BasicSR of the working directory if that is a fork.
-
-    Raises:
-        UsageError: the BasicSR of the working directory cannot be imported.
-        SparseSRError: BasicSR is not installed, or the command fails.
-    """
+    """Run the command in the integration, with the BasicSR of the working directory if that is a fork."""
     _prefer_fork(Path.cwd())
     if importlib.util.find_spec("basicsr") is None:
         raise SparseSRError(_INSTALL.format(command=arguments.command))

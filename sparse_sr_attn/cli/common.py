@@ -173,40 +173,24 @@ def distinct_names(files: Sequence[Path]) -> list[str]:
             raise UsageError(f"{' and '.join(same)} would get the same name; process them in two runs, or rename one")
 
 
-def keep_old(action: argparse.Action, *spellings: str) -> None:
-    """Accept old spellings of an option, but show only the others in help and errors.
-
-    Args:
-        action: the option, which has these spellings too.
-        spellings: the old ones.
-    """
-    action.option_strings = [option for option in action.option_strings if option not in spellings]
-
-
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the argument that `find_device` reads."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one, else the CPU)")
 
 
 def add_output(parser: argparse.ArgumentParser, text: str) -> None:
-    """Add the file that a command must write; as a second positional argument, too, as it used to be."""
-    parser.add_argument("to", type=Path, nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=text)
+    """Add the file that a command must write."""
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help=text)
 
 
-def output_file(arguments: argparse.Namespace, *suffixes: str) -> Path:
-    """Return the file that a command must write, with one of the suffixes.
+def check_suffix(output: Path, *suffixes: str) -> None:
+    """Raise an error unless the file to write has one of the suffixes.
 
     Raises:
-        UsageError: none is given, or two, or it has another suffix.
+        UsageError: it has another.
     """
-    given = [file for file in (arguments.output, arguments.to) if file is not None]
-    if len(given) != 1:
-        files = " and ".join(map(name, given)) or "none"
-        raise UsageError(f"--output must name the one file to write, got {files}")
-    if given[0].suffix not in suffixes:
-        raise UsageError(f"--output must end in {', '.join(suffixes)}, got {name(given[0])}")
-    return Path(given[0])
+    if output.suffix not in suffixes:
+        raise UsageError(f"--output must end in {', '.join(suffixes)}, got {name(output)}")
 
 
 def check_new(output: Path, arguments: argparse.Namespace) -> None:

@@ -5,7 +5,17 @@ from pathlib import Path
 
 from sparse_sr_attn.checkpoints.convert import at_img_range, convert_weights, unsaid_options, write_weights
 from sparse_sr_attn.checkpoints.foreign import network_name
-from sparse_sr_attn.cli.common import UsageError, add_options, add_output, check_new, load, name, output_file, say, show
+from sparse_sr_attn.cli.common import (
+    UsageError,
+    add_options,
+    add_output,
+    check_new,
+    check_suffix,
+    load,
+    name,
+    say,
+    show,
+)
 
 DESCRIPTION = """\
 Convert weights: to our names (BasicSR's, for EDSR and RCAN) or to those of the released code (EDSR-PyTorch's for EDSR
@@ -46,24 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert the file; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        CheckpointError: the weights cannot be read, converted or written.
-    """
-    output = output_file(arguments, *_SUFFIXES)
+    """Convert the file; return the exit status."""
+    check_suffix(arguments.output, *_SUFFIXES)
     if arguments.img_range is not None and not 0 < arguments.img_range < float("inf"):
         raise UsageError(f"--img-range must be > 0 and finite, got {arguments.img_range:g}")
     model = load(arguments)
-    check_new(output, arguments)
+    check_new(arguments.output, arguments)
     if arguments.img_range is not None:
         model = at_img_range(model, arguments.img_range)
     state = convert_weights(model, arguments.names)
     unsaid = unsaid_options(model, state)
     ours = arguments.names == "ours"
-    write_weights(state, output, nested=ours, overwrite=arguments.overwrite)
-    show(f"{name(arguments.weights)} -> {name(output)}: {network_name(model)}, {len(state)} keys")
+    write_weights(state, arguments.output, nested=ours, overwrite=arguments.overwrite)
+    show(f"{name(arguments.weights)} -> {name(arguments.output)}: {network_name(model)}, {len(state)} keys")
     if unsaid:
         say(f"note: the file does not record {', '.join(unsaid)}; pass it when you load the file")
     return 0

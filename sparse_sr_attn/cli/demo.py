@@ -45,12 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve the page until interrupted; return the exit status.
-
-    Raises:
-        CheckpointError: the weights cannot be read.
-        SparseSRError: gradio is not installed.
-    """
+    """Serve the page until interrupted; return the exit status."""
     require("PIL", "numpy", "gradio")
     make_page(load(arguments), str(arguments.weights)).launch(
         server_name="127.0.0.1", server_port=arguments.port, inbrowser=arguments.browser

@@ -15,7 +15,6 @@ from sparse_sr_attn.cli.common import (
     add_device,
     add_options,
     images_in,
-    keep_old,
     load,
     name,
     require,
@@ -55,15 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="results, then ground truth; or test sets, see below")
     add("-w", "--weights", action="append", default=[], metavar="FILE|NAME", help="measure this network; repeatable")
     add("--without-attention", action="store_true", help="measure networks again, their attention switched off")
-    scale = add(
-        "-s",
-        "--scale",
-        "--upscale",
-        type=int,
-        metavar="N",
-        help="super-resolution factor; needed only without --weights",
-    )
-    keep_old(scale, "--upscale")
+    add("-s", "--scale", type=int, metavar="N", help="super-resolution factor; needed only without --weights")
     add("--border", type=int, metavar="N", help="pixels of border to leave out (default: the scale)")
     add("--protocol", choices=get_args(Protocol), help="see below (default: basicsr; with --bicubic always matlab)")
     add("--grey", nargs="+", default=[], metavar="NAME", help="RGB images to treat as grey")
@@ -74,13 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a line for each picture and one for their mean, or a table of means; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        CheckpointError: weights cannot be read.
-        SparseSRError: pictures cannot be read or do not match.
-    """
+    """Print a line for each picture and one for their mean, or a table of means; return the exit status."""
     require("PIL", "numpy")
     _check(arguments)
     test_sets = arguments.folders if arguments.weights or arguments.bicubic else arguments.folders[1:]

@@ -10,9 +10,9 @@ from sparse_sr_attn.cli.common import (
     add_options,
     add_output,
     check_new,
+    check_suffix,
     load,
     name,
-    output_file,
     require,
     say,
     show,
@@ -49,26 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export the network; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        SparseSRError: a package is missing, the weights cannot be read or exported, or the check fails.
-    """
+    """Export the network; return the exit status."""
     require("onnx", "onnxruntime", "onnxscript")
-    output = output_file(arguments, ".onnx")
+    check_suffix(arguments.output, ".onnx")
     sizes = [(height, width) for height, width in arguments.size or []]
     if any(min(size) < 1 for size in sizes):
         raise UsageError("--size must be HEIGHT and WIDTH, each >= 1")
     model = load(arguments)
-    check_new(output, arguments)
+    check_new(arguments.output, arguments)
     if sys.stderr.isatty():
         say(f"exporting {network_name(model)}; a deep network takes minutes")
-    for found in export_onnx(model, output, overwrite=arguments.overwrite, sizes=sizes):
+    for found in export_onnx(model, arguments.output, overwrite=arguments.overwrite, sizes=sizes):
         moved = f"{found.num_moved} of {found.num_tokens} tokens moved" if found.num_tokens else "no clusters"
         show(
             f"{found.height:>5} x {found.width:<5} largest difference {found.under_one_pattern:.1e} under one pattern, "
             f"{found.as_is:.1e} as it is ({moved})"
         )
-    show(f"{name(arguments.weights)} -> {name(output)}")
+    show(f"{name(arguments.weights)} -> {name(arguments.output)}")
     return 0

@@ -1,9 +1,9 @@
-"""`sparse-sr inspect`: pictures of what the attention of a network does with an image."""
+"""`sparse-sr inspect`: the clusters of an image, and where its pixels attend."""
 
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from sparse_sr_attn.errors import ImageError, ShapeError, SparseSRError, first_l
 from sparse_sr_attn.inference.upscale import network_input
 from sparse_sr_attn.inference.visualize import (
     attention_entropy,
-    attention_overlap,
     attention_picture,
     attention_states,
     cluster_picture,
@@ -33,19 +32,16 @@ examples:
   sparse-sr inspect clusters  photo.png --weights w.pth          the cluster of each pixel
   sparse-sr inspect attention photo.png --weights w.pth --pixel 40 25
                                                                  where that pixel attends, brighter for more
-  sparse-sr inspect overlap   photo.png --weights w.pth          how much attention the layers have in common
 
-Clusters with similar centroids have similar colours. The overlap of two layers is the share of weight that they put on
-the same keys, averaged over pixels; it is 1 by construction for layers that share a state."""
+Clusters with similar centroids have similar colours."""
 EPILOG = "The whole image goes through the network at once; crop a large one. Pixels are those of the input."
 
-_CELL = 56
 _SHORTEST = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("what", choices=["clusters", "attention", "overlap"], help="what to draw")
+    parser.add_argument("what", choices=["clusters", "attention"], help="what to draw")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="any image that Pillow reads")
     add_weights(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="image to write (default: IMAGE_WHAT.png)")
@@ -57,12 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the requested picture; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        SparseSRError: the image or weights cannot be used, or the network has no such attention.
-    """
+    """Draw the requested picture; return the exit status."""
     require("PIL", "numpy")
     import numpy as np  # noqa: PLC0415
 
@@ -93,10 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         if not isinstance(states[layer], ClusterAttention):
             raise UsageError(f"only LCoA and CoA have clusters, but {layer} has windows; --layer selects another")
         picture = _clusters(model.get_submodule(layer), states[layer])
-    elif arguments.what == "attention":
-        picture = _attention(states[layer], low, pixel)
     else:
-        picture = _overlap(states)
+        picture = _attention(states[layer], low, pixel)
     _write(picture, output, arguments)
     return 0
 
@@ -140,24 +129,3 @@ def _large(colours: Tensor) -> "Image.Image":
     factor = max(1, -(-_SHORTEST // max(colours.shape[:2])))
     large = F.interpolate(colours.permute(2, 0, 1)[None].float(), scale_factor=factor)[0].permute(1, 2, 0)
     return Image.fromarray(large.to(torch.uint8).numpy())
-
-
-def _overlap(states: dict[str, Any]) -> "Image.Image":
-    from PIL import Image, ImageDraw  # noqa: PLC0415
-
-    overlap = attention_overlap(list(states.values())).tolist()
-    for layer, row in zip(states, overlap, strict=True):
-        show(f"{layer:<28} {' '.join(f'{value:.2f}' for value in row)}")
-    side = (len(overlap) + 1) * _CELL
-    picture = Image.new("RGB", (side, side), "white")
-    draw = ImageDraw.Draw(picture)
-    for a, row in enumerate(overlap):
-        for place in ((a + 1, 0), (0, a + 1)):
-            draw.text(((place[0] + 0.5) * _CELL, (place[1] + 0.5) * _CELL), str(a), fill="black", anchor="mm")
-        for b, value in enumerate(row):
-            left, top = (b + 1) * _CELL, (a + 1) * _CELL
-            shade = round(255 * (1 - value))
-            draw.rectangle((left, top, left + _CELL - 2, top + _CELL - 2), fill=(shade, shade, 255))
-            text = "white" if value > 0.6 else "black"
-            draw.text((left + _CELL / 2, top + _CELL / 2), f"{value:.2f}", fill=text, anchor="mm")
-    return picture

@@ -51,11 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the tables; return the exit status.
-
-    Raises:
-        UsageError: a name is unknown, or a module cannot be imported.
-    """
+    """Print the tables; return the exit status."""
     import_modules(arguments)
     tables = {"layers": _layers(), "networks": _networks(), "presets": _presets(), "weights": _weights()}
     if arguments.names:

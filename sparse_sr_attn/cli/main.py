@@ -1,7 +1,7 @@
 """The command `sparse-sr`.
 
 Exit status: 0 done; 1 something failed; 2 the command line or the options are invalid, and nothing was done; 130
-interrupted.
+interrupted. The `run` of a command returns 0 or 1, or raises `UsageError` or `ConfigError` (2) or another error (1).
 """
 
 import argparse
@@ -9,7 +9,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import sparse_sr_attn
 from sparse_sr_attn.cli.common import exit_status
@@ -22,11 +21,10 @@ COMMANDS = {
     "upscale": "upscale images, or all images in folders",
     "demo": "serve a local web page to try a network on images",
     "list": "list layers, networks, presets and trained weights, with source and number of parameters",
-    "inspect": "draw the clusters, where a pixel attends, or the overlap of layers",
+    "inspect": "draw the clusters of an image, or where a pixel attends",
     "convert": "convert weights to other names, or to .safetensors",
     "export": "export a network to ONNX, for images of any size, checked with onnxruntime",
     "evaluate": "PSNR and SSIM of upscaled images, as in papers, and of bicubic interpolation",
-    "capture": "measure how much of dense attention sparse patterns capture",
 }
 """Modules of `sparse_sr_attn.cli`, each imported when it is called; `--version` and `--help` need no torch."""
 _EPILOG = """\
@@ -66,10 +64,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     argv = argv or ["--help"]
     parser, called = _parsers(argv)
     arguments, rest = parser.parse_known_args(argv)
-    # argparse before Python 3.13 does not recognise the optional file of `convert A --overwrite B`.
-    if len(rest) == 1 and not rest[0].startswith("-") and getattr(arguments, "to", rest) is None:
-        arguments.to = Path(rest[0])
-    elif rest:
+    if rest:
         shown = [action for action in called._actions if action.help != argparse.SUPPRESS]
         options = [option for action in shown for option in action.option_strings]
         wrong = next((each.partition("=")[0] for each in rest if each.startswith("-")), None)

@@ -66,12 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make the pairs; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        ImageError: an image cannot be read or a pair written.
-    """
+    """Make the pairs; return the exit status."""
     require("PIL", "numpy")
     scale, tile, crop, output = arguments.scale, arguments.tile, arguments.crop, arguments.output
     if scale < 1:

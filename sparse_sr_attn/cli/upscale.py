@@ -5,9 +5,7 @@ import ctypes
 import io
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +25,17 @@ from sparse_sr_attn.cli.common import (
     without_results,
 )
 from sparse_sr_attn.data.atomic import check_writable
-from sparse_sr_attn.data.images import MAX_PIXELS, Picture, check_format, format_of, read_image, suffixes, write_image
+from sparse_sr_attn.data.images import (
+    MAX_PIXELS,
+    Picture,
+    check_format,
+    format_of,
+    looks_like_image,
+    read_image,
+    write_image,
+)
 from sparse_sr_attn.errors import ImageError, ShapeError, first_line
-from sparse_sr_attn.inference.tiling import Progress, num_tiles, with_smaller_tiles
+from sparse_sr_attn.inference.tiling import num_tiles, with_smaller_tiles
 from sparse_sr_attn.inference.upscale import upscale_image
 
 DESCRIPTION = """\
@@ -57,9 +63,6 @@ STREAM = Path("-")
 """Standard input or output."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-
-_REPORT_EVERY = 30
-"""Seconds between two lines of progress without a terminal."""
 
 
 class _Job(NamedTuple):
@@ -113,12 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Upscale the images of the command line; return the exit status.
-
-    Raises:
-        UsageError: the arguments are invalid.
-        CheckpointError: the weights cannot be read.
-    """
+    """Upscale the images of the command line; return the exit status."""
     require("PIL", "numpy", "tqdm")
     _check(arguments)
     sources = _sources(arguments)
@@ -238,7 +236,7 @@ def _folder(arguments: argparse.Namespace, *, several: bool) -> Path | None:
         return path
     if (ends_so or several) and os.path.lexists(path):
         raise UsageError(f"--output must be a folder, and {name(path)} is a file")
-    if several and not ends_so and path.suffix.lower() in suffixes():
+    if several and not ends_so and looks_like_image(path):
         raise UsageError(f"--output must be a folder for several images; {name(path)}/ is one, {name(path)} a file")
     if ends_so or several or not (path.suffix or os.path.lexists(path)):
         return path
@@ -280,19 +278,14 @@ def _check_folders(jobs: list[_Job]) -> None:
 
 
 def _unfinished(jobs: list[_Job], arguments: argparse.Namespace) -> list[_Job]:
-    """Skip finished work with a note: existing results, and images that are results."""
-    targets = {job.target.absolute() for job in jobs}
-    images = [job for job in jobs if job.source.absolute() not in targets]
-    if len(images) < len(jobs):
-        results = [job.source for job in jobs if job not in images]
-        say(f"note: {len(results)} of {len(jobs)} images are results of others and are skipped: {some(results)}")
-    there = [] if arguments.overwrite else [job for job in images if os.path.isfile(job.target)]
+    """Skip existing results, with a note."""
+    there = [] if arguments.overwrite else [job for job in jobs if os.path.isfile(job.target)]
     if there:
         say(
-            f"note: {len(there)} of {len(images)} results exist, perhaps from other weights, and are skipped: "
+            f"note: {len(there)} of {len(jobs)} results exist, perhaps from other weights, and are skipped: "
             f"{some([job.target for job in there])}; use --overwrite or another --output"
         )
-    return [job for job in images if job not in there]
+    return [job for job in jobs if job not in there]
 
 
 def _read(source: Path, arguments: argparse.Namespace) -> Picture:
@@ -317,13 +310,21 @@ def _check_target(job: _Job, picture: Picture, upscale: int, arguments: argparse
 
 
 def _enlarged(arguments: argparse.Namespace, model: Network, picture: Picture, label: str) -> Picture:
+    from tqdm import tqdm  # noqa: PLC0415
+
     height, width = picture.pixels.shape[:2]
 
     def attempt(tile: int) -> Picture:
         overlap = min(64, tile // 4) if arguments.overlap is None else min(arguments.overlap, tile - 1)
-        with _reported(model, label, num_tiles(height, width, tile, overlap)) as progress:
+        # Without a terminal, the bar is not shown.
+        with tqdm(total=num_tiles(height, width, tile, overlap), desc=label, disable=None, leave=False) as bar:
             return upscale_image(
-                model, picture, tile=tile, overlap=overlap, blend=min(16, overlap // 2), progress=progress
+                model,
+                picture,
+                tile=tile,
+                overlap=overlap,
+                blend=min(16, overlap // 2),
+                progress=lambda done, _: bar.update(done - bar.n),
             )
 
     def notice(tile: int) -> None:
@@ -348,38 +349,3 @@ def _write(picture: Picture, target: Path, arguments: argparse.Namespace) -> Non
     except OSError as error:
         raise ImageError(f"{name(target.parent)} cannot be made: {error.strerror}") from error
     write_image(picture, target, overwrite=arguments.overwrite)
-
-
-@contextmanager
-def _reported(model: Network, label: str, tiles: int) -> Iterator[Progress]:
-    """Show progress by the parts of the network that have run, as a bar or as a line every half minute."""
-    from tqdm import tqdm  # noqa: PLC0415
-
-    parts = [part for group in model.children() for part in group.children()]
-    total = tiles * (len(parts) + 1)
-    started = reported = time.monotonic()
-    done = 0  # parts
-    shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=total, desc=label, disable=None, leave=False, file=sys.stderr, bar_format=shape)
-        )
-
-        def show_progress(now: int) -> None:
-            nonlocal done, reported
-            done = now
-            bar.update(done - bar.n)
-            seconds = time.monotonic()
-            if bar.disable and done < total and seconds - reported >= _REPORT_EVERY:
-                reported = seconds
-                rest = (seconds - started) * (total - done) / done
-                left = f"{rest:.0f} s" if rest < 90 else f"{rest / 60:.0f} min"
-                say(f"{label}: {done / total:.0%}, about {left} left")
-
-        def part_done(*_: object) -> None:
-            if (done + 1) % (len(parts) + 1):  # a part that runs twice must not count as the next tile
-                show_progress(done + 1)
-
-        for part in parts:
-            stack.callback(part.register_forward_hook(part_done).remove)
-        yield lambda tile, _: show_progress(tile * (len(parts) + 1))

@@ -1,15 +1,12 @@
 """Read and write image files. Needs Pillow and NumPy."""
 
 import contextlib
-import io
-import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from jaxtyping import UInt8
@@ -30,28 +27,33 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 """Formats whose first frame is the picture; other frames are previews, layers or sizes of it."""
 
-_SAVING: dict[str, dict[str, Any]] = {
-    "JPEG": {"quality": 95},
-    "MPO": {"quality": 95},
-    "AVIF": {"quality": 95},
-    "WEBP": {"lossless": True, "exact": True},
+
+class Format(NamedTuple):
+    """A format of image files that are written.
+
+    Attributes:
+        name: Pillow's name of it.
+        options: how files are written.
+        max_side: longest side in pixels.
+        lacks: what it cannot hold, of "16 bits" and "transparency".
+    """
+
+    name: str
+    options: Mapping[str, Any] = {}
+    max_side: int = 2**31 - 1
+    lacks: tuple[str, ...] = ()
+
+
+_JPEG = Format("JPEG", {"quality": 95}, 65_500, ("16 bits", "transparency"))
+FORMATS = {
+    ".png": Format("PNG"),
+    ".tif": Format("TIFF"),
+    ".tiff": Format("TIFF"),
+    ".webp": Format("WEBP", {"lossless": True, "exact": True}, 16_383, ("16 bits",)),
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
 }
-_CODESTREAMS = (".j2k", ".j2c", ".jpc")
-"""Suffixes of JPEG 2000 files without the .jp2 container."""
-
-_NETPBM = {".pbm": b"P4", ".pgm": b"P5", ".ppm": b"P6", ".pfm": b"Pf"}
-"""First bytes of such files. Pillow writes the same format for all four suffixes, chosen by the pixels."""
-
-_MAX_BYTES = {"BMP": 2**32, "DIB": 2**32}
-"""Formats limited to 32-bit sizes."""
-
-_MAX_SIDE = {"JPEG": 65500, "MPO": 65500}
-"""Formats whose encoder prints to the console if a side is too long."""
-
-_SUGGESTED = (".png", ".tif", ".webp", ".jp2", ".jpg")
-_SAMPLE = 32
-_TOLERANCE = 2
-"""Largest mean error of a lossy format on the sample, in levels; a palette of 256 colours exceeds it."""
+"""The formats that are written, by suffix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,146 +196,66 @@ def write_image(picture: Picture, path: Path | BinaryIO, *, overwrite: bool = Fa
 
     Args:
         picture: the picture; its profile is written, too.
-        path: a path whose suffix gives the format, or a stream for PNG. JPEG and AVIF use quality 95, WebP is lossless.
+        path: a path with a suffix of `FORMATS`, or a stream for PNG. JPEG uses quality 95, WebP is lossless.
         overwrite: whether to replace an existing file.
 
     Raises:
         ImageError: the format cannot hold the picture, or the file already exists or cannot be written.
     """
     if not isinstance(path, Path):
-        _save(picture, path, ".png")
+        _save(picture, path, FORMATS[".png"])
         return
     check_format(path, picture)
     with written(path, ImageError, overwrite=overwrite) as stream:
-        _save(picture, stream, path.suffix.lower())
+        _save(picture, stream, format_of(path))
 
 
-def _save(picture: Picture, stream: BinaryIO, suffix: str) -> None:
+def _save(picture: Picture, stream: BinaryIO, kind: Format) -> None:
     import numpy as np  # noqa: PLC0415
     from PIL import Image  # noqa: PLC0415
 
-    kind = format_of(Path(f"a{suffix}"))
-    pixels = picture.pixels
-    if picture.alpha is not None:
-        pixels = np.dstack([pixels, picture.alpha])
-    options: dict[str, Any] = {**_SAVING.get(kind, {}), "icc_profile": picture.icc_profile}
-    if kind == "ICO":
-        options["sizes"] = [(pixels.shape[1], pixels.shape[0])]
-    elif kind == "JPEG2000":
-        options["no_jp2"] = suffix in _CODESTREAMS
-    elif kind == "TIFF":
+    pixels = picture.pixels if picture.alpha is None else np.dstack([picture.pixels, picture.alpha])
+    options = {**kind.options, "icc_profile": picture.icc_profile}
+    if kind.name == "TIFF":
         options["big_tiff"] = pixels.nbytes >= 2**31
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of formats that Pillow will drop one day
-        Image.fromarray(pixels).save(stream, format=kind, **options)
+    Image.fromarray(pixels).save(stream, format=kind.name, **options)
 
 
 def check_format(path: Path, picture: Picture, *, upscale: int = 1) -> None:
     """Raise ImageError if a format cannot hold a picture.
 
-    Small samples of its kind, and lines as long as its sides, are written and read back. They must be the same, up to
-    the small error of a lossy format.
-
     Args:
         path: a path whose suffix gives the format.
-        picture: a picture of the kind to be written: grey or RGB, 8 or 16 bits, with or without alpha and profile.
+        picture: a picture of the kind to be written: grey or RGB, 8 or 16 bits, with or without alpha.
         upscale: ratio of the size to be written to that of `picture`.
 
     Raises:
-        ImageError: the format is unknown or cannot hold the picture; names formats that can.
+        ImageError: the suffix is not in `FORMATS`, or the format cannot hold the picture; names some that can.
     """
-    format_of(path)
-    reason = _obstacle(path.suffix.lower(), picture, upscale)
-    if reason is None:
-        return
-    others = list(islice((suffix for suffix in _SUGGESTED if _obstacle(suffix, picture, upscale) is None), 3))
-    remedy = f"; {', '.join(others)} can" if others else ""
     height, width = (upscale * side for side in picture.pixels.shape[:2])
-    bits = 8 * picture.pixels.dtype.itemsize
-    what = f"{width}x{height}, {bits}-bit {'grey' if picture.pixels.ndim == 2 else 'RGB'}"
-    what += " with transparency" if picture.alpha is not None else ""
-    raise ImageError(f"{path} cannot hold this picture ({what}): {reason}{remedy}")
+    has = {"16 bits": picture.pixels.dtype.itemsize == 2, "transparency": picture.alpha is not None}
+
+    def obstacle(kind: Format) -> str | None:
+        lacking = next((feature for feature in kind.lacks if has[feature]), None)
+        if lacking is not None:
+            return f"{kind.name} has no {lacking}"
+        return f"sides must be at most {kind.max_side:,}" if max(height, width) > kind.max_side else None
+
+    if (reason := obstacle(format_of(path))) is not None:
+        others = ", ".join(suffix for suffix, kind in FORMATS.items() if obstacle(kind) is None)
+        raise ImageError(f"{path} cannot hold this picture of {width}x{height} pixels: {reason}; {others} can")
 
 
-def _obstacle(suffix: str, picture: Picture, upscale: int) -> str | None:
-    """Return the reason why a file with this suffix cannot hold the picture; `None` if it can."""
-    height, width = (upscale * side for side in picture.pixels.shape[:2])
-    kind = format_of(Path(f"a{suffix}"))
-    if picture.pixels.nbytes * upscale**2 >= _MAX_BYTES.get(kind, 2**63) or max(height, width) > _MAX_SIDE.get(
-        kind, 2**31
-    ):
-        return "it is too large"
-    # Only the first says something about values: a line may be too short for its ramps.
-    for *size, tolerance in ((_SAMPLE, _SAMPLE, _TOLERANCE), (1, width, math.inf), (height, 1, math.inf)):
-        one = _sample(picture, *size)
-        stream = io.BytesIO()
-        try:
-            _save(one, stream, suffix)
-            if not stream.getvalue().startswith(_NETPBM.get(suffix, b"")):
-                return f"{suffix} files hold another kind of picture"
-            found = read_image(io.BytesIO(stream.getvalue()), max_pixels=1 << 40)
-        except ImageError:
-            return "Pillow cannot read such files again"
-        except Exception as error:  # encoders raise anything
-            return first_line(error) or type(error).__name__
-        if (reason := next(_differences(found, one, tolerance), None)) is not None:
-            return reason
-    return None
-
-
-def _sample(picture: Picture, height: int, width: int) -> Picture:
-    """Return ramps of the picture's kind in another size, with more than 256 colours if large enough."""
-    import numpy as np  # noqa: PLC0415
-
-    y, x = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
-    ramps = np.stack(np.broadcast_arrays(x, y, (x + y) / 2), axis=-1)
-    kind = picture.pixels.dtype
-    pixels = (ramps * np.iinfo(kind).max).astype(kind)
-    alpha = None if picture.alpha is None else (255 * (1 + x - y) / 2).astype(np.uint8)
-    return replace(picture, pixels=pixels[..., 2] if picture.pixels.ndim == 2 else pixels, alpha=alpha)
-
-
-def _differences(found: Picture, wanted: Picture, tolerance: float) -> Iterator[str]:
-    """Yield the differences between what was read and written; mean errors up to `tolerance` levels are accepted."""
-    import numpy as np  # noqa: PLC0415
-
-    if found.pixels.shape[:2] != wanted.pixels.shape[:2]:
-        yield "it changes the size"
-        return
-    if found.pixels.dtype != wanted.pixels.dtype:
-        yield f"it keeps {8 * found.pixels.dtype.itemsize} bits per channel"
-    if wanted.icc_profile != found.icc_profile:
-        yield "it loses the colour profile"
-    if wanted.alpha is not None and found.alpha is None:
-        yield "it loses the transparency"
-        return
-    opacity = np.full(wanted.pixels.shape[:2], 255.0) if wanted.alpha is None else wanted.alpha.astype(np.float64)
-    if found.alpha is not None and np.abs(found.alpha - opacity).mean() > tolerance:
-        yield "it changes the transparency"
-    one, other = (np.atleast_3d(picture.pixels).astype(np.float64) for picture in (found, wanted))
-    if (np.abs(one - other) * opacity[..., None] / 255).mean() > tolerance:
-        yield "it changes the colours"
-
-
-def format_of(path: Path) -> str:
-    """Return Pillow's name of the format for the suffix of `path`.
+def format_of(path: Path) -> Format:
+    """Return the format for the suffix of `path`.
 
     Raises:
-        ImageError: Pillow cannot write such files.
+        ImageError: no such files are written.
     """
-    from PIL import Image  # noqa: PLC0415
-
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None or kind not in Image.SAVE:
-        raise ImageError(f"{path} must have the suffix of an image format that Pillow writes, e.g. .png")
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ImageError(f"{path} must have one of the suffixes {', '.join(FORMATS)}")
     return kind
-
-
-def suffixes() -> list[str]:
-    """Return the suffixes of all formats that Pillow knows."""
-    from PIL import Image  # noqa: PLC0415
-
-    return list(Image.registered_extensions())
 
 
 def looks_like_image(path: Path) -> bool:

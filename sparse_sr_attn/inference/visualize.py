@@ -13,62 +13,15 @@ from sparse_sr_attn.backbones.trunks import evaluating
 from sparse_sr_attn.checkpoints.foreign import network_name
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
-from sparse_sr_attn.functional.kmeans import assign
 from sparse_sr_attn.functional.window import window_weights
 from sparse_sr_attn.functional.window.grid import WindowGrid
 from sparse_sr_attn.layers.base import AttentionLayer
 from sparse_sr_attn.layers.gmsa import group_queries, window_shifts
-from sparse_sr_attn.layers.lcoa import LSP, LCoA, weights_of
+from sparse_sr_attn.layers.lcoa import LCoA, weights_of
 from sparse_sr_attn.states import ClusterAttention, WindowAttention
 
-_GOLDEN = 0.6180339887498949
 _ROWS_AT_A_TIME = 16
 _REMEDY = "build it with attention, e.g. EDSR(attention={'type': 'LCoA', 'every': 4})"
-
-
-def cluster_map(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> Int[Tensor, "h2 w2"]:
-    """Return the k-means cluster of each token of `image` in the first LSP that `model` runs.
-
-    Args:
-        model: a network that contains an LSP: an LCoAN, an EDSR with LCoA, or your own. It is run in evaluation mode;
-            its mode is restored and its centroids do not change.
-        image: an input of the model: one image `(c, h, w)`, or a batch of one, `(1, c, h, w)`.
-
-    Returns:
-        A cluster index in `0..num_clusters - 1` for each pixel of the feature map, which has the size of the
-        low-resolution image in networks that upscale at their end.
-
-    Raises:
-        ValueError: `model` has no LSP, or its forward does not run it.
-        ShapeError: `image` is not a single image.
-
-    Examples:
-        >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
-        >>> cluster_map(model, torch.rand(3, 12, 16)).shape
-        torch.Size([12, 16])
-    """
-    batch = _one_image(image)
-    patterns = [module for module in model.modules() if isinstance(module, LSP)]
-    if not patterns:
-        raise ValueError(
-            f"a cluster map needs a network with an LSP (LCoA has one), but {network_name(model)} has none; {_REMEDY}"
-        )
-    maps: list[Tensor] = []
-
-    def note(pattern: LSP, embedding: Tensor) -> None:
-        if not maps:
-            tokens = embedding.flatten(2).transpose(1, 2)
-            maps.append(assign(tokens, pattern.centroids).view(embedding.shape[-2:]))
-
-    hooks = [
-        # One hook each, and `pattern` bound as a default: a closure would see the last of them only.
-        pattern.embed.register_forward_hook(lambda _, __, output, pattern=pattern: note(pattern, output))
-        for pattern in patterns
-    ]
-    _run(model, batch, hooks)
-    if not maps:
-        raise ValueError(f"{network_name(model)} has an LSP, but its forward does not run it")
-    return maps[0]
 
 
 def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Any]:
@@ -76,7 +29,7 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
 
     Args:
         model: a network with layers that compute or read a state. It is run in evaluation mode; its mode is restored.
-        image: as in `cluster_map`.
+        image: an input of the model: one image `(c, h, w)`, or a batch of one, `(1, c, h, w)`.
 
     Returns:
         The state of each layer by its name in `model`. Layers that share a state have the same object.
@@ -109,50 +62,6 @@ def attention_states(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict
             f" and {network_name(model)} runs none; {_REMEDY}"
         )
     return states
-
-
-def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Float[Tensor, "_ h2 w2"]]:
-    """Return the features that each attention layer of `model` compares tokens by on `image`.
-
-    Args:
-        model: a network with attention layers. It is run in evaluation mode; its mode is restored.
-        image: as in `cluster_map`.
-
-    Returns:
-        For each layer that computes attention, by its name in `model`: the embedding that is both query and key (LSP,
-        NLSA, NLA, HSPA), or the layer's input if it has no such embedding. Layers that only read a state are omitted.
-
-    Raises:
-        ValueError: `model` has no attention layer, or its forward runs none.
-        ShapeError: `image` is not a single image.
-
-    Examples:
-        >>> model = EDSR(num_feat=16, num_block=4, attention={"type": "LCoA", "every": 4}, img_range=1.0)
-        >>> {name: tuple(rows.shape) for name, rows in attention_features(model, torch.rand(3, 12, 16)).items()}
-        {'attention.0.lsp': (4, 12, 16)}
-    """
-    batch = _one_image(image)
-    features: dict[str, Tensor] = {}
-    hooks = []
-    for name, layer in model.named_modules():
-        if not _computes(layer) or any(map(_computes, list(layer.modules())[1:])):  # an ELAB, an LCoA: their parts do
-            continue
-        embed = getattr(layer, "embed", None)
-        if isinstance(embed, nn.Module):
-            hooks.append(
-                embed.register_forward_hook(lambda _, __, output, name=name: features.__setitem__(name, output[0]))
-            )
-        else:
-            hooks.append(
-                layer.register_forward_pre_hook(lambda _, args, name=name: features.__setitem__(name, args[0][0]))
-            )
-    _run(model, batch, hooks)
-    if not features:
-        raise ValueError(
-            "features of attention need a network with attention layers, and "
-            f"{network_name(model)} runs none; {_REMEDY}"
-        )
-    return features
 
 
 def attention_map_of(state: ClusterAttention | WindowAttention, tokens: Int[Tensor, "s"]) -> Float[Tensor, "s h w"]:
@@ -329,11 +238,6 @@ def _run(model: nn.Module, batch: Tensor, hooks: Sequence[Any]) -> None:
             hook.remove()
 
 
-def _computes(module: nn.Module) -> bool:
-    """Return whether a module computes attention of its own."""
-    return isinstance(module, LSP) or (isinstance(module, AttentionLayer) and not module.requires)
-
-
 def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, AttentionLayer]]:
     """Yield the layers with a state and their names, except those inside another."""
     for name, child in model.named_children():
@@ -342,28 +246,6 @@ def _outermost(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Attent
             yield path, child
         else:
             yield from _outermost(child, f"{path}.")
-
-
-def palette(num_clusters: int) -> UInt8[Tensor, "k 3"]:
-    """Return RGB colours in which consecutive indices differ clearly; deterministic.
-
-    The hue advances by the golden ratio from one to the next, so that the first few are always spread evenly;
-    saturation and brightness alternate.
-
-    Args:
-        num_clusters: number of colours, `>= 1`.
-
-    Raises:
-        ValueError: `num_clusters < 1`.
-
-    Examples:
-        >>> palette(8).shape
-        torch.Size([8, 3])
-    """
-    if num_clusters < 1:
-        raise ValueError(f"num_clusters must be >= 1, got {num_clusters}")
-    index = torch.arange(num_clusters, dtype=torch.float64)
-    return _rgb((index * _GOLDEN) % 1, 0.85 - 0.2 * (index % 3), 1.0 - 0.2 * (index // 3 % 3))
 
 
 def similarity_palette(centroids: Float[Tensor, "k d"], counts: Int[Tensor, "k"] | None = None) -> UInt8[Tensor, "k 3"]:
@@ -424,33 +306,6 @@ def _rgb(
     return (255 * brightness[:, None] * (1 - saturation[:, None] * lack)).round().to(torch.uint8)
 
 
-def colour_map(clusters: Int[Tensor, "h w"], colours: UInt8[Tensor, "k 3"] | None = None) -> UInt8[Tensor, "h w 3"]:
-    """Return a picture with a colour for each cluster.
-
-    Args:
-        clusters: from `cluster_map`.
-        colours: RGB colour of each cluster; `palette` by default.
-
-    Returns:
-        A picture with channels last.
-
-    Raises:
-        ShapeError: `clusters` is not a matrix, or there are fewer colours than clusters.
-
-    Examples:
-        >>> colour_map(torch.tensor([[0, 1, 1], [2, 2, 0]])).shape
-        torch.Size([2, 3, 3])
-    """
-    if clusters.dim() != 2 or 0 in clusters.shape:
-        raise ShapeError(f"clusters must be a map (h, w) with no empty axis, got shape {tuple(clusters.shape)}")
-    needed = int(clusters.max()) + 1
-    if colours is None:
-        colours = palette(needed).to(clusters.device)
-    if colours.dim() != 2 or colours.shape[1] != 3 or len(colours) < needed:
-        raise ShapeError(f"colours must be (k, 3) with k >= {needed} clusters, got shape {tuple(colours.shape)}")
-    return colours[clusters]
-
-
 def pixel_attention(
     state: ClusterAttention | WindowAttention, size: tuple[int, int], pixel: tuple[int, int]
 ) -> tuple[Float[Tensor, "h2 w2"], int]:
@@ -505,7 +360,7 @@ def attention_picture(
 
 
 def cluster_picture(layer: nn.Module, state: ClusterAttention) -> UInt8[Tensor, "h w 3"]:
-    """Draw the clusters of a state; similar ones have similar colours if `layer` has their centroids.
+    """Draw the clusters of a state; similar ones have similar colours if `layer` has their centroids, else any.
 
     Args:
         layer: an LCoA, or a layer that only reads the state.
@@ -518,7 +373,9 @@ def cluster_picture(layer: nn.Module, state: ClusterAttention) -> UInt8[Tensor, 
         torch.Size([12, 16, 3])
     """
     clusters = state.pattern.assignment[0].view(state.height, state.width).cpu()
-    if not isinstance(layer, LCoA):
-        return colour_map(clusters)
-    centroids = layer.lsp.centroids.cpu()
-    return colour_map(clusters, similarity_palette(centroids, clusters.flatten().bincount(minlength=len(centroids))))
+    counts = clusters.flatten().bincount()
+    if isinstance(layer, LCoA):
+        centroids = layer.lsp.centroids.cpu()
+        return similarity_palette(centroids, nn.functional.pad(counts, (0, len(centroids) - len(counts))))[clusters]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (len(counts), 3), generator=generator, dtype=torch.uint8)[clusters]

@@ -268,8 +268,8 @@ def test_its_children_are_counted_for_good(change: Any) -> None:
 
 def test_named_children_keep_their_names() -> None:
     trunk = nn.Sequential(OrderedDict(one=ResBlock(8), two=ResBlock(8)))
-    model = attach(nn.ModuleDict({"net": trunk}), "net", "LCoA", every=1, share=1, **OPTIONS)
-    assert {key.split(".")[1] for key in model.state_dict()} == {"one", "two", "sparse_sr_attn"}
+    model = attach(trunk, "", "LCoA", every=1, share=1, **OPTIONS)
+    assert {key.split(".")[0] for key in model.state_dict()} == {"one", "two", "sparse_sr_attn"}
     assert trunk.two is trunk[1]
 
 
@@ -351,14 +351,12 @@ def test_two_trunks_of_one_model() -> None:
     model = two_trunks()
     before = model.state_dict().keys()
     for body in ("one", "two"):
-        attach(model, body, "LCoA", every=2, share=2, **OPTIONS)
+        attach(model[body], "", "LCoA", every=2, share=2, **OPTIONS)
     assert [len(model[body].attention) for body in ("one", "two")] == [2, 2]
     assert detach(model).state_dict().keys() == before
 
 
-def test_a_model_that_takes_nothing_we_guess_tells_its_width_by_its_weights() -> None:
-    model = built(Picky)
-    assert attach(model, "body", "LCoA", **OPTIONS).body.attention[0].coa.value.in_channels == 8
+def test_a_model_that_takes_nothing_we_guess_needs_an_example() -> None:
     with pytest.raises(ValueError, match="a picture of 17x17"):
         attach(built(Picky), "body", "LCoA", example=image(1, 3, 4, 4), **OPTIONS)
     model = attach(built(Picky), "body", "LCoA", example=image(1, 3, 17, 17), **OPTIONS)
@@ -472,7 +470,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (
         lambda: nn.ModuleDict({"head": conv(3, 8)}),
         {},
-        "body: must be named; the model accepts none of the images that were tried: pass example=..., images",
+        "ModuleDict accepts none of the images that were tried; pass example=..., images or a tuple of arguments",
     ),
     (
         lambda: nn.Sequential(OrderedDict(head=conv(3, 8), tail=conv(8, 3))),
@@ -497,14 +495,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
         "got 'body.0', a Flatten, which returns (1, 8, 16), not a feature map (b, c, h, w)",
     ),
     (lambda: built(Unused), {"body": "body"}, "got 'body', a Sequential, which is not called by Unused"),
-    # its width, of a model that cannot be called
-    (
-        lambda: with_body(conv(8, 8), conv(8, 16), conv(16, 8), build=Picky),
-        {"body": "body"},
-        "body: must keep its width, 8 channels, from child to child, but child 1 of 'body' seems to go from 8 to 16",
-    ),
-    (lambda: with_body(Pixelwise(8), build=Picky), {"body": "body"}, "must have convolutions that show its width"),
-    (lambda: built(Picky), {"body": "body.0"}, "body: must be an nn.Sequential or name convolutions, got 'body.0'"),
+    (lambda: built(Picky), {"body": "body"}, "Picky accepts none of the images that were tried; pass example="),
     # attention
     (built, {"chunk_size": 0, "reduction": -1}, "attention.chunk_size: must be >= 1, got 0\nattention.reduction: must"),
     (built, {"attention": {**LCOA, "every": 1}, "every": 2}, "every: must be in the mapping that attention is"),

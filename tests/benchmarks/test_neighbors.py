@@ -1,4 +1,4 @@
-"""`python -m benchmarks.neighbors`: masses are those of `sparse-sr capture`, and times relative to the first row."""
+"""`python -m benchmarks.neighbors`: masses are those of `benchmarks.capture`, and times relative to the first row."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.capture.__main__ import main
 from benchmarks.neighbors import __main__ as neighbors
 from benchmarks.neighbors.__main__ import Variant
 from sparse_sr_attn import LCoA
-from sparse_sr_attn.cli.main import main
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,7 +24,7 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert neighbors.markdown(rows) in capsys.readouterr().out
     for row, variant in zip(rows, variants, strict=True):
         keys = ["--keys", str(variant.num_keys), "--patterns", variant.pattern]
-        assert main(["capture", "a.png", "--weights", "LCoAN-light_x2", *keys, "--json", "one.json"]) == 0
+        assert main(["a.png", "--weights", "LCoAN-light_x2", *keys, "--json", "one.json"]) == 0
         mean = json.loads(Path("one.json").read_text())["mean"]
         assert {"mass": row["mass"], "num_keys": row["num_keys"]} == mean["patterns"][variant.pattern]
         assert set(row["times"]) == {"forward", "forward+backward"}

@@ -170,7 +170,9 @@ def test_what_weights_do_not_tell_is_said(
     torch.manual_seed(0)
     torch.save(EDSR(num_feat=8, num_block=2, upscale=2, **options).state_dict(), tmp_path / "edsr.pth")
     told = [f"{key}={str(list(value)) if isinstance(value, tuple) else value}" for key, value in options.items()]
-    status = main(["convert", f"{tmp_path}/edsr.pth", f"{tmp_path}/out.pt", "--names", "released", "--set", *told])
+    status = main(
+        ["convert", f"{tmp_path}/edsr.pth", "-o", f"{tmp_path}/out.pt", "--names", "released", "--set", *told]
+    )
     assert status == 0
     note = f"sparse-sr: note: the file does not record {said}; pass it when you load the file\n"
     assert capsys.readouterr().err == note
@@ -182,7 +184,7 @@ def test_files_come_back(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixt
     model = LCoAN(num_feat=8, num_group=2, num_block=1, num_clusters=3, chunk_size=9, res_scale=0.6).eval()
     source, target = tmp_path / "net.pth", tmp_path / f"net_out{suffix}"
     torch.save({"params": OrderedDict(model.state_dict())}, source)
-    assert main(["convert", str(source), str(target)]) == 0
+    assert main(["convert", str(source), "-o", str(target)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out == f"{source} -> {target}: LCoAN, {len(model.state_dict())} keys\n"
@@ -197,24 +199,24 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     source, target = tmp_path / "net.pth", tmp_path / "out.safetensors"
     torch.save(EDSR(num_feat=8, num_block=1).state_dict(), source)
     target.write_bytes(b"mine")
-    assert main(["convert", str(source), str(target)]) == 2
+    assert main(["convert", str(source), "-o", str(target)]) == 2
     assert "already exists; use --overwrite" in capsys.readouterr().err
     assert target.read_bytes() == b"mine"
-    assert main(["convert", str(source), str(target), "--overwrite"]) == 0
+    assert main(["convert", str(source), "-o", str(target), "--overwrite"]) == 0
     assert load_file(target)
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["no.pth", "out.pth"], 2, "no.pth: there is no such file"),
-        (["net.pth", "out.onnx"], 2, "--output must end in .safetensors, .pth, .pt, got out.onnx"),
-        (["net.pth", "out.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
-        (["net.pth", "out.pth", "--set", "img_range"], 2, "--set needs NAME=VALUE, got 'img_range'"),
-        (["net.pth", "net.pth", "--img-range", "0"], 2, "--img-range must be > 0 and finite, got 0"),
-        (["net.pth", "net.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
-        (["net.pth", "nowhere/out.pth"], 1, "cannot be written: No such file or directory"),
-        (["net.pth", "out.pth", "--names", "theirs"], 2, "invalid choice: 'theirs'"),
+        (["no.pth", "-o", "out.pth"], 2, "no.pth: there is no such file"),
+        (["net.pth", "-o", "out.onnx"], 2, "--output must end in .safetensors, .pth, .pt, got out.onnx"),
+        (["net.pth", "-o", "out.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
+        (["net.pth", "-o", "out.pth", "--set", "img_range"], 2, "--set needs NAME=VALUE, got 'img_range'"),
+        (["net.pth", "-o", "net.pth", "--img-range", "0"], 2, "--img-range must be > 0 and finite, got 0"),
+        (["net.pth", "-o", "net.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
+        (["net.pth", "-o", "nowhere/out.pth"], 1, "cannot be written: No such file or directory"),
+        (["net.pth", "-o", "out.pth", "--names", "theirs"], 2, "invalid choice: 'theirs'"),
     ],
 )
 def test_one_line_errors(
@@ -240,7 +242,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         code = (
             "import resource, sys; from sparse_sr_attn.cli.main import main\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-            f"sys.exit(main(['convert', {str(source)!r}, {str(target.with_suffix(suffix))!r}, '--overwrite']))"
+            f"sys.exit(main(['convert', {str(source)!r}, '-o', {str(target.with_suffix(suffix))!r}, '--overwrite']))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 1

@@ -1,6 +1,5 @@
-"""Every suffix that Pillow writes, with every kind of picture: it comes back the same, or is refused."""
+"""Every suffix that is written, with every kind of picture: it comes back the same, or is refused."""
 
-import re
 import warnings
 from pathlib import Path
 
@@ -9,10 +8,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from sparse_sr_attn import ImageError
-from sparse_sr_attn.data.images import Picture, check_format, read_image, write_image
+from sparse_sr_attn.data.images import FORMATS, Picture, check_format, read_image, write_image
 
-SUFFIXES = sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE)
-LOSSY = ("JPEG", "MPO", "AVIF")
 HEIGHT, WIDTH = 21, 33  # of no width that formats pad to
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -58,63 +55,35 @@ def assert_same(path: Path, picture: Picture) -> None:
     if found.ndim == 3:
         errors.append(np.abs(found[..., 3] - alpha))
     for error in errors:
-        assert error.max() <= (16 if image.format in LOSSY else 0)
+        assert error.max() <= (16 if image.format == "JPEG" else 0)
         assert error.mean() <= 2
 
 
-def written(suffix: str, picture: Picture, folder: Path) -> bool:
-    """Whether the picture was written, and came back; if not, it was refused as it should be."""
-    path = folder / f"a{suffix}"
-    try:
-        check_format(path, picture)
-    except ImageError as refusal:
-        with pytest.raises(ImageError, match=re.escape(str(refusal))):
-            write_image(picture, path)
-        assert list(folder.iterdir()) == []
-        assert re.search(r"cannot hold this picture \(33x21, .*: .*; \.png.* can$", str(refusal))
-        assert "\n" not in str(refusal)
-        for other in re.findall(r"(\.\w+)(?=,| can$)", str(refusal).rpartition(";")[2]):  # those that it names
-            write_image(picture, folder / f"b{other}")
-            assert_same(folder / f"b{other}", picture)
-        return False
-    write_image(picture, path)
-    assert_same(path, picture)
-    return True
+REFUSED = {"16-bit grey": {".webp", ".jpg", ".jpeg"}, "RGBA": {".jpg", ".jpeg"}, "grey with alpha": {".jpg", ".jpeg"}}
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("kind", PICTURES)
-def test_a_picture_comes_back_or_is_refused(kind: str, tmp_path: Path) -> None:
-    for suffix in SUFFIXES:
-        folder = tmp_path / suffix
-        folder.mkdir()
-        written(suffix, PICTURES[kind], folder)
+def test_a_picture_comes_back_or_is_refused(kind: str, suffix: str, tmp_path: Path) -> None:
+    path, picture, refused = tmp_path / f"a{suffix}", PICTURES[kind], REFUSED.get(kind, set())
+    if suffix not in refused:
+        write_image(picture, path)
+        assert_same(path, picture)
+        return
+    others = ", ".join(other for other in FORMATS if other not in refused)
+    for call in (check_format, lambda path, picture: write_image(picture, path)):
+        with pytest.raises(ImageError, match=rf"cannot hold this picture of 33x21 pixels: .*; {others} can$"):
+            call(path, picture)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "suffixes"),
-    {
-        "grey": {".png", ".jpg", ".tif", ".webp", ".bmp", ".gif", ".pgm", ".jp2", ".tga", ".ico"},
-        "16-bit grey": {".png", ".tif", ".jp2", ".pgm"},
-        "RGB": {".png", ".jpg", ".tif", ".webp", ".bmp", ".ppm", ".jp2", ".tga", ".ico", ".qoi"},
-        "RGBA": {".png", ".tif", ".webp", ".jp2", ".tga", ".ico"},
-        "RGB with a profile": {".png", ".jpg", ".tif", ".webp"},
-    }.items(),
-)
-def test_what_formats_can_hold_is_not_refused(kind: str, suffixes: set[str], tmp_path: Path) -> None:
-    for suffix in suffixes:
-        assert written(suffix, PICTURES[kind], tmp_path)
+@pytest.mark.parametrize("file", ["a", "a.gif", "a.txt"])
+def test_other_suffixes_are_refused(file: str) -> None:
+    with pytest.raises(ImageError, match=rf"{file} must have one of the suffixes \.png, "):
+        check_format(Path(file), PICTURES["RGB"])
 
 
-@pytest.mark.parametrize(
-    ("file", "start"),
-    [("a.jp2", b"\0\0\0\x0cjP  "), ("a.j2k", b"\xff\x4f\xff\x51"), ("a.jpc", b"\xff\x4f\xff\x51"), ("a.pgm", b"P5")],
-)
-def test_the_suffix_tells_apart_what_one_writer_writes(file: str, start: bytes, tmp_path: Path) -> None:
-    write_image(PICTURES["grey"], tmp_path / file)
-    assert (tmp_path / file).read_bytes().startswith(start)
-
-
-@pytest.mark.parametrize(("suffix", "largest"), [(".webp", 16383), (".jpg", 65500), (".tga", 65535), (".ico", 256)])
+@pytest.mark.parametrize(("suffix", "largest"), [(".webp", 16383), (".jpg", 65500)])
 @pytest.mark.parametrize("upright", [False, True])
 def test_sizes_that_a_format_cannot_hold(
     suffix: str, largest: int, upright: bool, capfd: pytest.CaptureFixture[str]
@@ -123,19 +92,11 @@ def test_sizes_that_a_format_cannot_hold(
         return Picture(np.zeros((side, 1, 3) if upright else (1, side, 3), np.uint8))
 
     check_format(Path(f"a{suffix}"), lines(largest))
-    with pytest.raises(ImageError, match=r"cannot hold this picture .*; \.png, \.tif"):
+    with pytest.raises(ImageError, match=r"sides must be at most .*; \.png, \.tif"):
         check_format(Path(f"a{suffix}"), lines(largest + 1))
     with pytest.raises(ImageError, match="cannot hold this picture"):
         check_format(Path(f"a{suffix}"), lines(largest // 2 + 1), upscale=2)
     assert capfd.readouterr() == ("", "")
-
-
-def test_files_that_would_become_too_large() -> None:
-    picture = Picture(np.broadcast_to(np.zeros((), np.uint8), (30_000, 40_000, 3)))  # of no memory
-    check_format(Path("a.png"), picture, upscale=2)
-    check_format(Path("a.bmp"), picture)
-    with pytest.raises(ImageError, match=r"a\.bmp cannot hold .*80000x60000.*: it is too large"):
-        check_format(Path("a.bmp"), picture, upscale=2)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from strategies import Case
 
 from sparse_sr_attn.errors import BackendError
 from sparse_sr_attn.functional import backend as backends
 from sparse_sr_attn.functional import cluster, kmeans
 from sparse_sr_attn.functional.cluster import Backend, resolve_backend
-from sparse_sr_attn.testing.strategies import Case
 
 
 @pytest.fixture

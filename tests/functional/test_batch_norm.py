@@ -8,13 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from sparse_sr_attn.functional import batch_norm as fast
-from sparse_sr_attn.reference import batch_norm as slow
-from sparse_sr_attn.testing.strategies import Case
-from sparse_sr_attn.testing.tolerances import (
+from strategies import Case
+from tolerances import (
     LOW_PRECISION,
     assert_bit_equal,
     assert_gradients_close,
@@ -22,6 +17,11 @@ from sparse_sr_attn.testing.tolerances import (
     assert_values_close,
     gradients,
 )
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_sr_attn.functional import batch_norm as fast
+from sparse_sr_attn.reference import batch_norm as slow
 
 half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 

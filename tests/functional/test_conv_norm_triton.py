@@ -9,20 +9,20 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
-from sparse_sr_attn.functional import batch_norm, conv_norm_triton
-from sparse_sr_attn.functional.conv_norm_triton import Buffers, Parameters, conv1x1_batch_norm, conv1x1_norm
-from sparse_sr_attn.testing.strategies import Case
-from sparse_sr_attn.testing.tolerances import (
+from strategies import Case
+from tolerances import (
     assert_bit_equal,
     assert_gradients_close,
     assert_values_close,
     gradients,
     rms,
 )
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparse_sr_attn.functional import batch_norm, conv_norm_triton
+from sparse_sr_attn.functional.conv_norm_triton import Buffers, Parameters, conv1x1_batch_norm, conv1x1_norm
 
 pytest.importorskip("triton", reason="needs triton")
 pytestmark = pytest.mark.unhooked  # triton reads the source of what it compiles

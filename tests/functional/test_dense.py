@@ -4,17 +4,17 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-
-from sparse_sr_attn.functional.dense import dense_attention
-from sparse_sr_attn.reference import dense as slow
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import (
+from strategies import Case, cases
+from tolerances import (
     LOW_PRECISION,
     assert_gradients_close,
     assert_no_worse,
     assert_values_close,
     gradients,
 )
+
+from sparse_sr_attn.functional.dense import dense_attention
+from sparse_sr_attn.reference import dense as slow
 
 
 @given(case=cases(), num_keys=st.integers(1, 9), width=st.sampled_from((1, 3, 6)), scale=st.sampled_from((1.0, 0.5)))

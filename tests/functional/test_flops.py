@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from strategies import Case
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +15,6 @@ from sparse_sr_attn import GMSA, NLSA, LCoA, ShiftConv2d
 from sparse_sr_attn.functional import channels_last as layout
 from sparse_sr_attn.functional import cluster, conv_norm_triton, conv_triton, flops, sparsemax, window
 from sparse_sr_attn.functional.backend import HAS_TRITON
-from sparse_sr_attn.testing.strategies import Case
 
 
 def counted(call: Callable[[], object]) -> int:

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import Case, cases
+from tolerances import assert_bit_equal, assert_values_close
 from torch import Tensor, nn
 
 from sparse_sr_attn.functional import kmeans as fast
 from sparse_sr_attn.reference import kmeans as slow
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
 
 WIDTH = 3
 DECAYS = st.sampled_from((0.0, 0.05, 0.5, 0.9, 0.999))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import Case, cases
+from tolerances import assert_bit_equal
 from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn.functional import lsh as fast
 from sparse_sr_attn.reference import lsh as slow
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 
 @given(case=cases(), num_rounds=st.integers(1, 3), half=st.integers(1, 4), used=st.integers(1, 4))

@@ -7,18 +7,18 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import Case
+from tolerances import (
+    assert_gradients_close,
+    assert_values_close,
+    gradients,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn.functional import batch_norm, conv_triton, l2_normalize
 from sparse_sr_attn.functional.channels_last import pixel_products
 from sparse_sr_attn.reference import shift as slow_shift
-from sparse_sr_attn.testing.strategies import Case
-from sparse_sr_attn.testing.tolerances import (
-    assert_gradients_close,
-    assert_values_close,
-    gradients,
-)
 
 pytest.importorskip("triton", reason="needs triton")
 pytestmark = pytest.mark.unhooked  # triton reads the source of what it compiles

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import Case
 from torch import Tensor
 from torch.testing._internal.optests import OpCheckError
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,6 @@ from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.functional.cluster import order  # noqa: F401  registers an operator that layers import
 from sparse_sr_attn.functional.window.grid import group_widths
 from sparse_sr_attn.reference import cluster as slow
-from sparse_sr_attn.testing.strategies import Case
 
 pytestmark = pytest.mark.unhooked
 

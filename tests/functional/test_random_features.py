@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import Case, cases
+from tolerances import assert_gradients_close, assert_values_close, gradients, rms
 from torch.nn.functional import normalize
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import random_features as fast
 from sparse_sr_attn.reference import dense
 from sparse_sr_attn.reference import random_features as slow
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import assert_gradients_close, assert_values_close, gradients, rms
 
 
 @given(case=cases(), num_keys=st.integers(1, 9), num_features=st.integers(1, 9))

@@ -6,12 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
-
-from sparse_sr_attn.functional import shift as fast
-from sparse_sr_attn.reference import shift as slow
-from sparse_sr_attn.testing.strategies import Case
-from sparse_sr_attn.testing.tolerances import (
+from strategies import Case
+from tolerances import (
     LOW_PRECISION,
     assert_bit_equal,
     assert_gradients_close,
@@ -19,6 +15,10 @@ from sparse_sr_attn.testing.tolerances import (
     assert_values_close,
     gradients,
 )
+from torch import Tensor
+
+from sparse_sr_attn.functional import shift as fast
+from sparse_sr_attn.reference import shift as slow
 
 forms = pytest.mark.parametrize("form", ["slices", "masked"])
 low_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

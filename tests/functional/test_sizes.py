@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from strategies import generator
+from tolerances import assert_bit_equal, assert_values_close
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn import LCoA
 from sparse_sr_attn.reference import cluster, kmeans
-from sparse_sr_attn.testing.strategies import generator
-from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
 
 pytestmark = pytest.mark.promise("R5")
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-
-from sparse_sr_attn.functional import sparsemax as fast
-from sparse_sr_attn.reference import sparsemax as slow
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import (
+from strategies import Case, cases
+from tolerances import (
     assert_bit_equal,
     assert_gradients_close,
     assert_values_close,
     gradients,
 )
+
+from sparse_sr_attn.functional import sparsemax as fast
+from sparse_sr_attn.reference import sparsemax as slow
 
 BACKENDS = ("eager", "tiles")
 spreads = st.sampled_from((0.01, 0.3, 1.0, 10.0, 1e5))

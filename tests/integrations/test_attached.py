@@ -266,7 +266,7 @@ def test_what_was_trained_attended_comes_back_from_its_weights_alone(
     assert model.state_dict().keys() == expected.state_dict().keys()
     assert model(image(1, 3, 9, 7)).shape == (1, 3, 18, 14)
     assert model.upscale == 2
-    assert main(["convert", str(file), "net.safetensors"]) == 0
+    assert main(["convert", str(file), "-o", "net.safetensors"]) == 0
     assert torch.equal(load_model("net.safetensors")(x), model(x))
     twin = copy.deepcopy(model)
     assert torch.equal(load_model(torch.optim.swa_utils.AveragedModel(twin.network).state_dict())(x), model(x))
@@ -375,7 +375,7 @@ def test_options_of_an_attended_network_can_be_overridden() -> None:
     [
         (
             {"type": "SparseEDSR", "num_feat": 8, "num_block": 4, "upscale": 2, "img_range": 1.0},
-            [["convert", "{file}", "net.safetensors"], ["list", "Gain"]],
+            [["convert", "{file}", "-o", "net.safetensors"], ["list", "Gain"]],
         ),
         (
             {"type": "WithAttention", "network": BODIES["EDSR"]},
@@ -408,7 +408,7 @@ def test_a_layer_of_the_users_own_is_imported_by_every_command(
     }.items():
         (here / "broken.py").write_text("def")
         capsys.readouterr()
-        assert main(["convert", file, "other.pth", "--import", entry]) == 2
+        assert main(["convert", file, "-o", "other.pth", "--import", entry]) == 2
         assert re.fullmatch(f"sparse-sr: --import.*{message}.*\n", capsys.readouterr().err)
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tolerances import assert_bit_equal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_sr_attn import ELAB, LSP, ProcessError, one_kmeans_update
 from sparse_sr_attn.layers.batch_norm import BatchNorm2d
 from sparse_sr_attn.layers.category import CategoryAttention
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 STEPS = 6
 CHANNELS = 8

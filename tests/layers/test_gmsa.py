@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_bit_equal, assert_values_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,6 @@ from sparse_sr_attn.layers import base, shift_conv
 from sparse_sr_attn.layers import batch_norm as norms
 from sparse_sr_attn.layers.batch_norm import BatchNorm2d, ConvNorm
 from sparse_sr_attn.reference import window as slow
-from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
 
 SIZES = (2, 3, 4)
 

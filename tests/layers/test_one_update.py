@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_bit_equal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_sr_attn import EDSR, LSP, CategoryAttention, LCoA, one_kmeans_update
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.layers.running_state import KMeansModule
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 pytestmark = pytest.mark.promise("R20")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_bit_equal
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -22,7 +23,6 @@ from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.reference import cluster, dense, kmeans, lsh, sparsemax
 from sparse_sr_attn.reference import random_features as kernel
 from sparse_sr_attn.testing import conformance
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 PEERS = ("CategoryAttention", "ENLA", "HSPA", "NLA", "NLSA")
 SMALL: dict[str, dict[str, Any]] = {

@@ -5,6 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import (
+    assert_bit_equal,
+    assert_gradients_close,
+    assert_values_close,
+    gradients,
+    rms,
+)
 from torch import Tensor, nn
 
 from sparse_sr_attn import EDSR, GMSA, LSP, CoA, LCoA, LCoAN, SharedGMSA
@@ -12,13 +19,6 @@ from sparse_sr_attn.inference.visualize import attention_map_of, attention_overl
 from sparse_sr_attn.layers import base
 from sparse_sr_attn.layers.base import add_rows
 from sparse_sr_attn.states import ClusterAttention
-from sparse_sr_attn.testing.tolerances import (
-    assert_bit_equal,
-    assert_gradients_close,
-    assert_values_close,
-    gradients,
-    rms,
-)
 
 SMALL: dict[str, Any] = {"num_clusters": 6, "chunk_size": 7, "reduction": 2, "res_scale": 1.0}
 KINDS = [

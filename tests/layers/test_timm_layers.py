@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_bit_equal
 from torch import nn
 
 from sparse_sr_attn import EDSR, LAYERS, ConfigError, ShapeError, UnknownNameError, build_layer
@@ -12,7 +13,6 @@ from sparse_sr_attn.blocks import read_attention
 from sparse_sr_attn.layers import find_layer
 from sparse_sr_attn.layers.timm_layers import REFUSED, USABLE
 from sparse_sr_attn.testing import conformance
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 pytest.importorskip("sparse_sr_attn_basicsr").apply()  # a torchvision of another build must not stop timm's import
 timm = pytest.importorskip("timm")

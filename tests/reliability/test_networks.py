@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from strategies import generator
+from tolerances import assert_bit_equal
 from torch import Tensor, nn
-
-from sparse_sr_attn.testing.strategies import generator
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 Build = Callable[[], nn.Module]
 SIZES = [(h, w) for h in range(1, 18) for w in range(1, 18)] + [(1, 257), (257, 1), (31, 33), (64, 65)]

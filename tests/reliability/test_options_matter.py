@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import generator
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -13,7 +14,6 @@ from sparse_sr_attn import LAYERS
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.config import fields
 from sparse_sr_attn.testing import conformance
-from sparse_sr_attn.testing.strategies import generator
 
 Observation = dict[str, Any]
 

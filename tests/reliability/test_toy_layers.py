@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_clauses  # noqa: F401  (adds clauses)
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -18,15 +18,12 @@ class Clause:
         name: name for test ids.
         check: function that raises AssertionError, or the layer's own error, if the subject breaks the clause.
         applies: function that returns whether the clause applies to a subject.
-        hookable: whether it can be checked under jaxtyping's import hook, which interferes with compilers and Python's
-            random state, and reports values of the wrong type first.
         slow: whether it takes more than a few seconds.
     """
 
     name: str
     check: Check
     applies: Callable[[Subject], bool]
-    hookable: bool = True
     slow: bool = False
 
     def __str__(self) -> str:
@@ -40,14 +37,12 @@ def _everyone(_: Subject) -> bool:
     return True
 
 
-def clause(
-    applies: Callable[[Subject], bool] = _everyone, *, hookable: bool = True, slow: bool = False
-) -> Callable[[Check], Check]:
+def clause(applies: Callable[[Subject], bool] = _everyone, *, slow: bool = False) -> Callable[[Check], Check]:
     """Return a decorator that adds a function `check_<name>` to `CLAUSES`; see `Clause`."""
 
     def enter(check: Check) -> Check:
         name = check.__name__.removeprefix("check_").replace("_", " ")
-        CLAUSES.append(Clause(name, check, applies, hookable, slow))
+        CLAUSES.append(Clause(name, check, applies, slow))
         return check
 
     return enter

@@ -12,13 +12,13 @@ from sparse_sr_attn.testing.conformance.subject import CHANNELS, HEIGHT, WIDTH, 
 from sparse_sr_attn.testing.conformance.training import assert_same, history, train
 
 
-@clause(hookable=False)
+@clause()
 def check_compiled_is_eager(subject: Subject, device: torch.device) -> None:
     """One graph without a break; values, gradients and buffers over three steps, and evaluation at several sizes."""
     _check_compiled(subject, device, "aot_eager")
 
 
-@clause(hookable=False)
+@clause()
 def check_sizes_do_not_recompile(subject: Subject, device: torch.device) -> None:
     """One graph for the first size and one for all others that have at least three chunks."""
     from torch._dynamo.testing import CompileCounterWithBackend  # noqa: PLC0415  imports torch's compiler
@@ -33,7 +33,7 @@ def check_sizes_do_not_recompile(subject: Subject, device: torch.device) -> None
     assert counter.frame_count <= 2, f"{counter.frame_count} graphs for five sizes"
 
 
-@clause(hookable=False, slow=True)
+@clause(slow=True)
 def check_compiled_by_inductor_is_eager(subject: Subject, device: torch.device) -> None:
     """The same with the default backend."""
     _check_compiled(subject, device, "inductor")
@@ -61,7 +61,7 @@ def _check_compiled(subject: Subject, device: torch.device, backend: str) -> Non
             torch.testing.assert_close(compiled(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
-@clause(hookable=False)
+@clause()
 def check_export_with_dynamic_sizes(subject: Subject, device: torch.device) -> None:
     """torch.export at one size, run at others, smaller than a chunk and larger than several."""
     chain = subject.chain().to(device).eval()
@@ -87,13 +87,13 @@ def check_checkpointed_is_plain(subject: Subject, device: torch.device) -> None:
         assert_same(history(again, call, device), history(plain, plain, device))
 
 
-@clause(hookable=False)
+@clause()
 def check_checkpointed_and_compiled_is_plain(subject: Subject, device: torch.device) -> None:
     """Checkpointing inside the compiled graph, and a compiled module under eager checkpointing: to the bit."""
     _check_checkpointed_and_compiled(subject, device, "aot_eager")
 
 
-@clause(hookable=False, slow=True)
+@clause(slow=True)
 def check_checkpointed_and_compiled_by_inductor_is_plain(subject: Subject, device: torch.device) -> None:
     """The same with the default backend, to its rounding."""
     _check_checkpointed_and_compiled(subject, device, "inductor")

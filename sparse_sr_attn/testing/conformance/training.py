@@ -50,6 +50,16 @@ def everything(module: nn.Module, x: Tensor, output: Tensor) -> Iterator[tuple[s
         yield f"buffer {name}", buffer.clone()
 
 
+def rms(tensor: Tensor) -> float:
+    """Return the root mean square of `tensor`, taken in float64."""
+    return tensor.detach().double().square().mean().sqrt().item()
+
+
+def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
+    """Require the same dtype, shape and bits (NaN equals NaN)."""
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, tolerance: float = 0.0) -> None:
     """Compare two histories; a tolerance is one of the largest number of a tensor, by which long sums round.
 

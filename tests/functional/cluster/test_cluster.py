@@ -5,6 +5,16 @@ import torch
 from accuracy import assert_as_accurate
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import Case, cases
+from tolerances import (
+    LOW_PRECISION,
+    Budget,
+    assert_bit_equal,
+    assert_gradients_close,
+    assert_no_worse,
+    assert_values_close,
+    gradients,
+)
 from torch import Tensor
 
 from sparse_sr_attn.errors import ShapeError
@@ -15,16 +25,6 @@ from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import (
-    LOW_PRECISION,
-    Budget,
-    assert_bit_equal,
-    assert_gradients_close,
-    assert_no_worse,
-    assert_values_close,
-    gradients,
-)
 
 BACKENDS = ("eager", "tiles")
 WIDTH, VALUE_WIDTH = 4, 3

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import Case, cases
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError
@@ -11,7 +12,6 @@ from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import flex as cluster_flex
 from sparse_sr_attn.functional.cluster.layout import ClusterLayout
 from sparse_sr_attn.reference import cluster as slow
-from sparse_sr_attn.testing.strategies import Case, cases
 
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import Case, cases
+from tolerances import assert_bit_equal, assert_values_close
 
 from sparse_sr_attn.errors import ShapeError
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import neighbors as neighbors_module
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import assert_bit_equal, assert_values_close
 
 TAIL = Case(batch=2, num_tokens=13, num_clusters=5, chunk_size=2, seed=10)
 FEW = Case(batch=2, num_tokens=7, num_clusters=3, chunk_size=3, num_adjacent=2, seed=11)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tolerances import assert_bit_equal
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_sr_attn import LSP
 from sparse_sr_attn.functional.backend import HAS_TRITON
 from sparse_sr_attn.functional.cluster.order import chain_rank, order_clusters
-from sparse_sr_attn.testing.tolerances import assert_bit_equal
 
 
 def centroids_of(num_clusters: int, dim: int, seed: int, device: torch.device) -> Tensor:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import Case, cases
+from tolerances import assert_gradients_close, assert_values_close, gradients
 
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional import kmeans
 from sparse_sr_attn.reference import cluster as slow
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import assert_gradients_close, assert_values_close, gradients
 
 
 @pytest.mark.promise("R2")

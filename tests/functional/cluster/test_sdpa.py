@@ -5,6 +5,13 @@ import torch
 from accuracy import assert_as_accurate
 from hypothesis import example, given
 from hypothesis import strategies as st
+from strategies import Case, cases
+from tolerances import (
+    assert_bit_equal,
+    assert_gradients_close,
+    assert_values_close,
+    gradients,
+)
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError
@@ -12,13 +19,6 @@ from sparse_sr_attn.functional import backend as backends
 from sparse_sr_attn.functional import cluster as fast
 from sparse_sr_attn.functional.cluster import sdpa
 from sparse_sr_attn.reference import cluster as slow
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import (
-    assert_bit_equal,
-    assert_gradients_close,
-    assert_values_close,
-    gradients,
-)
 
 NEIGHBOURS_COINCIDE = Case(num_tokens=5, num_clusters=1, chunk_size=3, seed=1)
 WHOLE = Case(batch=2, num_tokens=12, num_clusters=5, chunk_size=3, seed=2)

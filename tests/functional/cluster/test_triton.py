@@ -10,6 +10,14 @@ import torch
 from accuracy import assert_as_accurate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import Case, cases
+from tolerances import (
+    assert_bit_equal,
+    assert_gradients_close,
+    assert_no_worse,
+    assert_values_close,
+    gradients,
+)
 from torch import Tensor
 
 from sparse_sr_attn import CoA, LCoA
@@ -20,14 +28,6 @@ from sparse_sr_attn.functional.cluster import triton as cluster_triton
 from sparse_sr_attn.layers import base, lcoa
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.states import ClusterPattern
-from sparse_sr_attn.testing.strategies import Case, cases
-from sparse_sr_attn.testing.tolerances import (
-    assert_bit_equal,
-    assert_gradients_close,
-    assert_no_worse,
-    assert_values_close,
-    gradients,
-)
 
 pytest.importorskip("triton", reason="needs triton")
 pytestmark = pytest.mark.unhooked  # triton reads the source of what it compiles

@@ -10,19 +10,19 @@ import torch
 from accuracy import assert_as_accurate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import Case
+from tolerances import (
+    assert_bit_equal,
+    assert_gradients_close,
+    assert_values_close,
+    gradients,
+)
 from torch import Tensor
 
 from sparse_sr_attn.errors import BackendError, ShapeError
 from sparse_sr_attn.functional.window import grouped_window_attention, split_groups
 from sparse_sr_attn.functional.window import triton as window_triton
 from sparse_sr_attn.reference import window as slow
-from sparse_sr_attn.testing.strategies import Case
-from sparse_sr_attn.testing.tolerances import (
-    assert_bit_equal,
-    assert_gradients_close,
-    assert_values_close,
-    gradients,
-)
 
 pytest.importorskip("triton", reason="needs triton")
 pytestmark = pytest.mark.unhooked  # triton reads the source of what it compiles

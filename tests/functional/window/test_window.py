@@ -10,6 +10,14 @@ import torch
 from accuracy import assert_as_accurate
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from strategies import Case
+from tolerances import (
+    Budget,
+    assert_bit_equal,
+    assert_gradients_close,
+    assert_values_close,
+    gradients,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,14 +26,6 @@ from sparse_sr_attn.functional import _torch
 from sparse_sr_attn.functional import window as fast
 from sparse_sr_attn.functional.window import tiles
 from sparse_sr_attn.reference import window as slow
-from sparse_sr_attn.testing.strategies import Case
-from sparse_sr_attn.testing.tolerances import (
-    Budget,
-    assert_bit_equal,
-    assert_gradients_close,
-    assert_values_close,
-    gradients,
-)
 
 WIDTH, VALUE_WIDTH = 4, 3
 LONGEST = 17

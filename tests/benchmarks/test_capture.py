@@ -13,14 +13,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.capture.__main__ import main
+from benchmarks.capture.mass import (
+    PATTERNS,
+    Pattern,
+    Setting,
+    attention_features,
+    captured_mass,
+    read_patterns,
+)
 from sparse_sr_attn import EDSR, ELAN, NLA, CategoryAttention, ConfigError, LCoA, LCoAN, ShapeError
-from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.data.imresize import matlab_bicubic
 from sparse_sr_attn.functional.cluster.order import chain_rank
 from sparse_sr_attn.functional.kmeans import hash_directions
 from sparse_sr_attn.functional.lsh import initial_hash
-from sparse_sr_attn.inference.captured_mass import PATTERNS, Pattern, Setting, captured_mass, read_patterns
-from sparse_sr_attn.inference.visualize import attention_features
 from sparse_sr_attn.reference import cluster as slow
 from sparse_sr_attn.reference import kmeans as slow_kmeans
 from sparse_sr_attn.reference import lsh as slow_lsh
@@ -84,9 +90,7 @@ def test_a_pattern_made_by_hand() -> None:
 def test_blocks_of_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = read_patterns(PATTERNS[:-6], num_keys=18)
     whole = captured_mass(features(), patterns, num_keys=18)
-    monkeypatch.setattr(
-        "sparse_sr_attn.inference.captured_mass._SCORES_PER_BLOCK", 4 * NUM_TOKENS + 1
-    )  # 4 at a time, 3 at the end
+    monkeypatch.setattr("benchmarks.capture.mass._SCORES_PER_BLOCK", 4 * NUM_TOKENS + 1)  # 4 at a time, 3 at the end
     parts = captured_mass(features(), patterns, num_keys=18)
     assert parts.best == pytest.approx(whole.best, rel=1e-12)
     assert parts.entropy == pytest.approx(whole.entropy, rel=1e-12)
@@ -322,7 +326,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FAST = ["capture", "photos", "--weights", "net.pth", "--crop", "12", "--keys", "27"]
+FAST = ["photos", "--weights", "net.pth", "--crop", "12", "--keys", "27"]
 
 
 def test_table_figures_and_plot(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,7 +352,7 @@ def test_table_figures_and_plot(home: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_features_are_those_of_the_middle_shrunk(home: Path) -> None:
     """By hand: of the second layer of a network for x3, on the second image, which is drawn by its number."""
-    command = ["capture", "photos", "--weights", "two.pth", "--crop", "9", "--layer", "1", "--limit", "2"]
+    command = ["photos", "--weights", "two.pth", "--crop", "9", "--layer", "1", "--limit", "2"]
     command += ["--patterns", "LCoA:num_clusters=6", "--keys", "9", "--temperature", "4", "--json", "a.json"]
     assert main(command) == 0
     document = json.loads(Path("a.json").read_text())
@@ -368,7 +372,7 @@ def test_features_are_those_of_the_middle_shrunk(home: Path) -> None:
 
 def test_of_a_network_without_clusters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All but the pattern that was trained, unless it is asked for."""
-    command = ["capture", "photos/a.png", "--weights", "elan.pth", "--crop", "8", "--keys", "12"]
+    command = ["photos/a.png", "--weights", "elan.pth", "--crop", "8", "--keys", "12"]
     assert main([*command, "--layer", "1"]) == 0
     text = capsys.readouterr().out
     assert "| LCoA | 12 |" in text
@@ -399,7 +403,6 @@ def test_of_a_network_without_clusters(home: Path, capsys: pytest.CaptureFixture
         (["--plot", "a.jpg"], "--plot must end in .png, got a.jpg"),
         (["--json", "photos"], "photos cannot be written: Is a directory"),
         (["--plot", "net.pth/a.png"], "net.pth/a.png cannot be written: Not a directory"),
-        (["--images", "nowhere"], "nowhere: no such image or folder"),
         (["--device", "tpu"], "--device must be one that torch can use here, got 'tpu'"),
     ],
 )
@@ -422,13 +425,3 @@ def test_what_cannot_be_used(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*FAST, "--json", "a.json"]) == 1
     assert capsys.readouterr().err.startswith("sparse-sr: photos/d.png: ")
     assert not (home / "a.json").exists()
-
-
-def test_images_by_the_old_spelling_and_without_any(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = []
-    for images in (["photos/a.png", "photos"], ["--images", "photos"]):
-        assert main(["capture", *images, *FAST[2:], "--patterns", "raster"]) == 0
-        shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1]
-    assert main(["capture", *FAST[2:]]) == 2
-    assert capsys.readouterr().err == "sparse-sr: images must be given: files, or folders of them\n"

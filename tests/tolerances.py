@@ -4,12 +4,15 @@ In float64 they agree up to rounding. In lower precisions there is no right fixe
 be at most a given multiple of that of plain dense attention in the same precision, against the same float64 reference.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.gradcheck import GradcheckError
+
+from sparse_sr_attn.testing.conformance.training import assert_bit_equal, rms
+
+__all__ = ["assert_bit_equal", "rms"]
 
 FLOAT64_VALUES = 1e-10
 FLOAT64_GRADIENTS = 1e-9
@@ -46,24 +49,6 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], probe: Tensor) -> tuple[
     """Return the gradients of `sum(output * probe)` in `inputs`, keeping the graph; zero where an input is unused."""
     loss = (output * probe.to(output.dtype)).sum()
     return torch.autograd.grad(loss, tuple(inputs), retain_graph=True, materialize_grads=True)
-
-
-def assert_derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-    """Require the gradients of a float64 function to be its numerical derivatives."""
-    try:
-        torch.autograd.gradcheck(function, tuple(inputs))
-    except GradcheckError as problem:
-        raise AssertionError(str(problem)) from problem
-
-
-def rms(tensor: Tensor) -> float:
-    """Return the root mean square of `tensor`, taken in float64."""
-    return tensor.detach().double().square().mean().sqrt().item()
-
-
-def assert_bit_equal(actual: Tensor, expected: Tensor) -> None:
-    """Require the same dtype, shape and bits (NaN equals NaN)."""
-    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def assert_no_worse(actual: Tensor, peer: Tensor, oracle: Tensor, *, factor: float) -> None:

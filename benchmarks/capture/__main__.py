@@ -1,14 +1,17 @@
-"""`sparse-sr capture`: the share of dense attention that the keys of sparse patterns capture."""
+"""`python -m benchmarks.capture`: the share of dense attention that the keys of sparse patterns capture."""
 
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from torch import Tensor
 
+from benchmarks.capture.mass import PATTERNS, Capture, Pattern, attention_features, captured_mass, read_patterns
+from benchmarks.command import make_parser, run_command
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.cli.common import (
     UsageError,
@@ -25,9 +28,7 @@ from sparse_sr_attn.data.atomic import atomic_write, check_writable, write_json
 from sparse_sr_attn.data.images import Picture, as_rgb, read_pixels
 from sparse_sr_attn.data.imresize import matlab_bicubic
 from sparse_sr_attn.errors import ConfigError, ImageError, ShapeError, SparseSRError
-from sparse_sr_attn.inference.captured_mass import PATTERNS, Capture, Pattern, captured_mass, read_patterns
 from sparse_sr_attn.inference.upscale import network_input
-from sparse_sr_attn.inference.visualize import attention_features
 from sparse_sr_attn.layers.lcoa import LSP
 
 DESCRIPTION = """\
@@ -36,9 +37,9 @@ with the best possible choice of --keys keys. The features are those of an atten
 images.
 
 examples:
-  sparse-sr capture photos/
-  sparse-sr capture photos/ --weights net_g_latest.pth --layer 1 --temperature 30
-  sparse-sr capture photos/ --patterns LCoA LCoA:num_clusters=64,num_adjacent=4 NLSA:num_rounds=4
+  python -m benchmarks.capture photos/
+  python -m benchmarks.capture photos/ --weights net_g_latest.pth --layer 1 --temperature 30
+  python -m benchmarks.capture photos/ --patterns LCoA LCoA:num_clusters=64,num_adjacent=4 NLSA:num_rounds=4
 
 Give high-resolution images: they are downsampled as by MATLAB's bicubic, and the network gets the central crop. Dense
 attention is the softmax of temperature * cosine."""
@@ -62,8 +63,7 @@ _LARGEST = 512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add = parser.add_argument
-    add("input", type=Path, nargs="*", metavar="IMAGE|FOLDER", help="high-resolution images; subfolders are skipped")
-    add("--images", type=Path, action="append", default=[], help=argparse.SUPPRESS)  # the old spelling
+    add("input", type=Path, nargs="+", metavar="IMAGE|FOLDER", help="high-resolution images; subfolders are skipped")
     add_weights(parser)
     add("--layer", type=int, default=0, metavar="N", help="layer that computes attention, from 0 (default: 0)")
     add("--patterns", nargs="+", metavar="PATTERN", help="patterns to compare; see below")
@@ -95,20 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: the arguments are invalid.
         SparseSRError: images or weights cannot be used, there is no attention, or a file cannot be written.
     """
-    require("PIL", "numpy")
-    patterns = _checked(arguments)
-    files = all_images(arguments.input + arguments.images)[: arguments.limit]
-    model = load_with_attention(arguments)
-    layer, captures = "", {}
-    for number, (label, file) in enumerate(zip(distinct_names(files), files, strict=True)):
-        _progress(f"{number + 1}/{len(files)} {name(file.name)}")
-        try:
-            image = _input(file, model, arguments.crop)
-            layer, captures[label] = _captured(model, image, patterns, number, arguments)
-        except (ImageError, ShapeError) as error:
-            raise ImageError(f"{name(file)}: {error}") from error
-    _progress("")
-    document = _document(arguments, layer, captures)
+    document = measure(arguments)
     show(_report(document))
     try:
         if arguments.json:
@@ -121,10 +108,30 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return all results, means and single images, for JSON.
+
+    Raises:
+        UsageError: the arguments are invalid.
+        SparseSRError: images or weights cannot be used, or there is no attention.
+    """
+    patterns = _checked(arguments)
+    files = all_images(arguments.input)[: arguments.limit]
+    model = load_with_attention(arguments)
+    layer, captures = "", {}
+    for number, (label, file) in enumerate(zip(distinct_names(files), files, strict=True)):
+        _progress(f"{number + 1}/{len(files)} {name(file.name)}")
+        try:
+            image = _input(file, model, arguments.crop)
+            layer, captures[label] = _captured(model, image, patterns, number, arguments)
+        except (ImageError, ShapeError) as error:
+            raise ImageError(f"{name(file)}: {error}") from error
+    _progress("")
+    return _document(arguments, layer, captures)
+
+
 def _checked(arguments: argparse.Namespace) -> list[Pattern]:
     """Return the patterns after checking all arguments and that the output can be written."""
-    if not arguments.input + arguments.images:
-        raise UsageError("images must be given: files, or folders of them")
     for option, least in (("keys", 1), ("steps", 0), ("crop", 2), ("limit", 1), ("layer", 0)):
         value = getattr(arguments, option)
         if value is not None and value < least:
@@ -268,3 +275,17 @@ def _progress(text: str) -> None:
     """Show progress on one line if the output is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    return make_parser("capture", DESCRIPTION, EPILOG, add_arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    return run_command(parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,13 +15,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sparse_sr_attn.backbones.trunks import evaluating
+from sparse_sr_attn.checkpoints.foreign import network_name
 from sparse_sr_attn.config import ProblemList, read
 from sparse_sr_attn.errors import ConfigError, ShapeError
 from sparse_sr_attn.functional.cluster import cluster_pattern, seen_keys
 from sparse_sr_attn.functional.l2_normalize import l2_normalize
 from sparse_sr_attn.functional.lsh import bucket_count, hash_tokens
 from sparse_sr_attn.functional.window.grid import WindowGrid
-from sparse_sr_attn.layers.base import tokens
+from sparse_sr_attn.layers.base import AttentionLayer, tokens
 from sparse_sr_attn.layers.category import CategoryAttention
 from sparse_sr_attn.layers.lcoa import LSP
 from sparse_sr_attn.layers.nlsa import NLSA
@@ -183,10 +185,6 @@ def read_patterns(names: Iterable[str], *, num_keys: int) -> list[Pattern]:
     Raises:
         ConfigError: a kind is unknown, an option is invalid, or `num_keys` is smaller than the number of chunks that a
             token sees.
-
-    Examples:
-        >>> [pattern.name for pattern in read_patterns(["LCoA:num_clusters=16", "windows"], num_keys=48)]
-        ['LCoA:num_clusters=16', 'windows']
     """
     problems, patterns = ProblemList(), []
     for name in dict.fromkeys(names):
@@ -268,6 +266,54 @@ def _clustered(pattern: ClusterPattern) -> Visible:
     return visible
 
 
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def attention_features(model: nn.Module, image: Float[Tensor, "*b c h w"]) -> dict[str, Float[Tensor, "_ h2 w2"]]:
+    """Return the features that each attention layer of `model` compares tokens by on `image`.
+
+    Args:
+        model: a network with attention layers. It is run in evaluation mode; its mode is restored.
+        image: `(c, h, w)` or `(1, c, h, w)`.
+
+    Returns:
+        For each layer that computes attention, by its name in `model`: the embedding that is both query and key (LSP,
+        NLSA, NLA, HSPA), or the layer's input if it has no such embedding. Layers that only read a state are omitted.
+
+    Raises:
+        ValueError: `model` has no attention layer, or its forward runs none.
+    """
+    batch = image[None] if image.ndim == 3 else image
+    features: dict[str, Tensor] = {}
+    hooks = []
+    for name, layer in model.named_modules():
+        if not _computes(layer) or any(map(_computes, list(layer.modules())[1:])):  # an ELAB, an LCoA: their parts do
+            continue
+        embed = getattr(layer, "embed", None)
+        if isinstance(embed, nn.Module):
+            hooks.append(
+                embed.register_forward_hook(lambda _, __, output, name=name: features.__setitem__(name, output[0]))
+            )
+        else:
+            hooks.append(
+                layer.register_forward_pre_hook(lambda _, args, name=name: features.__setitem__(name, args[0][0]))
+            )
+    with evaluating(model):
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    if not features:
+        raise ValueError(
+            f"features of attention need a network with attention layers, and {network_name(model)} runs none"
+        )
+    return features
+
+
+def _computes(module: nn.Module) -> bool:
+    """Return whether a module computes attention of its own."""
+    return isinstance(module, LSP) or (isinstance(module, AttentionLayer) and not module.requires)
+
+
 # --- mass -------------------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +361,7 @@ def captured_mass(
     with unit-length features $\hat F$ and the keys $S_i$ of token $i$ in the pattern.
 
     Args:
-        features: a feature map, e.g. from `visualize.attention_features`.
+        features: a feature map, e.g. from `attention_features`.
         patterns: from `read_patterns`, for the same number of keys.
         num_keys: number of keys that a token may see, >= 1. Chunks and windows have the largest size within it. A key
             in several rounds counts in each.
@@ -331,12 +377,6 @@ def captured_mass(
 
     Note:
         Time grows with the square of the number of tokens; memory grows linearly, because rows are computed in blocks.
-
-    Examples:
-        >>> patterns = read_patterns(["LCoA:num_clusters=4", "windows"], num_keys=48)
-        >>> capture = captured_mass(torch.rand(8, 12, 12), patterns, num_keys=48)
-        >>> list(capture.patterns), capture.best > capture.patterns["windows"].mass
-        (['LCoA:num_clusters=4', 'windows'], True)
     """
     if features.ndim != 3 or features.shape[0] < 1 or features.shape[1] * features.shape[2] < 2:
         raise ShapeError(f"features must be a map (c, h, w) of two tokens or more, got shape {tuple(features.shape)}")

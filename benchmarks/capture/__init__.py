@@ -1,0 +1,1 @@
+"""The share of dense attention that the keys of sparse patterns capture."""
