@@ -76,12 +76,6 @@ def test_every_network_has_the_size_of_the_one_that_it_is_compared_with() -> Non
             assert plain <= other <= 1.2 * plain
 
 
-@pytest.mark.parametrize("arguments", [["--size", "0"], ["--rounds", "-1"], ["--batch", "two"]], ids=str)
-def test_wrong_numbers_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cost.main(arguments) == 2
-    assert arguments[0] in capsys.readouterr().err
-
-
 def test_networks_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,15 +94,3 @@ def test_networks_of_others(
     assert plain == 1653 < lcoa != gmsa > plain
     assert cost.main([*FAST, "--host", "host.py:net", "--set", "widht=6"]) == 2
     assert "did you mean 'width'" in capsys.readouterr().err
-
-
-def test_layers_are_measured_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cost, "_edsr", lambda _, __, config=None: small(config and {**config, "every": 1, "share": 1}))
-    assert cost.main([*FAST, "--attention", "NLSA", "LCoA", "--json", str(tmp_path / "cost.json")]) == 0
-    rows = json.loads((tmp_path / "cost.json").read_text())["networks"]
-    assert [row["name"] for row in rows][1:] == ["+ NLSA every 4, share 1", "+ LCoA every 4, share 4"]
-    assert cost.markdown(rows) in capsys.readouterr().out
-    assert cost.main([*FAST, "--attention", "LCoB"]) != 0
-    assert "did you mean 'LCoA'" in capsys.readouterr().err
