@@ -183,10 +183,7 @@ BAD = [
     ({"type": "LSP", "every": 2}, "attention.type: must be a drop-in layer, got 'LSP', a provider; use "),
     ({"type": 3, "every": 2}, "attention.type: must be a string, got 3"),
     ({"every": 2}, "attention.type: missing"),
-    (
-        {"type": "LCoA"},
-        "attention: must have one of 'every' and 'after', which place the attention, got neither",
-    ),
+    ({"type": "LCoA"}, "attention: must have one of 'every' and 'after', which place the attention, got neither"),
     ({"type": "LCoA", "every": 2, "after": [1]}, "got both"),
     ({"type": "LCoA", "every": 0}, "attention.every: must be >= 1"),
     ({"type": "LCoA", "every": 5}, "attention.every: must hit at least one of the 4 blocks, got 5"),
@@ -197,10 +194,7 @@ BAD = [
     ({"type": "LCoA", "every": 1, "share": 0}, "attention.share: must be >= 1, got 0"),
     ({"type": "LCoA", "every": 1, "chunk_size": 0}, "attention.chunk_size: must be >= 1, got 0"),
     ({"type": "LCoA", "every": 1, "n_cluster": 9}, "attention.n_cluster: unknown; did you mean 'num_clusters'?"),
-    (
-        {"type": "ShiftConv2d", "every": 1},
-        "attention.type: must be a drop-in layer, got 'ShiftConv2d', an operator; use ",
-    ),
+    ({"type": "ShiftConv2d", "every": 1}, "attention.type: must be a drop-in layer, got 'ShiftConv2d', an operator"),
     ({"type": "LCoA", "every": 1, "shift": "auto"}, "attention.shift: unknown"),
     ({"type": "GMSA", "every": 1, "window_size": 8}, "attention.window_size: unknown; did you mean 'window_sizes'?"),
     ([{"type": "LCoA", "every": 1}, {"type": "LCoA"}], "attention.1: must have one of"),
@@ -224,10 +218,7 @@ def test_wrong_attention_is_explained(attention: Any, message: str) -> None:
     ({"type": "ELABB"}, "block.type: no layer named 'ELABB'; did you mean 'ELAB'?"),
     ({"type": "CoA"}, "block.type: must be a drop-in layer, got 'CoA', a consumer; use LCoA"),
     ({"type": "ELAB", "every": 2}, "block.every: unknown"),
-    (
-        {"type": "ELAB", "share": 0, "expansion": 0},
-        "block.share: must be >= 1, got 0\nblock.expansion: must be >= 1, got 0",
-    ),
+    ({"type": "ELAB", "share": 0, "expansion": 0}, "block.share: must be >= 1, got 0\nblock.expansion: must be >="),
 ])  # fmt: skip
 def test_wrong_blocks_are_explained(block: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -337,19 +337,11 @@ def test_overlap(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (
-            ["attention", "photo.png", "--pixel", "60", "0"],
-            2,
-            "--pixel must lie in the image, 0..59 and 0..39, got 60 0",
-        ),
+        (["attention", "photo.png", "--pixel", "60", "0"], 2, "--pixel must lie in the image, 0..59 and 0..39"),
         (["clusters", "photo.png", "--layer", "4"], 2, "--layer must be from 0 to 3, got 4"),
         (["clusters", "no.png"], 2, "no.png: no such image"),
         (["clusters", "photo.png", "-o", "x.gif"], 2, "--output x.gif cannot hold this picture"),
-        (
-            ["clusters", "photo.png", "-o", "x.txt"],
-            2,
-            "--output x.txt must have the suffix of an image format that Pillow writes",
-        ),
+        (["clusters", "photo.png", "-o", "x.txt"], 2, "--output x.txt must have the suffix of an image format"),
         (["clusters", "photo.png", "-o", "net.png"], 2, "net.png already exists; use --overwrite"),
         (["clusters", "photo.png", "-o", "net.png", "--pixel", "60", "0"], 2, "--pixel must lie in the image"),
         (["clusters", "photo.png", "-o", "net.png", "--set", "chunk_size"], 2, "--set needs NAME=VALUE"),

@@ -158,18 +158,9 @@ def test_a_database_of_single_images(databases: Callable[..., Any], here: Path) 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (
-            lambda root: (root / "data.mdb").unlink(),
-            r"the first sample cannot be read: .*(Error|lmdb)",
-        ),
-        (
-            lambda root: (root / "meta_info.txt").unlink(),
-            r"datasets\.train: .*No such file or directory: .*meta_info\.txt",
-        ),
-        (
-            lambda root: (root / "meta_info.txt").write_text(""),
-            r"datasets\.train: .*Keys in lq_folder and gt_folder are",
-        ),
+        (lambda root: (root / "data.mdb").unlink(), r"the first sample cannot be read: .*(Error|lmdb)"),
+        (lambda root: (root / "meta_info.txt").unlink(), r"datasets\.train: .*No such file or directory"),
+        (lambda root: (root / "meta_info.txt").write_text(""), r"datasets\.train: .*Keys in lq_folder and gt_folder"),
         (lambda root: (root / "data.mdb").write_bytes(b"junk"), r"the first sample cannot be read: .*(Error|lmdb)"),
     ],
 )

@@ -20,6 +20,18 @@ from sparse_sr_attn_basicsr.randomness import random_state
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 NET = "network_g"
 PSNR = "val.metrics.psnr"
+REQUIRED = [
+    f"{NET}.type",
+    NET,
+    "model_type",
+    "name",
+    "scale",
+    "logger",
+    "datasets",
+    "datasets.train.io_backend",
+    "train",
+]
+REQUIRED += ["train.optim_g", "train.optim_g.lr", "train.scheduler.type"]
 GAN: dict[str, Any] = {
     "model_type": "SparseSRGANModel",
     "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
@@ -27,6 +39,8 @@ GAN: dict[str, Any] = {
     "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
 }
 VGG: dict[str, Any] = {"type": "PerceptualLoss", "layer_weights": {"conv5_4": 1}}
+EDSR = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 2}
+COSINE = {"type": "CosineAnnealingRestartLR", "periods": [2, 2]}
 SINGLE = {
     "name": "single",
     "type": "SingleImageDataset",
@@ -35,20 +49,16 @@ SINGLE = {
 }
 
 MALFORMED = [
+    *(({path: ...}, rf"{re.escape(path)}: missing") for path in REQUIRED),
     # our networks
     ({f"{NET}.type": "SparseEDRS"}, r"network_g\.type: BasicSR has no network named 'SparseEDRS'; .*'SparseEDSR'\?"),
-    ({f"{NET}.type": ...}, r"network_g\.type: missing"),
-    ({NET: ...}, r"network_g: missing"),
     ({f"{NET}.num_feats": 8}, r"network_g\.num_feats: unknown; did you mean 'num_feat'\?"),
     ({f"{NET}.rgb_mean": [0.5]}, r"network_g\.rgb_mean: must have one number per channel"),
     ({f"{NET}.upscale": 4}, r"network_g\.upscale: must be 2, the option 'scale', got 4"),
     ({f"{NET}.upscale": ...}, r"network_g\.upscale: must be 2, the option 'scale', got 4 \(its default\)"),
     # attention
     ({f"{NET}.attention.n_cluster": 4}, r"network_g\.attention\.n_cluster: unknown; did you mean 'num_clusters'\?"),
-    (
-        {NET: {"type": "ELAN", "window_sizes": [4, 100_000_000]}},
-        r"network_g\.window_sizes: must be in \[1, 1024\], got \[4, 100000000\]",
-    ),
+    ({NET: {"type": "ELAN", "window_sizes": [4, 100_000_000]}}, r"window_sizes: must be in \[1, 1024\], got \[4, 1"),
     ({f"{NET}.attention.seed": 2**64}, r"network_g\.attention\.seed: must be an integer of 64 bits, got 18446744073"),
     ({"manual_seed": 2**32}, r"manual_seed: must be in \[0, 2\*\*32\) or ~ \(nothing\), got 4294967296"),
     ({"name": ["x" * 10_000]}, r"name: must be a string, got \['x{198}\.\.\. \(10004 characters\)$"),
@@ -62,14 +72,8 @@ MALFORMED = [
         r"train\.pretrain_img_range: must be ~ unless .* without block, .* got SparseEDSR with block",
     ),
     # BasicSR's networks
-    (
-        {NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 2, "attention": {}}},
-        r"network_g\.attention: unknown to EDSR; type: SparseEDSR has it",
-    ),
-    (
-        {NET: {"type": "SRVGGNetCompact", "num_feats": 3}},
-        r"network_g\.num_feats: unknown to SRVGGNetCompact; .*'num_feat'",
-    ),
+    ({NET: {**EDSR, "attention": {}}}, r"network_g\.attention: unknown to EDSR; type: SparseEDSR has it"),
+    ({NET: {"type": "SRVGGNetCompact", "num_feats": 3}}, r"num_feats: unknown to SRVGGNetCompact; .*'num_feat'"),
     ({"network_d": {"type": "UNetDiscriminatorN"}}, r"network_d\.type: BasicSR has no network named"),
     ({"network_d": 3}, r"network_d: must be a map"),
     (
@@ -80,10 +84,6 @@ MALFORMED = [
     ({"train.optim_d": GAN["train.optim_d"]}, r"train\.optim_d: unknown to SparseSRModel"),
     # model, machine, general
     ({"model_type": "SparseSRMode"}, r"model_type: BasicSR has no model named 'SparseSRMode'; .*'SparseSRModel'\?"),
-    ({"model_type": ...}, r"model_type: missing"),
-    ({"name": ...}, r"name: missing"),
-    ({"scale": ...}, r"scale: missing"),
-    ({"logger": ...}, r"logger: missing"),
     ({"scale": -1}, r"scale: must be >= 1, got -1"),
     ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"train.total_iter": 10**30}, r"train\.total_iter: must be below 2\*\*31, got 1000000"),
@@ -97,118 +97,64 @@ MALFORMED = [
     # data
     (
         {"datasets.train.dataroot_gt": "datasets/trian/HR"},
-        r"datasets\.train\.dataroot_gt: there is no folder 'datasets/trian/HR'.*working directory: /",
+        r"there is no folder 'datasets/trian/HR'.*working directory: /",
     ),
-    (
-        {"datasets.val.dataroot_lq": "datasets/val/lr_"},
-        r"datasets\.val\.dataroot_lq: there is no folder 'datasets/val/lr_'; did you mean 'datasets/val/LR'\?",
-    ),
+    ({"datasets.val.dataroot_lq": "datasets/val/lr_"}, r"there is no folder .*; did you mean 'datasets/val/LR'\?"),
     ({"datasets.train.dataroot_lq": ...}, r"datasets\.train\.dataroot_lq: missing; PairedImageDataset needs it"),
-    (
-        {"datasets.train.dataroot_lq": "datasets"},
-        r"datasets\.train: PairedImageDataset .* different number of images: 0, 6",
-    ),
-    (
-        {"datasets.train.dataroot_lq": "datasets/val/LR"},
-        r"datasets\.train: PairedImageDataset .* different number of images: 3, 6",
-    ),
-    (
-        {"datasets.train.filename_tmpl": "{}x2"},
-        r"datasets\.train: .* \dx2\.png is not in lq_paths\. filename_tmpl, e\.g\. '\{\}x2'",
-    ),
+    ({"datasets.train.dataroot_lq": "datasets"}, r"datasets\.train: PairedImageDataset .* number of images: 0, 6"),
+    ({"datasets.train.dataroot_lq": "datasets/val/LR"}, r"train: PairedImageDataset .* number of images: 3, 6"),
+    ({"datasets.train.filename_tmpl": "{}x2"}, r"datasets\.train: .* \dx2\.png is not in lq_paths\. filename_tmpl"),
     ({"datasets.train.gt_size": 33}, r"datasets\.train\.gt_size: must be a multiple of scale 2, got 33; nearest: 32"),
-    (
-        {"datasets.train.gt_size": 66},
-        r"datasets\.train: .* LQ \(32, 32\) is smaller than patch size \(33, 33\)",
-    ),
-    (
-        {"datasets.train.dataroot_gt": "datasets/train/LR"},
-        r"datasets\.train: .*LR/\d\.png: .*GT \(32, 32\) is not 2x .* LQ \(32, 32\)",
-    ),
-    (
-        {"datasets.val.dataroot_gt": "datasets/val/LR"},
-        r"datasets\.val\.dataroot_lq: must hold images of 1/2 the size \(the option 'scale'\)",
-    ),
-    (
-        {"scale": 4, "network_g.upscale": 4},
-        r"datasets\.val\.dataroot_lq: must hold images of 1/4 the size \(the option 'scale'\), .* 64x64 and 32x32",
-    ),
+    ({"datasets.train.gt_size": 66}, r"datasets\.train: .* LQ \(32, 32\) is smaller than patch size \(33, 33\)"),
+    ({"datasets.train.dataroot_gt": "datasets/train/LR"}, r"LR/\d\.png: .*GT \(32, 32\) is not 2x .* LQ \(32, 32\)"),
+    ({"datasets.val.dataroot_gt": "datasets/val/LR"}, r"datasets\.val\.dataroot_lq: must hold images of 1/2"),
+    ({"scale": 4, "network_g.upscale": 4}, r"val\.dataroot_lq: must hold images of 1/4 the size .* 64x64 and 32x32"),
     ({"datasets.train.gt_size": ...}, r"datasets\.train\.gt_size: missing; PairedImageDataset needs it"),
-    (
-        {"datasets.train.batch_size_per_gpu": 64},
-        r"dataset_enlarge_ratio: must be at least 11, got 10: .* trains on no batch",
-    ),
-    (
-        {"datasets.train.type": "PairedImageDatset"},
-        r"datasets\.train\.type: BasicSR has no dataset named .*'PairedImageDataset'\?",
-    ),
-    ({"datasets.train.io_backend": ...}, r"datasets\.train\.io_backend: missing"),
+    ({"datasets.train.batch_size_per_gpu": 64}, r"dataset_enlarge_ratio: must be at least 11, got 10: .* no batch"),
+    ({"datasets.train.type": "PairedImageDatset"}, r"BasicSR has no dataset named .*'PairedImageDataset'\?"),
     pytest.param(
         {"datasets.train.prefetch_mode": "cuda"}, r"prefetch_mode: must be cpu or ~ without a CUDA GPU", marks=no_gpu
     ),
     ({"datasets.vol": {}}, r"datasets\.vol: data sets must be named train and val, val_2, \.\.\., got 'vol'"),
     ({"datasets.train": ...}, r"datasets\.train: missing; training needs images"),
     ({"datasets.val": None}, r"datasets\.val: must be a mapping, got None"),
-    ({"datasets": ...}, r"datasets: missing"),
     # training
-    ({"train": ...}, r"train: missing"),
     ({"train.total_iter": ..., "train.total_iters": 9}, r"train\.total_iters: unknown; did you mean 'total_iter'\?"),
     ({"train.total_iter": 0}, r"train\.total_iter: must be whole and >= 1, got 0"),
     ({"train.ema_decay": 1}, r"train\.ema_decay: must be in \[0, 1\), got 1"),
     ({"train.optim_g.lr": "fast"}, r"train\.optim_g\.lr: must be a number > 0 and finite, got 'fast'"),
-    ({"train.optim_g.lr": ...}, r"train\.optim_g\.lr: missing"),
-    ({"train.optim_g": ...}, r"train\.optim_g: missing"),
-    ({"train.scheduler.type": ...}, r"train\.scheduler\.type: missing"),
     ({"train.pixel_opt": ...}, r"train\.pixel_opt: missing; training needs a loss"),
-    (
-        {"train.pixel_opt.type": "L1Los"},
-        r"train\.pixel_opt\.type: BasicSR has no loss named 'L1Los'; did you mean 'L1Loss'\?",
-    ),
+    ({"train.pixel_opt.type": "L1Los"}, r"BasicSR has no loss named 'L1Los'; did you mean 'L1Loss'\?"),
     ({"train.optim_g.type": "AdmaW"}, r"train\.optim_g\.type: there is no optimizer 'AdmaW'; did you mean 'AdamW'\?"),
     ({"train.optim_g.type": "LBFGS"}, r"train\.optim_g\.type: there is no optimizer 'LBFGS'"),
     (
-        {"train.optim_g": {"type": "SGD", "lr": 0.1, "momentm": 0.9}},
-        r"train\.optim_g\.momentm: unknown to SGD; did you mean 'momentum'\? \(known: lr, momentum, ",
+        {"train.optim_g": {"type": "SGD", "lr": 0.1, "momentm": 1}},
+        r"unknown to SGD; did you mean 'momentum'\? \(known: lr,",
     ),
     ({"train.optim_g.betas": [0.9]}, r"train\.optim_g: Adam rejects these options: "),
-    (
-        {"train.optim_g.betas": [0.9, 1]},
-        r"train\.optim_g: Adam rejects these options: Invalid beta parameter at index 1",
-    ),
+    ({"train.optim_g.betas": [0.9, 1]}, r"train\.optim_g: Adam rejects these options: Invalid beta"),
     ({"train.optim_g.betas": [0.9, 2]}, r"train\.optim_g\.betas: must be in \[0, 1\], got \[0\.9, 2\]"),
     ({"train.scheduler.type": "CosineLR"}, r"train\.scheduler\.type: BasicSR has no scheduler 'CosineLR'"),
     ({"train.scheduler.milestones": ...}, r"train\.scheduler\.milestones: missing; MultiStepRestartLR needs it"),
     ({"train.scheduler.gama": 0.1}, r"train\.scheduler\.gama: unknown to MultiStepRestartLR; did you mean 'gamma'"),
-    (
-        {"train.scheduler": {"type": "CosineAnnealingRestartLR", "periods": [1, 1], "restart_weights": [1, 1]}},
-        r"train\.scheduler\.periods: must add up to total_iter 4, got 2: BasicSR fails after the last",
-    ),
-    (
-        {"train.scheduler": {"type": "CosineAnnealingRestartLR", "periods": [2, 2]}},
-        r"train\.scheduler: CosineAnnealingRestartLR rejects these options: periods and restart_weights should have",
-    ),
+    ({"train.scheduler": {**COSINE, "periods": [1], "restart_weights": [1]}}, r"must add up to total_iter 4, got 1: "),
+    ({"train.scheduler": COSINE}, r"scheduler: CosineAnnealingRestartLR rejects these options: periods and restart"),
     ({"train.grad_clip": 0}, r"train\.grad_clip: must be .*> 0 and finite or ~ \(nothing\), got 0"),
     ({"train.accumulate": 3}, r"train\.accumulate: must divide batch_size_per_gpu 2 into equal parts, got 3"),
     (
         {"train.accumulate": 2, "train.pixel_opt.reduction": "sum"},
-        r"train\.pixel_opt\.reduction: must be mean with accumulate 2, .*, got 'sum'",
+        r"reduction: must be mean with accumulate 2, .*'sum'",
     ),
     ({"train.autocast": "bf61"}, r"train\.autocast: must be one of 'bf16', 'fp16' or ~ \(nothing\), got 'bf61'"),
     ({"train.autocast": "fp16"}, r"train\.autocast: must be bf16 or ~ on the CPU, got 'fp16'"),
     ({"train.cuda_graph": True}, r"train\.cuda_graph: must be false on the CPU, got true, which needs a CUDA GPU"),
     ({"train.cuda_graph": True, "train.accumulate": 2}, r"train\.accumulate: must be 1 with cuda_graph: true, got 2"),
-    (
-        {"model_type": "SRModel", "train.accumulate": 2},
-        r"train\.accumulate: unknown to SRModel; model_type: SparseSRModel has it",
-    ),
+    ({"model_type": "SRModel", "train.accumulate": 2}, r"unknown to SRModel; model_type: SparseSRModel has it"),
     ({"model_type": "SRModel", "val.tile": 8}, r"val\.tile: unknown to SRModel; model_type: SparseSRModel has it"),
     ({"val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile ~"),
     ({"val.tile": 8, "val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile 8"),
     ({"val.val_frq": 1, "val.val_freq": ...}, r"val\.val_frq: unknown; did you mean 'val_freq'\?"),
-    (
-        {"val.metrics.psnr.type": "psnr"},
-        r"val\.metrics\.psnr\.type: BasicSR has no metric named 'psnr'.*calculate_psnr",
-    ),
+    ({"val.metrics.psnr.type": "psnr"}, r"psnr\.type: BasicSR has no metric named 'psnr'.*calculate_psnr"),
     # metrics
     ({PSNR: 3}, r"val\.metrics\.psnr: must be a mapping with a key 'type', got 3"),
     ({"val.metrics": ["psnr"]}, r"val\.metrics: must be a mapping or ~ \(nothing\), got \['psnr'\]"),
@@ -217,10 +163,7 @@ MALFORMED = [
     ({f"{PSNR}.crop_border": "2"}, r"psnr: calculate_psnr fails \(TypeError"),
     ({f"{PSNR}.crop_border": -1}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is -1"),
     ({"val.metrics.n": {"type": "calculate_niqe", "crop_border": 0}}, r"metrics\.n: calculate_niqe fails \(.*64x64"),
-    (
-        {f"{PSNR}.test_y_chanel": True},
-        r"psnr\.test_y_chanel: unknown to calculate_psnr; did you mean 'test_y_channel'\?",
-    ),
+    ({f"{PSNR}.test_y_chanel": True}, r"test_y_chanel: unknown to calculate_psnr; did you mean 'test_y_channel'\?"),
     ({f"{PSNR}.test_y_channel": "false"}, r"psnr\.test_y_channel: must be true or false, got 'false'"),
     ({f"{PSNR}.better": "lowr"}, r"psnr\.better: must be one of 'higher', 'lower', got 'lowr'"),
     ({f"{PSNR}.type": "calculate_psnr_pt"}, r"psnr: calculate_psnr_pt fails \(IndexError: .*\) on an image"),
@@ -228,39 +171,24 @@ MALFORMED = [
     ({"train.pixel_opt": "L1Loss"}, r"train\.pixel_opt: must be a mapping with a key 'type', got 'L1Loss'"),
     ({"train.pixel_opt": {}}, r"train\.pixel_opt\.type: missing; it names the loss, e\.g\. L1Loss"),
     ({"train.pixel_opt.loss_weigth": 1}, r"pixel_opt\.loss_weigth: unknown to L1Loss; did you mean 'loss_weight'\?"),
-    (
-        {"train.pixel_opt.loss_weight": "big"},
-        r"pixel_opt\.loss_weight: must be a number other than inf and nan, got 'big'",
-    ),
+    ({"train.pixel_opt.loss_weight": "big"}, r"pixel_opt\.loss_weight: must be a number .*, got 'big'"),
     ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be other than inf and nan, got nan"),
     ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss rejects these options: .*avg.*'none', 'mean', 'sum'"),
     ({"train.pixel_opt.type": "GANLoss"}, r"pixel_opt\.gan_type: missing; GANLoss needs it"),
     ({"train.pixl_opt": {"type": "L1Loss"}}, r"pixl_opt: unknown to SparseSRModel; did you mean 'pixel_opt'\?"),
     ({"train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla"}}, r"gan_opt: unknown to SparseSRModel \(known: "),
     ({"train.l_opt": {"type": "L1Loss"}, "model_type": "SRModel", "train.ema_decay": 0}, r"l_opt: unknown to SRModel"),
-    (
-        {"train.perceptual_opt": {"type": "PerceptualLoss"}},
-        r"perceptual_opt\.layer_weights: missing; PerceptualLoss needs",
-    ),
-    (
-        {"train.perceptual_opt": {**VGG, "range_norm": "no"}},
-        r"perceptual_opt\.range_norm: must be true or false, got 'no'",
-    ),
+    ({"train.perceptual_opt": {"type": "PerceptualLoss"}}, r"perceptual_opt\.layer_weights: missing; PerceptualLoss"),
+    ({"train.perceptual_opt": {**VGG, "range_norm": "no"}}, r"range_norm: must be true or false, got 'no'"),
     ({"train.fft_opt": {"type": "FFTLoss", "reduction": "none"}}, r"fft_opt\.reduction: must be one of 'mean', 'sum'"),
-    (
-        {"train.fft_opt": {"type": "FFTLoss"}, "train.pixel_opt": ...},
-        r"train\.pixel_opt: missing; training needs a loss",
-    ),
+    ({"train.fft_opt": {"type": "FFTLoss"}, "train.pixel_opt": ...}, r"pixel_opt: missing; training needs a loss"),
     (
         {"train.fft_opt": {"type": "FFTLoss"}, "model_type": "SRModel", "train.ema_decay": 0},
         r"train\.fft_opt: unknown to SRModel; model_type: SparseSRModel has it",
     ),
     # GAN models
     ({**GAN, "train.gan_opt": None}, r"train\.gan_opt: missing; SparseSRGANModel needs it"),
-    (
-        {**GAN, "train.gan_opt.gan_type": "vanila"},
-        r"gan_opt: GANLoss rejects these options: GAN type vanila is not impl",
-    ),
+    ({**GAN, "train.gan_opt.gan_type": "vanila"}, r"GANLoss rejects these options: GAN type vanila is not impl"),
     (
         {"model_type": "SparseSRGANModel", "network_d": GAN["network_d"], "train.gan_opt": GAN["train.gan_opt"]},
         r"optim_d: miss",
@@ -284,39 +212,15 @@ MALFORMED = [
         for key, value in (("train.grad_clip", 1), ("val.tile", 16), ("train.deterministic", True))
     ],
     # what the data sets themselves refuse
-    (
-        {"datasets.val": SINGLE},
-        r"val\.type: SingleImageDataset has no image to compare with, which val\.metrics\.psnr needs",
-    ),
-    (
-        {"datasets.val": {k: v for k, v in SINGLE.items() if k != "dataroot_lq"}},
-        r"dataroot_lq: missing; SingleImageDataset",
-    ),
-    (
-        {"datasets.train.io_backend": {}},
-        r"datasets\.train\.io_backend\.type: missing; it names where images are read from, e\.g\. disk",
-    ),
-    (
-        {"datasets.train.io_backend": {"type": "dsik"}},
-        r"datasets\.train: .* Backend dsik is not supported",
-    ),
-    (
-        {"datasets.train.io_backend": {"type": "disk", "db": 1}},
-        r"datasets\.train: the first sample cannot be read: .*TypeErr",
-    ),
-    (
-        {"datasets.train.io_backend": {"type": "lmdb"}},
-        r"datasets\.train: .* should both in lmdb formats",
-    ),
+    ({"datasets.val": SINGLE}, r"SingleImageDataset has no image to compare with, which val\.metrics\.psnr needs"),
+    ({"datasets.val": SINGLE, "datasets.val.dataroot_lq": ...}, r"dataroot_lq: missing; SingleImageDataset"),
+    ({"datasets.train.io_backend": {}}, r"io_backend\.type: missing; it names where images are read from, e\.g\. disk"),
+    ({"datasets.train.io_backend": {"type": "dsik"}}, r"datasets\.train: .* Backend dsik is not supported"),
+    ({"datasets.train.io_backend": {"type": "disk", "db": 1}}, r"the first sample cannot be read: .*TypeErr"),
+    ({"datasets.train.io_backend": {"type": "lmdb"}}, r"datasets\.train: .* should both in lmdb formats"),
     ({"datasets.train.meta_info_file": "no.txt"}, r"datasets\.train: .*No such file or directory: 'no\.txt'"),
-    (
-        {"datasets.train.filename_tmpl": "{}_{}"},
-        r"datasets\.train: PairedImageDataset rejects these options: IndexError",
-    ),
-    (
-        {"datasets.train.mean": [0, 0, 0], "datasets.train.std": [0, 0, 0]},
-        r"train: the first sample .*division by zero",
-    ),
+    ({"datasets.train.filename_tmpl": "{}_{}"}, r"PairedImageDataset rejects these options: IndexError"),
+    ({"datasets.train.mean": [0, 0, 0], "datasets.train.std": [0, 0, 0]}, r"first sample .*division by zero"),
     ({"datasets.train.color": "Y"}, r"color: must be one of 'y', 'rgb' or ~ \(nothing\), got 'Y'"),
     ({"datasets.train.use_hflip": "yes"}, r"use_hflip: must be true or false or ~ \(nothing\), got 'yes'"),
     ({"datasets.train.use_hflp": True}, r"datasets\.train\.use_hflp: unknown; did you mean 'use_hflip'\?"),
@@ -335,10 +239,7 @@ MALFORMED = [
     ({"train.optim_g.amsgrad": "yes"}, r"train\.optim_g\.amsgrad: must be true or false, got 'yes'"),
     # networks of BasicSR
     ({NET: {"type": "EDSR", "num_in_ch": 3, "upscale": 2}}, r"network_g\.num_out_ch: missing; EDSR needs it"),
-    (
-        {NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 4}},
-        r"network_g: must upscale by 2, the option 'scale', but does so by 4",
-    ),
+    ({NET: {**EDSR, "upscale": 4}}, r"network_g: must upscale by 2, the option 'scale', but does so by 4"),
     ({NET: {"type": "MSRResNet", "num_feat": "many"}}, r"network_g: MSRResNet cannot be built with these options: "),
     ({"path.pretrain_network_g": "nowhere.pth"}, r"path\.pretrain_network_g: there is no file 'nowhere\.pth'"),
     ({"path.resume_state": "nowhere.state"}, r"path\.resume_state: there is no file 'nowhere\.state'"),
@@ -676,16 +577,8 @@ def test_processes_without_a_common_seed_are_remarked_on(
 @pytest.mark.parametrize(
     ("launcher", "changes", "message"),
     [
-        (
-            "pytorch",
-            {"model_type": "SRModel", "train.ema_decay": 0},
-            "model_type: must be SparseSRModel for several processes on the CPU",
-        ),
-        (
-            "pytorch",
-            {"dist_params": {"backend": "ncc"}},
-            "dist_params.backend: must be one of 'nccl', 'gloo', got 'ncc'",
-        ),
+        ("pytorch", {"model_type": "SRModel", "train.ema_decay": 0}, "model_type: must be SparseSRModel for several"),
+        ("pytorch", {"dist_params": {"backend": "ncc"}}, "dist_params.backend: must be one of 'nccl', 'gloo'"),
         ("pytorch", None, "--launcher pytorch: needs the environment variables of torchrun"),
     ],
 )
