@@ -99,23 +99,6 @@ def test_low_resolution_is_what_matlab_would_make(data: Path) -> None:
         assert torch.equal(picture(data / "train/LR_x2" / file.name)[2:-2, 2:-2], expected)
 
 
-def test_grey_photographs_have_three_equal_channels(data: Path) -> None:
-    grey = picture(data / "val/HR/camera.png")
-    assert (grey == grey[..., :1]).all()
-    colour = picture(data / "val/HR/chelsea.png")
-    assert not torch.equal(colour[..., 0], colour[..., 2])
-
-
-def test_preparing_again_replaces_what_was_there(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "data/train/HR").mkdir(parents=True)
-    (tmp_path / "data/train/HR/leftover.png").write_text("of another run")
-    run(DEMO / "prepare.py", "--out", "data", cwd=tmp_path)
-    assert names(tmp_path / "data") == ["train", "val"]
-    for folder in ("train/HR", "train/LR_x2", "val/HR", "val/LR_x2"):
-        assert names(tmp_path / "data" / folder) == names(data / folder)
-    assert names(tmp_path / "data/train") == ["HR", "LR_x2"]
-
-
 @pytest.mark.parametrize(("file", "name"), [("train.yml", "LCoAN"), ("train_ELAN.yml", "ELAN")])
 def test_option_file_is_the_preset_and_fits_the_data(file: str, name: str, data: Path) -> None:
     options = yaml.safe_load((DEMO / file).read_text())

@@ -386,14 +386,6 @@ def test_a_traced_forward_compiles_without_a_break() -> None:
         assert torch.equal(compiled(x), eager(x))
 
 
-def test_what_a_forward_keeps_in_the_model_stays_there() -> None:
-    model = attended("tokens")
-    before = model.num_calls
-    model(image(1, 3, 6, 7))
-    model(image(1, 3, 6, 7))
-    assert model.num_calls == before + 2
-
-
 class Weighted(Numbered):
     weight = 1.0
 

@@ -141,28 +141,6 @@ def test_elabs_stand_in_place_of_blocks() -> None:
     assert (model.body[0](x) != x).any()
 
 
-def test_lcoa_and_gmsa_in_one_network() -> None:
-    """States of both kinds pass the same blocks, each to its own readers; all of it learns."""
-    maps = [{**LCOA, "every": 1, "share": 2}, {**GMSA_MAP, "every": 2, "share": 2}]
-    model = EDSR(num_block=4, attention=maps, block={"type": "ELAB", "window_sizes": [2]}, **SMALL)
-    assert [type(layer) for layer in model.attention] == [LCoA, CoA, GMSA, LCoA, CoA, SharedGMSA]
-    model(image(2, 3, 6, 6)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    x = y = image(2, 8, 5, 5)
-    states: dict[str, Any] = {}
-    kinds = [["LCoA"], ["CoA", "GMSA"], ["LCoA"], ["CoA", "SharedGMSA"]]
-    layers = iter(model.eval().attention)
-    for block, names in zip(model.body, kinds, strict=True):
-        y = block(y)
-        for name in names:
-            layer = next(layers)
-            kind = "G" if "GMSA" in name else "L"
-            if name in ("LCoA", "GMSA"):
-                states[kind] = layer.attend(y)
-            y = layer(y, states[kind])
-    assert torch.equal(model.features(x), y)
-
-
 def test_zero_init_by_default_and_identity() -> None:
     """Attention starts as the identity, and its keys stand under a prefix of their own."""
     plain = EDSR(num_block=4, **SMALL)

@@ -21,12 +21,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"sparse-sr {importlib.metadata.version('sparse-sr-attn')}\n"
 
 
-def test_help_names_the_commands_and_where_results_go(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--help"])
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("train", "test", "experiments/", "working directory"))
-
-
 COLD = """
 import sys
 from sparse_sr_attn.cli.main import main
@@ -199,17 +193,6 @@ def test_the_other_commands_do_without_basicsr() -> None:
     done = _without_basicsr(["list", "LCoA"])
     assert done.returncode == 0, done.stderr
     assert "num_clusters=128" in done.stdout
-
-
-def test_the_module_is_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sparse_sr_attn", "test", "-opt", "nowhere.yml"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "nowhere.yml: no such option file" in done.stderr
 
 
 def test_other_processes_of_a_distributed_run_are_silent(

@@ -1,6 +1,5 @@
 """`sparse-sr upscale`: awkward images give the right result or one line, and nothing is ever half-written."""
 
-import contextlib
 import os
 import platform
 import re
@@ -867,31 +866,6 @@ def test_memory_that_runs_out_is_answered_by_smaller_tiles(
     close(opened("a_x2.png"), expected(nets[3][1], pixels), "RGB")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
-def test_a_bar_on_a_terminal_and_none_elsewhere(here: Path, nets: Any) -> None:
-    Image.fromarray(noise(40, 30, 3)).save("a.png")
-    import fcntl
-    import termios
-
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, "-m", "sparse_sr_attn", "upscale", "a.png", "--tile", "2", "--weights", str(nets[3][0])]
-    every_tile = {**os.environ, "TQDM_MININTERVAL": "0"}  # else a fast machine is done before the bar has moved
-    shown = b""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=every_tile) as process:
-        os.close(theirs)
-        with contextlib.suppress(OSError):  # how a terminal ends
-            while part := os.read(ours, 4096):  # while it runs: a terminal holds little that nobody reads
-                shown += part
-        told, _ = process.communicate()
-    os.close(ours)
-    assert (process.returncode, told) == (0, "a.png -> a_x2.png\n")
-    assert b"a.png:" in shown
-    assert b"100%" in shown
-    done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def test_progress_within_one_tile(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no terminal is, lines tell how far it is, by the parts of the network; hooks do not stay."""
     monkeypatch.setattr("sparse_sr_attn.cli.upscale._REPORT_EVERY", 0)
@@ -926,29 +900,6 @@ def test_freed_memory_is_kept_unless_the_user_says_how(here: Path, nets: Any) ->
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         pytest.skip("mallopt is glibc's")
     assert 4 * faults() < faults(MALLOC_TOP_PAD_="0")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs to know the size of a process")
-def test_memory_that_really_runs_out(here: Path) -> None:
-    """A process that may grow by 60 MiB, in which the whole image would need ten times as much."""
-    pixels = noise(700, 700, 3)
-    Image.fromarray(pixels).save("a.png")
-    Image.fromarray(pixels[:40, :40]).save("small.png")
-    torch.manual_seed(0)
-    model = EDSR(num_feat=32, num_block=1, upscale=2).eval()
-    torch.save(model.state_dict(), "net.pth")
-    done = run_in_process(
-        "import re, resource, sys; from sparse_sr_attn.cli.main import main\n"
-        "main(['upscale', 'small.png', '--weights', 'net.pth'])\n"  # all that it needs is in memory then
-        "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (size + 60 * 2**20,) * 2)\n"
-        "sys.exit(main(['upscale', 'a.png', '--weights', 'net.pth', '--tile', '0']))"
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) >= 1
-    assert all("memory ran out; trying tiles of" in line for line in done.stderr.splitlines())
-    close(opened("a_x2.png"), expected(model, pixels), "RGB")
 
 
 # --------------------------------------------------------------------------------------------------------- wrong usage

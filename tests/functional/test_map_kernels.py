@@ -25,8 +25,6 @@ pytestmark = pytest.mark.unhooked  # triton reads the source of what it compiles
 few = settings(max_examples=10)
 both_memories = pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 sizes = st.tuples(*(st.integers(1, high) for high in (3, 13, 7, 7)))
-
-
 Sizes = tuple[int, ...]
 
 
@@ -243,7 +241,6 @@ for dtype, weights in (
             print(name, dtype, weights, form, found, flush=True)
             assert dtype == torch.float64 or found.spilled == 0, (name, dtype, found)
 """
-
 
 COMPILE = """
 import sys

@@ -115,16 +115,6 @@ def test_of_equal_tokens_all_capture_their_share_of_keys() -> None:
     assert found.patterns["windows"].num_keys == (16 * 16 + 2 * 8 * 8 + 4 * 4) / 36  # 4x4, and what remains
 
 
-def test_clusters_capture_what_raster_order_does_not() -> None:
-    """Tokens of four directions, one after the other: as many chunks of nine hold all that matters."""
-    directions = torch.eye(4)[torch.arange(36) % 4].T.reshape(4, 6, 6)
-    names = ["LCoA:num_clusters=4,num_adjacent=0", "raster"]
-    found = captured_mass(directions, read_patterns(names, num_keys=9), num_keys=9, temperature=30.0)
-    assert found.best == pytest.approx(1, abs=1e-6)
-    assert found.patterns[names[0]].mass == pytest.approx(1, abs=1e-6)
-    assert found.patterns["raster"].mass < 0.4
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

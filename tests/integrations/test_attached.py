@@ -92,15 +92,6 @@ def test_networks_of_basicsr_take_attention_and_give_it_back(options: dict[str, 
     assert torch.equal(model(x), plain(x))
 
 
-@pytest.mark.parametrize("options", BODIES.values(), ids=BODIES)
-def test_they_compile_without_a_break(options: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    model = attach(built(options), zero_init=False, **OPTIONS).eval()
-    expected = model(image(1, 3, 6, 8))
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(image(1, 3, 6, 8)), expected)
-
-
 @old_meshgrid
 def test_swinir_runs_its_blocks_itself() -> None:
     model = built({**SWINIR, "depths": [2, 2], "num_heads": [2, 2], "upsampler": "pixelshuffle"})

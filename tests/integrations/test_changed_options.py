@@ -22,10 +22,7 @@ def noted(here: Path, name: str = "tiny") -> list[str]:
 
 
 COSINE = {"type": "CosineAnnealingRestartLR", "periods": [12], "eta_min": 1e-6}
-
-
 MULTISTEP = {"type": "MultiStepLR", "milestones": [3, 7, 9], "gamma": 0.5}
-
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "the learning rate": ({}, {"train.optim_g.lr": 5e-4}, ["train.optim_g.lr is 0.0005, and was 0.001"]),

@@ -20,23 +20,14 @@ from sparse_sr_attn import PRESETS
 from sparse_sr_attn.cli.main import main
 
 Write = Callable[..., str]
-
-
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-
-
 SECONDS = 120
-
-
 """More than any of these runs takes: a run that hangs fails."""
 
 
 # Plain steps on the mean gradient: so two processes make those of one on the batch of both, to rounding.
 STEPS = {"train.optim_g": {"type": "SGD", "lr": 0.05}, "train.total_iter": 3, "val": ...}
-
-
 HALF = {"datasets.train.batch_size_per_gpu": 1}
-
 
 NOTING = """\
 import os
@@ -54,8 +45,6 @@ def noting(self, epoch, current_iter):
 
 SparseSRModel.save = noting
 """
-
-
 """Imported by both processes: notes their ids and, when the first one saves, the weights of each."""
 
 
@@ -121,11 +110,7 @@ def assert_alike(here: Path) -> dict[str, Tensor]:
 
 
 LCOAN = {"type": "LCoAN", "num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16}
-
-
 ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 2, "share": 2, "window_sizes": [2, 4, 8]}
-
-
 LIGHT = {name: {"type": name.removesuffix("-light"), **PRESETS[name].options} for name in ("LCoAN-light", "ELAN-light")}
 
 
@@ -196,8 +181,6 @@ def test_validation_and_testing_go_through_a_launcher_too(training: Write, testi
 
 
 KILLED = {**HALF, "train.total_iter": 12, "logger.save_checkpoint_freq": 2, "val": ..., "path.resume_state": None}
-
-
 """Adam, EMA and augmentation: all that a state has to hold."""
 
 

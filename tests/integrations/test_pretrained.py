@@ -43,7 +43,6 @@ def each(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, Any]],
 READ = "must be weights that can be read as data, from a .safetensors or a whole torch.save file without code; got "
 HOLD = "must hold weights, got "
 
-
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
     "empty": (lambda _: b"", READ + "EOFError"),
     "one byte": (lambda _: b"\x80", READ + "IndexError: index out of range"),

@@ -167,13 +167,6 @@ def test_validation_changes_nothing(training: Write, here: Path) -> None:
     assert list(differences(saved(here, "tiny", 6), saved(here, "validated", 6))) == []
 
 
-def test_seeds_epochs_and_places_make_samples_differ(training: Write, here: Path) -> None:
-    file = training({**BASE, RATIO: 1})
-    for seed in (0, 1):
-        assert train(file, f"manual_seed={seed}", total=1, name=f"seed{seed}") == 0
-    assert list(differences(saved(here, "seed0", 1), saved(here, "seed1", 1)))
-
-
 def busiest(weights: dict[str, Any], name: str) -> Tensor:
     """Return the row of a buffer that belongs to the cluster with most tokens: an empty one may be given up."""
     lsp = {key: weights["params"][f"attention.0.lsp.{key}"] for key in (name, "pending_counts")}
@@ -438,6 +431,3 @@ def test_resuming_a_fine_tuned_run_is_not_led_astray_by_how_it_began(
     assert train(file, total=3) == 0
     assert train(file, total=6) == 0
     assert list(differences(saved(here, "tiny", 6), saved(here, "whole", 6))) == []
-
-
-# --- the pieces

@@ -34,8 +34,6 @@ from sparse_sr_attn.backbones.base import Network, encode_options, options_of
 from sparse_sr_attn_spandrel import ARCHITECTURES, install
 
 LCOA = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "every": 1}
-
-
 pytestmark = pytest.mark.usefixtures("spandrel_registry")
 
 

@@ -31,8 +31,6 @@ WIDTH, VALUE_WIDTH = 4, 3
 LONGEST = 17
 
 half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
 BACKENDS: tuple[fast.Backend, ...] = ("eager", "operator")
 
 
