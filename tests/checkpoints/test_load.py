@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from edsr_pytorch import Theirs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_sr_attn import EDSR, ELAN, LAYERS, RCAN, AttentionLayer, CheckpointError, ConfigError, LCoAN, load_model
@@ -201,15 +201,8 @@ def read_back(content: Any, folder: Path) -> nn.Module:
 def test_a_network_is_found_in_whatever_it_is_wrapped(name: str, tmp_path: Path) -> None:
     """With options and without, with keys of ours and of others."""
     if name == "released":
-        state = pytorch_weights("RCAN", 2)
-
-        class Theirs(nn.Module):
-            def state_dict(self, *, destination: Any = None, prefix: str = "", **_: Any) -> dict[str, Tensor]:
-                destination = {} if destination is None else destination
-                destination |= {f"{prefix}{key}": value for key, value in state.items()}
-                return dict(destination)
-
-        model, original = load_model(state), Theirs()
+        original = theirs("RCAN")
+        model = load_model(original.state_dict())
     else:
         model = original = plain_edsr() if name == "plain" else trained(name)
     for way, wrap in WRAPPERS.items():
@@ -532,104 +525,41 @@ def test_masked_shift_convolutions_of_released_elan_load_too() -> None:
     assert_same(load_model(state), model)
 
 
-def pytorch_edsr(state: dict[str, Tensor], x: Tensor, res_scale: float) -> Tensor:
-    """EDSR-PyTorch's EDSR and RCAN, restated: images in 0..255."""
-
-    def conv(x: Tensor, name: str) -> Tensor:
-        weight = state[f"{name}.weight"]
-        return F.conv2d(x, weight, state[f"{name}.bias"], padding=weight.shape[-1] // 2)
-
-    def children(prefix: str) -> int:
-        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
-
-    def block(x: Tensor, name: str) -> Tensor:
-        y = conv(F.relu(conv(x, f"{name}.body.0")), f"{name}.body.2")
-        if f"{name}.body.3.conv_du.0.weight" in state:
-            hidden = F.relu(conv(y.mean(dim=(2, 3), keepdim=True), f"{name}.body.3.conv_du.0"))
-            y = y * torch.sigmoid(conv(hidden, f"{name}.body.3.conv_du.2"))
-        return res_scale * y + x
-
-    def group(x: Tensor, name: str) -> Tensor:
-        if f"{name}.body.0.body.0.weight" not in state:
-            return block(x, name)
-        y, last = x, children(f"{name}.body.") - 1
-        for index in range(last):
-            y = block(y, f"{name}.body.{index}")
-        return conv(y, f"{name}.body.{last}") + x
-
-    first = y = conv(conv(x, "sub_mean"), "head.0")
-    last = children("body.") - 1
-    for index in range(last):
-        y = group(y, f"body.{index}")
-    y = conv(y, f"body.{last}") + first
-    for stage in range(0, 2 * children("tail.0."), 2):
-        y = conv(y, f"tail.0.{stage}")
-        y = F.pixel_shuffle(y, 3 if y.shape[1] == 9 * first.shape[1] else 2)
-    return conv(conv(y, "tail.1"), "add_mean")
+def theirs(kind: str, upscale: int = 2, **options: Any) -> Theirs:
+    torch.manual_seed(upscale)
+    return Theirs(upscale, **({"groups": 2, "blocks": 2} if kind == "RCAN" else {}), **options)
 
 
-def pytorch_weights(kind: str, upscale: int, rgb_range: float = 255.0) -> dict[str, Tensor]:
-    """Random weights in the layout of EDSR-PyTorch: 3 blocks, or 2 groups of 2 blocks, of 8 channels."""
-    state: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(upscale)
-
-    def conv(name: str, out: int, into: int, kernel: int = 3) -> None:
-        bound = (into * kernel**2) ** -0.5
-        for part, shape in {"weight": (out, into, kernel, kernel), "bias": (out,)}.items():
-            state[f"{name}.{part}"] = bound * (2 * torch.rand(shape, generator=generator) - 1)
-
-    def block(name: str) -> None:
-        conv(f"{name}.body.0", 8, 8)
-        conv(f"{name}.body.2", 8, 8)
-        if kind == "RCAN":
-            conv(f"{name}.body.3.conv_du.0", 2, 8, 1)
-            conv(f"{name}.body.3.conv_du.2", 8, 2, 1)
-
-    mean = rgb_range * torch.tensor([0.4488, 0.4371, 0.4040])
-    for name, sign in {"sub_mean": -1, "add_mean": 1}.items():
-        state |= {f"{name}.weight": torch.eye(3).view(3, 3, 1, 1), f"{name}.bias": sign * mean}
-    conv("head.0", 8, 3)
-    if kind == "EDSR":
-        for index in range(3):
-            block(f"body.{index}")
-    else:
-        for index in range(4):
-            block(f"body.{index // 2}.body.{index % 2}")
-        conv("body.0.body.2", 8, 8)
-        conv("body.1.body.2", 8, 8)
-    conv("body.3" if kind == "EDSR" else "body.2", 8, 8)
-    for index, factor in enumerate([3] if upscale == 3 else [2] * (upscale.bit_length() - 1)):
-        conv(f"tail.0.{2 * index}", 8 * factor**2, 8)
-    conv("tail.1", 3, 8)
-    return state
+def released_by(kind: str) -> dict[str, Tensor]:
+    return theirs(kind).state_dict()
 
 
 @pytest.mark.parametrize("upscale", [2, 3, 4, 8])
 @pytest.mark.parametrize(("kind", "res_scale"), [("EDSR", 1.0), ("EDSR", 0.1), ("RCAN", 1.0)])
+@torch.no_grad()
 def test_edsr_pytorch_gives_the_same_image(kind: str, res_scale: float, upscale: int, tmp_path: Path) -> None:
     """Theirs work on 0..255, ours on 0..1, and inside both on 0..255."""
-    state = pytorch_weights(kind, upscale)
+    network = theirs(kind, upscale, res_scale=res_scale)
+    state = network.state_dict()
     torch.save(state, tmp_path / "net.pt", _use_new_zipfile_serialization=upscale > 2)  # theirs are of both kinds
-    with torch.no_grad():
-        model = load_model(tmp_path / "net.pt", **({"res_scale": res_scale} if res_scale != 1 else {}))
-        assert type(model) is {"EDSR": EDSR, "RCAN": RCAN}[kind]
-        expected = pytorch_edsr(state, 255 * image(), res_scale) / 255
-        torch.testing.assert_close(model(image()), expected, rtol=0, atol=1e-5)
-        without_mean = {key: value for key, value in state.items() if "_mean" not in key}
-        torch.testing.assert_close(load_model(without_mean, res_scale=res_scale)(image()), model(image()))
+    model = load_model(tmp_path / "net.pt", **({"res_scale": res_scale} if res_scale != 1 else {}))
+    assert type(model) is {"EDSR": EDSR, "RCAN": RCAN}[kind]
+    torch.testing.assert_close(model(image()), network(255 * image()) / 255, rtol=0, atol=1e-5)
+    without_mean = {key: value for key, value in state.items() if "_mean" not in key}
+    torch.testing.assert_close(load_model(without_mean, res_scale=res_scale)(image()), model(image()))
 
 
 @pytest.mark.parametrize("kind", ["EDSR", "RCAN"])
+@torch.no_grad()
 def test_the_mean_shift_tells_range_and_mean(kind: str) -> None:
     """A network of EDSR-PyTorch that was trained on images in 0..1, with a mean of its own."""
-    state = pytorch_weights(kind, 2, rgb_range=1.0)
-    state["sub_mean.bias"] = -torch.tensor([0.2, 0.3, 0.4])
-    state["add_mean.bias"] = torch.tensor([0.2, 0.3, 0.4])
-    model = load_model(state)
+    network = theirs(kind, rgb_range=1.0)
+    network.sub_mean.bias.copy_(-torch.tensor([0.2, 0.3, 0.4]))
+    network.add_mean.bias.copy_(torch.tensor([0.2, 0.3, 0.4]))
+    model = load_model(network.state_dict())
     assert model.img_range == 1.0
-    with torch.no_grad():
-        torch.testing.assert_close(model(image()), pytorch_edsr(state, image(), 1.0), rtol=0, atol=1e-6)
-    state |= {"sub_mean.bias": torch.zeros(3), "add_mean.bias": torch.zeros(3)}
+    torch.testing.assert_close(model(image()), network(image()), rtol=0, atol=1e-6)
+    state = {**network.state_dict(), "sub_mean.bias": torch.zeros(3), "add_mean.bias": torch.zeros(3)}
     assert load_model(state).img_range == 255.0
 
 
@@ -852,23 +782,23 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         "attention.0.lsp.centroids must be (9, 2), got (5, 2)",
     ),
     "two keys for one": (
-        {**pytorch_weights("EDSR", 2), "body.9.weight": WEIGHT},
+        {**released_by("EDSR"), "body.9.weight": WEIGHT},
         "keys of EDSR of EDSR-PyTorch must be distinct, but 'body.9.weight' is a second 'conv_after_body.weight'",
     ),
     "deviations": (
-        {**pytorch_weights("RCAN", 2), "sub_mean.weight": 0.5 * torch.eye(3).view(3, 3, 1, 1)},
+        {**released_by("RCAN"), "sub_mean.weight": 0.5 * torch.eye(3).view(3, 3, 1, 1)},
         "sub_mean.weight must be the identity; our networks divide by no standard deviation",
     ),
     "a mean of two": (
-        {**pytorch_weights("RCAN", 2), "sub_mean.bias": torch.tensor([-0.5, -0.5])},
+        {**released_by("RCAN"), "sub_mean.bias": torch.tensor([-0.5, -0.5])},
         "cannot be used here:\nrgb_mean: must have one number per channel",
     ),
     "batch normalisation": (
-        {**pytorch_weights("EDSR", 2), "body.0.body.1.running_mean": torch.zeros(8)},
+        {**released_by("EDSR"), "body.0.body.1.running_mean": torch.zeros(8)},
         "unexpected: body.0.body.1.running_mean",
     ),
     "channel attention without a squeeze": (
-        {key: value for key, value in pytorch_weights("RCAN", 2).items() if "conv_du.0" not in key},
+        {key: value for key, value in released_by("RCAN").items() if "conv_du.0" not in key},
         "must have the key 'body.0.residual_group.0.rcab.3.attention.1.weight' (our name)",
     ),
     "several rounds": (
@@ -971,8 +901,8 @@ def test_layouts_tell_each_other_apart() -> None:
         plain_edsr().state_dict(),
         released(),
         released_elan(),
-        pytorch_weights("EDSR", 2),
-        pytorch_weights("RCAN", 2),
+        released_by("EDSR"),
+        released_by("RCAN"),
     ]
     met = [[layout.name for layout in LAYOUTS if layout.recognises(sample)] for sample in samples]
     assert all(len(names) == 1 for names in met), met
