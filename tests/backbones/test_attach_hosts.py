@@ -226,9 +226,13 @@ def quiet() -> Iterator[None]:
 
 @hosts
 def test_the_trunk_is_found_and_the_model_stays_the_same_to_the_bit(name: str) -> None:
-    model, plain = built(name), built(name)
+    model, named, plain = built(name), built(name), built(name)
     with quiet():
         attach(model, every=1, share=2, **OPTIONS)
+    torch.manual_seed(0)
+    attach(named, HOSTS[name][1], every=1, share=2, **OPTIONS)
+    assert owner_of(named)._record == owner_of(model)._record
+    assert named.state_dict().keys() == model.state_dict().keys()
     assert [type(layer) for layer in layers_of(model)][:2] == [LCoA, CoA]
     assert isinstance(model, HOSTS[name][0])  # type: ignore[arg-type]
     assert HOSTS[name][2] is None or traced(model) == HOSTS[name][2]
@@ -243,17 +247,6 @@ def test_the_trunk_is_found_and_the_model_stays_the_same_to_the_bit(name: str) -
     assert detach(model).state_dict().keys() == plain.state_dict().keys()
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert vars(model).keys() == vars(plain).keys()
-
-
-@hosts
-def test_the_name_that_is_offered_leads_to_the_same_layers(name: str) -> None:
-    found, named = built(name), built(name)
-    with quiet():
-        attach(found, share=2, **OPTIONS)
-    torch.manual_seed(0)
-    attach(named, HOSTS[name][1], share=2, **OPTIONS)
-    assert found.state_dict().keys() == named.state_dict().keys()
-    assert owner_of(found)._record == owner_of(named)._record
 
 
 def test_states_travel_where_the_host_lets_its_blocks_run() -> None:

@@ -239,17 +239,6 @@ def test_no_rim_around_what_is_visible(here: Path, kind: str) -> None:
     assert float(np.abs(over - light).max()) <= 6  # 94 without
 
 
-def test_what_is_visible_is_what_an_opaque_image_becomes(upscale: Any) -> None:
-    """Far from hidden pixels, and where all are visible, alpha changes no colour."""
-    pixels = noise(30, 40, 4)
-    pixels[..., 3] = np.where(np.arange(40) < 20, 0, 16 + pixels[..., 3] % 240)
-    Image.fromarray(pixels).save("half.png")
-    Image.fromarray(pixels[..., :3]).save("opaque.png")
-    assert upscale("half.png")[0] == upscale("opaque.png")[0] == 0
-    far = np.s_[:, 56:]
-    assert np.array_equal(np.asarray(opened("half_x2.png"))[far][..., :3], np.asarray(opened("opaque_x2.png"))[far])
-
-
 def coloured(mode: str) -> Image.Image:
     image = Image.fromarray(noise(6, 5, 3))
     if mode == "1":

@@ -1,6 +1,5 @@
 """Where pixels attend is what dense attention says; the overlap of layers is what it should be."""
 
-import copy
 import math
 import os
 from collections.abc import Callable
@@ -179,18 +178,6 @@ def test_a_layer_within_a_layer_without_a_state() -> None:
     assert list(attention_states(nn.Sequential(Around(), LCoA(3)), picture())) == ["0.inner", "1"]
 
 
-def test_the_model_is_left_as_it_was() -> None:
-    model = network(2).train()
-    model.conv_first.eval()
-    before = copy.deepcopy(model.state_dict())
-    modes = [module.training for module in model.modules()]
-    attention_states(model, picture())
-    assert [module.training for module in model.modules()] == modes
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]), key
-
-
 def test_without_attention_there_is_nothing_to_show() -> None:
     with pytest.raises(ValueError, match=r"layers with a state \(LCoA, GMSA, .*\), and EDSR runs none"):
         attention_states(EDSR(num_feat=8, num_block=1), picture())
@@ -211,26 +198,7 @@ def test_entropy_is_that_of_the_weights() -> None:
     assert attention_entropy(state, num_tokens=10_000) == pytest.approx(sum(shares) / len(shares), abs=1e-6)
 
 
-def test_entropy_of_sharp_and_even_attention() -> None:
-    even, sharp = lsp(), lsp()
-    with torch.no_grad():
-        for layer, scale in ((even, 1e-6), (sharp, 100.0)):
-            layer.scale_logits.logit_scale.fill_(math.log(scale))
-    assert attention_entropy(even(features())) == pytest.approx(1, abs=1e-4)
-    assert attention_entropy(sharp(features())) < 0.5
-
-
 # ---------------------------------------------------------------------------------------------------------- overlap
-
-
-def test_overlap_is_one_for_those_that_share() -> None:
-    overlap = attention_overlap(list(attention_states(network(2), picture()).values()))
-    assert overlap.shape == (4, 4)
-    assert torch.equal(overlap, overlap.T)
-    torch.testing.assert_close(overlap.diagonal(), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-6)
-    torch.testing.assert_close(overlap[0, 1], overlap[0, 0])
-    torch.testing.assert_close(overlap[2, 3], overlap[0, 0])
-    assert 0 < float(overlap[0, 2]) < 0.95
 
 
 def test_overlap_is_the_common_share_of_dense_attention() -> None:

@@ -104,17 +104,6 @@ def test_who_sees_all_captures_all() -> None:
         assert seen == pytest.approx((NUM_TOKENS, 1))
 
 
-def test_of_equal_tokens_all_capture_their_share_of_keys() -> None:
-    names = [name for name in PATTERNS if name != "trained"]
-    found = captured_mass(torch.ones(2, 6, 6), read_patterns(names, num_keys=18), num_keys=18)
-    assert found.entropy == pytest.approx(1)
-    assert found.best == pytest.approx(0.5)
-    for name, seen in found.patterns.items():
-        assert seen.mass == pytest.approx(seen.num_keys / 36), name
-    assert found.patterns["LCoA"].num_keys == 18
-    assert found.patterns["windows"].num_keys == (16 * 16 + 2 * 8 * 8 + 4 * 4) / 36  # 4x4, and what remains
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -391,30 +391,27 @@ def test_fewer_images_than_the_state_has_seen_are_no_endless_run(training: Write
 # --- options that were changed
 
 
-def test_another_optimizer_is_refused(training: Write, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(training({"val": ...}), total=4) == 0
-    assert train(training({"val": ..., "train.optim_g.type": "AdamW"}), total=5) == 1
-    assert (
-        "sparse-sr: the state of iteration 4: train.optim_g.type must be Adam, with which it was saved, got AdamW"
-        in capsys.readouterr().err
-    )
-
-
-def test_a_network_of_another_size_is_refused(training: Write, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(training({"val": ...}), total=4) == 0
-    assert train(training({"val": ..., "network_g.num_block": 6}), total=5) == 1
-    assert "net_g_4.pth: does not fit the network." in capsys.readouterr().err
-
-
-def test_a_state_without_its_optimizer_is_refused(
-    training: Write, here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train.optim_g.type": "AdamW"},
+            "the state of iteration 4: train.optim_g.type must be Adam, with which it was saved, got AdamW",
+        ),
+        ({"network_g.num_block": 6}, "net_g_4.pth: does not fit the network."),
+        ({}, "the state of iteration 4: does not fit this network and these options: Wrong lengths of opt"),
+    ],
+    ids=["another optimizer", "a network of another size", "a state without its optimizer"],
+)
+def test_what_does_not_fit_the_state_is_refused(
+    changes: dict[str, Any], message: str, training: Write, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(training({"val": ...}), total=4) == 0
-    target = here / "experiments/tiny/training_states/4.state"
-    torch.save({**torch.load(target, weights_only=True), "optimizers": []}, target)
-    assert train(training({"val": ...}), total=5) == 1
-    message = capsys.readouterr().err
-    assert "the state of iteration 4: does not fit this network and these options: Wrong lengths of opt" in message
+    if not changes:
+        target = here / "experiments/tiny/training_states/4.state"
+        torch.save({**torch.load(target, weights_only=True), "optimizers": []}, target)
+    assert train(training({"val": ..., **changes}), total=5) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["params", None])
