@@ -61,17 +61,15 @@ def test_they_are_better_than_interpolation(name: str) -> None:
     assert min(gains) > 0.5, gains
 
 
-def test_a_file_of_that_name_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_file_of_that_name_goes_first(here: Path) -> None:
     Path("LCoAN-light_x2").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="must be weights that can be read"):
         load_model("LCoAN-light_x2")
 
 
 @pytest.fixture
-def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+def photo(here: Path) -> np.ndarray:
     """photo.png, where we stand."""
-    monkeypatch.chdir(tmp_path)
     pixels = data.chelsea()[60:92, 100:140].copy()
     Image.fromarray(pixels).save("photo.png")
     return pixels

@@ -42,12 +42,6 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, nn.M
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def upscale(
     here: Path, nets: dict[int, tuple[Path, nn.Module]], capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:

@@ -1,7 +1,6 @@
 """Where pixels attend is what dense attention says; the overlap of layers is what it should be."""
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,11 +241,10 @@ def test_heat() -> None:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def here(here: Path) -> Path:
     torch.save({"params": network(2).state_dict()}, "net.pth")
     Image.fromarray((picture(40, 60).permute(1, 2, 0) * 255).byte().numpy()).save("photo.png")
-    return tmp_path
+    return here
 
 
 def drawn(file: str) -> np.ndarray:
@@ -316,16 +314,9 @@ def test_overlap(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["clusters", "net.pth"], 1, "net.pth: is not an image that Pillow can read"),
     ],
 )
-def test_one_line_errors(
-    arguments: list[str], status: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_line_errors(arguments: list[str], status: int, message: str, refused: Callable[..., None]) -> None:
     Path("net.png").touch()
-    before = sorted(os.listdir())
-    assert main(["inspect", *arguments, "--weights", "net.pth"]) == status
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"sparse-sr: {message}")
-    assert captured.err.count("\n") == 1
-    assert sorted(os.listdir()) == before
+    refused(["inspect", *arguments, "--weights", "net.pth"], f"sparse-sr: {message}", status)
 
 
 def test_windows_of_a_network_that_pads(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
