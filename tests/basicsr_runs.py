@@ -23,6 +23,7 @@ def saved(here: Path, name: str, iteration: int) -> dict[str, Any]:
         "weights": folder / f"models/net_g_{iteration}.pth",
         "state": folder / f"training_states/{iteration}.state",
     }
+    files |= {path.name: path for path in folder.glob(f"models/net_d_{iteration}.pth")}
     assert all(file.is_file() for file in files.values()), f"iteration {iteration} was not saved"
     return {key: torch.load(file, map_location="cpu", weights_only=True) for key, file in files.items()}
 

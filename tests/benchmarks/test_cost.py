@@ -1,7 +1,5 @@
 """`python -m benchmarks.cost`: every network is timed against its own kind, in every precision."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,23 +72,3 @@ def test_every_network_has_the_size_of_the_one_that_it_is_compared_with() -> Non
                 for network in (cost.NETWORKS[without][0](), build())
             )
             assert plain <= other <= 1.2 * plain
-
-
-def test_networks_of_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("host.py").write_text(
-        "from torch import nn\n"
-        "def net(width=8):\n"
-        "    body = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(4)))\n"
-        "    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), body, nn.Conv2d(width, 3, 3, padding=1))\n"
-    )
-    host = ["--host", "host.py:net", "--set", "width=6", "--body", "1", "--json", "cost.json"]
-    assert cost.main([*FAST, *host, "--attention", "GMSA", "LCoA"]) == 0
-    rows = json.loads(Path("cost.json").read_text())["networks"]
-    assert [(row["name"], row["without"]) for row in rows] == [("net", None), ("+ GMSA", "net"), ("+ LCoA", "net")]
-    plain, gmsa, lcoa = (row["parameters"] for row in rows)
-    assert plain == 1653 < lcoa != gmsa > plain
-    assert cost.main([*FAST, "--host", "host.py:net", "--set", "widht=6"]) == 2
-    assert "did you mean 'width'" in capsys.readouterr().err

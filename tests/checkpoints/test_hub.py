@@ -19,6 +19,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from hostile import Payload
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -178,16 +179,6 @@ def test_what_cannot_be_saved_changes_nothing(reason: str, tmp_path: Path, monke
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.target),)
 
 
 def with_config(change: dict[str, Any] | bytes) -> Callable[[Path], None]:

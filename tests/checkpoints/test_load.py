@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from edsr_pytorch import Theirs
+from hostile import Payload
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -615,16 +615,6 @@ def test_wrong_overrides_are_explained(overrides: dict[str, Any], message: str) 
 
 
 # ------------------------------------------------------------------------------------------------------------ bad
-
-
-class Payload:
-    """Pickled, it writes a file where it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"echo run > {self.path}",)
 
 
 def edsr(**changes: Any) -> dict[str, Any]:

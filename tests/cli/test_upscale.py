@@ -818,14 +818,6 @@ def test_interrupted(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------- tiles and memory
 
 
-def test_tiles_of_a_local_network_are_the_whole(upscale: Any, nets: Any) -> None:
-    pixels = noise(70, 90, 3)
-    Image.fromarray(pixels).save("a.png")
-    for number, arguments in enumerate([("--tile", 0), ("--tile", 40, "--overlap", 32), ("--tile", 64)]):
-        assert upscale("a.png", *arguments, "--output", f"{number}.png")[0] == 0
-        close(opened(f"{number}.png"), expected(nets[3][1], pixels), "RGB")
-
-
 def test_memory_that_runs_out_is_answered_by_smaller_tiles(
     upscale: Any, nets: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,51 +137,6 @@ def saved(here: Path, name: str, iteration: int) -> dict[str, Any]:
     return {**weights, "moments": {str(k): v["exp_avg"] for k, v in state["optimizers"][0]["state"].items()}}
 
 
-def test_it_trains_resumes_exactly_and_averages(training: Write, testing: Write, here: Path) -> None:
-    """Stopped after 5 of 10 iterations: the same bits; the EMA network has the centroids of the trained one."""
-    changes = {"network_g": WITH_ATTENTION, "logger.save_checkpoint_freq": 5, "val.val_freq": 5, "train.total_iter": 10}
-    file = training(changes)
-    assert main(["train", "-opt", file, "--force_yml", "name=whole"]) == 0
-    for total in (5, 10):
-        assert main(["train", "-opt", file, "--auto_resume", "--force_yml", f"train:total_iter={total}"]) == 0
-    whole, resumed, half = saved(here, "whole", 10), saved(here, "tiny", 10), saved(here, "tiny", 5)
-    for part, tensors in whole.items():
-        assert tensors.keys() == resumed[part].keys()
-        for key, value in tensors.items():
-            assert torch.equal(value, resumed[part][key]), f"{part}: {key}"
-    params, averaged = whole["params"], whole["params_ema"]
-    assert int(params["body.sparse_sr_attn.0.lsp.num_updates"]) == 9  # the tenth is pending
-    for key in params.keys() - {"options", *filter(is_record, params)}:
-        assert torch.equal(params[key], averaged[key]) == (".lsp." in key and not re.search("embed|logit", key)), key
-    moved = [key for key, value in params.items() if not torch.equal(value, half["params"][key])]
-    assert {"body.sparse_sr_attn.0.coa.value.weight", "body.sparse_sr_attn.1.value.weight", "conv_first.weight"} <= set(
-        moved
-    )
-
-    assert main(["test", "-opt", testing({"network_g": WITH_ATTENTION})]) == 0
-    log = "".join(path.read_text() for path in (here / "results/tiny_test").glob("*.log"))
-    trained = "".join(path.read_text() for path in sorted((here / "experiments/tiny").glob("*.log")))
-    assert re.findall(r"# psnr: (\S+)", log) == re.findall(r"# psnr: (\S+)", trained)[-1:]
-
-
-def test_a_trained_rrdbnet_goes_on_with_attention(training: Write, here: Path) -> None:
-    plain = {"network_g": RRDB, "model_type": "SRModel", "name": "plain", "train.total_iter": 20, "val": ...}
-    assert main(["train", "-opt", training(plain)]) == 0
-    path = {"pretrain_network_g": "experiments/plain/models/net_g_latest.pth", "strict_load_g": False}
-    still = {"path": path, "network_g": WITH_ATTENTION, "train.optim_g.lr": 1e-12, "train.total_iter": 1, "val": ...}
-    assert main(["train", "-opt", training(still)]) == 0
-    weights = {
-        name: torch.load(here / f"experiments/{name}/models/net_g_latest.pth", weights_only=True)["params"]
-        for name in ("plain", "tiny")
-    }
-    assert any(".sparse_sr_attn." in key for key in weights["tiny"])
-    networks = {"plain": built(RRDB), "tiny": built(WITH_ATTENTION)}
-    for name, network in networks.items():
-        network.load_state_dict(weights[name], strict=True)
-    x = image(1, 3, 8, 8)
-    torch.testing.assert_close(networks["tiny"](x), networks["plain"](x), rtol=0, atol=1e-6)
-
-
 TEN_LINES = """\
 import torch
 from sparse_sr_attn import LAYERS, AttentionLayer
@@ -194,22 +149,6 @@ class Gain(AttentionLayer):
     def forward(self, x, state=None):
         return x * self.gain
 """
-
-
-@pytest.mark.filterwarnings("ignore:Gain has no option zero_init")
-def test_ten_lines_of_a_third_party_are_a_word_in_an_option_file(training: Write, here: Path) -> None:
-    assert len(TEN_LINES.splitlines()) == 10
-    (here / "gain.py").write_text(TEN_LINES)
-    network = {**WITH_ATTENTION, "attention": {"type": "Gain", "every": 1, "start": 0.5}}
-    try:
-        file = training({"custom_imports": ["gain.py"], "network_g": network, "val": ...})
-        assert main(["train", "-opt", file]) == 0
-    finally:
-        LAYERS._entries.pop("Gain", None)
-    weights = torch.load(here / "experiments/tiny/models/net_g_latest.pth", weights_only=True)["params"]
-    gains = [value for key, value in weights.items() if key.endswith(".gain")]
-    assert len(gains) == 4
-    assert all((value != 0.5).any() and (value - 0.5).abs().max() < 0.1 for value in gains)
 
 
 # --- trained, and then used -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,24 +139,6 @@ def test_autocast_and_fft_loss_join_in(options: Options, kind: str) -> None:
     assert model.output.dtype == torch.float32
     silent = trained(options(kind, {**changes, "train.net_d_init_iters": 9}), 2)
     assert not {"l_fft", "l_g_pix"} & set(silent.log_dict)  # neither is trained by
-
-
-@both
-def test_a_run_that_is_resumed_ends_with_the_same_bits(
-    kind: str, attended: dict[str, Any], training: Callable[..., str], here: Path
-) -> None:
-    changes = {**GAN, "model_type": f"Sparse{kind}", "network_g": attended, "logger.save_checkpoint_freq": 2}
-    file = training(changes)
-    assert main(["train", "-opt", file, "--force_yml", "name=whole"]) == 0
-    assert main(["train", "-opt", file, "--force_yml", "train:total_iter=2"]) == 0
-    assert main(["train", "-opt", file, "--auto_resume"]) == 0
-    for net in ("net_g", "net_d"):
-        one, other = (
-            torch.load(here / "experiments" / run / "models" / f"{net}_4.pth", weights_only=True)
-            for run in ("whole", "tiny")
-        )
-        assert_same(one, other)
-    assert "params_ema" in torch.load(here / "experiments/tiny/models/net_g_latest.pth", weights_only=True)
 
 
 def test_a_state_of_another_optimizer_of_the_discriminator_is_refused(

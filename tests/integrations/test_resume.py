@@ -33,6 +33,13 @@ SHARING_EDSR = {
 }
 ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 2, "share": 2, "upscale": 2, "window_sizes": [2, 4, 8]}
 LCOA = {"type": "LCoA", "every": 2, "share": 2, "num_clusters": 8, "chunk_size": 16}
+GMSA = {**SHARING_EDSR, "num_block": 2, "attention": {"type": "GMSA", "every": 1, "share": 2, "window_sizes": [2, 4]}}
+RRDB = {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 4, "num_grow_ch": 4, "scale": 2}
+GAN: dict[str, Any] = {
+    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
+    "train.optim_d": {"type": "Adam", "lr": 1e-3},
+    "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
+}
 LCOAN_LIGHT = {"type": "LCoAN", "upscale": 2, **PRESETS["LCoAN-light"].options}
 
 
@@ -109,6 +116,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    "RRDBNet with LCoA": (
+        {"network_g": {"type": "WithAttention", "network": RRDB, "attention": LCOA}, "datasets.train.gt_size": 16},
+        {},
+    ),
+    "a GAN": ({**GAN, "model_type": "SparseSRGANModel"}, {}),
+    "a GAN of BasicSR's other kind, with GMSA": ({**GAN, "model_type": "SparseESRGANModel", "network_g": GMSA}, {}),
     "at an epoch's end": ({RATIO: 1.66}, {WORKERS: 1, PERSISTENT: True}),
     "epochs that are no whole number of batches": ({RATIO: 1.5, WORKERS: 2}, {}),
     "a network that draws random numbers, and a process that reads ahead": (
