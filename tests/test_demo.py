@@ -78,17 +78,6 @@ def test_no_training_tile_shows_a_held_out_photograph(data: Path) -> None:
         assert not corners & {window.contiguous().numpy().tobytes() for window in windows}
 
 
-def test_every_file_has_its_pair_and_twice_its_size(data: Path) -> None:
-    crop = yaml.safe_load((DEMO / "train.yml").read_text())["datasets"]["train"]["gt_size"]
-    for part in ("train", "val"):
-        high, low = data / part / "HR", data / part / "LR_x2"
-        assert names(high) == names(low)
-        for name in names(high):
-            large, small = picture(high / name).shape, picture(low / name).shape
-            assert large == (2 * small[0], 2 * small[1], 3)
-            assert min(large[:2]) >= crop
-
-
 @pytest.mark.promise("R26")
 def test_low_resolution_is_what_matlab_would_make(data: Path) -> None:
     for file in (data / "val/HR").iterdir():

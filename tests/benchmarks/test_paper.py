@@ -19,7 +19,7 @@ from benchmarks.paper import training
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.cost import costs, growth
 from benchmarks.paper.figures import FIGURES, SCALES, SMALL, overlap
-from benchmarks.paper.pictures import Pair, patches, read_pairs
+from benchmarks.paper.pictures import Pair, patches
 from benchmarks.paper.report import differences, fill, markdown, section, stands_out
 from benchmarks.paper.training import Budget, Trainer, Variant, count_parameters, fit, validate
 from benchmarks.paper.variants import (
@@ -73,19 +73,6 @@ def saved(folder: Path, name: str, picture: Tensor) -> None:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def test_pairs_are_pictures_and_what_shrinking_leaves(tmp_path: Path) -> None:
-    saved(tmp_path / "a", "colour.png", noise(33, 50, 3))
-    saved(tmp_path / "a", "small.png", noise(15, 50, 3))
-    saved(tmp_path / "b", "grey.png", noise(40, 32))
-    colour, grey = read_pairs(
-        [tmp_path / "a" / "colour.png", tmp_path / "a" / "small.png", tmp_path / "b" / "grey.png"], 2, smallest=8
-    )
-    assert (colour.name, grey.name) == ("colour", "grey")
-    assert torch.equal(colour.high, noise(33, 50, 3)[:32])
-    assert torch.equal(colour.low, matlab_bicubic(noise(33, 50, 3), 2))
-    assert torch.equal(grey.high, noise(40, 32)[..., None].expand(-1, -1, 3))
 
 
 def test_patches_show_the_same_place_in_both_sizes() -> None:

@@ -240,13 +240,6 @@ def test_what_is_neither_here_nor_there(source: str) -> None:
         hub.from_pretrained(source)
 
 
-def test_publishing_without_a_network_fails_and_says_so() -> None:
-    with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
-        hub.push_to_hub(plain(), "me/tiny")
-    with pytest.raises(TypeError, match="privat"):
-        hub.push_to_hub(plain(), "me/tiny", privat=True)
-
-
 def test_the_package_does_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.delitem(sys.modules, "sparse_sr_attn.checkpoints.hub")

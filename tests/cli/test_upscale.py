@@ -394,18 +394,36 @@ def test_damaged_files_are_read_or_refused(here: Path, suffix: str) -> None:
     assert refused
 
 
-def test_permission_is_denied_by_the_system(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for those who may read everything."""
-    photo("secret.png")
-    real = Image.open
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "status", "message"),
+    [
+        (Image, "open", PermissionError(13, "Permission denied"), 1, "good.png: cannot be read: Permission denied"),
+        (
+            EDSR,
+            "forward",
+            RuntimeError("something with a kernel\nand how to debug"),
+            1,
+            "good.png: something with a kernel",
+        ),
+        (EDSR, "forward", KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_fails_is_one_line(
+    upscale: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
 
-    def denied(path: Any, *rest: Any) -> Any:
-        if str(path) == "secret.png":
-            raise PermissionError(13, "Permission denied", "secret.png")
-        return real(path, *rest)
-
-    monkeypatch.setattr(Image, "open", denied)
-    assert upscale("secret.png") == (1, "", "sparse-sr: secret.png: cannot be read: Permission denied\n")
+    photo()
+    monkeypatch.setattr(owner, name, fail)
+    assert upscale("good.png") == (status, "", f"sparse-sr: {message}\n")
+    assert os.listdir() == ["good.png"]
 
 
 def test_large_images_are_refused_or_allowed_as_asked(upscale: Any) -> None:
@@ -792,27 +810,6 @@ def test_killed_while_it_writes(here: Path, nets: Any, moment: str) -> None:
     assert main(["upscale", "a.png", "--overwrite", "--weights", str(nets[3][0])]) == 0  # what it left is no obstacle
     assert sorted(os.listdir()) == ["a.png", "a_x2.png"]
     assert opened("a_x2.png").size == (10, 12)
-
-
-def test_what_torch_complains_of_is_one_line(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    photo()
-
-    def fail(*_: object) -> Tensor:
-        raise RuntimeError("something with a kernel\nand how to debug it")
-
-    monkeypatch.setattr(EDSR, "forward", fail)
-    assert upscale("good.png") == (1, "", "sparse-sr: good.png: something with a kernel\n")
-
-
-def test_interrupted(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    photo()
-
-    def interrupt(*_: object) -> Tensor:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(EDSR, "forward", interrupt)
-    assert upscale("good.png") == (130, "", "sparse-sr: interrupted\n")
-    assert os.listdir() == ["good.png"]
 
 
 # -------------------------------------------------------------------------------------------------- tiles and memory

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from basicsr_runs import GAN
 from torch import Tensor
 
 from sparse_sr_attn import PRESETS
@@ -149,14 +150,8 @@ def test_two_processes_train_as_one_does_on_the_batch_of_both(
 
 @pytest.mark.slow
 def test_two_processes_train_a_gan_as_one_does(noting: Write, training: Write, here: Path) -> None:
-    changes = {
-        **STEPS,
-        "model_type": "SparseSRGANModel",
-        "network_g": {**LCOAN, "upscale": 2},
-        "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
-        "train.optim_d": {"type": "SGD", "lr": 0.05},
-        "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.1},
-    }
+    changes = {**STEPS, **GAN, "model_type": "SparseSRGANModel", "network_g": {**LCOAN, "upscale": 2}}
+    changes |= {"train.optim_d": {"type": "SGD", "lr": 0.05}, "train.gan_opt.loss_weight": 0.1}
     run(noting({**changes, **HALF}))
     both = assert_alike(here)
     assert main(["train", "-opt", training({**changes, "name": "alone"})]) == 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from basicsr.models import build_model
+from basicsr_runs import GAN
 from torch import Tensor, nn
 
 from sparse_sr_attn.cli.main import main
@@ -14,11 +15,6 @@ from sparse_sr_attn.errors import TrainingError
 
 Options = Callable[..., dict[str, Any]]
 
-GAN: dict[str, Any] = {
-    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
-    "train.optim_d": {"type": "Adam", "lr": 1e-3},
-    "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
-}
 GMSA = {"type": "SparseEDSR", "num_feat": 8, "num_block": 2, "upscale": 2, "img_range": 1.0}
 LCOA = {**GMSA, "attention": {"type": "LCoA", "every": 1, "share": 2, "num_clusters": 8, "chunk_size": 16}}
 GMSA["attention"] = {"type": "GMSA", "every": 1, "share": 2, "window_sizes": [2, 4]}

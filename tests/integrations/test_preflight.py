@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import basicsr_runs
 import pytest
 import torch
 from skimage import io
@@ -32,12 +33,7 @@ REQUIRED = [
     "train",
 ]
 REQUIRED += ["train.optim_g", "train.optim_g.lr", "train.scheduler.type"]
-GAN: dict[str, Any] = {
-    "model_type": "SparseSRGANModel",
-    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
-    "train.optim_d": {"type": "Adam", "lr": 1e-4},
-    "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
-}
+GAN: dict[str, Any] = {"model_type": "SparseSRGANModel", **basicsr_runs.GAN}
 VGG: dict[str, Any] = {"type": "PerceptualLoss", "layer_weights": {"conv5_4": 1}}
 EDSR = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 2}
 COSINE = {"type": "CosineAnnealingRestartLR", "periods": [2, 2]}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from basicsr.data.paired_image_dataset import PairedImageDataset
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY
-from basicsr_runs import logs, saved, train
+from basicsr_runs import GAN, logs, saved, train
 from torch import Tensor, nn
 
 from sparse_sr_attn import PRESETS
@@ -35,11 +35,6 @@ ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 2, "share": 2, "upscale": 2
 LCOA = {"type": "LCoA", "every": 2, "share": 2, "num_clusters": 8, "chunk_size": 16}
 GMSA = {**SHARING_EDSR, "num_block": 2, "attention": {"type": "GMSA", "every": 1, "share": 2, "window_sizes": [2, 4]}}
 RRDB = {"type": "RRDBNet", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 4, "num_grow_ch": 4, "scale": 2}
-GAN: dict[str, Any] = {
-    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
-    "train.optim_d": {"type": "Adam", "lr": 1e-3},
-    "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
-}
 LCOAN_LIGHT = {"type": "LCoAN", "upscale": 2, **PRESETS["LCoAN-light"].options}
 
 
