@@ -183,6 +183,11 @@ def built(name: str, **options: Any) -> Any:
     return attach(model, HOSTS[name][1], every=1, share=2, **OPTIONS, **options) if options else model
 
 
+def twins(build: Callable[[], nn.Module]) -> Any:
+    model = build()
+    return model, copy.deepcopy(model)
+
+
 def attended(name: str) -> Any:
     return built(name, zero_init=False)
 
@@ -390,8 +395,7 @@ class Weighted(Numbered):
 def test_a_changed_attribute_changes_the_compiled_forward() -> None:
     """A traced forward has the value of attributes in it; nobody pays for a trace that no compiler asks for."""
     torch._dynamo.reset()
-    model, plain = Weighted(), Weighted()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Weighted)
     attach(model, "B*", **OPTIONS)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = image(1, 3, 6, 7)
@@ -425,8 +429,7 @@ class Python(Numbered):
 
 
 def test_eager_forwards_are_those_of_the_host() -> None:
-    model, plain = Python(), Python()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Python)
     attach(model, "B*", share=2, **OPTIONS)
     x = image(1, 3, 6, 7)
     for aside in (None, 3.0):
@@ -489,8 +492,7 @@ class Twofold(Host):
 
 def test_attention_runs_in_both_modes_however_the_trunk_is_called() -> None:
     options = {**OPTIONS, "zero_init": False}
-    model, plain = Twofold(), Twofold()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Twofold)
     attach(model, "trunk", every=1, share=2, **options)
     x = image(1, 3, 6, 7)
     for training in (False, True):
@@ -534,8 +536,7 @@ class Widths(Host):
 
 
 def test_each_width_has_its_layer_and_equal_shapes_share() -> None:
-    model, plain = Widths(), Widths()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Widths)
     attach(model, ["down*", "low*"], every=1, share=4, **OPTIONS)
     kinds = [(type(layer), layer.coa.value.in_channels if isinstance(layer, LCoA) else 0) for layer in layers_of(model)]
     assert kinds == [(LCoA, 8), (CoA, 0), (LCoA, 16), (CoA, 0)]
@@ -976,8 +977,7 @@ class Lazy(Numbered):
 
 
 def test_modules_that_a_forward_makes_stay_in_the_model() -> None:
-    model, plain = Lazy(), Lazy()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Lazy)
     attach(model, "B*", every=1, share=2, **OPTIONS)
     assert hasattr(model, "unused")
     third, x = model.B3, image(1, 3, 6, 7)
