@@ -8,6 +8,13 @@ import torch
 
 from sparse_sr_attn.cli.main import main
 
+GAN: dict[str, Any] = {
+    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
+    "train.optim_d": {"type": "Adam", "lr": 1e-3},
+    "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
+}
+"""What a training with a discriminator has besides."""
+
 
 def train(file: str, *options: str, total: int, name: str = "tiny") -> int:
     """Train up to an iteration, from the newest state if there is one."""
@@ -23,6 +30,7 @@ def saved(here: Path, name: str, iteration: int) -> dict[str, Any]:
         "weights": folder / f"models/net_g_{iteration}.pth",
         "state": folder / f"training_states/{iteration}.state",
     }
+    files |= {path.name: path for path in folder.glob(f"models/net_d_{iteration}.pth")}
     assert all(file.is_file() for file in files.values()), f"iteration {iteration} was not saved"
     return {key: torch.load(file, map_location="cpu", weights_only=True) for key, file in files.items()}
 

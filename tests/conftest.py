@@ -149,6 +149,30 @@ def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, a new folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Run a command that must end with one line that holds a message, and write nothing."""
+    from sparse_sr_attn.cli.main import main
+
+    def run(arguments: list[str], message: str, status: int = 2, command: Callable[[list[str]], int] = main) -> None:
+        before = {path for path in here.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        assert command(arguments) == status
+        output, errors = capsys.readouterr()
+        assert message in errors
+        assert (output, errors.count("\n") - errors.startswith("sparse-sr: 1 problem in")) == ("", 1), errors
+        assert {path for path in here.rglob("*") if path.is_file()} == before
+
+    return run
+
+
+@pytest.fixture
 def spandrel_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have what a test adds to spandrel's registry, which cannot be taken out again, gone after it."""
     from spandrel import MAIN_REGISTRY

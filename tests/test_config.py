@@ -131,13 +131,6 @@ def test_wrong_positions_give_pythons_own_error(call: Callable[[], object], mess
         call()
 
 
-def test_layers_say_the_rule_and_the_value() -> None:
-    with pytest.raises(ConfigError, match=r"^chunk_size must be >= 1, got 0$"):
-        LCoA(64, chunk_size=0)
-    with pytest.raises(ConfigError, match="n_cluster: unknown; did you mean 'num_clusters'"):
-        LCoA(64, n_cluster=3)
-
-
 class Inner:
     @checked
     def __init__(self, width: PositiveInt, *, size: PositiveInt = 3, name: str = "a") -> None:

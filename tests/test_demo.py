@@ -78,17 +78,6 @@ def test_no_training_tile_shows_a_held_out_photograph(data: Path) -> None:
         assert not corners & {window.contiguous().numpy().tobytes() for window in windows}
 
 
-def test_every_file_has_its_pair_and_twice_its_size(data: Path) -> None:
-    crop = yaml.safe_load((DEMO / "train.yml").read_text())["datasets"]["train"]["gt_size"]
-    for part in ("train", "val"):
-        high, low = data / part / "HR", data / part / "LR_x2"
-        assert names(high) == names(low)
-        for name in names(high):
-            large, small = picture(high / name).shape, picture(low / name).shape
-            assert large == (2 * small[0], 2 * small[1], 3)
-            assert min(large[:2]) >= crop
-
-
 @pytest.mark.promise("R26")
 def test_low_resolution_is_what_matlab_would_make(data: Path) -> None:
     for file in (data / "val/HR").iterdir():
@@ -97,23 +86,6 @@ def test_low_resolution_is_what_matlab_would_make(data: Path) -> None:
         # The photograph was shrunk as a whole: at the borders of a tile the kernel saw beyond them.
         expected = matlab_bicubic(picture(file), 2)[2:-2, 2:-2]
         assert torch.equal(picture(data / "train/LR_x2" / file.name)[2:-2, 2:-2], expected)
-
-
-def test_grey_photographs_have_three_equal_channels(data: Path) -> None:
-    grey = picture(data / "val/HR/camera.png")
-    assert (grey == grey[..., :1]).all()
-    colour = picture(data / "val/HR/chelsea.png")
-    assert not torch.equal(colour[..., 0], colour[..., 2])
-
-
-def test_preparing_again_replaces_what_was_there(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "data/train/HR").mkdir(parents=True)
-    (tmp_path / "data/train/HR/leftover.png").write_text("of another run")
-    run(DEMO / "prepare.py", "--out", "data", cwd=tmp_path)
-    assert names(tmp_path / "data") == ["train", "val"]
-    for folder in ("train/HR", "train/LR_x2", "val/HR", "val/LR_x2"):
-        assert names(tmp_path / "data" / folder) == names(data / folder)
-    assert names(tmp_path / "data/train") == ["HR", "LR_x2"]
 
 
 @pytest.mark.parametrize(("file", "name"), [("train.yml", "LCoAN"), ("train_ELAN.yml", "ELAN")])

@@ -387,25 +387,6 @@ def test_the_first_example_of_the_readme_keeps_the_size() -> None:
     assert scope["state"].map_size() == (1, 48, 48)
 
 
-def test_a_wrong_block_is_noticed(here: Path) -> None:
-    """The machinery above can fail."""
-    wrong = {
-        "python": "assert 1 == 2",
-        "yaml": "network_g: {type: SparseEDSR, upscale: 2, attention: {type: LCoA, evry: 4}}",
-        "bash": "sparse-sr upscale nothing.png --weights net_g_latest.pth",
-    }
-    with pytest.raises(AssertionError):
-        run_python(Block("page", 1, "python", None, None, wrong["python"]), {})
-    with pytest.raises(Exception, match="evry"):
-        check_options(Block("page", 1, "yaml", None, None, wrong["yaml"]))
-    with pytest.raises(AssertionError):
-        run_command(commands(Block("page", 1, "bash", None, None, wrong["bash"]))[0], here)
-    with pytest.raises(AssertionError):
-        run_command(["pip", "install", ".[nothing]"], here)
-    with pytest.raises(AssertionError):
-        run_command(["make", "nothing"], here)
-
-
 @pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     """Every link and every anchor leads somewhere, and every name of the reference is there."""

@@ -183,6 +183,11 @@ def built(name: str, **options: Any) -> Any:
     return attach(model, HOSTS[name][1], every=1, share=2, **OPTIONS, **options) if options else model
 
 
+def twins(build: Callable[[], nn.Module]) -> Any:
+    model = build()
+    return model, copy.deepcopy(model)
+
+
 def attended(name: str) -> Any:
     return built(name, zero_init=False)
 
@@ -219,9 +224,13 @@ def quiet() -> Iterator[None]:
 
 @hosts
 def test_the_trunk_is_found_and_the_model_stays_the_same_to_the_bit(name: str) -> None:
-    model, plain = built(name), built(name)
+    model, named, plain = built(name), built(name), built(name)
     with quiet():
         attach(model, every=1, share=2, **OPTIONS)
+    torch.manual_seed(0)
+    attach(named, HOSTS[name][1], every=1, share=2, **OPTIONS)
+    assert owner_of(named)._record == owner_of(model)._record
+    assert named.state_dict().keys() == model.state_dict().keys()
     assert [type(layer) for layer in layers_of(model)][:2] == [LCoA, CoA]
     assert isinstance(model, HOSTS[name][0])  # type: ignore[arg-type]
     for training in (True, False):
@@ -235,17 +244,6 @@ def test_the_trunk_is_found_and_the_model_stays_the_same_to_the_bit(name: str) -
     assert detach(model).state_dict().keys() == plain.state_dict().keys()
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert vars(model).keys() == vars(plain).keys()
-
-
-@hosts
-def test_the_name_that_is_offered_leads_to_the_same_layers(name: str) -> None:
-    found, named = built(name), built(name)
-    with quiet():
-        attach(found, share=2, **OPTIONS)
-    torch.manual_seed(0)
-    attach(named, HOSTS[name][1], share=2, **OPTIONS)
-    assert found.state_dict().keys() == named.state_dict().keys()
-    assert owner_of(found)._record == owner_of(named)._record
 
 
 def test_states_travel_where_the_host_lets_its_blocks_run() -> None:
@@ -408,8 +406,7 @@ class Weighted(Numbered):
 @pytest.mark.unhooked
 def test_a_changed_attribute_changes_the_compiled_forward() -> None:
     torch._dynamo.reset()
-    model, plain = Weighted(), Weighted()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Weighted)
     attach(model, "B*", **OPTIONS)
     compiled = torch.compile(model, backend="aot_eager")
     x = image(1, 3, 6, 7)
@@ -439,8 +436,7 @@ class Python(Numbered):
 
 
 def test_eager_forwards_are_those_of_the_host() -> None:
-    model, plain = Python(), Python()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Python)
     attach(model, "B*", share=2, **OPTIONS)
     x = image(1, 3, 6, 7)
     for aside in (None, 3.0):
@@ -503,8 +499,7 @@ class Twofold(Host):
 
 def test_attention_runs_in_both_modes_however_the_trunk_is_called() -> None:
     options = {**OPTIONS, "zero_init": False}
-    model, plain = Twofold(), Twofold()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Twofold)
     attach(model, "trunk", every=1, share=2, **options)
     x = image(1, 3, 6, 7)
     for training in (False, True):
@@ -548,8 +543,7 @@ class Widths(Host):
 
 
 def test_each_width_has_its_layer_and_equal_shapes_share() -> None:
-    model, plain = Widths(), Widths()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Widths)
     attach(model, ["down*", "low*"], every=1, share=4, **OPTIONS)
     kinds = [(type(layer), layer.coa.value.in_channels if isinstance(layer, LCoA) else 0) for layer in layers_of(model)]
     assert kinds == [(LCoA, 8), (CoA, 0), (LCoA, 16), (CoA, 0)]
@@ -990,8 +984,7 @@ class Lazy(Numbered):
 
 
 def test_modules_that_a_forward_makes_stay_in_the_model() -> None:
-    model, plain = Lazy(), Lazy()
-    plain.load_state_dict(model.state_dict())
+    model, plain = twins(Lazy)
     attach(model, "B*", every=1, share=2, **OPTIONS)
     assert hasattr(model, "unused")
     third, x = model.B3, image(1, 3, 6, 7)

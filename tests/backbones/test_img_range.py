@@ -1,6 +1,5 @@
 """A range of images that makes raw queries saturate the softmax is warned of, wherever they meet."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,22 +61,3 @@ def test_lcoan() -> None:
     with pytest.warns(UserWarning, match="softmax of LCoA picks one token"):
         LCoAN(num_feat=8, num_group=1, num_block=1, img_range=255.0, similarity="dot")
     LCoAN(num_feat=8, num_group=1, num_block=1, img_range=255.0)
-
-
-@torch.no_grad()
-def test_why() -> None:
-    """At a range of 255 raw queries attend to fewer tokens than cosines do."""
-    entropy = {}
-    for similarity in ("dot", "cosine"):
-        for img_range in (1.0, 255.0):
-            torch.manual_seed(0)
-            layer = {"type": "LCoA", "every": 1, "num_clusters": 4, "similarity": similarity}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = EDSR(img_range=img_range, attention=layer, **SMALL).eval()
-            image = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-            features = model.body[0](model.conv_first((image - model.mean) * img_range))
-            weights = model.attention[0].attend(features).weights
-            entropy[similarity, img_range] = float(-(weights * weights.clamp(min=1e-30).log()).sum(-1).mean())
-    assert entropy["dot", 255.0] < 3 < entropy["cosine", 255.0]
-    assert entropy["dot", 1.0] > 4.2

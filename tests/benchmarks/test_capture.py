@@ -108,27 +108,6 @@ def test_who_sees_all_captures_all() -> None:
         assert seen == pytest.approx((NUM_TOKENS, 1))
 
 
-def test_of_equal_tokens_all_capture_their_share_of_keys() -> None:
-    names = [name for name in PATTERNS if name != "trained"]
-    found = captured_mass(torch.ones(2, 6, 6), read_patterns(names, num_keys=18), num_keys=18)
-    assert found.entropy == pytest.approx(1)
-    assert found.best == pytest.approx(0.5)
-    for name, seen in found.patterns.items():
-        assert seen.mass == pytest.approx(seen.num_keys / 36), name
-    assert found.patterns["LCoA"].num_keys == 18
-    assert found.patterns["windows"].num_keys == (16 * 16 + 2 * 8 * 8 + 4 * 4) / 36  # 4x4, and what remains
-
-
-def test_clusters_capture_what_raster_order_does_not() -> None:
-    """Tokens of four directions, one after the other: as many chunks of nine hold all that matters."""
-    directions = torch.eye(4)[torch.arange(36) % 4].T.reshape(4, 6, 6)
-    names = ["LCoA:num_clusters=4,num_adjacent=0", "raster"]
-    found = captured_mass(directions, read_patterns(names, num_keys=9), num_keys=9, temperature=30.0)
-    assert found.best == pytest.approx(1, abs=1e-6)
-    assert found.patterns[names[0]].mass == pytest.approx(1, abs=1e-6)
-    assert found.patterns["raster"].mass < 0.4
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -307,13 +286,12 @@ def test_a_model_without_attention_has_none() -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(here: Path) -> Path:
     """A folder with images and weights in it."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
+    (here / "photos").mkdir()
     rng = np.random.default_rng(0)
     for name, shape in (("a", (31, 27, 3)), ("b", (40, 40)), ("c", (20, 60, 3))):
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "photos" / f"{name}.png")
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(here / "photos" / f"{name}.png")
     torch.manual_seed(0)
     networks = {
         "net": LCoAN(num_feat=8, num_group=2, num_block=1, upscale=2, num_clusters=5, chunk_size=7),
@@ -322,20 +300,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "plain": EDSR(num_feat=8, num_block=2, upscale=2),
     }
     for name, network in networks.items():
-        torch.save({"params": network.state_dict()}, tmp_path / f"{name}.pth")
-    return tmp_path
+        torch.save({"params": network.state_dict()}, here / f"{name}.pth")
+    return here
 
 
 FAST = ["photos", "--weights", "net.pth", "--crop", "12", "--keys", "27"]
 
 
-def test_table_figures_and_plot(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_figures_and_plot(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*FAST, "--json", "new/a.json", "--plot", "new/a.png", "--steps", "2"]) == 0
     text = capsys.readouterr().out
     assert "| pattern | keys | captured | of the best possible |" in text
     assert "3 images, at most 12x12; features of body.0.attention.lsp of net.pth." in text
-    assert (home / "new/a.png").read_bytes().startswith(b"\x89PNG")
-    document = json.loads((home / "new/a.json").read_text())
+    assert (here / "new/a.png").read_bytes().startswith(b"\x89PNG")
+    document = json.loads((here / "new/a.json").read_text())
     assert list(document["images"]) == ["a", "b", "c"]
     assert document["settings"]["keys"] == 27
     mean = document["mean"]
@@ -350,7 +328,7 @@ def test_table_figures_and_plot(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"its entropy is {mean['entropy']:.3f} of log(n)" in text
 
 
-def test_features_are_those_of_the_middle_shrunk(home: Path) -> None:
+def test_features_are_those_of_the_middle_shrunk(here: Path) -> None:
     """By hand: of the second layer of a network for x3, on the second image, which is drawn by its number."""
     command = ["photos", "--weights", "two.pth", "--crop", "9", "--layer", "1", "--limit", "2"]
     command += ["--patterns", "LCoA:num_clusters=6", "--keys", "9", "--temperature", "4", "--json", "a.json"]
@@ -370,7 +348,7 @@ def test_features_are_those_of_the_middle_shrunk(home: Path) -> None:
     assert (seen["num_keys"], seen["mass"]) == pytest.approx(expected.patterns["LCoA:num_clusters=6"], rel=1e-5)
 
 
-def test_of_a_network_without_clusters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_network_without_clusters(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All but the pattern that was trained, unless it is asked for."""
     command = ["photos/a.png", "--weights", "elan.pth", "--crop", "8", "--keys", "12"]
     assert main([*command, "--layer", "1"]) == 0
@@ -406,22 +384,11 @@ def test_of_a_network_without_clusters(home: Path, capsys: pytest.CaptureFixture
         (["--device", "tpu"], "--device must be one that torch can use here, got 'tpu'"),
     ],
 )
-def test_a_wrong_command_line(
-    home: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = sorted(home.rglob("*"))
-    assert main([*FAST, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert captured.out == ""
-    assert sorted(home.rglob("*")) == before
+def test_a_wrong_command_line(arguments: list[str], message: str, refused: Callable[..., None]) -> None:
+    refused([*FAST, *arguments], message, command=main)
 
 
-def test_what_cannot_be_used(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (home / "photos/d.png").write_bytes(b"no image")
-    assert main([*FAST, "--weights", "plain.pth"]) == 2
-    assert "but the EDSR of plain.pth has none" in capsys.readouterr().err
-    assert main([*FAST, "--json", "a.json"]) == 1
-    assert capsys.readouterr().err.startswith("sparse-sr: photos/d.png: ")
-    assert not (home / "a.json").exists()
+def test_what_cannot_be_used(here: Path, refused: Callable[..., None]) -> None:
+    (here / "photos/d.png").write_bytes(b"no image")
+    refused([*FAST, "--weights", "plain.pth"], "but the EDSR of plain.pth has none", command=main)
+    refused([*FAST, "--json", "a.json"], "sparse-sr: photos/d.png: ", 1, command=main)

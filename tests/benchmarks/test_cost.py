@@ -1,7 +1,5 @@
 """`python -m benchmarks.cost`: every network is timed against its own kind, in every precision."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,41 +72,3 @@ def test_every_network_has_the_size_of_the_one_that_it_is_compared_with() -> Non
                 for network in (cost.NETWORKS[without][0](), build())
             )
             assert plain <= other <= 1.2 * plain
-
-
-@pytest.mark.parametrize("arguments", [["--size", "0"], ["--rounds", "-1"], ["--batch", "two"]], ids=str)
-def test_wrong_numbers_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cost.main(arguments) == 2
-    assert arguments[0] in capsys.readouterr().err
-
-
-def test_networks_of_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("host.py").write_text(
-        "from torch import nn\n"
-        "def net(width=8):\n"
-        "    body = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(4)))\n"
-        "    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), body, nn.Conv2d(width, 3, 3, padding=1))\n"
-    )
-    host = ["--host", "host.py:net", "--set", "width=6", "--body", "1", "--json", "cost.json"]
-    assert cost.main([*FAST, *host, "--attention", "GMSA", "LCoA"]) == 0
-    rows = json.loads(Path("cost.json").read_text())["networks"]
-    assert [(row["name"], row["without"]) for row in rows] == [("net", None), ("+ GMSA", "net"), ("+ LCoA", "net")]
-    plain, gmsa, lcoa = (row["parameters"] for row in rows)
-    assert plain == 1653 < lcoa != gmsa > plain
-    assert cost.main([*FAST, "--host", "host.py:net", "--set", "widht=6"]) == 2
-    assert "did you mean 'width'" in capsys.readouterr().err
-
-
-def test_layers_are_measured_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cost, "_edsr", lambda _, __, config=None: small(config and {**config, "every": 1, "share": 1}))
-    assert cost.main([*FAST, "--attention", "NLSA", "LCoA", "--json", str(tmp_path / "cost.json")]) == 0
-    rows = json.loads((tmp_path / "cost.json").read_text())["networks"]
-    assert [row["name"] for row in rows][1:] == ["+ NLSA every 4, share 1", "+ LCoA every 4, share 4"]
-    assert cost.markdown(rows) in capsys.readouterr().out
-    assert cost.main([*FAST, "--attention", "LCoB"]) != 0
-    assert "did you mean 'LCoA'" in capsys.readouterr().err

@@ -1,8 +1,6 @@
 """`python -m benchmarks.launches`: layers and networks launch no more kernels on a GPU than they did."""
 
-import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -83,27 +81,3 @@ def test_few_launches_without_triton(num_tokens: int, most: int) -> None:
     with counted("eager") as eager:
         attend()
     assert sum(eager.values()) > 3 * most
-
-
-def test_code_takes_the_path_of_a_gpu_only_while_counting() -> None:
-    arguments = [torch.empty(shape, device="meta") for shape in ((1, 5, 4, 4), (5, 5, 1, 1), (5,))]
-    with counted() as counts:
-        shift_conv2d(*arguments)
-    assert counts == {"triton conv": 1}
-    before = dict(counts)
-    shift_conv2d(*arguments)
-    assert counts == before
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "launches.json"
-    assert launches.main(["--operators", "LFE", "--size", "16", "--json", str(file)]) == 0
-    assert "| LFE | 2 | 2 + 4 |" in capsys.readouterr().out
-    found = json.loads(file.read_text())["launches"]["LFE"]
-    assert found["operators"]["evaluation"]["triton conv"] == 2
-
-
-@pytest.mark.parametrize("arguments", [["--size", "0"], ["--operators", "LFA"]], ids=str)
-def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert launches.main(arguments) == 2
-    assert arguments[0] in capsys.readouterr().err

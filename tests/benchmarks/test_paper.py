@@ -19,20 +19,18 @@ from benchmarks.paper import training
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.cost import costs, growth
 from benchmarks.paper.figures import FIGURES, SCALES, SMALL, overlap
-from benchmarks.paper.pictures import Pair, as_input, as_picture, patches, read_pairs
+from benchmarks.paper.pictures import Pair, patches
 from benchmarks.paper.report import differences, fill, markdown, section, stands_out
-from benchmarks.paper.training import Budget, Trainer, Variant, count_parameters, fit, rate, validate
+from benchmarks.paper.training import Budget, Trainer, Variant, count_parameters, fit, validate
 from benchmarks.paper.variants import (
     StandardWindowAttention,
     with_plain_convolutions,
-    with_standard_attention,
     without_attention,
 )
 from sparse_sr_attn import EDSR, ELAB, ELAN, CoA, LCoAN, SharedGMSA
 from sparse_sr_attn.backbones.base import Network
 from sparse_sr_attn.data.imresize import matlab_bicubic
 from sparse_sr_attn.data.metrics import luma, psnr
-from sparse_sr_attn.errors import ImageError, SparseSRError, TrainingError
 from sparse_sr_attn.layers.base import AttentionLayer
 
 CPU = torch.device("cpu")
@@ -77,35 +75,6 @@ def saved(folder: Path, name: str, picture: Tensor) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_pictures_and_what_shrinking_leaves(tmp_path: Path) -> None:
-    saved(tmp_path / "a", "colour.png", noise(33, 50, 3))
-    saved(tmp_path / "a", "small.png", noise(15, 50, 3))
-    saved(tmp_path / "b", "grey.png", noise(40, 32))
-    colour, grey = read_pairs(
-        [tmp_path / "a" / "colour.png", tmp_path / "a" / "small.png", tmp_path / "b" / "grey.png"], 2, smallest=8
-    )
-    assert (colour.name, grey.name) == ("colour", "grey")
-    assert torch.equal(colour.high, noise(33, 50, 3)[:32])
-    assert torch.equal(colour.low, matlab_bicubic(noise(33, 50, 3), 2))
-    assert torch.equal(grey.high, noise(40, 32)[..., None].expand(-1, -1, 3))
-
-
-def test_a_crop_is_the_middle(tmp_path: Path) -> None:
-    saved(tmp_path / "a", "colour.png", noise(40, 26, 3))
-    (one,) = read_pairs([tmp_path / "a" / "colour.png"], 2, smallest=8, crop=15)
-    assert torch.equal(one.high, noise(40, 26, 3)[5:35])
-    assert one.low.shape == (15, 13, 3)
-
-
-def test_pictures_that_cannot_be_used(tmp_path: Path) -> None:
-    saved(tmp_path, "colour.png", noise(20, 20, 3))
-    with pytest.raises(ImageError, match="at least 24 pixels a side, and none of 1 has"):
-        read_pairs([tmp_path / "colour.png"], 2, smallest=12)
-    Image.fromarray(np.zeros((30, 30), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ImageError, match="deep.png must have 8 bits per channel, got 16"):
-        read_pairs([tmp_path / "deep.png"], 2, smallest=8)
-
-
 def test_patches_show_the_same_place_in_both_sizes() -> None:
     """Each pixel of these pictures is its own place, so that a patch tells where it comes from."""
     places = torch.stack(torch.meshgrid(torch.arange(13), torch.arange(11), indexing="ij"), dim=-1)
@@ -120,12 +89,6 @@ def test_patches_show_the_same_place_in_both_sizes() -> None:
     assert int(rows.max()) == 12  # the last row and column take part
     assert int(columns.max()) == 10
     assert int(rows.min()) == int(columns.min()) == 0
-
-
-def test_pictures_pass_through_a_network_unchanged() -> None:
-    picture = noise(5, 7, 3)
-    assert torch.equal(as_picture(as_input(picture)), picture)
-    assert as_picture(torch.tensor([[[-1.0]], [[2.0]], [[0.501 / 255]]])).flatten().tolist() == [0, 255, 1]
 
 
 # --- fairness ---------------------------------------------------------------------------------------------------------
@@ -161,33 +124,6 @@ def test_all_variants_start_from_the_same_network() -> None:
     assert torch.allclose(model(x), attended(x), atol=1e-6)  # attention starts as the identity
     other = Variant(EDSR, PLAIN).build(2, 6).state_dict()
     assert not torch.equal(plain["conv_first.weight"], other["conv_first.weight"])
-
-
-def test_building_a_variant_leaves_the_random_numbers_alone() -> None:
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    Variant(EDSR, PLAIN).build(2, 5)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
-    budget = Budget(iterations=100, warmup=0.05)
-    rates = [rate(step, budget) for step in range(101)]
-    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert rates[100] == pytest.approx(0.0)
-
-
-def test_training_lowers_the_loss() -> None:
-    model = Variant(EDSR, PLAIN).build(2)
-    high = torch.full((32, 40, 3), 200, dtype=torch.uint8)
-    pairs = [Pair("plain", high, matlab_bicubic(high, 2))]
-    low, high = as_input(pairs[0].low)[None], as_input(pairs[0].high)[None]
-    before = F.l1_loss(model(low), high).item()
-    fit(model, pairs, replace(BUDGET, iterations=20, learning_rate=1e-2), 0, CPU)
-    assert not model.training
-    assert F.l1_loss(model(low), high).item() < 0.5 * before
 
 
 class Nearest(nn.Module):
@@ -230,27 +166,6 @@ def unchanged(model: Network) -> None:
     """Do nothing; another name makes another variant."""
 
 
-def test_an_interrupted_training_leaves_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, other = Variant(EDSR, PLAIN), Variant(EDSR, {**PLAIN, "num_feat": 4})
-    kept = trainer(tmp_path).result(whole, 0)
-
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "fit", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path).result(other, 0)
-    assert trainer(tmp_path).result(whole, 0) == kept
-    assert trainer(tmp_path).kept(other, 0) is None
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="the loss is (nan|inf) at step .*; a smaller learning rate may help"):
-        trainer(tmp_path, replace(BUDGET, iterations=50, learning_rate=1e30)).result(Variant(EDSR, PLAIN), 0)
-    assert not list(tmp_path.iterdir())
-
-
 # --- variants ---------------------------------------------------------------------------------------------------------
 
 
@@ -290,17 +205,6 @@ def test_standard_attention_is_scaled_dot_product_attention(norm: Any) -> None:
     attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, (5, 7))
     expected = x + layer.output(attended)
     assert (layer(x) - expected).abs().max() <= 1e-10
-
-
-def test_standard_attention_takes_the_place_of_each_gmsa() -> None:
-    model = elan(share=1, window_sizes=(2, 4))
-    with_standard_attention(model, norm="layer")
-    layers = [module for module in model.modules() if isinstance(module, StandardWindowAttention)]
-    assert [layer.shift for layer in layers] == [False, True]
-    assert all(layer.window_sizes == (2, 4) for layer in layers)
-    assert model(torch.rand(1, 3, 9, 10)).shape == (1, 3, 18, 20)
-    with pytest.raises(ValueError, match="unpack"):
-        with_standard_attention(elan(share=2), norm="layer")
 
 
 @pytest.mark.parametrize(
@@ -353,18 +257,6 @@ def test_networks_of_a_figure_differ_in_what_is_asked_only(scale: Any) -> None:
                 pytest.fail(f"{variant.options['share']} does not divide {scale.elan_pairs}")
             model = variant.build(2)
             assert sum(len(module.lfe) for module in model.modules() if isinstance(module, ELAB)) == scale.elan_pairs
-
-
-def test_figures_name_each_network_once_and_share_trainings() -> None:
-    """What stands in several figures is trained once: the same variant, whatever a figure calls it."""
-    ours = FIGURES["lcoa-3"](SMALL).variants["LCoA, k-means"].described()
-    assert ours == FIGURES["lcoa-4"](SMALL).variants[FIGURES["lcoa-4"](SMALL).baseline].described()
-    whole = FIGURES["elan-lfe"](SMALL).variants["shift-conv"].described()
-    assert whole == FIGURES["elan-windows"](SMALL).variants["4 8 16"].described()
-    assert whole == FIGURES["elan-asa"](SMALL).variants["2 share: accelerated"].described()
-    for build in FIGURES.values():
-        described = [json.dumps(variant.described()) for variant in build(SMALL).variants.values()]
-        assert len(set(described)) == len(described)
 
 
 def test_layers_that_share_overlap_whole_and_other_pictures_less() -> None:
@@ -445,15 +337,6 @@ def test_differences_are_of_the_same_seed() -> None:
     assert "With one seed, no difference can be called significant." in alone
 
 
-def test_a_page_is_filled_between_its_marks() -> None:
-    page = "# A\n\n<!-- paper x -->\nold\n<!-- end x -->\n\n<!-- paper y -->\n<!-- end y -->\n"
-    once = fill(page, "x", r"new \1 text")
-    assert once == "# A\n\n<!-- paper x -->\n\nnew \\1 text\n\n<!-- end x -->\n\n<!-- paper y -->\n<!-- end y -->\n"
-    assert fill(once, "x", r"new \1 text") == once
-    with pytest.raises(SparseSRError, match="must have one `<!-- paper z -->` and after it `<!-- end z -->`"):
-        fill(page, "z", "text")
-
-
 @pytest.mark.parametrize("label", FIGURES)
 def test_the_page_says_what_is_on_record(label: str) -> None:
     """`python -m benchmarks.paper page --page docs/paper.md` writes both."""
@@ -508,36 +391,3 @@ def test_figures_from_pictures_to_page(
     assert f"| no attention | {mean:.3f} ± " in filled
     assert main(["page", "--output", folders[-1], "--page", str(page)]) == 0
     assert page.read_text() == filled
-
-
-def test_growth_needs_no_pictures(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["lcoa-2", *folders[-2:]]) == 0
-    text = capsys.readouterr().out
-    assert "| inference, ms | 8² | 12² | growth |" in text
-    assert "| training step, MiB | 8² | growth |" in text
-    assert text.count("| LSP and CoA |") == 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["lcoa-3"], "--data must name a folder of images, for all figures except lcoa-2"),
-        (["lcoa-3", "--data", "."], "--val must name a folder of images"),
-        (["lcoa-3", "--data", "absent", "--val", "."], "absent: no such image or folder"),
-        (["lcoa-9"], "invalid choice: 'lcoa-9'"),
-        (["lcoa-2", "--iterations", "0"], "--iterations: must be >= 1, got 0"),
-        (["lcoa-2", "--learning-rate", "0"], "--learning-rate: must be > 0 and finite, got 0.0"),
-        (["lcoa-2", "--threads", "0"], "--threads must be >= 1, got 0"),
-        (["lcoa-2", "--costs", "none"], "lcoa-2 measures costs, which --costs none switches off"),
-        (["page"], "needs --page FILE"),
-        (["page", "lcoa-2", "--page", "a.md"], "needs --page FILE and no figure"),
-        (["page", "--page", "absent.md"], "--page must be an existing file, got absent.md"),
-    ],
-)
-def test_a_wrong_command_line_does_nothing(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main([*arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

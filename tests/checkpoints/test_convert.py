@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from edsr_pytorch import Theirs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,80 +28,12 @@ def image(channels: int = 3) -> Tensor:
     return torch.rand(1, channels, 9, 8, generator=torch.Generator().manual_seed(0))
 
 
-class Conv(nn.Conv2d):
-    def __init__(self, i: int, o: int, k: int = 3) -> None:
-        super().__init__(i, o, k, padding=k // 2)
-
-
-class MeanShift(nn.Conv2d):
-    """A fixed 1x1 convolution, as EDSR-PyTorch has it, on images in 0..255."""
-
-    def __init__(self, sign: int) -> None:
-        super().__init__(3, 3, 1)
-        self.weight.data = torch.eye(3).view(3, 3, 1, 1)
-        self.bias.data = sign * 255 * torch.tensor((0.4488, 0.4371, 0.4040))
-
-
-class Scaled(nn.Module):
-    """A residual block, `body` its branch."""
-
-    def __init__(self, body: list[nn.Module], res_scale: float) -> None:
-        super().__init__()
-        self.body = nn.Sequential(*body)
-        self.res_scale = res_scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) * self.res_scale + x
-
-
-class Gate(nn.Module):
-    def __init__(self, n: int, r: int) -> None:
-        super().__init__()
-        self.conv_du = nn.Sequential(Conv(n, n // r, 1), nn.ReLU(), Conv(n // r, n, 1), nn.Sigmoid())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.conv_du(x.mean(dim=(2, 3), keepdim=True))
-
-
-class Theirs(nn.Module):
-    """The frame of EDSR-PyTorch's networks, on images in 0..255; written from its key names and its paper."""
-
-    def __init__(self, body: list[nn.Module], n: int, upscale: int) -> None:
-        super().__init__()
-        self.sub_mean, self.add_mean = MeanShift(-1), MeanShift(1)
-        self.head = nn.Sequential(Conv(3, n))
-        self.body = nn.Sequential(*body, Conv(n, n))
-        steps = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
-        up: list[nn.Module] = []
-        for step in steps:
-            up += [Conv(n, step * step * n), nn.PixelShuffle(step)]
-        self.tail = nn.Sequential(nn.Sequential(*up), Conv(n, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.head(self.sub_mean(x))
-        return self.add_mean(self.tail(x + self.body(x)))
-
-
-def their_edsr(n: int, blocks: int, upscale: int, res_scale: float) -> nn.Module:
-    return Theirs([Scaled([Conv(n, n), nn.ReLU(), Conv(n, n)], res_scale) for _ in range(blocks)], n, upscale)
-
-
-def their_rcan(n: int, groups: int, blocks: int, upscale: int) -> nn.Module:
-    def block() -> nn.Module:
-        return Scaled([Conv(n, n), nn.ReLU(), Conv(n, n), Gate(n, 4)], 1)
-
-    return Theirs([Scaled([*(block() for _ in range(blocks)), Conv(n, n)], 1) for _ in range(groups)], n, upscale)
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
-    "EDSR x2": (
-        lambda: EDSR(num_feat=8, num_block=11, upscale=2),
-        lambda: their_edsr(8, 11, 2, 1.0),
-    ),
-    "EDSR x4": (lambda: EDSR(num_feat=8, num_block=1, upscale=4), lambda: their_edsr(8, 1, 4, 1.0)),
+    "EDSR x2": (lambda: EDSR(num_feat=8, num_block=11, upscale=2), lambda: Theirs(2, blocks=11)),
+    "EDSR x4": (lambda: EDSR(num_feat=8, num_block=1, upscale=4), lambda: Theirs(4, blocks=1)),
     "RCAN x3": (
         lambda: RCAN(num_feat=8, num_group=3, num_block=2, squeeze_factor=4, upscale=3),
-        lambda: their_rcan(8, 3, 2, 3),
+        lambda: Theirs(3, groups=3, blocks=2),
     ),
 }
 
@@ -216,22 +149,11 @@ def test_a_file_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["net.pth", "-o", "net.pth", "--img-range", "0"], 2, "--img-range must be > 0 and finite, got 0"),
         (["net.pth", "-o", "net.pth", "--set", "imgrange=1"], 2, "imgrange: unknown; did you mean 'img_range'?"),
         (["net.pth", "-o", "nowhere/out.pth"], 1, "cannot be written: No such file or directory"),
-        (["net.pth", "-o", "out.pth", "--names", "theirs"], 2, "invalid choice: 'theirs'"),
     ],
 )
-def test_one_line_errors(
-    arguments: list[str],
-    status: int,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_one_line_errors(arguments: list[str], status: int, message: str, refused: Callable[..., None]) -> None:
     torch.save(EDSR(num_feat=8, num_block=1).state_dict(), "net.pth")
-    assert main(["convert", *arguments]) == status
-    assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+    refused(["convert", *arguments], message, status)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:

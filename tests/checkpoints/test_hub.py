@@ -19,6 +19,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from hostile import Payload
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -180,16 +181,6 @@ def test_what_cannot_be_saved_changes_nothing(reason: str, tmp_path: Path, monke
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.target),)
-
-
 def with_config(change: dict[str, Any] | bytes) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         file = folder / "config.json"
@@ -247,13 +238,6 @@ def test_bad_folders_give_one_clear_error(name: str, tmp_path: Path) -> None:
 def test_what_is_neither_here_nor_there(source: str) -> None:
     with pytest.raises(CheckpointError, match=f"^{re.escape(source)}: {UNREADABLE}; got "):
         hub.from_pretrained(source)
-
-
-def test_publishing_without_a_network_fails_and_says_so() -> None:
-    with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
-        hub.push_to_hub(plain(), "me/tiny")
-    with pytest.raises(TypeError, match="privat"):
-        hub.push_to_hub(plain(), "me/tiny", privat=True)
 
 
 def test_the_package_does_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,16 @@
 import importlib.util
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from skimage import data
 
 from sparse_sr_attn import EDSR, load_model
@@ -80,22 +77,3 @@ def test_a_network_without_attention_says_so() -> None:
     assert enlarge(plain, CAT)[1].shape == (128, 160, 3)
     with pytest.raises(ValueError, match="EDSR runs none"):
         attend(plain, CAT, 3, 4)
-
-
-@pytest.mark.slow
-def test_in_a_browser(url: str, tmp_path: Path) -> None:
-    """Drop an image, see the comparison, click a pixel, see its attention."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if (chromium := shutil.which("chromium")) is None:
-        pytest.skip("needs chromium")
-    Image.fromarray(CAT).save(tmp_path / "cat.png")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(url)
-        page.locator("input[type=file]").first.set_input_files(tmp_path / "cat.png")
-        page.wait_for_selector(".slider-wrap img, [data-testid=imageslider-image] img, .compare img", timeout=60_000)
-        page.locator("button.selectable img, .image-frame img").first.click(position={"x": 20, "y": 20})
-        page.wait_for_function("document.querySelectorAll('.image-frame img').length > 1", timeout=60_000)
-        page.screenshot(path=tmp_path / "page.png")
-        browser.close()

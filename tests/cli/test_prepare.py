@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,17 @@ from sparse_sr_attn.data.imresize import matlab_bicubic
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(here: Path) -> Path:
     """A folder with a colour, a grey and a small photograph, a hidden file and a text."""
     dice = np.random.default_rng(0)
-    folder = tmp_path / "photos"
+    folder = here / "photos"
     folder.mkdir()
     Image.fromarray(dice.integers(0, 256, (41, 50, 3), dtype=np.uint8)).save(folder / "colour.png")
     Image.fromarray(dice.integers(0, 256, (40, 40), dtype=np.uint8)).save(folder / "grey.png")
     Image.fromarray(dice.integers(0, 256, (9, 60, 3), dtype=np.uint8)).save(folder / "small.png")
     (folder / ".hidden.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("no image")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return here
 
 
 def pixels(file: Path) -> torch.Tensor:
@@ -79,13 +79,11 @@ def test_whole_images_smaller_than_a_crop_are_left_out(here: Path, capsys: pytes
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_is_written(
-    arguments: list[str], status: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], status: int, message: str, here: Path, refused: Callable[..., None]
 ) -> None:
     (here / "deeper" / "photos").mkdir(parents=True)
     shutil.copy(here / "photos" / "grey.png", here / "deeper" / "photos")
-    assert main(["prepare", "photos", *arguments, "-o", "out"]) == status
-    assert message in capsys.readouterr().err
-    assert not list(here.glob("out/*"))
+    refused(["prepare", "photos", *arguments, "-o", "out"], message, status)
 
 
 def test_results_next_to_their_originals_are_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

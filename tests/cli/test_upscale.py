@@ -1,6 +1,5 @@
 """`sparse-sr upscale`: awkward images give the right result or one line, and nothing is ever half-written."""
 
-import contextlib
 import os
 import platform
 import signal
@@ -39,12 +38,6 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, nn.M
         torch.save({"params": model.state_dict()}, folder / f"{channels}.pth")
         made[channels] = (folder / f"{channels}.pth", model)
     return made
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -239,17 +232,6 @@ def test_no_rim_around_what_is_visible(here: Path, kind: str) -> None:
     assert float(np.abs(over - light).max()) <= 6  # 94 without
 
 
-def test_what_is_visible_is_what_an_opaque_image_becomes(upscale: Any) -> None:
-    """Far from hidden pixels, and where all are visible, alpha changes no colour."""
-    pixels = noise(30, 40, 4)
-    pixels[..., 3] = np.where(np.arange(40) < 20, 0, 16 + pixels[..., 3] % 240)
-    Image.fromarray(pixels).save("half.png")
-    Image.fromarray(pixels[..., :3]).save("opaque.png")
-    assert upscale("half.png")[0] == upscale("opaque.png")[0] == 0
-    far = np.s_[:, 56:]
-    assert np.array_equal(np.asarray(opened("half_x2.png"))[far][..., :3], np.asarray(opened("opaque_x2.png"))[far])
-
-
 def coloured(mode: str) -> Image.Image:
     image = Image.fromarray(noise(6, 5, 3))
     if mode == "1":
@@ -303,15 +285,9 @@ def test_rotation_by_exif(upscale: Any, nets: Any, orientation: int) -> None:
     assert upscale("turned.png")[0] == 0
     close(opened("turned_x2.png"), expected(nets[3][1], np.ascontiguousarray(upright)), "RGB")
     assert opened("turned_x2.png").getexif().get(0x0112, 1) == 1
-
-
-def test_deep_grey_is_turned_too(upscale: Any, nets: Any) -> None:
-    pixels = noise(6, 9, peak=65535)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save("turned.png", exif=exif)
-    assert upscale("turned.png")[0] == 0
-    assert opened("turned_x2.png").size == (12, 18)
+    Image.fromarray(noise(6, 9, peak=65535)).save("deep.png", exif=exif)
+    assert upscale("deep.png")[0] == 0
+    assert opened("deep_x2.png").size == opened("turned_x2.png").size
 
 
 def test_colour_profile_is_kept_but_not_that_of_cmyk(upscale: Any) -> None:
@@ -411,18 +387,36 @@ def test_damaged_files_are_read_or_refused(here: Path, suffix: str) -> None:
     assert refused
 
 
-def test_permission_is_denied_by_the_system(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for those who may read everything."""
-    photo("secret.png")
-    real = Image.open
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "status", "message"),
+    [
+        (Image, "open", PermissionError(13, "Permission denied"), 1, "good.png: cannot be read: Permission denied"),
+        (
+            EDSR,
+            "forward",
+            RuntimeError("something with a kernel\nand how to debug"),
+            1,
+            "good.png: something with a kernel",
+        ),
+        (EDSR, "forward", KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_fails_is_one_line(
+    upscale: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
 
-    def denied(path: Any, *rest: Any) -> Any:
-        if str(path) == "secret.png":
-            raise PermissionError(13, "Permission denied", "secret.png")
-        return real(path, *rest)
-
-    monkeypatch.setattr(Image, "open", denied)
-    assert upscale("secret.png") == (1, "", "sparse-sr: secret.png: cannot be read: Permission denied\n")
+    photo()
+    monkeypatch.setattr(owner, name, fail)
+    assert upscale("good.png") == (status, "", f"sparse-sr: {message}\n")
+    assert os.listdir() == ["good.png"]
 
 
 def test_large_images_are_refused_or_allowed_as_asked(upscale: Any) -> None:
@@ -534,17 +528,6 @@ def test_strange_names(upscale: Any, file: str) -> None:
 # --------------------------------------------------------------------------------------------------- where results go
 
 
-@pytest.mark.parametrize(
-    ("output", "result"),
-    [("big.png", "big.png"), ("big.jpg", "big.jpg"), ("there", "there/good_x2.png"), ("new", "new/good_x2.png")],
-)
-def test_output(upscale: Any, output: str, result: str) -> None:
-    photo()
-    Path("there").mkdir()
-    assert upscale("good.png", "--output", output) == (0, f"good.png -> {result}\n", "")
-    assert opened(result).size == (10, 12)
-
-
 def test_what_is_there_stays_unless_asked(upscale: Any) -> None:
     photo()
     Path("good_x2.png").write_text("mine")
@@ -630,6 +613,9 @@ def test_no_permission_to_write(upscale: Any) -> None:
     [
         (["a.png"], "results/v1.2/", ["results/v1.2/a_x2.png"]),
         (["a.png"], "new.png/", ["new.png/a_x2.png"]),
+        (["a.png"], "new", ["new/a_x2.png"]),
+        (["a.png"], "in", ["in/a_x2.png"]),
+        (["a.png"], "big.jpg", ["big.jpg"]),
         (["a.png", "b.png"], "v1.2", ["v1.2/a_x2.png", "v1.2/b_x2.png"]),
         (["in"], "v1.2", ["v1.2/c_x2.png"]),
         (["in"], "out.png/", ["out.png/c_x2.png"]),
@@ -648,6 +634,7 @@ def test_what_is_a_file_and_what_a_folder(upscale: Any, inputs: list[str], outpu
     status, out, err = upscale(*inputs, *([] if output is None else ["--output", output]))
     assert (status, err, out.count("\n")) == (0, "", len(made))
     assert {str(file) for file in set(Path().rglob("*")) - before if file.is_file()} == set(made)
+    assert opened(made[0]).size == (10, 12)
 
 
 def test_results_are_named_as_the_folder_was(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -815,36 +802,7 @@ def test_killed_while_it_writes(here: Path, nets: Any, moment: str) -> None:
     assert opened("a_x2.png").size == (10, 12)
 
 
-def test_what_torch_complains_of_is_one_line(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    photo()
-
-    def fail(*_: object) -> Tensor:
-        raise RuntimeError("something with a kernel\nand how to debug it")
-
-    monkeypatch.setattr(EDSR, "forward", fail)
-    assert upscale("good.png") == (1, "", "sparse-sr: good.png: something with a kernel\n")
-
-
-def test_interrupted(upscale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    photo()
-
-    def interrupt(*_: object) -> Tensor:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(EDSR, "forward", interrupt)
-    assert upscale("good.png") == (130, "", "sparse-sr: interrupted\n")
-    assert os.listdir() == ["good.png"]
-
-
 # -------------------------------------------------------------------------------------------------- tiles and memory
-
-
-def test_tiles_of_a_local_network_are_the_whole(upscale: Any, nets: Any) -> None:
-    pixels = noise(70, 90, 3)
-    Image.fromarray(pixels).save("a.png")
-    for number, arguments in enumerate([("--tile", 0), ("--tile", 40, "--overlap", 32), ("--tile", 64)]):
-        assert upscale("a.png", *arguments, "--output", f"{number}.png")[0] == 0
-        close(opened(f"{number}.png"), expected(nets[3][1], pixels), "RGB")
 
 
 def test_memory_that_runs_out_is_answered_by_smaller_tiles(
@@ -870,31 +828,6 @@ def test_memory_that_runs_out_is_answered_by_smaller_tiles(
     close(opened("a_x2.png"), expected(nets[3][1], pixels), "RGB")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a terminal")
-def test_a_bar_on_a_terminal_and_none_elsewhere(here: Path, nets: Any) -> None:
-    Image.fromarray(noise(40, 30, 3)).save("a.png")
-    import fcntl
-    import termios
-
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, "-m", "sparse_sr_attn", "upscale", "a.png", "--tile", "2", "--weights", str(nets[3][0])]
-    every_tile = {**os.environ, "TQDM_MININTERVAL": "0"}  # else a fast machine is done before the bar has moved
-    shown = b""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=every_tile) as process:
-        os.close(theirs)
-        with contextlib.suppress(OSError):  # how a terminal ends
-            while part := os.read(ours, 4096):  # while it runs: a terminal holds little that nobody reads
-                shown += part
-        told, _ = process.communicate()
-    os.close(ours)
-    assert (process.returncode, told) == (0, "a.png -> a_x2.png\n")
-    assert b"a.png:" in shown
-    assert b"100%" in shown
-    done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 @pytest.mark.slow
 def test_freed_memory_is_kept_unless_the_user_says_how(here: Path, nets: Any) -> None:
     """Fewer pages are asked of the system; counted, not timed."""
@@ -916,29 +849,6 @@ def test_freed_memory_is_kept_unless_the_user_says_how(here: Path, nets: Any) ->
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         pytest.skip("mallopt is glibc's")
     assert 4 * faults() < faults(MALLOC_TOP_PAD_="0")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs to know the size of a process")
-def test_memory_that_really_runs_out(here: Path) -> None:
-    """A process that may grow by 60 MiB, in which the whole image would need ten times as much."""
-    pixels = noise(700, 700, 3)
-    Image.fromarray(pixels).save("a.png")
-    Image.fromarray(pixels[:40, :40]).save("small.png")
-    torch.manual_seed(0)
-    model = EDSR(num_feat=32, num_block=1, upscale=2).eval()
-    torch.save(model.state_dict(), "net.pth")
-    done = run_in_process(
-        "import re, resource, sys; from sparse_sr_attn.cli.main import main\n"
-        "main(['upscale', 'small.png', '--weights', 'net.pth'])\n"  # all that it needs is in memory then
-        "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (size + 60 * 2**20,) * 2)\n"
-        "sys.exit(main(['upscale', 'a.png', '--weights', 'net.pth', '--tile', '0']))"
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) >= 1
-    assert all("memory ran out; trying tiles of" in line for line in done.stderr.splitlines())
-    close(opened("a_x2.png"), expected(model, pixels), "RGB")
 
 
 # --------------------------------------------------------------------------------------------------------- wrong usage

@@ -25,8 +25,6 @@ pytestmark = pytest.mark.unhooked  # triton reads the source of what it compiles
 few = settings(max_examples=10)
 both_memories = pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 sizes = st.tuples(*(st.integers(1, high) for high in (3, 13, 7, 7)))
-
-
 Sizes = tuple[int, ...]
 
 
@@ -244,43 +242,31 @@ for dtype, weights in (
             assert dtype == torch.float64 or found.spilled == 0, (name, dtype, found)
 """
 
-
-COMPILE = """
-import sys
-import triton
+ALONE = """
+import torch
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from machine_code import usage
 from sparse_sr_attn.functional import map_kernels
 from sparse_sr_attn.functional.cluster import triton_kernels
 
-WORK = {"fp32": tl.float32, "fp64": tl.float64}
+SIZES = {"numel", "channels", "height", "width", "group", "count", "num_tokens", "num_clusters"}
+TYPES = {"num_batches": "i64", "num_updates": "i64"}
 for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
-    options = {
+    rows = dict(FLOOR=5e-5, MOST=4.6, SCALED=True, WORK=getattr(tl, work.replace("fp", "float")), ROWS=128, BLOCK=16)
+    for name, constants in {
         "move_statistics": dict(MOMENTUM=0.1, EPS=1e-5, BLOCK=64),
-        "normalize": dict(FLOOR=5e-5, MOST=4.6, SCALED=True, WORK=WORK[work], ROWS=128, BLOCK=16),
-        "normalize_backward": dict(FLOOR=5e-5, MOST=4.6, SCALED=True, WORK=WORK[work], ROWS=128, BLOCK=16),
+        "normalize": rows,
+        "normalize_backward": rows,
         "apply_pending": dict(DECAY=0.999, THRESHOLD=0.01, EPS=1e-12, BLOCK_K=128, BLOCK_D=64),
-    }
-    types = {"num_batches": "i64", "num_updates": "i64"}
-    for name, constants in options.items():
+    }.items():
         kernel = getattr(map_kernels, name, None) or getattr(triton_kernels, name)
-        accumulated = name in ("move_statistics", "apply_pending")
-        signature = {}
-        for argument in kernel.arg_names:
-            if argument in constants:
-                signature[argument] = "constexpr"
-            elif argument.endswith("stride") or argument in (
-                "numel", "channels", "height", "width", "group", "count", "num_tokens", "num_clusters"
-            ):
-                signature[argument] = "i32"
-            else:
-                wide = accumulated or argument == "parts" or (argument == "output" and name == "normalize")
-                kind = work if wide else map_type
-                signature[argument] = "*" + types.get(argument, kind)
-        places = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
-        triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", int(sys.argv[1]), 32))
-        print(name, map_type, flush=True)
+        wide = {"parts"} | ({"output"} if name == "normalize" else set())
+        wide |= set(kernel.arg_names) if name in ("move_statistics", "apply_pending") else set()
+        sizes = {argument for argument in kernel.arg_names if argument in SIZES or argument.endswith("stride")}
+        launch = {"num_warps": 4, "num_stages": 3}
+        types = {argument: work for argument in wide} | TYPES
+        needs = usage(kernel, constants | launch, sizes, lambda argument: types.get(argument, map_type))
+        print(name, map_type, needs, flush=True)
 """
 
 
@@ -288,5 +274,5 @@ for map_type, work in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_kernels_compile_for_gpus(capability: str, tmp_path: os.PathLike[str]) -> None:
     """The interpreter forgives types."""
-    machine_code.run(COMPILE, capability, tmp_path)
+    machine_code.run(ALONE, capability, tmp_path)
     machine_code.run(USAGE, capability, tmp_path)

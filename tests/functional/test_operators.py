@@ -166,25 +166,9 @@ def test_argsort_of_bytes(case: Case) -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 8), (5, 7), (1, 1)], ids=str)
-def test_window_attention(device: torch.device, size: tuple[int, int]) -> None:
-    """In windows of 4x4, whole and padded, shifted by 2 and back by 1."""
-    query, key, value = (
-        Case().tensor(name, 2, width, *size, device=device).requires_grad_()
-        for name, width in (("query", 3), ("key", 3), ("value", 5))
-    )
-    check(operator("window_weights"), (query, key, 4, 2, 0.5))
-    weights = operator("window_weights")(query, key, 4, 2, 0.5).detach()
-    grad = Case().tensor("grad", *weights.shape, device=device)
-    check(operator("window_weights_backward"), (grad, weights, query.detach(), key.detach(), 2, 0.5))
-    check(operator("apply_window_weights"), (weights.requires_grad_(), value, 4, 2, 1))
-    grad = Case().tensor("grad", *value.shape, device=device)
-    check(operator("apply_window_weights_backward"), (grad, weights.detach(), value.detach(), 2, 1))
-
-
-@pytest.mark.parametrize("size", [(4, 8), (5, 7), (1, 1)], ids=str)
 @pytest.mark.parametrize("keyed", [False, True])
-def test_fused_window_attention(device: torch.device, size: tuple[int, int], keyed: bool) -> None:
-    """With keys of their own and with queries that are the keys, from maps in either memory."""
+def test_window_attention(device: torch.device, size: tuple[int, int], keyed: bool) -> None:
+    """In windows of 4x4, whole and padded, shifted by 2 and back by 1; with keys and with queries that are the keys."""
     options = [4], [2], [1], [3], [5], 0.5
     for memory in (torch.contiguous_format, torch.channels_last):
         query, key, value, grad = (
@@ -197,8 +181,9 @@ def test_fused_window_attention(device: torch.device, size: tuple[int, int], key
         check(operator("window_attention_backward"), (grad, *maps, *options))
         check(operator("window_weights"), (query, leaves[1], 4, 2, 0.5))
         weights = operator("window_weights")(query, leaves[1], 4, 2, 0.5).detach()
-        grad = Case().tensor("grad", *weights.shape, device=device)
-        check(operator("window_weights_backward"), (grad, weights, *maps[:2], 2, 0.5))
+        check(operator("window_weights_backward"), (weights.sin(), weights, *maps[:2], 2, 0.5))
+        check(operator("apply_window_weights_backward"), (grad, weights, maps[2], 2, 1))
+        check(operator("apply_window_weights"), (weights.requires_grad_(), leaves[2], 4, 2, 1))
 
 
 @pytest.mark.parametrize("channels", [(3, 5), (5, 1)], ids=str)

@@ -93,13 +93,6 @@ def test_after_a_warm_up_nothing_is_copied_from_the_cpu(name: str, training: boo
     assert reads.found == []
 
 
-def test_to_ask_for_a_value_is_noticed() -> None:
-    """What the tests above rest on."""
-    for ask in (lambda x: x.max().item(), lambda x: x[x > 0.5], lambda x: x.nonzero(), lambda x: bool(x.sum() > 0)):
-        with pytest.raises(AssertionError, match="a value is asked for"), without_values() as mode:
-            ask(mode.from_tensor(IMAGES))
-
-
 def test_without_a_gpu_it_is_refused() -> None:
     with pytest.raises(BackendError, match="needs a network and images on a CUDA device, got images on 'cpu'"):
         capture_cuda_graph(LCoA(3).eval(), IMAGES)

@@ -1,5 +1,6 @@
 """Networks measured on folders: the figures are those of images that were upscaled and compared by hand."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,10 +82,9 @@ def test_a_table_holds_the_means(sets: list[Path], capsys: pytest.CaptureFixture
     ],
 )
 def test_what_does_not_fit_is_refused(
-    sets: list[Path], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    sets: list[Path], words: list[str], message: str, refused: Callable[..., None]
 ) -> None:
-    assert main(["evaluate", str(sets[0]), *words]) == 2
-    assert message in capsys.readouterr().err
+    refused(["evaluate", str(sets[0]), *words], message)
 
 
 @pytest.mark.parametrize("weights", [["--weights", NETWORK], []], ids=["networks", "results"])
@@ -99,14 +99,13 @@ def test_results_next_to_the_truth_are_not_measured(
     assert printed.err.count("2 of 4 images are results next to their originals and are skipped") == 1
 
 
-def test_all_is_checked_before_the_first_measurement(sets: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_is_checked_before_the_first_measurement(sets: list[Path], refused: Callable[..., None]) -> None:
     (sets[0] / "0.png").write_text("no image")  # measuring it would fail
     for words, message in (
         ([str(sets[1].parent / "none")], "no such image or folder"),
         ([str(sets[1]), "--grey", "none"], "--grey must name images"),
     ):
-        assert main(["evaluate", str(sets[0]), *words, "--weights", NETWORK]) == 2
-        assert message in capsys.readouterr().err
+        refused(["evaluate", str(sets[0]), *words, "--weights", NETWORK], message)
 
 
 @pytest.mark.parametrize("layer", ["LCoA", "GMSA", "NLSA", "ENLA", "HSPA", "CategoryAttention", "NLA"])

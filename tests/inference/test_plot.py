@@ -29,14 +29,6 @@ def test_maps_are_those_of_the_states() -> None:
         assert np.array_equal(np.asarray(drawn.images[0].get_array()), expected)
 
 
-def test_many_maps_go_on_in_new_rows() -> None:
-    model = ELAN(num_feat=12, num_block=6, share=1, upscale=2).eval()
-    figure = plot_attention(model, torch.rand(1, 3, 16, 16))
-    drawn = [axes for axes in figure.axes if axes.images]
-    assert len(drawn) == 1 + 6
-    assert len({round(axes.get_subplotspec().rowspan.start) for axes in drawn}) == 2  # type: ignore[union-attr]
-
-
 @pytest.mark.parametrize("pixel", [(24, 0), (0, 32), (-1, 0)])
 def test_pixels_outside_are_refused(pixel: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"pixel must lie in the image, 0\.\.23 and 0\.\.31, got"):

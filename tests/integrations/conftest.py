@@ -13,6 +13,7 @@ import pytest
 import yaml
 from skimage import data, io
 
+from sparse_sr_attn import ConfigError
 from sparse_sr_attn_basicsr import preflight, register
 from sparse_sr_attn_basicsr.option_file import load
 
@@ -160,6 +161,25 @@ def options(training: Callable[..., str], here: Path) -> Callable[..., dict[str,
         return {**opt, "path": {**opt["path"], **folders}, "is_train": True, "dist": False}
 
     return make
+
+
+@pytest.fixture
+def remarks(training: Callable[..., str]) -> Callable[..., list[str]]:
+    """The remarks on a training file that is right, with changes."""
+    return lambda changes: preflight.check(load(training(changes)), training=True)[1]
+
+
+@pytest.fixture
+def problem(training: Callable[..., str]) -> Callable[..., str]:
+    """The one problem of a training file, with changes."""
+
+    def find(changes: dict[str, Any]) -> str:
+        with pytest.raises(ConfigError) as caught:
+            preflight.check(load(training(changes)), training=True)
+        assert len(caught.value.problems) == 1
+        return str(caught.value)
+
+    return find
 
 
 @pytest.fixture

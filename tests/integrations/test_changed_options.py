@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from basicsr_runs import logs, saved, train
+from basicsr_runs import GAN, logs, saved, train
 
 Write = Callable[..., str]
 
@@ -22,10 +22,7 @@ def noted(here: Path, name: str = "tiny") -> list[str]:
 
 
 COSINE = {"type": "CosineAnnealingRestartLR", "periods": [12], "eta_min": 1e-6}
-
-
 MULTISTEP = {"type": "MultiStepLR", "milestones": [3, 7, 9], "gamma": 0.5}
-
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "the learning rate": ({}, {"train.optim_g.lr": 5e-4}, ["train.optim_g.lr is 0.0005, and was 0.001"]),
@@ -105,21 +102,7 @@ def test_a_changed_option_of_the_optimizer_counts_and_is_told(
 
 
 def test_both_optimizers_of_a_gan_are_looked_at(training: Write, here: Path) -> None:
-    gan = {
-        "model_type": "SRGANModel",
-        "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
-        "network_g.attention": None,
-        "train.ema_decay": 0,
-        "train.optim_d": {"type": "Adam", "lr": 1e-3},
-        "train.gan_opt": {
-            "type": "GANLoss",
-            "gan_type": "vanilla",
-            "real_label_val": 1.0,
-            "fake_label_val": 0.0,
-            "loss_weight": 0.1,
-        },
-        "val": ...,
-    }
+    gan = {**GAN, "model_type": "SRGANModel", "network_g.attention": None, "train.ema_decay": 0, "val": ...}
     assert train(training(gan), total=4) == 0
     assert train(training({**gan, "train.optim_d.lr": 1e-4, "train.optim_g.weight_decay": 0.1}), total=5) == 0
     notes = noted(here)

@@ -4,7 +4,6 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +132,3 @@ def test_a_data_set_sent_to_a_new_process_finds_basicsr(photographs: Path, tmp_p
         [sys.executable, "-c", code, str(tmp_path / "sent")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_loaders_that_are_spawned_find_basicsr(training: Callable[..., str], here: Path) -> None:
-    file = training({"datasets.train.num_worker_per_gpu": 1, "train.total_iter": 1, "val": ...})
-    code = (
-        "import multiprocessing, sys; multiprocessing.set_start_method('spawn')\n"
-        f"from sparse_sr_attn.cli.main import main; sys.exit(main(['train', '-opt', {file!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (here / "experiments" / "tiny" / "models" / "net_g_latest.pth").is_file()

@@ -14,29 +14,21 @@ from typing import Any
 
 import pytest
 import torch
+from basicsr_runs import GAN
 from torch import Tensor
 
 from sparse_sr_attn import PRESETS
 from sparse_sr_attn.cli.main import main
 
 Write = Callable[..., str]
-
-
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-
-
 SECONDS = 120
-
-
 """More than any of these runs takes: a run that hangs fails."""
 
 
 # Plain steps on the mean gradient: so two processes make those of one on the batch of both, to rounding.
 STEPS = {"train.optim_g": {"type": "SGD", "lr": 0.05}, "train.total_iter": 3, "val": ...}
-
-
 HALF = {"datasets.train.batch_size_per_gpu": 1}
-
 
 NOTING = """\
 import os
@@ -54,8 +46,6 @@ def noting(self, epoch, current_iter):
 
 SparseSRModel.save = noting
 """
-
-
 """Imported by both processes: notes their ids and, when the first one saves, the weights of each."""
 
 
@@ -121,11 +111,7 @@ def assert_alike(here: Path) -> dict[str, Tensor]:
 
 
 LCOAN = {"type": "LCoAN", "num_feat": 8, "num_group": 2, "num_block": 1, "num_clusters": 8, "chunk_size": 16}
-
-
 ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 2, "share": 2, "window_sizes": [2, 4, 8]}
-
-
 LIGHT = {name: {"type": name.removesuffix("-light"), **PRESETS[name].options} for name in ("LCoAN-light", "ELAN-light")}
 
 
@@ -164,14 +150,8 @@ def test_two_processes_train_as_one_does_on_the_batch_of_both(
 
 @pytest.mark.slow
 def test_two_processes_train_a_gan_as_one_does(noting: Write, training: Write, here: Path) -> None:
-    changes = {
-        **STEPS,
-        "model_type": "SparseSRGANModel",
-        "network_g": {**LCOAN, "upscale": 2},
-        "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
-        "train.optim_d": {"type": "SGD", "lr": 0.05},
-        "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 0.1},
-    }
+    changes = {**STEPS, **GAN, "model_type": "SparseSRGANModel", "network_g": {**LCOAN, "upscale": 2}}
+    changes |= {"train.optim_d": {"type": "SGD", "lr": 0.05}, "train.gan_opt.loss_weight": 0.1}
     run(noting({**changes, **HALF}))
     both = assert_alike(here)
     assert main(["train", "-opt", training({**changes, "name": "alone"})]) == 0
@@ -196,8 +176,6 @@ def test_validation_and_testing_go_through_a_launcher_too(training: Write, testi
 
 
 KILLED = {**HALF, "train.total_iter": 12, "logger.save_checkpoint_freq": 2, "val": ..., "path.resume_state": None}
-
-
 """Adam, EMA and augmentation: all that a state has to hold."""
 
 

@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from basicsr.models import build_model
+from basicsr_runs import GAN
 from torch import Tensor, nn
 
 from sparse_sr_attn.cli.main import main
@@ -15,11 +15,6 @@ from sparse_sr_attn.errors import TrainingError
 
 Options = Callable[..., dict[str, Any]]
 
-GAN: dict[str, Any] = {
-    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
-    "train.optim_d": {"type": "Adam", "lr": 1e-3},
-    "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
-}
 GMSA = {"type": "SparseEDSR", "num_feat": 8, "num_block": 2, "upscale": 2, "img_range": 1.0}
 LCOA = {**GMSA, "attention": {"type": "LCoA", "every": 1, "share": 2, "num_clusters": 8, "chunk_size": 16}}
 GMSA["attention"] = {"type": "GMSA", "every": 1, "share": 2, "window_sizes": [2, 4]}
@@ -140,24 +135,6 @@ def test_autocast_and_fft_loss_join_in(options: Options, kind: str) -> None:
     assert model.output.dtype == torch.float32
     silent = trained(options(kind, {**changes, "train.net_d_init_iters": 9}), 2)
     assert not {"l_fft", "l_g_pix"} & set(silent.log_dict)  # neither is trained by
-
-
-@both
-def test_a_run_that_is_resumed_ends_with_the_same_bits(
-    kind: str, attended: dict[str, Any], training: Callable[..., str], here: Path
-) -> None:
-    changes = {**GAN, "model_type": f"Sparse{kind}", "network_g": attended, "logger.save_checkpoint_freq": 2}
-    file = training(changes)
-    assert main(["train", "-opt", file, "--force_yml", "name=whole"]) == 0
-    assert main(["train", "-opt", file, "--force_yml", "train:total_iter=2"]) == 0
-    assert main(["train", "-opt", file, "--auto_resume"]) == 0
-    for net in ("net_g", "net_d"):
-        one, other = (
-            torch.load(here / "experiments" / run / "models" / f"{net}_4.pth", weights_only=True)
-            for run in ("whole", "tiny")
-        )
-        assert_same(one, other)
-    assert "params_ema" in torch.load(here / "experiments/tiny/models/net_g_latest.pth", weights_only=True)
 
 
 def test_a_state_of_another_optimizer_of_the_discriminator_is_refused(

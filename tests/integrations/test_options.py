@@ -23,8 +23,6 @@ from sparse_sr_attn_basicsr.registration import NETWORKS
 FILES = sorted(OPTIONS.rglob("*.yml"))
 SCALES = (2, 3, 4)
 NETWORK = {network.__name__: network for network in NETWORKS}
-
-
 OF_OWN_PHOTOGRAPHS = ("teach_LCoAN_light_x2", "finetune_LCoAN_light_x2", "finetune_LCoAN_light_x4")
 """The recipe of the shipped weights, for folders that `sparse-sr prepare` makes."""
 

@@ -1,19 +1,15 @@
 """BasicSR's EDSR and RCAN and ours: the same networks under the same names."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from basicsr.archs import build_network, edsr_arch, rcan_arch
+from basicsr.archs import edsr_arch, rcan_arch
 from torch import nn
 
-from sparse_sr_attn import ConfigError, load_model
-from sparse_sr_attn.cli.main import main
+from sparse_sr_attn import load_model
 from sparse_sr_attn_basicsr import SparseEDSR, SparseRCAN
-from sparse_sr_attn_basicsr.option_file import load
-from sparse_sr_attn_basicsr.preflight import check
 
 COMMON = {"num_in_ch": 3, "num_out_ch": 3, "num_feat": 16, "res_scale": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -95,47 +91,3 @@ def test_load_model_rebuilds_basicsrs_network(name: str, upscale: int, tmp_path:
     with torch.no_grad():
         ours = load_model(tmp_path / "net.pth", res_scale=0.5)
         torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=1e-6)
-
-
-@networks
-def test_the_preflight_knows_it(name: str, training: Callable[..., str]) -> None:
-    """It reads the table of our networks, so a new row needs nothing else."""
-    misspelt = {"type": f"Sparse{name}", "upscale": 2, "num_blocks": 3, "img_range": 1.0}
-    theirs = {"type": name, "num_in_ch": 3, "num_out_ch": 3, "upscale": 2, "attention": {}}
-    for message, network in {
-        "network_g.num_blocks: unknown; did you mean 'num_block'?": misspelt,
-        f"network_g.attention: unknown to {name}; type: Sparse{name} has it": theirs,
-    }.items():
-        with pytest.raises(ConfigError) as caught:
-            check(load(training({"network_g": network})), training=True)
-        assert str(caught.value).startswith(message)
-    attentive = {
-        **OPTIONS[name],
-        "type": f"Sparse{name}",
-        "upscale": 2,
-        "attention": {**ATTENTION, "similarity": "dot"},
-    }
-    _, remarks = check(load(training({"network_g": attentive})), training=True)
-    assert "255 (the default of this network) makes raw queries so long" in remarks[0]
-
-
-@networks
-def test_basicsr_builds_it_from_options(name: str) -> None:
-    net = build_network({"type": f"Sparse{name}", **OPTIONS[name], "upscale": 2, "attention": ATTENTION})
-    assert type(net) is OURS[name]
-    assert net(torch.rand(1, 3, 5, 7)).shape == (1, 3, 10, 14)
-
-
-def test_what_training_saves_loads_with_nothing_told(network: dict[str, Any], training: Callable[..., str]) -> None:
-    """The averaged network, with its options, k-means and all."""
-    name = training({"network_g": network, "train.total_iter": 2, "val": ...})
-    assert main(["train", "-opt", name]) == 0
-    path = Path("experiments/tiny/models/net_g_latest.pth")
-    saved = torch.load(path, weights_only=True)["params_ema"]
-    model = load_model(path)
-    expected = build_network(network).eval()
-    expected.load_state_dict(saved, strict=True)
-    image = torch.rand(1, 3, 9, 8)
-    assert torch.equal(model(image), expected(image))
-    assert model.state_dict().keys() == saved.keys()
-    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import basicsr_runs
 import pytest
 import torch
 from skimage import io
@@ -20,13 +21,22 @@ from sparse_sr_attn_basicsr.randomness import random_state
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 NET = "network_g"
 PSNR = "val.metrics.psnr"
-GAN: dict[str, Any] = {
-    "model_type": "SparseSRGANModel",
-    "network_d": {"type": "UNetDiscriminatorSN", "num_in_ch": 3, "num_feat": 4},
-    "train.optim_d": {"type": "Adam", "lr": 1e-4},
-    "train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla", "loss_weight": 5e-3},
-}
+REQUIRED = [
+    f"{NET}.type",
+    NET,
+    "model_type",
+    "name",
+    "scale",
+    "logger",
+    "datasets",
+    "datasets.train.io_backend",
+    "train",
+]
+REQUIRED += ["train.optim_g", "train.optim_g.lr", "train.scheduler.type"]
+GAN: dict[str, Any] = {"model_type": "SparseSRGANModel", **basicsr_runs.GAN}
 VGG: dict[str, Any] = {"type": "PerceptualLoss", "layer_weights": {"conv5_4": 1}}
+EDSR = {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 2}
+COSINE = {"type": "CosineAnnealingRestartLR", "periods": [2, 2]}
 SINGLE = {
     "name": "single",
     "type": "SingleImageDataset",
@@ -35,20 +45,16 @@ SINGLE = {
 }
 
 MALFORMED = [
+    *(({path: ...}, rf"{re.escape(path)}: missing") for path in REQUIRED),
     # our networks
     ({f"{NET}.type": "SparseEDRS"}, r"network_g\.type: BasicSR has no network named 'SparseEDRS'; .*'SparseEDSR'\?"),
-    ({f"{NET}.type": ...}, r"network_g\.type: missing"),
-    ({NET: ...}, r"network_g: missing"),
     ({f"{NET}.num_feats": 8}, r"network_g\.num_feats: unknown; did you mean 'num_feat'\?"),
     ({f"{NET}.rgb_mean": [0.5]}, r"network_g\.rgb_mean: must have one number per channel"),
     ({f"{NET}.upscale": 4}, r"network_g\.upscale: must be 2, the option 'scale', got 4"),
     ({f"{NET}.upscale": ...}, r"network_g\.upscale: must be 2, the option 'scale', got 4 \(its default\)"),
     # attention
     ({f"{NET}.attention.n_cluster": 4}, r"network_g\.attention\.n_cluster: unknown; did you mean 'num_clusters'\?"),
-    (
-        {NET: {"type": "ELAN", "window_sizes": [4, 100_000_000]}},
-        r"network_g\.window_sizes: must be in \[1, 1024\], got \[4, 100000000\]",
-    ),
+    ({NET: {"type": "ELAN", "window_sizes": [4, 100_000_000]}}, r"window_sizes: must be in \[1, 1024\], got \[4, 1"),
     ({f"{NET}.attention.seed": 2**64}, r"network_g\.attention\.seed: must be an integer of 64 bits, got 18446744073"),
     ({"manual_seed": 2**32}, r"manual_seed: must be in \[0, 2\*\*32\) or ~ \(nothing\), got 4294967296"),
     ({"name": ["x" * 10_000]}, r"name: must be a string, got \['x{198}\.\.\. \(10004 characters\)$"),
@@ -62,14 +68,8 @@ MALFORMED = [
         r"train\.pretrain_img_range: must be ~ unless .* without block, .* got SparseEDSR with block",
     ),
     # BasicSR's networks
-    (
-        {NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 2, "attention": {}}},
-        r"network_g\.attention: unknown to EDSR; type: SparseEDSR has it",
-    ),
-    (
-        {NET: {"type": "SRVGGNetCompact", "num_feats": 3}},
-        r"network_g\.num_feats: unknown to SRVGGNetCompact; .*'num_feat'",
-    ),
+    ({NET: {**EDSR, "attention": {}}}, r"network_g\.attention: unknown to EDSR; type: SparseEDSR has it"),
+    ({NET: {"type": "SRVGGNetCompact", "num_feats": 3}}, r"num_feats: unknown to SRVGGNetCompact; .*'num_feat'"),
     ({"network_d": {"type": "UNetDiscriminatorN"}}, r"network_d\.type: BasicSR has no network named"),
     ({"network_d": 3}, r"network_d: must be a map"),
     (
@@ -80,10 +80,6 @@ MALFORMED = [
     ({"train.optim_d": GAN["train.optim_d"]}, r"train\.optim_d: unknown to SparseSRModel"),
     # model, machine, general
     ({"model_type": "SparseSRMode"}, r"model_type: BasicSR has no model named 'SparseSRMode'; .*'SparseSRModel'\?"),
-    ({"model_type": ...}, r"model_type: missing"),
-    ({"name": ...}, r"name: missing"),
-    ({"scale": ...}, r"scale: missing"),
-    ({"logger": ...}, r"logger: missing"),
     ({"scale": -1}, r"scale: must be >= 1, got -1"),
     ({"path.weights": "x"}, r"path\.weights: unknown, and BasicSR would create a folder for it"),
     ({"train.total_iter": 10**30}, r"train\.total_iter: must be below 2\*\*31, got 1000000"),
@@ -97,118 +93,64 @@ MALFORMED = [
     # data
     (
         {"datasets.train.dataroot_gt": "datasets/trian/HR"},
-        r"datasets\.train\.dataroot_gt: there is no folder 'datasets/trian/HR'.*working directory: /",
+        r"there is no folder 'datasets/trian/HR'.*working directory: /",
     ),
-    (
-        {"datasets.val.dataroot_lq": "datasets/val/lr_"},
-        r"datasets\.val\.dataroot_lq: there is no folder 'datasets/val/lr_'; did you mean 'datasets/val/LR'\?",
-    ),
+    ({"datasets.val.dataroot_lq": "datasets/val/lr_"}, r"there is no folder .*; did you mean 'datasets/val/LR'\?"),
     ({"datasets.train.dataroot_lq": ...}, r"datasets\.train\.dataroot_lq: missing; PairedImageDataset needs it"),
-    (
-        {"datasets.train.dataroot_lq": "datasets"},
-        r"datasets\.train: PairedImageDataset .* different number of images: 0, 6",
-    ),
-    (
-        {"datasets.train.dataroot_lq": "datasets/val/LR"},
-        r"datasets\.train: PairedImageDataset .* different number of images: 3, 6",
-    ),
-    (
-        {"datasets.train.filename_tmpl": "{}x2"},
-        r"datasets\.train: .* \dx2\.png is not in lq_paths\. filename_tmpl, e\.g\. '\{\}x2'",
-    ),
+    ({"datasets.train.dataroot_lq": "datasets"}, r"datasets\.train: PairedImageDataset .* number of images: 0, 6"),
+    ({"datasets.train.dataroot_lq": "datasets/val/LR"}, r"train: PairedImageDataset .* number of images: 3, 6"),
+    ({"datasets.train.filename_tmpl": "{}x2"}, r"datasets\.train: .* \dx2\.png is not in lq_paths\. filename_tmpl"),
     ({"datasets.train.gt_size": 33}, r"datasets\.train\.gt_size: must be a multiple of scale 2, got 33; nearest: 32"),
-    (
-        {"datasets.train.gt_size": 66},
-        r"datasets\.train: .* LQ \(32, 32\) is smaller than patch size \(33, 33\)",
-    ),
-    (
-        {"datasets.train.dataroot_gt": "datasets/train/LR"},
-        r"datasets\.train: .*LR/\d\.png: .*GT \(32, 32\) is not 2x .* LQ \(32, 32\)",
-    ),
-    (
-        {"datasets.val.dataroot_gt": "datasets/val/LR"},
-        r"datasets\.val\.dataroot_lq: must hold images of 1/2 the size \(the option 'scale'\)",
-    ),
-    (
-        {"scale": 4, "network_g.upscale": 4},
-        r"datasets\.val\.dataroot_lq: must hold images of 1/4 the size \(the option 'scale'\), .* 64x64 and 32x32",
-    ),
+    ({"datasets.train.gt_size": 66}, r"datasets\.train: .* LQ \(32, 32\) is smaller than patch size \(33, 33\)"),
+    ({"datasets.train.dataroot_gt": "datasets/train/LR"}, r"LR/\d\.png: .*GT \(32, 32\) is not 2x .* LQ \(32, 32\)"),
+    ({"datasets.val.dataroot_gt": "datasets/val/LR"}, r"datasets\.val\.dataroot_lq: must hold images of 1/2"),
+    ({"scale": 4, "network_g.upscale": 4}, r"val\.dataroot_lq: must hold images of 1/4 the size .* 64x64 and 32x32"),
     ({"datasets.train.gt_size": ...}, r"datasets\.train\.gt_size: missing; PairedImageDataset needs it"),
-    (
-        {"datasets.train.batch_size_per_gpu": 64},
-        r"dataset_enlarge_ratio: must be at least 11, got 10: .* trains on no batch",
-    ),
-    (
-        {"datasets.train.type": "PairedImageDatset"},
-        r"datasets\.train\.type: BasicSR has no dataset named .*'PairedImageDataset'\?",
-    ),
-    ({"datasets.train.io_backend": ...}, r"datasets\.train\.io_backend: missing"),
+    ({"datasets.train.batch_size_per_gpu": 64}, r"dataset_enlarge_ratio: must be at least 11, got 10: .* no batch"),
+    ({"datasets.train.type": "PairedImageDatset"}, r"BasicSR has no dataset named .*'PairedImageDataset'\?"),
     pytest.param(
         {"datasets.train.prefetch_mode": "cuda"}, r"prefetch_mode: must be cpu or ~ without a CUDA GPU", marks=no_gpu
     ),
     ({"datasets.vol": {}}, r"datasets\.vol: data sets must be named train and val, val_2, \.\.\., got 'vol'"),
     ({"datasets.train": ...}, r"datasets\.train: missing; training needs images"),
     ({"datasets.val": None}, r"datasets\.val: must be a mapping, got None"),
-    ({"datasets": ...}, r"datasets: missing"),
     # training
-    ({"train": ...}, r"train: missing"),
     ({"train.total_iter": ..., "train.total_iters": 9}, r"train\.total_iters: unknown; did you mean 'total_iter'\?"),
     ({"train.total_iter": 0}, r"train\.total_iter: must be whole and >= 1, got 0"),
     ({"train.ema_decay": 1}, r"train\.ema_decay: must be in \[0, 1\), got 1"),
     ({"train.optim_g.lr": "fast"}, r"train\.optim_g\.lr: must be a number > 0 and finite, got 'fast'"),
-    ({"train.optim_g.lr": ...}, r"train\.optim_g\.lr: missing"),
-    ({"train.optim_g": ...}, r"train\.optim_g: missing"),
-    ({"train.scheduler.type": ...}, r"train\.scheduler\.type: missing"),
     ({"train.pixel_opt": ...}, r"train\.pixel_opt: missing; training needs a loss"),
-    (
-        {"train.pixel_opt.type": "L1Los"},
-        r"train\.pixel_opt\.type: BasicSR has no loss named 'L1Los'; did you mean 'L1Loss'\?",
-    ),
+    ({"train.pixel_opt.type": "L1Los"}, r"BasicSR has no loss named 'L1Los'; did you mean 'L1Loss'\?"),
     ({"train.optim_g.type": "AdmaW"}, r"train\.optim_g\.type: there is no optimizer 'AdmaW'; did you mean 'AdamW'\?"),
     ({"train.optim_g.type": "LBFGS"}, r"train\.optim_g\.type: there is no optimizer 'LBFGS'"),
     (
-        {"train.optim_g": {"type": "SGD", "lr": 0.1, "momentm": 0.9}},
-        r"train\.optim_g\.momentm: unknown to SGD; did you mean 'momentum'\? \(known: lr, momentum, ",
+        {"train.optim_g": {"type": "SGD", "lr": 0.1, "momentm": 1}},
+        r"unknown to SGD; did you mean 'momentum'\? \(known: lr,",
     ),
     ({"train.optim_g.betas": [0.9]}, r"train\.optim_g: Adam rejects these options: "),
-    (
-        {"train.optim_g.betas": [0.9, 1]},
-        r"train\.optim_g: Adam rejects these options: Invalid beta parameter at index 1",
-    ),
+    ({"train.optim_g.betas": [0.9, 1]}, r"train\.optim_g: Adam rejects these options: Invalid beta"),
     ({"train.optim_g.betas": [0.9, 2]}, r"train\.optim_g\.betas: must be in \[0, 1\], got \[0\.9, 2\]"),
     ({"train.scheduler.type": "CosineLR"}, r"train\.scheduler\.type: BasicSR has no scheduler 'CosineLR'"),
     ({"train.scheduler.milestones": ...}, r"train\.scheduler\.milestones: missing; MultiStepRestartLR needs it"),
     ({"train.scheduler.gama": 0.1}, r"train\.scheduler\.gama: unknown to MultiStepRestartLR; did you mean 'gamma'"),
-    (
-        {"train.scheduler": {"type": "CosineAnnealingRestartLR", "periods": [1, 1], "restart_weights": [1, 1]}},
-        r"train\.scheduler\.periods: must add up to total_iter 4, got 2: BasicSR fails after the last",
-    ),
-    (
-        {"train.scheduler": {"type": "CosineAnnealingRestartLR", "periods": [2, 2]}},
-        r"train\.scheduler: CosineAnnealingRestartLR rejects these options: periods and restart_weights should have",
-    ),
+    ({"train.scheduler": {**COSINE, "periods": [1], "restart_weights": [1]}}, r"must add up to total_iter 4, got 1: "),
+    ({"train.scheduler": COSINE}, r"scheduler: CosineAnnealingRestartLR rejects these options: periods and restart"),
     ({"train.grad_clip": 0}, r"train\.grad_clip: must be .*> 0 and finite or ~ \(nothing\), got 0"),
     ({"train.accumulate": 3}, r"train\.accumulate: must divide batch_size_per_gpu 2 into equal parts, got 3"),
     (
         {"train.accumulate": 2, "train.pixel_opt.reduction": "sum"},
-        r"train\.pixel_opt\.reduction: must be mean with accumulate 2, .*, got 'sum'",
+        r"reduction: must be mean with accumulate 2, .*'sum'",
     ),
     ({"train.autocast": "bf61"}, r"train\.autocast: must be one of 'bf16', 'fp16' or ~ \(nothing\), got 'bf61'"),
     ({"train.autocast": "fp16"}, r"train\.autocast: must be bf16 or ~ on the CPU, got 'fp16'"),
     ({"train.cuda_graph": True}, r"train\.cuda_graph: must be false on the CPU, got true, which needs a CUDA GPU"),
     ({"train.cuda_graph": True, "train.accumulate": 2}, r"train\.accumulate: must be 1 with cuda_graph: true, got 2"),
-    (
-        {"model_type": "SRModel", "train.accumulate": 2},
-        r"train\.accumulate: unknown to SRModel; model_type: SparseSRModel has it",
-    ),
+    ({"model_type": "SRModel", "train.accumulate": 2}, r"unknown to SRModel; model_type: SparseSRModel has it"),
     ({"model_type": "SRModel", "val.tile": 8}, r"val\.tile: unknown to SRModel; model_type: SparseSRModel has it"),
     ({"val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile ~"),
     ({"val.tile": 8, "val.tile_overlap": 8}, r"val\.tile_overlap: must be less than val\.tile, got 8 with tile 8"),
     ({"val.val_frq": 1, "val.val_freq": ...}, r"val\.val_frq: unknown; did you mean 'val_freq'\?"),
-    (
-        {"val.metrics.psnr.type": "psnr"},
-        r"val\.metrics\.psnr\.type: BasicSR has no metric named 'psnr'.*calculate_psnr",
-    ),
+    ({"val.metrics.psnr.type": "psnr"}, r"psnr\.type: BasicSR has no metric named 'psnr'.*calculate_psnr"),
     # metrics
     ({PSNR: 3}, r"val\.metrics\.psnr: must be a mapping with a key 'type', got 3"),
     ({"val.metrics": ["psnr"]}, r"val\.metrics: must be a mapping or ~ \(nothing\), got \['psnr'\]"),
@@ -217,10 +159,7 @@ MALFORMED = [
     ({f"{PSNR}.crop_border": "2"}, r"psnr: calculate_psnr fails \(TypeError"),
     ({f"{PSNR}.crop_border": -1}, r"psnr: calculate_psnr gives nan on an image of 64x64; crop_border is -1"),
     ({"val.metrics.n": {"type": "calculate_niqe", "crop_border": 0}}, r"metrics\.n: calculate_niqe fails \(.*64x64"),
-    (
-        {f"{PSNR}.test_y_chanel": True},
-        r"psnr\.test_y_chanel: unknown to calculate_psnr; did you mean 'test_y_channel'\?",
-    ),
+    ({f"{PSNR}.test_y_chanel": True}, r"test_y_chanel: unknown to calculate_psnr; did you mean 'test_y_channel'\?"),
     ({f"{PSNR}.test_y_channel": "false"}, r"psnr\.test_y_channel: must be true or false, got 'false'"),
     ({f"{PSNR}.better": "lowr"}, r"psnr\.better: must be one of 'higher', 'lower', got 'lowr'"),
     ({f"{PSNR}.type": "calculate_psnr_pt"}, r"psnr: calculate_psnr_pt fails \(IndexError: .*\) on an image"),
@@ -228,39 +167,24 @@ MALFORMED = [
     ({"train.pixel_opt": "L1Loss"}, r"train\.pixel_opt: must be a mapping with a key 'type', got 'L1Loss'"),
     ({"train.pixel_opt": {}}, r"train\.pixel_opt\.type: missing; it names the loss, e\.g\. L1Loss"),
     ({"train.pixel_opt.loss_weigth": 1}, r"pixel_opt\.loss_weigth: unknown to L1Loss; did you mean 'loss_weight'\?"),
-    (
-        {"train.pixel_opt.loss_weight": "big"},
-        r"pixel_opt\.loss_weight: must be a number other than inf and nan, got 'big'",
-    ),
+    ({"train.pixel_opt.loss_weight": "big"}, r"pixel_opt\.loss_weight: must be a number .*, got 'big'"),
     ({"train.pixel_opt.loss_weight": float("nan")}, r"pixel_opt\.loss_weight: must be other than inf and nan, got nan"),
     ({"train.pixel_opt.reduction": "avg"}, r"pixel_opt: L1Loss rejects these options: .*avg.*'none', 'mean', 'sum'"),
     ({"train.pixel_opt.type": "GANLoss"}, r"pixel_opt\.gan_type: missing; GANLoss needs it"),
     ({"train.pixl_opt": {"type": "L1Loss"}}, r"pixl_opt: unknown to SparseSRModel; did you mean 'pixel_opt'\?"),
     ({"train.gan_opt": {"type": "GANLoss", "gan_type": "vanilla"}}, r"gan_opt: unknown to SparseSRModel \(known: "),
     ({"train.l_opt": {"type": "L1Loss"}, "model_type": "SRModel", "train.ema_decay": 0}, r"l_opt: unknown to SRModel"),
-    (
-        {"train.perceptual_opt": {"type": "PerceptualLoss"}},
-        r"perceptual_opt\.layer_weights: missing; PerceptualLoss needs",
-    ),
-    (
-        {"train.perceptual_opt": {**VGG, "range_norm": "no"}},
-        r"perceptual_opt\.range_norm: must be true or false, got 'no'",
-    ),
+    ({"train.perceptual_opt": {"type": "PerceptualLoss"}}, r"perceptual_opt\.layer_weights: missing; PerceptualLoss"),
+    ({"train.perceptual_opt": {**VGG, "range_norm": "no"}}, r"range_norm: must be true or false, got 'no'"),
     ({"train.fft_opt": {"type": "FFTLoss", "reduction": "none"}}, r"fft_opt\.reduction: must be one of 'mean', 'sum'"),
-    (
-        {"train.fft_opt": {"type": "FFTLoss"}, "train.pixel_opt": ...},
-        r"train\.pixel_opt: missing; training needs a loss",
-    ),
+    ({"train.fft_opt": {"type": "FFTLoss"}, "train.pixel_opt": ...}, r"pixel_opt: missing; training needs a loss"),
     (
         {"train.fft_opt": {"type": "FFTLoss"}, "model_type": "SRModel", "train.ema_decay": 0},
         r"train\.fft_opt: unknown to SRModel; model_type: SparseSRModel has it",
     ),
     # GAN models
     ({**GAN, "train.gan_opt": None}, r"train\.gan_opt: missing; SparseSRGANModel needs it"),
-    (
-        {**GAN, "train.gan_opt.gan_type": "vanila"},
-        r"gan_opt: GANLoss rejects these options: GAN type vanila is not impl",
-    ),
+    ({**GAN, "train.gan_opt.gan_type": "vanila"}, r"GANLoss rejects these options: GAN type vanila is not impl"),
     (
         {"model_type": "SparseSRGANModel", "network_d": GAN["network_d"], "train.gan_opt": GAN["train.gan_opt"]},
         r"optim_d: miss",
@@ -284,39 +208,15 @@ MALFORMED = [
         for key, value in (("train.grad_clip", 1), ("val.tile", 16), ("train.deterministic", True))
     ],
     # what the data sets themselves refuse
-    (
-        {"datasets.val": SINGLE},
-        r"val\.type: SingleImageDataset has no image to compare with, which val\.metrics\.psnr needs",
-    ),
-    (
-        {"datasets.val": {k: v for k, v in SINGLE.items() if k != "dataroot_lq"}},
-        r"dataroot_lq: missing; SingleImageDataset",
-    ),
-    (
-        {"datasets.train.io_backend": {}},
-        r"datasets\.train\.io_backend\.type: missing; it names where images are read from, e\.g\. disk",
-    ),
-    (
-        {"datasets.train.io_backend": {"type": "dsik"}},
-        r"datasets\.train: .* Backend dsik is not supported",
-    ),
-    (
-        {"datasets.train.io_backend": {"type": "disk", "db": 1}},
-        r"datasets\.train: the first sample cannot be read: .*TypeErr",
-    ),
-    (
-        {"datasets.train.io_backend": {"type": "lmdb"}},
-        r"datasets\.train: .* should both in lmdb formats",
-    ),
+    ({"datasets.val": SINGLE}, r"SingleImageDataset has no image to compare with, which val\.metrics\.psnr needs"),
+    ({"datasets.val": SINGLE, "datasets.val.dataroot_lq": ...}, r"dataroot_lq: missing; SingleImageDataset"),
+    ({"datasets.train.io_backend": {}}, r"io_backend\.type: missing; it names where images are read from, e\.g\. disk"),
+    ({"datasets.train.io_backend": {"type": "dsik"}}, r"datasets\.train: .* Backend dsik is not supported"),
+    ({"datasets.train.io_backend": {"type": "disk", "db": 1}}, r"the first sample cannot be read: .*TypeErr"),
+    ({"datasets.train.io_backend": {"type": "lmdb"}}, r"datasets\.train: .* should both in lmdb formats"),
     ({"datasets.train.meta_info_file": "no.txt"}, r"datasets\.train: .*No such file or directory: 'no\.txt'"),
-    (
-        {"datasets.train.filename_tmpl": "{}_{}"},
-        r"datasets\.train: PairedImageDataset rejects these options: IndexError",
-    ),
-    (
-        {"datasets.train.mean": [0, 0, 0], "datasets.train.std": [0, 0, 0]},
-        r"train: the first sample .*division by zero",
-    ),
+    ({"datasets.train.filename_tmpl": "{}_{}"}, r"PairedImageDataset rejects these options: IndexError"),
+    ({"datasets.train.mean": [0, 0, 0], "datasets.train.std": [0, 0, 0]}, r"first sample .*division by zero"),
     ({"datasets.train.color": "Y"}, r"color: must be one of 'y', 'rgb' or ~ \(nothing\), got 'Y'"),
     ({"datasets.train.use_hflip": "yes"}, r"use_hflip: must be true or false or ~ \(nothing\), got 'yes'"),
     ({"datasets.train.use_hflp": True}, r"datasets\.train\.use_hflp: unknown; did you mean 'use_hflip'\?"),
@@ -333,12 +233,11 @@ MALFORMED = [
     ({"logger.wandb": {"project": "p"}}, r"logger\.use_tb_logger: must be true with logger\.wandb\.project"),
     ({"logger.wandb": {"project": "p"}}, r"logger\.wandb\.project: needs wandb: pip install wandb"),
     ({"train.optim_g.amsgrad": "yes"}, r"train\.optim_g\.amsgrad: must be true or false, got 'yes'"),
+    # without building it: one convolution between a hundred thousand channels would need 360 GB
+    ({f"{NET}.num_feat": 100_000, f"{NET}.attention.every": 5}, r"network_g\.attention\.every: must hit"),
     # networks of BasicSR
     ({NET: {"type": "EDSR", "num_in_ch": 3, "upscale": 2}}, r"network_g\.num_out_ch: missing; EDSR needs it"),
-    (
-        {NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "upscale": 4}},
-        r"network_g: must upscale by 2, the option 'scale', but does so by 4",
-    ),
+    ({NET: {**EDSR, "upscale": 4}}, r"network_g: must upscale by 2, the option 'scale', but does so by 4"),
     ({NET: {"type": "MSRResNet", "num_feat": "many"}}, r"network_g: MSRResNet cannot be built with these options: "),
     ({"path.pretrain_network_g": "nowhere.pth"}, r"path\.pretrain_network_g: there is no file 'nowhere\.pth'"),
     ({"path.resume_state": "nowhere.state"}, r"path\.resume_state: there is no file 'nowhere\.state'"),
@@ -374,13 +273,10 @@ def test_a_wrong_option_is_explained_and_nothing_is_written(
 )
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_list_of_images_that_leads_nowhere(
-    content: str, message: str, part: str, training: Callable[..., str], here: Path
+    content: str, message: str, part: str, problem: Callable[..., str], here: Path
 ) -> None:
     (here / "meta.txt").write_text(content)
-    changes = {f"datasets.{part}.meta_info_file": "meta.txt"}
-    with pytest.raises(ConfigError, match=message.format(part, part)) as caught:
-        preflight.check(load(training(changes)), training=True)
-    assert len(caught.value.problems) == 1
+    assert re.search(message.format(part, part), problem({f"datasets.{part}.meta_info_file": "meta.txt"}))
 
 
 @pytest.mark.parametrize(("part", "quality", "content"), [("train", "HR", b"hello"), ("val", "LR", b"")])
@@ -399,19 +295,14 @@ def test_a_file_that_is_no_image_is_named(
     assert not (here / "experiments").exists()
 
 
-def test_an_empty_folder_of_single_images(training: Callable[..., str], here: Path) -> None:
+def test_an_empty_folder_of_single_images(problem: Callable[..., str], here: Path) -> None:
     (here / "none").mkdir()
     changes = {"datasets.val": {**SINGLE, "dataroot_lq": "none"}, "val.metrics": ...}
-    with pytest.raises(
-        ConfigError, match=r"datasets\.val: must hold at least one image; SingleImageDataset finds none"
-    ):
-        preflight.check(load(training(changes)), training=True)
-    changes["datasets.val"] = SINGLE
-    preflight.check(load(training(changes)), training=True)
+    assert "datasets.val: must hold at least one image; SingleImageDataset finds none" in problem(changes)
 
 
 def test_metrics_that_look_at_what_else_they_get_may_have_more_options(
-    training: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    remarks: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from basicsr.utils.registry import METRIC_REGISTRY
 
@@ -419,18 +310,27 @@ def test_metrics_that_look_at_what_else_they_get_may_have_more_options(
         return float(abs(img.astype(float) - img2).mean() ** kwargs.get("power", 1))
 
     monkeypatch.setitem(METRIC_REGISTRY._obj_map, "calculate_mine", calculate_mine)
-    changes = {"val.metrics.mine": {"type": "calculate_mine", "power": 2, "better": "lower"}}
-    preflight.check(load(training(changes)), training=True)
+    assert remarks({"val.metrics.mine": {"type": "calculate_mine", "power": 2, "better": "lower"}}) == []
 
 
-def test_checks_draw_no_random_numbers(training: Callable[..., str]) -> None:
+def test_checks_draw_no_random_numbers(remarks: Callable[..., list[str]]) -> None:
     before = random_state()
-    preflight.check(load(training({**GAN, "train.perceptual_opt": VGG})), training=True)
+    remarks({**GAN, "train.perceptual_opt": VGG})
     after = random_state()
     assert all(torch.equal(after[key], before[key]) if key == "torch" else after[key] == before[key] for key in before)
 
 
-BASICSR_FILES: dict[str, dict[str, Any]] = {
+PASS: dict[str, dict[str, Any]] = {
+    "BasicSR's single images": {"datasets.val": SINGLE, "val.metrics": ...},
+    "a debug run, which starts no wandb": {"name": "debug_tiny", "logger.wandb": {"project": "p"}},
+    "an average of enough iterations": {"train.ema_decay": 0.999, "train.total_iter": 3000},
+    "no raw queries, so any range": {f"{NET}.img_range": 255.0, f"{NET}.attention": None},
+    "windows, which BatchNorm keeps short": {
+        f"{NET}.img_range": 255.0,
+        f"{NET}.attention": {"type": "GMSA", "every": 2},
+        f"{NET}.block": {"type": "ELAB"},
+    },
+    # files of BasicSR itself
     "EDSR": {
         "model_type": "SRModel",
         NET: {"type": "EDSR", "num_in_ch": 3, "num_out_ch": 3, "num_feat": 8, "num_block": 2, "upscale": 2,
@@ -473,10 +373,9 @@ BASICSR_FILES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BASICSR_FILES)
-def test_basicsrs_own_files_pass_without_a_word(name: str, training: Callable[..., str]) -> None:
-    _, remarks = preflight.check(load(training(BASICSR_FILES[name])), training=True)
-    assert remarks == []
+@pytest.mark.parametrize("name", PASS)
+def test_right_files_pass_without_a_word(name: str, remarks: Callable[..., list[str]]) -> None:
+    assert remarks(PASS[name]) == []
 
 
 def test_the_well_formed_file_passes(training: Callable[..., str], network: dict[str, Any]) -> None:
@@ -516,18 +415,18 @@ def test_all_problems_are_reported_at_once(training: Callable[..., str], capsys:
     assert lines[0] == "sparse-sr: 10 problems in train.yml; nothing was run"
 
 
-def test_validation_may_have_images_that_basicsr_cuts(training: Callable[..., str], here: Path) -> None:
+def test_validation_may_have_images_that_basicsr_cuts(remarks: Callable[..., list[str]], here: Path) -> None:
     """BasicSR crops them to `scale` times the small ones; in training it does not."""
     changes = {"datasets.val.dataroot_gt": "datasets/train/HR", "datasets.val.dataroot_lq": "quarters"}
     (here / "quarters").mkdir()
     for number in range(6):
         image = io.imread(here / "datasets/train/LR" / f"{number}.png")
         io.imsave(here / "quarters" / f"{number}.png", image[:30, :31], check_contrast=False)
-    preflight.check(load(training(changes)), training=True)
+    assert remarks(changes) == []
 
 
 def test_a_model_of_a_fork_may_read_a_known_name_elsewhere(
-    training: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    remarks: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As HAT's model reads `tile` at the top level; with other models it is nowhere but in `val`."""
     from basicsr.models.sr_model import SRModel
@@ -538,29 +437,7 @@ def test_a_model_of_a_fork_may_read_a_known_name_elsewhere(
             self.side = self.opt["tile"]["tile_size"]
 
     monkeypatch.setitem(MODEL_REGISTRY._obj_map, "Tiles", Tiles)
-    changes = {"model_type": "Tiles", "train.ema_decay": 0, "tile": {"tile_size": 32}}
-    assert preflight.check(load(training(changes)), training=True)[1] == []
-    _, remarks = preflight.check(load(training({"tile": {"tile_size": 32}})), training=True)
-    assert remarks == ["tile: nothing reads this option"]
-
-
-@pytest.mark.parametrize(
-    ("decay", "iterations", "remarked"), [(0.999, 2000, True), (0.999, 3000, False), (0.9, 4, False)]
-)
-def test_an_average_that_is_mostly_the_start_is_remarked(
-    training: Callable[..., str], decay: float, iterations: int, remarked: bool
-) -> None:
-    changes = {"train.ema_decay": decay, "train.total_iter": iterations}
-    _, remarks = preflight.check(load(training(changes)), training=True)
-    assert remarks == remarked * [
-        "train.ema_decay: the averaged weights still contain 14% of those at the start after 2000 iterations, "
-        "got 0.999; 0.9977 leaves 1%"
-    ]
-
-
-def test_a_debug_run_needs_no_wandb(training: Callable[..., str]) -> None:
-    """BasicSR starts neither it nor tensorboard then."""
-    preflight.check(load(training({"name": "debug_tiny", "logger.wandb": {"project": "p"}})), training=True)
+    assert remarks({"model_type": "Tiles", "train.ema_decay": 0, "tile": {"tile_size": 32}}) == []
 
 
 def test_numbers_given_as_text_become_numbers(training: Callable[..., str]) -> None:
@@ -588,16 +465,20 @@ RAW = {"network_g.attention.similarity": "dot"}
         ({"val": ...}, r"datasets\.val: nothing is validated without the section val"),
         ({"datasets.val": ...}, r"val: nothing is validated without a data set in datasets\.val"),
         ({"train.flavour": 3}, r"train\.flavour: nothing reads this option$"),
+        ({"tile": {"tile_size": 32}}, r"^tile: nothing reads this option$"),
+        (
+            {"train.ema_decay": 0.999, "train.total_iter": 2000},
+            r"train\.ema_decay: .* still contain 14% of those at the start after 2000 .* got 0\.999; 0\.9977 leaves 1%",
+        ),
         ({"path.param_key": None}, r"path\.param_key: nothing reads this option; did you mean 'param_key_g'\?"),
         ({"model_type": "SRModel", "train.ema_decay": 0, "val.colour": 3}, r"val\.colour: nothing reads this option$"),
     ],
 )
 def test_what_is_legal_but_hardly_meant_is_remarked_on(
-    changes: dict[str, Any], remark: str, training: Callable[..., str]
+    changes: dict[str, Any], remark: str, remarks: Callable[..., list[str]]
 ) -> None:
-    _, remarks = preflight.check(load(training(changes)), training=True)
-    assert len(remarks) == 1
-    assert re.search(remark, remarks[0]), remarks
+    (found,) = remarks(changes)
+    assert re.search(remark, found), found
 
 
 LCOA = {"type": "LCoA", "every": 2}
@@ -617,21 +498,18 @@ ELAN = {"type": "ELAN", "num_feat": 12, "num_block": 1, "upscale": 2}
     ],
 )
 def test_an_ema_network_whose_buffers_stay_untrained_is_refused(
-    changes: dict[str, Any], buffers: str | None, training: Callable[..., str]
+    changes: dict[str, Any], buffers: str | None, remarks: Callable[..., list[str]], problem: Callable[..., str]
 ) -> None:
     for model in ("SRModel", "SRGANModel", "ESRGANModel"):
-        gan = GAN if "GAN" in model else {}
-        file = training({**gan, **changes, "model_type": model})
+        of_model = {**(GAN if "GAN" in model else {}), **changes, "model_type": model}
         if buffers is None:
-            assert preflight.check(load(file), training=True)[1] == []
+            assert remarks(of_model) == []
             continue
-        with pytest.raises(ConfigError) as caught:
-            preflight.check(load(file), training=True)
-        assert [str(problem) for problem in caught.value.problems] == [
+        assert problem(of_model).startswith(
             f"train.ema_decay: must be 0 with {model}, which leaves {buffers} of the averaged network untrained; "
             f"model_type: Sparse{model} does not"
-        ]
-        preflight.check(load(training({**gan, **changes, "model_type": model, "train.ema_decay": 0})), training=True)
+        )
+        remarks({**of_model, "train.ema_decay": 0})
 
 
 def test_a_model_without_a_counterpart_of_ours_is_refused_too(training: Callable[..., str]) -> None:
@@ -643,15 +521,6 @@ def test_a_model_without_a_counterpart_of_ours_is_refused_too(training: Callable
         "untrained; model_type: SparseSRModel does not",
         "network_g.window_size: missing; SwinIRModel reads it",
     ]
-
-
-@pytest.mark.parametrize(("attention", "block"), [(GMSA, {"type": "ELAB"}), (None, None)])
-def test_networks_without_raw_queries_may_have_any_range(
-    attention: object, block: object, training: Callable[..., str]
-) -> None:
-    """BatchNorm keeps those of windows short."""
-    changes = {"network_g.img_range": 255.0, "network_g.attention": attention, "network_g.block": block}
-    assert preflight.check(load(training(changes)), training=True)[1] == []
 
 
 def test_a_remark_is_printed_and_training_goes_on(
@@ -676,16 +545,8 @@ def test_processes_without_a_common_seed_are_remarked_on(
 @pytest.mark.parametrize(
     ("launcher", "changes", "message"),
     [
-        (
-            "pytorch",
-            {"model_type": "SRModel", "train.ema_decay": 0},
-            "model_type: must be SparseSRModel for several processes on the CPU",
-        ),
-        (
-            "pytorch",
-            {"dist_params": {"backend": "ncc"}},
-            "dist_params.backend: must be one of 'nccl', 'gloo', got 'ncc'",
-        ),
+        ("pytorch", {"model_type": "SRModel", "train.ema_decay": 0}, "model_type: must be SparseSRModel for several"),
+        ("pytorch", {"dist_params": {"backend": "ncc"}}, "dist_params.backend: must be one of 'nccl', 'gloo'"),
         ("pytorch", None, "--launcher pytorch: needs the environment variables of torchrun"),
     ],
 )
@@ -731,11 +592,3 @@ def test_a_wrong_test_file_is_explained(
 def test_an_untrained_network_is_remarked_on(testing: Callable[..., str]) -> None:
     _, remarks = preflight.check(load(testing({"path": None})), training=False)
     assert remarks == ["path.pretrain_network_g: nothing given, so an untrained network is tested"]
-
-
-def test_a_large_network_is_checked_without_building_it(training: Callable[..., str]) -> None:
-    """One convolution between a hundred thousand channels would need 360 GB."""
-    changes = {"network_g.num_feat": 100_000, "network_g.attention.every": 5}
-    with pytest.raises(ConfigError, match=r"network_g\.attention\.every: must hit") as caught:
-        preflight.check(load(training(changes)), training=True)
-    assert len(caught.value.problems) == 1

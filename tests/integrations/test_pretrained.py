@@ -1,7 +1,6 @@
 """Weights that a run starts from."""
 
 import io
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +10,12 @@ import pytest
 import torch
 from basicsr.models import build_model
 from basicsr_runs import told_at_the_end
+from hostile import Payload
 
 from sparse_sr_attn.cli.main import main
 from sparse_sr_attn.errors import CheckpointError
 
 Write = Callable[..., str]
-
-
-class Evil:
-    """Makes a file if it is unpacked."""
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, ("evil",)
 
 
 def packed(value: object) -> bytes:
@@ -43,14 +36,13 @@ def each(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, Any]],
 READ = "must be weights that can be read as data, from a .safetensors or a whole torch.save file without code; got "
 HOLD = "must hold weights, got "
 
-
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], bytes], str]] = {
     "empty": (lambda _: b"", READ + "EOFError"),
     "one byte": (lambda _: b"\x80", READ + "IndexError: index out of range"),
     "half": (lambda weights: packed({"params": weights})[:30000], READ),
     "but the last byte": (lambda weights: packed({"params": weights})[:-1], READ),
-    "code": (lambda _: packed({"params": Evil()}), READ + "UnpicklingError: Weights only load failed"),
-    "old code": (lambda _: pickle.dumps({"params": Evil()}, protocol=2), READ + "UnpicklingError"),
+    "code": (lambda _: packed({"params": Payload(Path("evil"))}), READ + "UnpicklingError: Weights only load failed"),
+    "old code": (lambda _: pickle.dumps({"params": Payload(Path("evil"))}, protocol=2), READ + "UnpicklingError"),
     "a list": (lambda _: packed([1, 2]), HOLD + "TypeError"),
     "nothing": (lambda _: packed(None), HOLD + "TypeError"),
     "a tensor": (lambda _: packed(torch.zeros(3)), HOLD + "RuntimeError"),

@@ -1,7 +1,6 @@
 """The repairs: made where needed, and only there."""
 
 import importlib
-import logging
 import subprocess
 import sys
 import types
@@ -70,12 +69,3 @@ def test_another_fault_of_torchvision_is_not_hidden(tmp_path: object) -> None:
     )
     assert done.returncode == 1
     assert "RuntimeError: disk on fire" in done.stderr
-
-
-def test_a_second_call_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    shims.apply()
-    before = {name: module for name, module in sys.modules.items() if name.startswith(("torchvision", "scipy"))}
-    with caplog.at_level(logging.WARNING):
-        shims.apply()
-    assert not caplog.records
-    assert before.items() <= sys.modules.items()

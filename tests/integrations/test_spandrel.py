@@ -1,6 +1,5 @@
 """spandrel loads our networks bit for bit, leaves those of others alone, and runs nothing that is in a file."""
 
-import os
 import pickle
 import re
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import torch
 from basicsr.archs.edsr_arch import EDSR as BASICSR_EDSR
 from basicsr.archs.rcan_arch import RCAN as BASICSR_RCAN
+from hostile import Payload
 from safetensors.torch import save_file
 from spandrel import (
     MAIN_REGISTRY,
@@ -34,8 +34,6 @@ from sparse_sr_attn.backbones.base import Network, encode_options, options_of
 from sparse_sr_attn_spandrel import ARCHITECTURES, install
 
 LCOA = {"type": "LCoA", "num_clusters": 5, "chunk_size": 7, "every": 1}
-
-
 pytestmark = pytest.mark.usefixtures("spandrel_registry")
 
 
@@ -194,16 +192,6 @@ def test_networks_of_others_stay_theirs(name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- hostile files
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.target),)
 
 
 @pytest.mark.promise("R21")

@@ -56,32 +56,8 @@ def test_sharing_is_the_same_with_rounds(options: dict[str, Any]) -> None:
     torch.testing.assert_close(later(x, shared), first(x))
 
 
-def test_rounds_of_whole_maps_are_dense_attention() -> None:
-    """Where a chunk holds all tokens every round sees the same, so their number cannot matter."""
-    x = features()
-    outputs = [layer(chunk_size=30, num_rounds=n).eval()(x) for n in (1, 2, 4)]
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0])
-
-
-def test_a_network_takes_them() -> None:
-    x = torch.rand(1, 3, 6, 7, generator=torch.Generator().manual_seed(0))
-    options: dict[str, Any] = {"num_feat": 8, "num_group": 2, "num_block": 1, "chunk_size": 7, "res_scale": 1.0}
-    options["zero_init"] = False
-    outputs = []
-    for change in ({}, {"routing": "lsh"}, {"num_rounds": 2}, {"share": 1}):
-        torch.manual_seed(0)
-        outputs.append(LCoAN(**options, **change).eval()(x))
-    assert not any(torch.equal(outputs[i], outputs[j]) for i in range(4) for j in range(i))
-
-
 def test_the_published_counting_needs_a_ring() -> None:
     rule = r"neighbors: must be 'ring' with count_keys_once=False, because that counting needs a ring, got 'nearest'"
     for build in (layer, lambda **options: LCoAN(num_feat=8, num_group=1, num_block=1, **options)):
         with pytest.raises(ConfigError, match=rule):
             build(neighbors="nearest", count_keys_once=False)
-
-
-def test_unknown_routing_is_explained() -> None:
-    with pytest.raises(ConfigError, match=r"^routing must be one of 'kmeans', 'lsh', got 'hash'$"):
-        layer(routing="hash")

@@ -22,6 +22,7 @@ from sparse_sr_attn.layers.batch_norm import BatchNorm2d, ConvNorm
 from sparse_sr_attn.reference import window as slow
 
 SIZES = (2, 3, 4)
+needs_triton = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
 
 
 def features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -216,8 +217,8 @@ def test_what_is_kept_of_large_windows_is_enough(shift: bool) -> None:
         assert_values_close(first(x, state), first(x))
 
 
+@needs_triton
 @pytest.mark.unhooked
-@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
 @pytest.mark.parametrize(("shift", "exact_shift"), [(False, True), (True, False)])
 def test_the_kernel_of_all_groups_is_the_same_layer(
     monkeypatch: pytest.MonkeyPatch, shift: bool, exact_shift: bool
@@ -254,8 +255,8 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return turn_on
 
 
+@needs_triton
 @pytest.mark.unhooked
-@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
 @pytest.mark.parametrize("training", [False, True])
 def test_the_kernels_of_a_block_are_the_same_block(with_kernels: Callable[[], None], training: bool) -> None:
     """Values, gradients and statistics; residuals and normalisation are part of the convolutions."""
@@ -302,8 +303,8 @@ def with_a_hook(layer: GMSA) -> None:
     layer.shared.value.conv.register_forward_hook(lambda module, args, y: 2 * y)
 
 
+@needs_triton
 @pytest.mark.unhooked
-@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
 @pytest.mark.parametrize(("change", "fused"), [
     (without_momentum, 2),
     (with_another_eps, 1 + 1),
@@ -339,8 +340,8 @@ def test_kernels_normalise_as_each_module_says(
     assert (numbers == [2]) == (change in (without_momentum, with_frozen_parameters))
 
 
+@needs_triton
 @pytest.mark.unhooked
-@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
 def test_kernels_take_maps_of_one_pixel(with_kernels: Callable[[], None]) -> None:
     """Which have no variance: running statistics normalise them."""
     x, first = features(1, 8, 1, 1), layer()
@@ -348,8 +349,8 @@ def test_kernels_take_maps_of_one_pixel(with_kernels: Callable[[], None]) -> Non
     assert_values_close(first(x), expected)
 
 
+@needs_triton
 @pytest.mark.unhooked
-@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs triton")
 def test_kernels_pass_no_hook_by(with_kernels: Callable[[], None]) -> None:
     """What a hook sees, and what it returns, is the output of its module alone, without a residual."""
     block = ELAB(10, window_sizes=(2, 3)).double().eval()

@@ -170,27 +170,3 @@ def test_every_option_has_a_case() -> None:
 def is_network(name: str) -> bool:
     value = getattr(sparse_sr_attn, name)
     return isinstance(value, type) and issubclass(value, Network)
-
-
-class Deaf(nn.Module):
-    """A layer that takes an option and forgets it."""
-
-    def __init__(self, volume: int) -> None:
-        super().__init__()
-        self.volume = volume
-        self.conv = nn.Conv2d(2, 2, 1)
-
-    def extra_repr(self) -> str:
-        return f"volume={self.volume}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
-
-
-def test_an_option_that_is_ignored_is_noticed() -> None:
-    """Also if the layer shows it."""
-    runs = []
-    for volume in (1, 11):
-        torch.manual_seed(0)
-        runs.append(observe(Deaf(volume), 2))
-    assert list(differ(*runs)) == []

@@ -57,11 +57,6 @@ def test_a_layer_deep_in_a_network_that_is_wrong(name: str, layer: str) -> None:
     assert result.status == "wrong", result
 
 
-def test_networks_of_nlsa_are_not_checked() -> None:
-    result = checked("plain-NLSA-LCoAN-light", replace(SMALL, what="networks"), methods=NETWORK_METHODS)
-    assert result.status == "not checked"
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["LCoA", "CoA", "GMSA", "NLSA", "plain-LCoA", "plain-CoA", "plain-NLSA"])
 def test_in_other_precisions(name: str, dtype: Any) -> None:
@@ -97,15 +92,6 @@ def test_a_wrong_gradient_is_wrong() -> None:
     assert "its gradient of" in result.reason
 
 
-def test_a_missing_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_sr_attn.layers import enla
-
-    l2_normalize = enla.l2_normalize
-    monkeypatch.setattr(enla, "l2_normalize", lambda rows: l2_normalize(rows).detach())
-    assert checked("ENLA").status == "correct"  # the value is
-    assert checked("ENLA", replace(SMALL, passes=("forward+backward",))).status == "wrong"
-
-
 def test_tokens_in_a_cluster_that_is_not_the_nearest_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is consistent with the assignment, which is wrong itself."""
     from sparse_sr_attn.layers import running_state
@@ -115,24 +101,6 @@ def test_tokens_in_a_cluster_that_is_not_the_nearest_are_wrong(monkeypatch: pyte
     result = checked("LCoA")
     assert result.status == "wrong"
     assert "not the nearest" in result.reason
-
-
-def test_not_finite_is_wrong() -> None:
-    result = checked("ENLA", change=lambda module: torch.nn.init.constant_(module.value.bias, float("nan")))
-    assert result.status == "wrong"
-
-
-def test_what_nobody_knows_is_not_checked() -> None:
-    x = torch.rand(1, 3, 4, 4)
-    assert check(torch.nn.Conv2d(3, 3, 1), None, lambda x: x, x, backward=False).status == "not checked"
-
-
-def test_the_layer_is_as_it_was_afterwards() -> None:
-    subject = _built(LAYER_METHODS["plain-NLSA"], SMALL, CPU)
-    module: Any = subject.module.train()
-    check(module, None, subject.apply, _input(SMALL, CPU, 12, batch=1), backward=False)
-    assert module.training
-    assert module.redraw
 
 
 @pytest.mark.parametrize(

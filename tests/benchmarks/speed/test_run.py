@@ -1,19 +1,17 @@
 """A whole run, small: what it finds, what it refuses, what it writes."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from benchmarks.speed import run as bench
-from benchmarks.speed.methods import LAYER_METHODS, NETWORK_METHODS, Method, Subject
+from benchmarks.speed.methods import LAYER_METHODS, Subject
 from benchmarks.speed.report import markdown
 from benchmarks.speed.run import Run, run
 from benchmarks.speed.settings import Settings
-from sparse_sr_attn.errors import ConfigError
 
 SMALL = Settings(
     methods=("LCoA", "CoA", "ShiftConv2d", "plain-LCoA", "plain-CoA", "ENLA"),
@@ -53,13 +51,6 @@ def test_memory_is_in_maps(found: Run) -> None:
     assert rows["plain-LCoA", 16].maps > rows["LCoA", 16].maps / 2 > 0
 
 
-def test_which_form_ran_is_seen(found: Run) -> None:
-    (row,) = [row for row in found.rows if (row.method, row.passed, row.side) == ("LCoA", "forward", 16)]
-    assert "sparse_sr_attn::cluster_attention" in row.operators
-    assert all(operator.startswith("sparse_sr_attn::") for operator in row.operators)
-    assert "`sparse_sr_attn::cluster_attention`" in markdown(found)
-
-
 def test_speed_ups_are_of_ours_over_their_rivals(found: Run) -> None:
     pairs = {(s.ours, s.rival) for s in found.speedups}
     assert pairs == {("LCoA", "plain-LCoA"), ("LCoA", "ENLA"), ("CoA", "plain-CoA"), ("CoA", "LCoA")}
@@ -70,12 +61,6 @@ def test_speed_ups_are_of_ours_over_their_rivals(found: Run) -> None:
         each = sorted(b.busy / a.busy for a, b in zip(mine.samples, other.samples, strict=True))
         assert speedup.ratio is not None
         assert speedup.ratio.median == pytest.approx(each[1])
-
-
-def test_growth_is_between_the_first_and_the_last_size(found: Run) -> None:
-    assert found.exponent_sides == (8, 16)
-    times = {row.side: row.busy.median for row in found.rows if (row.method, row.passed) == ("LCoA", "forward")}
-    assert 4 ** found.exponents["forward"]["LCoA"] == pytest.approx(times[16] / times[8])
 
 
 def test_the_floor(found: Run) -> None:
@@ -94,28 +79,23 @@ def test_the_floor(found: Run) -> None:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def broken(name: str) -> Method:
-    """The method with an output that is wrong by a thousandth of what attention adds."""
+def spoil(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Have the method return what `change` makes of its input and its output."""
     method = LAYER_METHODS[name]
 
     def build(settings: Settings) -> Subject:
         subject = method.build(settings)
         module: Any = subject.module
         forward = module.forward
-        module.forward = lambda x, *state: x + 1.001 * (forward(x, *state) - x)
+        module.forward = lambda x, *state: change(x, forward(x, *state))
         return subject
 
-    return replace(method, build=build)
-
-
-def cell(text: str, row: str) -> str:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {row} |")]
-    return line
+    monkeypatch.setattr(bench, "methods_of", lambda _: {**LAYER_METHODS, name: replace(method, build=build)})
 
 
 @pytest.mark.parametrize("name", ["LCoA", "plain-LCoA"])
 def test_no_speed_up_for_an_output_that_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "methods_of", lambda settings: {**LAYER_METHODS, name: broken(name)})
+    spoil(monkeypatch, name, lambda x, y: x + 1.001 * (y - x))
     settings = replace(SMALL, methods=("LCoA", "plain-LCoA", "ENLA"), sizes=(8,), passes=("forward",))
     found = run(settings)
     assert found.wrong() == [name]
@@ -128,37 +108,19 @@ def test_no_speed_up_for_an_output_that_is_wrong(name: str, monkeypatch: pytest.
     assert f"no speed-up is given where {name} is wrong" in text
 
 
-def test_an_output_that_is_wrong_at_the_size_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(settings: Settings) -> Subject:
-        subject = LAYER_METHODS["ENLA"].build(settings)
-        module: Any = subject.module
-        forward = module.forward
-        module.forward = lambda x: forward(x) / (x.shape[-1] != 16)  # inf at 16x16
-        return subject
-
-    monkeypatch.setattr(
-        bench, "methods_of", lambda settings: {**LAYER_METHODS, "ENLA": replace(LAYER_METHODS["ENLA"], build=build)}
-    )
-    found = run(replace(SMALL, methods=("LCoA", "ENLA"), passes=("forward",)))
-    assert found.checks["ENLA"].status == "wrong"
-    assert found.checks["ENLA"].reason == "at 16x16, its output is not finite"
-    assert all(speedup.ratio is None for speedup in found.speedups)
-
-
-def test_a_wrong_number_at_the_size_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(settings: Settings) -> Subject:
-        subject = LAYER_METHODS["LCoA"].build(settings)
-        module: Any = subject.module
-        forward = module.forward
-        module.forward = lambda x: forward(x) + (x.shape[-1] == 16) * 0.8 * (forward(x) - x)
-        return subject
-
-    wrong = replace(LAYER_METHODS["LCoA"], build=build)
-    monkeypatch.setattr(bench, "methods_of", lambda settings: {**LAYER_METHODS, "LCoA": wrong})
-    found = run(replace(SMALL, methods=("LCoA", "plain-LCoA"), passes=("forward",)))
-    assert found.checks["LCoA"].status == "wrong"
-    assert found.checks["LCoA"].reason == "at 16x16, it differs from plain-LCoA"
-    assert found.checks["LCoA"].error == pytest.approx(0.8, abs=0.1)
+@pytest.mark.parametrize(
+    ("name", "rival", "change", "reason"),
+    [
+        ("ENLA", "LCoA", lambda x, y: y / (x.shape[-1] != 16), "its output is not finite"),
+        ("LCoA", "plain-LCoA", lambda x, y: y + (x.shape[-1] == 16) * 0.8 * (y - x), "it differs from plain-LCoA"),
+    ],
+)
+def test_an_output_that_is_wrong_at_the_size_that_is_timed(
+    name: str, rival: str, change: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, name, change)
+    found = run(replace(SMALL, methods=("LCoA", rival, name), passes=("forward",)))
+    assert (found.checks[name].status, found.checks[name].reason) == ("wrong", f"at 16x16, {reason}")
     assert all(speedup.ratio is None for speedup in found.speedups)
 
 
@@ -176,67 +138,6 @@ def test_a_stand_in_must_be_as_fast_as_its_original(allowed: float, monkeypatch:
     assert found.as_json()["validity"]["plain-LCoA"]["valid"] == (allowed > 1)
 
 
-def test_stacks_are_as_valid_as_what_they_are_made_of() -> None:
-    for methods in (LAYER_METHODS, NETWORK_METHODS):
-        for name, method in methods.items():
-            assert set(method.valid_as) <= {n for n, m in LAYER_METHODS.items() if m.author_ratio}, name
-            assert set(method.rivals) <= set(methods), name
-            assert method.kind != "ours" or name == "LCoA-x10" or method.rivals, name
-
-
-def test_what_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(replace(SMALL, methods=("ShiftConv2d", "ENLA"), passes=("forward",), limit=1e-9))
-    assert found.rows == []
-    assert len(found.notes) == 2
-    assert "ENLA would take longer than 1e-09 s at 8x8 (forward)" in found.notes[1]
-    assert "| ENLA | – | – | – |" in markdown(found)
-
-
-def test_what_will_take_too_long_is_not_even_tried(found: Run) -> None:
-    first, last = (
-        replace(row, side=side, busy=replace(row.busy, median=ms))
-        for row, side, ms in zip(found.rows, (10, 20), (100.0, 1600.0), strict=False)
-    )
-    rows = [replace(row, method="ENLA", passed="forward") for row in (first, last)]
-    assert bench._expected(replace(found, rows=rows), "ENLA", "forward", 40) == pytest.approx(25.6)
-    assert bench._expected(replace(found, rows=rows[:1]), "ENLA", "forward", 40) == 0
-
-
-def test_a_stand_in_that_fails_at_a_size_is_a_note() -> None:
-    found = run(replace(SMALL, methods=("GMSA", "plain-GMSA"), sizes=(16, 24), passes=("forward",)))
-    assert {(row.method, row.side) for row in found.rows} == {("GMSA", 16), ("GMSA", 24), ("plain-GMSA", 16)}
-    assert found.notes[0].startswith("plain-GMSA fails at 24x24 (forward): ")
-
-
-def test_code_from_outside(tmp_path: Path) -> None:
-    """It may need whole windows, and is compared with its namesake of ours."""
-    (tmp_path / "windows.py").write_text("""
-from torch import nn
-
-class GMSA(nn.Module):
-    def forward(self, x):
-        return nn.functional.pixel_shuffle(nn.functional.pixel_unshuffle(x, 16), 16)
-
-class Windows(GMSA):
-    pass
-""")
-    peers = tuple(f"{tmp_path}/windows.py:{name}" for name in ("GMSA", "Windows"))
-    methods = ("GMSA", "ShiftConv2d")
-    found = run(replace(SMALL, methods=methods, sizes=(16, 24), passes=("forward",), peers=peers))
-    assert [row.side for row in found.rows if row.method == "windows.GMSA"] == [16]
-    assert found.notes[0].startswith("windows.GMSA fails at 24x24 (forward): ")
-    assert {(speedup.ours, speedup.rival) for speedup in found.speedups} == {
-        ("GMSA", "windows.GMSA"),
-        ("GMSA", "windows.Windows"),
-        ("ShiftConv2d", "windows.Windows"),
-    }
-
-
-def test_unknown_methods_are_named_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="no method named 'LCoB'; did you mean 'LCoA'"):
-        run(replace(SMALL, methods=("LCoB",)))
-
-
 # --- other runs -------------------------------------------------------------------------------------------------------
 
 
@@ -250,60 +151,6 @@ def test_networks() -> None:
         ("LCoAN-light", "plain-LCoAN-light"),
         ("LCoAN-light", "plain-NLSA-LCoAN-light"),
     }
-
-
-@pytest.mark.slow
-@pytest.mark.unhooked
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when it compiles
-def test_compiled() -> None:
-    found = run(replace(SMALL, methods=("LCoA",), sizes=(8,), passes=("forward",), rounds=1, compile=True))
-    assert found.checks["LCoA compiled"].status == "correct"
-    assert [row.method for row in found.rows] == ["LCoA", "LCoA compiled"]
-    assert [(s.ours, s.rival) for s in found.speedups] == [("LCoA compiled", "LCoA")]
-
-
-def test_ten_layers() -> None:
-    methods = ("LCoA-x10", "plain-LCoA-x10", "plain-NLSA-x10")
-    found = run(replace(SMALL, methods=methods, sizes=(16,), passes=("forward",), rounds=1))
-    assert {row.method for row in found.rows} == set(methods)
-    assert [s.rival for s in found.speedups] == ["plain-NLSA-x10", "plain-LCoA-x10"]
-
-
-def test_layers_that_others_register_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.speed import methods
-    from sparse_sr_attn.layers.base import AttentionLayer
-    from sparse_sr_attn.registry import Registry
-
-    other: Registry[AttentionLayer] = Registry("layer")
-
-    @other.register("Mine", kind="layer", source="nobody, 2026")
-    class Mine(AttentionLayer):
-        def __init__(self, embed_dim: int) -> None:
-            super().__init__()
-
-        def forward(self, x: Tensor, state: object = None) -> Tensor:
-            return x + 1
-
-    monkeypatch.setattr(methods, "LAYERS", other)
-    monkeypatch.setattr(methods, "build_layer", lambda name, embed_dim: other.get(name).build(embed_dim))
-    found = run(replace(SMALL, methods=("Mine",), sizes=(8,), passes=("forward",)))
-    assert found.checks["Mine"].status == "not checked"
-    assert len(found.rows) == 1
-
-
-def test_features_are_uneven_and_normalised() -> None:
-    x = bench.features(2, 12, 32)
-    assert x.shape == (2, 12, 32, 32)
-    assert x.std().item() == pytest.approx(1.0)
-    assert torch.equal(x, bench.features(2, 12, 32))
-    neighbours = (x[..., 1:] * x[..., :-1]).mean().item()
-    assert neighbours > 0.5  # as in natural images
-
-
-def test_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
-    run(replace(SMALL, methods=("ShiftConv2d",), sizes=(8,), passes=("forward",), threads=2))
-    assert torch.get_num_threads() == before
 
 
 @pytest.mark.cuda

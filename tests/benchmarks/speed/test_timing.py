@@ -3,17 +3,12 @@
 import pytest
 import torch
 
-from benchmarks.speed.floor import Cost, Rates, Yardstick, rates_of, yardsticks
+from benchmarks.speed.floor import Cost, Rates, yardsticks
 from benchmarks.speed.methods import LAYER_METHODS
 from benchmarks.speed.settings import Settings
-from benchmarks.speed.timing import Sample, Spread, alternate, exponent, ratio, sample
+from benchmarks.speed.timing import Sample, Spread, alternate, exponent, ratio
 
 CPU = torch.device("cpu")
-
-
-def test_median_and_quartiles() -> None:
-    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(median=3.0, q1=2.0, q3=4.0)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
 def test_ratios_are_of_the_same_round() -> None:
@@ -38,33 +33,10 @@ def test_calls_alternate_and_each_comes_first_in_turn() -> None:
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_short_calls_are_repeated() -> None:
-    made: list[int] = []
-    alternate({"a": lambda: made.append(0)}, CPU, rounds=1, shortest=0.001)
-    assert len(made) > 20
-    made.clear()
-    sample(lambda: made.append(0), CPU, repeats=5)
-    assert len(made) == 5
-
-
 def test_the_floor_is_a_sum() -> None:
     rates = Rates(flop=10.0, exp=2.0, bytes=5.0, half_flop=40.0)
     assert rates.floor(Cost(20.0, 3.0, 10.0)) == 2.0 + 1.5 + 2.0
     assert rates.floor(Cost(20.0, 3.0, 10.0, half_flop=20.0)) == 2.0 + 1.5 + 2.0 + 0.5
-
-
-def test_rates_are_medians_and_the_faster_product_counts() -> None:
-    def nothing() -> None: ...
-
-    sticks = {
-        "a": Yardstick("flop", 6.0, nothing),
-        "b": Yardstick("flop", 100.0, nothing),
-        "c": Yardstick("exp", 8.0, nothing),
-        "d": Yardstick("bytes", 10.0, nothing),
-        "e": Yardstick("half_flop", 1.0, nothing),
-    }
-    samples = {name: [Sample(busy, 1.0) for busy in (9.0, 2.0, 0.1)] for name in sticks}
-    assert rates_of(sticks, samples) == Rates(flop=50.0, exp=4.0, bytes=5.0, half_flop=0.5)
 
 
 def test_yardsticks_do_what_they_count() -> None:
@@ -87,12 +59,6 @@ def test_the_arithmetic_of_lcoa_by_hand() -> None:
     scores, gathered = 432 * 16, 432 * 64
     assert counted.flop == 2 * 1000 * (embedding + value + clusters + scores + gathered)
     assert counted.exp == 432 * 1000
-
-
-def test_dense_attention_costs_the_square() -> None:
-    cost = LAYER_METHODS["SDPA"].cost
-    assert cost is not None
-    assert cost(Settings(), 200).exp == 4 * cost(Settings(), 100).exp
 
 
 # Products of ours are inside operators, those of dense attention are padded; each has a stand-in with the same formula.
