@@ -154,8 +154,8 @@ def test_layers_by_hand() -> None:
 
 def test_every_operator_with_products_has_a_formula() -> None:
     names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "sparse_sr_attn::" in name}
-    without = {"l2_normalize", "l2_normalize_backward", "move_running_statistics", "order_clusters", "sort_by_cluster"}
-    assert names - set(flops._FORMULAS) == without
+    without = {"l2_normalize", "l2_normalize_backward", "move_running_statistics", "order_clusters"}
+    assert names - set(flops._FORMULAS) == without | {"argsort_of_bytes", "sort_by_cluster"}
     assert set(flops._FORMULAS) <= names
 
 
