@@ -170,7 +170,7 @@ def captured() -> str:
             mass = mean["patterns"][name]["mass"]
             body[-1] += [f"{mass:.3f}", f"{mass / mean['best']:.2f}"]
     return (
-        f"{table(head, body)}\n\n{len(records[0]['images'])} images; features of {settings['weights']}. The entropy of "
+        f"{table(head, body)}\n\n{records[0]['num_images']} images; features of {settings['weights']}. The entropy of "
         f"dense attention is {means[0]['entropy']:.3f} of $\\log n$ at temperature 10, {means[1]['entropy']:.3f} at 30."
     )
 

@@ -218,6 +218,7 @@ def _document(arguments: argparse.Namespace, layer: str, captures: dict[str, Cap
             "layer": layer,
             **{key: getattr(arguments, key) for key in ("keys", "temperature", "steps", "crop")},
         },
+        "num_images": len(each),
         "mean": {
             "entropy": mean(one.entropy for one in found),
             "best": mean(one.best for one in found),
