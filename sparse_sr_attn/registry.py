@@ -57,10 +57,12 @@ class Registry(Generic[T]):
     Args:
         noun: what the entries are called in messages ("layer").
         modules: modules that register the library's own entries; imported before the table is first read.
+        kinds: the kinds that entries may have; any if there are none.
     """
 
-    def __init__(self, noun: str, modules: Sequence[str] = ()) -> None:
+    def __init__(self, noun: str, modules: Sequence[str] = (), kinds: Sequence[str] = ()) -> None:
         self.noun = noun
+        self._kinds = kinds
         self._modules = list(modules)
         self._entries: dict[str, Entry[T]] = {}
 
@@ -71,7 +73,10 @@ class Registry(Generic[T]):
 
         Raises:
             DuplicateNameError: `name` is registered for another object.
+            ValueError: the table has no such kind.
         """
+        if self._kinds and kind not in self._kinds:
+            raise ValueError(f"kind of {name} must be one of {', '.join(self._kinds)}, got {kind!r}")
 
         def enter(build: B) -> B:
             present = self._entries.get(name)

@@ -67,3 +67,10 @@ def test_same_again_is_once() -> None:
     assert len(registry) == 1
     assert "One" in registry
     assert "Two" not in registry
+
+
+def test_a_kind_that_the_table_does_not_have() -> None:
+    registry: Registry[int] = Registry("number", kinds=("even", "odd"))
+    with pytest.raises(ValueError, match="kind of One must be one of even, odd, got 'od'"):
+        registry.register("One", kind="od", source="Peano")
+    assert "One" not in registry

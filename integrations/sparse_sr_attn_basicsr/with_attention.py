@@ -22,7 +22,7 @@ def WithAttention(  # noqa: N802  (a network's name in option files)
         attention: a mapping or a list of mappings, as in the option `attention` of `SparseEDSR`; `every` and `after`
             count the children of the trunk from 0. The name of a layer is short for a mapping with all defaults; `None`
             for no attention.
-        body: path of the trunk, see `sparse_sr_attn.attach`; `None` for the only one.
+        body: path of the trunk, see `sparse_sr_attn.attach`; `None` for the one that `attach` finds.
 
     Raises:
         ConfigError: the trunk cannot hold attention, or an option is invalid.

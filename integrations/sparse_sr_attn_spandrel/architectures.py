@@ -75,8 +75,8 @@ def _tags(options: Mapping[str, Any]) -> list[str]:
     """Return sizes in spandrel's short form and the layers that were chosen: `64nf`, `16nb`, `LCoA`."""
     sizes = [f"{options[name]}{unit}" for name, unit in _UNITS.items() if name in options]
     choices = [options.get("block"), options.get("attention")]
-    maps = [one for choice in choices if choice for one in ([choice] if isinstance(choice, Mapping) else choice)]
-    return sizes + sorted({one["type"] for one in maps})
+    configs = [one for choice in choices if choice for one in ([choice] if isinstance(choice, Mapping) else choice)]
+    return sizes + sorted({one["type"] for one in configs})
 
 
 class AttendedArchitecture(Architecture):  # type: ignore[misc]

@@ -236,9 +236,9 @@ def attach(
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ConfigError.at("model", "must not be in DistributedDataParallel yet, which would miss the new parameters")
     place = _find_place(model, body, example)
-    given = _as_maps(attention, every, share, options, num_blocks=len(place.sites))
-    maps = read_attention(given, len(place.sites))
-    for changing in sorted({config.type for config in maps if "zero_init" not in config.options}):
+    given = _as_configs(attention, every, share, options, num_blocks=len(place.sites))
+    configs = read_attention(given, len(place.sites))
+    for changing in sorted({config.type for config in configs if "zero_init" not in config.options}):
         warnings.warn(
             f"{changing} has no option zero_init, so {type(model).__name__} gives another output until it is trained",
             stacklevel=3,
@@ -246,7 +246,7 @@ def attach(
     explicit = share is not None or not isinstance(attention, str)
     built = type(model)._host if isinstance(model, Attended) else type(model)
     host = f"{built.__module__}.{built.__qualname__}"
-    for path, kind, layers, record in _placed(model, place, maps, explicit=explicit):
+    for path, kind, layers, record in _placed(model, place, configs, explicit=explicit):
         _give(model.get_submodule(path), kind, layers, {"path": path, "host": host, **record})
     warn_of_range(model, _range_of(model))
     return model
@@ -324,8 +324,9 @@ def reattach(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> nn.M
                 "model",
                 f"must have at least {len(widths)} modules in {path!r}, as when it was attached, got {len(module)}",
             )
-        maps = read_attention(record["attention"], len(widths))
-        placed.append((module, kind, _layers(maps, widths, record["shapes"], module, model), {**record, "path": path}))
+        configs = read_attention(record["attention"], len(widths))
+        layers = _layers(configs, widths, record["shapes"], module, model)
+        placed.append((module, kind, layers, {**record, "path": path}))
     for module, kind, layers, record in placed:
         _give(module, kind, layers, record)
     return model
@@ -404,7 +405,7 @@ class _Place:
 _Placed = tuple[str, type[Attended], SiteAttention, Mapping[str, Any]]
 
 
-def _as_maps(
+def _as_configs(
     attention: object, every: int | None, share: int | None, options: Mapping[str, Any], *, num_blocks: int
 ) -> object:
     """Return the mapping for a name and keywords; mappings unchanged."""
@@ -423,19 +424,19 @@ def _as_maps(
     return {**found, **{name: value for name, value in given.items() if value is not None}, **options}
 
 
-def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *, explicit: bool) -> list[_Placed]:
+def _placed(model: nn.Module, place: _Place, configs: Sequence[AttentionConfig], *, explicit: bool) -> list[_Placed]:
     """Return the modules that get attention, with their layers and what is recorded of them.
 
     Each way is tried on a copy of the model, because a model may look at the classes of its blocks, or run them by
     other references than their names.
     """
-    shares = _layers(maps, place.widths, place.shapes, None, model).shares
+    shares = _layers(configs, place.widths, place.shapes, None, model).shares
     ways: list[Callable[..., list[_Placed]]]
     ways = [_inside] if place.sequential is not None else [] if shares else [_after_each]
     ways += [_around, functools.partial(_around, owner="")]
     faults: list[str] = []
     for way in ways:
-        placed = way(model, place, maps)
+        placed = way(model, place, configs)
         attended = [path for path, *_ in placed if isinstance(model.get_submodule(path), Attended)]
         if attended and not faults:
             raise _occupied(attended[0])
@@ -445,7 +446,7 @@ def _placed(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], *,
         faults.append(fault)
     reason, remedy = faults[0], "choose other modules with body=..."
     if shares and not explicit:
-        placed = _after_each(model, place, [replace(attention, share=1) for attention in maps])
+        placed = _after_each(model, place, [replace(attention, share=1) for attention in configs])
         if _fault(model, place, placed) is None:
             warnings.warn(f"attached without sharing: {reason}; {remedy}, or share=1 if this is meant", stacklevel=4)
             return placed
@@ -473,34 +474,36 @@ def _named(model: nn.Module, path: str) -> str:
     return f"{path!r} of {type(model).__name__}" if path else type(model).__name__
 
 
-def _inside(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig]) -> list[_Placed]:
+def _inside(model: nn.Module, place: _Place, configs: Sequence[AttentionConfig]) -> list[_Placed]:
     """Return the `nn.Sequential` that runs the blocks, with the layers."""
     path = cast(str, place.sequential)
     module = model.get_submodule(path)
-    layers = _layers(maps, place.widths, place.shapes, module, model)
-    return [(path, AttendedSequential, layers, _record(AttendedSequential, module, maps, place.widths, place.shapes))]
+    layers = _layers(configs, place.widths, place.shapes, module, model)
+    return [
+        (path, AttendedSequential, layers, _record(AttendedSequential, module, configs, place.widths, place.shapes))
+    ]
 
 
 def _around(
-    model: nn.Module, place: _Place, maps: Sequence[AttentionConfig], owner: str | None = None
+    model: nn.Module, place: _Place, configs: Sequence[AttentionConfig], owner: str | None = None
 ) -> list[_Placed]:
     """Return the module whose forward runs the blocks, with the layers; or a module around it."""
     owner = _caller_of_all(place) if owner is None else owner
     module = model.get_submodule(owner)
     sites = [site.path.removeprefix(join_path(owner, "")) for site in place.sites]
-    layers = _layers(maps, place.widths, place.shapes, module, model)
-    record = _record(AttendedCaller, module, maps, place.widths, place.shapes, sites)
+    layers = _layers(configs, place.widths, place.shapes, module, model)
+    record = _record(AttendedCaller, module, configs, place.widths, place.shapes, sites)
     return [(owner, AttendedCaller, layers, record)]
 
 
-def _after_each(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig]) -> list[_Placed]:
+def _after_each(model: nn.Module, place: _Place, configs: Sequence[AttentionConfig]) -> list[_Placed]:
     """Return the blocks that get layers of their own."""
     found: list[_Placed] = []
-    chosen = [set(attention.sites(len(place.sites))) for attention in maps]
-    turns = [0] * len(maps)
+    chosen = [set(attention.sites(len(place.sites))) for attention in configs]
+    turns = [0] * len(configs)
     for index, site in enumerate(place.sites):
         own = []
-        for number, attention in enumerate(maps):
+        for number, attention in enumerate(configs):
             if index in chosen[number]:
                 options = full_options(attention, turns[number])
                 own.append(replace(attention, every=None, after=(0,), share=1, options=options))
@@ -514,7 +517,7 @@ def _after_each(model: nn.Module, place: _Place, maps: Sequence[AttentionConfig]
 
 
 def _layers(
-    maps: Sequence[AttentionConfig],
+    configs: Sequence[AttentionConfig],
     widths: Sequence[int],
     shapes: Sequence[int],
     beside: nn.Module | None,
@@ -523,8 +526,8 @@ def _layers(
     """Return the layers, with the device and dtype of the parameters of `beside`; without it, on the meta device."""
     if beside is None:
         with torch.device("meta"):
-            return SiteAttention(maps, len(widths), widths, shapes)
-    layers = SiteAttention(maps, len(widths), widths, shapes)
+            return SiteAttention(configs, len(widths), widths, shapes)
+    layers = SiteAttention(configs, len(widths), widths, shapes)
     parameters = itertools.chain(beside.parameters(), model.parameters())
     weight = next((p for p in parameters if p.is_floating_point()), None)
     if weight is not None:
@@ -548,7 +551,7 @@ def _caller_of_all(place: _Place) -> str:
 def _record(
     kind: type[Attended],
     module: nn.Module,
-    maps: Sequence[AttentionConfig],
+    configs: Sequence[AttentionConfig],
     widths: Sequence[int],
     shapes: Sequence[int],
     sites: Sequence[str] = (),
@@ -559,14 +562,14 @@ def _record(
     return {
         "kind": kind.__name__,
         "key": next((name for name in names if name.startswith(start)), names[0] if names else "weight"),
-        "attention": _described(maps, len(widths)),
+        "attention": _described(configs, len(widths)),
         "widths": list(widths),
         "shapes": list(shapes),
         "sites": list(sites),
     }
 
 
-def _described(maps: Sequence[AttentionConfig], num_blocks: int) -> Any:
+def _described(configs: Sequence[AttentionConfig], num_blocks: int) -> Any:
     """Return mappings for JSON; `None` if it cannot represent an option: enough to refuse the weights with a reason."""
     described = [
         {
@@ -575,7 +578,7 @@ def _described(maps: Sequence[AttentionConfig], num_blocks: int) -> Any:
             **({"share": attention.share} if attention.share > 1 else {}),
             **full_options(attention),
         }
-        for attention in maps
+        for attention in configs
     ]
     text = as_json({"attention": described})
     return None if text is None else json.loads(text)["attention"]
@@ -589,10 +592,10 @@ def _differences(recorded: Tensor, own: Mapping[str, Any]) -> list[str]:
     try:
         found = decode_options(recorded)
         with old_names_allowed():
-            maps = read_attention(found["attention"], len(found["widths"]))
+            configs = read_attention(found["attention"], len(found["widths"]))
     except (ConfigError, ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
         return [f"records attention that cannot be read ({type(error).__name__}: {error})"]
-    theirs = {**found, "attention": _described(maps, len(found["widths"]))}
+    theirs = {**found, "attention": _described(configs, len(found["widths"]))}
     if None in (theirs["attention"], own["attention"]):
         return []
     told = [

@@ -75,13 +75,13 @@ def read_attention(attention: object, num_blocks: int, path: str = "attention") 
     if not alone and not isinstance(attention, Sequence):
         message = f"must be a name, a mapping, a list of mappings or ~ (no attention), got {attention!r}"
         raise ConfigError.at(path, message)
-    maps: list[AttentionConfig] = []
+    configs: list[AttentionConfig] = []
     problems = ProblemList()
     for index, item in enumerate([attention] if alone else cast(Sequence[object], attention)):
         with problems.gathered():
-            maps.append(_read_map(item, num_blocks, path if alone else f"{path}.{index}"))
+            configs.append(_read_config(item, num_blocks, path if alone else f"{path}.{index}"))
     problems.raise_if_any()
-    return tuple(maps)
+    return tuple(configs)
 
 
 def full_options(attention: AttentionConfig, index: int | None = None) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def default_config(name: str, *, shares: bool = True) -> dict[str, Any]:
     return {"type": name, "every": 4, "share": 4 if shares and provides else 1}
 
 
-def _read_map(item: object, num_blocks: int, path: str) -> AttentionConfig:
+def _read_config(item: object, num_blocks: int, path: str) -> AttentionConfig:
     if not isinstance(item, Mapping):
         raise ConfigError.at(path, f"must be a mapping with a key 'type', got {item!r}")
     own = ["type", "every", "after", *([] if _shares_inside(item.get("type")) else ["share"])]
@@ -183,13 +183,13 @@ def read_trunk(
     """
     problems = ProblemList()
     build: Callable[[int, int], nn.Module] | None = None
-    maps: tuple[AttentionConfig, ...] = ()
+    configs: tuple[AttentionConfig, ...] = ()
     with problems.gathered():
         build = read_block(block)
     with problems.gathered():
-        maps = read_attention(attention, num_sites)
+        configs = read_attention(attention, num_sites)
     problems.raise_if_any()
-    return build, maps
+    return build, configs
 
 
 def _shares_inside(name: object) -> bool:

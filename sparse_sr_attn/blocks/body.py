@@ -42,7 +42,7 @@ class SiteAttention(nn.ModuleList):
     their own in a network, and the names of the blocks do not change.
 
     Args:
-        maps: from `read_attention`, for the same number of blocks.
+        configs: from `read_attention`, for the same number of blocks.
         num_blocks: number of blocks of the trunk.
         embed_dim: channels of the trunk, or of each block's output.
         shapes: the shape of each block's output, if they differ: only blocks of one shape share states.
@@ -57,7 +57,7 @@ class SiteAttention(nn.ModuleList):
 
     def __init__(
         self,
-        maps: Sequence[AttentionConfig],
+        configs: Sequence[AttentionConfig],
         num_blocks: int,
         embed_dim: int | Sequence[int],
         shapes: Sequence[Hashable] | None = None,
@@ -66,7 +66,7 @@ class SiteAttention(nn.ModuleList):
         widths = [embed_dim] * num_blocks if isinstance(embed_dim, int) else embed_dim
         sites = sorted(
             (block, number, shape, turn)
-            for number, attention in enumerate(maps)
+            for number, attention in enumerate(configs)
             for shape, alike in enumerate(_alike(attention.sites(num_blocks), shapes))
             for turn, block in enumerate(alike)
         )
@@ -74,7 +74,7 @@ class SiteAttention(nn.ModuleList):
         built: Counter[int] = Counter()
         self._steps: dict[int, list[_Step]] = defaultdict(list)
         for index, (block, number, shape, turn) in enumerate(sites):
-            attention = maps[number]
+            attention = configs[number]
             place = turn % attention.share
             first = index_of[number, shape, turn - place]
             if place == 0:

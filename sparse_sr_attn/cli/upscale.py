@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     several = len(sources) > 1 or any(os.path.isdir(path) for path in arguments.input)
     sources = {image: sources[image] for image in without_results(list(sources))}
     if arguments.output not in (None, "-"):
-        _folder(arguments, several=several)
+        _folder(arguments, several=several)  # raises before the weights are read
     model = load(arguments)
     if arguments.scale not in (None, model.upscale):
         raise UsageError(

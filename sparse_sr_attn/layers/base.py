@@ -29,7 +29,11 @@ from sparse_sr_attn.functional.conv_triton import conv1x1
 from sparse_sr_attn.functional.l2_normalize import MAX_LOGIT_SCALE, scale_rows
 from sparse_sr_attn.registry import Registry
 
-LAYERS: Registry[nn.Module] = Registry("layer", ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"])
+LAYERS: Registry[nn.Module] = Registry(
+    "layer",
+    ["sparse_sr_attn.layers", "sparse_sr_attn.blocks"],
+    kinds=("layer", "consumer", "provider", "operator"),
+)
 SATURATING_RANGE = 16.0
 """`img_range` above which the softmax of raw queries picks a single token."""
 
@@ -70,7 +74,7 @@ class AttentionLayer(nn.Module):
         Raises:
             SharingError: this layer provides no state.
         """
-        raise SharingError(f"attend needs a layer that provides a state, got {type(self).__name__}, which does not")
+        raise self._shares_nothing("attend")
 
     def attend_and_apply(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Any]:
         """Return `x` plus its attention, and the state that `attend` computes; layers may do both at once.
@@ -91,9 +95,13 @@ class AttentionLayer(nn.Module):
         Raises:
             SharingError: this layer provides no state.
         """
-        raise SharingError(
-            f"make_consumer needs a layer that provides a state, got {type(self).__name__}, which does not"
-        )
+        raise self._shares_nothing("make_consumer")
+
+    def _shares_nothing(self, method: str) -> SharingError:
+        name = type(self).__name__
+        if self.provides is not None:
+            return SharingError(f"a layer that sets `provides` must define {method}, got {name}, which does not")
+        return SharingError(f"{method} needs a layer that provides a state, got {name}, which does not")
 
 
 def check_map(x: Tensor, embed_dim: int, name: str = "embed_dim") -> None:

@@ -332,7 +332,8 @@ class CoA(AttentionLayer):
         state = check_state(state, ClusterAttention, x, _HINT)
         values, num_rounds = tokens(self.value(x)).contiguous(), state.num_rounds
         if state.weights is None:
-            attended = _attend(cast(Tensor, state.embedding), values, state.pattern, num_rounds)
+            rows = cast(Tensor, state.embedding)
+            attended = cluster_attention_rounds(rows, rows, values, state.pattern, num_rounds, normalize_keys=True)
         else:
             attended = apply_cluster_weights(state.weights, _each_round(values, num_rounds), state.pattern)
             attended = attended if num_rounds == 1 else attended.unflatten(0, (-1, num_rounds)).sum(dim=1)
@@ -423,10 +424,6 @@ def weights_of(state: ClusterAttention) -> Float[Tensor, "br k i j"]:
 
 def _weights(embedding: Tensor, pattern: ClusterPattern, num_rounds: int, dtype: torch.dtype | None = None) -> Tensor:
     return cluster_weights_rounds(embedding, embedding, pattern, num_rounds, normalize_keys=True, dtype=dtype)
-
-
-def _attend(embedding: Tensor, values: Tensor, pattern: ClusterPattern, num_rounds: int) -> Tensor:
-    return cluster_attention_rounds(embedding, embedding, values, pattern, num_rounds, normalize_keys=True)
 
 
 def _each_round(rows: Float[Tensor, "b n c"], num_rounds: int) -> Float[Tensor, "br n c"]:

@@ -229,10 +229,35 @@ def test_a_failure_inside_the_layer_names_its_line() -> None:
 
 def test_consumers_and_providers_bring_a_partner() -> None:
     others = set(CLAUSES) - {"evaluation moves nothing", "state of another size is refused"}
-    conformance.check_layer(CoA, kind="consumer", partner=LSP, leave_out=others)
-    conformance.check_layer(LSP, kind="provider", partner=CoA, leave_out=others, num_clusters=3)
+    conformance.check_layer(CoA, partner=LSP, leave_out=others)
+    conformance.check_layer(LSP, partner=CoA, leave_out=others, num_clusters=3)
     with pytest.raises(LookupError, match="a consumer needs a partner in the registry, CoA has none"):
-        conformance.check_layer(CoA, kind="consumer")
+        conformance.check_layer(CoA)
+
+
+def test_a_reader_that_is_not_registered_is_a_consumer() -> None:
+    class Reader(CoA):
+        pass
+
+    with pytest.raises(LookupError, match="a consumer needs a partner in the registry, Reader has none"):
+        conformance.check_layer(Reader)
+
+
+class Forgetful(Gate):
+    provides = tuple
+
+
+def test_a_clause_without_a_message_says_what_must_hold() -> None:
+    clause = "loud half inputs stay finite"
+    loud = gated(lambda self, good, x: good(x) * torch.inf)
+    with pytest.raises(AssertionError, match=f"{clause}: AssertionError: must hold: "):
+        conformance.check_layer(loud, leave_out=set(CLAUSES) - {clause})
+
+
+def test_a_layer_that_provides_a_state_must_define_attend() -> None:
+    clause = "assignments do not depend on the batch"
+    with pytest.raises(AssertionError, match="a layer that sets `provides` must define attend, got Forgetful"):
+        conformance.check_layer(Forgetful, leave_out=set(CLAUSES) - {clause})
 
 
 def test_a_clause_that_does_not_exist_cannot_be_left_out() -> None:

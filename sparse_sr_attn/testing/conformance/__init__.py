@@ -14,6 +14,7 @@ provider is combined with the first matching partner in the registry.
 """
 
 import inspect
+import itertools
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparse_sr_attn.layers import LAYERS
 from sparse_sr_attn.registry import Registry
 from sparse_sr_attn.testing.conformance import clauses, compiled
 from sparse_sr_attn.testing.conformance.clause import CLAUSES, Clause
@@ -54,7 +56,7 @@ def matrix(registry: Registry[nn.Module]) -> list[tuple[Subject, Clause]]:
 def check_layer(
     build: Callable[..., nn.Module],
     *,
-    kind: str = "layer",
+    kind: str | None = None,
     partner: Callable[..., nn.Module] | None = None,
     device: torch.device | str = "cpu",
     slow: bool = False,
@@ -65,7 +67,8 @@ def check_layer(
 
     Args:
         build: the layer, called as `build(embed_dim, **options)`.
-        kind: layer, consumer, provider or operator.
+        kind: layer, consumer, provider or operator. Default: that under which `build` is registered; of a class that is
+            not, consumer if it only `requires` a state, else layer.
         partner: for a consumer, a layer that provides its state; for a provider, a consumer.
         device: device to check on.
         slow: whether to include the slow clauses, which take minutes with a compiler.
@@ -82,21 +85,31 @@ def check_layer(
         raise ValueError(f"leave_out must name clauses, got {sorted(set(leave_out) - known)}; known: {sorted(known)}")
     registry: Registry[nn.Module] = Registry("layer")
     name = getattr(build, "__name__", repr(build))
+    kind = kind or _kind_of(build)
     registry.register(name, kind=kind, source="")(build)
     if partner is not None:
         other = "consumer" if kind == "provider" else "provider" if not hasattr(partner, "provides") else "layer"
         registry.register(f"partner of {name}", kind=other, source="")(partner)
     broken = []
-    for subject, clause in matrix(registry):
-        if subject.entry.name != name or clause.name in leave_out or (clause.slow and not slow):
-            continue
+    wanted = [clause for clause in CLAUSES if clause.name not in leave_out and (slow or not clause.slow)]
+    own = [replace(subject, options=options) for subject in subjects(registry) if subject.entry.name == name]
+    for subject, clause in itertools.product(own, wanted):
         try:
-            clause.check(replace(subject, options=options), torch.device(device))
+            if clause.applies(subject):
+                clause.check(subject, torch.device(device))
         except Exception as problem:
-            reason = f"{type(problem).__name__}: {str(problem)[:500]}"
-            broken.append(f"{subject}: {clause}: {reason}{_place(problem, build)}")
+            reason = str(problem)[:500] or f"must hold: {inspect.getdoc(clause.check)}"
+            broken.append(f"{subject}: {clause}: {type(problem).__name__}: {reason}{_place(problem, build)}")
     if broken:
         raise AssertionError("\n".join(broken))
+
+
+def _kind_of(build: Callable[..., nn.Module]) -> str:
+    for entry in map(LAYERS.get, LAYERS):
+        if entry.build is build:
+            return entry.kind
+    reads = getattr(build, "requires", None) is not None and getattr(build, "provides", None) is None
+    return "consumer" if reads else "layer"
 
 
 def _place(problem: Exception, build: Callable[..., nn.Module]) -> str:
