@@ -15,7 +15,7 @@ import torch
 _SCHEDULED = ("lr", "initial_lr", "params")  # in a group of weights: set by the schedule, or no option
 
 
-def resume(model: Any, state: Mapping[str, Any]) -> list[str]:
+def restore_with_new_options(model: Any, state: Mapping[str, Any]) -> list[str]:
     """Restore a training state, keep the options that the model was built with, and return what differs.
 
     If the schedule has changed, the learning rate is that of the new schedule at this iteration.

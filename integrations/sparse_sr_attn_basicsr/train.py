@@ -193,7 +193,7 @@ def _restore(model: Any, resumed: Mapping[str, Any], logger: logging.Logger) -> 
     """
     where = f"the state of iteration {resumed['iter']}"
     try:
-        changes = changed_options.resume(model, resumed)
+        changes = changed_options.restore_with_new_options(model, resumed)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:  # a malformed state can raise anything
