@@ -34,7 +34,7 @@ def load(entries: object) -> None:
     for index, entry in enumerate(read(_Options, {"custom_imports": entries})["custom_imports"] or ()):
         try:
             import_entry(entry)
-        except Exception as error:  # somebody else's code can raise anything
+        except Exception as error:  # user code can raise anything
             problems.add(f"custom_imports.{index}", f"{entry} cannot be imported: {type(error).__name__}: {error}")
     problems.raise_if_any()
 

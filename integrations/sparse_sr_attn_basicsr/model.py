@@ -98,7 +98,7 @@ class SparseSRModel(SRModel):  # type: ignore[misc]  # basicsr carries no types
         # Only for weights to start from: those of a resumed or tested run have the network's own range.
         self._starts = bool(opt.get("is_train") and not opt["path"].get("resume_state"))
         self._pretrain_img_range: float | None = train.get("pretrain_img_range") if self._starts else None
-        self._facts: Facts | None = None  # about a network of others; found when needed
+        self._facts: Facts | None = None  # about a third-party network; found when needed
         self._told: set[str] = set()  # messages on weights, which two networks are loaded from
         self._dtype = AUTOCAST[train["autocast"]] if train.get("autocast") else None
         channels_last = train.get("channels_last")

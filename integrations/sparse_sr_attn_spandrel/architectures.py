@@ -44,7 +44,7 @@ class NetworkArchitecture(Architecture):  # type: ignore[misc]  # spandrel says 
         carried = state_dict.get(OPTIONS)
         try:
             return isinstance(carried, Tensor) and carried_options(carried).get("type") == self.network
-        except CheckpointError:  # somebody else's
+        except CheckpointError:  # not one of ours
             return False
 
     def load(self, state_dict: Mapping[str, Any]) -> ImageModelDescriptor:

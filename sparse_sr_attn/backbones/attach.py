@@ -42,6 +42,7 @@ _LOG = logging.getLogger(__name__)
 _OLD_SLOT = "attention"
 _SHOWN = 4  # trunks that a message offers
 _SMALL_SHARE = 0.05  # of the parameters: below it, a warning says so
+_DEEPEST = 8  # levels of attention inside attention that are recorded under the key of one weight
 
 
 class Attended(nn.Module):
@@ -77,9 +78,6 @@ class Attended(nn.Module):
 
     def _record_key(self, prefix: str) -> str:
         return f"{prefix}{self._record['key']}.{SLOT}"
-
-
-_DEEPEST = 8  # levels of attention inside attention that are recorded under the key of one weight
 
 
 class _Children(nn.Sequential):

@@ -128,7 +128,7 @@ def _watch(model: nn.Module, twin: nn.Module, given: Inputs | None) -> Calls:
         try:
             with evaluating(twin):
                 calls, _ = _watched(twin, inputs)
-        except Exception:  # somebody else's forward may want other images than we guess
+        except Exception:  # the model may want other images than these
             if given is not None:
                 raise
             continue
@@ -152,13 +152,13 @@ def difference(model: nn.Module, inputs: Inputs, give: Callable[[nn.Module], Seq
         for training in (False, True):
             try:
                 expected = _outputs(copied(model), inputs, training)
-            except Exception:  # noqa: S112  (somebody else's forward may not normalise a single value in training)
+            except Exception:  # noqa: S112  (the forward may not normalise a single value in training)
                 continue
             twin = copied(model)
             probes = give(twin)
             try:
                 actual = _outputs(twin, inputs, training)
-            except Exception as error:  # somebody else's forward, or ours
+            except Exception as error:  # of the model or of a layer
                 return f"{name} with attention raises {type(error).__name__}: {error}"
             when = " in training" if training else ""
             if any(probe.missing for probe in probes):
@@ -313,7 +313,7 @@ def copied(model: nn.Module) -> nn.Module:
     ]
     try:
         return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-    except Exception:  # somebody else's model may hold what cannot be copied
+    except Exception:  # the model may hold what cannot be copied
         return model
 
 

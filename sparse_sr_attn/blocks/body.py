@@ -140,7 +140,7 @@ class SiteAttention(nn.ModuleList):
 
 
 def _alike(blocks: Sequence[int], shapes: Sequence[Hashable] | None) -> list[list[int]]:
-    """Return the blocks, those of one shape together."""
+    """Return the blocks, grouped by shape."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for block in blocks:
         groups[shapes[block] if shapes else None].append(block)

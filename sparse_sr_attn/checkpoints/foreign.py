@@ -132,7 +132,7 @@ def _accepted(network: nn.Module, multiple: int, least: int, sizes: Sequence[tup
             try:
                 output = network(like.new_zeros(1, channels, height, width))
                 batch, num_out_ch, *size = output.shape
-            except Exception:  # somebody else's code can raise anything
+            except Exception:  # user code can raise anything
                 break
             upscale = size[0] // height
             if upscale == 0 or (batch, *size) != (1, upscale * height, upscale * width):

@@ -277,7 +277,7 @@ def _load_foreign(
             f"these weights are of a network of BasicSR, which cannot be imported ({error}); see docs/basicsr.md for "
             "its installation"
         ) from error
-    except Exception as error:  # somebody else's code can raise anything
+    except Exception as error:  # user code can raise anything
         raise CheckpointError(f"{_UNUSABLE}{type(error).__name__}: {error}") from error
     return _filled(network, options, state, beside)
 

@@ -302,7 +302,7 @@ def build_host(arguments: argparse.Namespace, given: dict[str, Any]) -> "nn.Modu
         model = build(**given)
     except UsageError:
         raise
-    except Exception as error:  # somebody else's code can raise anything
+    except Exception as error:  # user code can raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(f"--host {arguments.host} cannot be built: {reason}") from error
     if not isinstance(model, nn.Module):

@@ -56,7 +56,7 @@ def _check_dataset(findings: Findings, phase: str, values: Any, metrics: Metrics
         return values
     values = dict(values)
     right = findings.section(schema.TrainingSet if kind == "train" else schema.Dataset, values, path, whole=False)
-    build = findings.chosen("DATASET", f"{path}.type", right["type"]) if "type" in right else None
+    build = findings.by_name("DATASET", f"{path}.type", right["type"]) if "type" in right else None
     known = {*fields(schema.TrainingSet), *option_names.names_in(*bases(build)), *findings.names}
     findings.unread(path, values, sorted(known))
     _check_values(findings, path, values, right)
@@ -142,7 +142,7 @@ def _first_sample(build: type, values: Mapping[str, Any], path: str) -> tuple[in
             dataset = build(options)
             number = len(dataset)
             sample = dict(PortableDataset(dataset)[0]) if number else {}
-    except Exception as error:  # somebody else's code can raise anything
+    except Exception as error:  # user code can raise anything
         raise ConfigError([_why_not_read(build, error, path)]) from None
     finally:
         # A database cannot be opened a second time while it is open.

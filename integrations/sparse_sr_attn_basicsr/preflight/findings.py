@@ -67,7 +67,7 @@ class Findings:
             declared: a class of `schema`.
             values: the section.
             path: where it stands.
-            whole: whether `declared` has all options there are, so that a name close to one of them is misspelt.
+            whole: whether `declared` lists all options; a name close to one of them is then misspelt.
         """
         known = fields(declared)
         if whole:
@@ -109,15 +109,15 @@ class Findings:
         names = (name, f"{name}_basicsr") if isinstance(name, str) else ()
         return next((table.get(key) for key in names if key in table), None)
 
-    def choose(self, registry: str, path: str, options: Mapping[str, Any], example: str) -> Any:
+    def by_type(self, registry: str, path: str, options: Mapping[str, Any], example: str) -> Any:
         """Return what the option `type` names in a registry; `None` and a problem for a missing or unknown name."""
         name = options.get("type")
         if not isinstance(name, str):
             self.add(f"{path}.type", f"missing; it names {example}")
             return None
-        return self.chosen(registry, f"{path}.type", name)
+        return self.by_name(registry, f"{path}.type", name)
 
-    def chosen(self, registry: str, path: str, name: str) -> Any:
+    def by_name(self, registry: str, path: str, name: str) -> Any:
         """Return what BasicSR has registered under a name; `None` and a problem for an unknown one."""
         found = self.registered(registry, name)
         if found is None:

@@ -73,7 +73,7 @@ def _check_network(findings: Findings, path: str, options: object) -> int:
         return _check_attended(findings, path, rest)
     if ours is not None:
         _check_ours(findings, path, ours, rest)
-    elif (build := findings.choose("ARCH", path, options, "the network, e.g. SparseEDSR")) is not None:
+    elif (build := findings.by_type("ARCH", path, options, "the network, e.g. SparseEDSR")) is not None:
         _check_theirs(findings, path, str(options["type"]), build, rest)
     return 1
 
@@ -170,7 +170,7 @@ def _built(findings: Findings, path: str, options: Mapping[str, Any]) -> nn.Modu
             with torch.device(device), without_warnings():
                 network: nn.Module = build(**rest)
                 return network
-        except Exception as error:  # somebody else's code can raise anything
+        except Exception as error:  # user code can raise anything
             failure = error
     findings.add(path, f"{options['type']} cannot be built with these options: {type(failure).__name__}: {failure}")
     return None

@@ -22,7 +22,7 @@ def check(findings: Findings, launcher: str) -> None:
     general = findings.section(schema.Training if findings.training else schema.Testing, options, "")
     findings.scale = general.get("scale")
     if "model_type" in general:
-        findings.chosen("MODEL", "model_type", general["model_type"])
+        findings.by_name("MODEL", "model_type", general["model_type"])
     name = general.get("name")
     if name is not None and (name.strip() in ("", ".", "..") or {"/", "\\", "\0"} & set(name) or len(name) > 200):
         findings.add("name", f"must be fit for the name of a folder, got {shown(name)}")

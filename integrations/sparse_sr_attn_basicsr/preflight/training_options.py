@@ -105,7 +105,7 @@ def _check_losses(findings: Findings, train: dict[str, Any]) -> None:
 
 def _check_loss(findings: Findings, path: str, options: dict[str, Any]) -> None:
     before = len(findings.problems)
-    build = findings.choose("LOSS", path, options, "the loss, e.g. L1Loss")
+    build = findings.by_type("LOSS", path, options, "the loss, e.g. L1Loss")
     if build is None:
         return
     rest = {name: value for name, value in options.items() if name != "type"}
@@ -116,7 +116,7 @@ def _check_loss(findings: Findings, path: str, options: dict[str, Any]) -> None:
     try:
         with without_warnings(), undisturbed():
             build(**copy.deepcopy(rest))
-    except Exception as error:  # somebody else's code can raise anything
+    except Exception as error:  # user code can raise anything
         findings.add(path, f"{build.__name__} rejects these options: {reason(error)}")
 
 

@@ -37,7 +37,7 @@ def check(findings: Findings) -> Metrics:
             if (options := findings.mapping(path, given)) is None:
                 continue
             val["metrics"][key] = options
-            build = findings.choose("METRIC", path, options, "the metric, e.g. calculate_psnr")
+            build = findings.by_type("METRIC", path, options, "the metric, e.g. calculate_psnr")
             if build is not None:
                 rest = {name: value for name, value in options.items() if name not in ("type", "better")}
                 check_arguments(findings.problems, build, rest, path, ("img", "img2"))
@@ -66,7 +66,7 @@ def try_metrics(findings: Findings, metrics: Metrics, path: str, kind: object, s
         try:
             with without_warnings(), undisturbed():
                 value = float(build(**images, **copy.deepcopy(dict(options))))
-        except Exception as error:  # somebody else's code can raise anything
+        except Exception as error:  # user code can raise anything
             fault = f"fails ({reason(error)})"
         else:
             fault = "" if math.isfinite(value) else f"gives {value}"

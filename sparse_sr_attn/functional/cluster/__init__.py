@@ -1,7 +1,8 @@
 r"""Attention over chunks of tokens sorted by cluster: the pattern, its weights, and their application.
 
 `cluster_weights` computes the LSP of LCoAN, `apply_cluster_weights` its CoA, and `cluster_attention` both without
-storing the weights. All backends give the same result. Functions that store weights have the first two, the others all:
+storing the weights. All backends give the same result. Functions that store weights have the backends *eager* and
+*tiles*, the others all five:
 
 - *eager*: index masks and whole tensors, without branches or loops; for export and for devices that like large batches;
 - *tiles*: a loop over a few chunks at a time, so that scores stay in cache, inside an operator that is opaque to
