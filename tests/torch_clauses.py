@@ -174,7 +174,9 @@ def check_transforms(subject: Subject, device: torch.device) -> None:
     expected = (gradient(x + step * probe) - gradient(x - step * probe)) / (2 * step)
     torch.testing.assert_close(curvature, expected, rtol=1e-4, atol=1e-5)
     images = torch.stack([x, -x])
-    torch.testing.assert_close(torch.func.vmap(chain)(images), torch.stack([chain(image) for image in images]))
+    for learns in (True, False):
+        with torch.set_grad_enabled(learns):
+            torch.testing.assert_close(torch.func.vmap(chain)(images), torch.stack([chain(image) for image in images]))
 
 
 @clause()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparse_sr_attn import PRESETS
 from sparse_sr_attn.cli.main import main
+from sparse_sr_attn_basicsr.distributed import peer_errors
 
 Write = Callable[..., str]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -181,6 +182,13 @@ KILLED = {**HALF, "train.total_iter": 12, "logger.save_checkpoint_freq": 2, "val
 
 def states(here: Path) -> list[int]:
     return sorted(int(file.stem) for file in here.glob("experiments/tiny/training_states/*.state"))
+
+
+def test_after_a_run_the_signal_means_what_it_did() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with peer_errors("pytorch"):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.promise("R16")

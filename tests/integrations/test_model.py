@@ -273,6 +273,14 @@ def test_an_image_that_is_not_finite_is_named_and_changes_nothing(options: Optio
     step(model, 2)  # and training can go on
 
 
+@pytest.mark.parametrize("names", [[], ["a.png"], ["a.png", "b.png", "c.png"]], ids=len)
+def test_without_a_name_for_each_image_its_place_is_told(options: Options, names: list[str]) -> None:
+    data = {**batch(), "lq_path": names}
+    data["lq"][1, 0, 0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="in these images:\n  sample 1 of the batch\n"):
+        build_model(options()).feed_data(data)
+
+
 # Finite pixels, but their features, or the sum over them, are not; in the second case the gradient is finite.
 @pytest.mark.parametrize("key", ["lq", "gt"])
 def test_a_loss_that_is_not_finite_stops_before_the_step(options: Options, network: dict[str, Any], key: str) -> None:

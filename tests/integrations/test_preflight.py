@@ -153,6 +153,7 @@ MALFORMED = [
     ({"val.metrics.psnr.type": "psnr"}, r"psnr\.type: BasicSR has no metric named 'psnr'.*calculate_psnr"),
     # metrics
     ({PSNR: 3}, r"val\.metrics\.psnr: must be a mapping with a key 'type', got 3"),
+    ({PSNR: 3, "val.metrics.n": {"type": "calculate_niqe"}}, r"metrics\.n\.crop_border: missing; calculate_niqe needs"),
     ({"val.metrics": ["psnr"]}, r"val\.metrics: must be a mapping or ~ \(nothing\), got \['psnr'\]"),
     ({f"{PSNR}.type": ...}, r"psnr\.type: missing; it names the metric, e\.g\. calculate_psnr"),
     ({f"{PSNR}.crop_border": ...}, r"psnr\.crop_border: missing; calculate_psnr needs it"),
@@ -195,6 +196,7 @@ MALFORMED = [
     ),
     ({**GAN, "network_d.num_in_ch": ...}, r"network_d\.num_in_ch: missing; UNetDiscriminatorSN needs it"),
     ({**GAN, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
+    ({**GAN, "train.optim_g": 3, "train.optim_d.lr": 0}, r"train\.optim_d\.lr: must be > 0 and finite, got 0"),
     ({**GAN, "train.net_d_iters": 0}, r"train\.net_d_iters: must be whole and >= 1, got 0"),
     ({**GAN, "train.net_d_init_iter": 1}, r"train\.net_d_init_iter: unknown; did you mean 'net_d_init_iters'\?"),
     ({**GAN, "train.accumulate": 2}, r"train\.accumulate: must be 1 with SparseSRGANModel, whose discriminator"),
@@ -337,6 +339,7 @@ PASS: dict[str, dict[str, Any]] = {
               "res_scale": 1, "img_range": 255.0, "rgb_mean": [0.4488, 0.4371, 0.4040]},
         "datasets.train.use_shuffle": True,
         "datasets.train.prefetch_mode": None,
+        "manual_seed": 2**32 - 1,
         "logger.use_tb_logger": True,
         "logger.wandb": {"project": None, "resume_id": None},
         "dist_params": {"backend": "nccl", "port": 29500},

@@ -200,6 +200,16 @@ def test_lfe_in_strips_is_the_whole(monkeypatch: pytest.MonkeyPatch, height: int
     assert max(shapes) <= lines + 4
 
 
+@torch.no_grad()
+def test_a_hook_in_lfe_sees_whole_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    lfe = LFE(10)
+    shapes: list[tuple[int, ...]] = []
+    lfe.conv1.register_forward_hook(lambda _, __, y: shapes.append(tuple(y.shape)))
+    monkeypatch.setattr(shift_conv, "_STRIP", 1)
+    lfe(features(2, 10, 5, 6, dtype=torch.float32))
+    assert shapes == [(2, 20, 5, 6)]
+
+
 @pytest.mark.parametrize("shift", [False, True])
 def test_what_is_kept_of_large_windows_is_enough(shift: bool) -> None:
     """Where nothing learns, a state keeps queries in place of weights that are many; readers get the same."""

@@ -48,8 +48,8 @@ class Map:
 
     @property
     def windows(self) -> dict[str, Any]:
-        """What `window_weights` is told."""
-        return {"window_size": self.window_size, "shift": self.shift}
+        """What `window_weights` is told; a shift of 0 by its default."""
+        return {"window_size": self.window_size} | ({"shift": self.shift} if self.shift else {})
 
     @property
     def displaced(self) -> dict[str, Any]:
