@@ -307,6 +307,7 @@ def test_options_of_an_attended_network_can_be_overridden() -> None:
     ],
     ids=["SparseEDSR", "WithAttention"],
 )
+@pytest.mark.filterwarnings("ignore:Gain has no option zero_init")
 def test_a_layer_of_the_users_own_is_imported_by_every_command(
     network: dict[str, Any], commands: list[list[str]], training: Write, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
