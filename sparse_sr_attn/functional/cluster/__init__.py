@@ -17,6 +17,7 @@ Slots are the tokens in `pattern.order`, cut into $k = \lceil n / i \rceil$ chun
 chunks $t-a, \dots, t+a$ (mod $k$), in this order, or those that `pattern.neighbors` lists.
 """
 
+import functools
 import warnings
 from importlib.util import find_spec
 from typing import cast
@@ -124,7 +125,12 @@ def _sort_keys(rank: Int[Tensor, "r k"]) -> Int[Tensor, "r k"]:
 
 @run_while_compiling
 def _sorts_bytes_faster(device: torch.device) -> bool:
-    return device.type != "cpu" or find_spec("numpy") is not None
+    return device.type != "cpu" or _has_numpy()
+
+
+@functools.cache  # if NumPy is missing, the search reads folders
+def _has_numpy() -> bool:
+    return find_spec("numpy") is not None
 
 
 def with_nearest_chunks(pattern: ClusterPattern, key: Float[Tensor, "b n d"]) -> ClusterPattern:
