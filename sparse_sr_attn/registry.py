@@ -57,7 +57,7 @@ class Registry(Generic[T]):
     Args:
         noun: what the entries are called in messages ("layer").
         modules: modules that register the library's own entries; imported before the table is first read.
-        kinds: the kinds that entries may have; any if there are none.
+        kinds: allowed kinds of entries. Default: any.
     """
 
     def __init__(self, noun: str, modules: Sequence[str] = (), kinds: Sequence[str] = ()) -> None:

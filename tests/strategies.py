@@ -4,7 +4,6 @@ A failure then shrinks to the smallest sizes and prints as one line that can be 
 come from a generator of its own; no global state is used.
 """
 
-import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +13,7 @@ from torch import Tensor
 
 from sparse_sr_attn.functional.cluster import cluster_pattern, with_nearest_chunks
 from sparse_sr_attn.states import ClusterPattern
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator that depends only on `seed` and `name`."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+from sparse_sr_attn.testing.conformance.subject import generator
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def grouped_window_attention(
         return triton.attention_op(query, value, *groups)[0]
     if uses_operator(backend, "operator"):
         return tiles.attention_op(query, None, value, *groups, 1.0)
-    queries, values = split_groups(query, len(window_sizes)), split_groups(value, len(window_sizes))
+    queries, values = (x.split(each, dim=1) for x, each in zip((query, value), widths, strict=True))
     outputs = [
         window_attention(*(each, None, own), window_size=size, shift=shift, unshift=unshift, backend="eager")
         for each, own, size, shift, unshift in zip(queries, values, window_sizes, shifts, unshifts, strict=False)

@@ -151,6 +151,11 @@ def _build(entry: Entry[nn.Module], channels: int, options: Mapping[str, object]
         return entry.build(channels, **{**small, **options})
 
 
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator that depends only on `seed` and `name`."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+
+
 def feature_map(
     name: str,
     batch: int = 2,
@@ -162,6 +167,5 @@ def feature_map(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return normal numbers that depend only on `name` and the size."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"0/{name}".encode()))
-    numbers = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    numbers = torch.randn(batch, channels, height, width, generator=generator(0, name), dtype=torch.float64)
     return numbers.to(device, dtype)
